@@ -1,0 +1,1 @@
+"""Any pretrained Vision Transformer and image-level labels become pixel masks to trust."""

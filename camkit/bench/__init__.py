@@ -1,0 +1,1 @@
+"""Seeds and refiners measured on held-out masks."""

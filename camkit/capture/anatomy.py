@@ -1,0 +1,223 @@
+"""Which modules attend, which tokens are what: found by structure, then measured."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from camkit.capture.hooks import Hooks
+from camkit.errors import CaptureError, UnsupportedModelError
+
+HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
+PROJECTIONS = (
+    ("qkv",),
+    ("to_qkv",),
+    ("Wqkv",),
+    ("c_attn",),
+    ("in_proj_weight", "out_proj"),
+    ("q", "kv"),
+    ("q", "k", "v"),
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("to_q", "to_kv"),
+    ("to_q", "to_k", "to_v"),
+    ("in_proj", "attn_drop"),
+)
+CLASS_PARAMETERS = ("cls_token", "class_token", "class_embedding", "cls_embedding")
+DISTILLATION_PARAMETERS = ("dist_token", "distillation_token")
+REGISTER_PARAMETERS = ("reg_token", "register_tokens", "storage_tokens")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Positions of the special tokens, counted from the end where they follow the patches."""
+
+    class_tokens: tuple[int, ...] = ()
+    distillation_tokens: tuple[int, ...] = ()
+    register_tokens: tuple[int, ...] = ()
+    other_tokens: tuple[int, ...] = ()
+
+    @property
+    def special_tokens(self) -> tuple[int, ...]:
+        return (
+            *self.class_tokens,
+            *self.distillation_tokens,
+            *self.register_tokens,
+            *self.other_tokens,
+        )
+
+    def patches(self, tokens: int) -> list[int]:
+        """Positions of the patches in a sequence of ``tokens`` tokens."""
+        special = {position % tokens for position in self.special_tokens}
+        return [position for position in range(tokens) if position not in special]
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module has a head count and query, key and value projections of some known form."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    if not any(isinstance(getattr(module, name, None), int) for name in HEAD_COUNTS):
+        return False
+    held = {**dict(module.named_children()), **dict(module.named_parameters(recurse=False))}
+    return any(all(name in held for name in names) for names in PROJECTIONS)
+
+
+def find_attention(model: nn.Module) -> dict[str, nn.Module]:
+    """All attention modules by name; of nested ones the outermost."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if not inside and is_attention(module):
+            found[name] = module
+    if not found:
+        raise UnsupportedModelError(
+            f"no attention found in {type(model).__name__}: camkit watches modules that hold a "
+            f"head count ({', '.join(HEAD_COUNTS)}) and query, key and value projections"
+        )
+    return found
+
+
+def find_patch_embedding(model: nn.Module) -> nn.Conv2d | None:
+    """The convolution that cuts the image into patches: stride as large as its kernel."""
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.in_channels == 3
+            and module.kernel_size == module.stride
+            and module.stride[0] >= 4
+        ):
+            return module
+    return None
+
+
+def find_pixels(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The image batch among the arguments of a call."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4:
+            return value
+    raise CaptureError("no image batch (b, 3, H, W) among the arguments the model was called with")
+
+
+def measure_anatomy(
+    model: nn.Module, attention: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Anatomy:
+    """Find the special tokens by moving what makes them.
+
+    The pixels, then each class, distillation and register parameter, are replaced by moved copies
+    while the model runs up to its first attention and no further; the positions that answer are
+    recorded. The model's own tensors are not written to, and random number generators are left
+    where they were.
+
+    Args:
+        model: the host.
+        attention: its attention modules.
+        args: what it was called with.
+        kwargs: what it was called with, by name.
+
+    Raises:
+        UnsupportedModelError: tokens are NaN, or no position answers to the pixels.
+    """
+    pixels = find_pixels(args, kwargs)
+    probe = torch.cat([pixels[:1]] * 2)  # two images, so that the batch axis shows
+
+    def tokens_of(image: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        new_args = tuple(image if value is pixels else value for value in args)
+        new_kwargs = {name: image if value is pixels else value for name, value in kwargs.items()}
+        with _same_randomness(pixels.device), torch.no_grad():
+            return _first_tokens(model, attention, parameters, new_args, new_kwargs)
+
+    plain = tokens_of(probe, {})
+    if not plain.isfinite().all():
+        raise UnsupportedModelError(
+            "the tokens before the first attention hold NaN or inf; check the weights and pixels"
+        )
+    noise = torch.rand(probe.shape, generator=torch.Generator().manual_seed(0))
+    patches = _moved(plain, tokens_of(noise.to(probe), {}))
+    if not patches:
+        raise UnsupportedModelError("no token of the first attention depends on the pixels")
+    roles: dict[str, tuple[int, ...]] = {}
+    for role, names in (
+        ("class_tokens", CLASS_PARAMETERS),
+        ("distillation_tokens", DISTILLATION_PARAMETERS),
+        ("register_tokens", REGISTER_PARAMETERS),
+    ):
+        moved = {
+            name: _ramped(parameter)
+            for name, parameter in model.named_parameters()
+            if name.rpartition(".")[2] in names
+        }
+        answers = _moved(plain, tokens_of(probe, moved)) if moved else []
+        roles[role] = tuple(position for position in answers if position not in patches)
+    known = {position for positions in roles.values() for position in positions}
+    count = _sequence_length(plain)
+    rest = tuple(p for p in range(count) if p not in known and p not in patches)
+    last_patch = max(patches)
+    return Anatomy(
+        **{
+            role: tuple(p if p < last_patch else p - count for p in positions)
+            for role, positions in (*roles.items(), ("other_tokens", rest))
+        }
+    )
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, no error
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+
+def _first_tokens(
+    model: nn.Module,
+    attention: Sequence[nn.Module],
+    parameters: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
+
+    hooks = Hooks()
+    try:
+        for module in attention:
+            hooks.before(module, stop)
+        # copies of the buffers take the running statistics of a stem in training mode
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        functional_call(model, {**buffers, **parameters}, args, kwargs)
+    except _Reached as reached:
+        return reached.tokens
+    finally:
+        hooks.remove()
+    raise CaptureError("no attention module ran when the model was called")
+
+
+def _ramped(parameter: Tensor) -> Tensor:
+    ramp = torch.linspace(-1, 1, parameter.shape[-1], device=parameter.device)
+    return (parameter.detach() + ramp).to(parameter.dtype)
+
+
+def _sequence_length(tokens: Tensor) -> int:
+    return tokens.shape[1] if tokens.shape[0] == 2 else tokens.shape[0]
+
+
+def _moved(before: Tensor, after: Tensor) -> list[int]:
+    change = (after - before).abs().float()
+    change = change.amax((0, 2)) if before.shape[0] == 2 else change.amax((1, 2))
+    return [int(i) for i in (change > 1e-4 * change.max()).nonzero().flatten()]
+
+
+@contextmanager
+def _same_randomness(device: torch.device) -> Iterator[None]:
+    """Every run draws the same dropout, and the caller's generators do not notice."""
+    devices = [device] if device.type == "cuda" else []
+    python_state = random.getstate()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)

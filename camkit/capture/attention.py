@@ -1,0 +1,161 @@
+"""One attention call as it happened: from q and k where it was fused, else from its map."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from camkit.errors import CaptureError
+from camkit.ops.class_attention import (
+    Bias,
+    Heads,
+    attention_columns,
+    attention_rows,
+    head_mean,
+    relevance_hop,
+)
+from camkit.ops.propagation import propagate
+
+Map = Float[Tensor, "b a t s"]
+
+
+@runtime_checkable
+class Attention(Protocol):
+    """What can be asked of an attention call, however it was computed."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Images, heads, queries, keys."""
+
+    @property
+    def watched(self) -> Tensor:
+        """The tensor of the host's graph that gradients are taken at."""
+
+    def rows(self, queries: Sequence[int]) -> Float[Tensor, "b a c s"]:
+        """What the tokens ``queries`` attend to."""
+
+    def columns(self, keys: Sequence[int]) -> Float[Tensor, "b a t c"]:
+        """How much every token attends to the tokens ``keys``."""
+
+    def head_mean(self) -> Float[Tensor, "b t s"]:
+        """The whole map averaged over heads; this one is large."""
+
+    def propagate(
+        self, values: Float[Tensor, "b k n"], patches: Sequence[int]
+    ) -> Float[Tensor, "b k n"]:
+        """Average ``values`` over the patches each patch attends to."""
+
+    def gradient_rows(self, gradient: Tensor, queries: Sequence[int]) -> Float[Tensor, "b a c s"]:
+        """Gradient of the rows ``queries`` of the map, given the gradient at ``watched``."""
+
+    def hop(self, relevance: Float[Tensor, "b t"], gradient: Tensor) -> Float[Tensor, "b s"]:
+        """Carry token relevance one block down (`camkit.ops.class_attention.relevance_hop`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class FusedAttention:
+    """Attention that ran in a fused kernel: everything is computed from q and k when asked."""
+
+    q: Heads
+    k: Float[Tensor, "b a s d"]
+    scale: float
+    bias: Bias | None = None
+    v: Float[Tensor, "b a s e"] | None = None
+    output: Float[Tensor, "b a t e"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        images, heads, tokens, _ = self.q.shape
+        return images, heads, tokens, self.k.shape[2]
+
+    @property
+    def watched(self) -> Tensor:
+        if self.output is None or not self.output.requires_grad:
+            raise CaptureError(_NO_GRAPH)
+        return self.output
+
+    def rows(self, queries: Sequence[int]) -> Map:
+        return attention_rows(self.q, self.k, queries, scale=self.scale, bias=self.bias)
+
+    def columns(self, keys: Sequence[int]) -> Map:
+        return attention_columns(self.q, self.k, keys, scale=self.scale, bias=self.bias)
+
+    def head_mean(self) -> Float[Tensor, "b t s"]:
+        return head_mean(self.q, self.k, scale=self.scale, bias=self.bias)
+
+    def propagate(
+        self, values: Float[Tensor, "b k n"], patches: Sequence[int]
+    ) -> Float[Tensor, "b k n"]:
+        return propagate(self.q, self.k, values, patches, scale=self.scale, bias=self.bias)
+
+    def gradient_rows(self, gradient: Tensor, queries: Sequence[int]) -> Map:
+        # o = A v, so the gradient at A[i, j] is the output gradient at i times the value at j
+        return gradient[:, :, list(queries)] @ self._values.mT
+
+    def hop(self, relevance: Float[Tensor, "b t"], gradient: Tensor) -> Float[Tensor, "b s"]:
+        return relevance_hop(
+            relevance,
+            self.q.detach(),
+            self.k.detach(),
+            self._values.detach(),
+            gradient,
+            scale=self.scale,
+            bias=self.bias,
+        )
+
+    @property
+    def _values(self) -> Tensor:
+        if self.v is None:
+            raise CaptureError(_NO_GRAPH)
+        return self.v
+
+
+@dataclass(frozen=True, eq=False)
+class ExplicitAttention:
+    """Attention whose host built the map itself."""
+
+    weights: Map
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        images, heads, tokens, keys = self.weights.shape
+        return images, heads, tokens, keys
+
+    @property
+    def watched(self) -> Tensor:
+        if not self.weights.requires_grad:
+            raise CaptureError(_NO_GRAPH)
+        return self.weights
+
+    def rows(self, queries: Sequence[int]) -> Map:
+        return self.weights[:, :, list(queries)]
+
+    def columns(self, keys: Sequence[int]) -> Map:
+        return self.weights[..., list(keys)]
+
+    def head_mean(self) -> Float[Tensor, "b t s"]:
+        return self.weights.mean(1)
+
+    def propagate(
+        self, values: Float[Tensor, "b k n"], patches: Sequence[int]
+    ) -> Float[Tensor, "b k n"]:
+        where = torch.as_tensor(patches, device=values.device)
+        affinity = self.head_mean()[:, where][:, :, where].to(values.dtype)
+        affinity = affinity / affinity.sum(-1, keepdim=True)
+        return values @ affinity.mT
+
+    def gradient_rows(self, gradient: Tensor, queries: Sequence[int]) -> Map:
+        return gradient[:, :, list(queries)]
+
+    def hop(self, relevance: Float[Tensor, "b t"], gradient: Tensor) -> Float[Tensor, "b s"]:
+        weighted = (self.weights.detach() * gradient).relu().mean(1)
+        return torch.einsum("bi,bij->bj", relevance.to(weighted.dtype), weighted)
+
+
+_NO_GRAPH = (
+    "this capture holds no gradients; watch the forward with "
+    "camkit.watch(model, gradients=True) and do not detach its scores"
+)

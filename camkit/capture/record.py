@@ -1,0 +1,103 @@
+"""Capture: what one forward of a model showed, as values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from camkit.capture.anatomy import Anatomy
+from camkit.capture.attention import Attention
+from camkit.capture.tail import TailCall, patch_scores
+from camkit.errors import CaptureError
+from camkit.grid import Grid
+from camkit.tensors import RGB, Scores
+from camkit.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """What one forward showed; every seed and refiner reads from it, and no second forward is run.
+
+    Attributes:
+        blocks: the watched attention calls in the order they ran.
+        names: the modules they belong to.
+        anatomy: which tokens are class, distillation, register tokens.
+        grid: rows and columns of patches.
+        outputs: what the classifier returned, one row an image; None when the model returned no
+            scores.
+        tail: module calls after the last block.
+        rgb: the pictures in [0, 1], for refiners that look at colours.
+        vocabulary: names the classes, and may gather several classifier outputs into one class.
+    """
+
+    blocks: tuple[Attention, ...]
+    names: tuple[str, ...]
+    anatomy: Anatomy
+    grid: Grid
+    outputs: Float[Tensor, "b o"] | None = None
+    tail: tuple[TailCall, ...] = ()
+    rgb: RGB | None = None
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def images(self) -> int:
+        return self.blocks[0].shape[0]
+
+    @property
+    def patches(self) -> list[int]:
+        """Positions of the patches among the tokens."""
+        return self.anatomy.patches(self.blocks[0].shape[2])
+
+    @property
+    def scores(self) -> Scores:
+        """Class scores before softmax, one row an image.
+
+        Raises:
+            CaptureError: the model returned none, or they are not finite.
+        """
+        if self.outputs is None:
+            raise CaptureError(
+                "the model returned no (b, classes) scores; this seed needs a classifier, "
+                "ClassAttentionSeed works without"
+            )
+        if not self.outputs.isfinite().all():
+            raise CaptureError("the scores hold NaN or inf; check the weights and the pixels")
+        return self._grouped(self.outputs)
+
+    def class_to_patch(self) -> Float[Tensor, "b c n"]:
+        """Class rows of the attention, averaged over heads and watched blocks."""
+        tokens = self.anatomy.class_tokens
+        if not tokens:
+            raise CaptureError(
+                "this model has no class token, so no class-to-patch attention; use "
+                "ClassWeightSeed or RolloutSeed, or name the tokens with `class_tokens=`"
+            )
+        rows = [block.rows(tokens).mean(1)[..., self.patches] for block in self.blocks]
+        return torch.stack(rows).mean(0)
+
+    def patch_scores(self) -> Float[Tensor, "b n C"]:
+        """What the classifier says of every patch alone (`camkit.capture.tail.patch_scores`)."""
+        if self.outputs is None:
+            raise CaptureError(
+                "the model returned no (b, classes) scores to read a classifier from"
+            )
+        special = (*self.anatomy.class_tokens, *self.anatomy.distillation_tokens)
+        scores = patch_scores(self.tail, self.outputs, special, self.patches)
+        return self._grouped(scores)
+
+    def _grouped(self, outputs: Tensor) -> Tensor:
+        return outputs if self.vocabulary is None else self.vocabulary.score(outputs)
+
+
+def scores_of(output: Any) -> Tensor | None:
+    """The ``(b, classes)`` scores in an output: tensor, tuple, dict or object with logits."""
+    if isinstance(output, Tensor):
+        return output if output.dim() == 2 and output.is_floating_point() else None
+    if isinstance(output, Mapping):
+        return scores_of(output.get("logits"))
+    if isinstance(output, tuple | list):
+        return next((s for s in map(scores_of, output) if s is not None), None)
+    return scores_of(getattr(output, "logits", None))

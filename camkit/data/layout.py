@@ -1,0 +1,39 @@
+"""Which data set a folder holds, told by its folders."""
+
+from pathlib import Path
+
+from camkit.data.folder import open_folder
+from camkit.data.sample import DataSet
+from camkit.data.voc import open_voc
+from camkit.errors import DataError
+
+_MOST_SHOWN = 8
+
+
+def open_dataset(path: str | Path) -> DataSet:
+    """Open a folder in the layout of PASCAL VOC or a plain folder.
+
+    Args:
+        path: a folder with ``JPEGImages/`` and ``ImageSets/Segmentation/``, or with ``images/``
+            and ``labels.csv``.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: the folder has neither layout, or a file in it cannot be used.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; name the folder that holds the data set")
+    if (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation").is_dir():
+        return open_voc(root)
+    if (root / "images").is_dir() and (root / "labels.csv").is_file():
+        return open_folder(root)
+    found = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
+    shown = ", ".join(found[:_MOST_SHOWN]) or "nothing"
+    more = ", ..." if len(found) > _MOST_SHOWN else ""
+    raise DataError(
+        f"{root} is no known data set: expected JPEGImages/ and ImageSets/Segmentation/ (VOC), or "
+        f"images/ and labels.csv (plain folder), found {shown}{more}; name the folder above these"
+    )

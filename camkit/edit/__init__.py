@@ -1,0 +1,1 @@
+"""What changes a forward from the inside."""

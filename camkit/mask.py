@@ -1,0 +1,150 @@
+"""Class maps turned into pseudo masks."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from camkit.tensors import Cam, Classes
+
+IGNORE = 255
+"""The mask value of a pixel that no score counts."""
+
+_TOLERANCE = 1e-4  # what resizing and half precision may add to a normalised map
+
+
+def to_mask(
+    cam: Cam,
+    classes: Classes | None = None,
+    *,
+    background_score: float = 0.45,
+    background: Literal["constant", "power"] = "constant",
+    ignore_below: float | None = None,
+) -> UInt8[Tensor, "b h w"]:
+    """Give each pixel its strongest class, or the background.
+
+    With a constant background a class must beat ``background_score``; a tie goes to the
+    background, a tie between classes to the one asked first. With a power background it must beat
+    ``(1 - max) ** background_score``, the background plane of PSA and its followers. The strongest
+    class m beats that plane exactly where it beats the root of ``m = (1 - m) ** alpha``, so for a
+    mask both are one threshold: `power_threshold` gives it.
+
+    Args:
+        cam: maps of the asked classes in [0, 1], already at image size.
+        classes: the classes asked, 0 to 253; -1 is padding and never wins. None numbers the mask
+            by slot, for class lists that do not fit 8 bits: keep ``classes`` as the legend.
+        background_score: score to beat, in [0, 1]; the exponent (above 0) of a power background.
+            0.45 is the fixed value of several published evaluations; `sweep_confusions` finds
+            the best one on a split of its own.
+        background: a constant score, or a power of what the strongest class leaves.
+        ignore_below: pixels that lose to the background, yet score more than this, become 255;
+            None ignores nothing.
+
+    Returns:
+        0 for background, class + 1 (slot + 1 without ``classes``) elsewhere, 255 where ignored.
+    """
+    threshold = _threshold(background_score, background)
+    if ignore_below is not None and not 0.0 <= ignore_below < threshold:
+        raise ValueError(
+            f"`ignore_below` must lie in [0, {threshold:.4g}), below the score a class must beat, "
+            f"got {ignore_below}"
+        )
+    score, slot = strongest(cam, classes)
+    if classes is None:
+        winner = slot
+        highest = cam.shape[1] - 1
+    else:
+        winner = classes.long().gather(1, slot.flatten(1)).view_as(slot)
+        highest = int(classes.max()) if classes.numel() else -1
+    if highest >= IGNORE - 1:
+        raise ValueError(
+            f"an 8-bit mask holds classes 0 to {IGNORE - 2}, got class {highest}; "
+            "use classes=None, which numbers by slot, and keep the class list as the legend"
+        )
+    mask = torch.where(score > threshold, winner + 1, 0)
+    if ignore_below is not None:
+        mask = mask.masked_fill((score > ignore_below) & (score <= threshold), IGNORE)
+    return mask.to(torch.uint8)
+
+
+def power_threshold(alpha: float) -> float:
+    """The constant score that draws the same mask as the background ``(1 - max) ** alpha``.
+
+    It is the root of ``m = (1 - m) ** alpha``, between 0 and 1.
+
+    >>> power_threshold(1.0)
+    0.5
+    """
+    if not alpha > 0.0:
+        raise ValueError(f"the exponent of a power background must be above 0, got {alpha}")
+    low, high = 0.0, 1.0
+    for _ in range(64):  # each halving gains a bit, and a float has 53
+        middle = (low + high) / 2
+        if middle < (1.0 - middle) ** alpha:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def gate(cam: Cam, classes: Classes) -> Cam:
+    """Zero the maps of padded slots, so that they never win.
+
+    Args:
+        cam: maps of the asked classes.
+        classes: the classes asked, -1 where a slot is padding.
+
+    Returns:
+        The same maps, with zeros where ``classes`` is -1.
+    """
+    if classes.shape != cam.shape[:2]:
+        raise ValueError(
+            f"`classes` must name the {cam.shape[1]} maps of each of {cam.shape[0]} images, "
+            f"got shape {tuple(classes.shape)}; pad shorter lists with -1"
+        )
+    if classes.numel() and int(classes.min()) < -1:
+        raise ValueError(
+            f"`classes` must hold indices from 0, or -1 for padding, got {int(classes.min())}"
+        )
+    padding = classes < 0
+    # most images of a data set fill their slots, and a copy of every map takes longer than asking
+    return cam.masked_fill(padding[:, :, None, None], 0.0) if padding.any() else cam
+
+
+def strongest(
+    cam: Cam, classes: Classes | None = None
+) -> tuple[Float[Tensor, "b h w"], Int[Tensor, "b h w"]]:
+    """The score and the slot of each pixel's strongest class.
+
+    Args:
+        cam: maps of the asked classes in [0, 1].
+        classes: the classes asked, -1 where a slot is padding; None if no slot is.
+
+    Returns:
+        Scores, and slots counted from 0.
+    """
+    if cam.shape[1] == 0:
+        raise ValueError("`cam` must hold at least one class map, got none; pad with class -1")
+    if cam.numel():
+        low, high = (float(value) for value in cam.detach().aminmax())
+        if not (low >= -_TOLERANCE and high <= 1.0 + _TOLERANCE):  # a NaN fails both
+            raise ValueError(
+                f"`cam` must lie in [0, 1] without NaN, got values from {low:.4g} to {high:.4g}; "
+                "normalise each map first"
+            )
+    score, slot = (cam if classes is None else gate(cam, classes)).max(dim=1)
+    return score, slot
+
+
+def _threshold(background_score: float, background: str) -> float:
+    if background == "power":
+        return power_threshold(background_score)
+    if background != "constant":
+        raise ValueError(f'`background` must be "constant" or "power", got "{background}"')
+    if not 0.0 <= background_score <= 1.0:
+        raise ValueError(
+            f"a constant `background_score` must lie in [0, 1], got {background_score}; "
+            'an exponent goes with background="power"'
+        )
+    return background_score

@@ -1,0 +1,124 @@
+"""Chosen rows and columns of an attention map, computed from q and k; the whole map is never held.
+
+All functions take queries and keys exactly as the host's attention used them (after norms,
+rotations and biases), so what they return is what the host computed, whichever fused kernel it ran.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Heads = Float[Tensor, "b a t d"]
+Bias = Float[Tensor, "#b #a #t s"]
+
+CHUNK_ELEMENTS = 1 << 23  # logits held at a time by the streamed forms: 32 MiB in float32
+
+
+def attention_rows(
+    q: Heads,
+    k: Float[Tensor, "b a s d"],
+    queries: Sequence[int],
+    *,
+    scale: float,
+    bias: Bias | None = None,
+) -> Float[Tensor, "b a c s"]:
+    """What the tokens ``queries`` attend to: one softmax row each, per head.
+
+    Args:
+        q: queries of all tokens.
+        k: keys of all tokens.
+        queries: positions of the wanted rows, for example the class tokens.
+        scale: factor on the dot products, as the host used it.
+        bias: added to the logits; a masked key holds -inf.
+    """
+    rows = list(queries)
+    logits = _logits(q[:, :, rows], k, scale, _rows_of(bias, rows))
+    return logits.softmax(-1).to(q.dtype)
+
+
+def attention_columns(
+    q: Heads,
+    k: Float[Tensor, "b a s d"],
+    keys: Sequence[int],
+    *,
+    scale: float,
+    bias: Bias | None = None,
+) -> Float[Tensor, "b a t c"]:
+    """How much every token attends to the tokens ``keys``, per head, streamed over the queries."""
+    columns = list(keys)
+    parts = [
+        _logits(q[:, :, part], k, scale, _rows_of(bias, part)).softmax(-1)[..., columns]
+        for part in _query_chunks(q, k)
+    ]
+    return torch.cat(parts, dim=2).to(q.dtype)
+
+
+def relevance_hop(  # noqa: PLR0913 - all of one attention call
+    relevance: Float[Tensor, "b t"],
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    grad_output: Heads,
+    *,
+    scale: float,
+    bias: Bias | None = None,
+) -> Float[Tensor, "b t"]:
+    """Carry token relevance one block down, along attention weighted by its own gradient.
+
+    Computes ``relevance @ mean over heads of relu(A * dA)`` (Chefer et al. 2021, generic attention
+    explainability), where the gradient of the attention map needs no map: with o = A v,
+    dA[i, j] is the product of the output gradient at i with the value at j.
+
+    Args:
+        relevance: how much each token matters after this block.
+        q: queries.
+        k: keys.
+        v: values.
+        grad_output: gradient of the class score at ``A @ v``, per head.
+        scale: factor on the dot products, as the host used it.
+        bias: added to the logits.
+    """
+    carried = torch.zeros_like(relevance)
+    for part in _query_chunks(q, k):
+        attention = _logits(q[:, :, part], k, scale, _rows_of(bias, part)).softmax(-1)
+        gradient = grad_output[:, :, part].to(attention.dtype) @ v.mT.to(attention.dtype)
+        weighted = (attention * gradient).relu_().mean(1)
+        carried = carried + torch.einsum(
+            "bi,bij->bj", relevance[:, part].to(weighted.dtype), weighted
+        )
+    return carried.to(relevance.dtype)
+
+
+def head_mean(
+    q: Heads, k: Float[Tensor, "b a s d"], *, scale: float, bias: Bias | None = None
+) -> Float[Tensor, "b t s"]:
+    """The whole attention map averaged over heads, built head by head for those who ask for it."""
+    total = q.new_zeros(q.shape[0], q.shape[2], k.shape[2], dtype=_soft_dtype(q))
+    for head in range(q.shape[1]):
+        one = slice(head, head + 1)
+        of_head = bias if bias is None or bias.shape[1] == 1 else bias[:, one]
+        total = total + _logits(q[:, one], k[:, one], scale, of_head).softmax(-1)[:, 0]
+    return (total / q.shape[1]).to(q.dtype)
+
+
+def _soft_dtype(q: Tensor) -> torch.dtype:
+    return torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
+
+
+def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Scaled dot products in at least float32: half precision softmax rows do not sum to one."""
+    dtype = _soft_dtype(q)
+    logits = (q.to(dtype) * scale) @ k.to(dtype).mT
+    return logits if bias is None else logits + bias.to(dtype)
+
+
+def _rows_of(bias: Tensor | None, rows: "slice | list[int]") -> Tensor | None:
+    return bias if bias is None or bias.shape[-2] == 1 else bias[..., rows, :]
+
+
+def _query_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
+    images, heads, tokens, _ = q.shape
+    step = max(1, CHUNK_ELEMENTS // (images * heads * k.shape[2]))
+    return (slice(start, start + step) for start in range(0, tokens, step))

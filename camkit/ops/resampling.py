@@ -1,0 +1,60 @@
+"""Class maps and masks brought to another size."""
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+from torch.nn import functional as F
+
+from camkit.tensors import Cam
+
+
+def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
+    """Resize class maps, bilinearly.
+
+    A value belongs to the centre of its patch, and a patch covers the same pixels at every size:
+    ``align_corners=False`` keeps the centres where they are. Aligned corners would pull the outer
+    centres onto the rim of the image and shift every map by up to half a patch. A side that
+    shrinks is smoothed first, so that no value is skipped.
+
+    Args:
+        cam: class maps of any range and float dtype; both are kept.
+        size: rows and columns wanted.
+
+    Returns:
+        The maps at ``size``; gradients flow back.
+    """
+    _check_size(size)
+    rows, cols = cam.shape[-2:]
+    shrinks = size[0] < rows or size[1] < cols
+    # torch has no antialiased kernel in half precision, so those maps are widened on the way
+    wide = cam.to(torch.promote_types(cam.dtype, torch.float32))
+    resized = F.interpolate(
+        wide, size=size, mode="bilinear", align_corners=False, antialias=shrinks
+    )
+    return resized.to(cam.dtype)
+
+
+def resize_mask(mask: Integer[Tensor, "... H W"], size: tuple[int, int]) -> Integer[Tensor, "..."]:
+    """Resize masks by taking, for each new pixel, the old one under its centre.
+
+    No value is invented: classes are names, not quantities. The centres are the ones of
+    `resize_cam`, in whole numbers, so that every integer dtype and size is exact.
+
+    Args:
+        mask: class values, any leading axes.
+        size: rows and columns wanted.
+
+    Returns:
+        Masks of the same dtype at ``size``.
+    """
+    _check_size(size)
+    rows, cols = (
+        (2 * torch.arange(new, device=mask.device) + 1) * old // (2 * new)
+        for new, old in zip(size, mask.shape[-2:], strict=True)
+    )
+    return mask[..., rows[:, None], cols]
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if min(size) < 1:
+        raise ValueError(f"`size` must be at least 1x1 (rows, columns), got {size[0]}x{size[1]}")

@@ -1,0 +1,249 @@
+"""Pictures to look at: palette PNGs, overlays and contact sheets."""
+
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, Integer, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from camkit.errors import DataError
+from camkit.palette import voc_palette
+
+Picture: TypeAlias = UInt8[np.ndarray, "H W 3"]
+"""Colours in 0..255, red first."""
+
+_Cell: TypeAlias = UInt8[np.ndarray, "_ _ 3"]  # of a table: each may have its own size
+_Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+_IGNORE = 255
+_FULLY_PAINTED = 0.6  # evidence from here on has the full opacity
+_LIGHT_GREY = (224, 224, 224)
+_PAPER, _INK, _FAINT_INK = (248, 248, 246), (34, 34, 34), (96, 96, 96)
+_GAP, _MARGIN = 10, 20
+
+
+def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: str | Path) -> None:
+    """Write a mask as a PNG in the colours of PASCAL VOC, whose pixel values are the ids.
+
+    The file appears complete or not at all: it is written under another name and then renamed.
+
+    Args:
+        mask: ids in 0..255.
+        path: where to; it must end in ``.png``, and its folder must exist.
+
+    Raises:
+        ValueError: the mask has other ids, or the path another ending.
+        DataError: the folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"`path` must end in .png, which keeps ids exact, got {path.name}")
+    if not path.parent.is_dir():
+        raise DataError(f"{path} cannot be written: {path.parent} is not a folder; make it first")
+    image = Image.fromarray(_ids(mask))
+    image.putpalette(voc_palette())
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        image.save(unfinished, format="PNG")
+        os.replace(unfinished, path)  # noqa: PTH105 - atomic by contract
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def overlay_mask(
+    rgb: Picture,
+    mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"],
+    *,
+    opacity: float = 0.55,
+) -> Picture:
+    """Lay a mask over a photo in the colours of PASCAL VOC, with a line along each border.
+
+    Args:
+        rgb: the photo.
+        mask: ids at photo size; 0 stays clear, 255 becomes light grey.
+        opacity: of the colours, in [0, 1]; 0.55 keeps texture visible under the darkest of them.
+
+    Returns:
+        The painted photo.
+
+    Raises:
+        ValueError: the sizes differ, or a value is out of range.
+    """
+    ids = _ids(mask)
+    _check(rgb, ids, opacity)
+    palette = np.array(voc_palette()).reshape(256, 3)
+    palette[_IGNORE] = _LIGHT_GREY
+    colours = palette[ids]
+    painted = np.where(ids[:, :, None] > 0, _mix(rgb, colours, opacity), rgb)
+    edge = _borders(ids)[:, :, None]
+    return np.where(edge, _mix(colours, 255, 0.45), painted).round().astype(np.uint8)
+
+
+def overlay_cam(
+    rgb: Picture,
+    cam: Float[Tensor, "H W"] | Float[np.ndarray, "H W"],
+    *,
+    opacity: float = 0.5,
+) -> Picture:
+    """Lay a class map over a photo, in a colour map whose steps look equally large.
+
+    Args:
+        rgb: the photo.
+        cam: evidence in [0, 1] at photo size.
+        opacity: of evidence above 0.6, in [0, 1]; weaker evidence is more transparent, and none at
+            all leaves the photo as it is. At 0.5 paint and photo are equally visible.
+
+    Returns:
+        The painted photo.
+
+    Raises:
+        ValueError: the sizes differ, or a value is out of range.
+    """
+    evidence = _to_array(cam).astype(np.float64)
+    _check(rgb, evidence, opacity)
+    if not bool(((evidence >= 0) & (evidence <= 1)).all()):
+        raise ValueError(
+            f"`cam` must lie in [0, 1], got {evidence.min():.3g} to {evidence.max():.3g}; "
+            "normalise it first"
+        )
+    levels = (evidence * 255).round().astype(np.uint8)
+    colours = cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[:, :, ::-1]
+    ramp = np.minimum(evidence / _FULLY_PAINTED, 1)
+    ramp = ramp * ramp * (3 - 2 * ramp)  # smooth at both ends: no rim where the paint begins
+    return _mix(rgb, colours, opacity * ramp[:, :, None]).round().astype(np.uint8)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[_Cell]],
+    *,
+    titles: Sequence[str],
+    captions: Sequence[str] = (),
+    cell: int = 260,
+) -> Picture:
+    """Lay pictures out in a table.
+
+    All cells are equally large; a picture is scaled to fit its cell and keeps its aspect.
+
+    Args:
+        rows: the pictures, as many in each row as there are titles.
+        titles: one for each column.
+        captions: one for each row, written above it, or none.
+        cell: width of a cell in pixels and its greatest height; 260 puts five columns on a screen.
+
+    Returns:
+        The sheet.
+
+    Raises:
+        ValueError: rows, titles and captions do not fit together, or cells are below 32 pixels.
+    """
+    _check_table(rows, titles, captions, cell)
+    fitted = [[_fit(picture, cell) for picture in row] for row in rows]
+    height = max(picture.height for row in fitted for picture in row)
+    title_font = ImageFont.load_default(size=max(11, cell // 16))
+    caption_font = ImageFont.load_default(size=max(10, cell // 19))
+    head = _line_height(title_font) + _GAP
+    foot = _line_height(caption_font) + _GAP if captions else 0
+    inner = len(titles) * (cell + _GAP) - _GAP
+    pitch = foot + height + _GAP + (_GAP // 2 if captions else 0)
+    size = (inner + 2 * _MARGIN, head + len(rows) * pitch + 2 * _MARGIN - _GAP)
+    sheet = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    lefts = [_MARGIN + column * (cell + _GAP) for column in range(len(titles))]
+    for left, title in zip(lefts, titles, strict=True):
+        short = _shorten(title, title_font, cell)
+        draw.text((left + cell // 2, _MARGIN), short, _INK, title_font, anchor="ma")
+    for index, (row, caption) in enumerate(zip(fitted, captions or [""] * len(rows), strict=True)):
+        top = _MARGIN + head + index * pitch
+        draw.text((_MARGIN, top), _shorten(caption, caption_font, inner), _FAINT_INK, caption_font)
+        for left, picture in zip(lefts, row, strict=True):
+            sheet.paste(picture, (left + (cell - picture.width) // 2, top + foot))
+    return np.array(sheet)
+
+
+def _to_array(values: Tensor | np.ndarray) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+
+
+def _ids(mask: Tensor | np.ndarray) -> UInt8[np.ndarray, "H W"]:
+    ids = _to_array(mask)
+    if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"`mask` must hold integer ids in rows and columns, got {ids.dtype} of shape "
+            f"{ids.shape}; take one image of a batch"
+        )
+    if ids.min() < 0 or ids.max() > _IGNORE:
+        raise ValueError(f"`mask` must hold ids in 0..255, got {ids.min()} to {ids.max()}")
+    return np.ascontiguousarray(ids.astype(np.uint8))
+
+
+def _check(rgb: np.ndarray, layer: np.ndarray, opacity: float) -> None:
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+        raise ValueError(
+            f"`rgb` must be uint8 of shape (rows, cols, 3), got {rgb.dtype} of shape {rgb.shape}"
+        )
+    if layer.shape != rgb.shape[:2]:
+        raise ValueError(
+            f"the photo has {rgb.shape[0]}x{rgb.shape[1]} pixels (rows x columns) but what to lay "
+            f"over it has shape {layer.shape}; resize it to the photo first"
+        )
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"`opacity` must lie in [0, 1], got {opacity}")
+
+
+def _mix(
+    below: np.ndarray, above: np.ndarray | int, opacity: float | np.ndarray
+) -> Float[np.ndarray, "H W 3"]:
+    return below + opacity * (np.asarray(above, dtype=np.float64) - below)
+
+
+def _borders(ids: UInt8[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
+    """Mark the pixels of a class that another id lies within reach of, thicker on larger photos."""
+    reach = 1 + 2 * max(1, round(max(ids.shape) / 500))
+    kernel = np.ones((reach, reach), np.uint8)
+    return (
+        (ids > 0)
+        & (ids < _IGNORE)
+        & ((cv2.erode(ids, kernel) != ids) | (cv2.dilate(ids, kernel) != ids))
+    )
+
+
+def _check_table(
+    rows: Sequence[Sequence[_Cell]], titles: Sequence[str], captions: Sequence[str], cell: int
+) -> None:
+    if cell < 32:
+        raise ValueError(f"`cell` must be at least 32 pixels, got {cell}")
+    if not rows or not titles:
+        raise ValueError("a contact sheet needs at least one row and one column, got none")
+    for index, row in enumerate(rows):
+        if len(row) != len(titles):
+            raise ValueError(
+                f"row {index} has {len(row)} pictures for {len(titles)} titles; "
+                "give one picture for each title"
+            )
+    if captions and len(captions) != len(rows):
+        raise ValueError(f"got {len(captions)} captions for {len(rows)} rows; give one for each")
+
+
+def _fit(picture: _Cell, cell: int) -> Image.Image:
+    scale = cell / max(picture.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
+    return Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _line_height(font: _Font) -> int:
+    top, bottom = font.getbbox("\u00c1gj")[1::2]
+    return round(bottom - top)
+
+
+def _shorten(text: str, font: _Font, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."

@@ -1,0 +1,218 @@
+"""Photo: an image file becomes normalised pixels, colours in [0, 1] and its original size."""
+
+import math
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from camkit.errors import DataError
+from camkit.tensors import RGB, Pixels
+
+# Where a file breaks decides which of these PIL lets through.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One picture, ready for a model.
+
+    Attributes:
+        pixels: the model's input, normalised, one image.
+        rgb: the same picture with colours in [0, 1].
+        size: rows and columns of the original, upright as its EXIF orientation asks.
+        path: the file it came from, if it came from one.
+    """
+
+    pixels: Pixels
+    rgb: RGB
+    size: tuple[int, int]
+    path: Path | None = None
+
+
+def load_photo(
+    path: str | Path,
+    *,
+    size: int | tuple[int, int] | None = 384,
+    mean: float | Sequence[float] = 0.5,
+    std: float | Sequence[float] = 0.5,
+    multiple: int = 16,
+) -> Photo:
+    """Read an image file for a model.
+
+    The picture is turned upright, laid over white where it is transparent, and resized by PIL's
+    antialiased bicubic filter: the one timm evaluates with, and it cannot overshoot [0, 1].
+
+    Args:
+        path: an image of any kind PIL reads, 8 or 16 bits a channel.
+        size: the long side, aspect kept and both sides rounded to ``multiple``; or exact rows and
+            columns; or None for the original size rounded to ``multiple``. 384 keeps small objects
+            a few patches wide and is what most ViTs were fine-tuned at.
+        mean: subtracted from the colours, one number or three; 0.5 is what the augreg and
+            DeiT-like "inception" checkpoints were trained with.
+        std: what the difference is divided by, one number or three.
+        multiple: the patch size of the model, or any multiple of it.
+
+    Returns:
+        The photo, float32, on the CPU.
+
+    Raises:
+        DataError: the file is missing or cannot be decoded.
+        ValueError: a setting cannot be used.
+    """
+    path = Path(path)
+    with _explained(path):
+        image = _to_rgb(ImageOps.exif_transpose(decode(path)))
+    return _prepare(image, path, size=size, mean=mean, std=std, multiple=multiple)
+
+
+def photo_from_array(
+    rgb: UInt8[np.ndarray, "H W 3"],
+    *,
+    size: int | tuple[int, int] | None = 384,
+    mean: float | Sequence[float] = 0.5,
+    std: float | Sequence[float] = 0.5,
+    multiple: int = 16,
+) -> Photo:
+    """Make a photo of an array; the settings are those of `load_photo`.
+
+    Args:
+        rgb: colours in 0..255, red first (OpenCV reads blue first).
+        size: long side, exact rows and columns, or None.
+        mean: subtracted from the colours, one number or three.
+        std: what the difference is divided by, one number or three.
+        multiple: what both sides are rounded to.
+
+    Returns:
+        The photo, float32, on the CPU, without a path.
+
+    Raises:
+        ValueError: the array is no colour picture, or a setting cannot be used.
+    """
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.size == 0:
+        raise ValueError(
+            f"`rgb` must be uint8 of shape (rows, cols, 3), got {rgb.dtype} of shape {rgb.shape}; "
+            "scale colours to 0..255 and put them on the last axis"
+        )
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    return _prepare(image, None, size=size, mean=mean, std=std, multiple=multiple)
+
+
+def decode(path: Path) -> Image.Image:
+    """Read an image file as it is stored: no rotation, no change of mode.
+
+    Raises:
+        DataError: the file is missing, a folder, broken, of no known kind, or too large to trust.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist; check the path")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, expected an image file; name a file in it")
+    with _explained(path):
+        image = Image.open(path)
+        with image:
+            image.load()
+    return image
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata does not matter to the pixels
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except _BOMB as error:
+        raise DataError(
+            f"{path} holds more than the {Image.MAX_IMAGE_PIXELS} pixels PIL trusts; make it "
+            "smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you know where it comes from"
+        ) from error
+    except _BROKEN as error:
+        raise DataError(
+            f"{path} cannot be read as an image ({error}); "
+            "copy it again, or convert it to 8-bit RGB PNG or JPEG"
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT:
+        image = _to_eight_bit(image)
+    if image.mode == "F":
+        raise ValueError("mode F, floats of unknown range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _to_eight_bit(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image).astype(np.int64)  # PIL's own conversion clips at 255
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError(f"values {levels.min()} to {levels.max()}, expected 0 to 65535")
+    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+
+
+def _prepare(
+    image: Image.Image,
+    path: Path | None,
+    *,
+    size: int | tuple[int, int] | None,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    multiple: int,
+) -> Photo:
+    shift, scale = _per_channel("mean", mean), _per_channel("std", std)
+    if not bool((scale > 0).all()):
+        raise ValueError(f"`std` must be positive, got {std}; 0.5 or the ImageNet values are usual")
+    original = (image.height, image.width)
+    rows, cols = _model_size(original, size, multiple)
+    if (rows, cols) != original:
+        image = image.resize((cols, rows), Image.Resampling.BICUBIC)
+    rgb = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous() / 255
+    return Photo(pixels=(rgb - shift) / scale, rgb=rgb, size=original, path=path)
+
+
+def _per_channel(name: str, value: float | Sequence[float]) -> torch.Tensor:
+    numbers = list(value) if isinstance(value, Sequence) else [value]
+    if len(numbers) not in (1, 3) or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(
+            f"`{name}` must be one finite number or three (red, green, blue), got {value}; "
+            "take it from the model's own preprocessing"
+        )
+    return torch.tensor(numbers, dtype=torch.float32).view(1, -1, 1, 1)
+
+
+def _model_size(
+    original: tuple[int, int], size: int | tuple[int, int] | None, multiple: int
+) -> tuple[int, int]:
+    if multiple < 1:
+        raise ValueError(f"`multiple` must be at least 1, got {multiple}; use the patch size")
+    if isinstance(size, tuple):
+        if any(side < 1 or side % multiple for side in size):
+            raise ValueError(
+                f"`size` must be rows and columns divisible by {multiple}, got {size}; "
+                f"use {tuple(_nearest(side, 1, multiple) for side in size)} or set `multiple`"
+            )
+        return size
+    long_side = max(original)
+    target = long_side if size is None else size
+    if target < 1:
+        raise ValueError(f"`size` must be at least 1, got {size}; 384 is the default")
+    rows, cols = (_nearest(side * target, long_side, multiple) for side in original)
+    return rows, cols
+
+
+def _nearest(numerator: int, denominator: int, multiple: int) -> int:
+    """Round a fraction to the nearest positive multiple, halves up, without floats."""
+    step = denominator * multiple
+    return max(1, (2 * numerator + step) // (2 * step)) * multiple

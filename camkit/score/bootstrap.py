@@ -1,0 +1,129 @@
+"""How sure a gain in mean IoU is: a paired bootstrap over images."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from camkit.score.confusion import Definition, Overlap
+
+_CHUNK_BYTES = 100 * 2**20  # of working memory, whatever the size of the set
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What ``other`` gains over ``base``, all in [0, 1] units of mean IoU.
+
+    ``low`` to ``high`` is the percentile interval of the gain; ``chance_below_zero`` is the share
+    of resampled sets on which ``other`` is strictly worse.
+    """
+
+    mean_iou_base: float
+    mean_iou_other: float
+    gain: float
+    low: float
+    high: float
+    chance_below_zero: float
+
+
+def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its own)
+    base: Int[Tensor, "n c c"],
+    other: Int[Tensor, "n c c"],
+    *,
+    definition: Definition = "present",
+    classes: Sequence[int] | None = None,
+    resamples: int = 10_000,
+    rng_seed: int = 0,
+    level: float = 0.95,
+) -> Gain:
+    """Compare two methods on the same images, with the interval that the choice of images leaves.
+
+    Images are drawn with replacement, the same ones for both methods, and the mean IoU of each
+    drawn set is taken from its summed confusion. A drawn set without any of ``classes`` has no
+    mean IoU and is left out.
+
+    Args:
+        base: one confusion matrix per image.
+        other: the same images, in the same order.
+        definition: which classes count, see `mean_iou`.
+        classes: mask values to average over, 0 being the background; None takes all.
+        resamples: how many sets are drawn; 10 000 settle a 95 % interval to about its second digit.
+        rng_seed: fixes the draw.
+        level: share of the resampled gains that the interval holds.
+
+    Returns:
+        Mean IoU of both on the images as given, their difference, and its interval.
+    """
+    _check_pairs(base, other)
+    if resamples < 1 or not 0.0 < level < 1.0:
+        raise ValueError(
+            f"`resamples` must be at least 1 and `level` lie in (0, 1), got {resamples} and {level}"
+        )
+    means = [
+        Overlap.of(side.sum(0)).mean_iou(definition=definition, classes=classes)
+        for side in (base, other)
+    ]
+    if any(bool(mean.isnan()) for mean in means):
+        raise ValueError("the images hold no pixel of the chosen classes, so no mean IoU exists")
+    gains = torch.cat(
+        [
+            other_set.mean_iou(definition=definition, classes=classes)
+            - base_set.mean_iou(definition=definition, classes=classes)
+            for base_set, other_set in _resampled(base, other, resamples, rng_seed)
+        ]
+    )
+    gains = gains[~gains.isnan()]
+    if not len(gains):
+        raise ValueError("no resampled set holds a pixel of the chosen classes; draw more sets")
+    edges = gains.new_tensor([(1.0 - level) / 2, (1.0 + level) / 2])
+    low, high = torch.quantile(gains, edges).tolist()
+    return Gain(
+        mean_iou_base=float(means[0]),
+        mean_iou_other=float(means[1]),
+        gain=float(means[1] - means[0]),
+        low=low,
+        high=high,
+        chance_below_zero=float((gains < 0).double().mean()),
+    )
+
+
+def _resampled(
+    base: Tensor, other: Tensor, resamples: int, rng_seed: int
+) -> Iterator[tuple[Overlap, Overlap]]:
+    """Both methods' overlaps on drawn sets, some sets at a time."""
+    sides = [Overlap.of(side.cpu()) for side in (base, other)]
+    parts = [part for side in sides for part in (side.hit, side.true, side.predicted)]
+    # float64 sums are exact up to 2**53 pixels, and a matrix product is far faster than int64
+    per_image = torch.stack(parts, dim=1).double()
+    images, _, num_classes = per_image.shape
+    generator = torch.Generator().manual_seed(rng_seed)
+    chunk = max(1, _CHUNK_BYTES // (8 * (4 * images + 24 * num_classes)))
+    for start in range(0, resamples, chunk):
+        times = _draw(min(chunk, resamples - start), images, generator)
+        sums = (times @ per_image.flatten(1)).long().view(-1, 6, num_classes).unbind(1)
+        yield Overlap(*sums[:3]), Overlap(*sums[3:])
+
+
+def _draw(sets: int, images: int, generator: torch.Generator) -> Float[Tensor, "r n"]:
+    """How often each image is in each drawn set."""
+    drawn = torch.randint(images, (sets, images), generator=generator)
+    drawn += images * torch.arange(sets)[:, None]
+    return torch.bincount(drawn.flatten(), minlength=sets * images).view(sets, images).double()
+
+
+def _check_pairs(base: Tensor, other: Tensor) -> None:
+    if base.shape != other.shape:
+        raise ValueError(
+            f"`base` and `other` must hold the same images and classes, got {tuple(base.shape)} "
+            f"and {tuple(other.shape)}"
+        )
+    if len(base) < 2:
+        raise ValueError(f"a bootstrap needs at least 2 images, got {len(base)}")
+    differs = (base.sum(-1) != other.sum(-1)).any(-1)
+    if differs.any():
+        raise ValueError(
+            "`base` and `other` must be scored on the same truth, image by image; "
+            f"image {int(differs.nonzero()[0])} differs: score both in one order"
+        )

@@ -1,0 +1,159 @@
+"""Confusion matrices of masks, and the three mIoU definitions of the field."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor
+
+from camkit.mask import IGNORE
+
+Definition: TypeAlias = Literal["present", "union", "psa"]
+"""Which classes a mean IoU averages over: see `mean_iou`."""
+
+
+def confusion_matrix(
+    truth: Integer[Tensor, "*b H W"], predicted: Integer[Tensor, "*b H W"], *, num_classes: int
+) -> Int[Tensor, "c c"]:
+    """Count the pixels of each true class by the class predicted there.
+
+    Pixels whose truth is 255 are left out. A predicted 255 counts as background: no class claimed
+    that pixel. Leaving it out instead would let a mask gain by ignoring what is hard. So a missed
+    object pixel costs its class and the background alike, and the ignore band of `to_mask` moves
+    no score. Add the matrices of all images before taking an IoU.
+
+    Args:
+        truth: values below ``num_classes``, or 255.
+        predicted: the same.
+        num_classes: how many classes there are, the background included.
+
+    Returns:
+        int64 counts; row = truth, column = prediction.
+    """
+    if truth.shape != predicted.shape:
+        raise ValueError(
+            f"`truth` and `predicted` must have one size, got {_by(truth)} and {_by(predicted)}; "
+            "resize the class maps to the size of the truth before drawing the mask"
+        )
+    rows = mask_values(truth, num_classes=num_classes, name="truth", ignored=num_classes)
+    columns = mask_values(predicted, num_classes=num_classes, name="predicted", ignored=0)
+    cells = (rows * num_classes + columns).flatten()
+    counts = torch.bincount(cells, minlength=(num_classes + 1) * num_classes)
+    return counts.view(num_classes + 1, num_classes)[:-1]  # the last row held the ignored pixels
+
+
+def mask_values(
+    mask: Integer[Tensor, "*b H W"], *, num_classes: int, name: str, ignored: int
+) -> Int[Tensor, "*b H W"]:
+    """Check a mask and put ``ignored`` where it holds 255.
+
+    Args:
+        mask: values below ``num_classes``, or 255.
+        num_classes: how many classes there are, the background included.
+        name: what to call the mask in an error.
+        ignored: the value that stands for 255.
+
+    Returns:
+        The mask in int64.
+    """
+    if not 1 <= num_classes <= IGNORE:
+        raise ValueError(f"`num_classes` must lie in 1 to {IGNORE}, got {num_classes}")
+    values = mask.long()
+    ignore = values == IGNORE
+    if values.numel():
+        low, high = (int(value) for value in values.masked_fill(ignore, 0).aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"`{name}` must hold 0 to {num_classes - 1}, or {IGNORE} to ignore, "
+                f"got {low if low < 0 else high}; `num_classes` counts the background too"
+            )
+    return values.masked_fill(ignore, ignored)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """All that an IoU needs to know: each class's pixels that are hit, true, and predicted."""
+
+    hit: Int[Tensor, "*n c"]
+    true: Int[Tensor, "*n c"]
+    predicted: Int[Tensor, "*n c"]
+
+    @classmethod
+    def of(cls, confusion: Int[Tensor, "*n c c"]) -> "Overlap":
+        counts = confusion.long()
+        return cls(counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2))
+
+    def class_iou(self) -> Float[Tensor, "*n c"]:
+        """IoU of each class, NaN where it is neither true nor predicted."""
+        return self.hit.double() / (self.true + self.predicted - self.hit)
+
+    def mean_iou(
+        self, *, definition: Definition = "present", classes: Sequence[int] | None = None
+    ) -> Float[Tensor, "*n"]:
+        """Mean IoU, as `mean_iou` tells it."""
+        iou = self.class_iou()
+        if definition == "present":
+            iou = iou.masked_fill(self.true == 0, torch.nan)
+        elif definition == "psa":
+            iou = iou.nan_to_num(0.0)
+        elif definition != "union":
+            raise ValueError(
+                f'`definition` must be "present", "union" or "psa", got "{definition}"'
+            )
+        return (iou if classes is None else iou[..., _columns(classes, iou.shape[-1])]).nanmean(-1)
+
+
+def class_iou(confusion: Int[Tensor, "*n c c"]) -> Float[Tensor, "*n c"]:
+    """IoU of each class.
+
+    Args:
+        confusion: row = truth, column = prediction; leading axes are kept.
+
+    Returns:
+        float64 in [0, 1]; NaN for a class that is neither true nor predicted anywhere.
+    """
+    return Overlap.of(confusion).class_iou()
+
+
+def mean_iou(
+    confusion: Int[Tensor, "*n c c"],
+    *,
+    definition: Definition = "present",
+    classes: Sequence[int] | None = None,
+) -> Float[Tensor, "*n"]:
+    """Mean IoU over classes, from one confusion matrix of a whole set.
+
+    The definitions differ in what a class without a true pixel does:
+
+    - ``"present"`` leaves it out, predicted or not (AFA, ToCo, CLIP-ES and most others);
+    - ``"union"`` leaves it out unless it is predicted, which scores 0 (IRN);
+    - ``"psa"`` scores it 0 in any case (PSA, MCTformer, TransCAM).
+
+    They agree where every class has a true pixel, as in a full benchmark set.
+
+    Args:
+        confusion: row = truth, column = prediction; leading axes are kept.
+        definition: which classes count; the default is the field's commonest.
+        classes: mask values to average over, 0 being the background; None takes all.
+
+    Returns:
+        float64 in [0, 1]; NaN where no class counts.
+    """
+    return Overlap.of(confusion).mean_iou(definition=definition, classes=classes)
+
+
+def _columns(classes: Sequence[int], num_classes: int) -> list[int]:
+    chosen = list(classes)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"`classes` must name at least one class, none twice, got {chosen}")
+    if min(chosen) < 0 or max(chosen) >= num_classes:
+        raise ValueError(
+            f"`classes` are mask values from 0 (background) to {num_classes - 1}, got {chosen}"
+        )
+    return chosen
+
+
+def _by(mask: Tensor) -> str:
+    return "x".join(str(side) for side in mask.shape)

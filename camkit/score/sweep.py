@@ -1,0 +1,121 @@
+"""Every background score of a sweep, counted in one pass over the pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor
+
+from camkit.mask import strongest
+from camkit.score.confusion import Definition, mask_values, mean_iou
+
+THRESHOLDS = torch.arange(96, dtype=torch.float64) / 100
+"""0.00 to 0.95 in steps of 0.01: the field's step, and past the 0.60 where its sweeps end."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The background score with the highest mean IoU, and that mean IoU in [0, 1]."""
+
+    threshold: float
+    mean_iou: float
+
+
+def sweep_confusions(
+    cam: Float[Tensor, "k H W"],
+    classes: Int[Tensor, "k"],
+    truth: Integer[Tensor, "H W"],
+    *,
+    thresholds: Float[Tensor, "s"] = THRESHOLDS,
+    num_classes: int,
+) -> Int[Tensor, "s c c"]:
+    """Count one image's confusion matrix for every background score.
+
+    Equal to `to_mask` and `confusion_matrix` at each score, ties included. A pixel's winner does
+    not depend on the background score, only whether it wins: so winners are counted by the score
+    interval they fall in, and a running sum over the intervals gives every matrix.
+
+    Args:
+        cam: maps of the asked classes in [0, 1], at the size of the truth.
+        classes: the classes asked, -1 where a slot is padding.
+        truth: 0 for background, class + 1, 255 where ignored.
+        thresholds: background scores in [0, 1], ascending.
+        num_classes: how many classes there are, the background included.
+
+    Returns:
+        One matrix per background score; add them over the images of a set.
+    """
+    _check_thresholds(thresholds)
+    if cam.shape[1:] != truth.shape:
+        raise ValueError(
+            f"`cam` must have the size of `truth`, {truth.shape[0]}x{truth.shape[1]}, "
+            f"got {cam.shape[1]}x{cam.shape[2]}; use camkit.resize_cam first"
+        )
+    if classes.numel() and int(classes.max()) + 1 >= num_classes:
+        raise ValueError(
+            f"class {int(classes.max())} needs `num_classes` of {int(classes.max()) + 2} or more, "
+            f"got {num_classes}; the background counts too"
+        )
+    score, slot = strongest(cam[None], classes[None])
+    rows = mask_values(truth, num_classes=num_classes, name="truth", ignored=num_classes)
+    # scores are compared in the dtype of the maps, as `to_mask` compares them
+    steps = thresholds.to(cam.device, cam.dtype).contiguous()
+    beaten = torch.bucketize(score[0].detach(), steps)  # how many thresholds lie below the score
+    shape = (len(steps) + 1, num_classes + 1, len(classes))
+    cells = slot[0].add(rows.add(beaten, alpha=shape[1]), alpha=shape[2])
+    counts = torch.bincount(cells.flatten(), minlength=shape[0] * shape[1] * shape[2])
+    counts = counts.view(shape)[:, :-1]  # the last row held the ignored pixels
+
+    total = counts.sum(0)
+    wins = total - counts.cumsum(0)[:-1]  # at threshold j the pixels win that beat more than j
+    # a padded slot only ever loses, so it may stand in the background column
+    columns = (classes.long() + 1).clamp_min(0)
+    confusions = counts.new_zeros(len(steps), num_classes, num_classes)
+    confusions.index_add_(2, columns, wins)
+    confusions[..., 0] += (total - wins).sum(-1)
+    return confusions
+
+
+def best_threshold(
+    confusions: Int[Tensor, "s c c"],
+    thresholds: Float[Tensor, "s"] = THRESHOLDS,
+    *,
+    definition: Definition = "present",
+    classes: Sequence[int] | None = None,
+) -> Best:
+    """The background score with the highest mean IoU; the lowest one where several tie.
+
+    A score chosen on the set it is reported on flatters the maps: choose on one split, report on
+    another.
+
+    Args:
+        confusions: one matrix per background score, summed over a set.
+        thresholds: the background scores, as given to `sweep_confusions`.
+        definition: which classes count, see `mean_iou`.
+        classes: mask values to average over, 0 being the background; None takes all.
+
+    Returns:
+        The score and its mean IoU.
+    """
+    if len(thresholds) != len(confusions):
+        raise ValueError(
+            f"`thresholds` must hold one score for each of the {len(confusions)} matrices, "
+            f"got {len(thresholds)}; pass those of sweep_confusions"
+        )
+    means = mean_iou(confusions, definition=definition, classes=classes)
+    if means.isnan().all():
+        raise ValueError("`confusions` hold no pixel of the chosen classes, so no mean IoU exists")
+    at = int(means.nan_to_num(-1.0).argmax())
+    return Best(threshold=float(thresholds[at]), mean_iou=float(means[at]))
+
+
+def _check_thresholds(thresholds: Tensor) -> None:
+    if not len(thresholds):
+        raise ValueError("`thresholds` must hold at least one background score, got none")
+    inside = ((thresholds >= 0.0) & (thresholds <= 1.0)).all()
+    if not inside or (thresholds.diff() <= 0).any():
+        raise ValueError(
+            "`thresholds` must ascend within [0, 1], each score once, "
+            f"got {[round(float(value), 4) for value in thresholds[:5]]}...; use torch.unique"
+        )

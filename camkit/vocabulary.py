@@ -1,0 +1,138 @@
+"""Class names, and the classifier outputs that stand behind each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The classes a user speaks of, over the outputs a classifier has.
+
+    A name may list synonyms, separated by commas. ``members`` tells which outputs count as each
+    class; without it, name i is output i.
+
+    >>> animals = Vocabulary(("cat", "dog"), members=((281, 282), (151,)))
+    >>> animals.index("Dog")
+    1
+    """
+
+    names: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.names or not all(name.strip() for name in self.names):
+            raise ValueError("a vocabulary needs at least one name, and no name may be blank")
+        if self.members is None:
+            return
+        if len(self.members) != len(self.names):
+            raise ValueError(
+                f"`members` must hold one entry for each of the {len(self.names)} names, "
+                f"got {len(self.members)}"
+            )
+        for name, outputs in zip(self.names, self.members, strict=True):
+            if not outputs or min(outputs) < 0 or len(set(outputs)) < len(outputs):
+                raise ValueError(
+                    f'`members` of "{name}" must be outputs from 0, at least one and none twice, '
+                    f"got {outputs}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self, name_or_index: str | int) -> int:
+        """Find a class.
+
+        Args:
+            name_or_index: an index, a whole name, or one of the synonyms within a name; upper and
+                lower case are the same. A whole name goes before another class's synonym.
+
+        Returns:
+            The index of the class.
+        """
+        if isinstance(name_or_index, int):
+            if not 0 <= name_or_index < len(self):
+                raise ValueError(
+                    f"a class index lies in 0 to {len(self) - 1} here, got {name_or_index}"
+                )
+            return name_or_index
+        wanted = _plain(name_or_index)
+        matches = [i for i, name in enumerate(self.names) if _plain(name) == wanted]
+        matches = matches or [i for i, name in enumerate(self.names) if wanted in _synonyms(name)]
+        if len(matches) > 1:
+            listed = ", ".join(f'{i} "{self.names[i]}"' for i in matches)
+            raise ValueError(
+                f'"{name_or_index}" names {len(matches)} classes: {listed}; use an index'
+            )
+        if not matches:
+            raise ValueError(f'no class is called "{name_or_index}"{self._suggestion(wanted)}')
+        return matches[0]
+
+    def resolve(self, items: Sequence[str | int]) -> tuple[int, ...]:
+        """Find several classes, keeping their order.
+
+        Args:
+            items: names or indices; none may come twice, under whatever name.
+
+        Returns:
+            Their indices.
+        """
+        if not items:
+            raise ValueError("name at least one class, got none")
+        found = tuple(self.index(item) for item in items)
+        for position, index in enumerate(found):
+            if index in found[:position]:
+                earlier = items[found.index(index)]
+                raise ValueError(
+                    f"{earlier!r} and {items[position]!r} are the same class, {index} "
+                    f'"{self.names[index]}"; name each class once'
+                )
+        return found
+
+    def score(self, outputs: Float[Tensor, "... o"]) -> Float[Tensor, "... C"]:
+        """Join the outputs of each class into one score.
+
+        The score is the logsumexp over the members: the log of their summed softmax mass, up to
+        the constant that all classes share. That is our choice; it lets many weak members count.
+
+        Args:
+            outputs: classifier scores before softmax, one per output.
+
+        Returns:
+            One score per class; the outputs themselves without ``members``.
+        """
+        count = outputs.shape[-1]
+        if self.members is None:
+            if count != len(self):
+                raise ValueError(
+                    f"`outputs` must hold one score for each of the {len(self)} names, got "
+                    f"{count}; give `members` where names and outputs differ"
+                )
+            return outputs
+        largest = max(max(member) for member in self.members)
+        if count <= largest:
+            raise ValueError(
+                f"`outputs` must hold at least {largest + 1} scores, as output {largest} is a "
+                f"member, got {count}; is this the classifier the vocabulary was made for?"
+            )
+        grouped = [outputs[..., list(member)].logsumexp(-1) for member in self.members]
+        return torch.stack(grouped, dim=-1)
+
+    def _suggestion(self, wanted: str) -> str:
+        known = {word: None for name in self.names for word in (_plain(name), *_synonyms(name))}
+        close = get_close_matches(wanted, known, n=3)
+        if not close:
+            return f"; there are {len(self)}, such as {', '.join(self.names[:3])}"
+        return "; did you mean " + " or ".join(f'"{word}"' for word in close) + "?"
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower()
+
+
+def _synonyms(name: str) -> list[str]:
+    return [_plain(part) for part in name.split(",")]

@@ -1,0 +1,38 @@
+"""Fixtures shared by all tests, and one guard that lets timm run beside a CPU-only torch."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def _allow_torchvision_without_its_kernels():
+    """Declare two operators so that torchvision imports where its compiled part is missing."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        sys.torchvision_stubs = library  # the operators live as long as the library object
+
+
+_allow_torchvision_without_its_kernels()
+
+
+@pytest.fixture(autouse=True)
+def rng_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real photos, masks and weights; tests that need them skip where the folder is absent."""
+    folder = os.environ.get("CAMKIT_DATA", "")
+    if not folder or not (Path(folder) / "voc12_animals").is_dir():
+        pytest.skip("CAMKIT_DATA does not name a folder with voc12_animals/ and weights/")
+    return Path(folder)

@@ -1,0 +1,151 @@
+"""Class maps turned into pseudo masks."""
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from jaxtyping import config
+
+from camkit.mask import gate, power_threshold, to_mask
+
+
+@pytest.fixture
+def no_shape_checks():
+    """What a user runs: without the shape checker that the tests put in front."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+def row(*classes: list[float]) -> torch.Tensor:
+    """One image of one row of pixels; each argument is the map of one class."""
+    return torch.tensor(classes)[None, :, None, :]
+
+
+def test_a_pixel_takes_its_strongest_class_if_that_beats_the_background():
+    cam = row([0.9, 0.2, 0.5, 0.1], [0.3, 0.8, 0.6, 0.4])
+    mask = to_mask(cam, torch.tensor([[7, 2]]), background_score=0.45)
+    assert mask.tolist() == [[[8, 3, 3, 0]]]
+    assert mask.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_tie_with_the_background_goes_to_the_background(dtype):
+    cam = row([0.1, 0.45, 0.46]).to(dtype)
+    assert to_mask(cam, background_score=0.45).tolist() == [[[0, 0, 1]]]
+
+
+def test_a_tie_between_classes_goes_to_the_one_asked_first():
+    assert to_mask(row([0.7], [0.7]), torch.tensor([[5, 1]])).tolist() == [[[6]]]
+
+
+def test_padding_never_wins_even_over_a_background_of_zero():
+    cam = row([0.0, 0.2, 0.0], [1.0, 1.0, 1.0])
+    mask = to_mask(cam, torch.tensor([[4, -1]]), background_score=0.0)
+    assert mask.tolist() == [[[0, 5, 0]]]
+
+
+def test_gate_zeroes_padded_slots_only():
+    cam = row([0.3, 0.4], [0.5, 0.6])
+    assert torch.equal(gate(cam, torch.tensor([[-1, 0]])), row([0.0, 0.0], [0.5, 0.6]))
+
+
+def test_without_classes_the_mask_is_numbered_by_slot():
+    assert to_mask(row([0.9, 0.0], [0.0, 0.9])).tolist() == [[[1, 2]]]
+
+
+def test_the_ignore_band_lies_above_its_lower_bound_and_up_to_the_background_score():
+    cam = row([0.2, 0.25, 0.26, 0.7, 0.71])
+    mask = to_mask(cam, background_score=0.7, ignore_below=0.25)
+    assert mask.tolist() == [[[0, 0, 255, 255, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "root"), [(1.0, 0.5), (2.0, (3 - 5**0.5) / 2), (0.5, (5**0.5 - 1) / 2)]
+)
+def test_power_thresholds_known_in_closed_form(alpha, root):
+    assert power_threshold(alpha) == pytest.approx(root, abs=1e-15)
+
+
+@given(alpha=st.floats(0.05, 20.0))
+def test_the_power_background_draws_the_mask_of_the_literal_background_plane(alpha):
+    cam = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    plane = (1 - cam.amax(dim=1, keepdim=True)) ** alpha
+    known = torch.cat([plane, cam], dim=1).argmax(dim=1)
+    mask = to_mask(cam, background="power", background_score=alpha)
+    assert torch.equal(mask.long(), known)
+
+
+def test_permuted_classes_draw_the_same_mask():
+    cam = torch.rand(2, 4, 9, 9)
+    classes = torch.tensor([[3, 0, 9, -1], [2, 7, 5, 1]])
+    order = torch.tensor([2, 3, 1, 0])
+    assert torch.equal(to_mask(cam, classes), to_mask(cam[:, order], classes[:, order]))
+
+
+def test_a_cam_with_a_gradient_can_be_drawn():
+    cam = torch.tensor([[[[0.9, 0.1]]]], requires_grad=True)
+    assert to_mask(cam).tolist() == [[[1, 0]]]
+
+
+def test_no_image_at_all_gives_no_mask():
+    assert to_mask(torch.zeros(0, 2, 4, 4), torch.zeros(0, 2).long()).shape == (0, 4, 4)
+
+
+def test_class_253_is_the_last_that_fits():
+    assert to_mask(row([0.9]), torch.tensor([[253]])).tolist() == [[[254]]]
+    with pytest.raises(ValueError, match="classes 0 to 253, got class 254; use classes=None"):
+        to_mask(row([0.9]), torch.tensor([[254]]))
+
+
+def test_more_slots_than_fit_are_refused():
+    with pytest.raises(ValueError, match="classes 0 to 253, got class 254"):
+        to_mask(torch.zeros(1, 255, 1, 1))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), -0.01, 1.01])
+def test_a_cam_outside_its_range_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\] without NaN, .* normalise"):
+        to_mask(row([0.5, wrong]))
+
+
+def test_rounding_past_the_range_is_accepted():
+    assert to_mask(row([1.00005, -0.00005])).tolist() == [[[1, 0]]]
+
+
+def test_a_cam_without_maps_is_refused():
+    with pytest.raises(ValueError, match="at least one class map, got none; pad with class -1"):
+        to_mask(torch.zeros(1, 0, 2, 2))
+
+
+def test_classes_below_minus_one_are_refused():
+    with pytest.raises(ValueError, match="indices from 0, or -1 for padding, got -2"):
+        to_mask(row([0.5]), torch.tensor([[-2]]))
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_classes_that_do_not_name_every_map_are_refused():
+    with pytest.raises(ValueError, match=r"name the 2 maps of each of 1 images, got shape \(1, 3"):
+        to_mask(torch.zeros(1, 2, 2, 2), torch.tensor([[0, 1, 2]]))
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_an_unknown_background_is_refused():
+    with pytest.raises(ValueError, match='"constant" or "power", got "otsu"'):
+        to_mask(row([0.5]), background="otsu")
+
+
+def test_an_exponent_is_no_constant_background_score():
+    with pytest.raises(ValueError, match=r"lie in \[0, 1\], got 2.0; an exponent goes with"):
+        to_mask(row([0.5]), background_score=2.0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
+def test_an_exponent_must_be_above_zero(alpha):
+    with pytest.raises(ValueError, match=f"must be above 0, got {alpha}"):
+        to_mask(row([0.5]), background="power", background_score=alpha)
+
+
+@pytest.mark.parametrize("low", [0.45, 0.6, -0.1])
+def test_an_ignore_band_must_lie_below_the_background_score(low):
+    with pytest.raises(ValueError, match=rf"must lie in \[0, 0.45\), .*, got {low}"):
+        to_mask(row([0.5]), background_score=0.45, ignore_below=low)

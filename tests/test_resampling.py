@@ -1,0 +1,83 @@
+"""Resizing of class maps and masks."""
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch.nn import functional as F
+
+from camkit.ops.resampling import resize_cam, resize_mask
+
+SIDES = st.integers(1, 12)
+
+
+def test_doubling_a_row_keeps_patch_centres_where_they_are():
+    cam = torch.tensor([[[[0.0, 1.0]]]])
+    out = resize_cam(cam, (1, 4))
+    torch.testing.assert_close(out, torch.tensor([[[[0.0, 0.25, 0.75, 1.0]]]]))
+
+
+def test_halving_smooths_so_that_no_value_is_skipped():
+    cam = torch.zeros(1, 1, 1, 8)
+    cam[..., 3] = 1.0
+    # the triangle of width 4 around new centres 2 and 4 (old pixels 3.5 -> weights 3/8 and 1/8)
+    out = resize_cam(cam, (1, 4))
+    torch.testing.assert_close(out, torch.tensor([[[[0.0, 0.375, 0.125, 0.0]]]]))
+
+
+def test_the_same_size_changes_nothing():
+    cam = torch.rand(2, 3, 5, 7)
+    assert torch.equal(resize_cam(cam, (5, 7)), cam)
+
+
+@given(rows=SIDES, cols=SIDES, new_rows=SIDES, new_cols=SIDES)
+def test_the_range_of_a_cam_is_kept(rows, cols, new_rows, new_cols):
+    cam = torch.rand(1, 2, rows, cols)
+    out = resize_cam(cam, (new_rows, new_cols))
+    assert out.shape == (1, 2, new_rows, new_cols)
+    assert out.min() >= cam.min() - 1e-6
+    assert out.max() <= cam.max() + 1e-6
+
+
+@pytest.mark.parametrize("size", [(9, 3), (2, 11), (2, 3), (8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype, size):
+    cam = torch.rand(1, 2, 4, 5).to(dtype)
+    out = resize_cam(cam, size)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, resize_cam(cam.float(), size).to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [(6, 7), (2, 2), (2, 7)])
+def test_the_gradient_of_resizing_is_right(size):
+    cam = torch.rand(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: resize_cam(x, size), cam)
+
+
+def test_no_image_at_all_gives_none():
+    assert resize_cam(torch.zeros(0, 2, 4, 4), (8, 2)).shape == (0, 2, 8, 2)
+
+
+def test_a_strided_cam_resizes_like_its_copy():
+    cam = torch.rand(1, 2, 6, 5).transpose(-1, -2)
+    torch.testing.assert_close(resize_cam(cam, (9, 4)), resize_cam(cam.contiguous(), (9, 4)))
+
+
+@given(rows=SIDES, cols=SIDES, new_rows=SIDES, new_cols=SIDES)
+def test_masks_follow_the_nearest_exact_rule_of_torch(rows, cols, new_rows, new_cols):
+    mask = torch.randint(0, 256, (2, rows, cols), dtype=torch.uint8)
+    known = F.interpolate(mask[:, None].float(), size=(new_rows, new_cols), mode="nearest-exact")
+    assert torch.equal(resize_mask(mask, (new_rows, new_cols)), known[:, 0].to(torch.uint8))
+
+
+def test_tripling_a_mask_repeats_each_value_in_any_integer_dtype():
+    mask = torch.tensor([[7, 2**40]])
+    assert resize_mask(mask, (1, 6)).tolist() == [[7, 7, 7, 2**40, 2**40, 2**40]]
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, -1)])
+def test_a_size_below_one_is_refused(size):
+    words = f"at least 1x1 .rows, columns., got {size[0]}x{size[1]}"
+    with pytest.raises(ValueError, match=words):
+        resize_cam(torch.rand(1, 1, 2, 2), size)
+    with pytest.raises(ValueError, match=words):
+        resize_mask(torch.zeros(1, 2, 2, dtype=torch.int64), size)
