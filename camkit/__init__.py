@@ -1,1 +1,34 @@
 """Any pretrained Vision Transformer and image-level labels become pixel masks to trust."""
+
+from camkit.capture import Capture as Capture, watch as watch
+from camkit.edit import ScaleOutput as ScaleOutput, attach as attach
+from camkit.errors import (
+    CamkitError as CamkitError,
+    CaptureError as CaptureError,
+    DataError as DataError,
+    UnsupportedModelError as UnsupportedModelError,
+)
+from camkit.grid import Grid as Grid
+from camkit.mask import power_threshold as power_threshold, to_mask as to_mask
+from camkit.ops.resampling import resize_cam as resize_cam
+from camkit.photo import (
+    Photo as Photo,
+    load_photo as load_photo,
+    photo_from_array as photo_from_array,
+)
+from camkit.pipeline import Pipeline as Pipeline, wrap as wrap
+from camkit.refine import (
+    DenseCRF as DenseCRF,
+    Normalize as Normalize,
+    Propagate as Propagate,
+    chain as chain,
+    normalize_cam as normalize_cam,
+)
+from camkit.result import Result as Result
+from camkit.seed import (
+    ClassAttentionSeed as ClassAttentionSeed,
+    ClassWeightSeed as ClassWeightSeed,
+    GradientSeed as GradientSeed,
+    RolloutSeed as RolloutSeed,
+)
+from camkit.vocabulary import Vocabulary as Vocabulary

@@ -1,7 +1,5 @@
 """Pictures to look at: palette PNGs, overlays and contact sheets."""
 
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -12,6 +10,7 @@ from jaxtyping import Bool, Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from camkit.atomic import unfinished
 from camkit.errors import DataError
 from camkit.palette import voc_palette
 
@@ -48,12 +47,14 @@ def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: s
         raise DataError(f"{path} cannot be written: {path.parent} is not a folder; make it first")
     image = Image.fromarray(_ids(mask))
     image.putpalette(voc_palette())
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        image.save(unfinished, format="PNG")
-        os.replace(unfinished, path)  # noqa: PTH105 - atomic by contract
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with unfinished(path) as draft:
+        image.save(draft, format="PNG")
+
+
+def save_picture(rgb: Picture, path: str | Path) -> None:
+    """Write a picture as a PNG, complete or not at all."""
+    with unfinished(Path(path)) as draft:
+        Image.fromarray(rgb).save(draft, format="PNG")
 
 
 def overlay_mask(

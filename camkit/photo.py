@@ -58,7 +58,7 @@ def load_photo(
             columns; or None for the original size rounded to ``multiple``. 384 keeps small objects
             a few patches wide and is what most ViTs were fine-tuned at.
         mean: subtracted from the colours, one number or three; 0.5 is what the augreg and
-            DeiT-like "inception" checkpoints were trained with.
+            other "inception"-normalised checkpoints were trained with.
         std: what the difference is divided by, one number or three.
         multiple: the patch size of the model, or any multiple of it.
 
@@ -70,9 +70,19 @@ def load_photo(
         ValueError: a setting cannot be used.
     """
     path = Path(path)
-    with _explained(path):
-        image = _to_rgb(ImageOps.exif_transpose(decode(path)))
+    image = Image.fromarray(read_picture(path))
     return _prepare(image, path, size=size, mean=mean, std=std, multiple=multiple)
+
+
+def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
+    """Read an image file as colours in 0..255 at its own size, upright, over white.
+
+    Raises:
+        DataError: the file is missing or cannot be decoded.
+    """
+    path = Path(path)
+    with _explained(path):
+        return np.array(_to_rgb(ImageOps.exif_transpose(decode(path))))
 
 
 def photo_from_array(

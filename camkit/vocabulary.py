@@ -93,6 +93,23 @@ class Vocabulary:
                 )
         return found
 
+    def subset(self, items: Sequence[str | int]) -> "Vocabulary":
+        """Keep some classes, named as asked, in the order asked.
+
+        Args:
+            items: names or indices; none may come twice.
+
+        Returns:
+            A vocabulary over the same classifier outputs.
+        """
+        found = self.resolve(items)
+        names = tuple(
+            item if isinstance(item, str) else self.names[index]
+            for item, index in zip(items, found, strict=True)
+        )
+        members = self.members or tuple((index,) for index in range(len(self)))
+        return Vocabulary(names, tuple(members[index] for index in found))
+
     def score(self, outputs: Float[Tensor, "... o"]) -> Float[Tensor, "... C"]:
         """Join the outputs of each class into one score.
 

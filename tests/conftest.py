@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -27,6 +28,12 @@ _allow_torchvision_without_its_kernels()
 @pytest.fixture(autouse=True)
 def rng_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_shape_checks(monkeypatch):
+    """Users run without a shape checker, so camkit's own checks have to hold alone."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

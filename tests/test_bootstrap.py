@@ -2,17 +2,8 @@
 
 import pytest
 import torch
-from jaxtyping import config
 
 from camkit.score import mean_iou, paired_gain
-
-
-@pytest.fixture
-def no_shape_checks():
-    """What a user runs: without the shape checker that the tests put in front."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
 
 
 def population(images: int, *, better: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,17 +3,8 @@
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from jaxtyping import config
 
 from camkit.mask import gate, power_threshold, to_mask
-
-
-@pytest.fixture
-def no_shape_checks():
-    """What a user runs: without the shape checker that the tests put in front."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
 
 
 def row(*classes: list[float]) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Pictures: known colours of PASCAL VOC, blends worked by hand, layouts measured."""
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -11,12 +10,6 @@ from camkit.paint import contact_sheet, overlay_cam, overlay_mask, save_mask
 from camkit.palette import voc_palette
 
 GREY = np.full((20, 20, 3), 100, np.uint8)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Users run without a shape checker, so our own checks have to hold alone."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +68,7 @@ def test_a_failed_save_leaves_the_old_mask_alone(tmp_path, monkeypatch):
         (np.array([[-1, 3]]), "ids in 0..255, got -1 to 3"),
     ],
 )
-def test_a_mask_without_ids_is_not_saved(tmp_path, unchecked, mask, words):
+def test_a_mask_without_ids_is_not_saved(tmp_path, no_shape_checks, mask, words):
     with pytest.raises(ValueError, match=words):
         save_mask(mask, tmp_path / "mask.png")
 
@@ -139,7 +132,7 @@ def test_a_cam_out_of_range_is_refused(cam):
         overlay_cam(GREY[:1, :2], np.array(cam))
 
 
-def test_a_layer_of_another_size_is_refused(unchecked):
+def test_a_layer_of_another_size_is_refused(no_shape_checks):
     with pytest.raises(ValueError, match=r"20x20 pixels .* has shape \(10, 20\); resize it"):
         overlay_cam(GREY, np.zeros((10, 20)))
 

@@ -1,6 +1,5 @@
 """Image files become pixels; the answers come from PIL, from files drawn by hand, or by hand."""
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -24,12 +23,6 @@ def wide(tmp_path):
     path = tmp_path / "wide.png"
     Image.fromarray(pixels).save(path)
     return path
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Users run without a shape checker, so our own checks have to hold alone."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def test_pixels_are_the_colours_normalised(wide):
@@ -201,6 +194,6 @@ def test_a_setting_that_cannot_be_used_is_refused(wide, settings, words):
     [np.zeros((3, 16, 16), np.uint8), np.zeros((16, 16, 3)), np.zeros((0, 16, 3), np.uint8)],
     ids=["channels first", "floats", "empty"],
 )
-def test_an_array_that_is_no_picture_is_refused(unchecked, array):
+def test_an_array_that_is_no_picture_is_refused(no_shape_checks, array):
     with pytest.raises(ValueError, match=r"`rgb` must be uint8 of shape \(rows, cols, 3\), got"):
         photo_from_array(array)

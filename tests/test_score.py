@@ -3,7 +3,6 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from jaxtyping import config
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from camkit.mask import to_mask
@@ -19,14 +18,6 @@ from camkit.score import (
 # classes: background, a, b (predicted, never true), c (neither)
 ABSENT_BUT_PREDICTED = torch.tensor([[6, 2, 2, 0], [1, 4, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 IOU = [6 / 11, 4 / 7, 0.0, float("nan")]
-
-
-@pytest.fixture
-def no_shape_checks():
-    """What a user runs: without the shape checker that the tests put in front."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
 
 
 def masks(num_classes: int, *shape: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ PROJECTIONS = (
 CLASS_PARAMETERS = ("cls_token", "class_token", "class_embedding", "cls_embedding")
 DISTILLATION_PARAMETERS = ("dist_token", "distillation_token")
 REGISTER_PARAMETERS = ("reg_token", "register_tokens", "storage_tokens")
+
+_MEASURED: "WeakKeyDictionary[nn.Module, Anatomy]" = WeakKeyDictionary()
+_MEASURING: "WeakSet[nn.Module]" = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,24 @@ def find_pixels(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4:
             return value
     raise CaptureError("no image batch (b, 3, H, W) among the arguments the model was called with")
+
+
+def known_anatomy(
+    model: nn.Module, attention: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Anatomy:
+    """The model's anatomy, measured at its first call and remembered for as long as it lives."""
+    if model not in _MEASURED:
+        _MEASURING.add(model)
+        try:
+            _MEASURED[model] = measure_anatomy(model, attention, args, kwargs)
+        finally:
+            _MEASURING.discard(model)
+    return _MEASURED[model]
+
+
+def being_measured(model: nn.Module) -> bool:
+    """Whether the running forward is one of `measure_anatomy`; nothing else should look at it."""
+    return model in _MEASURING
 
 
 def measure_anatomy(

@@ -30,7 +30,6 @@ class Attention(Protocol):
     def shape(self) -> tuple[int, int, int, int]:
         """Images, heads, queries, keys."""
 
-    @property
     def watched(self) -> Tensor:
         """The tensor of the host's graph that gradients are taken at."""
 
@@ -71,7 +70,6 @@ class FusedAttention:
         images, heads, tokens, _ = self.q.shape
         return images, heads, tokens, self.k.shape[2]
 
-    @property
     def watched(self) -> Tensor:
         if self.output is None or not self.output.requires_grad:
             raise CaptureError(_NO_GRAPH)
@@ -93,7 +91,7 @@ class FusedAttention:
 
     def gradient_rows(self, gradient: Tensor, queries: Sequence[int]) -> Map:
         # o = A v, so the gradient at A[i, j] is the output gradient at i times the value at j
-        return gradient[:, :, list(queries)] @ self._values.mT
+        return gradient[:, :, list(queries)] @ self._values.mT.to(gradient.dtype)
 
     def hop(self, relevance: Float[Tensor, "b t"], gradient: Tensor) -> Float[Tensor, "b s"]:
         return relevance_hop(
@@ -103,7 +101,7 @@ class FusedAttention:
             self._values.detach(),
             gradient,
             scale=self.scale,
-            bias=self.bias,
+            bias=None if self.bias is None else self.bias.detach(),
         )
 
     @property
@@ -124,7 +122,6 @@ class ExplicitAttention:
         images, heads, tokens, keys = self.weights.shape
         return images, heads, tokens, keys
 
-    @property
     def watched(self) -> Tensor:
         if not self.weights.requires_grad:
             raise CaptureError(_NO_GRAPH)

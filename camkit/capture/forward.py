@@ -21,6 +21,7 @@ class Forward:
     images: int = 0
     running: nn.Module | None = None
     grid: Grid | None = None
+    anatomy: Anatomy | None = None
     tail: list[TailCall] = field(default_factory=list)
     outputs: Tensor | None = None
 

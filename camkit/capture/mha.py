@@ -74,8 +74,8 @@ def multi_head_attention(  # noqa: PLR0913 - the signature is torch's
         scaled = q * math.sqrt(1.0 / head_dim)
         logits = torch.bmm(scaled, k.mT) if mask is None else torch.baddbmm(mask, scaled, k.mT)
         weights = torch.softmax(logits.unflatten(0, split), dim=-1)
-        kept = F.dropout(weights, dropout) if dropout else weights
-        output = torch.bmm(kept.flatten(0, 1), v).transpose(0, 1)
+        weights = F.dropout(weights, dropout) if dropout else weights
+        output = torch.bmm(weights.flatten(0, 1), v).transpose(0, 1)
     else:
         weights = None
         if mask is not None:
@@ -101,15 +101,23 @@ def _project(
     separate: tuple[Tensor | None, Tensor | None, Tensor | None] | None,
 ) -> tuple[Tensor, ...]:
     query, key, value = inputs
-    if separate is None and joined_weight is not None and query is key and key is value:
-        projected = F.linear(query, joined_weight, bias)
-        split = projected.unflatten(-1, (3, query.shape[-1])).unsqueeze(0).transpose(0, -2)
-        return tuple(split.squeeze(-2).contiguous())
+    dim = query.shape[-1]
+    if separate is None and joined_weight is not None and key is value:
+        if query is key:
+            return _linear_parts(query, joined_weight, bias, 3)
+        own, shared = (None, None) if bias is None else (bias[:dim], bias[dim:])
+        q = F.linear(query, joined_weight[:dim], own)
+        return q, *_linear_parts(key, joined_weight[dim:], shared, 2)
     weights = separate if separate is not None else _thirds(joined_weight)
     biases = (None, None, None) if bias is None else bias.chunk(3)
     return tuple(
         F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True) if w is not None
     )
+
+
+def _linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> tuple[Tensor, ...]:
+    projected = F.linear(x, weight, bias).unflatten(-1, (parts, x.shape[-1]))
+    return tuple(projected.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous())
 
 
 def _thirds(weight: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -100,4 +100,4 @@ def scores_of(output: Any) -> Tensor | None:
         return scores_of(output.get("logits"))
     if isinstance(output, tuple | list):
         return next((s for s in map(scores_of, output) if s is not None), None)
-    return scores_of(getattr(output, "logits", None))
+    return scores_of(output.logits) if hasattr(output, "logits") else None

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from camkit.capture.anatomy import (
-    Anatomy,
+    being_measured,
     find_attention,
     find_patch_embedding,
     find_pixels,
-    measure_anatomy,
+    known_anatomy,
 )
 from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
 from camkit.capture.forward import Forward, checked_grid
@@ -27,7 +27,6 @@ from camkit.grid import Grid
 from camkit.tensors import RGB
 from camkit.vocabulary import Vocabulary
 
-_ANATOMIES: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 _RUNS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # attention calls a forward makes
 
 
@@ -87,11 +86,13 @@ class Watch:
         self._vocabulary = vocabulary
         self._hooks = Hooks()
         self._tap = Tap(self._on_fused, self._on_explicit)
-        self._measuring = False
+        self._tapping = False
+        self._mode_outside = True
         self._mode_before: bool | None = None
         self._forward = Forward()
 
     def __enter__(self) -> "Watch":
+        self._mode_outside = torch.is_grad_enabled()
         self._hooks.before(self._model, self._before_model)
         self._hooks.after(self._model, self._after_model)
         for module in self._attention.values():
@@ -111,7 +112,8 @@ class Watch:
         traceback: TracebackType | None,
     ) -> None:
         self._hooks.remove()
-        self._restore_grad_mode()
+        self._untap()
+        self._restore_grad_mode(self._mode_outside)
 
     @property
     def capture(self) -> Capture:
@@ -131,7 +133,7 @@ class Watch:
                 "torch (xFormers, flash-attn) hides its attention: switch it off for this model"
             )
         kept = self._keep.pick(forward.kept, forward.calls)
-        anatomy = _ANATOMIES.get(self._model)
+        anatomy = forward.anatomy
         if anatomy is None:
             raise CaptureError(
                 "the model was not called through its own forward, so its tokens are not measured; "
@@ -150,44 +152,43 @@ class Watch:
         )
 
     def _before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._measuring:
+        if being_measured(self._model):
             return
         self._forward = Forward()
         self._forward.images = find_pixels(args, kwargs).shape[0]
-        if self._model not in _ANATOMIES:
-            self._measuring = True
-            try:
-                modules = list(self._attention.values())
-                _ANATOMIES[self._model] = measure_anatomy(self._model, modules, args, kwargs)
-            finally:
-                self._measuring = False
+        self._mode_before = torch.is_grad_enabled() if self._gradients else None
+        modules = list(self._attention.values())
+        self._forward.anatomy = known_anatomy(self._model, modules, args, kwargs)
 
     def _after_model(self, *call: Any) -> None:
-        if self._measuring:
+        if being_measured(self._model):
             return
-        self._restore_grad_mode()
+        self._restore_grad_mode(self._mode_before)
+        if call[-1] is None:  # the forward raised
+            return
         outputs = scores_of(call[-1])
         self._forward.outputs = outputs if outputs is None or self._gradients else outputs.detach()
         _RUNS[self._model] = self._forward.calls
 
     def _before_attention(self, module: nn.Module, *_: Any) -> None:
-        if not self._measuring:
+        if not being_measured(self._model):
             self._forward.modules += 1
             self._forward.tail.clear()
             self._forward.running = module
+            self._tapping = True
             self._tap.__enter__()
 
     def _after_attention(self, *_: Any) -> None:
-        if not self._measuring:
-            self._tap.__exit__(None, None, None)
+        if not being_measured(self._model):
+            self._untap()
 
     def _after_embedding(self, *call: Any) -> None:
-        if not self._measuring:
+        if not being_measured(self._model):
             self._forward.grid = Grid(*call[-1].shape[-2:])
 
     def _after_tail(self, *call: Any) -> None:
         module, args, _, output = call
-        if self._measuring or self._forward.calls == 0 or not args:
+        if being_measured(self._model) or self._forward.calls == 0 or not args:
             return
         if isinstance(args[0], Tensor) and isinstance(output, Tensor):
             self._forward.tail.append(TailCall(module, args[0].detach(), output.detach()))
@@ -227,12 +228,16 @@ class Watch:
             raise CaptureError(
                 "gradients cannot be taken under torch.inference_mode; use torch.no_grad instead"
             )
-        if self._mode_before is None:
-            self._mode_before = torch.is_grad_enabled()
         torch.set_grad_enabled(True)  # until the model returns
         return tensor.detach().requires_grad_()
 
-    def _restore_grad_mode(self) -> None:
-        if self._mode_before is not None:
-            torch.set_grad_enabled(self._mode_before)
+    def _restore_grad_mode(self, mode: bool | None) -> None:
+        if self._mode_before is not None and mode is not None:
+            torch.set_grad_enabled(mode)
             self._mode_before = None
+
+    def _untap(self) -> None:
+        """Leave the mode if it is on: an interrupt, or another's hook that raised, skips steps."""
+        if self._tapping:
+            self._tapping = False
+            self._tap.__exit__(None, None, None)

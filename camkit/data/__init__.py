@@ -1,6 +1,7 @@
 """Data sets: image files with image-level labels, and masks to measure against."""
 
 from camkit.data.folder import PlainFolder, open_folder
+from camkit.data.imagenet import VOC_IN_IMAGENET
 from camkit.data.layout import open_dataset
 from camkit.data.sample import DataSet, Sample, mask_classes, read_mask
 from camkit.data.shapes import SHAPE_CLASSES, draw_shapes, write_shapes
@@ -9,6 +10,7 @@ from camkit.data.voc import VOC_CLASSES, VOCFolder, open_voc
 __all__ = [
     "SHAPE_CLASSES",
     "VOC_CLASSES",
+    "VOC_IN_IMAGENET",
     "DataSet",
     "PlainFolder",
     "Sample",

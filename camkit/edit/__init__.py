@@ -1,1 +1,4 @@
 """What changes a forward from the inside."""
+
+from camkit.edit.controls import ScaleOutput as ScaleOutput
+from camkit.edit.protocol import Edit as Edit, Handle as Handle, attach as attach

@@ -59,8 +59,8 @@ def relevance_hop(  # noqa: PLR0913 - all of one attention call
     relevance: Float[Tensor, "b t"],
     q: Heads,
     k: Heads,
-    v: Heads,
-    grad_output: Heads,
+    v: Float[Tensor, "b a t e"],
+    grad_output: Float[Tensor, "b a t e"],
     *,
     scale: float,
     bias: Bias | None = None,
@@ -120,5 +120,5 @@ def _rows_of(bias: Tensor | None, rows: "slice | list[int]") -> Tensor | None:
 
 def _query_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
     images, heads, tokens, _ = q.shape
-    step = max(1, CHUNK_ELEMENTS // (images * heads * k.shape[2]))
+    step = max(1, CHUNK_ELEMENTS // max(1, images * heads * k.shape[2]))
     return (slice(start, start + step) for start in range(0, tokens, step))

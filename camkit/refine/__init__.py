@@ -1,5 +1,6 @@
 """Class maps made better after the forward."""
 
+from camkit.refine.crf import DenseCRF as DenseCRF
 from camkit.refine.normalize import Normalize as Normalize, normalize_cam as normalize_cam
 from camkit.refine.propagate import Propagate as Propagate
 from camkit.refine.protocol import Chain as Chain, Refiner as Refiner, chain as chain

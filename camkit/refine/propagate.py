@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from camkit.capture.attention import Attention
 from camkit.capture.record import Capture
+from camkit.ops.affinity import balance
 from camkit.tensors import Cam
 
 
@@ -13,19 +17,22 @@ class Propagate:
     """Spread scores along the patch-to-patch attention of the captured blocks.
 
     Each step replaces a patch's score by the average over the patches it attends to, heads and
-    blocks averaged, as MCTformer and TransCAM do with their summed maps; rows scaled to sum to one
-    are our choice, they keep scores within the range of the incoming map. No token-by-token map is
-    built.
+    blocks averaged, as MCTformer and TransCAM do with their summed maps; that rows are scaled to
+    sum to one is our choice, it keeps scores within the range of the incoming map.
 
     Attributes:
         steps: how many times the scores are spread.
         blocks: use only the last n captured blocks; None uses all.
         mix: share of the spread scores in the result; the rest is the incoming map.
+        balance: rounds of Sinkhorn normalisation of the affinity (`camkit.ops.affinity.balance`),
+            as CLIP-ES does with 3. With 0 scores are streamed through fused attention; else one
+            ``(b, n, n)`` affinity, heads and blocks averaged, lives for the length of the call.
     """
 
     steps: int = 1
     blocks: int | None = None
     mix: float = 1.0
+    balance: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -34,12 +41,28 @@ class Propagate:
             raise ValueError(f"`blocks` must be at least 1, got {self.blocks}")
         if not 0.0 <= self.mix <= 1.0:
             raise ValueError(f"`mix` must lie in [0, 1], got {self.mix}")
+        if self.balance < 0:
+            raise ValueError(f"`balance` must be at least 0, got {self.balance}")
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
         blocks = capture.blocks if self.blocks is None else capture.blocks[-self.blocks :]
-        patches = capture.patches
         scores = capture.grid.flatten(cam)
+        affinity = (
+            self._balanced(blocks, capture.patches).to(scores.dtype) if self.balance else None
+        )
         for _ in range(self.steps):
-            spread = torch.stack([block.propagate(scores, patches) for block in blocks]).mean(0)
+            if affinity is None:
+                parts = [block.propagate(scores, capture.patches) for block in blocks]
+                spread = torch.stack(parts).mean(0)
+            else:
+                spread = scores @ affinity.mT
             scores = torch.lerp(scores, spread, self.mix)
         return capture.grid.fold(scores)
+
+    def _balanced(
+        self, blocks: tuple[Attention, ...], patches: list[int]
+    ) -> Float[Tensor, "b n n"]:
+        total = blocks[0].head_mean()[:, patches][:, :, patches]
+        for block in blocks[1:]:
+            total = total + block.head_mean()[:, patches][:, :, patches]
+        return balance(total, rounds=self.balance)

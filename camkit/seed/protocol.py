@@ -64,5 +64,5 @@ def class_gradients(capture: Capture, column: Int[Tensor, " b"]) -> tuple[Tensor
     with torch.inference_mode(mode=False), torch.enable_grad():
         chosen = capture.scores.gather(1, column.clamp_min(0)[:, None])[:, 0]
         total = chosen.masked_fill(column < 0, 0.0).sum()
-        watched = [block.watched for block in capture.blocks]
+        watched = [block.watched() for block in capture.blocks]
         return torch.autograd.grad(total, watched, retain_graph=True)

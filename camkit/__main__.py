@@ -1,0 +1,7 @@
+"""The command line as ``python -m camkit``."""
+
+import sys
+
+from camkit.cli import main
+
+sys.exit(main())

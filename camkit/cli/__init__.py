@@ -1,0 +1,49 @@
+"""The command line: camkit demo, cam, bench, doctor."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from camkit.cli import bench, cam, demo, doctor
+from camkit.errors import CamkitError
+
+COMMANDS = {"demo": demo, "cam": cam, "bench": bench, "doctor": doctor}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 when all went well, 1 when something could not be done, 2 for a wrong command line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="camkit",
+        description="Pixel masks from a pretrained Vision Transformer and image-level labels.",
+        epilog="`camkit COMMAND --help` shows examples.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").strip().splitlines()[0]
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(execute=module.execute)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.execute(options))
+    except (CamkitError, ValueError) as error:
+        return complain(error)
+    except KeyboardInterrupt:
+        print("camkit: interrupted; finished results are kept", file=sys.stderr)
+        return 1
+
+
+def complain(error: Exception) -> int:
+    """Say what went wrong in one line."""
+    print(f"camkit: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1

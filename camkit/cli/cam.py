@@ -1,0 +1,100 @@
+"""Segment photos: mask, overlay, maps and manifest of each into its own folder."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from camkit.cli.models import OpenedModel, add_model_arguments, open_model
+from camkit.errors import CamkitError
+from camkit.photo import load_photo
+from camkit.pipeline import Pipeline, wrap
+
+EXAMPLES = """examples:
+  camkit cam cat.jpg --classes cat
+  camkit cam photos/*.jpg --classes cat,dog --out masks
+  camkit cam bird.jpg --classes "junco, snowbird" --background-score 0.6
+  camkit cam lap.jpg --classes 281,282        ImageNet outputs by index
+
+Names are ImageNet's own (any synonym) or the 20 of PASCAL VOC, which gather ImageNet outputs. A
+name with commas in it works when it is the only one. Without --classes, the first guess is taken.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument(
+        "--classes", default=None, help="what is in the pictures: names or indices, by commas"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/cam"),
+        help="folder to write to, one sub-folder per photo (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--background-score",
+        type=float,
+        default=None,
+        help="what a class must beat to own a pixel, in [0, 1]; higher means smaller masks",
+    )
+    add_model_arguments(parser)
+
+
+def execute(options: argparse.Namespace) -> int:
+    opened = open_model(options.model, size=options.size)
+    classes = None if options.classes is None else _classes(opened, options.classes)
+    settings = {}
+    if options.background_score is not None:
+        settings["background_score"] = options.background_score
+    pipeline = wrap(opened.model, vocabulary=opened.vocabulary, **settings)
+    folders = _folders(options.images, options.out)
+    failed = 0
+    pairs = list(zip(options.images, folders, strict=True))
+    for path, folder in tqdm(pairs, unit="photo", delay=2, disable=len(pairs) < 2):
+        try:
+            names = _segment(pipeline, opened, path, classes, folder)
+        except (CamkitError, ValueError, OSError) as error:  # the other photos go on
+            failed += 1
+            tqdm.write(f"camkit: {path}: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            tqdm.write(f"{folder}: {', '.join(names)}")
+    if failed:
+        print(f"camkit: {failed} of {len(pairs)} photos failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _segment(
+    pipeline: Pipeline,
+    opened: OpenedModel,
+    path: Path,
+    classes: tuple[int, ...] | None,
+    folder: Path,
+) -> tuple[str, ...]:
+    photos = opened.photos
+    photo = load_photo(
+        path, size=photos.size, mean=photos.mean, std=photos.std, multiple=photos.multiple
+    )
+    result = pipeline(photo, classes=classes)
+    result.save(folder)
+    return result.names
+
+
+def _classes(opened: OpenedModel, text: str) -> tuple[int, ...]:
+    """Read ``cat,dog``, ``281,282`` or one ImageNet name that has commas in it."""
+    if text.strip().lower() in {name.lower() for name in opened.vocabulary.names}:
+        return opened.vocabulary.resolve([text])
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    return opened.vocabulary.resolve([int(item) if item.isdigit() else item for item in items])
+
+
+def _folders(images: list[Path], out: Path) -> list[Path]:
+    """One folder per photo, named after it; photos of the same name get numbers."""
+    taken: dict[str, int] = {}
+    folders = []
+    for path in images:
+        count = taken.get(path.stem, 0)
+        taken[path.stem] = count + 1
+        folders.append(out / (path.stem if count == 0 else f"{path.stem}-{count + 1}"))
+    return folders

@@ -1,0 +1,99 @@
+"""Result: what became of one photo, and how it is written down."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from camkit.atomic import unfinished
+from camkit.ops.resampling import resize_cam
+from camkit.paint import overlay_mask, save_mask, save_picture
+from camkit.photo import Photo, read_picture
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Maps and mask of one photo.
+
+    Attributes:
+        photo: what went in.
+        classes: the K classes asked, as vocabulary indices.
+        names: their names.
+        seed: the first maps, on the patch grid, in [0, 1].
+        cam: the refined maps at the photo's own size, in [0, 1].
+        mask: 0 background, else the value that ``legend`` names.
+        legend: name of each mask value.
+        logits: what the classifier returned.
+        settings: every setting that led here, JSON-ready.
+    """
+
+    photo: Photo
+    classes: tuple[int, ...]
+    names: tuple[str, ...]
+    seed: Float[Tensor, "1 k h w"]
+    cam: Float[Tensor, "1 k H W"]
+    mask: UInt8[Tensor, "H W"]
+    legend: dict[int, str]
+    logits: Float[Tensor, "1 o"]
+    settings: dict[str, Any]
+
+    def picture(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The photo at its own size, read again from its file where there is one."""
+        if self.photo.path is not None:
+            return read_picture(self.photo.path)
+        colours = resize_cam(self.photo.rgb, self.photo.size)[0].clamp(0, 1)
+        return (colours.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``mask.png``, ``overlay.png``, ``cam.npy`` (float32, K maps) and ``manifest.json``.
+
+        Each file appears complete or not at all, the manifest last: where it is, the rest is too.
+
+        Returns:
+            The folder, made when needed.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_mask(self.mask.cpu(), folder / "mask.png")
+        save_picture(overlay_mask(self.picture(), self.mask.cpu()), folder / "overlay.png")
+        with unfinished(folder / "cam.npy") as draft, draft.open("wb") as file:
+            np.save(file, self.cam[0].float().cpu().numpy())
+        with unfinished(folder / "manifest.json") as draft:
+            text = json.dumps(self.manifest(), indent=2, ensure_ascii=False)
+            draft.write_text(text + "\n", encoding="utf-8")
+        return folder
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything but the pixels, JSON-ready."""
+        probabilities = self.logits[0].float().softmax(-1)
+        return {
+            "photo": None if self.photo.path is None else str(self.photo.path),
+            "size": list(self.photo.size),
+            "model_size": list(self.photo.pixels.shape[-2:]),
+            "classes": [
+                {"index": index, "name": name}
+                for index, name in zip(self.classes, self.names, strict=True)
+            ],
+            "legend": {str(value): name for value, name in self.legend.items()},
+            "most_probable_output": int(probabilities.argmax()),
+            **self.settings,
+        }
+
+
+def mask_legend(classes: tuple[int, ...], names: tuple[str, ...], known: int) -> dict[int, str]:
+    """Name of each mask value: class + 1 where all known classes fit in a byte, else the slot + 1.
+
+    >>> mask_legend((281, 207), ("tabby", "golden retriever"), 1000)
+    {1: 'tabby', 2: 'golden retriever'}
+    """
+    values = [index + 1 for index in classes] if fits_a_byte(known) else range(1, len(classes) + 1)
+    return dict(zip(values, names, strict=True))
+
+
+def fits_a_byte(known: int) -> bool:
+    """Whether class + 1 of every known class stays below 255, the value that means ignore."""
+    return known <= 254

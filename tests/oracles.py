@@ -1,0 +1,82 @@
+"""Slow plain versions: whole maps, explicit loops, autograd."""
+
+from copy import deepcopy
+
+import torch
+from torch.nn.functional import softmax
+
+
+def full_attention(q, k, scale, bias=None):
+    """The whole map in float64."""
+    logits = q.double() @ k.double().mT * scale
+    return (logits if bias is None else logits + bias.double()).softmax(-1)
+
+
+def relevance_hop(relevance, q, k, v, grad_output, scale, bias=None):
+    """One step of relevance with the map as a node of the graph, head by head."""
+    attention = full_attention(q, k, scale, bias).requires_grad_()
+    (gradient,) = torch.autograd.grad(attention @ v.double(), attention, grad_output.double())
+    heads = [(attention[:, a] * gradient[:, a]).clamp_min(0) for a in range(q.shape[1])]
+    carried = relevance.double()[:, None] @ (sum(heads) / len(heads))
+    return carried[:, 0].detach()
+
+
+def propagate(q, k, values, patches, scale, bias=None):
+    """The patch part of the head-mean map, rows scaled to one, times the values."""
+    affinity = full_attention(q, k, scale, bias).mean(1)[:, patches][:, :, patches]
+    affinity = affinity / affinity.sum(-1, keepdim=True)
+    return torch.einsum("bij,bkj->bki", affinity, values.double())
+
+
+def unfused(model, pixels):
+    """Outputs and attention maps, in one graph, of a copy of a timm model without fused kernels."""
+    copy, maps = deepcopy(model).requires_grad_(), []
+    for module in copy.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+            module.attn_drop.register_forward_hook(lambda _, args, out: maps.append(out))
+    with torch.enable_grad():
+        return copy(pixels), maps
+
+
+def map_gradients(outputs, maps, classes):
+    """Gradients of one class score per image at every map; a class of -1 scores nothing."""
+    chosen = [outputs[i, c] for i, c in enumerate(classes) if c >= 0]
+    return torch.autograd.grad(sum(chosen), maps, retain_graph=True)
+
+
+def gradient_seed(outputs, maps, classes, class_tokens, patches):
+    """Attention of the class tokens times its gradient, block by block."""
+    total = 0
+    for attention, gradient in zip(maps, map_gradients(outputs, maps, classes), strict=True):
+        product = (attention * gradient).clamp_min(0)
+        total = total + product[:, :, class_tokens].mean((1, 2))[:, patches]
+    return (total / len(maps)).detach()
+
+
+def rollout_seed(outputs, maps, classes, start, patches):
+    """Chefer's matrix rule from the first block up: R = R + mean(relu(A * dA)) R."""
+    tokens = maps[0].shape[-1]
+    rollout = torch.eye(tokens).expand(len(outputs), -1, -1)
+    for attention, gradient in zip(maps, map_gradients(outputs, maps, classes), strict=True):
+        rollout = rollout + (attention * gradient).clamp_min(0).mean(1) @ rollout
+    relevance = (rollout - torch.eye(tokens))[:, start].mean(1)
+    return relevance[:, patches].detach()
+
+
+def patch_scores(tokens, patches, *layers):
+    """Every patch token alone through the layers that the pooled token goes through."""
+    scored = []
+    for position in patches:
+        x = tokens[:, position]
+        for layer in layers:
+            x = layer(x)
+        scored.append(x)
+    return torch.stack(scored, dim=1)
+
+
+def grouped(outputs, members):
+    """Log of the summed softmax mass of each group, up to the log of the whole sum."""
+    mass = softmax(outputs.double(), -1)
+    whole = outputs.double().exp().sum(-1).log()
+    return torch.stack([mass[..., list(m)].sum(-1).log() + whole for m in members], -1)

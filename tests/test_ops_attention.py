@@ -1,0 +1,176 @@
+"""Rows, columns, hops and carried values against whole maps."""
+
+import oracles
+import pytest
+import torch
+
+from camkit.ops import class_attention
+from camkit.ops.class_attention import (
+    attention_columns,
+    attention_rows,
+    head_mean,
+    relevance_hop,
+)
+from camkit.ops.propagation import propagate
+
+SIZES = [(2, 3, 1, 4), (2, 3, 17, 4), (1, 2, 196, 8), (1, 2, 785, 4), (0, 2, 17, 4)]
+SCALE = 0.37
+SPECIAL = (0, -1)
+
+
+def heads_of_fused_qkv(images, heads, patches, width):
+    """q, k, v as a host cuts them: overlapping strides, two special tokens round the patches."""
+    qkv = torch.randn(images, patches + 2, 3, heads, width)
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def patches_of(q):
+    return list(range(1, q.shape[2] - 1))
+
+
+def masked_key(tokens, images=1):
+    """The second key takes no part."""
+    bias = torch.zeros(images, 1, 1, tokens)
+    bias[..., 1] = -torch.inf
+    return bias
+
+
+BIASES = {
+    "none": lambda b, a, t: None,
+    "shared": lambda b, a, t: torch.randn(1, 1, t, t),
+    "per head": lambda b, a, t: torch.randn(1, a, t, t),
+    "per image": lambda b, a, t: torch.randn(b, 1, t, t),
+    "whole": lambda b, a, t: torch.randn(b, a, t, t),
+    "masked key": lambda b, a, t: masked_key(t, b),
+    "masked key for all": lambda b, a, t: masked_key(t),
+}
+
+
+@pytest.fixture(params=SIZES, ids=lambda size: f"{size[0]} images of {size[2]} patches")
+def qkv(request):
+    return heads_of_fused_qkv(*request.param)
+
+
+@pytest.fixture(params=BIASES)
+def biased(request):
+    q, k, v = heads_of_fused_qkv(2, 3, 17, 4)
+    return q, k, v, BIASES[request.param](2, 3, q.shape[2])
+
+
+def assert_near(found, expected, **tolerance):
+    torch.testing.assert_close(found.double(), expected, **({"rtol": 1e-5, "atol": 1e-6} | tolerance))
+
+
+def assert_all_equal_oracle(q, k, v, bias=None, **tolerance):
+    whole = oracles.full_attention(q, k, SCALE, bias)
+    options = {"scale": SCALE, "bias": bias}
+    assert_near(attention_rows(q, k, SPECIAL, **options), whole[:, :, SPECIAL], **tolerance)
+    assert_near(attention_columns(q, k, SPECIAL, **options), whole[..., SPECIAL], **tolerance)
+    assert_near(head_mean(q, k, **options), whole.mean(1), **tolerance)
+    relevance, grad = torch.rand(q.shape[0], q.shape[2]).to(q), torch.randn(v.shape).to(q)
+    assert_near(
+        relevance_hop(relevance, q, k, v, grad, **options),
+        oracles.relevance_hop(relevance, q, k, v, grad, SCALE, bias),
+        **tolerance,
+    )
+    values, patches = torch.rand(q.shape[0], 3, q.shape[2] - 2).to(q), patches_of(q)
+    assert_near(
+        propagate(q, k, values, patches, **options),
+        oracles.propagate(q, k, values, patches, SCALE, bias),
+        **tolerance,
+    )
+
+
+def test_all_forms_equal_the_whole_map(qkv):
+    assert_all_equal_oracle(*qkv)
+
+
+def test_all_forms_take_a_bias_of_any_broadcast_shape(biased):
+    assert_all_equal_oracle(*biased)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # half precision keeps 11 bits, bfloat16 8; outputs and riding values are rounded to them
+    [(torch.float16, 2e-3), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)],
+)
+def test_all_forms_in_other_precisions(dtype, tolerance):
+    q, k, v = (x.to(dtype) for x in heads_of_fused_qkv(2, 3, 17, 4))
+    bias = torch.randn(2, 3, 19, 19).to(dtype)
+    assert_all_equal_oracle(q, k, v, bias, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rows_come_back_in_the_dtype_of_the_queries(dtype):
+    q, k, _ = (x.to(dtype) for x in heads_of_fused_qkv(1, 2, 17, 4))
+    assert attention_rows(q, k, [0], scale=SCALE).dtype == dtype
+
+
+def test_streamed_chunks_equal_one_chunk(biased, monkeypatch):
+    q, k, v, bias = biased
+    monkeypatch.setattr(class_attention, "CHUNK_ELEMENTS", 5 * 2 * 3 * 19)  # 5 queries at a time
+    assert_all_equal_oracle(q, k, v, bias)
+
+
+def test_a_masked_key_is_attended_by_nobody():
+    q, k, _ = heads_of_fused_qkv(2, 3, 17, 4)
+    columns = attention_columns(q, k, [1], scale=SCALE, bias=masked_key(19))
+    assert torch.equal(columns, torch.zeros(2, 3, 19, 1))
+
+
+@pytest.mark.parametrize("form", [attention_rows, attention_columns])
+def test_rows_and_columns_are_differentiable(form):
+    q, k, _ = (x.double().requires_grad_() for x in heads_of_fused_qkv(1, 2, 3, 2))
+    bias = torch.randn(1, 1, 5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, k, b: form(q, k, [0, 2], scale=1.0, bias=b), (q, k, bias))
+
+
+def test_head_mean_is_differentiable():
+    q, k, _ = (x.double().requires_grad_() for x in heads_of_fused_qkv(1, 2, 3, 2))
+    assert torch.autograd.gradcheck(lambda q, k: head_mean(q, k, scale=1.0), (q, k))
+
+
+def test_carried_values_are_differentiable():
+    q, k, _ = (x.double().requires_grad_() for x in heads_of_fused_qkv(1, 2, 3, 2))
+    values = torch.rand(1, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda q, k, values: propagate(q, k, values, [1, 2, 3], scale=1.0), (q, k, values)
+    )
+
+
+def test_a_constant_map_stays_constant_when_carried(qkv):
+    q, k, _ = qkv
+    values = torch.full((q.shape[0], 2, q.shape[2] - 2), 0.3)
+    torch.testing.assert_close(propagate(q, k, values, patches_of(q), scale=SCALE), values)
+
+
+def test_carried_values_stay_in_the_range_of_their_map():
+    q, k, _ = heads_of_fused_qkv(2, 3, 17, 4)
+    values = torch.randn(2, 4, 17)
+    carried = propagate(3 * q, 3 * k, values, patches_of(q), scale=1.0)
+    assert (carried <= values.amax(-1, keepdim=True) + 1e-6).all()
+    assert (carried >= values.amin(-1, keepdim=True) - 1e-6).all()
+
+
+def test_permuted_classes_are_carried_alike():
+    q, k, _ = heads_of_fused_qkv(2, 3, 17, 4)
+    values, order = torch.randn(2, 4, 17), [2, 0, 3, 1]
+    carried = propagate(q, k, values, patches_of(q), scale=SCALE)
+    permuted = propagate(q, k, values[:, order], patches_of(q), scale=SCALE)
+    torch.testing.assert_close(permuted, carried[:, order])
+
+
+def test_more_maps_than_key_dimensions_are_carried():
+    q, k, _ = heads_of_fused_qkv(2, 3, 17, 4)
+    values = torch.rand(2, 21, 17)
+    expected = oracles.propagate(q, k, values, patches_of(q), SCALE)
+    assert_near(propagate(q, k, values, patches_of(q), scale=SCALE), expected)
+
+
+def test_relevance_hops_over_values_wider_than_the_keys():
+    q, k, _ = heads_of_fused_qkv(2, 3, 17, 4)
+    v, grad, relevance = torch.randn(2, 3, 19, 6), torch.randn(2, 3, 19, 6), torch.rand(2, 19)
+    assert_near(
+        relevance_hop(relevance, q, k, v, grad, scale=SCALE),
+        oracles.relevance_hop(relevance, q, k, v, grad, SCALE),
+    )

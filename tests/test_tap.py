@@ -1,0 +1,214 @@
+"""What the tap reports is what the host computed, and the host does not notice."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from camkit.capture.tap import Tap
+
+
+class Recorder:
+    """A tap and what it reported."""
+
+    def __init__(self):
+        self.fused, self.maps = [], []
+        self.tap = Tap(self._fused, self._explicit)
+
+    def _fused(self, output, *call):
+        self.fused.append(call)
+        return output
+
+    def _explicit(self, weights):
+        self.maps.append(weights)
+        return weights
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+def recomputed(q, k, v, scale, bias):
+    logits = q @ k.mT * scale
+    return (logits if bias is None else logits + bias).softmax(-1) @ v
+
+
+
+
+X, Y = torch.randn(2, 5, 8), torch.randn(2, 7, 8)
+CALLS = {
+    "self": (X, X, X),
+    "cross": (X, Y, Y),
+    "three inputs": (X, Y, Y.flip(0)),
+    "unbatched": (X[0], X[0], X[0]),
+    "unbatched cross": (X[0], Y[0], Y[0]),
+}
+BOOL = torch.rand(5, 7) > 0.7
+FLOAT = torch.randn(5, 7)
+PADDING = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+MASKS = {
+    "bool mask": {"attn_mask": BOOL},
+    "float mask": {"attn_mask": FLOAT},
+    "mask per head": {"attn_mask": torch.randn(4, 5, 7)},
+    "padding": {"key_padding_mask": PADDING},
+    "bool mask and padding": {"attn_mask": BOOL, "key_padding_mask": PADDING},
+    "float mask and padding": {"attn_mask": FLOAT, "key_padding_mask": PADDING.float() * -9},
+    "causal": {"attn_mask": torch.ones(5, 7).tril() == 0, "is_causal": True},
+    "causal and padding": {
+        "attn_mask": torch.ones(5, 7).tril() == 0,
+        "key_padding_mask": PADDING,
+        "is_causal": True,
+    },
+}
+WEIGHTS = [
+    {"need_weights": False},
+    {"need_weights": True},
+    {"need_weights": True, "average_attn_weights": False},
+]
+
+
+def assert_same_bits(module, recorder, *inputs, **options):
+    torch.manual_seed(1)
+    expected = module(*inputs, **options)
+    torch.manual_seed(1)
+    with recorder.tap:
+        found = module(*inputs, **options)
+    assert len(recorder.fused) + len(recorder.maps) == 1
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("options", WEIGHTS, ids=str)
+@pytest.mark.parametrize("inputs", CALLS.values(), ids=CALLS)
+def test_multi_head_attention_gives_the_same_bits(recorder, inputs, options):
+    module = nn.MultiheadAttention(8, 2, batch_first=True)
+    assert_same_bits(module, recorder, *inputs, **options)
+
+
+@pytest.mark.parametrize("options", WEIGHTS, ids=str)
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+def test_masked_multi_head_attention_gives_the_same_bits(recorder, masks, options):
+    module = nn.MultiheadAttention(8, 2, batch_first=True)
+    if masks.get("attn_mask") is not None and masks["attn_mask"].dtype != torch.bool:
+        masks = {name: mask.float() for name, mask in masks.items()}
+    assert_same_bits(module, recorder, X, Y, Y, **masks, **options)
+
+
+@pytest.mark.parametrize("options", WEIGHTS, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kdim": 6, "vdim": 4},
+        {"kdim": 6, "vdim": 4, "bias": False},
+        {"bias": False},
+        {"batch_first": False},
+    ],
+    ids=str,
+)
+def test_multi_head_attention_of_any_settings_gives_the_same_bits(recorder, settings, options):
+    module = nn.MultiheadAttention(8, 2, **({"batch_first": True} | settings))
+    key, value = (Y[..., : module.kdim], Y[..., : module.vdim])
+    if settings.get("batch_first") is False:
+        key = value = Y[:, :5].transpose(0, 1)
+        return assert_same_bits(module, recorder, X.transpose(0, 1), key, value, **options)
+    return assert_same_bits(module, recorder, X, key, value, **options)
+
+
+@pytest.mark.parametrize("options", WEIGHTS, ids=str)
+def test_dropout_in_training_gives_the_same_bits(recorder, options):
+    module = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True).train()
+    assert_same_bits(module, recorder, X, X, X, **options)
+
+
+def test_parameters_get_the_same_gradients(recorder):
+    plain = nn.MultiheadAttention(8, 2, batch_first=True)
+    tapped = deepcopy(plain)
+    plain(X, X, X)[0].square().sum().backward()
+    with recorder.tap:
+        tapped(X, X, X)[0].square().sum().backward()
+    for mine, theirs in zip(tapped.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_a_form_of_multi_head_attention_nobody_uses_is_refused(recorder):
+    module = nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True)
+    with recorder.tap, pytest.raises(NotImplementedError, match="bias_k, add_zero_attn or static"):
+        module(X, X, X)
+
+
+SPELLINGS = {
+    "torch": lambda x: torch.softmax(x, -1),
+    "torch by name": lambda x: torch.softmax(x, dim=3),
+    "torch all by name": lambda x: torch.softmax(input=x, dim=-1),
+    "method": lambda x: x.softmax(3),
+    "method by name": lambda x: x.softmax(dim=-1),
+    "functional": lambda x: F.softmax(x, -1),
+    "functional by name": lambda x: F.softmax(x, dim=3),
+    "functional with dtype": lambda x: F.softmax(x, dim=-1, dtype=torch.float32),
+    "module": nn.Softmax(dim=-1),
+}
+
+
+@pytest.mark.parametrize("spelled", SPELLINGS.values(), ids=SPELLINGS)
+def test_every_spelling_of_softmax_is_seen_once(recorder, spelled):
+    logits = torch.randn(2, 3, 5, 5)
+    with recorder.tap:
+        weights = spelled(logits)
+    assert [seen is weights for seen in recorder.maps] == [True]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((2, 3, 5, 5), 1), ((2, 3, 5, 5), -2), ((2, 5), -1), ((2, 3, 5), -1)]
+)
+def test_a_softmax_that_is_no_attention_is_not_reported(recorder, shape, dim):
+    with recorder.tap:
+        torch.softmax(torch.randn(shape), dim)
+    assert recorder.maps == []
+
+
+FUSED = {
+    "plain": {},
+    "bool mask": {"attn_mask": torch.rand(2, 1, 5, 7) > 0.2},
+    "bool mask of two axes": {"attn_mask": torch.rand(5, 7) > 0.2},
+    "float mask": {"attn_mask": torch.randn(2, 4, 5, 7)},
+    "float mask of three axes": {"attn_mask": torch.randn(4, 5, 7)},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.9},
+}
+
+
+@pytest.mark.parametrize("options", FUSED.values(), ids=FUSED)
+def test_what_was_reported_recomputes_to_the_output(recorder, options):
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 6)
+    with recorder.tap:
+        output = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(recomputed(*recorder.fused[0]), output)
+    assert torch.equal(output, F.scaled_dot_product_attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("masked", [{}, {"is_causal": True}, {"attn_mask": torch.randn(5, 5)}])
+def test_grouped_queries_recompute_to_the_output(recorder, masked):
+    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    with recorder.tap:
+        output = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **masked)
+    torch.testing.assert_close(recomputed(*recorder.fused[0]), output)
+
+
+def test_arguments_by_position_recompute_to_the_output(recorder):
+    q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+    with recorder.tap:
+        output = F.scaled_dot_product_attention(q, k, v, None, 0.0, True)
+    torch.testing.assert_close(recomputed(*recorder.fused[0]), output)
+
+
+def test_the_host_goes_on_with_what_the_tap_returns():
+    q = torch.randn(1, 2, 5, 8)
+    with Tap(lambda output, *_: output + 1, lambda weights: weights * 2):
+        fused = F.scaled_dot_product_attention(q, q, q)
+        explicit = torch.softmax(q, -1)
+    torch.testing.assert_close(fused, F.scaled_dot_product_attention(q, q, q) + 1)
+    torch.testing.assert_close(explicit, q.softmax(-1) * 2)

@@ -1,0 +1,269 @@
+"""A watched model leaves our hands as it came."""
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+from hosts import HandMade, tiny
+from torch import nn
+
+from camkit.capture import find_attention, watch
+from camkit.errors import CaptureError
+from camkit.seed import RolloutSeed
+
+CLASSES = torch.tensor([[1], [2]])
+
+
+def hooks_on(model):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def state_of(model):
+    """Everything that watching must leave alone."""
+    return {
+        "hooks": hooks_on(model),
+        "training": [module.training for module in model.modules()],
+        "fused": [getattr(module, "fused_attn", None) for module in model.modules()],
+        "frozen": [parameter.requires_grad for parameter in model.parameters()],
+        "grad": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
+        "weights": {name: value.tolist() for name, value in model.state_dict().items()},
+        "forward": ["forward" in vars(module) for module in model.modules()],
+        "grad mode": torch.is_grad_enabled(),
+        "modes": torch._C._len_torch_function_stack(),
+    }
+
+
+class Broken(HandMade):
+    """Fails after its first block, inside the second attention if asked to."""
+
+    def tokens(self, pixels):
+        super().tokens(pixels)
+        raise RuntimeError("the host broke")
+
+
+class FrozenInside(HandMade):
+    """Runs its backbone without gradients and its head with."""
+
+    def tokens(self, pixels):
+        with torch.no_grad():
+            return super().tokens(pixels)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("host", [HandMade, FrozenInside])
+def test_the_model_and_the_grad_mode_are_as_before(host, gradients, training, frozen):
+    model, pixels = host().train(training), torch.randn(2, 3, 16, 24)
+    model(pixels).sum().backward()
+    model.requires_grad_(not frozen)
+    before = state_of(model)
+    with watch(model, gradients=gradients) as seen:
+        model(pixels)
+        assert torch.is_grad_enabled()
+    if gradients:
+        RolloutSeed()(seen.capture, CLASSES)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("grad_enabled", [False, True])
+def test_a_host_that_raises_leaves_no_trace(grad_enabled):
+    model, pixels = Broken().requires_grad_(False), torch.randn(2, 3, 16, 24)
+    with torch.set_grad_enabled(grad_enabled):
+        before = state_of(model)
+        with pytest.raises(RuntimeError, match="the host broke"), watch(model, gradients=True):
+            model(pixels)
+        assert state_of(model) == before
+
+
+def raising(error):
+    def hook(*_):
+        raise error
+
+    return hook
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt("stop")], ids=repr)
+@pytest.mark.parametrize("place", ["blocks.1", "blocks.1.qkv", "norm"])
+def test_an_interrupt_anywhere_leaves_no_trace(place, error):
+    model, pixels = HandMade().requires_grad_(False), torch.randn(2, 3, 16, 24)
+    with watch(model):
+        model(pixels)
+    model.get_submodule(place).register_forward_pre_hook(raising(error))
+    before = state_of(model)
+    with pytest.raises(type(error), match="stop"), watch(model, gradients=True), torch.no_grad():
+        model(pixels)
+    assert state_of(model) == before
+
+
+def test_an_error_in_the_body_is_not_swallowed_and_leaves_no_trace():
+    model = HandMade()
+    before = state_of(model)
+    with pytest.raises(IndexError, match="mine"), watch(model):
+        raise IndexError("mine")
+    assert state_of(model) == before
+
+
+def test_training_dropout_draws_the_same_numbers():
+    model, pixels = HandMade(dropout=0.5).train(), torch.randn(2, 3, 16, 24)
+    torch.manual_seed(3)
+    expected, state = model(pixels), torch.get_rng_state()
+    torch.manual_seed(3)
+    with watch(model):
+        found = model(pixels)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_running_statistics_move_once_per_forward():
+    model, pixels = HandMade(batch_norm=True).train(), torch.randn(2, 3, 16, 24)
+    twin = copy.deepcopy(model)
+    twin(pixels)
+    with watch(model):
+        model(pixels)
+    for (name, mine), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_keys_of_the_state_dict_stay_while_watched():
+    model = HandMade()
+    before = list(model.state_dict())
+    with watch(model):
+        assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, "pickle"], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_watched_model_does_not_write_to_its_record(twin_of):
+    model, pixels = HandMade(), torch.randn(2, 3, 16, 24)
+    with watch(model) as seen:
+        model(pixels)
+        if twin_of == "pickle":
+            file = io.BytesIO()
+            torch.save(model, file)
+            twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        else:
+            twin = twin_of(model)
+        before = seen.capture.blocks[0].rows([0])
+        assert torch.equal(twin(pixels.flip(0)), model(pixels).flip(0))
+        twin(torch.randn(1, 3, 16, 16))
+    assert torch.equal(seen.capture.blocks[0].rows([0]), before)
+
+
+@pytest.mark.parametrize("first_to_close", [0, 1])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_two_watchers_see_what_one_sees_in_whatever_order_they_close(first_to_close, gradients):
+    model, pixels = HandMade(blocks=3).requires_grad_(False), torch.randn(2, 3, 16, 24)
+    before = state_of(model)
+    watchers = [watch(model, gradients=gradients), watch(model, blocks=1, gradients=gradients)]
+    for watcher in watchers:
+        watcher.__enter__()
+    model(pixels)
+    watchers[first_to_close].__exit__(None, None, None)
+    model(pixels)
+    watchers[1 - first_to_close].__exit__(None, None, None)
+    whole, last = (watcher.capture for watcher in watchers)
+    assert (len(whole.blocks), len(last.blocks)) == (3, 1)
+    torch.testing.assert_close(whole.blocks[-1].rows([0]), last.blocks[0].rows([0]))
+    if gradients:
+        for capture in (whole, last):
+            RolloutSeed()(capture, CLASSES)
+    assert state_of(model) == before
+
+
+PLACES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_outputs_and_rows_hold_under(place):
+    model, pixels = tiny("vit")
+    with place():
+        expected = model(pixels)
+        with watch(model) as seen:
+            assert torch.equal(model(pixels), expected)
+    with torch.no_grad(), watch(model) as plain:
+        model(pixels)
+    expected = plain.capture.class_to_patch()
+    torch.testing.assert_close(
+        seen.capture.class_to_patch().float(), expected, rtol=0.1, atol=2e-3, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("family", ["vit", "qk norm", "explicit softmax", "deit distilled"])
+def test_autocast_gradients_and_propagation_are_close_to_full_precision(family):
+    model, pixels = tiny(family)
+    maps = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), watch(
+            model, gradients=True
+        ) as seen:
+            model(pixels)
+        cam = RolloutSeed()(seen.capture, CLASSES)
+        values = seen.capture.grid.flatten(cam)
+        maps.append(seen.capture.blocks[-1].propagate(values, seen.capture.patches).float().detach())
+    torch.testing.assert_close(maps[1], maps[0], rtol=0.2, atol=0.05 * float(maps[0].max()))
+
+
+def test_gradients_under_inference_mode_are_refused_with_the_way_out():
+    model, pixels = HandMade(), torch.randn(1, 3, 16, 16)
+    before = state_of(model)
+    with torch.inference_mode(), watch(model, gradients=True):
+        with pytest.raises(CaptureError, match=r"inference_mode; use torch\.no_grad instead"):
+            model(pixels)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("family", ["vit", "explicit softmax"])
+def test_half_precision_weights_are_watched(family):
+    model, pixels = tiny(family)
+    model, pixels = model.bfloat16(), pixels.bfloat16()
+    expected = model(pixels)
+    with watch(model, gradients=True) as seen:
+        assert torch.equal(model(pixels), expected)
+    cam = RolloutSeed()(seen.capture, CLASSES)
+    assert cam.isfinite().all()
+    assert seen.capture.class_to_patch().sum() < 2
+
+
+def test_channels_last_gives_the_same_rows():
+    model, pixels = tiny("vit")
+    rows = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with torch.no_grad(), watch(model) as seen:
+            model(pixels.to(memory_format=layout))
+        rows.append(seen.capture.class_to_patch())
+    torch.testing.assert_close(*rows)
+
+
+def reachable_bytes(root):
+    """Bytes of all tensor storages reachable from an object, modules left out."""
+    found, todo, known = {}, [root], set()
+    while todo:
+        item = todo.pop()
+        if id(item) in known or isinstance(item, nn.Module | type):
+            continue
+        known.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, tuple | list | dict) or hasattr(item, "__dataclass_fields__"):
+            todo.extend(gc.get_referents(item))
+    return sum(found.values())
+
+
+def test_no_map_is_kept_of_a_fused_host():
+    model, pixels = HandMade(blocks=12, dim=8), torch.randn(1, 3, 136, 136)  # 290 tokens
+    with torch.no_grad(), watch(model) as seen:
+        model(pixels)
+    capture = seen.capture
+    assert len(capture.blocks) == len(find_attention(model)) == 12
+    one_map = 2 * 290 * 290 * 4
+    assert reachable_bytes(capture) < one_map
+    capture.blocks[0].head_mean()
+    assert reachable_bytes(capture) < one_map
