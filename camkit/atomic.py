@@ -13,7 +13,8 @@ def unfinished(path: Path) -> Iterator[Path]:
 
     When the block raises, nothing appears and whatever stood at ``path`` stays.
     """
-    draft = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}.part")
+    # 50 characters are 200 bytes at most, and a file name holds 255
+    draft = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex}.part")
     try:
         yield draft
         os.replace(draft, path)  # noqa: PTH105 - the rename is what makes it atomic

@@ -15,10 +15,14 @@ _HASHES: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary(
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of a model's parameters and buffers.
 
-    Computed again only when a tensor was replaced or written to.
+    Computed again only when a tensor was replaced or written to. Writes through ``tensor.data``
+    leave no trace in torch's version counter, so sums are compared too.
     """
     state = {k: v for k, v in sorted(model.state_dict().items()) if isinstance(v, torch.Tensor)}
-    written = tuple((name, t.data_ptr(), t._version) for name, t in state.items())
+    written = tuple(
+        (name, t.data_ptr(), t._version, float(t.detach().sum(dtype=torch.float64)))
+        for name, t in state.items()
+    )
     known = _HASHES.get(model)
     if known is not None and known[0] == written:
         return known[1]

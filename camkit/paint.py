@@ -129,7 +129,8 @@ def contact_sheet(
 ) -> Picture:
     """Lay pictures out in a table.
 
-    All cells are equally large; a picture is scaled to fit its cell and keeps its aspect.
+    All columns are equally wide and a row is as high as its highest picture; pictures are scaled to
+    fit and keep their aspect.
 
     Args:
         rows: the pictures, as many in each row as there are titles.
@@ -145,14 +146,14 @@ def contact_sheet(
     """
     _check_table(rows, titles, captions, cell)
     fitted = [[_fit(picture, cell) for picture in row] for row in rows]
-    height = max(picture.height for row in fitted for picture in row)
+    heights = [max(picture.height for picture in row) for row in fitted]
     title_font = ImageFont.load_default(size=max(11, cell // 16))
     caption_font = ImageFont.load_default(size=max(10, cell // 19))
     head = _line_height(title_font) + _GAP
     foot = _line_height(caption_font) + _GAP if captions else 0
     inner = len(titles) * (cell + _GAP) - _GAP
-    pitch = foot + height + _GAP + (_GAP // 2 if captions else 0)
-    size = (inner + 2 * _MARGIN, head + len(rows) * pitch + 2 * _MARGIN - _GAP)
+    between = foot + _GAP + (_GAP // 2 if captions else 0)
+    size = (inner + 2 * _MARGIN, head + sum(heights) + len(rows) * between + 2 * _MARGIN - _GAP)
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     lefts = [_MARGIN + column * (cell + _GAP) for column in range(len(titles))]
@@ -160,7 +161,7 @@ def contact_sheet(
         short = _shorten(title, title_font, cell)
         draw.text((left + cell // 2, _MARGIN), short, _INK, title_font, anchor="ma")
     for index, (row, caption) in enumerate(zip(fitted, captions or [""] * len(rows), strict=True)):
-        top = _MARGIN + head + index * pitch
+        top = _MARGIN + head + sum(heights[:index]) + index * between
         draw.text((_MARGIN, top), _shorten(caption, caption_font, inner), _FAINT_INK, caption_font)
         for left, picture in zip(lefts, row, strict=True):
             sheet.paste(picture, (left + (cell - picture.width) // 2, top + foot))

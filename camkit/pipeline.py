@@ -21,7 +21,7 @@ from camkit.refine.propagate import Propagate
 from camkit.refine.protocol import Refiner
 from camkit.result import Result, fits_a_byte, mask_legend
 from camkit.seed.gradient import GradientSeed
-from camkit.seed.protocol import Seed
+from camkit.seed.protocol import Seed, check_classes
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
 
@@ -144,6 +144,7 @@ class Pipeline:
             if classes is None:
                 classes = capture.scores.argmax(1, keepdim=True)
             classes = classes.to(weight.device)
+            check_classes(capture, classes, capture.scores.shape[-1])
             seed = normalize_cam(self.seed(capture, classes).float())
             cam = seed
             for refiner in self.refine:
@@ -176,7 +177,10 @@ class Pipeline:
             )
         if not classes:
             raise ValueError("name at least one class, got none")
-        return tuple(int(item) for item in classes)
+        indices = tuple(int(item) for item in classes)
+        if min(indices) < 0 or len(set(indices)) < len(indices):
+            raise ValueError(f"`classes` must be indices from 0, none twice, got {list(indices)}")
+        return indices
 
     def _name(self, index: int) -> str:
         return str(index) if self.vocabulary is None else self.vocabulary.names[index]

@@ -23,6 +23,7 @@ def _allow_torchvision_without_its_kernels():
 
 
 _allow_torchvision_without_its_kernels()
+torch.set_num_threads(1)  # on tiny models a second thread is waited for longer than it works
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ FAMILIES = {
         {"global_pool": "avg", "fc_norm": True, "class_token": False, "img_size": 64},
         (64, 64),
     ),
+    "learned bias": ("beit_base_patch16_224", {"img_size": 64}, (64, 64)),
     "eva02": ("eva02_tiny_patch14_224", {"img_size": 56}, (56, 56)),
 }
 

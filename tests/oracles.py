@@ -34,7 +34,7 @@ def unfused(model, pixels):
     for module in copy.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-            module.attn_drop.register_forward_hook(lambda _, args, out: maps.append(out))
+            module.attn_drop.register_forward_hook(lambda *call: maps.append(call[-1]))
     with torch.enable_grad():
         return copy(pixels), maps
 

@@ -35,14 +35,14 @@ def masked_key(tokens, images=1):
     return bias
 
 
-BIASES = {
-    "none": lambda b, a, t: None,
-    "shared": lambda b, a, t: torch.randn(1, 1, t, t),
-    "per head": lambda b, a, t: torch.randn(1, a, t, t),
-    "per image": lambda b, a, t: torch.randn(b, 1, t, t),
-    "whole": lambda b, a, t: torch.randn(b, a, t, t),
-    "masked key": lambda b, a, t: masked_key(t, b),
-    "masked key for all": lambda b, a, t: masked_key(t),
+BIASES = {  # for 2 images, 3 heads and 17 patches between two special tokens
+    "none": None,
+    "shared": torch.randn(1, 1, 19, 19),
+    "per head": torch.randn(1, 3, 19, 19),
+    "per image": torch.randn(2, 1, 19, 19),
+    "whole": torch.randn(2, 3, 19, 19),
+    "masked key": masked_key(19, images=2),
+    "masked key for all": masked_key(19),
 }
 
 
@@ -54,11 +54,13 @@ def qkv(request):
 @pytest.fixture(params=BIASES)
 def biased(request):
     q, k, v = heads_of_fused_qkv(2, 3, 17, 4)
-    return q, k, v, BIASES[request.param](2, 3, q.shape[2])
+    return q, k, v, BIASES[request.param]
 
 
 def assert_near(found, expected, **tolerance):
-    torch.testing.assert_close(found.double(), expected, **({"rtol": 1e-5, "atol": 1e-6} | tolerance))
+    torch.testing.assert_close(
+        found.double(), expected, **({"rtol": 1e-5, "atol": 1e-6} | tolerance)
+    )
 
 
 def assert_all_equal_oracle(q, k, v, bias=None, **tolerance):
@@ -122,7 +124,9 @@ def test_a_masked_key_is_attended_by_nobody():
 def test_rows_and_columns_are_differentiable(form):
     q, k, _ = (x.double().requires_grad_() for x in heads_of_fused_qkv(1, 2, 3, 2))
     bias = torch.randn(1, 1, 5, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda q, k, b: form(q, k, [0, 2], scale=1.0, bias=b), (q, k, bias))
+    assert torch.autograd.gradcheck(
+        lambda q, k, b: form(q, k, [0, 2], scale=1.0, bias=b), (q, k, bias)
+    )
 
 
 def test_head_mean_is_differentiable():

@@ -1,15 +1,13 @@
 """A watched model leaves our hands as it came."""
 
 import copy
-import gc
 import io
 
 import pytest
 import torch
-from hosts import HandMade, tiny
-from torch import nn
+from hosts import HandMade
 
-from camkit.capture import find_attention, watch
+from camkit.capture import watch
 from camkit.errors import CaptureError
 from camkit.seed import RolloutSeed
 
@@ -17,7 +15,12 @@ CLASSES = torch.tensor([[1], [2]])
 
 
 def hooks_on(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_forward_hooks_always_called",
+    )
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
@@ -37,7 +40,7 @@ def state_of(model):
 
 
 class Broken(HandMade):
-    """Fails after its first block, inside the second attention if asked to."""
+    """Fails behind its blocks."""
 
     def tokens(self, pixels):
         super().tokens(pixels)
@@ -173,97 +176,10 @@ def test_two_watchers_see_what_one_sees_in_whatever_order_they_close(first_to_cl
     assert state_of(model) == before
 
 
-PLACES = {
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-}
-
-
-@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_outputs_and_rows_hold_under(place):
-    model, pixels = tiny("vit")
-    with place():
-        expected = model(pixels)
-        with watch(model) as seen:
-            assert torch.equal(model(pixels), expected)
-    with torch.no_grad(), watch(model) as plain:
-        model(pixels)
-    expected = plain.capture.class_to_patch()
-    torch.testing.assert_close(
-        seen.capture.class_to_patch().float(), expected, rtol=0.1, atol=2e-3, check_dtype=False
-    )
-
-
-@pytest.mark.parametrize("family", ["vit", "qk norm", "explicit softmax", "deit distilled"])
-def test_autocast_gradients_and_propagation_are_close_to_full_precision(family):
-    model, pixels = tiny(family)
-    maps = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), watch(
-            model, gradients=True
-        ) as seen:
-            model(pixels)
-        cam = RolloutSeed()(seen.capture, CLASSES)
-        values = seen.capture.grid.flatten(cam)
-        maps.append(seen.capture.blocks[-1].propagate(values, seen.capture.patches).float().detach())
-    torch.testing.assert_close(maps[1], maps[0], rtol=0.2, atol=0.05 * float(maps[0].max()))
-
-
 def test_gradients_under_inference_mode_are_refused_with_the_way_out():
     model, pixels = HandMade(), torch.randn(1, 3, 16, 16)
     before = state_of(model)
-    with torch.inference_mode(), watch(model, gradients=True):
-        with pytest.raises(CaptureError, match=r"inference_mode; use torch\.no_grad instead"):
-            model(pixels)
-    assert state_of(model) == before
-
-
-@pytest.mark.parametrize("family", ["vit", "explicit softmax"])
-def test_half_precision_weights_are_watched(family):
-    model, pixels = tiny(family)
-    model, pixels = model.bfloat16(), pixels.bfloat16()
-    expected = model(pixels)
-    with watch(model, gradients=True) as seen:
-        assert torch.equal(model(pixels), expected)
-    cam = RolloutSeed()(seen.capture, CLASSES)
-    assert cam.isfinite().all()
-    assert seen.capture.class_to_patch().sum() < 2
-
-
-def test_channels_last_gives_the_same_rows():
-    model, pixels = tiny("vit")
-    rows = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        with torch.no_grad(), watch(model) as seen:
-            model(pixels.to(memory_format=layout))
-        rows.append(seen.capture.class_to_patch())
-    torch.testing.assert_close(*rows)
-
-
-def reachable_bytes(root):
-    """Bytes of all tensor storages reachable from an object, modules left out."""
-    found, todo, known = {}, [root], set()
-    while todo:
-        item = todo.pop()
-        if id(item) in known or isinstance(item, nn.Module | type):
-            continue
-        known.add(id(item))
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, tuple | list | dict) or hasattr(item, "__dataclass_fields__"):
-            todo.extend(gc.get_referents(item))
-    return sum(found.values())
-
-
-def test_no_map_is_kept_of_a_fused_host():
-    model, pixels = HandMade(blocks=12, dim=8), torch.randn(1, 3, 136, 136)  # 290 tokens
-    with torch.no_grad(), watch(model) as seen:
+    refused = pytest.raises(CaptureError, match=r"inference_mode; use torch\.no_grad instead")
+    with refused, torch.inference_mode(), watch(model, gradients=True):
         model(pixels)
-    capture = seen.capture
-    assert len(capture.blocks) == len(find_attention(model)) == 12
-    one_map = 2 * 290 * 290 * 4
-    assert reachable_bytes(capture) < one_map
-    capture.blocks[0].head_mean()
-    assert reachable_bytes(capture) < one_map
+    assert state_of(model) == before

@@ -71,8 +71,14 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     unknown = [name for name in vocabulary.names if name not in dataset.classes]
     if unknown:
         raise ValueError(f"no class of the data set is called {', '.join(unknown)}")
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() before measuring it")
+    lost_bases = [v.name for v in variants if v.base is not None and v.base not in variants]
+    if lost_bases or not variants:
+        raise ValueError(
+            "`variants` must hold at least one variant and the `base` of each, "
+            f"got {len(variants)} without the base of {', '.join(lost_bases) or 'any'}"
+        )
     tuning, held_out = dataset.split(tune_split)[:limit], dataset.split(split)[:limit]
     shared = {sample.name for sample in tuning} & {sample.name for sample in held_out}
     if shared and not oracle_threshold:
@@ -88,7 +94,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     images, reported_on, lost = meter.images(held_out, steps, f"measuring on {split}")
     rows = []
     for index, variant in enumerate(variants):
-        base = variants.index(variant.base) if variant.base in variants else index
+        base = index if variant.base is None else variants.index(variant.base)
         gain = paired_gain(images[base], images[index])
         rows.append(
             Row(
@@ -173,7 +179,7 @@ class _Meter:
             std=settings.std,
             multiple=settings.multiple,
         )
-        ids = read_mask(sample.mask, size=photo.size, num_classes=len(self.dataset.classes) + 1)
+        ids = read_mask(sample.mask, size=photo.size, num_classes=len(self.dataset.classes))
         truth = torch.where(ids == IGNORE, IGNORE, torch.zeros_like(ids))
         for index, name in enumerate(self.vocabulary.names):
             truth[ids == self.dataset.classes.index(name) + 1] = index + 1

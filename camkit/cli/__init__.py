@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.execute(options))
-    except (CamkitError, ValueError) as error:
+    except (CamkitError, ValueError, OSError) as error:
         return complain(error)
     except KeyboardInterrupt:
         print("camkit: interrupted; finished results are kept", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from itertools import chain, count
 from pathlib import Path
 
 from tqdm import tqdm
@@ -91,10 +92,8 @@ def _classes(opened: OpenedModel, text: str) -> tuple[int, ...]:
 
 def _folders(images: list[Path], out: Path) -> list[Path]:
     """One folder per photo, named after it; photos of the same name get numbers."""
-    taken: dict[str, int] = {}
-    folders = []
+    taken: dict[str, None] = {}
     for path in images:
-        count = taken.get(path.stem, 0)
-        taken[path.stem] = count + 1
-        folders.append(out / (path.stem if count == 0 else f"{path.stem}-{count + 1}"))
-    return folders
+        numbered = (f"{path.stem}-{number}" for number in count(2))
+        taken[next(name for name in chain([path.stem], numbered) if name not in taken)] = None
+    return [out / name for name in taken]

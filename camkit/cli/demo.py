@@ -89,7 +89,8 @@ def _present(dataset: DataSet, sample: Sample) -> list[str]:
 def _chosen(dataset: DataSet, count: int) -> list[Sample]:
     """Photos spread evenly over the validation split, none of which tuned anything."""
     usable = [sample for sample in dataset.split("val") if _present(dataset, sample)]
-    return usable[:: max(1, len(usable) // count)][:count]
+    stride = max(1, len(usable) // count)
+    return usable[stride // 2 :: stride][:count]
 
 
 def _row(
@@ -109,7 +110,7 @@ def _row(
     refined = result.cam[0].amax(0)
     truth = np.zeros(photo.size, np.uint8)
     if sample.mask is not None:
-        ids = read_mask(sample.mask, size=photo.size, num_classes=len(dataset.classes) + 1)
+        ids = read_mask(sample.mask, size=photo.size, num_classes=len(dataset.classes))
         for value, name in enumerate(CLASSES, start=1):
             truth[(ids == dataset.classes.index(name) + 1).numpy()] = value
         truth[(ids == 255).numpy()] = 255

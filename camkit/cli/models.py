@@ -59,13 +59,15 @@ def open_model(name: str, *, size: int = 384) -> OpenedModel:
     """
     import timm
 
-    architecture, _, tag = name.partition(".")
+    architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         close = timm.list_models(f"*{architecture.split('_')[0]}*")[:3]
         hint = f", such as {', '.join(close)}" if close else ""
         raise CamkitError(f'timm has no model "{architecture}"; see timm.list_models(){hint}')
     model, source = _local(name, architecture) or _from_hub(name)
-    settings = timm.models.get_pretrained_cfg(name if tag else architecture)
+    # weights of one's own bear a tag that timm does not know; photos are read as by default then
+    registered = name if timm.is_model_pretrained(name) else architecture
+    settings = timm.models.get_pretrained_cfg(registered)
     mean = tuple(settings.mean) if settings else (0.5, 0.5, 0.5)
     std = tuple(settings.std) if settings else (0.5, 0.5, 0.5)
     embedding = find_patch_embedding(model)
@@ -79,6 +81,7 @@ def open_model(name: str, *, size: int = 384) -> OpenedModel:
 
 
 def _local(name: str, architecture: str) -> tuple[Any, str] | None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = data_folder()
@@ -87,18 +90,30 @@ def _local(name: str, architecture: str) -> tuple[Any, str] | None:
     if not found:
         return None
     # a patch head is a second classifier for training; the ViT itself has no place for it
-    weights = {
-        key: value.float()
-        for key, value in load_file(found[0]).items()
-        if not key.startswith("patch_head.")
-    }
-    outputs = len(weights["head.weight"]) if "head.weight" in weights else 0
-    model = _create(architecture, pretrained=False, num_classes=outputs)
-    model.load_state_dict(weights)
+    try:
+        weights = {
+            key: value.float()
+            for key, value in load_file(found[0]).items()
+            if not key.startswith("patch_head.")
+        }
+        outputs = len(weights["head.weight"]) if "head.weight" in weights else 0
+        model = _create(architecture, pretrained=False, num_classes=outputs)
+        model.load_state_dict(weights)
+    except (SafetensorError, RuntimeError) as error:  # a broken file; shapes or names that differ
+        raise CamkitError(f"{found[0]} does not fit {architecture}: {error}") from error
     return model, str(found[0])
 
 
 def _from_hub(name: str) -> tuple[Any, str]:
+    import timm
+
+    if not timm.is_model_pretrained(name):
+        known = timm.list_pretrained(f"{name.partition('.')[0]}*")[:3]
+        raise CamkitError(
+            f'no weights are called "{name}": neither in CAMKIT_DATA/weights/ '
+            f"({data_folder() or 'CAMKIT_DATA names no folder'}) nor in timm's list"
+            + (f"; did you mean {' or '.join(known)}?" if known else "")
+        )
     print(f"{name} is not in CAMKIT_DATA/weights/; asking timm's hub for it", file=sys.stderr)
     try:
         model = _create(name, pretrained=True)

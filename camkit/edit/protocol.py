@@ -57,6 +57,7 @@ class Handle:
         self._edit = edit
         self._hooks = Hooks()
         self._tap = Tap(self._on_fused, self._on_explicit)
+        self._tapping = False
         self._seen: Attention | None = None
         self._anatomy: Anatomy | None = None
         self._everything = list(find_attention(model).values())
@@ -68,6 +69,7 @@ class Handle:
     def remove(self) -> None:
         """Take the edit off; doing it twice is harmless."""
         self._hooks.remove()
+        self._untap()
 
     def __enter__(self) -> "Handle":
         return self
@@ -77,16 +79,18 @@ class Handle:
 
     def _before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.enabled and not being_measured(self._model):
+            self._untap()
             self._anatomy = known_anatomy(self._model, self._everything, args, kwargs)
 
     def _before(self, *_: Any) -> None:
         self._seen = None
+        self._tapping = True
         self._tap.__enter__()
 
     def _after(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        self._tap.__exit__(None, None, None)
+        self._untap()
         if not self.enabled or output is None:  # None: the forward raised
             return None
         if self._seen is None or self._anatomy is None:
@@ -98,6 +102,12 @@ class Handle:
         if isinstance(output, tuple):  # hosts that return their map beside the tokens
             return (self._edit(tokens, output[0], self._seen, self._anatomy), *output[1:])
         return self._edit(tokens, output, self._seen, self._anatomy)
+
+    def _untap(self) -> None:
+        """Leave the mode if it is on: an interrupt, or another's hook that raised, skips steps."""
+        if self._tapping:
+            self._tapping = False
+            self._tap.__exit__(None, None, None)
 
     def _on_fused(
         self, output: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
@@ -119,4 +129,4 @@ def _chosen(modules: list[nn.Module], blocks: int | Sequence[int] | None) -> lis
         raise ValueError(
             f"`blocks` must name some of the {len(modules)} attention modules, got {blocks}"
         )
-    return [modules[b] for b in wanted]
+    return [modules[b] for b in sorted({b % len(modules) for b in wanted})]

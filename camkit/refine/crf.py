@@ -75,11 +75,12 @@ class DenseCRF:
             )
         rgb = (capture.rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
         maps = resize_cam(cam.detach(), (rgb.shape[1], rgb.shape[2]))
+        empty = maps.amax((-2, -1), keepdim=True) <= 0  # padding, or a map without evidence
         background = torch.full_like(maps[:, :1], self.background_score)
-        unary = (torch.cat([background, maps], 1) / self.temperature).softmax(1)
+        evidence = maps.masked_fill(empty, float("-inf"))  # takes nothing from the other maps
+        unary = (torch.cat([background, evidence], 1) / self.temperature).softmax(1)
         refined = self.probabilities(unary, rgb)
         refined = refined[:, 1:] / (refined[:, 1:] + refined[:, :1]).clamp_min(1e-12)
-        empty = maps.amax((-2, -1), keepdim=True) <= 0  # a map without evidence stays without
         return refined.masked_fill(empty, 0.0).to(cam.dtype)
 
     def probabilities(

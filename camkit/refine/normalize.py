@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from camkit.capture.record import Capture
 from camkit.tensors import Cam
 
@@ -21,7 +23,8 @@ def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max") -> Cam:
     if mode == "minmax":
         cam = cam - cam.amin((-2, -1), keepdim=True)
     top = cam.amax((-2, -1), keepdim=True)
-    return cam / top.clamp_min(TINY) * (top > TINY)
+    floor = max(TINY, torch.finfo(cam.dtype).tiny)  # float16 has no 1e-8
+    return cam / top.clamp_min(floor) * (top > floor)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class ClassAttentionSeed:
     gradients: ClassVar[bool] = False
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        rows = capture.class_to_patch()
+        rows = capture.class_to_patch().detach()
         tokens = rows.shape[1]
         check_classes(capture, classes, tokens if tokens > 1 else None)
         index = classes.clamp_min(0) if tokens > 1 else classes * 0

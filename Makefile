@@ -1,0 +1,45 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes .venv when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Real photos, masks and weights, where they are at hand; CAMKIT_DATA=folder names another place.
+CAMKIT_DATA ?= $(wildcard ../shared/data)
+export CAMKIT_DATA
+
+.PHONY: demo test check lint types layers bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/camkit demo --out out/demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: lint types layers
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+layers: $(VENV)/.installed
+	$(BIN)/lint-imports
+
+# The published tables; about ten minutes on two cores.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/gains.py
+	$(BIN)/python benchmarks/watching.py
+
+$(VENV)/.installed: pyproject.toml
+	@echo "camkit: making $(VENV) and installing into it; torch brings about 5 GB, a few minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --progress-bar on -e '.[dev]'
+	@echo "camkit: building pydensecrf for DenseCRF (optional; needs a C++ compiler)"
+	@$(PIP) install -q -e '.[crf]' || echo "camkit: pydensecrf did not build; DenseCRF will say so and its tests skip"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,238 @@
+"""Each seed against a slow plain version on un-fused copies of real hosts."""
+
+import oracles
+import pytest
+import torch
+from hosts import HandMade, OneTokenPerClass, tiny
+
+from camkit.capture import watch
+from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.seed import ClassAttentionSeed, ClassWeightSeed, GradientSeed, RolloutSeed, Seed
+from camkit.vocabulary import Vocabulary
+
+SEEDS = [ClassAttentionSeed(), ClassWeightSeed(), GradientSeed(), RolloutSeed()]
+CLASSES = torch.tensor([[1, 4, 0], [3, 0, 2]])
+WITH_CLASS_TOKEN = [
+    "vit",
+    "explicit softmax",
+    "qk norm",
+    "deit distilled",
+    "dinov2 registers",
+    "learned bias",
+    "eva02",
+]
+
+
+def seen_by(model, pixels, *, gradients=True, **options):
+    with watch(model, gradients=gradients, **options) as seen:
+        model(pixels)
+    return seen.capture
+
+
+@pytest.fixture(params=SEEDS, ids=repr)
+def seed(request):
+    return request.param
+
+
+@pytest.mark.parametrize("family", WITH_CLASS_TOKEN)
+def test_the_gradient_seed_is_attention_times_its_gradient(family):
+    model, pixels = tiny(family)
+    capture = seen_by(model, pixels)
+    outputs, maps = oracles.unfused(model, pixels)
+    found = GradientSeed()(capture, CLASSES).flatten(2)
+    for slot, column in enumerate(CLASSES.T):
+        expected = oracles.gradient_seed(outputs, maps, column, [0], capture.patches)
+        torch.testing.assert_close(found[:, slot], expected)
+
+
+@pytest.mark.parametrize("family", [*WITH_CLASS_TOKEN, "average pooled"])
+def test_the_rollout_seed_is_the_published_matrix_rule(family):
+    model, pixels = tiny(family)
+    capture = seen_by(model, pixels)
+    outputs, maps = oracles.unfused(model, pixels)
+    start = capture.patches if family == "average pooled" else [0]
+    found = RolloutSeed()(capture, CLASSES).flatten(2)
+    for slot, column in enumerate(CLASSES.T):
+        expected = oracles.rollout_seed(outputs, maps, column, start, capture.patches)
+        torch.testing.assert_close(found[:, slot], expected)
+
+
+@pytest.mark.parametrize("blocks", [1, [0, 2]])
+def test_the_gradient_seed_averages_the_watched_blocks_only(blocks):
+    model, pixels = tiny("vit")
+    outputs, maps = oracles.unfused(model, pixels)
+    kept = [maps[i] for i in ([2] if blocks == 1 else blocks)]
+    capture = seen_by(model, pixels, blocks=blocks)
+    expected = oracles.gradient_seed(outputs, kept, CLASSES[:, 0], [0], capture.patches)
+    torch.testing.assert_close(GradientSeed()(capture, CLASSES[:, :1]).flatten(1), expected)
+
+
+def layers_behind_pooling(family, model):
+    if family in ("average pooled", "learned bias"):
+        return [[model.fc_norm, model.head]]
+    if family == "deit distilled":
+        return [[model.head], [model.head_dist]]
+    return [[model.head]]
+
+
+@pytest.mark.parametrize("family", [*WITH_CLASS_TOKEN[:-1], "average pooled"])
+def test_the_class_weight_seed_scores_every_token_alone(family):
+    model, pixels = tiny(family)
+    capture = seen_by(model, pixels, gradients=False)
+    tokens, patches = model.forward_features(pixels), capture.patches
+    scored = [
+        oracles.patch_scores(tokens, patches, *layers)
+        for layers in layers_behind_pooling(family, model)
+    ]
+    scores = (sum(scored) / len(scored)).detach()
+    torch.testing.assert_close(capture.patch_scores(), scores)
+    asked = torch.stack([scores[i, :, row].T for i, row in enumerate(CLASSES)])
+    expected = (asked - asked.mean(-1, keepdim=True)).clamp_min(0)
+    torch.testing.assert_close(ClassWeightSeed()(capture, CLASSES).flatten(2), expected)
+
+
+def test_class_attention_of_a_single_token_is_the_same_map_for_every_class():
+    model, pixels = tiny("vit")
+    capture = seen_by(model, pixels, gradients=False)
+    _, maps = oracles.unfused(model, pixels)
+    expected = torch.stack(maps).mean((0, 2))[:, :1, 1:].detach().expand(-1, 3, -1)
+    torch.testing.assert_close(ClassAttentionSeed()(capture, CLASSES).flatten(2), expected)
+
+
+def test_class_attention_of_one_token_per_class_gives_each_its_row():
+    model, pixels = OneTokenPerClass(class_tokens=5), torch.randn(2, 3, 16, 24)
+    capture = seen_by(model, pixels, gradients=False)
+    assert capture.anatomy.class_tokens == (0, 1, 2, 3, 4)
+    rows = torch.stack([block.head_mean()[:, :5, 5:] for block in capture.blocks]).mean(0)
+    expected = torch.stack([rows[0, CLASSES[0]], rows[1, CLASSES[1]]])
+    torch.testing.assert_close(ClassAttentionSeed()(capture, CLASSES).flatten(2), expected)
+
+
+def test_several_classes_in_one_call_equal_single_calls(seed):
+    capture = seen_by(*tiny("deit distilled"))
+    together = seed(capture, CLASSES)
+    for slot in range(3):
+        torch.testing.assert_close(together[:, [slot]], seed(capture, CLASSES[:, [slot]]))
+
+
+def test_padding_gives_zeros_and_leaves_the_rest(seed):
+    capture = seen_by(*tiny("vit"))
+    classes = torch.tensor([[1, -1, 0], [-1, -1, 2]])
+    cam, full = seed(capture, classes), seed(capture, CLASSES)
+    assert torch.equal(cam[classes < 0], torch.zeros(3, 4, 6))
+    torch.testing.assert_close(cam[classes >= 0], full[classes >= 0])
+
+
+def test_permuted_classes_give_permuted_maps(seed):
+    capture, order = seen_by(*tiny("vit")), [2, 0, 1]
+    torch.testing.assert_close(seed(capture, CLASSES[:, order]), seed(capture, CLASSES)[:, order])
+
+
+@pytest.mark.parametrize("family", ["vit", "explicit softmax", "learned bias"])
+def test_maps_are_never_negative_and_hold_no_graph(seed, family):
+    cam = seed(seen_by(*tiny(family)), CLASSES)
+    assert (cam >= 0).all()
+    assert not cam.requires_grad
+
+
+@pytest.mark.parametrize("change", ["frozen", "no_grad", "frozen no_grad", "explicit softmax"])
+def test_a_seed_is_the_same_on_a_host_that_is(seed, change):
+    model, pixels = tiny("vit")
+    expected = seed(seen_by(model, pixels), CLASSES)
+    model.requires_grad_("frozen" not in change)
+    if change == "explicit softmax":
+        for block in model.blocks:
+            block.attn.fused_attn = False
+    with torch.set_grad_enabled("no_grad" not in change):
+        found = seed(seen_by(model, pixels), CLASSES)
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradients_of_parameters_are_left_alone(seed):
+    model, pixels = tiny("vit")
+    model(pixels).sum().backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    seed(seen_by(model, pixels), CLASSES)
+    for parameter, grad in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter.grad, grad)
+
+
+def test_the_score_of_a_group_is_the_log_of_its_summed_mass():
+    model, pixels = tiny("vit")
+    members = ((0, 3), (2,), (1, 4))
+    capture = seen_by(model, pixels, vocabulary=Vocabulary(("a", "b", "c"), members=members))
+    expected = oracles.grouped(model(pixels), members).float()
+    torch.testing.assert_close(capture.scores, expected)
+
+
+@pytest.mark.parametrize("of_group", [ClassWeightSeed(), GradientSeed(), RolloutSeed()], ids=repr)
+def test_a_group_of_one_is_that_output(of_group):
+    model, pixels = tiny("vit")
+    groups = Vocabulary(("one", "four"), members=((1,), (4,)))
+    found = of_group(seen_by(model, pixels, vocabulary=groups), torch.tensor([[0, 1], [1, 0]]))
+    plain = of_group(seen_by(model, pixels), torch.tensor([[1, 4], [4, 1]]))
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        ([[5], [0]], r"must lie in 0 to 4 .or be -1 for none., got 5"),
+        ([[-2], [0]], "got -2"),
+        ([[1]], r"one row per image \(2\), got 1"),
+        ([[], []], "at least one class, got none"),
+    ],
+)
+@pytest.mark.parametrize("asked", SEEDS[1:], ids=repr)
+def test_classes_that_do_not_fit_are_refused(asked, classes, words):
+    capture = seen_by(*tiny("vit"))
+    with pytest.raises(ValueError, match=words):
+        asked(capture, torch.tensor(classes, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("asked", [ClassAttentionSeed(), GradientSeed()], ids=repr)
+def test_a_host_without_class_token_is_sent_elsewhere(asked):
+    capture = seen_by(*tiny("average pooled"))
+    with pytest.raises(CaptureError, match=r"no class token.*use"):
+        asked(capture, CLASSES)
+
+
+@pytest.mark.parametrize("asked", [GradientSeed(), RolloutSeed()], ids=repr)
+@pytest.mark.parametrize("family", ["vit", "explicit softmax"])
+def test_a_capture_without_gradients_says_how_to_get_them(asked, family):
+    capture = seen_by(*tiny(family), gradients=False)
+    with pytest.raises(CaptureError, match=r"watch\(model, gradients=True\)"):
+        asked(capture, CLASSES)
+
+
+class SumPooled(HandMade):
+    """Pools in a way that no patch can be scored by."""
+
+    def forward(self, pixels):
+        return self.head(self.tokens(pixels).amax(1))
+
+
+class Scaled(HandMade):
+    """Changes the scores after its classifier."""
+
+    def forward(self, pixels):
+        return 3 * super().forward(pixels)
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        (SumPooled, "neither a special token nor the mean"),
+        (Scaled, "not those of the linear classifier"),
+        (OneTokenPerClass, "no linear classifier"),
+    ],
+)
+def test_a_pooling_that_patches_cannot_go_through_is_refused(host, words):
+    capture = seen_by(host(), torch.randn(2, 3, 16, 24))
+    with pytest.raises(UnsupportedModelError, match=words):
+        capture.patch_scores()
+
+
+def test_every_seed_says_whether_it_needs_gradients():
+    assert all(isinstance(one, Seed) for one in SEEDS)
+    assert [one.gradients for one in SEEDS] == [False, False, True, True]
