@@ -129,8 +129,7 @@ def contact_sheet(
 ) -> Picture:
     """Lay pictures out in a table.
 
-    All columns are equally wide and a row is as high as its highest picture; pictures are scaled to
-    fit and keep their aspect.
+    Columns are equally wide, a row is as high as its highest picture; pictures keep their aspect.
 
     Args:
         rows: the pictures, as many in each row as there are titles.

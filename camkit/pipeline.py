@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from camkit.capture.anatomy import find_attention, find_patch_embedding
 from camkit.capture.record import Capture
+from camkit.capture.search import find_attention, find_patch_embeddings
 from camkit.capture.watcher import watch
 from camkit.edit.protocol import Edit, attach
 from camkit.manifest import environment, weights_hash
@@ -186,7 +186,7 @@ class Pipeline:
         return str(index) if self.vocabulary is None else self.vocabulary.names[index]
 
     def _check_size(self, pixels: Pixels) -> None:
-        embedding = find_patch_embedding(self.model)
+        embedding = next(iter(find_patch_embeddings(self.model).values()), None)
         if embedding is None:
             return
         rows, cols = embedding.stride[0], embedding.stride[-1]

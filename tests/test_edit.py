@@ -1,4 +1,4 @@
-"""An edit changes the output of attention blocks, and nothing else, for as long as it is attached."""
+"""An edit changes the output of attention blocks, and nothing else, while it is attached."""
 
 import copy
 
@@ -30,7 +30,8 @@ def scaled_by_hand(model, factors):
     """A copy whose attention outputs are multiplied by plain hooks."""
     twin = copy.deepcopy(model)
     for index, module in enumerate(find_attention(twin).values()):
-        module.register_forward_hook(lambda *call, f=factors.get(index, 1.0): call[2] * f)
+        factor = factors.get(index, 1.0)
+        module.register_forward_hook(lambda *call, factor=factor: call[2] * factor)
     return twin
 
 
@@ -130,7 +131,7 @@ def test_of_a_returned_tuple_only_the_tokens_are_edited():
     model, pixels = TupleHost(), torch.randn(2, 3, 16, 24)
     twin = copy.deepcopy(model)
     for block in twin.blocks:
-        block.register_forward_hook(lambda module, args, out: (out[0] * 2.0, *out[1:]))
+        block.register_forward_hook(lambda *call: (call[2][0] * 2.0, *call[2][1:]))
     expected = twin(pixels)
     with attach(model, ScaleOutput(2.0)):
         torch.testing.assert_close(model(pixels), expected)
@@ -151,7 +152,7 @@ def test_gradients_flow_through_an_edit_as_by_hand(family):
 def test_gradients_reach_a_weight_inside_the_edit():
     model, pixels = tiny("vit")
     factor = torch.ones((), requires_grad=True)
-    with attach(model, lambda tokens, output, *_: output * factor, blocks=[1]):
+    with attach(model, lambda *told: told[1] * factor, blocks=[1]):
         model(pixels).sum().backward()
     step = 1e-2
     above, below = (scaled_by_hand(model, {1: 1.0 + s})(pixels).sum() for s in (step, -step))

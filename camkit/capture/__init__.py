@@ -1,6 +1,7 @@
 """What a model saw in one forward: attention and scores, read without touching it."""
 
-from camkit.capture.anatomy import Anatomy as Anatomy, find_attention as find_attention
+from camkit.capture.anatomy import Anatomy as Anatomy
 from camkit.capture.attention import Attention as Attention
 from camkit.capture.record import Capture as Capture
+from camkit.capture.search import find_attention as find_attention
 from camkit.capture.watcher import Watch as Watch, watch as watch

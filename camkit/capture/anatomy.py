@@ -1,11 +1,11 @@
-"""Which modules attend, which tokens are what: found by structure, then measured."""
+"""Which tokens are what: measured on the model itself."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import local
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +14,11 @@ from torch.func import functional_call
 from camkit.capture.hooks import Hooks
 from camkit.errors import CaptureError, UnsupportedModelError
 
-HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
-PROJECTIONS = (
-    ("qkv",),
-    ("to_qkv",),
-    ("Wqkv",),
-    ("c_attn",),
-    ("in_proj_weight", "out_proj"),
-    ("q", "kv"),
-    ("q", "k", "v"),
-    ("query", "key", "value"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("to_q", "to_kv"),
-    ("to_q", "to_k", "to_v"),
-    ("in_proj", "attn_drop"),
-)
 CLASS_PARAMETERS = ("cls_token", "class_token", "class_embedding", "cls_embedding")
 DISTILLATION_PARAMETERS = ("dist_token", "distillation_token")
 REGISTER_PARAMETERS = ("reg_token", "register_tokens", "storage_tokens")
 
-_MEASURED: "WeakKeyDictionary[nn.Module, Anatomy]" = WeakKeyDictionary()
-_MEASURING: "WeakSet[nn.Module]" = WeakSet()
+_HERE = local()  # a measurement silences camkit's hooks in its own thread only
 
 
 @dataclass(frozen=True)
@@ -61,68 +45,17 @@ class Anatomy:
         return [position for position in range(tokens) if position not in special]
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether a module has a head count and query, key and value projections of some known form."""
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    if not any(isinstance(getattr(module, name, None), int) for name in HEAD_COUNTS):
-        return False
-    held = {**dict(module.named_children()), **dict(module.named_parameters(recurse=False))}
-    return any(all(name in held for name in names) for names in PROJECTIONS)
+def measuring() -> bool:
+    """Whether the running forward is one of `measure_anatomy`; nothing else should look at it."""
+    return getattr(_HERE, "measuring", False)
 
 
-def find_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """All attention modules by name; of nested ones the outermost."""
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if not inside and is_attention(module):
-            found[name] = module
-    if not found:
-        raise UnsupportedModelError(
-            f"no attention found in {type(model).__name__}: camkit watches modules that hold a "
-            f"head count ({', '.join(HEAD_COUNTS)}) and query, key and value projections"
-        )
-    return found
-
-
-def find_patch_embedding(model: nn.Module) -> nn.Conv2d | None:
-    """The convolution that cuts the image into patches: stride as large as its kernel."""
-    for module in model.modules():
-        if (
-            isinstance(module, nn.Conv2d)
-            and module.in_channels == 3
-            and module.kernel_size == module.stride
-            and module.stride[0] >= 4
-        ):
-            return module
-    return None
-
-
-def find_pixels(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The image batch among the arguments of a call."""
+def image_batch(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """The images among the arguments of a call: its first 4-d floating-point tensor."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4:
             return value
-    raise CaptureError("no image batch (b, 3, H, W) among the arguments the model was called with")
-
-
-def known_anatomy(
-    model: nn.Module, attention: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Anatomy:
-    """The model's anatomy, measured at its first call and remembered for as long as it lives."""
-    if model not in _MEASURED:
-        _MEASURING.add(model)
-        try:
-            _MEASURED[model] = measure_anatomy(model, attention, args, kwargs)
-        finally:
-            _MEASURING.discard(model)
-    return _MEASURED[model]
-
-
-def being_measured(model: nn.Module) -> bool:
-    """Whether the running forward is one of `measure_anatomy`; nothing else should look at it."""
-    return model in _MEASURING
+    return None
 
 
 def measure_anatomy(
@@ -144,13 +77,23 @@ def measure_anatomy(
     Raises:
         UnsupportedModelError: tokens are NaN, or no position answers to the pixels.
     """
-    pixels = find_pixels(args, kwargs)
+    pixels = image_batch(args, kwargs)
+    if pixels is None or pixels.shape[0] == 0:
+        raise CaptureError(
+            "the model was called without images; expected a (b, 3, H, W) tensor with b at least 1"
+        )
     probe = torch.cat([pixels[:1]] * 2)  # two images, so that the batch axis shows
 
     def tokens_of(image: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        new_args = tuple(image if value is pixels else value for value in args)
-        new_kwargs = {name: image if value is pixels else value for name, value in kwargs.items()}
-        with _same_randomness(pixels.device), torch.no_grad():
+        def paired(value: Any) -> Any:
+            if value is pixels:
+                return image
+            along = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(pixels)
+            return torch.cat([value[:1]] * 2) if along else value
+
+        new_args = tuple(paired(value) for value in args)
+        new_kwargs = {name: paired(value) for name, value in kwargs.items()}
+        with _alone(pixels.device), torch.no_grad():
             return _first_tokens(model, attention, parameters, new_args, new_kwargs)
 
     plain = tokens_of(probe, {})
@@ -233,13 +176,15 @@ def _moved(before: Tensor, after: Tensor) -> list[int]:
 
 
 @contextmanager
-def _same_randomness(device: torch.device) -> Iterator[None]:
-    """Every run draws the same dropout, and the caller's generators do not notice."""
+def _alone(device: torch.device) -> Iterator[None]:
+    """Every run draws the same dropout; the caller's generators and our hooks do not notice."""
     devices = [device] if device.type == "cuda" else []
     python_state = random.getstate()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
+        _HERE.measuring = True
         try:
             yield
         finally:
+            _HERE.measuring = False
             random.setstate(python_state)

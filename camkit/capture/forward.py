@@ -1,5 +1,6 @@
 """A forward while it runs: what has been seen so far, and whether it can be read as patches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -15,39 +16,80 @@ from camkit.grid import Grid
 class Forward:
     """What has been seen of the forward that is running."""
 
+    images: int | None = None
+    size: Sequence[int] = ()
+    anatomy: Anatomy | None = None
     kept: list[tuple[int, str, Attention]] = field(default_factory=list)
     calls: int = 0
     modules: int = 0
-    images: int = 0
-    running: nn.Module | None = None
+    running: str = ""
+    lengths: Sequence[Sequence[int]] = ()
+    foreign: bool = False
     grid: Grid | None = None
-    anatomy: Anatomy | None = None
     tail: list[TailCall] = field(default_factory=list)
     outputs: Tensor | None = None
 
+    def classified(self, outputs: Tensor | None) -> Tensor | None:
+        """The outputs if they are class scores: a classifier made them, or each has a class token.
 
-def checked_grid(forward: Forward, anatomy: Anatomy, shape: tuple[int, int, int, int]) -> Grid:
-    """The patch grid of a finished forward, or why its attention cannot be read by patches."""
+        Embeddings look the same, and a gradient of their third number means nothing.
+        """
+        if outputs is None or self.anatomy is None:
+            return None
+        classifiers = [c for c in self.tail if isinstance(c.module, nn.Linear | nn.Conv2d)]
+        made = any(call.output.flatten(1).shape == outputs.shape for call in classifiers)
+        owned = 1 < len(self.anatomy.class_tokens) == outputs.shape[-1]
+        return outputs if made or owned else None
+
+
+def checked_grid(
+    forward: Forward, said: Grid | None, shapes: Sequence[tuple[int, int, int, int]]
+) -> tuple[Anatomy, Grid]:
+    """Token roles and patch grid of a finished forward, or why it cannot be read by patches."""
+    if forward.anatomy is None:
+        raise CaptureError("the tokens of this forward were not measured")
+    for shape in shapes:
+        _check(shape, forward)
+    grid = said or forward.grid or _grid_of_aspect(forward, shapes[-1])
+    tokens = shapes[-1][2]
+    patches = len(forward.anatomy.patches(tokens))
+    if patches != grid.size:
+        raise CaptureError(
+            f"{tokens} tokens less {len(forward.anatomy.special_tokens)} special ones leave "
+            f"{patches}, but the patch grid is {grid.rows}x{grid.cols}; name what is wrong with "
+            "`class_tokens=` or `grid=`"
+        )
+    return forward.anatomy, grid
+
+
+def _check(shape: tuple[int, int, int, int], forward: Forward) -> None:
     images, _, tokens, keys = shape
-    if images != forward.images:
+    if forward.images is not None and images != forward.images:
         raise UnsupportedModelError(
             f"attention ran on {images} windows for {forward.images} images: windowed "
             "attention (Swin) has no class-to-patch rows and no affinity across windows"
         )
     if tokens != keys:
         raise UnsupportedModelError(
-            f"{tokens} queries attend to {keys} keys: spatially reduced or channel attention "
-            "(PVT, MiT, XCiT) does not relate patches one to one"
+            f"{tokens} queries attend to {keys} keys: spatially reduced attention (PVT, MiT) does "
+            "not relate patches one to one"
         )
-    if forward.grid is None:
+    if forward.foreign:
         raise UnsupportedModelError(
-            "no patch embedding found (a convolution with 3 input channels, stride = kernel >= 4), "
-            "so the patch grid is unknown"
+            f"an attention map of {tokens}x{keys} belongs to no sequence of that length: attention "
+            "between channels (XCiT) or inside windows (Swin) does not relate patches one to one"
         )
-    patches = len(anatomy.patches(tokens))
-    if patches != forward.grid.size:
-        raise CaptureError(
-            f"{tokens} tokens less {len(anatomy.special_tokens)} special ones leave {patches}, "
-            f"but the patch grid is {forward.grid.rows}x{forward.grid.cols}"
-        )
-    return forward.grid
+
+
+def _grid_of_aspect(forward: Forward, shape: tuple[int, int, int, int]) -> Grid:
+    """The one grid that has the patches' number and exactly the image's aspect."""
+    count = 0 if forward.anatomy is None else len(forward.anatomy.patches(shape[2]))
+    if len(forward.size) == 2 and count:
+        height, width = forward.size
+        rows = round((count * height / width) ** 0.5)
+        if rows and count % rows == 0 and rows * width == count // rows * height:
+            return Grid(rows, count // rows)
+    raise UnsupportedModelError(
+        "no patch embedding found (a convolution with 3 input channels, stride = kernel >= 4), "
+        "so the patch grid is unknown; name it with `grid=(rows, cols)`"
+    )

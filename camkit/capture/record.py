@@ -60,8 +60,9 @@ class Capture:
         """
         if self.outputs is None:
             raise CaptureError(
-                "the model returned no (b, classes) scores; this seed needs a classifier, "
-                "ClassAttentionSeed works without"
+                "no class scores: the model returned none, or no classifier made what it returned; "
+                "say what they are with camkit.watch(model, scores=lambda output: ...), or use "
+                "ClassAttentionSeed, which needs none"
             )
         if not self.outputs.isfinite().all():
             raise CaptureError("the scores hold NaN or inf; check the weights and the pixels")
@@ -81,9 +82,7 @@ class Capture:
     def patch_scores(self) -> Float[Tensor, "b n C"]:
         """What the classifier says of every patch alone (`camkit.capture.tail.patch_scores`)."""
         if self.outputs is None:
-            raise CaptureError(
-                "the model returned no (b, classes) scores to read a classifier from"
-            )
+            raise CaptureError("no class scores were seen, so no classifier can be read")
         special = (*self.anatomy.class_tokens, *self.anatomy.distillation_tokens)
         scores = patch_scores(self.tail, self.outputs, special, self.patches)
         return self._grouped(scores)

@@ -11,23 +11,33 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
 from camkit.capture.mha import multi_head_attention
 
 
 class Tap(TorchFunctionMode):
-    """Reports the attention calls made while it is on.
+    """Reports, and may tilt, the attention calls made while it is on.
 
     Args:
         on_fused: called with ``(output, q, k, v, scale, bias)`` of each fused attention.
         on_explicit: called with ``(weights,)`` of each softmax that looks like attention.
+        weigh: asked before each of them for log-weights on the keys, ``(b, s)`` or ``(b, a, s)``,
+            which are added to the logits and left to the host's own kernel; None leaves the call
+            alone.
 
-    Both return the tensor the host goes on with, normally the one they were given.
+    The first two return the tensor the host goes on with, normally the one they were given.
     """
 
-    def __init__(self, on_fused: Callable[..., Tensor], on_explicit: Callable[..., Tensor]) -> None:
+    def __init__(
+        self,
+        on_fused: Callable[..., Tensor],
+        on_explicit: Callable[..., Tensor],
+        weigh: Callable[[Attention], Tensor | None] | None = None,
+    ) -> None:
         super().__init__()
         self._on_fused = on_fused
         self._on_explicit = on_explicit
+        self._weigh = weigh
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -38,7 +48,7 @@ class Tap(TorchFunctionMode):
         if name == "scaled_dot_product_attention":
             return self._fused(func, *args, **kwargs)
         if name == "softmax":
-            return self._explicit(func(*args, **kwargs), *args, **kwargs)
+            return self._explicit(func, *args, **kwargs)
         if name == "multi_head_attention_forward":
             with self:  # so that the calls inside are seen in their turn
                 return multi_head_attention(*args, **kwargs)
@@ -56,23 +66,37 @@ class Tap(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        output = func(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
         if query.dim() != 4:
-            return output
+            return func(query, key, value, attn_mask, is_causal=is_causal, **options)
+        q, k, v = query, key, value
         if enable_gqa:
-            groups = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        bias = _bias(attn_mask, is_causal, query, key)
-        return self._on_fused(output, query, key, value, scale, bias)
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        bias = _bias(attn_mask, is_causal, q, k)
+        tilt = None if self._weigh is None else self._weigh(FusedAttention(q, k, factor, bias))
+        if tilt is None:
+            output = func(query, key, value, attn_mask, is_causal=is_causal, **options)
+        else:
+            bias = _keys(tilt, q.dtype) if bias is None else bias + _keys(tilt, q.dtype)
+            output = func(query, key, value, bias, **options)
+        return self._on_fused(output, q, k, v, factor, bias)
 
-    def _explicit(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _explicit(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        weights = func(*args, **kwargs)
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if output.dim() != 4 or dim not in (-1, 3):
-            return output
-        return self._on_explicit(output)
+        if weights.dim() != 4 or dim not in (-1, 3):
+            return weights
+        tilt = None if self._weigh is None else self._weigh(ExplicitAttention(weights))
+        if tilt is not None:
+            logits = args[0] if args else kwargs.pop("input")
+            weights = func(logits + _keys(tilt, logits.dtype), *args[1:], **kwargs)
+        return self._on_explicit(weights)
+
+
+def _keys(tilt: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log-weights as an additive mask, in the queries' own type: cuDNN misreads any other."""
+    return (tilt[:, None, None] if tilt.dim() == 2 else tilt[:, :, None]).to(dtype)
 
 
 def _bias(mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:

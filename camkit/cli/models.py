@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from camkit.bench.measure import PhotoSettings
-from camkit.capture.anatomy import find_patch_embedding
+from camkit.capture.search import find_patch_embeddings
 from camkit.data import VOC_CLASSES, VOC_IN_IMAGENET
 from camkit.errors import CamkitError
 from camkit.vocabulary import Vocabulary
@@ -70,7 +70,7 @@ def open_model(name: str, *, size: int = 384) -> OpenedModel:
     settings = timm.models.get_pretrained_cfg(registered)
     mean = tuple(settings.mean) if settings else (0.5, 0.5, 0.5)
     std = tuple(settings.std) if settings else (0.5, 0.5, 0.5)
-    embedding = find_patch_embedding(model)
+    embedding = next(iter(find_patch_embeddings(model).values()), None)
     photos = PhotoSettings(
         size=size if getattr(model, "dynamic_img_size", False) else _fixed_size(settings),
         mean=mean,

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from camkit.capture.anatomy import Anatomy, being_measured, find_attention, known_anatomy
+from camkit.capture.anatomy import Anatomy, image_batch, measuring
 from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
 from camkit.capture.hooks import Hooks
+from camkit.capture.host import Host, is_compiled
 from camkit.capture.tap import Tap
-from camkit.errors import CaptureError
+from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.tensors import Tokens
 
 
@@ -30,39 +32,71 @@ class Edit(Protocol):
         """
 
 
-def attach(model: nn.Module, edit: Edit, *, blocks: int | Sequence[int] | None = None) -> "Handle":
+@runtime_checkable
+class KeyEdit(Protocol):
+    """Tilts attention itself: weights on the keys, inside the host's own kernel."""
+
+    def log_weights(
+        self, tokens: Tokens, attention: Attention, anatomy: Anatomy
+    ) -> Float[Tensor, "b s"] | Float[Tensor, "b a s"]:
+        """What to add to the logits of every key, for all heads or for each.
+
+        The rows of the map become proportional to ``exp(log_weights)`` times what they were.
+        """
+
+
+def attach(
+    model: nn.Module,
+    edit: Edit | KeyEdit,
+    *,
+    blocks: int | Sequence[int] | None = None,
+    class_tokens: Sequence[int] | None = None,
+) -> "Handle":
     """Let ``edit`` change the chosen attention blocks in every forward from now on.
 
     Args:
-        model: any Vision Transformer; its own code, kernels and weights stay as they are.
+        model: any Vision Transformer; its own code, kernels and weights stay as they are. Attach
+            before `torch.compile`.
         edit: called once per block and forward; gradients flow through it.
         blocks: which attention modules, in the order the model holds them: None all, n the last n,
             or indices, negative from the end.
+        class_tokens: positions of the class tokens, where they are not found by their names.
 
     Returns:
         A handle; ``remove()`` leaves the model as it was, ``enabled = False`` pauses the edit. It
         is also a context manager.
+
+    Raises:
+        UnsupportedModelError: the model holds no known attention, or is compiled already.
     """
-    return Handle(model, edit, blocks)
+    if is_compiled(model):
+        raise UnsupportedModelError(
+            "the model is compiled already, and compiled code runs past new hooks; attach the edit "
+            "first and compile afterwards"
+        )
+    return Handle(Host.of(model, class_tokens=class_tokens), edit, blocks)
 
 
 class Handle:
     """An attached edit."""
 
     def __init__(
-        self, model: nn.Module, edit: Edit, blocks: int | Sequence[int] | None = None
+        self, host: Host, edit: Edit | KeyEdit, blocks: int | Sequence[int] | None = None
     ) -> None:
         self.enabled = True
-        self._model = model
+        self._host = host
         self._edit = edit
         self._hooks = Hooks()
-        self._tap = Tap(self._on_fused, self._on_explicit)
+        weigh = self._on_keys if isinstance(edit, KeyEdit) else None
+        self._tap = Tap(self._on_fused, self._on_explicit, weigh)
         self._tapping = False
+        self._tokens: Tensor | None = None
         self._seen: Attention | None = None
         self._anatomy: Anatomy | None = None
-        self._everything = list(find_attention(model).values())
-        self._hooks.before(model, self._before_model)
-        for module in _chosen(self._everything, blocks):
+        chosen = _chosen(list(host.attention.values()), blocks)
+        for entrance in host.entrances:
+            self._hooks.before(entrance, self._before_entrance)
+        for module in chosen:
             self._hooks.before(module, self._before)
             self._hooks.after(module, self._after)
 
@@ -77,31 +111,41 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.enabled and not being_measured(self._model):
+    def _before_entrance(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self.enabled and not measuring() and image_batch(args, kwargs) is not None:
             self._untap()
-            self._anatomy = known_anatomy(self._model, self._everything, args, kwargs)
+            self._anatomy = self._host.anatomy(module, args, kwargs)
 
-    def _before(self, *_: Any) -> None:
-        self._seen = None
-        self._tapping = True
-        self._tap.__enter__()
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.enabled and not measuring():
+            self._seen = None
+            self._tokens = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            self._tapping = True
+            self._tap.__enter__()
 
-    def _after(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def _after(self, *call: Any) -> Any:
+        output = call[-1]
         self._untap()
-        if not self.enabled or output is None:  # None: the forward raised
+        tokens, self._tokens, seen, self._seen = self._tokens, None, self._seen, None
+        if not self.enabled or measuring() or output is None:  # None: the forward raised
             return None
-        if self._seen is None or self._anatomy is None:
+        if seen is None or tokens is None or self._anatomy is None:
             raise CaptureError(
                 "an edited block ran without attention that could be seen, or outside the forward "
                 "of its model; attach to the module that you call"
             )
-        tokens = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        if isinstance(self._edit, KeyEdit):
+            return None
         if isinstance(output, tuple):  # hosts that return their map beside the tokens
-            return (self._edit(tokens, output[0], self._seen, self._anatomy), *output[1:])
-        return self._edit(tokens, output, self._seen, self._anatomy)
+            return (self._edit(tokens, output[0], seen, self._anatomy), *output[1:])
+        return self._edit(tokens, output, seen, self._anatomy)
+
+    def _on_keys(self, attention: Attention) -> Tensor | None:
+        if self._anatomy is None or self._tokens is None or not isinstance(self._edit, KeyEdit):
+            return None
+        return self._edit.log_weights(self._tokens, attention, self._anatomy)
 
     def _untap(self) -> None:
         """Leave the mode if it is on: an interrupt, or another's hook that raised, skips steps."""

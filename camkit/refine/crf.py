@@ -63,7 +63,7 @@ class DenseCRF:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}")
         if not 0.0 < self.background_score < 1.0:
             raise ValueError(f"`background_score` must lie in (0, 1), got {self.background_score}")
-        if self.temperature <= 0.0:
+        if not self.temperature > 0.0:
             raise ValueError(f"`temperature` must be above 0, got {self.temperature}")
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:

@@ -1,0 +1,122 @@
+"""A model as camkit finds it: what to hook, and what its user said of it."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from camkit.capture.anatomy import Anatomy, measure_anatomy
+from camkit.capture.search import (
+    find_attention,
+    find_patch_embeddings,
+    name_attention,
+    of_images,
+)
+from camkit.errors import UnsupportedModelError
+from camkit.grid import Grid
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_MEASURED: "WeakKeyDictionary[nn.Module, Anatomy]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Host:
+    """The modules that matter in a model, and what could not be measured but was said.
+
+    Attributes:
+        model: what the user holds.
+        attention: its attention modules by name.
+        embeddings: convolutions that cut images into patches.
+        entrances: modules that hold attention, from the outside in; the first one called with an
+            image batch is where a forward begins. A host that bypasses its root's forward still
+            enters somewhere.
+        class_tokens: positions of the class tokens, where the user named them.
+        grid: the patch grid, where the user named it.
+    """
+
+    model: nn.Module
+    attention: dict[str, nn.Module]
+    embeddings: tuple[nn.Conv2d, ...]
+    entrances: tuple[nn.Module, ...]
+    class_tokens: tuple[int, ...] | None = None
+    grid: Grid | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        modules: Iterable[str] | None = None,
+        class_tokens: Sequence[int] | None = None,
+        grid: Grid | tuple[int, int] | None = None,
+    ) -> "Host":
+        """Find what matters in a model.
+
+        Raises:
+            UnsupportedModelError: it holds no attention, is no Python model, or runs in several
+                threads.
+        """
+        if isinstance(model, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                "a TorchScript module hides its attention; watch the Python model it was made from"
+            )
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise UnsupportedModelError(
+                "DataParallel runs copies of the model in threads, and what they show would mix; "
+                "use DistributedDataParallel, or hand over `model.module`"
+            )
+        embeddings = find_patch_embeddings(model)
+        if modules is None:
+            found = of_images(find_attention(model), embeddings)
+        else:
+            found = name_attention(model, modules)
+        prefixes = {
+            ".".join(name.split(".")[:depth])
+            for name in found
+            for depth in range(name.count(".") + 1)
+        }
+        named = dict(model.named_modules(remove_duplicate=False))
+        entrances = [
+            named[prefix] for prefix in sorted(prefixes, key=lambda p: p.count(".") + bool(p))
+        ]
+        return cls(
+            model=model,
+            attention=found,
+            embeddings=tuple(embeddings.values()),
+            entrances=tuple(m for m in entrances if not isinstance(m, _WRAPPERS)),
+            class_tokens=None if class_tokens is None else tuple(class_tokens),
+            grid=Grid(*grid) if isinstance(grid, tuple) else grid,
+        )
+
+    @property
+    def core(self) -> nn.Module:
+        """The model without the wrappers of distributed training and compilation."""
+        model: Any = self.model
+        while isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
+            model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod
+        return model
+
+    def anatomy(
+        self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Anatomy:
+        """Which tokens are what: as the user said, else measured once and remembered."""
+        if self.class_tokens is not None:
+            return Anatomy(class_tokens=self.class_tokens)
+        if entrance not in _MEASURED:
+            modules = list(self.attention.values())
+            _MEASURED[entrance] = measure_anatomy(entrance, modules, args, kwargs)
+        return _MEASURED[entrance]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` stands between the model's callers and its hooks."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )

@@ -1,0 +1,185 @@
+"""Listens to a host while it runs, and keeps what was asked for."""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from camkit.capture.anatomy import image_batch, measuring
+from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
+from camkit.capture.forward import Forward
+from camkit.capture.hooks import Hooks
+from camkit.capture.host import Host
+from camkit.capture.record import scores_of
+from camkit.capture.selection import Selection
+from camkit.capture.tail import TailCall, tail_modules
+from camkit.capture.tap import Tap
+from camkit.errors import CaptureError
+from camkit.grid import Grid
+
+_RUNS: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # attention calls a forward makes
+
+
+class Recorder:
+    """Hooks on a host, and the forward they have seen last."""
+
+    def __init__(
+        self,
+        host: Host,
+        keep: Selection,
+        *,
+        gradients: bool,
+        scores: Callable[[Any], Tensor] | None,
+    ) -> None:
+        self.forward = Forward()
+        self.entered = 0
+        self._host = host
+        self._keep = keep
+        self._gradients = gradients
+        self._scores = scores
+        self._names = {module: name for name, module in host.attention.items()}
+        self._hooks = Hooks()
+        self._tap = Tap(self._on_fused, self._on_explicit)
+        self._tapping = False
+        self._entrance: nn.Module | None = None
+        self._mode_outside = torch.is_grad_enabled()
+        self._mode_before: bool | None = None
+
+    def start(self) -> None:
+        """Put the hooks on."""
+        host = self._host
+        for entrance in host.entrances:
+            self._hooks.before(entrance, self._before_entrance)
+            self._hooks.after(entrance, self._after_entrance)
+        for module in host.attention.values():
+            self._hooks.before(module, self._before_attention)
+            self._hooks.after(module, self._after_attention)
+        for embedding in host.embeddings:
+            self._hooks.after(embedding, self._after_embedding)
+        for module in tail_modules(host.model, list(host.attention)):
+            self._hooks.after(module, self._after_tail)
+
+    def stop(self) -> None:
+        """Take the hooks off and leave every mode as it was found."""
+        self._hooks.remove()
+        self._untap()
+        self._entrance = None
+        self._restore_grad_mode(self._mode_outside)
+
+    def _before_entrance(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if measuring() or self._entrance is not None:
+            return
+        images = image_batch(args, kwargs)
+        if images is None:  # an outer module that is called with something else
+            return
+        anatomy = self._host.anatomy(module, args, kwargs)
+        self._entrance = module
+        self.entered += 1
+        self.forward = Forward(images=len(images), size=images.shape[-2:], anatomy=anatomy)
+        self._mode_before = torch.is_grad_enabled() if self._gradients else None
+
+    def _after_entrance(self, module: nn.Module, *call: Any) -> Tensor | None:
+        if measuring() or module is not self._entrance:
+            return None
+        self._entrance = None
+        began = self._mode_before is False and torch.is_grad_enabled()
+        self._restore_grad_mode(self._mode_before)
+        output = call[-1]
+        if output is None:  # the forward raised
+            return None
+        outputs: Tensor | None = None
+        if self._scores is not None:
+            outputs = self._scores(output)
+        elif module is self._host.core:
+            outputs = self.forward.classified(scores_of(output))
+        self.forward.outputs = outputs if outputs is None or self._gradients else outputs.detach()
+        _RUNS[self._host.model] = self.forward.calls
+        # who asked for no gradients gets a tensor without; the graph is ours
+        return output.detach() if began and isinstance(output, Tensor) else None
+
+    def _before_attention(self, module: nn.Module, *call: Any) -> None:
+        if measuring() or not self._listening():
+            return
+        self.forward.modules += 1
+        self.forward.tail.clear()
+        self.forward.running = self._names[module]
+        self.forward.lengths = [x.shape[:-1] for x in call[0] if isinstance(x, Tensor)]
+        self._tapping = True
+        self._tap.__enter__()
+
+    def _listening(self) -> bool:
+        """Inside a forward; or in a host that never enters one, whose tokens the user has named."""
+        said = self._host.class_tokens is not None and self._host.grid is not None
+        if self._entrance is None and not self.entered and said and self.forward.anatomy is None:
+            self.forward.anatomy = self._host.anatomy(self._host.model, (), {})
+        return self._entrance is not None or (not self.entered and said)
+
+    def _after_attention(self, *_: Any) -> None:
+        if not measuring():
+            self._untap()
+
+    def _after_embedding(self, *call: Any) -> None:
+        if not measuring() and isinstance(call[-1], Tensor):
+            self.forward.grid = Grid(*call[-1].shape[-2:])
+
+    def _after_tail(self, *call: Any) -> None:
+        module, args, _, output = call
+        if measuring() or self.forward.calls == 0 or not args:
+            return
+        if isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            self.forward.tail.append(TailCall(module, args[0].detach(), output.detach()))
+
+    def _on_fused(
+        self, output: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
+    ) -> Tensor:
+        if q.shape[2] == 1:  # a pooling head: one query that is no token
+            return output
+        if not self._gradients:
+            q, k, bias = q.detach(), k.detach(), None if bias is None else bias.detach()
+            self._add(FusedAttention(q, k, scale, bias))
+            return output
+        output = self._in_graph(output)
+        self._add(FusedAttention(q, k, scale, bias, v, output))
+        return output
+
+    def _on_explicit(self, weights: Tensor) -> Tensor:
+        if weights.shape[2] == 1:
+            return weights
+        weights = self._in_graph(weights) if self._gradients else weights
+        self._add(ExplicitAttention(weights if self._gradients else weights.detach()))
+        return weights
+
+    def _add(self, attention: Attention) -> None:
+        lengths = self.forward.lengths
+        if lengths and all(attention.shape[2] not in length for length in lengths):
+            self.forward.foreign = True  # neither tokens nor images: windows, or channels
+        self.forward.kept.append((self.forward.calls, self.forward.running, attention))
+        self.forward.calls += 1
+        self._keep.drop(self.forward.kept)
+
+    def _in_graph(self, tensor: Tensor) -> Tensor:
+        """Begin the graph here when the caller runs without one and this block is watched."""
+        calls = _RUNS.get(self._host.model)
+        if tensor.requires_grad or not self._keep.wants(self.forward.calls, calls):
+            return tensor
+        if torch.is_inference_mode_enabled():
+            raise CaptureError(
+                "gradients cannot be taken under torch.inference_mode; use torch.no_grad instead"
+            )
+        torch.set_grad_enabled(True)  # until the model returns
+        return tensor.detach().requires_grad_()
+
+    def _restore_grad_mode(self, mode: bool | None) -> None:
+        if self._mode_before is not None and mode is not None:
+            torch.set_grad_enabled(mode)
+            self._mode_before = None
+
+    def _untap(self) -> None:
+        """Leave the mode if it is on: an interrupt, or another's hook that raised, skips steps."""
+        if self._tapping:
+            self._tapping = False
+            self._tap.__exit__(None, None, None)

@@ -1,0 +1,359 @@
+"""The command line: what it writes, what it says, and how it ends."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import camkit.cli.cam as cam_command
+from camkit.cli import COMMANDS, main
+from camkit.cli.models import open_model
+from camkit.data import VOC_CLASSES, write_shapes
+
+NAME = "vit_tiny_patch16_224"
+SMALL = ["--size", "64"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder with random weights for two real classifiers: 20 VOC classes and ImageNet's 1000."""
+    folder = tmp_path_factory.mktemp("data") / "weights"
+    folder.mkdir()
+    for tag, outputs in (("test", 20), ("imagenet", 1000), ("three", 3)):
+        torch.manual_seed(outputs)
+        state = timm.create_model(NAME, num_classes=outputs).state_dict()
+        save_file(
+            {key: value.half() for key, value in state.items()},
+            folder / f"{NAME}.{tag}.fp16.safetensors",
+        )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def data(weights, monkeypatch, tmp_path):
+    monkeypatch.setenv("CAMKIT_DATA", str(weights.parent))
+    monkeypatch.chdir(tmp_path)  # default outputs land here
+
+    def no_network(*_, **options):
+        if options.get("pretrained"):
+            raise OSError("no network in tests")
+        return create(*_, **options)
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", no_network)
+    return weights.parent
+
+
+def photo(path, size=(40, 60)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colours = np.random.default_rng(len(str(path))).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(colours).save(path)
+    return str(path)
+
+
+def cam(*arguments, tag="test"):
+    return main(["cam", *arguments, "--model", f"{NAME}.{tag}", *SMALL])
+
+
+def one_line(capsys):
+    error = capsys.readouterr().err
+    assert error.startswith("camkit: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"  camkit {command}" in capsys.readouterr().out.partition("examples:")[2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["paint"], ["cam"], ["cam", "a.jpg", "--sise", "3"], ["bench", "x", "--limit", "few"]],
+)
+def test_a_wrong_command_line_ends_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert "usage: camkit" in capsys.readouterr().err
+
+
+def test_cam_writes_a_folder_for_each_photo(tmp_path, capsys):
+    first, second = photo(tmp_path / "a b.png"), photo(tmp_path / "größe.jpg")
+    assert cam(first, second, "--classes", "cat,dog", "--out", "made") == 0
+    for stem in ("a b", "größe"):
+        folder = tmp_path / "made" / stem
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "cam.npy",
+            "manifest.json",
+            "mask.png",
+            "overlay.png",
+        ]
+        assert np.load(folder / "cam.npy").shape == (2, 40, 60)
+        assert [item["name"] for item in manifest(folder)["classes"]] == ["cat", "dog"]
+    assert capsys.readouterr().out.count(": cat, dog\n") == 2
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_corrupt_photo_does_not_stop_the_others(tmp_path, capsys, place):
+    paths = [photo(tmp_path / f"good{number}.png") for number in range(2)]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    paths.insert(place, str(broken))
+    assert cam(*paths, "--classes", "cat", "--out", "made") == 1
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["good0", "good1"]
+    error = capsys.readouterr().err
+    assert "broken.png cannot be read as an image" in error
+    assert "1 of 3 photos failed" in error
+
+
+def test_photos_of_one_name_get_folders_of_their_own(tmp_path):
+    paths = [tmp_path / "p" / "x.png", tmp_path / "q" / "x.png", tmp_path / "x-2.png"]
+    sizes = [(40, 60), (60, 40), (50, 50)]
+    named = [photo(path, size) for path, size in zip(paths, sizes, strict=True)]
+    assert cam(*named, "--classes", "cat", "--out", "made") == 0
+    made = {manifest(folder)["photo"]: folder.name for folder in (tmp_path / "made").iterdir()}
+    assert made == {named[0]: "x", named[1]: "x-2", named[2]: "x-2-2"}
+
+
+def test_without_classes_the_first_guess_is_taken(tmp_path):
+    assert cam(photo(tmp_path / "a.png")) == 0
+    found = manifest(tmp_path / "out" / "cam" / "a")
+    assert [item["index"] for item in found["classes"]] == [found["most_probable_output"]]
+
+
+@pytest.mark.parametrize(
+    ("tag", "asked", "names"),
+    [
+        ("test", "Cat, DOG", ["cat", "dog"]),
+        ("test", "0,19", ["aeroplane", "tvmonitor"]),
+        ("imagenet", "tabby", ["tabby, tabby cat"]),
+        ("imagenet", "junco, snowbird", ["junco, snowbird"]),
+        ("imagenet", "cat", ["cat"]),
+        ("three", "output 2", ["output 2"]),
+    ],
+)
+def test_classes_are_found_by_name_synonym_group_and_index(tmp_path, tag, asked, names):
+    assert cam(photo(tmp_path / "a.png"), "--classes", asked, "--out", "made", tag=tag) == 0
+    assert [item["name"] for item in manifest(tmp_path / "made" / "a")["classes"]] == names
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("hrose", 'no class is called "hrose"; did you mean "horse"'),
+        ("20", "a class index lies in 0 to 19 here, got 20"),
+        ("cat,cat", "are the same class"),
+        (" , ", "name at least one class, got none"),
+    ],
+)
+def test_classes_that_do_not_exist_are_told_before_any_photo_is_read(
+    tmp_path, capsys, asked, words
+):
+    assert cam(photo(tmp_path / "a.png"), "--classes", asked, "--out", "made") == 1
+    assert words in one_line(capsys)
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_background_score_reaches_the_manifest(tmp_path, capsys):
+    path = photo(tmp_path / "a.png")
+    assert cam(path, "--classes", "cat", "--background-score", "0.25", "--out", "made") == 0
+    assert manifest(tmp_path / "made" / "a")["background_score"] == 0.25
+    capsys.readouterr()
+    assert cam(path, "--classes", "cat", "--background-score", "7") == 1
+    assert "must lie in [0, 1], got 7.0" in one_line(capsys)
+
+
+def test_an_output_folder_that_is_a_file_is_told(tmp_path, capsys):
+    (tmp_path / "taken").write_text("mine")
+    assert cam(photo(tmp_path / "a.png"), "--classes", "cat", "--out", "taken") == 1
+    assert "taken" in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_an_interrupt_keeps_finished_results(tmp_path, capsys, monkeypatch):
+    paths = [photo(tmp_path / f"{number}.png") for number in range(3)]
+    real = cam_command._segment
+
+    def segment(*arguments):
+        if arguments[2].name == "1.png":
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(cam_command, "_segment", segment)
+    assert cam(*paths, "--classes", "cat", "--out", "made") == 1
+    assert "camkit: interrupted; finished results are kept\n" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["0"]
+    assert manifest(tmp_path / "made" / "0")["size"] == [40, 60]
+
+
+def shapes(folder, *, classes, count=8):
+    """Drawn images whose classes bear other names."""
+    write_shapes(folder, count)
+    path = folder / "labels.json"
+    text = path.read_text()
+    for old, new in zip(("circle", "square", "triangle"), classes, strict=True):
+        text = text.replace(f'"{old}"', f'"{new}"')
+    path.write_text(text)
+    return str(folder)
+
+
+def bench(*arguments):
+    return main(["bench", *arguments, "--model", f"{NAME}.test", *SMALL])
+
+
+def test_bench_prints_a_table_and_writes_it(tmp_path, capsys):
+    folder = shapes(tmp_path / "animals", classes=("cat", "dog", "horse"))
+    assert bench(folder, "--out", "results/first.json") == 0
+    table = capsys.readouterr().out
+    assert "mIoU in % over background, cat, dog, horse" in table
+    assert (tmp_path / "results" / "first.md").read_text() == table.removesuffix("\n")
+    data = json.loads((tmp_path / "results" / "first.json").read_text())
+    assert (data["tune_images"], data["images"], len(data["rows"])) == (6, 2, 12)
+
+
+def test_bench_measures_the_classes_asked(tmp_path, capsys):
+    folder = shapes(tmp_path / "animals", classes=("cat", "dog", "horse"))
+    assert bench(folder, "--classes", "horse, cat") == 0
+    assert "over background, horse, cat\n" in capsys.readouterr().out
+
+
+def test_bench_ends_with_1_when_images_were_left_out(tmp_path, capsys):
+    folder = shapes(tmp_path / "animals", classes=("cat", "dog", "horse"))
+    (tmp_path / "animals" / "JPEGImages" / "shapes_0001.jpg").write_bytes(b"no image")
+    assert bench(folder) == 1
+    assert "1 images could not be used:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tune-split", "val"], "is an oracle: name another split"),
+        (["--tune-split", "dev"], "must be a split of the data set, got 'dev'"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--classes", "horze"], 'no class is called "horze"; did you mean "horse"'),
+        (["--classes", "sheep"], "no class of the data set is called sheep"),
+    ],
+)
+def test_bench_refuses_what_cannot_be_measured(tmp_path, capsys, arguments, words):
+    folder = shapes(tmp_path / "animals", classes=("cat", "dog", "horse"))
+    assert bench(folder, *arguments) == 1
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bench_names_the_class_that_the_model_does_not_know(tmp_path, capsys):
+    write_shapes(tmp_path / "shapes", 8)
+    assert bench(str(tmp_path / "shapes")) == 1
+    assert 'no class is called "circle"' in capsys.readouterr().err
+
+
+def test_bench_says_what_a_folder_should_hold(tmp_path, capsys):
+    assert bench(str(tmp_path)) == 1
+    assert "is no known data set: expected JPEGImages/" in one_line(capsys)
+
+
+def test_bench_that_cannot_write_says_so_and_has_shown_its_table(tmp_path, capsys):
+    folder = shapes(tmp_path / "animals", classes=("cat", "dog", "horse"))
+    (tmp_path / "taken").write_text("mine")
+    assert bench(folder, "--out", "taken/results.json") == 1
+    printed = capsys.readouterr()
+    assert "| gradient |" in printed.out
+    assert "camkit: [Errno" in printed.err.splitlines()[-1]
+
+
+def test_doctor_tells_what_it_sees(capsys):
+    assert main(["doctor", "--model", f"{NAME}.test", "--size", "64"]) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    found = {key.strip(): value.strip() for key, value in rows.items()}
+    assert found["class tokens"] == "0"
+    assert found["register tokens"] == "none"
+    assert found["tokens"] == "17, of which 4x4 patches"
+    assert found["attention"].startswith("12 blocks of 3 heads")
+    assert found["classes"] == f"20, such as {VOC_CLASSES[0]}"
+    assert found["seed: gradient"] == "works"
+
+
+@pytest.mark.parametrize("value", [None, "", "nowhere", "empty"])
+def test_demo_without_data_says_what_to_do(monkeypatch, tmp_path, capsys, value):
+    (tmp_path / "empty").mkdir()
+    if value is None:
+        monkeypatch.delenv("CAMKIT_DATA")
+    else:
+        monkeypatch.setenv("CAMKIT_DATA", value)
+    assert main(["demo"]) == 1
+    assert "set CAMKIT_DATA to a folder that holds voc12_animals/" in one_line(capsys)
+
+
+def test_demo_paints_a_sheet_and_writes_its_table(monkeypatch, tmp_path, capsys, weights):
+    (tmp_path / "data").mkdir()
+    shutil.copytree(weights, tmp_path / "data" / "weights")
+    folder = tmp_path / "data" / "voc12_animals"
+    shapes(folder, classes=("cat", "dog", "horse"))
+    labels = json.loads((folder / "labels.json").read_text())
+    labels["classes"] += ["cow", "sheep", "person"]
+    (folder / "labels.json").write_text(json.dumps(labels))
+    monkeypatch.setenv("CAMKIT_DATA", str(tmp_path / "data"))
+    assert main(["demo", "--model", f"{NAME}.test", *SMALL, "--photos", "2"]) == 0
+    out = tmp_path / "out" / "demo"
+    assert "| refined |" in (out / "table.md").read_text()
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.width > 5 * 260
+    assert "look at out/demo/sheet.png" in capsys.readouterr().out
+
+
+def test_without_local_weights_and_hub_the_error_says_where_to_put_them(capsys, tmp_path):
+    name = f"{NAME}.augreg_in21k_ft_in1k"
+    assert main(["cam", photo(tmp_path / "a.png"), "--model", name]) == 1
+    asked, error = capsys.readouterr().err.splitlines()
+    assert "asking timm's hub" in asked
+    assert "nor from timm's hub (OSError)" in error
+    assert f"weights/{name}.safetensors" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vit_tny_patch16_224", 'timm has no model "vit_tny_patch16_224"'),
+        (f"{NAME}.nonsense", f'no weights are called "{NAME}.nonsense"'),
+    ],
+)
+def test_models_that_do_not_exist_are_told_without_asking_the_hub(capsys, tmp_path, name, words):
+    assert main(["cam", photo(tmp_path / "a.png"), "--model", name]) == 1
+    assert words in one_line(capsys)
+
+
+@pytest.mark.parametrize("content", ["broken", "of another model"])
+def test_weights_that_do_not_fit_are_told_by_their_file(monkeypatch, tmp_path, capsys, content):
+    (tmp_path / "weights").mkdir()
+    path = tmp_path / "weights" / f"{NAME}.mine.safetensors"
+    if content == "broken":
+        path.write_bytes(b"no tensors")
+    else:
+        save_file({"head.weight": torch.zeros(5, 7)}, path)
+    monkeypatch.setenv("CAMKIT_DATA", str(tmp_path))
+    assert main(["doctor", "--model", f"{NAME}.mine"]) == 1
+    error = one_line(capsys)
+    assert str(path) in error
+    assert f"does not fit {NAME}" in error
+
+
+def test_local_weights_are_loaded_exactly(weights):
+    opened = open_model(f"{NAME}.three", size=64)
+    torch.manual_seed(3)
+    expected = timm.create_model(NAME, num_classes=3).state_dict()
+    for key, value in opened.model.state_dict().items():
+        assert torch.equal(value, expected[key].half().float()), key
+    assert not opened.model.training
+    assert opened.source == str(weights / f"{NAME}.three.fp16.safetensors")

@@ -1,0 +1,141 @@
+"""DenseCRF moves maps to the edges of the picture, as pydensecrf called directly does."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hosts import HandMade
+
+from camkit import CamkitError, CaptureError, DenseCRF, to_mask, watch
+from camkit.refine.crf import PRESETS
+
+EDGE = 20  # the column where the colour of the picture changes
+
+
+@pytest.fixture
+def library():
+    return pytest.importorskip("pydensecrf.densecrf", reason="needs the extra camkit[crf]")
+
+
+def captured(rgb):
+    with torch.no_grad(), watch(HandMade(), rgb=rgb) as seen:
+        seen_model = seen._model
+        seen_model(torch.randn(len(rgb), 3, *rgb.shape[-2:]))
+    return seen.capture
+
+
+@pytest.fixture
+def two_colours():
+    """32 x 48 pixels, red up to column 20, blue from there."""
+    rgb = torch.zeros(1, 3, 32, 48)
+    rgb[:, 0, :, :EDGE] = 0.8
+    rgb[:, 2, :, EDGE:] = 0.8
+    return captured(rgb)
+
+
+def up_to(column):
+    cam = torch.zeros(1, 1, 32, 48)
+    cam[..., :column] = 1.0
+    return cam
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"preset": "deeplab"}, "must be one of clip_es, psa, irn, afa, toco, got 'deeplab'"),
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"background_score": 0.0}, r"must lie in \(0, 1\), got 0.0"),
+        ({"background_score": 1.0}, r"must lie in \(0, 1\), got 1.0"),
+        ({"background_score": float("nan")}, r"must lie in \(0, 1\), got nan"),
+        ({"temperature": 0.0}, "`temperature` must be above 0, got 0.0"),
+        ({"temperature": float("nan")}, "`temperature` must be above 0, got nan"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        DenseCRF(**settings)
+
+
+def test_a_missing_library_is_told_with_the_way_to_get_it(monkeypatch, two_colours):
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    with pytest.raises(CamkitError, match=r"pip install 'camkit\[crf\]'"):
+        DenseCRF()(up_to(16), two_colours)
+
+
+def test_a_capture_without_the_picture_is_refused():
+    model = HandMade()
+    with torch.no_grad(), watch(model) as seen:
+        model(torch.randn(1, 3, 32, 48))
+    with pytest.raises(CaptureError, match=r"watch with `rgb=photo\.rgb`"):
+        DenseCRF()(up_to(16), seen.capture)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_maps_that_are_not_finite_are_refused(two_colours, value):
+    cam = up_to(16)
+    cam[..., 3, 5] = value
+    with pytest.raises(ValueError, match="`cam` must be finite"):
+        DenseCRF()(cam, two_colours)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_mean_field_equals_pydensecrf_called_directly(library, preset):
+    scores = torch.rand(1, 3, 24, 32).softmax(1)
+    rgb = torch.randint(0, 256, (1, 24, 32, 3), dtype=torch.uint8)
+    kernels = PRESETS[preset]
+    field = library.DenseCRF2D(32, 24, 3)  # width, height, labels
+    field.setUnaryEnergy(np.ascontiguousarray(-np.log(scores[0].numpy()).reshape(3, -1)))
+    field.addPairwiseGaussian(sxy=kernels.gauss_sxy, compat=kernels.gauss_weight)
+    field.addPairwiseBilateral(
+        sxy=kernels.bilateral_sxy,
+        srgb=kernels.bilateral_srgb,
+        rgbim=rgb[0].numpy().copy(),
+        compat=kernels.bilateral_weight,
+    )
+    expected = torch.from_numpy(np.array(field.inference(5)).reshape(3, 24, 32))
+    found = DenseCRF(preset=preset, steps=5).probabilities(scores, rgb)
+    torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.sum(1), torch.ones(1, 24, 32))
+
+
+@pytest.mark.parametrize("column", [EDGE - 4, EDGE - 2, EDGE + 2, EDGE + 4])
+def test_a_map_a_few_pixels_off_moves_to_the_edge_of_the_colours(library, two_colours, column):
+    refined = DenseCRF()(up_to(column), two_colours)
+    mask = to_mask(refined, background_score=0.5)[0]
+    assert mask[:, :EDGE].all()
+    assert not mask[:, EDGE:].any()
+
+
+def test_one_half_is_where_class_and_background_are_equally_probable(library, two_colours):
+    cam = torch.rand(1, 1, 32, 48)
+    rgb = (two_colours.rgb * 255).round().byte().permute(0, 2, 3, 1)
+    logits = torch.cat([torch.full_like(cam, 0.3), cam], 1) / 0.25
+    likely = DenseCRF().probabilities(logits.softmax(1), rgb)
+    refined = DenseCRF(background_score=0.3)(cam, two_colours)
+    assert torch.equal(refined[:, 0] > 0.5, likely[:, 1] > likely[:, 0])
+
+
+def test_a_map_on_the_grid_comes_back_at_the_size_of_the_picture(library, two_colours):
+    refined = DenseCRF()(torch.rand(1, 2, 4, 6, dtype=torch.float64), two_colours)
+    assert refined.shape == (1, 2, 32, 48)
+    assert refined.dtype == torch.float64
+    assert refined.min() >= 0.0
+    assert refined.max() <= 1.0
+
+
+def test_a_map_of_zeros_stays_zero_and_takes_nothing_from_the_others(library, two_colours):
+    cam = torch.rand(1, 1, 32, 48)
+    alone = DenseCRF()(cam, two_colours)
+    padded = DenseCRF()(torch.cat([cam, torch.zeros_like(cam)], 1), two_colours)
+    assert not padded[:, 1].any()
+    torch.testing.assert_close(padded[:, :1], alone, rtol=0, atol=1e-3)
+
+
+def test_a_batch_equals_its_images_one_by_one(library):
+    rgb, cam = torch.rand(3, 3, 16, 24), torch.rand(3, 2, 16, 24)
+    both = DenseCRF(steps=3)(cam, captured(rgb))
+    for index in range(3):
+        one = slice(index, index + 1)
+        single = DenseCRF(steps=3)(cam[one], captured(rgb[one]))
+        torch.testing.assert_close(both[one], single)
