@@ -1,5 +1,7 @@
 """Each seed against a slow plain version on un-fused copies of real hosts."""
 
+from functools import partial
+
 import oracles
 import pytest
 import torch
@@ -224,7 +226,7 @@ class Scaled(HandMade):
     [
         (SumPooled, "neither a special token nor the mean"),
         (Scaled, "not those of the linear classifier"),
-        (OneTokenPerClass, "no linear classifier"),
+        (partial(OneTokenPerClass, class_tokens=5), "no linear classifier"),
     ],
 )
 def test_a_pooling_that_patches_cannot_go_through_is_refused(host, words):
