@@ -19,9 +19,9 @@ def library():
 
 
 def captured(rgb):
-    with torch.no_grad(), watch(HandMade(), rgb=rgb) as seen:
-        seen_model = seen._model
-        seen_model(torch.randn(len(rgb), 3, *rgb.shape[-2:]))
+    model = HandMade()
+    with torch.no_grad(), watch(model, rgb=rgb) as seen:
+        model(torch.randn(len(rgb), 3, *rgb.shape[-2:]))
     return seen.capture
 
 
