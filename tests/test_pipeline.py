@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,22 @@ def test_the_callers_gradient_mode_changes_nothing(model, photo, mode, frozen):
     assert torch.equal(found.mask, expected.mask)
     assert not found.cam.requires_grad
     assert not found.logits.requires_grad
+
+
+class RunsWithGradients(HandMade):
+    """Turns gradients on by itself, whatever its caller wants."""
+
+    def forward(self, pixels):
+        with torch.enable_grad():
+            return super().forward(pixels)
+
+
+def test_a_photo_made_in_inference_mode_suits_a_host_that_turns_gradients_on(photo):
+    pipeline = wrap(RunsWithGradients())
+    expected = pipeline(photo, classes=[1])
+    with torch.inference_mode():
+        found = pipeline(replace(photo, pixels=photo.pixels * 1), classes=[1])
+    assert torch.equal(found.cam, expected.cam)
 
 
 def test_half_precision_weights_give_maps_close_to_full_ones(model, photo):
