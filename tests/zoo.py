@@ -11,8 +11,13 @@ import torchvision
 import transformers
 from torch import nn
 
-SIDES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-PATCHES = dict(image_size=64, patch_size=16)
+SIDES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+PATCHES = {"image_size": 64, "patch_size": 16}
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def eager(model, call):
 
 
 def asked(model, call):
-    """nn.MultiheadAttention: asked for its weights, head by head, with the arguments it was given."""
+    """nn.MultiheadAttention: asked for its weights, head by head."""
     model, maps = copy.deepcopy(model), []
 
     def ask(module, args, kwargs, _):
