@@ -11,7 +11,8 @@ from torch import nn
 from camkit.capture.record import Capture
 from camkit.capture.search import find_attention, find_patch_embeddings
 from camkit.capture.watcher import watch
-from camkit.edit.protocol import Edit, attach
+from camkit.edit.handle import attach
+from camkit.edit.protocol import Edit
 from camkit.manifest import environment, weights_hash
 from camkit.mask import to_mask
 from camkit.ops.resampling import resize_cam

@@ -23,12 +23,21 @@ _HERE = local()  # a measurement silences camkit's hooks in its own thread only
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Positions of the special tokens, counted from the end where they follow the patches."""
+    """Positions of the special tokens, counted from the end where they follow the patches.
+
+    Attributes:
+        class_tokens: one, none, or one for each class.
+        distillation_tokens: DeiT's second class token.
+        register_tokens: what DINOv2 and its heirs park global information in.
+        other_tokens: neither patch nor of a known name.
+        sequence_first: whether the host's tokens come as ``(t, b, d)``.
+    """
 
     class_tokens: tuple[int, ...] = ()
     distillation_tokens: tuple[int, ...] = ()
     register_tokens: tuple[int, ...] = ()
     other_tokens: tuple[int, ...] = ()
+    sequence_first: bool = False
 
     @property
     def special_tokens(self) -> tuple[int, ...]:
@@ -126,7 +135,8 @@ def measure_anatomy(
         **{
             role: tuple(p if p < last_patch else p - count for p in positions)
             for role, positions in (*roles.items(), ("other_tokens", rest))
-        }
+        },
+        sequence_first=plain.shape[0] != 2,
     )
 
 

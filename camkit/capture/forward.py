@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import Attention
+from camkit.capture.record import PoolingCall
 from camkit.capture.tail import TailCall
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
@@ -20,6 +21,7 @@ class Forward:
     size: Sequence[int] = ()
     anatomy: Anatomy | None = None
     kept: list[tuple[int, str, Attention]] = field(default_factory=list)
+    pooling: list[PoolingCall] = field(default_factory=list)
     calls: int = 0
     modules: int = 0
     running: str = ""

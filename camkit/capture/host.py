@@ -13,14 +13,15 @@ from camkit.capture.anatomy import Anatomy, measure_anatomy
 from camkit.capture.search import (
     find_attention,
     find_patch_embeddings,
+    is_pooling,
     name_attention,
     of_images,
 )
-from camkit.errors import UnsupportedModelError
+from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-_MEASURED: "WeakKeyDictionary[nn.Module, Anatomy]" = WeakKeyDictionary()
+_MEASURED: "WeakKeyDictionary[nn.Module, dict[str, Anatomy]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +101,50 @@ class Host:
             model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod
         return model
 
+    def blocks(self) -> dict[str, nn.Module]:
+        """The attention modules without pooling heads, which add nothing to the tokens."""
+        return {name: m for name, m in self.attention.items() if not is_pooling(self.model, name)}
+
+    def check_in_place(self) -> None:
+        """Refuse to go on when a hooked module is no longer the one the model calls.
+
+        Raises:
+            CaptureError: a module was swapped; hooks on the old one would see nothing.
+        """
+        for name, module in self.attention.items():
+            held: Any = self.model
+            for part in name.split(".") if name else ():
+                held = getattr(held, part, None)
+            if held is not module:
+                raise CaptureError(
+                    f"{name} was replaced in the model after camkit had hooked it; close the "
+                    "watch or remove the handle, and watch or attach again"
+                )
+
     def anatomy(
-        self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        entrance: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        at: str | None = None,
     ) -> Anatomy:
-        """Which tokens are what: as the user said, else measured once and remembered."""
+        """Which tokens are what: as the user said, else measured once and remembered.
+
+        Args:
+            entrance: the module that a forward begins at.
+            args: what it was called with.
+            kwargs: what it was called with, by name.
+            at: the attention module before which to look; None is the first that runs. Hosts whose
+                class token joins late (CaiT) need another.
+        """
         if self.class_tokens is not None:
             return Anatomy(class_tokens=self.class_tokens)
-        if entrance not in _MEASURED:
-            modules = list(self.attention.values())
-            _MEASURED[entrance] = measure_anatomy(entrance, modules, args, kwargs)
-        return _MEASURED[entrance]
+        known = _MEASURED.setdefault(entrance, {})
+        key = at or ""
+        if key not in known:
+            modules = list(self.attention.values()) if at is None else [self.attention[at]]
+            known[key] = measure_anatomy(entrance, modules, args, kwargs)
+        return known[key]
 
 
 def is_compiled(model: nn.Module) -> bool:

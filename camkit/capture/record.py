@@ -18,6 +18,39 @@ from camkit.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
+class PoolingCall:
+    """Attention of a single query: SigLIP's pooling head, or class attention (CaiT).
+
+    Attributes:
+        attention: the call, ``(b, a, 1, s)``.
+        anatomy: roles of its keys.
+    """
+
+    attention: Attention
+    anatomy: Anatomy
+
+    @property
+    def patches(self) -> list[int]:
+        """Positions of the patches among the keys."""
+        return self.anatomy.patches(self.attention.shape[3])
+
+
+@dataclass(frozen=True, eq=False)
+class ClassCall:
+    """An attention call that holds class-to-patch rows.
+
+    Attributes:
+        attention: the call.
+        queries: rows of the class tokens.
+        patches: columns of the patches.
+    """
+
+    attention: Attention
+    queries: tuple[int, ...]
+    patches: list[int]
+
+
+@dataclass(frozen=True, eq=False)
 class Capture:
     """What one forward showed; every seed and refiner reads from it, and no second forward is run.
 
@@ -29,6 +62,7 @@ class Capture:
         outputs: what the classifier returned, one row an image; None when the model returned no
             scores.
         tail: module calls after the last block.
+        pooling: attention of single queries, which pool the patches.
         rgb: the pictures in [0, 1], for refiners that look at colours.
         vocabulary: names the classes, and may gather several classifier outputs into one class.
     """
@@ -39,6 +73,7 @@ class Capture:
     grid: Grid
     outputs: Float[Tensor, "b o"] | None = None
     tail: tuple[TailCall, ...] = ()
+    pooling: tuple[PoolingCall, ...] = ()
     rgb: RGB | None = None
     vocabulary: Vocabulary | None = None
 
@@ -68,15 +103,29 @@ class Capture:
             raise CaptureError("the scores hold NaN or inf; check the weights and the pixels")
         return self._grouped(self.outputs)
 
+    def class_calls(self) -> tuple[ClassCall, ...]:
+        """The calls that hold class-to-patch rows: of the class tokens, else of pooling queries.
+
+        Raises:
+            CaptureError: the host has neither.
+        """
+        tokens = self.anatomy.class_tokens
+        if tokens:
+            return tuple(ClassCall(block, tokens, self.patches) for block in self.blocks)
+        if not self.pooling:
+            raise CaptureError(
+                "this model has no class token and no pooling query, so no class-to-patch "
+                "attention; use ClassWeightSeed or RolloutSeed, or name the tokens with "
+                "`class_tokens=`"
+            )
+        return tuple(ClassCall(call.attention, (0,), call.patches) for call in self.pooling)
+
     def class_to_patch(self) -> Float[Tensor, "b c n"]:
         """Class rows of the attention, averaged over heads and watched blocks."""
-        tokens = self.anatomy.class_tokens
-        if not tokens:
-            raise CaptureError(
-                "this model has no class token, so no class-to-patch attention; use "
-                "ClassWeightSeed or RolloutSeed, or name the tokens with `class_tokens=`"
-            )
-        rows = [block.rows(tokens).mean(1)[..., self.patches] for block in self.blocks]
+        rows = [
+            call.attention.rows(call.queries).mean(1)[..., call.patches]
+            for call in self.class_calls()
+        ]
         return torch.stack(rows).mean(0)
 
     def patch_scores(self) -> Float[Tensor, "b n C"]:

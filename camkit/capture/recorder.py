@@ -1,6 +1,7 @@
 """Listens to a host while it runs, and keeps what was asked for."""
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,8 @@ from camkit.capture.attention import Attention, ExplicitAttention, FusedAttentio
 from camkit.capture.forward import Forward
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host
-from camkit.capture.record import scores_of
+from camkit.capture.record import PoolingCall, scores_of
+from camkit.capture.search import head_count
 from camkit.capture.selection import Selection
 from camkit.capture.tail import TailCall, tail_modules
 from camkit.capture.tap import Tap
@@ -41,9 +43,14 @@ class Recorder:
         self._scores = scores
         self._names = {module: name for name, module in host.attention.items()}
         self._hooks = Hooks()
-        self._tap = Tap(self._on_fused, self._on_explicit)
-        self._tapping = False
+        self._taps = {
+            module: Tap(self._on_fused, self._on_explicit, heads=head_count(module))
+            for module in self._names
+        }
+        self._tap: Tap | None = None
         self._entrance: nn.Module | None = None
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._thread = 0
         self._mode_outside = torch.is_grad_enabled()
         self._mode_before: bool | None = None
 
@@ -65,19 +72,22 @@ class Recorder:
         """Take the hooks off and leave every mode as it was found."""
         self._hooks.remove()
         self._untap()
-        self._entrance = None
+        self._leave()
         self._restore_grad_mode(self._mode_outside)
 
     def _before_entrance(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if measuring() or self._entrance is not None:
+        if measuring() or self._inside():
             return
         images = image_batch(args, kwargs)
         if images is None:  # an outer module that is called with something else
             return
+        self._host.check_in_place()
         anatomy = self._host.anatomy(module, args, kwargs)
         self._entrance = module
+        self._call = (args, kwargs)
+        self._thread = get_ident()
         self.entered += 1
         self.forward = Forward(images=len(images), size=images.shape[-2:], anatomy=anatomy)
         self._mode_before = torch.is_grad_enabled() if self._gradients else None
@@ -85,7 +95,7 @@ class Recorder:
     def _after_entrance(self, module: nn.Module, *call: Any) -> Tensor | None:
         if measuring() or module is not self._entrance:
             return None
-        self._entrance = None
+        self._leave()
         began = self._mode_before is False and torch.is_grad_enabled()
         self._restore_grad_mode(self._mode_before)
         output = call[-1]
@@ -108,15 +118,27 @@ class Recorder:
         self.forward.tail.clear()
         self.forward.running = self._names[module]
         self.forward.lengths = [x.shape[:-1] for x in call[0] if isinstance(x, Tensor)]
-        self._tapping = True
+        self._tap = self._taps[module]
         self._tap.__enter__()
+
+    def _inside(self) -> bool:
+        """Whether a forward is under way, in this thread."""
+        if self._entrance is not None and self._thread != get_ident():
+            raise CaptureError(
+                "two threads call a watched model at once, and what they show would mix; let one "
+                "wait for the other, or give each a copy of the model"
+            )
+        return self._entrance is not None
+
+    def _leave(self) -> None:
+        self._entrance, self._call = None, ((), {})
 
     def _listening(self) -> bool:
         """Inside a forward; or in a host that never enters one, whose tokens the user has named."""
         said = self._host.class_tokens is not None and self._host.grid is not None
         if self._entrance is None and not self.entered and said and self.forward.anatomy is None:
             self.forward.anatomy = self._host.anatomy(self._host.model, (), {})
-        return self._entrance is not None or (not self.entered and said)
+        return self._inside() or (not self.entered and said)
 
     def _after_attention(self, *_: Any) -> None:
         if not measuring():
@@ -136,24 +158,23 @@ class Recorder:
     def _on_fused(
         self, output: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
     ) -> Tensor:
-        if q.shape[2] == 1:  # a pooling head: one query that is no token
-            return output
         if not self._gradients:
-            q, k, bias = q.detach(), k.detach(), None if bias is None else bias.detach()
-            self._add(FusedAttention(q, k, scale, bias))
+            bias = None if bias is None else bias.detach()
+            self._add(FusedAttention(q.detach(), k.detach(), scale, bias))
             return output
         output = self._in_graph(output)
         self._add(FusedAttention(q, k, scale, bias, v, output))
         return output
 
     def _on_explicit(self, weights: Tensor) -> Tensor:
-        if weights.shape[2] == 1:
-            return weights
         weights = self._in_graph(weights) if self._gradients else weights
         self._add(ExplicitAttention(weights if self._gradients else weights.detach()))
         return weights
 
     def _add(self, attention: Attention) -> None:
+        if attention.shape[2] == 1:  # one query that is no patch: it pools
+            self._add_pooling(attention)
+            return
         lengths = self.forward.lengths
         if lengths and all(attention.shape[2] not in length for length in lengths):
             self.forward.foreign = True  # neither tokens nor images: windows, or channels
@@ -161,10 +182,21 @@ class Recorder:
         self.forward.calls += 1
         self._keep.drop(self.forward.kept)
 
+    def _add_pooling(self, attention: Attention) -> None:
+        forward, keys = self.forward, attention.shape[3]
+        same = next((call for call in forward.pooling if call.attention.shape[3] == keys), None)
+        anatomy = forward.anatomy if same is None else same.anatomy
+        joined = bool(forward.kept) and forward.kept[-1][2].shape[2] != keys
+        if same is None and joined and self._entrance is not None:  # a token joined late
+            anatomy = self._host.anatomy(self._entrance, *self._call, at=forward.running)
+        if anatomy is not None:
+            forward.pooling.append(PoolingCall(attention, anatomy))
+
     def _in_graph(self, tensor: Tensor) -> Tensor:
         """Begin the graph here when the caller runs without one and this block is watched."""
         calls = _RUNS.get(self._host.model)
-        if tensor.requires_grad or not self._keep.wants(self.forward.calls, calls):
+        wanted = tensor.shape[2] == 1 or self._keep.wants(self.forward.calls, calls)
+        if tensor.requires_grad or not wanted:
             return tensor
         if torch.is_inference_mode_enabled():
             raise CaptureError(
@@ -180,6 +212,6 @@ class Recorder:
 
     def _untap(self) -> None:
         """Leave the mode if it is on: an interrupt, or another's hook that raised, skips steps."""
-        if self._tapping:
-            self._tapping = False
-            self._tap.__exit__(None, None, None)
+        if self._tap is not None:
+            tap, self._tap = self._tap, None
+            tap.__exit__(None, None, None)

@@ -33,6 +33,18 @@ def is_attention(module: nn.Module) -> bool:
     return any(all(name in held for name in names) for names in PROJECTIONS)
 
 
+def head_count(module: nn.Module) -> int:
+    """Heads of an attention module, or 1 where it does not say."""
+    counts = (getattr(module, name, None) for name in HEAD_COUNTS)
+    return next((count for count in counts if isinstance(count, int) and count > 0), 1)
+
+
+def is_pooling(model: nn.Module, name: str) -> bool:
+    """Whether an attention module says, or its parent, that it pools tokens into one."""
+    lineage = (model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
+    return any("pool" in type(module).__name__.lower() for module in lineage)
+
+
 def find_attention(model: nn.Module) -> dict[str, nn.Module]:
     """All attention modules by name; of nested ones the outermost."""
     found: dict[str, nn.Module] = {}

@@ -24,6 +24,8 @@ class Tap(TorchFunctionMode):
         weigh: asked before each of them for log-weights on the keys, ``(b, s)`` or ``(b, a, s)``,
             which are added to the logits and left to the host's own kernel; None leaves the call
             alone.
+        heads: of the module the tap is made for; hosts that fold heads into the batch, as
+            ``(b * a, t, d)``, are told apart by it. What is reported always has four axes.
 
     The first two return the tensor the host goes on with, normally the one they were given.
     """
@@ -33,11 +35,13 @@ class Tap(TorchFunctionMode):
         on_fused: Callable[..., Tensor],
         on_explicit: Callable[..., Tensor],
         weigh: Callable[[Attention], Tensor | None] | None = None,
+        heads: int = 1,
     ) -> None:
         super().__init__()
         self._on_fused = on_fused
         self._on_explicit = on_explicit
         self._weigh = weigh
+        self._heads = heads
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -67,31 +71,50 @@ class Tap(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
-        if query.dim() != 4:
+        if not self._folds(query):
             return func(query, key, value, attn_mask, is_causal=is_causal, **options)
-        q, k, v = query, key, value
+        q, k, v = (self._unfold(x) for x in (query, key, value))
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        bias = _bias(attn_mask, is_causal, q, k)
+        mask = self._unfold(attn_mask) if query.dim() == 3 and attn_mask is not None else attn_mask
+        bias = _bias(mask, is_causal, q, k)
         tilt = None if self._weigh is None else self._weigh(FusedAttention(q, k, factor, bias))
         if tilt is None:
             output = func(query, key, value, attn_mask, is_causal=is_causal, **options)
         else:
             bias = _keys(tilt, q.dtype) if bias is None else bias + _keys(tilt, q.dtype)
-            output = func(query, key, value, bias, **options)
-        return self._on_fused(output, q, k, v, factor, bias)
+            added = bias.expand(*q.shape[:2], -1, -1).flatten(0, 1) if query.dim() == 3 else bias
+            output = func(query, key, value, added, **options)
+        return _as(query, self._on_fused(self._unfold(output), q, k, v, factor, bias))
 
     def _explicit(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         weights = func(*args, **kwargs)
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if weights.dim() != 4 or dim not in (-1, 3):
+        if not self._folds(weights) or dim not in (-1, weights.dim() - 1):
             return weights
-        tilt = None if self._weigh is None else self._weigh(ExplicitAttention(weights))
+        seen = ExplicitAttention(self._unfold(weights))
+        tilt = None if self._weigh is None else self._weigh(seen)
         if tilt is not None:
             logits = args[0] if args else kwargs.pop("input")
-            weights = func(logits + _keys(tilt, logits.dtype), *args[1:], **kwargs)
-        return self._on_explicit(weights)
+            tilted = self._unfold(logits) + _keys(tilt, logits.dtype)
+            weights = func(_as(logits, tilted), *args[1:], **kwargs)
+        return _as(weights, self._on_explicit(self._unfold(weights)))
+
+    def _folds(self, tensor: Tensor) -> bool:
+        """Whether a tensor has heads: as an axis of its own, or folded into the batch."""
+        return tensor.dim() == 4 or (tensor.dim() == 3 and len(tensor) % self._heads == 0)
+
+    def _unfold(self, tensor: Tensor) -> Tensor:
+        """Batch and heads as two axes; a mask for all of them keeps its single one."""
+        if tensor.dim() != 3:
+            return tensor
+        return tensor[None] if len(tensor) == 1 else tensor.unflatten(0, (-1, self._heads))
+
+
+def _as(like: Tensor, tensor: Tensor) -> Tensor:
+    """Heads folded into the batch where ``like`` has them there."""
+    return tensor.flatten(0, 1) if like.dim() == 3 else tensor
 
 
 def _keys(tilt: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,7 @@ class Watch:
         self._scores = scores
         self._recorder: Recorder | None = None
         self._stack = ExitStack()
+        finalize(self, self._stack.close).atexit = False  # a forgotten watch leaves no hooks
 
     def __enter__(self) -> "Watch":
         self._recorder = Recorder(
@@ -122,6 +124,7 @@ class Watch:
             grid=grid,
             outputs=forward.outputs,
             tail=tuple(forward.tail),
+            pooling=tuple(forward.pooling),
             rgb=self._rgb,
             vocabulary=self._vocabulary,
         )

@@ -58,13 +58,13 @@ def attention_columns(
 def relevance_hop(  # noqa: PLR0913 - all of one attention call
     relevance: Float[Tensor, "b t"],
     q: Heads,
-    k: Heads,
-    v: Float[Tensor, "b a t e"],
+    k: Float[Tensor, "b a s d"],
+    v: Float[Tensor, "b a s e"],
     grad_output: Float[Tensor, "b a t e"],
     *,
     scale: float,
     bias: Bias | None = None,
-) -> Float[Tensor, "b t"]:
+) -> Float[Tensor, "b s"]:
     """Carry token relevance one block down, along attention weighted by its own gradient.
 
     Computes ``relevance @ mean over heads of relu(A * dA)`` (Chefer et al. 2021, generic attention
@@ -80,7 +80,7 @@ def relevance_hop(  # noqa: PLR0913 - all of one attention call
         scale: factor on the dot products, as the host used it.
         bias: added to the logits.
     """
-    carried = torch.zeros_like(relevance)
+    carried = relevance.new_zeros(len(relevance), k.shape[2])
     for part in _query_chunks(q, k):
         attention = _logits(q[:, :, part], k, scale, _rows_of(bias, part)).softmax(-1)
         gradient = grad_output[:, :, part].to(attention.dtype) @ v.mT.to(attention.dtype)

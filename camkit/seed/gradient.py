@@ -1,12 +1,14 @@
 """Seeds that weigh attention by what it does to the class score."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from camkit.capture.record import Capture
-from camkit.errors import CaptureError
 from camkit.seed.protocol import check_classes, class_gradients, keep_asked
 from camkit.tensors import Cam, Classes
 
@@ -24,16 +26,18 @@ class GradientSeed:
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         check_classes(capture, classes, capture.scores.shape[-1])
-        tokens = _class_tokens(capture)
-        rows = [block.rows(tokens).detach() for block in capture.blocks]
+        calls = capture.class_calls()
+        rows = [call.attention.rows(call.queries).detach() for call in calls]
         maps = []
         for column in classes.unbind(1):
-            gradients = class_gradients(capture, column)
+            gradients = class_gradients(capture, column, [call.attention for call in calls])
             weighted = [
-                (row * block.gradient_rows(gradient, tokens)).clamp_min(0.0).mean((1, 2))
-                for row, block, gradient in zip(rows, capture.blocks, gradients, strict=True)
+                (row * call.attention.gradient_rows(gradient, call.queries))
+                .clamp_min(0.0)
+                .mean((1, 2))[:, call.patches]
+                for row, call, gradient in zip(rows, calls, gradients, strict=True)
             ]
-            maps.append(torch.stack(weighted).mean(0)[:, capture.patches])
+            maps.append(torch.stack(weighted).mean(0))
         return keep_asked(capture.grid.fold(torch.stack(maps, 1).detach()), classes)
 
 
@@ -42,29 +46,42 @@ class RolloutSeed:
     """Class relevance carried from the class token down through all watched blocks.
 
     Each block adds ``relevance @ mean over heads of relu(A * dA)`` to the relevance above it, where
-    dA is the gradient of the class score (Chefer et al. 2021). A host without class token starts
-    from the mean of its patches, which is our extension. Watch all blocks for the published method.
+    dA is the gradient of the class score (Chefer et al. 2021). Where single queries pool the
+    patches (SigLIP, CaiT), relevance starts from what they weigh; a host with neither class token
+    nor pooling query starts from the mean of its patches, which is our extension. Watch all blocks
+    for the published method.
     """
 
     gradients: ClassVar[bool] = True
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         check_classes(capture, classes, capture.scores.shape[-1])
-        length = capture.blocks[0].shape[2]
-        start = capture.scores.new_zeros(capture.images, length).detach()
-        origin = list(capture.anatomy.class_tokens) or capture.patches
-        start[:, origin] = 1.0 / len(origin)
+        pooling = () if capture.anatomy.class_tokens else capture.pooling
+        calls = [call.attention for call in pooling] + list(capture.blocks)
         maps = []
         for column in classes.unbind(1):
-            gradients = class_gradients(capture, column)
+            gradients = class_gradients(capture, column, calls)
+            start = _pooled(capture, gradients) if pooling else _origin(capture)
             relevance = start
-            for block, gradient in zip(reversed(capture.blocks), reversed(gradients), strict=True):
+            below = zip(capture.blocks, gradients[len(pooling) :], strict=True)
+            for block, gradient in reversed(list(below)):
                 relevance = relevance + block.hop(relevance, gradient)
-            maps.append((relevance - start)[:, capture.patches])
+            maps.append((relevance if pooling else relevance - start)[:, capture.patches])
         return keep_asked(capture.grid.fold(torch.stack(maps, 1)), classes)
 
 
-def _class_tokens(capture: Capture) -> tuple[int, ...]:
-    if not capture.anatomy.class_tokens:
-        raise CaptureError("this model has no class token; use RolloutSeed or ClassWeightSeed")
-    return capture.anatomy.class_tokens
+def _origin(capture: Capture) -> Float[Tensor, "b t"]:
+    """Relevance of one, at the class tokens or spread over the patches."""
+    tokens = list(capture.anatomy.class_tokens) or capture.patches
+    start = capture.scores.new_zeros(capture.images, capture.blocks[0].shape[2]).detach()
+    start[:, tokens] = 1.0 / len(tokens)
+    return start
+
+
+def _pooled(capture: Capture, gradients: Sequence[Tensor]) -> Float[Tensor, "b t"]:
+    """Relevance that the pooling queries hand to the patches."""
+    start = capture.scores.new_zeros(capture.images, capture.blocks[0].shape[2]).detach()
+    query = start.new_ones(capture.images, 1)
+    for call, gradient in zip(capture.pooling, gradients, strict=False):  # blocks come behind
+        start[:, capture.patches] += call.attention.hop(query, gradient)[:, call.patches]
+    return start

@@ -1,11 +1,13 @@
 """What a seed is, and what every seed does with the classes it is asked for."""
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from camkit.capture.attention import Attention
 from camkit.capture.record import Capture
 from camkit.tensors import Cam, Classes
 
@@ -54,15 +56,18 @@ def pick(scores: Float[Tensor, "b n C"], classes: Classes) -> Float[Tensor, "b k
     return scores.gather(2, index).mT
 
 
-def class_gradients(capture: Capture, column: Int[Tensor, " b"]) -> tuple[Tensor, ...]:
-    """Gradient of one class score per image at every watched block, and nowhere else.
+def class_gradients(
+    capture: Capture, column: Int[Tensor, " b"], calls: Sequence[Attention]
+) -> tuple[Tensor, ...]:
+    """Gradient of one class score per image at the given attention calls, and nowhere else.
 
     Args:
         capture: a forward watched with ``gradients=True``.
         column: one class per image, -1 for none (its gradient is zero).
+        calls: attention calls of the capture.
     """
     with torch.inference_mode(mode=False), torch.enable_grad():
         chosen = capture.scores.gather(1, column.clamp_min(0)[:, None])[:, 0]
         total = chosen.masked_fill(column < 0, 0.0).sum()
-        watched = [block.watched() for block in capture.blocks]
+        watched = [call.watched() for call in calls]
         return torch.autograd.grad(total, watched, retain_graph=True)
