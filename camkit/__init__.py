@@ -1,6 +1,10 @@
 """Any pretrained Vision Transformer and image-level labels become pixel masks to trust."""
 
-from camkit.capture import Capture as Capture, watch as watch
+from camkit.capture import (
+    Capture as Capture,
+    torch_kernels as torch_kernels,
+    watch as watch,
+)
 from camkit.edit import ScaleOutput as ScaleOutput, attach as attach
 from camkit.errors import (
     CamkitError as CamkitError,

@@ -178,3 +178,13 @@ def test_relevance_hops_over_values_wider_than_the_keys():
         relevance_hop(relevance, q, k, v, grad, scale=SCALE),
         oracles.relevance_hop(relevance, q, k, v, grad, SCALE),
     )
+
+
+def test_a_query_that_may_attend_to_nothing_attends_to_nothing():
+    q, k, v = torch.randn(3, 1, 2, 5, 8).unbind(0)
+    bias = torch.zeros(1, 1, 5, 5)
+    bias[:, :, 2] = -torch.inf
+    rows = attention_rows(q, k, range(5), scale=8**-0.5, bias=bias)
+    kernel = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+    torch.testing.assert_close(rows @ v, kernel)
+    assert rows[:, :, 2].abs().max() == 0

@@ -225,8 +225,8 @@ class Scaled(HandMade):
     ("host", "words"),
     [
         (SumPooled, "neither a special token nor the mean"),
-        (Scaled, "not those of the linear classifier"),
-        (partial(OneTokenPerClass, class_tokens=5), "no linear classifier"),
+        (Scaled, "not those of a linear classifier"),
+        (partial(OneTokenPerClass, class_tokens=5), "not those of a linear classifier"),
     ],
 )
 def test_a_pooling_that_patches_cannot_go_through_is_refused(host, words):

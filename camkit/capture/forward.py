@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import Attention
 from camkit.capture.record import PoolingCall
-from camkit.capture.tail import TailCall
+from camkit.capture.tail import TailCall, is_classifier
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 
@@ -38,8 +38,11 @@ class Forward:
         """
         if outputs is None or self.anatomy is None:
             return None
-        classifiers = [c for c in self.tail if isinstance(c.module, nn.Linear | nn.Conv2d)]
-        made = any(call.output.flatten(1).shape == outputs.shape for call in classifiers)
+        made = any(
+            call.output.flatten(1).shape == outputs.shape
+            for call in self.tail
+            if is_classifier(call.module)
+        )
         owned = 1 < len(self.anatomy.class_tokens) == outputs.shape[-1]
         return outputs if made or owned else None
 

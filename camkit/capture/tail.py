@@ -44,9 +44,10 @@ def patch_scores(
 ) -> Float[Tensor, "b n o"]:
     """Score every patch as the classifier would score it alone.
 
-    How the host pools its tokens (one special token, or a mean, with or without a norm behind it)
-    is read off the values that really went into its classifier. Two classifiers that the host
-    averages (DeiT's class and distillation heads) are averaged here too.
+    How the host pools its tokens (one special token, the mean or the maximum over patches, with or
+    without a norm behind it) is read off the values that really went into its classifier, a linear
+    layer or a 1x1 convolution (ToCo). Two classifiers that the host averages (DeiT's class and
+    distillation heads) are averaged here too.
 
     Args:
         tail: module calls after the last block.
@@ -55,40 +56,65 @@ def patch_scores(
         patches: positions of the patches.
 
     Raises:
-        UnsupportedModelError: no linear classifier, or a pooling that none of these explain.
+        UnsupportedModelError: no such classifier, or a pooling that none of these explain.
     """
-    heads = [c for c in tail if isinstance(c.module, nn.Linear) and c.output.shape == outputs.shape]
-    spread = [c.output for c in tail if c.output.dim() == 3 and c.output.shape[1] > max(patches)]
-    if not heads or not spread:
+    spreads = [c.output for c in tail if c.output.dim() == 3 and c.output.shape[1] > max(patches)]
+    heads = classifiers(tail, outputs)
+    if not heads or not spreads:
         raise UnsupportedModelError(
-            "no linear classifier on normalised tokens was seen after the last block, so patches "
-            "cannot be scored by it; use GradientSeed or RolloutSeed"
+            "the scores are not those of a linear classifier or 1x1 convolution behind the last "
+            "block, so patches cannot be scored by it; use GradientSeed or RolloutSeed"
         )
-    tokens = spread[-1]
-    pooled = [tokens[:, list(patches)].mean(1), tokens.mean(1), *(tokens[:, p] for p in special)]
     norms = [c.module for c in tail if c.output.dim() == 2 and isinstance(c.module, nn.LayerNorm)]
     with torch.no_grad():
-        scored = [_scored(head, tokens[:, list(patches)], pooled, norms) for head in heads]
-        mean = torch.stack([head.output for head in heads]).mean(0)
-        if not torch.allclose(mean, outputs.detach(), rtol=1e-3, atol=1e-3):
-            raise UnsupportedModelError(
-                "the scores are not those of the linear classifier; use GradientSeed or RolloutSeed"
-            )
+        scored = [_scored(head, spreads, list(special), list(patches), norms) for head in heads]
         return torch.stack(scored).mean(0)
 
 
+def classifiers(tail: Sequence[TailCall], outputs: Tensor) -> list[TailCall]:
+    """The calls that made the class scores: one alone, or several whose mean they are."""
+    made = [c for c in tail if is_classifier(c.module) and c.output[0].numel() == len(outputs[0])]
+    made = [c for c in made if len(c.output) == len(outputs)]
+    for group in (*([call] for call in made), made):
+        if group:
+            mean = torch.stack([call.output.flatten(1) for call in group]).mean(0)
+            if torch.allclose(mean.to(outputs), outputs.detach(), rtol=1e-3, atol=1e-3):
+                return group
+    return []
+
+
+def is_classifier(module: nn.Module) -> bool:
+    """Whether a module scores a token alone."""
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear)
+
+
 def _scored(
-    head: TailCall, patches: Tensor, pooled: Sequence[Tensor], norms: Sequence[nn.Module]
+    head: TailCall,
+    spreads: Sequence[Tensor],
+    special: list[int],
+    patches: list[int],
+    norms: Sequence[nn.Module],
 ) -> Tensor:
-    for norm in (None, *norms):
-        for candidate in pooled:
-            if torch.allclose(_normed(norm, candidate), head.input, rtol=1e-3, atol=1e-3):
+    """The scores of single patches, once one way of pooling explains the classifier's input."""
+    entered = head.input.flatten(1)
+    for tokens in reversed(spreads):
+        own = tokens[:, patches]
+        pooled = [own.mean(1), own.amax(1), tokens.mean(1), *(tokens[:, p] for p in special)]
+        for norm in (None, *norms):
+            if any(_same(_normed(norm, candidate), entered) for candidate in pooled):
                 classifier: Any = head.module
-                return F.linear(_normed(norm, patches), classifier.weight, classifier.bias)
+                weight = classifier.weight.flatten(1)  # a 1x1 convolution is linear in each place
+                return F.linear(_normed(norm, own), weight, classifier.bias)
     raise UnsupportedModelError(
-        "the classifier's input is neither a special token nor the mean of the tokens; "
+        "the classifier's input is neither a special token nor the mean or maximum of the tokens; "
         "use GradientSeed or RolloutSeed"
     )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 def _normed(norm: nn.Module | None, tokens: Tensor) -> Tensor:

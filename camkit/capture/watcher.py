@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from camkit.capture.forward import checked_grid
 from camkit.capture.host import Host, is_compiled
+from camkit.capture.kernels import way_out
 from camkit.capture.record import Capture
 from camkit.capture.recorder import Recorder
 from camkit.capture.selection import Selection
@@ -145,7 +146,5 @@ class Watch:
         return (
             f"{recorder.forward.modules} attention modules ran but none called softmax, "
             "scaled_dot_product_attention or multi_head_attention_forward on (b, heads, t, t) "
-            "maps; a kernel outside torch (xFormers, flash-attn) hides its attention: switch it "
-            "off for this model (DINOv2: XFORMERS_DISABLED=1; transformers: "
-            "set_attn_implementation('sdpa'))"
+            f"maps: {way_out(self._host.model)}"
         )

@@ -10,6 +10,7 @@ from camkit.capture.anatomy import Anatomy, image_batch, measuring
 from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, is_compiled
+from camkit.capture.kernels import way_out
 from camkit.capture.search import head_count
 from camkit.capture.tap import Tap
 from camkit.edit.protocol import Edit, KeyEdit
@@ -142,10 +143,14 @@ class Handle:
         if not self.enabled or measuring() or output is None:  # None: the forward raised
             return None
         anatomy = self._roles()
-        if seen is None or tokens is None or anatomy is None:
+        if anatomy is None:
             raise CaptureError(
-                "an edited block ran without attention that could be seen, or outside the forward "
-                "of its model; attach to the module that you call, or name `class_tokens=`"
+                "an edited block ran outside the forward of its model; attach to the module that "
+                "you call, or name `class_tokens=`"
+            )
+        if seen is None or tokens is None:
+            raise CaptureError(
+                f"an edited block ran but its attention was not seen: {way_out(self._host.model)}"
             )
         if isinstance(self._edit, KeyEdit) or seen.shape[2] == 1:  # pooled: no token of its own
             return None

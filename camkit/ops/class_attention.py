@@ -34,8 +34,7 @@ def attention_rows(
         bias: added to the logits; a masked key holds -inf.
     """
     rows = list(queries)
-    logits = _logits(q[:, :, rows], k, scale, _rows_of(bias, rows))
-    return logits.softmax(-1).to(q.dtype)
+    return _attend(q[:, :, rows], k, scale, _rows_of(bias, rows)).to(q.dtype)
 
 
 def attention_columns(
@@ -49,7 +48,7 @@ def attention_columns(
     """How much every token attends to the tokens ``keys``, per head, streamed over the queries."""
     columns = list(keys)
     parts = [
-        _logits(q[:, :, part], k, scale, _rows_of(bias, part)).softmax(-1)[..., columns]
+        _attend(q[:, :, part], k, scale, _rows_of(bias, part))[..., columns]
         for part in _query_chunks(q, k)
     ]
     return torch.cat(parts, dim=2).to(q.dtype)
@@ -82,7 +81,7 @@ def relevance_hop(  # noqa: PLR0913 - all of one attention call
     """
     carried = relevance.new_zeros(len(relevance), k.shape[2])
     for part in _query_chunks(q, k):
-        attention = _logits(q[:, :, part], k, scale, _rows_of(bias, part)).softmax(-1)
+        attention = _attend(q[:, :, part], k, scale, _rows_of(bias, part))
         gradient = grad_output[:, :, part].to(attention.dtype) @ v.mT.to(attention.dtype)
         weighted = (attention * gradient).relu_().mean(1)
         carried = carried + torch.einsum(
@@ -99,7 +98,7 @@ def head_mean(
     for head in range(q.shape[1]):
         one = slice(head, head + 1)
         of_head = bias if bias is None or bias.shape[1] == 1 else bias[:, one]
-        total = total + _logits(q[:, one], k[:, one], scale, of_head).softmax(-1)[:, 0]
+        total = total + _attend(q[:, one], k[:, one], scale, of_head)[:, 0]
     return (total / q.shape[1]).to(q.dtype)
 
 
@@ -107,11 +106,18 @@ def _soft_dtype(q: Tensor) -> torch.dtype:
     return torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
 
 
-def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Scaled dot products in at least float32: half precision softmax rows do not sum to one."""
+def _attend(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Softmax of dot products in at least float32: rows of half precision do not sum to one.
+
+    A query that may attend to nothing attends to nothing, as in torch's kernels.
+    """
     dtype = _soft_dtype(q)
     logits = (q.to(dtype) * scale) @ k.to(dtype).mT
-    return logits if bias is None else logits + bias.to(dtype)
+    if bias is None:
+        return logits.softmax(-1)
+    logits = logits + bias.to(dtype)
+    nothing = logits.detach().amax(-1, keepdim=True) == -torch.inf
+    return logits.softmax(-1).masked_fill(nothing, 0.0)
 
 
 def _rows_of(bias: Tensor | None, rows: "slice | list[int]") -> Tensor | None:
