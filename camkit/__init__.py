@@ -5,6 +5,7 @@ from camkit.capture import (
     torch_kernels as torch_kernels,
     watch as watch,
 )
+from camkit.diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
 from camkit.edit import ScaleOutput as ScaleOutput, attach as attach
 from camkit.errors import (
     CamkitError as CamkitError,

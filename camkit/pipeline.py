@@ -1,12 +1,12 @@
 """wrap(model, ...): a photo goes in; seed, refined maps, mask and logits come out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from camkit.capture.record import Capture
 from camkit.capture.search import find_attention, find_patch_embeddings
@@ -33,7 +33,7 @@ DEFAULT_REFINE: tuple[Refiner, ...] = (
 """Chosen on the benchmark's tuning images, as was the background score (docs/benchmark.md)."""
 
 
-def wrap(
+def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
     model: nn.Module,
     *,
     seed: Seed | None = None,
@@ -41,6 +41,7 @@ def wrap(
     refine: Sequence[Refiner] = DEFAULT_REFINE,
     background_score: float = 0.55,
     vocabulary: Vocabulary | None = None,
+    scores: Callable[[Any], Tensor] | None = None,
 ) -> "Pipeline":
     """Make a pipeline around a model; the model itself stays as it is.
 
@@ -52,6 +53,7 @@ def wrap(
         background_score: what a class must beat to own a pixel, in [0, 1].
         vocabulary: class names, and which classifier outputs stand behind each; without it classes
             are asked by output index.
+        scores: makes ``(b, classes)`` scores of what the model returns, as in `camkit.watch`.
     """
     find_attention(model)  # a model without attention is refused here, not at the first photo
     return Pipeline(
@@ -61,6 +63,7 @@ def wrap(
         refine=tuple(refine),
         background_score=background_score,
         vocabulary=vocabulary,
+        scores=scores,
     )
 
 
@@ -84,6 +87,7 @@ class Pipeline:
     refine: tuple[Refiner, ...]
     background_score: float
     vocabulary: Vocabulary | None = field(repr=False)
+    scores: Callable[[Any], Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.background_score <= 1.0:
@@ -136,7 +140,11 @@ class Pipeline:
         pixels, rgb = pixels.to(weight), rgb.to(weight.device)
         with self._borrowed(), torch.no_grad():
             seen = watch(
-                self.model, gradients=self.seed.gradients, rgb=rgb, vocabulary=self.vocabulary
+                self.model,
+                gradients=self.seed.gradients,
+                rgb=rgb,
+                vocabulary=self.vocabulary,
+                scores=self.scores,
             )
             edited = nullcontext() if self.edit is None else attach(self.model, self.edit)
             with edited, seen:

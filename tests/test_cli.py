@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import camkit.cli.cam as cam_command
 from camkit.cli import COMMANDS, main
 from camkit.cli.models import open_model
-from camkit.data import VOC_CLASSES, write_shapes
+from camkit.data import write_shapes
 
 NAME = "vit_tiny_patch16_224"
 SMALL = ["--size", "64"]
@@ -274,15 +274,45 @@ def test_bench_that_cannot_write_says_so_and_has_shown_its_table(tmp_path, capsy
 
 
 def test_doctor_tells_what_it_sees(capsys):
-    assert main(["doctor", "--model", f"{NAME}.test", "--size", "64"]) == 0
+    assert main(["doctor", NAME, "--size", "64"]) == 0
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     found = {key.strip(): value.strip() for key, value in rows.items()}
     assert found["class tokens"] == "0"
     assert found["register tokens"] == "none"
-    assert found["tokens"] == "17, of which 4x4 patches"
-    assert found["attention"].startswith("12 blocks of 3 heads")
-    assert found["classes"] == f"20, such as {VOC_CLASSES[0]}"
-    assert found["seed: gradient"] == "works"
+    assert found["tokens"] == "17, of which 4x4 patches; (b, t, d), batch first"
+    assert found["attention"] == "12 blocks of 3 heads (blocks.0.attn, ...)"
+    assert found["path"].startswith("scaled_dot_product_attention")
+    assert found["class scores"] == "linear classifier"
+    assert found["GradientSeed"] == "works"
+    assert found["begin with"] == "camkit.wrap(model)(photo, classes=[...])"
+
+
+def test_doctor_tells_why_a_model_is_refused(capsys):
+    assert main(["doctor", "pvt_v2_b0", "--size", "64"]) == 1
+    assert "spatially reduced attention" in capsys.readouterr().out
+
+
+def test_doctor_takes_a_model_of_ones_own(tmp_path, capsys):
+    (tmp_path / "mine_to_watch.py").write_text(
+        "import timm\n"
+        "def build():\n"
+        "    return timm.create_model('vit_tiny_patch16_224', depth=2, img_size=32)\n"
+    )
+    assert main(["doctor", "mine_to_watch:build", "--size", "32"]) == 0
+    assert "2 blocks of 3 heads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("nowhere_at_all:build", "No module named 'nowhere_at_all'; expected module:name"),
+        ("json:build", "module 'json' has no attribute 'build'; expected module:name"),
+        ("json:JSONDecoder", "gave a JSONDecoder, expected a torch.nn.Module"),
+    ],
+)
+def test_doctor_says_what_it_expected_where_a_model_should_be(place, words, capsys):
+    assert main(["doctor", place]) == 1
+    assert words in one_line(capsys)
 
 
 @pytest.mark.parametrize("value", [None, "", "nowhere", "empty"])

@@ -238,3 +238,19 @@ def test_a_pooling_that_patches_cannot_go_through_is_refused(host, words):
 def test_every_seed_says_whether_it_needs_gradients():
     assert all(isinstance(one, Seed) for one in SEEDS)
     assert [one.gradients for one in SEEDS] == [False, False, True, True]
+
+
+def test_a_class_of_several_outputs_is_spoken_for_by_all_their_tokens():
+    model, pixels = OneTokenPerClass(class_tokens=5), torch.randn(2, 3, 16, 24)
+    both = Vocabulary(("both",), members=((1, 3),))
+    grouped = ClassAttentionSeed()(seen_by(model, pixels, vocabulary=both), CLASSES[:, :1] * 0)
+    single = ClassAttentionSeed()(seen_by(model, pixels), torch.tensor([[1, 3]] * 2))
+    torch.testing.assert_close(grouped[:, 0], single.mean(1))
+
+
+@pytest.mark.parametrize("seed", [GradientSeed(), RolloutSeed()])
+def test_a_class_with_its_own_token_is_seeded_the_same_under_another_number(seed):
+    model, pixels = OneTokenPerClass(class_tokens=5), torch.randn(2, 3, 16, 24)
+    renamed = Vocabulary(("fourth", "second"), members=((3,), (1,)))
+    found = seed(seen_by(model, pixels, vocabulary=renamed), torch.tensor([[0, 1]] * 2))
+    torch.testing.assert_close(found, seed(seen_by(model, pixels), torch.tensor([[3, 1]] * 2)))

@@ -167,7 +167,9 @@ def _first_tokens(
         return reached.tokens
     finally:
         hooks.remove()
-    raise CaptureError("no attention module ran when the model was called")
+    raise CaptureError(
+        "the model ran but none of its attention modules did; name those that run with `modules=`"
+    )
 
 
 def _ramped(parameter: Tensor) -> Tensor:

@@ -33,18 +33,25 @@ class Hooks:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
 
-    def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
+    def before(
+        self, module: nn.Module, function: Callable[..., Any], *, outermost: bool = False
+    ) -> None:
         """Call ``function(module, args, kwargs)`` before each forward of ``module``."""
-        self._handles.append(module.register_forward_pre_hook(Hook(function), with_kwargs=True))
+        self._handles.append(
+            module.register_forward_pre_hook(Hook(function), with_kwargs=True, prepend=outermost)
+        )
 
-    def after(self, module: nn.Module, function: Callable[..., Any]) -> None:
+    def after(
+        self, module: nn.Module, function: Callable[..., Any], *, outermost: bool = False
+    ) -> None:
         """Call ``function(module, args, kwargs, output)`` after each forward, also one that raised.
 
-        Newer hooks run first, so what was entered last is left first when several watch one module.
+        What was entered last is left first: newer hooks run inside older ones, unless they are to
+        be the outermost of all.
         """
         self._handles.append(
             module.register_forward_hook(
-                Hook(function), with_kwargs=True, always_call=True, prepend=True
+                Hook(function), with_kwargs=True, always_call=True, prepend=not outermost
             )
         )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from camkit.capture.anatomy import Anatomy
@@ -127,6 +127,26 @@ class Capture:
             for call in self.class_calls()
         ]
         return torch.stack(rows).mean(0)
+
+    def class_token_shares(self, column: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
+        """How much each class token speaks for one class per image; shares sum to one.
+
+        Where every class has its token (MCTformer), a class is spoken for by its own, or by those
+        of its vocabulary members; otherwise all tokens speak for every class.
+
+        Args:
+            column: one class per image; any share will do for -1.
+        """
+        calls = self.class_calls()
+        count = len(calls[0].queries)
+        owned = count > 1 and (self.outputs is None or count == self.outputs.shape[-1])
+        if not owned:
+            return torch.full((len(column), count), 1.0 / count, device=column.device)
+        members = None if self.vocabulary is None else self.vocabulary.members
+        own = torch.eye(count, device=column.device)
+        if members is not None:
+            own = torch.stack([own[list(group)].mean(0) for group in members])
+        return own[column.clamp_min(0)]
 
     def patch_scores(self) -> Float[Tensor, "b n C"]:
         """What the classifier says of every patch alone (`camkit.capture.tail.patch_scores`)."""

@@ -61,8 +61,9 @@ class Recorder:
             self._hooks.before(entrance, self._before_entrance)
             self._hooks.after(entrance, self._after_entrance)
         for module in host.attention.values():
-            self._hooks.before(module, self._before_attention)
-            self._hooks.after(module, self._after_attention)
+            # outside all edits, so that attention is seen as they leave it
+            self._hooks.before(module, self._before_attention, outermost=True)
+            self._hooks.after(module, self._after_attention, outermost=True)
         for embedding in host.embeddings:
             self._hooks.after(embedding, self._after_embedding)
         for module in tail_modules(host.model, list(host.attention)):
@@ -103,7 +104,8 @@ class Recorder:
             return None
         outputs: Tensor | None = None
         if self._scores is not None:
-            outputs = self._scores(output)
+            with torch.set_grad_enabled(self._gradients):
+                outputs = self._scores(output)
         elif module is self._host.core:
             outputs = self.forward.classified(scores_of(output))
         self.forward.outputs = outputs if outputs is None or self._gradients else outputs.detach()

@@ -34,8 +34,8 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def head_count(module: nn.Module) -> int:
-    """Heads of an attention module, or 1 where it does not say."""
-    counts = (getattr(module, name, None) for name in HEAD_COUNTS)
+    """Heads of an attention module, as it or a part of it says; 1 where none does."""
+    counts = (getattr(part, name, None) for part in module.modules() for name in HEAD_COUNTS)
     return next((count for count in counts if isinstance(count, int) and count > 0), 1)
 
 

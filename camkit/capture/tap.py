@@ -89,16 +89,19 @@ class Tap(TorchFunctionMode):
         return _as(query, self._on_fused(self._unfold(output), q, k, v, factor, bias))
 
     def _explicit(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        weights = func(*args, **kwargs)
+        logits = args[0] if args else kwargs["input"]
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if not self._folds(weights) or dim not in (-1, weights.dim() - 1):
-            return weights
-        seen = ExplicitAttention(self._unfold(weights))
-        tilt = None if self._weigh is None else self._weigh(seen)
+        if not self._folds(logits) or dim not in (-1, logits.dim() - 1):
+            return func(*args, **kwargs)
+        tilt = None
+        if self._weigh is not None:
+            with torch._C.DisableTorchFunction():  # other taps should see the tilted call only
+                untilted = func(*args, **kwargs)
+            tilt = self._weigh(ExplicitAttention(self._unfold(untilted)))
         if tilt is not None:
-            logits = args[0] if args else kwargs.pop("input")
-            tilted = self._unfold(logits) + _keys(tilt, logits.dtype)
-            weights = func(_as(logits, tilted), *args[1:], **kwargs)
+            tilted = _as(logits, self._unfold(logits) + _keys(tilt, logits.dtype))
+            args, kwargs = (tilted, *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
+        weights = func(*args, **kwargs)
         return _as(weights, self._on_explicit(self._unfold(weights)))
 
     def _folds(self, tensor: Tensor) -> bool:

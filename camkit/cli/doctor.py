@@ -1,62 +1,79 @@
-"""Tell what camkit sees in a model: attention, token roles, patch grid, and which seeds work."""
+"""Tell what camkit sees in a model, what works on it, and the line to begin with."""
 
 import argparse
+import importlib
+import sys
+from pathlib import Path
 
 import torch
+from torch import nn
 
-from camkit.bench.variants import SEEDS
-from camkit.capture import watch
-from camkit.cli.models import add_model_arguments, open_model
+from camkit.cli.models import DEFAULT_MODEL, create, known_architecture
+from camkit.diagnosis import diagnose
 from camkit.errors import CamkitError
 from camkit.manifest import environment
+from camkit.pipeline import DEFAULT_REFINE
 
 EXAMPLES = """examples:
   camkit doctor
-  camkit doctor --model vit_small_patch14_reg4_dinov2.lvd142m --size 224"""
+  camkit doctor vit_small_patch14_reg4_dinov2 --size 224
+  camkit doctor mymodels:build              (build() or a model, in mymodels.py or a package)
+
+Weights do not matter here, so none are loaded.
+From Python: print(camkit.diagnose(model, images))"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        help="timm model name, or module:name of a model or of a function that makes one "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        help="side of the square image it is tried with, in pixels (default: the model's own)",
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
-    opened = open_model(options.model, size=options.size)
-    side = opened.photos.size if isinstance(opened.photos.size, int) else opened.photos.size[0]
-    side = max(1, side // opened.photos.multiple) * opened.photos.multiple
-    with (
-        torch.no_grad(),
-        watch(opened.model, gradients=True, vocabulary=opened.vocabulary) as seen,
-    ):
-        opened.model(torch.zeros(1, 3, side, side))
-    capture = seen.capture
-    anatomy = capture.anatomy
-    heads, tokens = capture.blocks[0].shape[1:3]
-    rows = {
-        "model": f"{options.model} from {opened.source}",
-        "photos": repr(opened.photos),
-        "attention": f"{len(capture.blocks)} blocks of {heads} heads ({capture.names[0]}, ...), "
-        f"seen as {type(capture.blocks[0]).__name__}",
-        "tokens": f"{tokens}, of which {capture.grid.rows}x{capture.grid.cols} patches",
-        "class tokens": _positions(anatomy.class_tokens),
-        "distillation tokens": _positions(anatomy.distillation_tokens),
-        "register tokens": _positions(anatomy.register_tokens),
-        "other tokens": _positions(anatomy.other_tokens),
-        "classes": f"{len(opened.vocabulary)}, such as {opened.vocabulary.names[0]}",
-    }
-    classes = torch.zeros(1, 1, dtype=torch.int64)
-    for name, seed in SEEDS.items():
-        try:
-            seed(capture, classes)
-        except CamkitError as error:
-            rows[f"seed: {name}"] = f"no: {error}"
-        else:
-            rows[f"seed: {name}"] = "works"
+    model = _from_code(options.model) if ":" in options.model else _from_timm(options.model)
+    side = options.size or _own_size(model)
+    images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    found = diagnose(model.eval(), images)
+    rows = {"name": f"{options.model}, tried with one image of {side}x{side}", **found.rows}
+    if found.refusal is None:
+        steps = ", then ".join(map(repr, DEFAULT_REFINE))
+        rows["defaults"] = f"GradientSeed over all {len(found.blocks)} blocks, then {steps}"
     rows["versions"] = ", ".join(f"{k} {v}" for k, v in environment().items())
     width = max(map(len, rows))
     for key, value in rows.items():
         print(f"{key:<{width}}  {value}")
-    return 0
+    return 0 if found.refusal is None else 1
 
 
-def _positions(positions: tuple[int, ...]) -> str:
-    return ", ".join(map(str, positions)) or "none"
+def _from_timm(name: str) -> nn.Module:
+    model: nn.Module = create(known_architecture(name))
+    return model
+
+
+def _from_code(place: str) -> nn.Module:
+    module, _, name = place.partition(":")
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # as `python -m` would find it
+        sys.path.insert(0, folder)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise CamkitError(f"{place}: {error}; expected module:name") from error
+    model = found if isinstance(found, nn.Module) else found()
+    if not isinstance(model, nn.Module):
+        raise CamkitError(f"{place} gave a {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _own_size(model: nn.Module) -> int:
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    return int(settings.get("input_size", (3, 224, 224))[-1])

@@ -59,11 +59,7 @@ def open_model(name: str, *, size: int = 384) -> OpenedModel:
     """
     import timm
 
-    architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        close = timm.list_models(f"*{architecture.split('_')[0]}*")[:3]
-        hint = f", such as {', '.join(close)}" if close else ""
-        raise CamkitError(f'timm has no model "{architecture}"; see timm.list_models(){hint}')
+    architecture = known_architecture(name)
     model, source = _local(name, architecture) or _from_hub(name)
     # weights of one's own bear a tag that timm does not know; photos are read as by default then
     registered = name if timm.is_model_pretrained(name) else architecture
@@ -78,6 +74,22 @@ def open_model(name: str, *, size: int = 384) -> OpenedModel:
         multiple=16 if embedding is None else embedding.stride[0],
     )
     return OpenedModel(model.eval(), _vocabulary(model.num_classes), photos, source)
+
+
+def known_architecture(name: str) -> str:
+    """The architecture in a timm model name.
+
+    Raises:
+        CamkitError: timm knows none of that name.
+    """
+    import timm
+
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        close = timm.list_models(f"*{architecture.split('_')[0]}*")[:3]
+        hint = f", such as {', '.join(close)}" if close else ""
+        raise CamkitError(f'timm has no model "{architecture}"; see timm.list_models(){hint}')
+    return architecture
 
 
 def _local(name: str, architecture: str) -> tuple[Any, str] | None:
@@ -97,7 +109,7 @@ def _local(name: str, architecture: str) -> tuple[Any, str] | None:
             if not key.startswith("patch_head.")
         }
         outputs = len(weights["head.weight"]) if "head.weight" in weights else 0
-        model = _create(architecture, pretrained=False, num_classes=outputs)
+        model = create(architecture, pretrained=False, num_classes=outputs)
         model.load_state_dict(weights)
     except (SafetensorError, RuntimeError) as error:  # a broken file; shapes or names that differ
         raise CamkitError(f"{found[0]} does not fit {architecture}: {error}") from error
@@ -116,7 +128,7 @@ def _from_hub(name: str) -> tuple[Any, str]:
         )
     print(f"{name} is not in CAMKIT_DATA/weights/; asking timm's hub for it", file=sys.stderr)
     try:
-        model = _create(name, pretrained=True)
+        model = create(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise CamkitError(
             f"no weights for {name}: neither in CAMKIT_DATA/weights/ "
@@ -127,10 +139,11 @@ def _from_hub(name: str) -> tuple[Any, str]:
     return model, "timm hub"
 
 
-def _create(name: str, **options: Any) -> Any:
+def create(name: str, **options: Any) -> Any:
+    """A timm model that takes any image size, where its architecture can."""
     import timm
 
-    try:  # any image size, where the architecture can
+    try:
         return timm.create_model(name, dynamic_img_size=True, **options)
     except TypeError:
         return timm.create_model(name, **options)

@@ -118,8 +118,15 @@ class Handle:
         if measuring() or module is not running.entrance:
             return
         running.entrance = None
+        if not self.enabled or call[-1] is None:  # None: the forward raised
+            return
         idle = [m for m in self._taps if m not in running.ran]
-        if self._chosen and self.enabled and idle and call[-1] is not None:
+        if not running.ran:
+            raise CaptureError(
+                "the model ran but none of its attention modules did, so nothing was edited; name "
+                f"those that run with `modules=` (hooked: {', '.join(self._host.attention)})"
+            )
+        if self._chosen and idle:
             names = [name for name, m in self._host.attention.items() if m in idle]
             raise CaptureError(
                 f"`blocks` chose attention that this forward does not run ({', '.join(names)}); "

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from camkit.capture.record import Capture
 from camkit.seed.protocol import check_classes, keep_asked
 from camkit.tensors import Cam, Classes
@@ -20,8 +22,14 @@ class ClassAttentionSeed:
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         rows = capture.class_to_patch().detach()
-        tokens = rows.shape[1]
-        check_classes(capture, classes, tokens if tokens > 1 else None)
-        index = classes.clamp_min(0) if tokens > 1 else classes * 0
-        maps = rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
+        check_classes(capture, classes, _known(capture, rows.shape[1]))
+        shares = [capture.class_token_shares(column).to(rows) for column in classes.unbind(1)]
+        maps = torch.einsum("bkc,bcn->bkn", torch.stack(shares, 1), rows)
         return keep_asked(capture.grid.fold(maps), classes)
+
+
+def _known(capture: Capture, tokens: int) -> int | None:
+    """How many classes there are; any number will do for a host whose one token serves them all."""
+    if tokens == 1:
+        return None
+    return tokens if capture.vocabulary is None else len(capture.vocabulary)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from camkit.capture.record import Capture
@@ -17,7 +17,8 @@ from camkit.tensors import Cam, Classes
 class GradientSeed:
     """Class-to-patch attention times its gradient, averaged over heads and watched blocks.
 
-    Negative products count as zero. The gradient of the attention map is computed from the gradient
+    A class with a token of its own (MCTformer) is read from that token's rows alone. Negative
+    products count as zero. The gradient of the attention map is computed from the gradient
     of the attention output, so no map exists and no parameter gradient is touched. Source:
     grad-weighted attention of Chefer et al. 2021; the mean over blocks is our choice.
     """
@@ -31,12 +32,12 @@ class GradientSeed:
         maps = []
         for column in classes.unbind(1):
             gradients = class_gradients(capture, column, [call.attention for call in calls])
-            weighted = [
-                (row * call.attention.gradient_rows(gradient, call.queries))
-                .clamp_min(0.0)
-                .mean((1, 2))[:, call.patches]
-                for row, call, gradient in zip(rows, calls, gradients, strict=True)
-            ]
+            shares = capture.class_token_shares(column)
+            weighted = []
+            for row, call, gradient in zip(rows, calls, gradients, strict=True):
+                product = row * call.attention.gradient_rows(gradient, call.queries)
+                evidence = product[..., call.patches].clamp_min(0.0).mean(1)
+                weighted.append((evidence * shares[:, :, None].to(evidence)).sum(1))
             maps.append(torch.stack(weighted).mean(0))
         return keep_asked(capture.grid.fold(torch.stack(maps, 1).detach()), classes)
 
@@ -61,7 +62,7 @@ class RolloutSeed:
         maps = []
         for column in classes.unbind(1):
             gradients = class_gradients(capture, column, calls)
-            start = _pooled(capture, gradients) if pooling else _origin(capture)
+            start = _pooled(capture, gradients) if pooling else _origin(capture, column)
             relevance = start
             below = zip(capture.blocks, gradients[len(pooling) :], strict=True)
             for block, gradient in reversed(list(below)):
@@ -70,11 +71,14 @@ class RolloutSeed:
         return keep_asked(capture.grid.fold(torch.stack(maps, 1)), classes)
 
 
-def _origin(capture: Capture) -> Float[Tensor, "b t"]:
-    """Relevance of one, at the class tokens or spread over the patches."""
-    tokens = list(capture.anatomy.class_tokens) or capture.patches
+def _origin(capture: Capture, column: Int[Tensor, " b"]) -> Float[Tensor, "b t"]:
+    """Relevance of one, at the class tokens that speak for a class, or spread over the patches."""
     start = capture.scores.new_zeros(capture.images, capture.blocks[0].shape[2]).detach()
-    start[:, tokens] = 1.0 / len(tokens)
+    tokens = list(capture.anatomy.class_tokens)
+    if tokens:
+        start[:, tokens] = capture.class_token_shares(column).to(start)
+    else:
+        start[:, capture.patches] = 1.0 / capture.grid.size
     return start
 
 

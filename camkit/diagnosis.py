@@ -1,0 +1,250 @@
+"""diagnose(model, pixels): what camkit sees in a model, what works on it, and the line to write."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from camkit.capture.anatomy import Anatomy
+from camkit.capture.attention import Attention, FusedAttention
+from camkit.capture.record import Capture
+from camkit.capture.tail import classifiers
+from camkit.capture.watcher import watch
+from camkit.edit.controls import ScaleOutput
+from camkit.edit.handle import attach
+from camkit.errors import CamkitError
+from camkit.grid import Grid
+from camkit.seed.class_attention import ClassAttentionSeed
+from camkit.seed.class_weight import ClassWeightSeed
+from camkit.seed.gradient import GradientSeed, RolloutSeed
+from camkit.seed.protocol import Seed
+from camkit.vocabulary import Vocabulary
+
+SEEDS: tuple[Seed, ...] = (GradientSeed(), RolloutSeed(), ClassAttentionSeed(), ClassWeightSeed())
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was measured in one model; ``print`` it.
+
+    Attributes:
+        model: its class.
+        refusal: why its attention cannot be read; None where it can.
+        blocks: its attention modules in the order they run.
+        heads: heads of the first.
+        tokens: length of its sequence.
+        path: how their attention is seen.
+        anatomy: which tokens are what.
+        grid: rows and columns of patches.
+        pooling: single queries that pool the patches.
+        rule: what makes the class scores.
+        seeds: for each seed, what stands against it; None where it works.
+        edit_drift: largest change of an output under an edit that changes nothing; None where no
+            edit can be attached.
+        code: the line to begin with.
+    """
+
+    model: str
+    refusal: str | None = None
+    blocks: tuple[str, ...] = ()
+    heads: int = 0
+    tokens: int = 0
+    path: str = ""
+    anatomy: Anatomy = field(default_factory=Anatomy)
+    grid: Grid | None = None
+    pooling: int = 0
+    rule: str = ""
+    seeds: dict[str, str | None] = field(default_factory=dict)
+    edit_drift: float | None = None
+    code: str = ""
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """The same as lines of text."""
+        if self.refusal is not None:
+            return {"model": self.model, "refused": self.refusal}
+        roles = self.anatomy
+        patches = "" if self.grid is None else f"{self.grid.rows}x{self.grid.cols}"
+        order = "(t, b, d), sequence first" if roles.sequence_first else "(b, t, d), batch first"
+        rows = {
+            "model": self.model,
+            "attention": f"{len(self.blocks)} blocks of {self.heads} heads ({self.blocks[0]}, ...)",
+            "path": self.path,
+            "tokens": f"{self.tokens}, of which {patches} patches; {order}",
+            "class tokens": _positions(roles.class_tokens),
+            "distillation tokens": _positions(roles.distillation_tokens),
+            "register tokens": _positions(roles.register_tokens),
+            "other tokens": _positions(roles.other_tokens),
+            "pooling queries": str(self.pooling or "none"),
+            "class scores": self.rule,
+        }
+        for name, reason in self.seeds.items():
+            rows[name] = "works" if reason is None else f"no: {reason}"
+        rows["edits"] = (
+            "no"
+            if self.edit_drift is None
+            else f"work; one that changes nothing moves outputs by {self.edit_drift:.0e}"
+        )
+        return rows | {"begin with": self.code}
+
+    def __str__(self) -> str:
+        width = max(map(len, self.rows))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in self.rows.items())
+
+
+def diagnose(  # noqa: PLR0913 - what `watch` can be told
+    model: nn.Module,
+    run: Tensor | Callable[[nn.Module], object],
+    *,
+    scores: Callable[[Any], Tensor] | None = None,
+    vocabulary: Vocabulary | None = None,
+    modules: Iterable[str] | None = None,
+    class_tokens: Sequence[int] | None = None,
+    grid: Grid | tuple[int, int] | None = None,
+) -> Diagnosis:
+    """Run a model a few times and tell what camkit can do with it; nothing is left behind.
+
+    Args:
+        model: any model.
+        run: images as the model takes them, ``(b, 3, H, W)``; or how it is called.
+        scores: as in `camkit.watch`.
+        vocabulary: as in `camkit.watch`.
+        modules: as in `camkit.watch`.
+        class_tokens: as in `camkit.watch`.
+        grid: as in `camkit.watch`.
+
+    Returns:
+        What was seen, or why the model is refused.
+
+    Example:
+        >>> print(camkit.diagnose(model, torch.rand(1, 3, 224, 224)))  # doctest: +SKIP
+    """
+    name = type(model).__name__
+    found = None if modules is None else list(modules)
+    try:
+        with torch.no_grad():
+            seen = watch(
+                model,
+                gradients=True,
+                scores=scores,
+                vocabulary=vocabulary,
+                modules=found,
+                class_tokens=class_tokens,
+                grid=grid,
+            )
+            with seen:
+                _call(model, run)
+            capture = seen.capture
+    except CamkitError as error:
+        return Diagnosis(name, refusal=str(error))
+    seeds = {type(seed).__name__: _why_not(seed, capture) for seed in SEEDS}
+    return Diagnosis(
+        model=name,
+        blocks=capture.names,
+        heads=capture.blocks[0].shape[1],
+        tokens=capture.blocks[0].shape[2],
+        path=_path(model, capture),
+        anatomy=capture.anatomy,
+        grid=capture.grid,
+        pooling=len(capture.pooling),
+        rule=_rule(capture, said=scores is not None),
+        seeds=seeds,
+        edit_drift=_drift(model, run, found, class_tokens),
+        code=_code(seeds, alone=isinstance(run, Tensor) and capture.outputs is not None),
+    )
+
+
+def _call(model: nn.Module, run: Tensor | Callable[[nn.Module], object]) -> object:
+    return model(run) if isinstance(run, Tensor) else run(model)
+
+
+def _path(model: nn.Module, capture: Capture) -> str:
+    return "; ".join(
+        dict.fromkeys(
+            _path_of(model.get_submodule(name), block)
+            for name, block in zip(capture.names, capture.blocks, strict=True)
+        )
+    )
+
+
+def _path_of(module: nn.Module, block: Attention) -> str:
+    """How one call was seen, and why that way."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "multi_head_attention_forward, which is opaque and so written out with the same bits"
+    if isinstance(block, FusedAttention):
+        return (
+            "scaled_dot_product_attention, whose kernel stays; maps are computed from its q and k"
+        )
+    return "softmax: the host makes its map itself"
+
+
+def _rule(capture: Capture, *, said: bool) -> str:
+    if capture.outputs is None:
+        return "none: say how to make them with `scores=`, or use seeds that need none"
+    tokens = len(capture.anatomy.class_tokens)
+    if 1 < tokens == capture.outputs.shape[-1]:
+        return "one class token for each class"
+    made = classifiers(capture.tail, capture.outputs)
+    kinds = {
+        "1x1 convolution" if isinstance(call.module, nn.Conv2d) else "linear classifier"
+        for call in made
+    }
+    if kinds:
+        return ("mean of two: " if len(made) > 1 else "") + ", ".join(sorted(kinds))
+    return "as `scores=` says" if said else "the model's own, from no classifier known to camkit"
+
+
+def _why_not(seed: Seed, capture: Capture) -> str | None:
+    classes = torch.zeros(capture.images, 1, dtype=torch.int64, device=_device(capture))
+    try:
+        seed(capture, classes)
+    except CamkitError as error:
+        return str(error)
+    return None
+
+
+def _device(capture: Capture) -> torch.device:
+    return capture.blocks[0].rows([0]).device
+
+
+def _drift(
+    model: nn.Module,
+    run: Tensor | Callable[[nn.Module], object],
+    modules: list[str] | None,
+    class_tokens: Sequence[int] | None,
+) -> float | None:
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        plain = _tensors(_call(model, run))
+        torch.set_rng_state(state)
+        try:
+            with attach(model, ScaleOutput(1.0), modules=modules, class_tokens=class_tokens):
+                edited = _tensors(_call(model, run))
+        except CamkitError:
+            return None
+    moved = [float((a - b).abs().max()) for a, b in zip(plain, edited, strict=True) if a.numel()]
+    return max(moved, default=0.0)
+
+
+def _tensors(output: object) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output.detach().float()] if output.is_floating_point() else []
+    parts = output.values() if isinstance(output, dict) else output
+    return [t for part in parts for t in _tensors(part)] if isinstance(parts, Iterable) else []
+
+
+def _code(seeds: dict[str, str | None], *, alone: bool) -> str:
+    """The whole pipeline where the model takes images and returns scores, else its parts."""
+    works = next((name for name, reason in seeds.items() if reason is None), None)
+    if works is None:
+        return "camkit.watch(model, scores=lambda output: ...)"
+    if not alone:
+        return f"with camkit.watch(model) as seen: ...; camkit.{works}()(seen.capture, classes)"
+    seed = "" if works == "GradientSeed" else f", seed=camkit.{works}()"
+    return f"camkit.wrap(model{seed})(photo, classes=[...])"
+
+
+def _positions(positions: tuple[int, ...]) -> str:
+    return ", ".join(map(str, positions)) or "none"
