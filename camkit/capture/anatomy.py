@@ -1,6 +1,7 @@
 """Which tokens are what: measured on the model itself."""
 
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ from camkit.errors import CaptureError, UnsupportedModelError
 CLASS_PARAMETERS = ("cls_token", "class_token", "class_embedding", "cls_embedding")
 DISTILLATION_PARAMETERS = ("dist_token", "distillation_token")
 REGISTER_PARAMETERS = ("reg_token", "register_tokens", "storage_tokens")
+
+WINDOWS = (
+    "attention runs on {windows} windows for {images} images: windowed attention (Swin) has no "
+    "class-to-patch rows and no affinity across windows"
+)
 
 _HERE = local()  # a measurement silences camkit's hooks in its own thread only
 
@@ -84,7 +90,8 @@ def measure_anatomy(
         kwargs: what it was called with, by name.
 
     Raises:
-        UnsupportedModelError: tokens are NaN, or no position answers to the pixels.
+        UnsupportedModelError: tokens are NaN, no position answers to the pixels, or patches do not
+            come row by row.
     """
     pixels = image_batch(args, kwargs)
     if pixels is None or pixels.shape[0] == 0:
@@ -106,14 +113,17 @@ def measure_anatomy(
             return _first_tokens(model, attention, parameters, new_args, new_kwargs)
 
     plain = tokens_of(probe, {})
+    if 2 not in plain.shape[:2]:
+        raise UnsupportedModelError(WINDOWS.format(windows=plain.shape[0], images=2))
     if not plain.isfinite().all():
         raise UnsupportedModelError(
             "the tokens before the first attention hold NaN or inf; check the weights and pixels"
         )
-    noise = torch.rand(probe.shape, generator=torch.Generator().manual_seed(0))
-    patches = _moved(plain, tokens_of(noise.to(probe), {}))
-    if not patches:
-        raise UnsupportedModelError("no token of the first attention depends on the pixels")
+    noise = torch.rand(probe.shape, generator=torch.Generator().manual_seed(0)).to(probe)
+    upper = probe.clone()
+    upper[..., : len(upper[0, 0]) // 2, :] = noise[..., : len(upper[0, 0]) // 2, :]
+    patches = _moved(plain, tokens_of(noise, {}))
+    _check_order(patches, _moved(plain, tokens_of(upper, {})))
     roles: dict[str, tuple[int, ...]] = {}
     for role, names in (
         ("class_tokens", CLASS_PARAMETERS),
@@ -140,6 +150,18 @@ def measure_anatomy(
     )
 
 
+def _check_order(patches: list[int], upper: list[int]) -> None:
+    """The upper half of the picture must move the first patches and no others."""
+    if not patches:
+        raise UnsupportedModelError("no token of the first attention depends on the pixels")
+    moved = [position for position in patches if position in upper]
+    if moved != patches[: len(moved)]:
+        raise UnsupportedModelError(
+            "the patches do not come in the order of their rows (shuffled as in masked "
+            "autoencoders, or sorted into windows), so they cannot be put back on a grid"
+        )
+
+
 class _Reached(Exception):  # noqa: N818 - a signal, no error
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
@@ -154,6 +176,8 @@ def _first_tokens(
     kwargs: dict[str, Any],
 ) -> Tensor:
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not measuring():  # another thread
+            return
         raise _Reached(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
 
     hooks = Hooks()
@@ -162,9 +186,13 @@ def _first_tokens(
             hooks.before(module, stop)
         # copies of the buffers take the running statistics of a stem in training mode
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        functional_call(model, {**buffers, **parameters}, args, kwargs)
+        with warnings.catch_warnings():  # reentrant checkpoints miss the gradients we do not take
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+            functional_call(model, {**buffers, **parameters}, args, kwargs)
     except _Reached as reached:
-        return reached.tokens
+        tokens = reached.tokens
+        # tokens on their grid, channels last
+        return tokens.flatten(1, 2) if tokens.dim() == 4 and len(tokens) == 2 else tokens
     finally:
         hooks.remove()
     raise CaptureError(

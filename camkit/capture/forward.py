@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from camkit.capture.anatomy import Anatomy
-from camkit.capture.attention import Attention
+from camkit.capture.entered import Entered
 from camkit.capture.record import PoolingCall
+from camkit.capture.selection import Kept
 from camkit.capture.tail import TailCall, is_classifier
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
@@ -20,13 +21,12 @@ class Forward:
     images: int | None = None
     size: Sequence[int] = ()
     anatomy: Anatomy | None = None
-    kept: list[tuple[int, str, Attention]] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
     pooling: list[PoolingCall] = field(default_factory=list)
     calls: int = 0
     modules: int = 0
     running: str = ""
-    lengths: Sequence[Sequence[int]] = ()
-    foreign: bool = False
+    entered: Entered = field(default_factory=Entered)
     grid: Grid | None = None
     tail: list[TailCall] = field(default_factory=list)
     outputs: Tensor | None = None
@@ -47,14 +47,20 @@ class Forward:
         return outputs if made or owned else None
 
 
-def checked_grid(
-    forward: Forward, said: Grid | None, shapes: Sequence[tuple[int, int, int, int]]
-) -> tuple[Anatomy, Grid]:
+def checked_grid(forward: Forward, said: Grid | None, kept: Sequence[Kept]) -> tuple[Anatomy, Grid]:
     """Token roles and patch grid of a finished forward, or why it cannot be read by patches."""
     if forward.anatomy is None:
         raise CaptureError("the tokens of this forward were not measured")
-    for shape in shapes:
-        _check(shape, forward)
+    against = next((call.against for call in kept if call.against), "")
+    if against:
+        raise UnsupportedModelError(against)
+    shapes = [call.attention.shape for call in kept]
+    lengths = sorted({shape[2] for shape in shapes})
+    if len(lengths) > 1:
+        raise UnsupportedModelError(
+            f"the watched blocks run on {', '.join(map(str, lengths))} tokens, and maps of one "
+            "resolution do not fit another; keep blocks of one resolution with `blocks=`"
+        )
     grid = said or forward.grid or _grid_of_aspect(forward, shapes[-1])
     tokens = shapes[-1][2]
     patches = len(forward.anatomy.patches(tokens))
@@ -65,25 +71,6 @@ def checked_grid(
             "`class_tokens=` or `grid=`"
         )
     return forward.anatomy, grid
-
-
-def _check(shape: tuple[int, int, int, int], forward: Forward) -> None:
-    images, _, tokens, keys = shape
-    if forward.images is not None and images != forward.images:
-        raise UnsupportedModelError(
-            f"attention ran on {images} windows for {forward.images} images: windowed "
-            "attention (Swin) has no class-to-patch rows and no affinity across windows"
-        )
-    if tokens != keys:
-        raise UnsupportedModelError(
-            f"{tokens} queries attend to {keys} keys: spatially reduced attention (PVT, MiT) does "
-            "not relate patches one to one"
-        )
-    if forward.foreign:
-        raise UnsupportedModelError(
-            f"an attention map of {tokens}x{keys} belongs to no sequence of that length: attention "
-            "between channels (XCiT) or inside windows (Swin) does not relate patches one to one"
-        )
 
 
 def _grid_of_aspect(forward: Forward, shape: tuple[int, int, int, int]) -> Grid:

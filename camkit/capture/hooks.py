@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -15,7 +16,8 @@ class Hook:
     """
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
-        self.function = function
+        # compiled code calls it, instead of tracing what it does
+        self.function = None if function is None else torch.compiler.disable(function)
 
     def __call__(self, *args: Any) -> Any:
         return None if self.function is None else self.function(*args)

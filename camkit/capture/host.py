@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,7 @@ from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_MEASURING = RLock()
 _MEASURED: "WeakKeyDictionary[nn.Module, dict[str, Anatomy]]" = WeakKeyDictionary()
 
 
@@ -88,7 +90,7 @@ class Host:
             model=model,
             attention=found,
             embeddings=tuple(embeddings.values()),
-            entrances=tuple(m for m in entrances if not isinstance(m, _WRAPPERS)),
+            entrances=tuple(m for m in entrances if not _wraps(m)),
             class_tokens=None if class_tokens is None else tuple(class_tokens),
             grid=Grid(*grid) if isinstance(grid, tuple) else grid,
         )
@@ -97,7 +99,7 @@ class Host:
     def core(self) -> nn.Module:
         """The model without the wrappers of distributed training and compilation."""
         model: Any = self.model
-        while isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
+        while _wraps(model):
             model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod
         return model
 
@@ -139,12 +141,18 @@ class Host:
         """
         if self.class_tokens is not None:
             return Anatomy(class_tokens=self.class_tokens)
-        known = _MEASURED.setdefault(entrance, {})
         key = at or ""
-        if key not in known:
-            modules = list(self.attention.values()) if at is None else [self.attention[at]]
-            known[key] = measure_anatomy(entrance, modules, args, kwargs)
-        return known[key]
+        with _MEASURING:  # replays swap parameters, so they wait for each other
+            known = _MEASURED.setdefault(entrance, {})
+            if key not in known:
+                modules = list(self.attention.values()) if at is None else [self.attention[at]]
+                known[key] = measure_anatomy(entrance, modules, args, kwargs)
+            return known[key]
+
+
+def _wraps(module: nn.Module) -> bool:
+    """Whether a module is a wrapper of distributed training or of compilation."""
+    return isinstance(module, _WRAPPERS) or hasattr(module, "_orig_mod")
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -61,7 +61,8 @@ def way_out(model: nn.Module) -> str:
         )
     return (
         "a kernel outside torch (flash-attn, xFormers), a compiled or traced part, or softmax "
-        "written out by hand hides it; switch the model to torch's own attention"
+        "written out by hand hides it, or its maps have another form (Hiera, CoaT); where you can, "
+        "switch the model to torch's own attention"
     )
 
 

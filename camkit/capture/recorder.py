@@ -1,6 +1,7 @@
 """Listens to a host while it runs, and keeps what was asked for."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import image_batch, measuring
 from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
+from camkit.capture.entered import Entered
 from camkit.capture.forward import Forward
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host
 from camkit.capture.record import PoolingCall, scores_of
 from camkit.capture.search import head_count
-from camkit.capture.selection import Selection
+from camkit.capture.selection import Kept, Selection
 from camkit.capture.tail import TailCall, tail_modules
 from camkit.capture.tap import Tap
 from camkit.errors import CaptureError
@@ -94,7 +96,7 @@ class Recorder:
         self._mode_before = torch.is_grad_enabled() if self._gradients else None
 
     def _after_entrance(self, module: nn.Module, *call: Any) -> Tensor | None:
-        if measuring() or module is not self._entrance:
+        if measuring() or module is not self._entrance or self._thread != get_ident():
             return None
         self._leave()
         began = self._mode_before is False and torch.is_grad_enabled()
@@ -119,7 +121,13 @@ class Recorder:
         self.forward.modules += 1
         self.forward.tail.clear()
         self.forward.running = self._names[module]
-        self.forward.lengths = [x.shape[:-1] for x in call[0] if isinstance(x, Tensor)]
+        self.forward.entered = Entered.by(
+            (*call[0], *call[1].values()),
+            images=self.forward.images,
+            module=module,
+            anatomy=self.forward.anatomy,
+            measured=self._host.class_tokens is None,
+        )
         self._tap = self._taps[module]
         self._tap.__enter__()
 
@@ -132,6 +140,10 @@ class Recorder:
             )
         return self._entrance is not None
 
+    def _elsewhere(self) -> bool:
+        """Whether this is a measurement, or a thread that has been refused."""
+        return measuring() or (self._entrance is not None and self._thread != get_ident())
+
     def _leave(self) -> None:
         self._entrance, self._call = None, ((), {})
 
@@ -143,16 +155,16 @@ class Recorder:
         return self._inside() or (not self.entered and said)
 
     def _after_attention(self, *_: Any) -> None:
-        if not measuring():
+        if not self._elsewhere():
             self._untap()
 
     def _after_embedding(self, *call: Any) -> None:
-        if not measuring() and isinstance(call[-1], Tensor):
+        if not self._elsewhere() and isinstance(call[-1], Tensor):
             self.forward.grid = Grid(*call[-1].shape[-2:])
 
     def _after_tail(self, *call: Any) -> None:
         module, args, _, output = call
-        if measuring() or self.forward.calls == 0 or not args:
+        if self._elsewhere() or self.forward.calls == 0 or not args:
             return
         if isinstance(args[0], Tensor) and isinstance(output, Tensor):
             self.forward.tail.append(TailCall(module, args[0].detach(), output.detach()))
@@ -177,18 +189,18 @@ class Recorder:
         if attention.shape[2] == 1:  # one query that is no patch: it pools
             self._add_pooling(attention)
             return
-        lengths = self.forward.lengths
-        if lengths and all(attention.shape[2] not in length for length in lengths):
-            self.forward.foreign = True  # neither tokens nor images: windows, or channels
-        self.forward.kept.append((self.forward.calls, self.forward.running, attention))
-        self.forward.calls += 1
-        self._keep.drop(self.forward.kept)
+        forward = self.forward
+        against = forward.entered.against(attention.shape)
+        forward.kept.append(Kept(forward.calls, forward.running, attention, against))
+        forward.entered = replace(forward.entered, calls=forward.entered.calls + 1)
+        forward.calls += 1
+        self._keep.drop(forward.kept)
 
     def _add_pooling(self, attention: Attention) -> None:
         forward, keys = self.forward, attention.shape[3]
         same = next((call for call in forward.pooling if call.attention.shape[3] == keys), None)
         anatomy = forward.anatomy if same is None else same.anatomy
-        joined = bool(forward.kept) and forward.kept[-1][2].shape[2] != keys
+        joined = bool(forward.kept) and forward.kept[-1].attention.shape[2] != keys
         if same is None and joined and self._entrance is not None:  # a token joined late
             anatomy = self._host.anatomy(self._entrance, *self._call, at=forward.running)
         if anatomy is not None:

@@ -14,6 +14,7 @@ PROJECTIONS = (
     ("c_attn",),
     ("in_proj_weight", "out_proj"),
     ("q", "kv"),
+    ("qk", "v"),
     ("q", "k", "v"),
     ("query", "key", "value"),
     ("q_proj", "k_proj", "v_proj"),
@@ -24,9 +25,15 @@ PROJECTIONS = (
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module has a head count and query, key and value projections of some known form."""
+    """Whether a module has a head count and query, key and value projections of some known form.
+
+    Where attention and its output projection are two modules in one (transformers), it is that one.
+    """
     if isinstance(module, nn.MultiheadAttention):
         return True
+    parts = dict(module.named_children())
+    if set(parts) == {"attention", "output"}:
+        return is_attention(parts["attention"])
     if not any(isinstance(getattr(module, name, None), int) for name in HEAD_COUNTS):
         return False
     held = {**dict(module.named_children()), **dict(module.named_parameters(recurse=False))}
@@ -43,6 +50,11 @@ def is_pooling(model: nn.Module, name: str) -> bool:
     """Whether an attention module says, or its parent, that it pools tokens into one."""
     lineage = (model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
     return any("pool" in type(module).__name__.lower() for module in lineage)
+
+
+def is_whole_block(module: nn.Module) -> bool:
+    """Whether attention is written into a block with its MLP (timm's parallel scaling)."""
+    return all(hasattr(module, name) for name in ("in_proj", "attn_drop", "mlp_drop"))
 
 
 def find_attention(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,9 +1,27 @@
 """Which attention calls of a forward are kept, decided while it runs."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
+from camkit.capture.attention import Attention
 from camkit.errors import CaptureError
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """One attention call of a forward.
+
+    Attributes:
+        index: its place among all calls.
+        name: the module that made it.
+        attention: the call.
+        against: why it cannot be read by patches; empty where it can.
+    """
+
+    index: int
+    name: str
+    attention: Attention
+    against: str
 
 
 class Selection:
@@ -26,20 +44,20 @@ class Selection:
             return min(self._blocks) < 0
         return index - calls in self._blocks
 
-    def drop(self, kept: list[tuple[int, str, Any]]) -> None:
+    def drop(self, kept: list[Kept]) -> None:
         """Let go of calls that can no longer be wanted."""
         if self._blocks is None:
             return
-        newest = kept[-1][0]
+        newest = kept[-1].index
         reach = -min(0, *self._blocks)
-        kept[:] = [c for c in kept if c[0] in self._blocks or newest - c[0] < reach]
+        kept[:] = [c for c in kept if c.index in self._blocks or newest - c.index < reach]
 
-    def pick(self, kept: list[tuple[int, str, Any]], calls: int) -> list[tuple[str, Any]]:
+    def pick(self, kept: list[Kept], calls: int) -> list[Kept]:
         """The wanted calls of a finished forward, in the order they ran."""
         if self._blocks is None:
-            return [(name, attention) for _, name, attention in kept]
+            return list(kept)
         outside = [b for b in self._blocks if not -calls <= b < calls]
         if outside:
             raise CaptureError(f"{calls} attention blocks ran, but `blocks` asks for {outside}")
         wanted = {b % calls for b in self._blocks}
-        return [(name, attention) for index, name, attention in kept if index in wanted]
+        return [call for call in kept if call.index in wanted]

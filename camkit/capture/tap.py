@@ -5,6 +5,7 @@ Three functions are known; everything else passes through untouched.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Tap(TorchFunctionMode):
         heads: int = 1,
     ) -> None:
         super().__init__()
+        _keep_untraced()
         self._on_fused = on_fused
         self._on_explicit = on_explicit
         self._weigh = weigh
@@ -91,7 +93,8 @@ class Tap(TorchFunctionMode):
     def _explicit(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         logits = args[0] if args else kwargs["input"]
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if not self._folds(logits) or dim not in (-1, logits.dim() - 1):
+        folded = logits.dim() == 3 and logits.shape[1] not in (1, logits.shape[2])
+        if folded or not self._folds(logits) or dim not in (-1, logits.dim() - 1):
             return func(*args, **kwargs)
         tilt = None
         if self._weigh is not None:
@@ -113,6 +116,16 @@ class Tap(TorchFunctionMode):
         if tensor.dim() != 3:
             return tensor
         return tensor[None] if len(tensor) == 1 else tensor.unflatten(0, (-1, self._heads))
+
+
+@cache
+def _keep_untraced() -> None:
+    """Let compiled code call a tap, instead of tracing it, which would tilt keys twice.
+
+    Not at import: it loads the compiler, which takes a moment.
+    """
+    untraced = torch.compiler.disable(Tap.__torch_function__)
+    Tap.__torch_function__ = untraced  # type: ignore[method-assign]
 
 
 def _as(like: Tensor, tensor: Tensor) -> Tensor:

@@ -117,10 +117,10 @@ class Watch:
             raise CaptureError(self._why_nothing())
         forward = self._recorder.forward
         kept = self._keep.pick(forward.kept, forward.calls)
-        anatomy, grid = checked_grid(forward, self._host.grid, [a.shape for _, a in kept])
+        anatomy, grid = checked_grid(forward, self._host.grid, kept)
         return Capture(
-            blocks=tuple(attention for _, attention in kept),
-            names=tuple(name for name, _ in kept),
+            blocks=tuple(call.attention for call in kept),
+            names=tuple(call.name for call in kept),
             anatomy=anatomy,
             grid=grid,
             outputs=forward.outputs,

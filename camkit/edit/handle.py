@@ -1,6 +1,7 @@
 """attach(model, edit): an edit stays on a model for as long as its user likes."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from threading import local
 from typing import Any
 
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy, image_batch, measuring
 from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
+from camkit.capture.entered import Entered
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, is_compiled
 from camkit.capture.kernels import way_out
-from camkit.capture.search import head_count
+from camkit.capture.search import head_count, is_whole_block
 from camkit.capture.tap import Tap
 from camkit.edit.protocol import Edit, KeyEdit
 from camkit.errors import CaptureError, UnsupportedModelError
@@ -32,7 +34,8 @@ def attach(
 
     Args:
         model: any Vision Transformer; its own code, kernels and weights stay as they are. Attach
-            before `torch.compile`.
+            before `torch.compile`: compiled code made earlier runs past the edit, which is refused
+            where the model shows that it is compiled.
         edit: called once per block and forward; gradients flow through it.
         blocks: which attention modules, in the order the model holds them and without pooling
             heads: None all, n the last n, or indices, negative from the end.
@@ -59,7 +62,9 @@ class _Running(local):
 
     entrance: nn.Module | None = None
     ran: frozenset[nn.Module] = frozenset()
+    images: int | None = None
     tap: Tap | None = None
+    entered: Entered = Entered()
     tokens: Tensor | None = None
     seen: Attention | None = None
 
@@ -77,11 +82,18 @@ class Handle:
         self._running = _Running()
         # one for all threads: roles belong to the model, and checkpointing recomputes elsewhere
         self._anatomy: Anatomy | None = None
+        chosen = _chosen(list(host.blocks().values()), blocks)
+        whole = [name for name, m in host.attention.items() if m in chosen and is_whole_block(m)]
+        if whole and not isinstance(edit, KeyEdit):
+            raise UnsupportedModelError(
+                f"{whole[0]} holds attention, MLP and residual in one, so what its attention adds "
+                "cannot be edited; an edit of keys can"
+            )
         self._chosen = blocks is not None
         weigh = self._on_keys if isinstance(edit, KeyEdit) else None
         self._taps = {
             module: Tap(self._on_fused, self._on_explicit, weigh, head_count(module))
-            for module in _chosen(list(host.blocks().values()), blocks)
+            for module in chosen
         }
         for entrance in host.entrances:
             self._hooks.before(entrance, self._before_entrance)
@@ -106,12 +118,14 @@ class Handle:
     ) -> None:
         running = self._running
         nested = running.entrance not in (None, module)
-        if nested or not self.enabled or measuring() or image_batch(args, kwargs) is None:
+        images = image_batch(args, kwargs)
+        if nested or not self.enabled or measuring() or images is None:
             return
         self._untap()
         self._host.check_in_place()
         self._anatomy = self._host.anatomy(module, args, kwargs)
         running.entrance, running.ran = module, frozenset()
+        running.images = len(images)
 
     def _after_entrance(self, module: nn.Module, *call: Any) -> None:
         running = self._running
@@ -139,6 +153,13 @@ class Handle:
             running.seen = None
             running.ran |= {module}
             running.tokens = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            running.entered = Entered.by(
+                (*args, *kwargs.values()),
+                images=running.images,
+                module=module,
+                anatomy=self._roles(),
+                measured=self._host.class_tokens is None,
+            )
             running.tap = self._taps[module]
             running.tap.__enter__()
 
@@ -162,6 +183,11 @@ class Handle:
         if isinstance(self._edit, KeyEdit) or seen.shape[2] == 1:  # pooled: no token of its own
             return None
         before = output[0] if isinstance(output, tuple) else output
+        if before.dim() != 3:
+            raise UnsupportedModelError(
+                f"the tokens of this host come as {tuple(before.shape)}; an edit of outputs needs "
+                "them as (b, t, d), an edit of keys would do"
+            )
         turned = _turned(before, seen, anatomy)
         after = self._edit(
             _batch_first(tokens, turned), _batch_first(before, turned), seen, anatomy
@@ -180,6 +206,7 @@ class Handle:
         anatomy, tokens = self._roles(), self._running.tokens
         if anatomy is None or tokens is None or not isinstance(self._edit, KeyEdit):
             return None
+        self._check(attention)
         tokens = _batch_first(tokens, _turned(tokens, attention, anatomy))
         return self._edit.log_weights(tokens, attention, anatomy)
 
@@ -192,12 +219,23 @@ class Handle:
     def _on_fused(
         self, output: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
     ) -> Tensor:
-        self._running.seen = FusedAttention(q, k, scale, bias, v, output)
+        self._see(FusedAttention(q, k, scale, bias, v, output))
         return output
 
     def _on_explicit(self, weights: Tensor) -> Tensor:
-        self._running.seen = ExplicitAttention(weights)
+        self._see(ExplicitAttention(weights))
         return weights
+
+    def _see(self, attention: Attention) -> None:
+        self._check(attention)
+        self._running.seen = attention
+        self._running.entered = replace(self._running.entered, calls=1)
+
+    def _check(self, attention: Attention) -> None:
+        """Refuse maps that do not relate tokens one to one, before anything is edited by them."""
+        against = self._running.entered.against(attention.shape)
+        if against and attention.shape[2] > 1:
+            raise UnsupportedModelError(f"{against}; name the modules to edit with `modules=`")
 
 
 def _turned(tokens: Tensor, attention: Attention, anatomy: Anatomy) -> bool:
