@@ -13,7 +13,7 @@ from camkit.capture import find_attention
 from camkit.errors import CaptureError
 
 
-def unchanged(tokens, output, attention, anatomy):
+def unchanged(tokens, output, attention, site):
     return output
 
 
@@ -195,8 +195,8 @@ def test_an_edit_is_told_tokens_attention_and_anatomy(family):
         model(pixels)
     told = []
 
-    def listen(tokens, output, attention, anatomy):
-        told.append((tokens.shape == output.shape, attention.rows([0, -1]), anatomy))
+    def listen(tokens, output, attention, site):
+        told.append((tokens.shape == output.shape, attention.rows([0, -1]), site.anatomy))
         return output
 
     with attach(model, listen):

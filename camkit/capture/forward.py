@@ -61,9 +61,9 @@ def checked_grid(forward: Forward, said: Grid | None, kept: Sequence[Kept]) -> t
             f"the watched blocks run on {', '.join(map(str, lengths))} tokens, and maps of one "
             "resolution do not fit another; keep blocks of one resolution with `blocks=`"
         )
-    grid = said or forward.grid or _grid_of_aspect(forward, shapes[-1])
     tokens = shapes[-1][2]
     patches = len(forward.anatomy.patches(tokens))
+    grid = said or forward.grid or grid_of_aspect(forward.size, patches)
     if patches != grid.size:
         raise CaptureError(
             f"{tokens} tokens less {len(forward.anatomy.special_tokens)} special ones leave "
@@ -73,11 +73,10 @@ def checked_grid(forward: Forward, said: Grid | None, kept: Sequence[Kept]) -> t
     return forward.anatomy, grid
 
 
-def _grid_of_aspect(forward: Forward, shape: tuple[int, int, int, int]) -> Grid:
-    """The one grid that has the patches' number and exactly the image's aspect."""
-    count = 0 if forward.anatomy is None else len(forward.anatomy.patches(shape[2]))
-    if len(forward.size) == 2 and count:
-        height, width = forward.size
+def grid_of_aspect(size: Sequence[int], count: int) -> Grid:
+    """The one grid that has this number of patches and exactly the image's aspect."""
+    if len(size) == 2 and count:
+        height, width = size
         rows = round((count * height / width) ** 0.5)
         if rows and count % rows == 0 and rows * width == count // rows * height:
             return Grid(rows, count // rows)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import Attention
+from camkit.edit.site import Site
 from camkit.tensors import Tokens
 
 
@@ -13,8 +13,6 @@ class ScaleOutput:
 
     factor: float = 2.0
 
-    def __call__(
-        self, tokens: Tokens, output: Tokens, attention: Attention, anatomy: Anatomy
-    ) -> Tokens:
-        del tokens, attention, anatomy
+    def __call__(self, tokens: Tokens, output: Tokens, attention: Attention, site: Site) -> Tokens:
+        del tokens, attention, site
         return output * self.factor

@@ -1,0 +1,153 @@
+"""One attention module under an edit."""
+
+from dataclasses import dataclass, field, replace
+from threading import local
+from typing import Any
+
+from torch import Tensor, nn
+
+from camkit.capture.anatomy import Anatomy
+from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
+from camkit.capture.entered import Entered
+from camkit.capture.hooks import Hooks
+from camkit.capture.host import Host
+from camkit.capture.kernels import way_out
+from camkit.capture.search import head_count
+from camkit.capture.tap import Tap
+from camkit.edit.passage import Passage, Passages
+from camkit.edit.protocol import Edit, KeyEdit
+from camkit.edit.site import Site
+from camkit.errors import CaptureError, UnsupportedModelError
+
+
+@dataclass
+class _Call(local):
+    """The module's call that is under way, in this thread."""
+
+    tapping: bool = False
+    entered: Entered = field(default_factory=Entered)
+    passage: Passage | None = None
+    tokens: Tensor | None = None
+    seen: Attention | None = None
+
+
+class EditedBlock:
+    """Taps one module's attention, and lets the edit change its keys or its output."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        edit: Edit | KeyEdit,
+        passages: Passages,
+        host: Host,
+        *,
+        index: int,
+        count: int,
+    ) -> None:
+        self.module = module
+        self._edit = edit
+        self._passages = passages
+        self._host = host
+        self._place = (index, count)
+        self._call = _Call()
+        weigh = self._on_keys if isinstance(edit, KeyEdit) else None
+        self._tap = Tap(self._on_fused, self._on_explicit, weigh, head_count(module))
+
+    def listen(self, hooks: Hooks) -> None:
+        hooks.before(self.module, self._before)
+        hooks.after(self.module, self._after)
+
+    def untap(self) -> None:
+        """Leave the mode if it is on: an interrupt, or another's hook that raised, skips steps."""
+        if self._call.tapping:
+            self._call.tapping = False
+            self._tap.__exit__(None, None, None)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._passages.active:
+            return
+        call, values = self._call, (*args, *kwargs.values())
+        self.untap()
+        call.seen, call.passage = None, self._passages.current()
+        call.passage.ran.add(module)
+        call.tokens = next(value for value in values if isinstance(value, Tensor))
+        call.entered = Entered.by(
+            values,
+            images=call.passage.images,
+            module=module,
+            anatomy=call.passage.anatomy,
+            measured=self._host.class_tokens is None,
+        )
+        call.tapping = True
+        self._tap.__enter__()
+
+    def _after(self, *hooked: Any) -> Any:
+        call, output = self._call, hooked[-1]
+        self.untap()
+        passage, call.passage = call.passage, None
+        tokens, call.tokens = call.tokens, None
+        seen, call.seen = call.seen, None
+        if passage is None or tokens is None or output is None:  # None: the forward raised
+            return None
+        if seen is None:
+            raise CaptureError(
+                f"an edited block ran but its attention was not seen: {way_out(self._host.model)}"
+            )
+        if isinstance(self._edit, KeyEdit) or seen.shape[2] == 1:  # pooled: no token of its own
+            return None
+        before = output[0] if isinstance(output, tuple) else output
+        if before.dim() != 3:
+            raise UnsupportedModelError(
+                f"the tokens of this host come as {tuple(before.shape)}; an edit of outputs needs "
+                "them as (b, t, d), an edit of keys would do"
+            )
+        turned = _turned(before, seen, passage.anatomy)
+        given = (_batch_first(tokens, turned), _batch_first(before, turned))
+        after = _batch_first(self._edit(*given, seen, self._site(passage)), turned)
+        # hosts that return their map beside the tokens
+        return (after, *output[1:]) if isinstance(output, tuple) else after
+
+    def _site(self, passage: Passage) -> Site:
+        index, count = self._place
+        return Site(passage.anatomy, index, count, passage.picture, passage.labels)
+
+    def _on_keys(self, attention: Attention) -> Tensor | None:
+        passage, tokens = self._call.passage, self._call.tokens
+        if passage is None or tokens is None or not isinstance(self._edit, KeyEdit):
+            return None
+        self._check(attention)
+        tokens = _batch_first(tokens, _turned(tokens, attention, passage.anatomy))
+        return self._edit.log_weights(tokens, attention, self._site(passage))
+
+    def _on_fused(
+        self, output: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
+    ) -> Tensor:
+        self._see(FusedAttention(q, k, scale, bias, v, output))
+        return output
+
+    def _on_explicit(self, weights: Tensor) -> Tensor:
+        self._see(ExplicitAttention(weights))
+        return weights
+
+    def _see(self, attention: Attention) -> None:
+        self._check(attention)
+        self._call.seen = attention
+        self._call.entered = replace(self._call.entered, calls=1)
+
+    def _check(self, attention: Attention) -> None:
+        """Refuse maps that do not relate tokens one to one, before anything is edited by them."""
+        against = self._call.entered.against(attention.shape)
+        if against and attention.shape[2] > 1:
+            raise UnsupportedModelError(f"{against}; name the modules to edit with `modules=`")
+
+
+def _turned(tokens: Tensor, attention: Attention, anatomy: Anatomy) -> bool:
+    """Whether the host's tokens come as ``(t, b, d)``; measured where the shapes do not tell."""
+    images, _, length, _ = attention.shape
+    if images == length:
+        return anatomy.sequence_first
+    return tuple(tokens.shape[:2]) == (length, images)
+
+
+def _batch_first(tokens: Tensor, turned: bool) -> Tensor:
+    return tokens.transpose(0, 1) if turned else tokens
