@@ -32,6 +32,7 @@ layers: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/gains.py
 	$(BIN)/python benchmarks/watching.py
+	$(BIN)/python benchmarks/models.py
 
 $(VENV)/.installed: pyproject.toml
 	@echo "camkit: making $(VENV) and installing into it; torch brings about 5 GB, a few minutes"

@@ -2,9 +2,9 @@
 
     python benchmarks/watching.py
 
-One thread, random weights. Time: CPU time of the process; the rounds interleave all ways, and ratios are
-taken round by round. Memory: growth of the peak resident size over one forward, each way in a process of
-its own, with the weights counted in.
+One thread, random weights. Time: CPU time of the process; the rounds interleave all ways, and
+ratios are taken round by round. Memory: growth of the peak resident size over one forward, each way
+in a process of its own, with the weights counted in (Linux).
 """
 
 import argparse
@@ -29,8 +29,8 @@ Run = Callable[[torch.Tensor], object]
 class SameKeys:
     """Adds nothing to the logits; the host's kernel runs with a mask all the same."""
 
-    def log_weights(self, tokens, attention, anatomy):
-        del attention, anatomy
+    def log_weights(self, tokens: torch.Tensor, attention: object, site: object) -> torch.Tensor:
+        del attention, site
         return tokens.new_zeros(tokens.shape[:2])
 
 
@@ -53,9 +53,13 @@ def unfused(model: torch.nn.Module) -> Run:
     return run
 
 
-def watched(model: torch.nn.Module, then: Callable[[camkit.Capture], object] | None = None) -> Run:
+def watched(
+    model: torch.nn.Module,
+    then: Callable[[camkit.Capture], object] | None = None,
+    **options: bool,
+) -> Run:
     def run(pixels: torch.Tensor) -> object:
-        with camkit.watch(model) as seen:
+        with camkit.watch(model, **options) as seen:
             model(pixels)
         return seen.capture if then is None else then(seen.capture)
 
@@ -71,6 +75,7 @@ WAYS: dict[str, Callable[[torch.nn.Module], Run]] = {
     "plain": lambda model: model,
     "watched, all blocks": watched,
     "watched, then class rows": lambda model: watched(model, camkit.Capture.class_to_patch),
+    "watched, class rows only": lambda model: watched(model, class_rows_only=True),
     "output edit that changes nothing": lambda model: edited(model, camkit.ScaleOutput(1.0)),
     "key edit that changes nothing": lambda model: edited(model, SameKeys()),
     "un-fused, maps kept": unfused,
@@ -110,8 +115,7 @@ def growth(way: str, name: str, side: int, batch: int) -> float:
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     run = WAYS[way](model)
     run(torch.randn(1, 3, side, side))  # roles are measured, libraries are loaded
-    with open("/proc/self/clear_refs", "w") as reset:  # the peak starts anew
-        reset.write("5")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _peak()
     kept = run(torch.randn(batch, 3, side, side))
     after = _peak()

@@ -165,16 +165,16 @@ def test_two_means_by_hand():
     assert MeanSplit()(scores).tolist() == [-1, -1, -1, 1, 1, 1]  # the mean is 6
 
 
-def test_two_means_move_to_the_gap():
-    scores = torch.tensor([0.0, 5.2, 5.4, 5.6, 10.0])
-    # ends 0 and 10 part at 5; means 0 and 6.55 at 3.3: the gap below 5.2
-    assert TwoMeans(steps=0)(scores).tolist() == [-1, 1, 1, 1, 1]
-    scores = torch.tensor([0.0, 4.0, 4.5, 9.0, 10.0])
-    # ends part at 5; means 2.83 and 9.5 part at 6.17: the same groups
-    assert TwoMeans()(scores).tolist() == [-1, -1, -1, 1, 1]
-    scores = torch.tensor([0.0, 0.0, 0.0, 4.0, 10.0])
-    # ends part at 5, leaving 4 low; means 1 and 10 part at 5.5: 4 stays low
-    assert TwoMeans()(scores).tolist() == [-1, -1, -1, -1, 1]
+def test_a_score_in_the_middle_counts_as_high():
+    scores = torch.tensor([0.0, 1.0, 2.0])
+    assert MeanSplit()(scores).tolist() == [-1, 1, 1]
+    assert TwoMeans(steps=0)(scores).tolist() == [-1, 1, 1]
+
+
+def test_the_centres_move_to_the_means_of_their_groups():
+    scores = torch.tensor([0.0, 4.9, 4.9, 4.9, 5.2, 10.0])
+    assert TwoMeans(steps=0)(scores).tolist() == [-1, -1, -1, -1, 1, 1]  # ends part at 5
+    assert TwoMeans(steps=1)(scores).tolist() == [-1, -1, -1, -1, -1, 1]  # 3.675 and 7.6 at 5.64
 
 
 def test_tanh_by_hand():
@@ -201,6 +201,7 @@ def test_the_top_share_is_counted_exactly(share, size, count):
 def test_of_equal_scores_the_earlier_is_taken():
     scores = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0])
     assert TopShare(share=0.4)(scores).tolist() == [-1, 1, 1, -1, -1]
+    assert TopShare(share=0.3)(torch.full((785,), 0.5)).tolist() == [1.0] * 236 + [-1.0] * 549
 
 
 @pytest.mark.parametrize("rule", [r for r in ORACLES if not isinstance(r, TopShare)], ids=repr)
@@ -280,12 +281,21 @@ def test_strength_zero_changes_no_bit(rule, dtype):
     assert torch.equal(amplify(scores, rule, 0.0), scores)
 
 
-def test_rows_of_zeros_stay_zeros_and_pass_a_finite_gradient(rule):
-    scores = torch.zeros(2, 17, requires_grad=True)
-    found = amplify(scores, rule, 0.5)
-    assert torch.equal(found, torch.zeros(2, 17))
-    found.square().sum().backward()
-    assert torch.equal(scores.grad, torch.zeros(2, 17))
+def test_rows_of_zeros_stay_zeros(rule):
+    assert torch.equal(amplify(torch.zeros(2, 17), rule, 0.5), torch.zeros(2, 17))
+
+
+def test_rows_of_zeros_pass_the_gradient_of_each_score_to_that_score():
+    scores, weights = torch.zeros(2, 17, requires_grad=True), torch.randn(2, 17)
+    (amplify(scores, TanhAroundMean(), 0.5) * weights).sum().backward()
+    torch.testing.assert_close(scores.grad, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(rule, dtype):
+    scores = attention(2, 196, dtype=dtype)
+    expected = amplify(scores.float(), rule, 0.5).to(dtype)
+    assert torch.equal(amplify(scores, rule, 0.5), expected)
 
 
 def test_rules_pass_no_gradient(rule):

@@ -219,3 +219,33 @@ def test_a_model_without_scores_is_read_all_the_same(wrap, monkeypatch):
     assert capture.class_to_patch().shape == (2, 1, 4)
     with pytest.raises(CaptureError, match="no class scores: the model returned none"):
         _ = capture.scores
+
+
+def test_class_rows_alone_are_those_of_a_whole_watch(family):
+    model, pixels = tiny(family)
+    whole = seen_by(model, pixels)
+    rows = seen_by(model, pixels, class_rows_only=True)
+    if not whole.anatomy.class_tokens:
+        with pytest.raises(CaptureError, match="no class token and no pooling query"):
+            rows.class_to_patch()
+        return
+    assert torch.equal(rows.class_to_patch(), whole.class_to_patch())
+
+
+def test_a_watch_that_kept_class_rows_alone_refuses_what_it_let_go():
+    capture = seen_by(HandMade(), torch.randn(1, 3, 16, 16), class_rows_only=True)
+    block = capture.blocks[0]
+    for ask in (
+        block.watched,
+        block.head_mean,
+        lambda: block.columns([0]),
+        lambda: block.rows([1]),
+        lambda: block.propagate(torch.rand(1, 1, 4), capture.patches),
+    ):
+        with pytest.raises(CaptureError, match="watch without `class_rows_only`"):
+            ask()
+
+
+def test_class_rows_alone_and_gradients_exclude_each_other():
+    with pytest.raises(ValueError, match="choose one of them"):
+        watch(HandMade(), gradients=True, class_rows_only=True)

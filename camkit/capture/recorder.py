@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import image_batch, measuring
 from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
+from camkit.capture.class_rows import ClassRows
 from camkit.capture.entered import Entered
 from camkit.capture.forward import Forward
 from camkit.capture.hooks import Hooks
@@ -35,6 +36,7 @@ class Recorder:
         keep: Selection,
         *,
         gradients: bool,
+        class_rows_only: bool,
         scores: Callable[[Any], Tensor] | None,
     ) -> None:
         self.forward = Forward()
@@ -42,6 +44,7 @@ class Recorder:
         self._host = host
         self._keep = keep
         self._gradients = gradients
+        self._class_rows_only = class_rows_only
         self._scores = scores
         self._names = {module: name for name, module in host.attention.items()}
         self._hooks = Hooks()
@@ -186,6 +189,8 @@ class Recorder:
         return weights
 
     def _add(self, attention: Attention) -> None:
+        if self._class_rows_only and self.forward.anatomy is not None:
+            attention = ClassRows.of(attention, self.forward.anatomy.class_tokens)
         if attention.shape[2] == 1:  # one query that is no patch: it pools
             self._add_pooling(attention)
             return

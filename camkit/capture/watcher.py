@@ -25,6 +25,7 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
     *,
     blocks: int | Sequence[int] | None = None,
     gradients: bool = False,
+    class_rows_only: bool = False,
     rgb: RGB | None = None,
     vocabulary: Vocabulary | None = None,
     scores: Callable[[Any], Tensor] | None = None,
@@ -42,6 +43,8 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
         blocks: attention blocks to keep, in the order they run: None all, n the last n, or indices.
         gradients: keep what gradient seeds need. Works in no_grad and on frozen models: the graph
             then begins at the first watched block.
+        class_rows_only: keep the rows of the class tokens and nothing else, for large batches: then
+            memory hardly grows, and `ClassAttentionSeed` works but no refiner that reads attention.
         rgb: the pictures in [0, 1], for refiners that look at colours.
         vocabulary: names of the classes, and which classifier outputs make up each.
         scores: makes ``(b, classes)`` scores of what the model returns, for hosts that return
@@ -58,6 +61,8 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
         ...     logits = model(pixels)
         >>> seen.capture.class_to_patch()  # doctest: +SKIP
     """
+    if gradients and class_rows_only:
+        raise ValueError("`class_rows_only` lets go of what `gradients` needs; choose one of them")
     host = Host.of(model, modules=modules, class_tokens=class_tokens, grid=grid)
     return Watch(
         host,
@@ -65,6 +70,7 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
         rgb=rgb,
         vocabulary=vocabulary,
         gradients=gradients,
+        class_rows_only=class_rows_only,
         scores=scores,
     )
 
@@ -72,7 +78,7 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
 class Watch:
     """A model being watched; ``capture`` is its latest forward."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - as `watch`
         self,
         host: Host,
         keep: Selection,
@@ -80,6 +86,7 @@ class Watch:
         rgb: RGB | None,
         vocabulary: Vocabulary | None,
         gradients: bool,
+        class_rows_only: bool,
         scores: Callable[[Any], Tensor] | None,
     ) -> None:
         self._host = host
@@ -87,6 +94,7 @@ class Watch:
         self._rgb = rgb
         self._vocabulary = vocabulary
         self._gradients = gradients
+        self._class_rows_only = class_rows_only
         self._scores = scores
         self._recorder: Recorder | None = None
         self._stack = ExitStack()
@@ -94,7 +102,11 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         self._recorder = Recorder(
-            self._host, self._keep, gradients=self._gradients, scores=self._scores
+            self._host,
+            self._keep,
+            gradients=self._gradients,
+            class_rows_only=self._class_rows_only,
+            scores=self._scores,
         )
         self._stack.callback(self._recorder.stop)
         if is_compiled(self._host.model):  # compiled code would run past hooks it has not met

@@ -91,11 +91,11 @@ def colour_smooth(
 
 
 class _LogNormaliser(torch.autograd.Function):
-    """Log of each token's summed exponentials over all tokens; keeps ``(t, d)`` for the backward.
+    """Log of each token's summed exponentials over all tokens; the backward keeps ``(t, d)``."""
 
-    2 images, 785 tokens of 384, float32, one Xeon thread: forward 14 ms, with backward 46 ms. One
-    attention call with indicator values: 20 and 71 ms. The whole map, kept: 13 and 44 ms.
-    """
+    # Faster than attention over indicator values, and as fast as keeping the whole map: forward 12,
+    # 18 and 11 ms, with backward 40, 67 and 39 ms (b=2, t=785, d=384, float32, one 2.5 GHz Xeon
+    # thread). Cosines are symmetric, which saves the backward most of its products.
 
     @staticmethod
     def forward(ctx: Any, directions: Tensor, temperature: float) -> Tensor:
@@ -114,7 +114,7 @@ class _LogNormaliser(torch.autograd.Function):
         parts = []
         with _full_precision(directions):
             for part in _chunks(directions):
-                # cosines are symmetric: one product serves tokens as queries and as keys
+                # one product of cosines serves tokens as queries and as keys
                 logits = _logits(directions, part, ctx.temperature)
                 pull = (logits - normaliser[:, part, None]).exp_().mul_(grad_output[:, part, None])
                 pull += logits.sub_(normaliser[:, None]).exp_().mul_(grad_output[:, None])

@@ -1,0 +1,132 @@
+"""Which models work, measured: writes docs/models.md.
+
+    python benchmarks/models.py
+
+Every model of the tests' zoo, every research fork re-created there and every refusal is built tiny,
+with random weights, and diagnosed (`camkit.diagnose`).
+"""
+
+import importlib.metadata
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import camkit
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "timm", "transformers", "open_clip_torch", "torchvision")
+HEAD = """# Which models work
+
+Made by `python benchmarks/models.py`, which builds each model tiny and with random weights and runs
+`camkit.diagnose` on it; the tests hold each against its own un-fused maps, and edits against the
+same change made by hand. {versions}.
+
+Ask for your own: `camkit doctor TIMM_NAME`, `camkit doctor mymodule:build`, or
+`print(camkit.diagnose(model, images))`.
+
+- **path**: how attention is seen. *sdpa*: computed from the q and k of the fused kernel, which
+  stays. *softmax*: the host makes its map itself. *mha*: `multi_head_attention_forward`, which is
+  opaque and so written out with the same bits.
+- **tokens**: positions of class, distillation and register tokens among the patches.
+- **scores**: what makes the class scores. *said*: the model returns none, so `scores=` has to say
+  (CLIP: image-text similarity).
+- **seeds**: G `GradientSeed`, R `RolloutSeed`, A `ClassAttentionSeed`, W `ClassWeightSeed`.
+- **edit**: largest change of an output under an edit that changes nothing.
+"""
+COLUMNS = ("model", "path", "tokens", "pooling", "scores", "seeds", "edit")
+SEEDS = {
+    "GradientSeed": "G",
+    "RolloutSeed": "R",
+    "ClassAttentionSeed": "A",
+    "ClassWeightSeed": "W",
+}
+Run = Callable[[nn.Module], object]
+
+
+def readable() -> Iterator[tuple[str, camkit.Diagnosis]]:
+    from forks import FORKS
+    from zoo import ZOO
+
+    for name, entry in ZOO.items():
+        torch.manual_seed(0)
+        pixels = torch.randn(2, 3, *entry.shape)
+        yield name, camkit.diagnose(entry.build().eval(), calling(entry.call, pixels))
+    for name, fork in FORKS.items():
+        torch.manual_seed(0)
+        model, pixels = fork.build()
+        run = calling(fork.call, pixels)
+        yield f"{name} (re-created)", camkit.diagnose(model.eval(), run, **fork.options)
+
+
+def refused() -> Iterator[tuple[str, camkit.Diagnosis]]:
+    from test_zoo import REFUSED
+
+    for name, (build, _) in REFUSED.items():
+        torch.manual_seed(0)
+        yield name, camkit.diagnose(build().eval(), torch.randn(2, 3, 64, 64))
+
+
+def calling(call: Callable, pixels: torch.Tensor) -> Run:
+    return lambda model: call(model, pixels)
+
+
+def row(name: str, found: camkit.Diagnosis) -> tuple[str, ...]:
+    if found.refusal is not None:
+        raise SystemExit(f"{name} was expected to work, but: {found.refusal}")
+    roles = found.anatomy
+    tokens = [
+        f"{word} {', '.join(map(str, positions))}"
+        for word, positions in (
+            ("class", roles.class_tokens),
+            ("dist", roles.distillation_tokens),
+            ("reg", roles.register_tokens),
+            ("other", roles.other_tokens),
+        )
+        if positions
+    ]
+    paths = {"scaled_dot": "sdpa", "softmax": "softmax", "multi_head": "mha"}
+    seen = [short for start, short in paths.items() if start in found.path]
+    return (
+        name,
+        ", ".join(seen),
+        "; ".join(tokens) or "patches only",
+        str(found.pooling or ""),
+        "said" if found.rule.startswith("none") else found.rule.partition(",")[0],
+        "".join(letter for seed, letter in SEEDS.items() if found.seeds[seed] is None),
+        "keys only" if found.edit_drift is None else f"{found.edit_drift:.0e}",
+    )
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT / "tests"))
+    import conftest  # noqa: F401 - lets timm run beside a torch without GPU
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    works = table(COLUMNS, [row(name, found) for name, found in readable()])
+    reasons = [(name, found.refusal or "") for name, found in refused()]
+    if not all(reason for _, reason in reasons):
+        raise SystemExit(f"these were expected to be refused: {reasons}")
+    text = "\n".join(
+        (
+            HEAD.format(versions=versions),
+            f"## Read and edited\n\n{works}\n",
+            f"## Refused, with the reason\n\n{table(('model', 'reason'), reasons)}",
+        )
+    )
+    (ROOT / "docs" / "models.md").write_text(f"{text}\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
