@@ -6,7 +6,15 @@ from camkit.capture import (
     watch as watch,
 )
 from camkit.diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
-from camkit.edit import ScaleOutput as ScaleOutput, attach as attach
+from camkit.edit import (
+    DOEI as DOEI,
+    ClassDecoupling as ClassDecoupling,
+    HybridAlignment as HybridAlignment,
+    PatchDecoupling as PatchDecoupling,
+    ScaleOutput as ScaleOutput,
+    VirtualClassTokens as VirtualClassTokens,
+    attach as attach,
+)
 from camkit.errors import (
     CamkitError as CamkitError,
     CaptureError as CaptureError,

@@ -80,3 +80,31 @@ def grouped(outputs, members):
     mass = softmax(outputs.double(), -1)
     whole = outputs.double().exp().sum(-1).log()
     return torch.stack([mass[..., list(m)].sum(-1).log() + whole for m in members], -1)
+
+
+def doei(x, o, attention, classes, colours, *, layer, depth, gamma=0.5, weight=0.5):
+    """DOEI with all its maps whole: class tokens first, then patches; defaults of the method."""
+
+    def amplified(m, dim):
+        mean, spread = m.detach().mean(dim, True), m.detach().std(dim, keepdim=True, unbiased=False)
+        z = (m.detach() - mean) / spread.clamp_min(1e-12)
+        out = m * (1 + gamma * layer / depth * torch.tanh(z))
+        return out * (m.sum(dim, True) / out.sum(dim, True))
+
+    c = classes
+    e = torch.nn.functional.normalize(x, dim=-1)
+    likeness = softmax(e @ e.mT / 0.1, -1)
+    if colours is not None:
+        kernel = torch.eye(x.shape[1], dtype=x.dtype).repeat(len(x), 1, 1)
+        distance = torch.cdist(colours, colours) ** 2
+        kernel[:, c:, c:] = softmax(-distance.to(x.dtype) / (2 * 0.15**2), -1)
+        likeness = kernel @ likeness
+    joined = (attention.mean(1) + weight * likeness) / (1 + weight)
+    patches = amplified(joined[:, c:, :c] + joined[:, :c, c:].mT, 1)
+    o_c, o_p = o[:, :c], o[:, c:]
+    if c == 1:
+        return o + torch.cat([o_c, patches / patches.mean(1, True) * o_p], 1)
+    mutual = amplified(joined[:, :c, :c] + joined[:, :c, :c].mT, -1)
+    e_c = mutual / mutual.sum(-1, True) @ o_c
+    prototypes = (patches / patches.sum(1, True)).mT @ o_p
+    return o + torch.cat([e_c, patches / patches.sum(2, True) @ prototypes], 1)

@@ -4,7 +4,7 @@ import oracles
 import pytest
 import torch
 
-from camkit.ops import class_attention
+from camkit.ops import normaliser
 from camkit.ops.class_attention import (
     attention_columns,
     attention_rows,
@@ -110,7 +110,7 @@ def test_half_precision_rows_come_back_in_the_dtype_of_the_queries(dtype):
 
 def test_streamed_chunks_equal_one_chunk(biased, monkeypatch):
     q, k, v, bias = biased
-    monkeypatch.setattr(class_attention, "CHUNK_ELEMENTS", 5 * 2 * 3 * 19)  # 5 queries at a time
+    monkeypatch.setattr(normaliser, "CHUNK_ELEMENTS", 5 * 2 * 3 * 19)  # 5 queries at a time
     assert_all_equal_oracle(q, k, v, bias)
 
 
@@ -188,3 +188,33 @@ def test_a_query_that_may_attend_to_nothing_attends_to_nothing():
     kernel = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
     torch.testing.assert_close(rows @ v, kernel)
     assert rows[:, :, 2].abs().max() == 0
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_columns_have_the_gradients_of_the_whole_map(monkeypatch, biased):
+    monkeypatch.setattr(normaliser, "CHUNK_ELEMENTS", 5 * 2 * 3 * 19)
+    q, k = torch.randn(2, 2, 3, 19, 8, dtype=torch.float64).requires_grad_().unbind(0)
+    bias = torch.randn(1, 3, 19, 19, dtype=torch.float64) if biased else None
+
+    def columns(q, k):
+        return attention_columns(q, k, [0, 18], scale=0.3, bias=bias)
+
+    assert torch.autograd.gradcheck(columns, (q, k))
+
+
+def test_columns_keep_no_map_for_the_backward():
+    kept = []
+    q, k = (torch.randn(1, 2, 300, 8, requires_grad=True) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
+        attention_columns(q, k, [0], scale=0.3)
+    assert max(kept) <= 2 * 300 * 8
+
+
+def test_a_bias_that_learns_gets_its_gradient():
+    q, k = torch.randn(2, 1, 2, 5, 4, dtype=torch.float64).unbind(0)
+    bias = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda bias: attention_columns(q, k, [0], scale=0.5, bias=bias), bias
+    )

@@ -1,6 +1,13 @@
 """What changes a forward from the inside."""
 
+from camkit.edit.alignment import HybridAlignment as HybridAlignment
 from camkit.edit.controls import ScaleOutput as ScaleOutput
+from camkit.edit.decoupling import (
+    ClassDecoupling as ClassDecoupling,
+    PatchDecoupling as PatchDecoupling,
+)
+from camkit.edit.doei import DOEI as DOEI
 from camkit.edit.handle import Handle as Handle, attach as attach
 from camkit.edit.protocol import Edit as Edit, KeyEdit as KeyEdit
 from camkit.edit.site import Site as Site
+from camkit.edit.virtual import VirtualClassTokens as VirtualClassTokens

@@ -4,16 +4,16 @@ All functions take queries and keys exactly as the host's attention used them (a
 rotations and biases), so what they return is what the host computed, whichever fused kernel it ran.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from camkit.ops.normaliser import log_normaliser, query_chunks, rows_of
+
 Heads = Float[Tensor, "b a t d"]
 Bias = Float[Tensor, "#b #a #t s"]
-
-CHUNK_ELEMENTS = 1 << 23  # logits held at a time by the streamed forms: 32 MiB in float32
 
 
 def attention_rows(
@@ -34,7 +34,7 @@ def attention_rows(
         bias: added to the logits; a masked key holds -inf.
     """
     rows = list(queries)
-    return _attend(q[:, :, rows], k, scale, _rows_of(bias, rows)).to(q.dtype)
+    return _attend(q[:, :, rows], k, scale, rows_of(bias, rows)).to(q.dtype)
 
 
 def attention_columns(
@@ -45,13 +45,20 @@ def attention_columns(
     scale: float,
     bias: Bias | None = None,
 ) -> Float[Tensor, "b a t c"]:
-    """How much every token attends to the tokens ``keys``, per head, streamed over the queries."""
+    """How much every token attends to the tokens ``keys``, per head.
+
+    Streamed over the queries, forward and backward; see `camkit.ops.normaliser`.
+    """
     columns = list(keys)
-    parts = [
-        _attend(q[:, :, part], k, scale, _rows_of(bias, part))[..., columns]
-        for part in _query_chunks(q, k)
-    ]
-    return torch.cat(parts, dim=2).to(q.dtype)
+    dtype = _soft_dtype(q)
+    with torch.autocast(q.device.type, enabled=False):
+        q_wide, k_wide = q.to(dtype), k.to(dtype)
+        logits = (q_wide * scale) @ k_wide[:, :, columns].mT
+        if bias is not None:
+            logits = logits + bias[..., columns].to(dtype)
+        normaliser = log_normaliser(q_wide, k_wide, scale, bias)[..., None]
+        found = (logits - normaliser.clamp_min(torch.finfo(dtype).min)).exp()
+    return found.to(q.dtype)
 
 
 def relevance_hop(  # noqa: PLR0913 - all of one attention call
@@ -80,8 +87,8 @@ def relevance_hop(  # noqa: PLR0913 - all of one attention call
         bias: added to the logits.
     """
     carried = relevance.new_zeros(len(relevance), k.shape[2])
-    for part in _query_chunks(q, k):
-        attention = _attend(q[:, :, part], k, scale, _rows_of(bias, part))
+    for part in query_chunks(q, k):
+        attention = _attend(q[:, :, part], k, scale, rows_of(bias, part))
         gradient = grad_output[:, :, part].to(attention.dtype) @ v.mT.to(attention.dtype)
         weighted = (attention * gradient).relu_().mean(1)
         carried = carried + torch.einsum(
@@ -112,19 +119,10 @@ def _attend(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     A query that may attend to nothing attends to nothing, as in torch's kernels.
     """
     dtype = _soft_dtype(q)
-    logits = (q.to(dtype) * scale) @ k.to(dtype).mT
-    if bias is None:
-        return logits.softmax(-1)
-    logits = logits + bias.to(dtype)
-    nothing = logits.detach().amax(-1, keepdim=True) == -torch.inf
-    return logits.softmax(-1).masked_fill(nothing, 0.0)
-
-
-def _rows_of(bias: Tensor | None, rows: "slice | list[int]") -> Tensor | None:
-    return bias if bias is None or bias.shape[-2] == 1 else bias[..., rows, :]
-
-
-def _query_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    images, heads, tokens, _ = q.shape
-    step = max(1, CHUNK_ELEMENTS // max(1, images * heads * k.shape[2]))
-    return (slice(start, start + step) for start in range(0, tokens, step))
+    with torch.autocast(q.device.type, enabled=False):  # which would cut the products short
+        logits = (q.to(dtype) * scale) @ k.to(dtype).mT
+        if bias is None:
+            return logits.softmax(-1)
+        logits = logits + bias.to(dtype)
+        nothing = logits.detach().amax(-1, keepdim=True) == -torch.inf
+        return logits.softmax(-1).masked_fill(nothing, 0.0)

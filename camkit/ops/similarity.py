@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from camkit.ops.class_attention import CHUNK_ELEMENTS
+from camkit.ops.normaliser import CHUNK_ELEMENTS
 from camkit.tensors import Tokens
 
 
