@@ -10,7 +10,9 @@ from camkit.edit import (
     DOEI as DOEI,
     ClassDecoupling as ClassDecoupling,
     HybridAlignment as HybridAlignment,
+    OneMoreHop as OneMoreHop,
     PatchDecoupling as PatchDecoupling,
+    RandomGates as RandomGates,
     ScaleOutput as ScaleOutput,
     VirtualClassTokens as VirtualClassTokens,
     attach as attach,
@@ -31,7 +33,10 @@ from camkit.photo import (
 )
 from camkit.pipeline import Pipeline as Pipeline, wrap as wrap
 from camkit.refine import (
+    Amplify as Amplify,
+    Blur as Blur,
     DenseCRF as DenseCRF,
+    HybridAlign as HybridAlign,
     Normalize as Normalize,
     Propagate as Propagate,
     chain as chain,

@@ -1,7 +1,7 @@
 """wrap(model, ...): a photo goes in; seed, refined maps, mask and logits come out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from camkit.capture.record import Capture
 from camkit.capture.search import find_attention, find_patch_embeddings
 from camkit.capture.watcher import watch
 from camkit.edit.handle import attach
-from camkit.edit.protocol import Edit
+from camkit.edit.protocol import Edit, KeyEdit
 from camkit.manifest import environment, weights_hash
 from camkit.mask import to_mask
 from camkit.ops.resampling import resize_cam
@@ -37,7 +37,8 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
     model: nn.Module,
     *,
     seed: Seed | None = None,
-    edit: Edit | None = None,
+    edit: Edit | KeyEdit | None = None,
+    edit_blocks: int | Sequence[int] | None = 3,
     refine: Sequence[Refiner] = DEFAULT_REFINE,
     background_score: float = 0.55,
     vocabulary: Vocabulary | None = None,
@@ -48,7 +49,9 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
     Args:
         model: a Vision Transformer that returns class scores.
         seed: where the first maps come from; None is `GradientSeed`.
-        edit: changes the attention blocks while the pipeline runs the model, and only then.
+        edit: changes attention blocks while the pipeline runs the model, and only then.
+        edit_blocks: which, as in `camkit.attach`; the last three are the choice of
+            docs/methods.md for models that were not trained with the edit.
         refine: refiners, applied in order.
         background_score: what a class must beat to own a pixel, in [0, 1].
         vocabulary: class names, and which classifier outputs stand behind each; without it classes
@@ -60,6 +63,7 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
         model=model,
         seed=GradientSeed() if seed is None else seed,
         edit=edit,
+        edit_blocks=edit_blocks if isinstance(edit_blocks, int | None) else tuple(edit_blocks),
         refine=tuple(refine),
         background_score=background_score,
         vocabulary=vocabulary,
@@ -83,11 +87,12 @@ class Pipeline:
 
     model: nn.Module = field(repr=False)
     seed: Seed
-    edit: Edit | None
+    edit: Edit | KeyEdit | None
     refine: tuple[Refiner, ...]
     background_score: float
     vocabulary: Vocabulary | None = field(repr=False)
     scores: Callable[[Any], Tensor] | None = field(default=None, repr=False)
+    edit_blocks: int | tuple[int, ...] | None = 3
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.background_score <= 1.0:
@@ -146,8 +151,10 @@ class Pipeline:
                 vocabulary=self.vocabulary,
                 scores=self.scores,
             )
-            edited = nullcontext() if self.edit is None else attach(self.model, self.edit)
-            with edited, seen:
+            with ExitStack() as edited, seen:
+                if self.edit is not None:
+                    handle = attach(self.model, self.edit, blocks=self.edit_blocks)
+                    edited.enter_context(handle).rgb = rgb
                 self.model(pixels.clone() if pixels.is_inference() else pixels)
             capture = seen.capture
             if classes is None:
@@ -166,6 +173,7 @@ class Pipeline:
         return {
             "seed": repr(self.seed),
             "edit": repr(self.edit),
+            "edit_blocks": self.edit_blocks,
             "refine": [repr(refiner) for refiner in self.refine],
             "background_score": self.background_score,
             "model": type(self.model).__name__,

@@ -391,3 +391,22 @@ def test_affinity_never_holds_the_map_of_pairs():
     with Sizes():
         affinity(weights, torch.randn(1, 4096, 8), torch.zeros(1, 2, 8))
     assert max(largest) <= 4096 * 8
+
+
+@pytest.mark.parametrize("edit", [DOEI(), camkit.OneMoreHop()], ids=["doei", "hop"])
+def test_a_watcher_sees_the_blocks_of_an_edited_host_and_nothing_of_the_edit(edit):
+    model, pixels = tiny("vit")
+    kept = []
+    with attach(model, edit), camkit.watch(model) as seen:
+        hooks = [
+            layer.attn.qkv.register_forward_hook(lambda *call: kept.append(call[2]))
+            for layer in model.blocks
+        ]
+        model(pixels)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen.capture.blocks) == 3
+    for layer, projected in zip(seen.capture.blocks, kept, strict=True):
+        q, k, _ = projected.unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+        expected = (q @ k.mT / 4).softmax(-1).mean(1)
+        torch.testing.assert_close(layer.head_mean(), expected, atol=1e-5, rtol=1e-4)

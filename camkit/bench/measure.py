@@ -1,6 +1,7 @@
 """Seeds and refiners measured on held-out masks: tuned on one split, reported on another."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +9,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from camkit.bench.protocol import Report, Row, Variant
+from camkit.bench.protocol import PhotoSettings, Report, Row, Variant
 from camkit.capture.record import Capture
 from camkit.capture.watcher import watch
 from camkit.data import DataSet, Sample, read_mask
+from camkit.edit.handle import attach
 from camkit.errors import DataError
 from camkit.manifest import environment, weights_hash
 from camkit.ops.resampling import resize_cam
@@ -24,16 +26,6 @@ from camkit.tensors import Cam
 from camkit.vocabulary import Vocabulary
 
 IGNORE = 255
-
-
-@dataclass(frozen=True)
-class PhotoSettings:
-    """How photos are read for the model."""
-
-    size: int | tuple[int, int] = 384
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    multiple: int = 16
 
 
 def run(  # noqa: PLR0913 - each setting is a choice of its own
@@ -202,20 +194,36 @@ class _Meter:
         ]
 
     def _maps(self, photo: Photo, classes: Tensor) -> dict[Variant, Cam]:
+        """Maps of all variants; one forward for each edit."""
+        maps: dict[Variant, Cam] = {}
+        for edit, blocks in dict.fromkeys((v.edit, v.edit_blocks) for v in self.variants):
+            variants = [v for v in self.variants if (v.edit, v.edit_blocks) == (edit, blocks)]
+            capture = self._capture(photo, variants)
+            known: dict[tuple[Seed, tuple[Refiner, ...]], Cam] = {}
+            with torch.no_grad():
+                for variant in variants:
+                    maps[variant] = self._stage(
+                        variant.seed,
+                        variant.refine,
+                        capture,
+                        classes.to(capture.scores.device),
+                        known,
+                    )
+        return maps
+
+    def _capture(self, photo: Photo, variants: Sequence[Variant]) -> Capture:
         weight = next(self.model.parameters())
         pixels, rgb = photo.pixels.to(weight), photo.rgb.to(weight.device)
-        gradients = any(variant.seed.gradients for variant in self.variants)
-        with (
-            torch.no_grad(),
-            watch(self.model, gradients=gradients, rgb=rgb, vocabulary=self.vocabulary) as seen,
-        ):
+        edit, blocks = variants[0].edit, variants[0].edit_blocks
+        gradients = any(variant.seed.gradients for variant in variants)
+        seen = watch(self.model, gradients=gradients, rgb=rgb, vocabulary=self.vocabulary)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if edit is not None:
+                stack.enter_context(attach(self.model, edit, blocks=blocks)).rgb = rgb
+            stack.enter_context(seen)
             self.model(pixels)
-        capture = seen.capture
-        known: dict[tuple[Seed, tuple[Refiner, ...]], Cam] = {}
-        with torch.no_grad():
-            for variant in self.variants:
-                self._stage(variant.seed, variant.refine, capture, classes.to(weight.device), known)
-        return {variant: known[variant.seed, variant.refine] for variant in self.variants}
+        return seen.capture
 
     def _stage(
         self,

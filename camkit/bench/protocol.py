@@ -3,26 +3,41 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from camkit.edit.protocol import Edit, KeyEdit
 from camkit.refine.protocol import Refiner
 from camkit.score import Gain
 from camkit.seed.protocol import Seed
 
 
 @dataclass(frozen=True)
+class PhotoSettings:
+    """How photos are read for the model."""
+
+    size: int | tuple[int, int] = 384
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    multiple: int = 16
+
+
+@dataclass(frozen=True)
 class Variant:
-    """A seed and what refines it.
+    """A seed and what refines it, in a forward that may be edited.
 
     Attributes:
         name: as it stands in the table.
         seed: where the maps come from.
         refine: refiners in order; none measures the seed alone.
         base: what the gain is measured against; none for a seed.
+        edit: changes the forward the seed is read from.
+        edit_blocks: how many of the last blocks it changes; None is all.
     """
 
     name: str
     seed: Seed
     refine: tuple[Refiner, ...] = ()
     base: "Variant | None" = field(default=None, compare=False)
+    edit: Edit | KeyEdit | None = None
+    edit_blocks: int | None = 3
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def to_json(report: Report) -> str:
         row["variant"] = {
             "name": source.variant.name,
             "seed": repr(source.variant.seed),
+            "edit": repr(source.variant.edit),
+            "edit_blocks": source.variant.edit_blocks,
             "refine": [repr(refiner) for refiner in source.variant.refine],
         }
         row["class_iou"] = [None if value != value else value for value in source.class_iou]

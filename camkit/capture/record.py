@@ -148,6 +148,21 @@ class Capture:
             own = torch.stack([own[list(group)].mean(0) for group in members])
         return own[column.clamp_min(0)]
 
+    def patch_embeddings(self) -> Float[Tensor, "b n d"]:
+        """What the host made of each patch: its tokens behind the last norm, else their last keys.
+
+        Raises:
+            CaptureError: neither was seen.
+        """
+        images, _, tokens, _ = self.blocks[-1].shape
+        spread = [c.output for c in self.tail if c.output.shape[:2] == (images, tokens)]
+        if spread and spread[-1].dim() == 3:
+            return spread[-1][:, self.patches]
+        keys = getattr(self.blocks[-1], "k", None)
+        if keys is None:
+            raise CaptureError("no tokens were seen behind the last block, nor keys within it")
+        return keys.detach().transpose(1, 2).flatten(2)[:, self.patches]
+
     def patch_scores(self) -> Float[Tensor, "b n C"]:
         """What the classifier says of every patch alone (`camkit.capture.tail.patch_scores`)."""
         if self.outputs is None:

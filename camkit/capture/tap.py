@@ -4,8 +4,10 @@ The module's own hooks enter and leave the mode, so nothing of the host is repla
 Three functions are known; everything else passes through untouched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from threading import local
 from typing import Any
 
 import torch
@@ -14,6 +16,19 @@ from torch.overrides import TorchFunctionMode
 
 from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
 from camkit.capture.mha import multi_head_attention
+
+_HERE = local()
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """What is computed here, in this thread, is not the host's: taps look away."""
+    before = getattr(_HERE, "aside", False)
+    _HERE.aside = True
+    try:
+        yield
+    finally:
+        _HERE.aside = before
 
 
 class Tap(TorchFunctionMode):
@@ -50,7 +65,7 @@ class Tap(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         # by name: research hosts carry private copies of these functions
-        name = getattr(func, "__name__", "")
+        name = "" if getattr(_HERE, "aside", False) else getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             return self._fused(func, *args, **kwargs)
         if name == "softmax":
@@ -81,7 +96,7 @@ class Tap(TorchFunctionMode):
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         mask = self._unfold(attn_mask) if query.dim() == 3 and attn_mask is not None else attn_mask
         bias = _bias(mask, is_causal, q, k)
-        tilt = None if self._weigh is None else self._weigh(FusedAttention(q, k, factor, bias))
+        tilt = self._ask(FusedAttention(q, k, factor, bias))
         if tilt is None:
             output = func(query, key, value, attn_mask, is_causal=is_causal, **options)
         else:
@@ -100,12 +115,18 @@ class Tap(TorchFunctionMode):
         if self._weigh is not None:
             with torch._C.DisableTorchFunction():  # other taps should see the tilted call only
                 untilted = func(*args, **kwargs)
-            tilt = self._weigh(ExplicitAttention(self._unfold(untilted)))
+            tilt = self._ask(ExplicitAttention(self._unfold(untilted)))
         if tilt is not None:
             tilted = _as(logits, self._unfold(logits) + _keys(tilt, logits.dtype))
             args, kwargs = (tilted, *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
         weights = func(*args, **kwargs)
         return _as(weights, self._on_explicit(self._unfold(weights)))
+
+    def _ask(self, attention: Attention) -> Tensor | None:
+        if self._weigh is None:
+            return None
+        with aside():
+            return self._weigh(attention)
 
     def _folds(self, tensor: Tensor) -> bool:
         """Whether a tensor has heads: as an axis of its own, or folded into the batch."""

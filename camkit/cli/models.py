@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from camkit.bench.measure import PhotoSettings
+from camkit.bench.protocol import PhotoSettings
 from camkit.capture.search import find_patch_embeddings
 from camkit.data import VOC_CLASSES, VOC_IN_IMAGENET
 from camkit.errors import CamkitError

@@ -1,7 +1,11 @@
 """What changes a forward from the inside."""
 
 from camkit.edit.alignment import HybridAlignment as HybridAlignment
-from camkit.edit.controls import ScaleOutput as ScaleOutput
+from camkit.edit.controls import (
+    OneMoreHop as OneMoreHop,
+    RandomGates as RandomGates,
+    ScaleOutput as ScaleOutput,
+)
 from camkit.edit.decoupling import (
     ClassDecoupling as ClassDecoupling,
     PatchDecoupling as PatchDecoupling,

@@ -13,7 +13,7 @@ from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host
 from camkit.capture.kernels import way_out
 from camkit.capture.search import head_count
-from camkit.capture.tap import Tap
+from camkit.capture.tap import Tap, aside
 from camkit.edit.passage import Passage, Passages
 from camkit.edit.protocol import Edit, KeyEdit
 from camkit.edit.site import Site
@@ -103,7 +103,8 @@ class EditedBlock:
             )
         turned = _turned(before, seen, passage.anatomy)
         given = (_batch_first(tokens, turned), _batch_first(before, turned))
-        after = _batch_first(self._edit(*given, seen, self._site(passage)), turned)
+        with aside():  # what an edit computes is no attention of the host
+            after = _batch_first(self._edit(*given, seen, self._site(passage)), turned)
         # hosts that return their map beside the tokens
         return (after, *output[1:]) if isinstance(output, tuple) else after
 

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from camkit.capture.attention import Attention
+from camkit.edit.protocol import Edit
 from camkit.edit.site import Site
 from camkit.tensors import Tokens
 
@@ -16,3 +19,37 @@ class ScaleOutput:
     def __call__(self, tokens: Tokens, output: Tokens, attention: Attention, site: Site) -> Tokens:
         del tokens, attention, site
         return output * self.factor
+
+
+@dataclass(frozen=True)
+class OneMoreHop:
+    """Add the output once more, carried along the block's own attention; 0 changes nothing."""
+
+    strength: float = 1.0
+
+    def __call__(self, tokens: Tokens, output: Tokens, attention: Attention, site: Site) -> Tokens:
+        del tokens, site
+        return output + self.strength * (attention.head_mean().to(output.dtype) @ output)
+
+
+@dataclass(frozen=True)
+class RandomGates:
+    """Scale patches as strongly as another edit changes them, but in a random order.
+
+    Attributes:
+        edit: whose strength is borrowed: the length of its change over that of the output.
+        rng_seed: of the order; blocks and images get different ones.
+    """
+
+    edit: Edit
+    rng_seed: int = 0
+
+    def __call__(self, tokens: Tokens, output: Tokens, attention: Attention, site: Site) -> Tokens:
+        changed = self.edit(tokens, output, attention, site)
+        strength = (changed - output).norm(dim=-1) / output.norm(dim=-1).clamp_min(1e-12)
+        patches = torch.tensor(site.anatomy.patches(output.shape[1]), device=output.device)
+        generator = torch.Generator().manual_seed(self.rng_seed * 1000 + site.index)
+        order = torch.rand(len(output), len(patches), generator=generator).argsort(1)
+        shuffled = strength[:, patches].gather(1, order.to(output.device))
+        strength = strength.index_copy(1, patches, shuffled)
+        return output * (1 + strength[..., None])

@@ -56,6 +56,27 @@ def cosine_columns(
         return (cosines / temperature - normaliser[..., None]).exp().to(tokens.dtype)
 
 
+def cosine_smooth(
+    tokens: Float[Tensor, "b n d"], values: Float[Tensor, "b n c"], *, temperature: float
+) -> Float[Tensor, "b n c"]:
+    """Average values over like tokens: the map of which `cosine_rows` gives rows, times values.
+
+    Args:
+        tokens: one for each row of values; a token of zeros is equally like all.
+        values: c values per token.
+        temperature: divides the cosines before the softmax; small values trust only the most alike.
+    """
+    _check_positive("temperature", temperature)
+    with _full_precision(tokens):
+        directions = _directions(tokens)
+        maps = values.shape[-1]
+        width = 4 * math.ceil(max(directions.shape[-1], maps) / 4)  # as in `colour_smooth`
+        q = F.pad(directions, (0, width - directions.shape[-1])).contiguous()[:, None]
+        v = F.pad(values.to(q.dtype), (0, width - maps)).contiguous()[:, None]
+        smooth = F.scaled_dot_product_attention(q, q, v, scale=1 / temperature)
+    return smooth[:, 0, :, :maps].to(values.dtype)
+
+
 def colour_smooth(
     colours: Float[Tensor, "b n 3"], values: Float[Tensor, "b n c"], *, width: float
 ) -> Float[Tensor, "b n c"]:

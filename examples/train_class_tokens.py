@@ -1,0 +1,265 @@
+"""Train a ViT with one token per class from image-level labels, and read class maps off it.
+
+A compact host in the manner of MCTformer (Xu et al. 2022), written anew. `--doei` trains it with
+camkit's edit attached; nothing else changes. Without a folder it trains on drawn shapes:
+
+    python examples/train_class_tokens.py --steps 200
+    python examples/train_class_tokens.py --steps 200 --doei --out out/with_doei
+    python examples/train_class_tokens.py --data VOC2012 --size 224 --weights vit_tiny.safetensors
+
+The folder of --out gets log.jsonl and checkpoint.pt; --resume goes on from there.
+"""
+
+import argparse
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import camkit
+from camkit.atomic import unfinished
+from camkit.data import Sample, open_dataset, read_mask, write_shapes
+from camkit.score import THRESHOLDS, best_threshold, mean_iou, sweep_confusions
+
+SETTINGS = (  # what decides a run; it must be the same when the run goes on
+    *("data", "train_split", "weights", "doei", "steps", "batch", "lr"),
+    *("size", "patch", "dim", "depth", "amp", "rng_seed"),
+)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.num_heads = max(1, dim // 64)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.drop = Attention(dim), nn.Dropout(0.1)
+        fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.attn(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class ClassTokenViT(nn.Module):
+    """Gives the scores of the class tokens, (b, C), and class maps of the patches, (b, C, h, w)."""
+
+    def __init__(self, classes: int, *, size: int, patch: int, dim: int, depth: int) -> None:
+        super().__init__()
+        self.classes, self.size, self.side = classes, (size, size), size // patch
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch, patch)))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, classes, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, classes + self.side**2, dim))
+        self.blocks = nn.Sequential(*(Block(dim) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Conv2d(dim, classes, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        patches = self.patch_embed(pixels).flatten(2).mT
+        tokens = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches], 1)
+        tokens = self.blocks(tokens + self.pos_embed)
+        patches = self.norm(tokens[:, self.classes :]).mT.unflatten(2, (self.side, self.side))
+        # scores before the norm: behind a fresh one every token has mean 0 and nothing is learnt
+        return tokens[:, : self.classes].mean(-1), self.head(patches)
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Take a timm ViT's weights; class tokens are its one class token plus small noise."""
+        held = {name: w.float() for name, w in weights.items() if not name.startswith("head.")}
+        first, grid = held["pos_embed"][:, :1], held["pos_embed"][:, 1:].mT
+        grid = grid.unflatten(2, (math.isqrt(grid.shape[2]), -1))
+        grid = F.interpolate(grid, size=(self.side, self.side), mode="bicubic", antialias=True)
+        held["pos_embed"] = torch.cat([first.expand(-1, self.classes, -1), grid.flatten(2).mT], 1)
+        held["cls_token"] = held["cls_token"] + 0.02 * torch.randn(1, self.classes, first.shape[2])
+        missing, unexpected = self.load_state_dict(held, strict=False)
+        if unexpected or set(missing) != {"head.weight", "head.bias"}:
+            raise ValueError(f"expected a plain ViT; {missing} are absent, {unexpected} unknown")
+
+
+class Batches(Dataset):
+    """The batch of each step: rng seed and step alone decide it, so a run can go on anywhere."""
+
+    def __init__(self, samples: Sequence[Sample], classes: int, args: argparse.Namespace) -> None:
+        self.samples, self.classes, self.args = samples, classes, args
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        args, count, room = self.args, len(self.samples), self.args.size // 7
+        chance = np.random.default_rng((args.rng_seed, step, 1))
+        pixels, labels = [], torch.zeros(args.batch, self.classes)
+        for row in range(args.batch):
+            epoch, place = divmod(step * args.batch + row, count)
+            order = np.random.default_rng((args.rng_seed, epoch)).permutation(count)
+            sample = self.samples[order[place]]
+            photo = camkit.load_photo(sample.photo, size=(args.size + room,) * 2, multiple=1)
+            top, left, mirrored = chance.integers(0, (room + 1, room + 1, 2))
+            crop = photo.pixels[..., top : top + args.size, left : left + args.size]
+            pixels.append(crop.flip(-1) if mirrored else crop)
+            labels[row, list(sample.classes)] = 1
+        return torch.cat(pixels), labels
+
+
+def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
+    """The mean over classes that some image shows."""
+    hits = labels.gather(0, scores.argsort(0, descending=True)).double()
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)[:, None]
+    return float(((hits * precision).sum(0) / hits.sum(0)).nanmean())
+
+
+@torch.no_grad()
+def measure(
+    model: ClassTokenViT, samples: Sequence[Sample], thresholds: Sequence[Tensor]
+) -> tuple[float, list[Tensor]]:
+    """Classification mAP, and confusion matrices of both kinds of map at their thresholds."""
+    scores, labels = torch.zeros(2, len(samples), model.classes)
+    confusions = [torch.tensor(0)] * len(thresholds)
+    for row, sample in enumerate(samples):
+        photo = camkit.load_photo(sample.photo, size=model.size, multiple=1)
+        with camkit.watch(model) as seen:
+            logits, patch_maps = model(photo.pixels.to(model.cls_token.device))
+        scores[row], labels[row, list(sample.classes)] = logits[0].cpu(), 1
+        classes = torch.tensor([sample.classes or (-1,)], device=logits.device)
+        seed = camkit.ClassAttentionSeed()(seen.capture, classes)  # each class from its own token
+        both = torch.cat([seed, seed * patch_maps[:, classes[0]].relu()])
+        cams = camkit.resize_cam(camkit.normalize_cam(both, mode="minmax"), photo.size).cpu()
+        truth = read_mask(sample.mask, size=photo.size, num_classes=model.classes)
+        swept = {"classes": classes[0].cpu(), "truth": truth, "num_classes": model.classes + 1}
+        for kind, steps in enumerate(thresholds):
+            counts = sweep_confusions(cams[kind], thresholds=steps, **swept)
+            confusions[kind] = confusions[kind] + counts
+    return mean_average_precision(scores, labels), confusions
+
+
+def evaluate(
+    model: ClassTokenViT, tune: Sequence[Sample], held_out: Sequence[Sample]
+) -> dict[str, float]:
+    """Background scores are picked on ``tune``; every figure is of ``held_out``, in [0, 1]."""
+    model.eval()
+    best = [best_threshold(curve).threshold for curve in measure(model, tune, [THRESHOLDS] * 2)[1]]
+    precision, confusions = measure(model, held_out, [torch.tensor([score]) for score in best])
+    figures: dict[str, float] = {"map": precision}
+    for kind, score, confusion in zip(("attention", "fused"), best, confusions, strict=True):
+        figures |= {f"{kind}_miou": float(mean_iou(confusion[0])), f"{kind}_threshold": score}
+    return figures
+
+
+def build(args: argparse.Namespace, classes: int) -> ClassTokenViT:
+    weights = load_file(args.weights) if args.weights else {}
+    if weights:  # the file says how large the model is
+        args.dim, _, args.patch, _ = weights["patch_embed.proj.weight"].shape
+        args.depth = sum(name.endswith("norm1.weight") for name in weights)
+    shape = {name: getattr(args, name) for name in ("size", "patch", "dim", "depth")}
+    model = ClassTokenViT(classes, **shape)
+    if weights:
+        model.start_from(weights)
+    if args.doei:
+        camkit.attach(model, camkit.DOEI())
+    return model.to(args.device)
+
+
+def load_model(checkpoint: Path) -> ClassTokenViT:
+    saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    args = argparse.Namespace(**{**saved["settings"], "weights": None, "device": "cpu"})
+    model = build(args, len(saved["model"]["head.bias"]))
+    model.load_state_dict(saved["model"])
+    return model.eval()
+
+
+def go_on(checkpoint: Path, settings: dict, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
+    """Put everything back to where a run stood; the number of steps it had made."""
+    saved = torch.load(checkpoint, weights_only=True, map_location=model.cls_token.device)
+    if saved["settings"] != settings:
+        raise SystemExit(f"{checkpoint} was made with other settings: {saved['settings']}")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"].cpu())
+    return saved["step"]
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.rng_seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    drawn = None if args.data else write_shapes(args.out / "shapes", 240, size=(96, 96))
+    data = drawn or open_dataset(args.data)
+    samples = Batches(data.split(args.train_split), len(data.classes), args)
+    tune, held_out = (data.split(name)[: args.eval_images] for name in ("train", "val"))
+    model = build(args, len(data.classes))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    start = go_on(checkpoint, settings, model, optimizer) if args.resume else 0
+    lines = log.open().readlines() if start else []
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+
+    last = min(args.steps, args.stop_at or args.steps)
+    own = torch.Generator()  # the loader draws from it, so torch's own goes on where it was
+    order = {"batch_size": None, "sampler": range(start, last), "generator": own}
+    for at, (pixels, labels) in enumerate(DataLoader(samples, num_workers=args.workers, **order)):
+        step, fall = start + at + 1, math.cos(math.pi * (start + at) / args.steps) / 2 + 0.5
+        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, 10 * step / args.steps) * fall
+        model.train()
+        with torch.autocast(model.cls_token.device.type, torch.bfloat16, enabled=args.amp):
+            scores, patch_maps = model(pixels.to(args.device))
+        both = torch.cat([scores, patch_maps.mean((2, 3))]).float()  # one loss, the mean of two
+        loss = F.multilabel_soft_margin_loss(both, labels.to(args.device).repeat(2, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        entry = {"step": step, "loss": loss.item()}
+        if step % args.eval_every == 0 or step == args.steps:
+            entry |= evaluate(model, tune, held_out)
+            print("  ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
+        with log.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if step % args.save_every == 0 or step == last:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            with unfinished(checkpoint) as draft:
+                torch.save({**state, "rng": torch.get_rng_state(), "settings": settings}, draft)
+
+
+def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--data", help="a folder in the VOC layout, or a plain one; drawn shapes without it")
+    add("--train-split", default="train", help="list of the images trained on, such as trainaug")
+    add("--out", type=Path, default=Path("out/class_tokens"), help="folder for log and checkpoint")
+    add("--weights", help="a timm ViT as safetensors, which also sets --dim, --depth and --patch")
+    add("--doei", action="store_true", help="attach camkit.DOEI() to the model")
+    add("--steps", type=int, default=200)
+    add("--batch", type=int, default=16)
+    add("--lr", type=float, default=1e-3, help="reached after a tenth of the steps, then falling")
+    add("--size", type=int, default=96, help="rows and columns that photos are squeezed to")
+    add("--patch", type=int, default=12)
+    add("--dim", type=int, default=128)
+    add("--depth", type=int, default=4)
+    add("--amp", action="store_true", help="train in bfloat16 where torch holds it safe")
+    add("--rng-seed", type=int, default=0)
+    add("--device", default=device)
+    add("--workers", type=int, default=0, help="processes that read photos")
+    add("--eval-every", type=int, default=100)
+    add("--eval-images", type=int, default=200, help="at most so many of train and of val")
+    add("--save-every", type=int, default=100)
+    add("--stop-at", type=int, help="end after this step, as if interrupted")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    train(read_arguments())
