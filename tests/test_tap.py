@@ -17,8 +17,8 @@ class Recorder:
         self.fused, self.maps = [], []
         self.tap = Tap(self._fused, self._explicit)
 
-    def _fused(self, output, *call):
-        self.fused.append(call)
+    def _fused(self, output, seen):
+        self.fused.append((seen.q, seen.k, seen.v, seen.scale, seen.bias))
         return output
 
     def _explicit(self, weights):
@@ -210,3 +210,73 @@ def test_the_host_goes_on_with_what_the_tap_returns():
         explicit = torch.softmax(q, -1)
     torch.testing.assert_close(fused, F.scaled_dot_product_attention(q, q, q) + 1)
     torch.testing.assert_close(explicit, q.softmax(-1) * 2)
+
+
+def knowing(*, normaliser=True):
+    seen = []
+
+    def on_fused(output, attention):
+        seen.append(attention)
+        return output
+
+    return Tap(on_fused, lambda weights: weights, normaliser=normaliser), seen
+
+
+NORMALISED = {
+    "plain": {},
+    "scale": {"scale": 0.9},
+    "causal": {"is_causal": True},
+    "float mask": {"attn_mask": torch.randn(2, 1, 5, 5)},
+}
+
+
+@pytest.mark.parametrize("options", NORMALISED.values(), ids=NORMALISED)
+def test_the_kernel_hands_out_its_normaliser_beside_the_same_bits(options):
+    q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+    tap, seen = knowing()
+    with tap:
+        output = F.scaled_dot_product_attention(q, k, v, **options)
+    logits = q @ k.mT * options.get("scale", 8**-0.5)
+    logits = logits if seen[0].bias is None else logits + seen[0].bias
+    torch.testing.assert_close(seen[0].normaliser, logits.logsumexp(-1))
+    assert torch.equal(output, F.scaled_dot_product_attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"attn_mask": torch.rand(5, 5) > 0.2}, {"enable_gqa": True}, {"dropout_p": 0.5}],
+    ids=str,
+)
+def test_a_call_that_another_kernel_would_run_is_left_to_it(options):
+    q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+    tap, seen = knowing()
+    torch.manual_seed(3)
+    with tap:
+        output = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.manual_seed(3)
+    assert seen[0].normaliser is None
+    assert torch.equal(output, F.scaled_dot_product_attention(q, k, v, **options))
+
+
+def test_a_tap_outside_sees_the_call_that_an_inner_one_changed():
+    q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
+    (outer, seen), (inner, _) = knowing(normaliser=False), knowing()
+    with outer, inner:
+        output = F.scaled_dot_product_attention(q, k, v, None, 0.0, True)
+    assert len(seen) == 1
+    attention = seen[0]
+    weights = (q @ k.mT * attention.scale + attention.bias).softmax(-1)
+    torch.testing.assert_close(weights @ v, output)
+    torch.testing.assert_close(attention.columns([1]), weights[..., [1]])
+
+
+def test_gradients_through_a_known_normaliser_are_those_of_softmax():
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 4, 5, 8).unbind(0))
+    tap, seen = knowing()
+    with tap:
+        F.scaled_dot_product_attention(q, k, v)
+    up = torch.randn(2, 4, 5, 1)
+    found = torch.autograd.grad(seen[0].columns([2]), (q, k), up)
+    whole = (q @ k.mT * 8**-0.5).softmax(-1)[..., [2]]
+    for mine, theirs in zip(found, torch.autograd.grad(whole, (q, k), up), strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -64,6 +64,7 @@ class FusedAttention:
     bias: Bias | None = None
     v: Float[Tensor, "b a s e"] | None = None
     output: Float[Tensor, "b a t e"] | None = None
+    normaliser: Float[Tensor, "b a t"] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -79,7 +80,9 @@ class FusedAttention:
         return attention_rows(self.q, self.k, queries, scale=self.scale, bias=self.bias)
 
     def columns(self, keys: Sequence[int]) -> Map:
-        return attention_columns(self.q, self.k, keys, scale=self.scale, bias=self.bias)
+        return attention_columns(
+            self.q, self.k, keys, scale=self.scale, bias=self.bias, normaliser=self.normaliser
+        )
 
     def head_mean(self) -> Float[Tensor, "b t s"]:
         return head_mean(self.q, self.k, scale=self.scale, bias=self.bias)

@@ -172,15 +172,14 @@ class Recorder:
         if isinstance(args[0], Tensor) and isinstance(output, Tensor):
             self.forward.tail.append(TailCall(module, args[0].detach(), output.detach()))
 
-    def _on_fused(
-        self, output: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
-    ) -> Tensor:
-        if not self._gradients:
-            bias = None if bias is None else bias.detach()
-            self._add(FusedAttention(q.detach(), k.detach(), scale, bias))
+    def _on_fused(self, output: Tensor, attention: FusedAttention) -> Tensor:
+        if self._gradients:
+            output = self._in_graph(output)
+            self._add(replace(attention, output=output))
             return output
-        output = self._in_graph(output)
-        self._add(FusedAttention(q, k, scale, bias, v, output))
+        q, k, bias = attention.q.detach(), attention.k.detach(), attention.bias
+        bias = None if bias is None else bias.detach()
+        self._add(FusedAttention(q, k, attention.scale, bias, normaliser=attention.normaliser))
         return output
 
     def _on_explicit(self, weights: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Three functions are known; everything else passes through untouched.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from threading import local
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
+from camkit.capture.fused import ON_CPU, attend_on_cpu, normaliser_at_hand
 from camkit.capture.mha import multi_head_attention
 
 _HERE = local()
@@ -35,13 +37,14 @@ class Tap(TorchFunctionMode):
     """Reports, and may tilt, the attention calls made while it is on.
 
     Args:
-        on_fused: called with ``(output, q, k, v, scale, bias)`` of each fused attention.
+        on_fused: called with ``(output, attention)`` of each fused attention.
         on_explicit: called with ``(weights,)`` of each softmax that looks like attention.
         weigh: asked before each of them for log-weights on the keys, ``(b, s)`` or ``(b, a, s)``,
             which are added to the logits and left to the host's own kernel; None leaves the call
             alone.
         heads: of the module the tap is made for; hosts that fold heads into the batch, as
             ``(b * a, t, d)``, are told apart by it. What is reported always has four axes.
+        normaliser: take the softmax normaliser from the host's own kernel where it can be had.
 
     The first two return the tensor the host goes on with, normally the one they were given.
     """
@@ -52,6 +55,8 @@ class Tap(TorchFunctionMode):
         on_explicit: Callable[..., Tensor],
         weigh: Callable[[Attention], Tensor | None] | None = None,
         heads: int = 1,
+        *,
+        normaliser: bool = False,
     ) -> None:
         super().__init__()
         _keep_untraced()
@@ -59,6 +64,7 @@ class Tap(TorchFunctionMode):
         self._on_explicit = on_explicit
         self._weigh = weigh
         self._heads = heads
+        self._normaliser = normaliser
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -68,6 +74,8 @@ class Tap(TorchFunctionMode):
         name = "" if getattr(_HERE, "aside", False) else getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             return self._fused(func, *args, **kwargs)
+        if name == ON_CPU:
+            return self._known(func, *args, **kwargs)
         if name == "softmax":
             return self._explicit(func, *args, **kwargs)
         if name == "multi_head_attention_forward":
@@ -87,23 +95,62 @@ class Tap(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+        options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
+        options |= {"is_causal": is_causal, "enable_gqa": enable_gqa}
         if not self._folds(query):
-            return func(query, key, value, attn_mask, is_causal=is_causal, **options)
-        q, k, v = (self._unfold(x) for x in (query, key, value))
-        if enable_gqa:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        mask = self._unfold(attn_mask) if query.dim() == 3 and attn_mask is not None else attn_mask
-        bias = _bias(mask, is_causal, q, k)
-        tilt = self._ask(FusedAttention(q, k, factor, bias))
-        if tilt is None:
-            output = func(query, key, value, attn_mask, is_causal=is_causal, **options)
+            return func(query, key, value, attn_mask, **options)
+        seen = self._call(query, key, value, attn_mask, options)
+        tilt = self._ask(seen)
+        normaliser = None
+        if tilt is not None:
+            keys = _keys(tilt, query.dtype)
+            seen = replace(seen, bias=keys if seen.bias is None else seen.bias + keys)
+            heads = seen.q.shape[:2]
+            folded = query.dim() == 3 and seen.bias is not None
+            added = seen.bias.expand(*heads, -1, -1).flatten(0, 1) if folded else seen.bias  # type: ignore[union-attr]
+            output = func(query, key, value, added, **options | {"is_causal": False})
+        elif self._normaliser and normaliser_at_hand(query, key, value, attn_mask, options):
+            output, normaliser = attend_on_cpu(query, key, value, attn_mask, options)
         else:
-            bias = _keys(tilt, q.dtype) if bias is None else bias + _keys(tilt, q.dtype)
-            added = bias.expand(*q.shape[:2], -1, -1).flatten(0, 1) if query.dim() == 3 else bias
-            output = func(query, key, value, added, **options)
-        return _as(query, self._on_fused(self._unfold(output), q, k, v, factor, bias))
+            output = func(query, key, value, attn_mask, **options)
+        unfolded = self._unfold(output)
+        seen = replace(seen, v=self._repeated(value, query, options), normaliser=normaliser)
+        return _as(query, self._on_fused(unfolded, replace(seen, output=unfolded)))
+
+    def _known(
+        self, func: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any
+    ) -> Any:
+        """The same call, made by a tap that wants the normaliser: that tap has four axes."""
+        output, normaliser = func(q, k, v, *rest, **named)
+        causal = bool(rest[1]) if len(rest) > 1 else bool(named.get("is_causal"))
+        options = {"is_causal": causal, "scale": named.get("scale"), "enable_gqa": False}
+        seen = self._call(q, k, v, named.get("attn_mask"), options)
+        seen = replace(seen, v=v, output=output, normaliser=normaliser)
+        return self._on_fused(output, seen), normaliser
+
+    def _call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> FusedAttention:
+        """What is known of a call before it runs."""
+        del value
+        q = self._unfold(query)
+        k = self._repeated(key, query, options)
+        mask = self._unfold(mask) if query.dim() == 3 and mask is not None else mask
+        scale = options["scale"]
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return FusedAttention(q, k, factor, _bias(mask, options["is_causal"], q, k))
+
+    def _repeated(self, tensor: Tensor, query: Tensor, options: dict[str, Any]) -> Tensor:
+        """Keys or values, one for each head of the queries."""
+        tensor = self._unfold(tensor)
+        if not options["enable_gqa"]:
+            return tensor
+        return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
 
     def _explicit(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         logits = args[0] if args else kwargs["input"]

@@ -51,7 +51,13 @@ class EditedBlock:
         self._place = (index, count)
         self._call = _Call()
         weigh = self._on_keys if isinstance(edit, KeyEdit) else None
-        self._tap = Tap(self._on_fused, self._on_explicit, weigh, head_count(module))
+        self._tap = Tap(
+            self._on_fused,
+            self._on_explicit,
+            weigh,
+            head_count(module),
+            normaliser=weigh is None,  # edits of outputs read columns
+        )
 
     def listen(self, hooks: Hooks) -> None:
         hooks.before(self.module, self._before)
@@ -120,10 +126,8 @@ class EditedBlock:
         tokens = _batch_first(tokens, _turned(tokens, attention, passage.anatomy))
         return self._edit.log_weights(tokens, attention, self._site(passage))
 
-    def _on_fused(
-        self, output: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
-    ) -> Tensor:
-        self._see(FusedAttention(q, k, scale, bias, v, output))
+    def _on_fused(self, output: Tensor, attention: FusedAttention) -> Tensor:
+        self._see(attention)
         return output
 
     def _on_explicit(self, weights: Tensor) -> Tensor:

@@ -44,10 +44,12 @@ def attention_columns(
     *,
     scale: float,
     bias: Bias | None = None,
+    normaliser: Float[Tensor, "b a t"] | None = None,
 ) -> Float[Tensor, "b a t c"]:
     """How much every token attends to the tokens ``keys``, per head.
 
-    Streamed over the queries, forward and backward; see `camkit.ops.normaliser`.
+    Streamed over the queries, forward and backward; see `camkit.ops.normaliser`. With the
+    normaliser of the kernel that ran, the forward needs the asked columns alone.
     """
     columns = list(keys)
     dtype = _soft_dtype(q)
@@ -56,8 +58,8 @@ def attention_columns(
         logits = (q_wide * scale) @ k_wide[:, :, columns].mT
         if bias is not None:
             logits = logits + bias[..., columns].to(dtype)
-        normaliser = log_normaliser(q_wide, k_wide, scale, bias)[..., None]
-        found = (logits - normaliser.clamp_min(torch.finfo(dtype).min)).exp()
+        level = log_normaliser(q_wide, k_wide, scale, bias, normaliser)[..., None]
+        found = (logits - level.clamp_min(torch.finfo(dtype).min)).exp()
     return found.to(q.dtype)
 
 

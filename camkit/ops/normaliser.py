@@ -16,6 +16,7 @@ def log_normaliser(
     k: Float[Tensor, "b a s d"],
     scale: float,
     bias: Float[Tensor, "#b #a #t s"] | None = None,
+    known: Float[Tensor, "b a t"] | None = None,
 ) -> Float[Tensor, "b a t"]:
     """Log of the summed exponentials of each query's logits over all keys.
 
@@ -26,25 +27,31 @@ def log_normaliser(
         k: keys, in the same dtype.
         scale: factor on the dot products.
         bias: added to the logits.
+        known: the same, from a kernel that computed it; then only the backward has work to do.
     """
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return (scale * q @ k.mT + bias).logsumexp(-1)
-    found: Tensor = _LogNormaliser.apply(q, k, scale, bias)
+    found: Tensor = _LogNormaliser.apply(q, k, scale, bias, known)
     return found
 
 
 class _LogNormaliser(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-        parts = [_logits(q, k, scale, bias, part).logsumexp(-1) for part in query_chunks(q, k)]
-        normaliser = torch.cat(parts, 2)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, scale: float, bias: Tensor | None, known: Tensor | None
+    ) -> Tensor:
+        if known is None:
+            parts = [_logits(q, k, scale, bias, part).logsumexp(-1) for part in query_chunks(q, k)]
+            normaliser = torch.cat(parts, 2)
+        else:
+            normaliser = known.to(q.dtype).clone()
         ctx.save_for_backward(q, k, bias, normaliser)
         ctx.scale = scale
         return normaliser
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         q, k, bias, normaliser = ctx.saved_tensors
         to_keys = torch.zeros_like(k)
         to_queries = []
@@ -55,7 +62,7 @@ class _LogNormaliser(torch.autograd.Function):
             pull = logits.sub_(level).exp_().mul_(grad_output[:, :, part, None])
             to_queries.append(pull @ k)
             to_keys += pull.mT @ q[:, :, part]
-        return torch.cat(to_queries, 2) * ctx.scale, to_keys * ctx.scale, None, None
+        return torch.cat(to_queries, 2) * ctx.scale, to_keys * ctx.scale, None, None, None
 
 
 def query_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:

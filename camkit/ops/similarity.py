@@ -120,10 +120,12 @@ class _LogNormaliser(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, directions: Tensor, temperature: float) -> Tensor:
-        parts = [
-            _logits(directions, part, temperature).logsumexp(-1) for part in _chunks(directions)
-        ]
-        normaliser = torch.cat(parts, 1)
+        # a token is most like itself, so no maximum has to be looked for; the shift rides along
+        most = directions.square().sum(-1, keepdim=True) / temperature
+        q = torch.cat([directions / temperature, -most], -1)
+        k = torch.cat([directions, torch.ones_like(most)], -1)
+        parts = [(q[:, part] @ k.mT).exp_().sum(-1) for part in _chunks(directions)]
+        normaliser = torch.cat(parts, 1).log() + most[..., 0]
         ctx.save_for_backward(directions, normaliser)
         ctx.temperature = temperature
         return normaliser
