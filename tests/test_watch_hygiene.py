@@ -1,12 +1,15 @@
 """A watched model leaves our hands as it came."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
 from hosts import HandMade
 
+from camkit import ScaleOutput, attach
 from camkit.capture import watch
 from camkit.errors import CaptureError
 from camkit.seed import RolloutSeed
@@ -183,3 +186,38 @@ def test_gradients_under_inference_mode_are_refused_with_the_way_out():
     with refused, torch.inference_mode(), watch(model, gradients=True):
         model(pixels)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_capture_is_freed_when_it_is_let_go_and_not_when_cycles_are_collected(edited):
+    model, pixels = HandMade(), torch.randn(2, 3, 16, 24)
+    gc.collect()
+    gc.disable()
+    try:
+        handle = attach(model, ScaleOutput(2.0)) if edited else None
+        with watch(model, gradients=True) as seen:
+            model(pixels)
+        if handle is not None:
+            handle.remove()
+        capture = seen.capture
+        alive = [weakref.ref(block.output) for block in capture.blocks]
+        assert all(ref() is not None for ref in alive)
+        del capture, seen
+        assert all(ref() is None for ref in alive)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["watch", "edit"])
+def test_a_model_is_freed_with_its_last_name_after_it_was_borrowed(kind):
+    model, pixels = HandMade(), torch.randn(2, 3, 16, 24)
+    gc.collect()
+    gc.disable()
+    try:
+        with watch(model) if kind == "watch" else attach(model, ScaleOutput(2.0)):
+            model(pixels)
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -78,6 +78,7 @@ class Recorder:
         """Take the hooks off and leave every mode as it was found."""
         self._hooks.remove()
         self._untap()
+        self._taps.clear()  # they point back here, and a cycle would hold the graph until collected
         self._leave()
         self._restore_grad_mode(self._mode_outside)
 

@@ -51,7 +51,7 @@ class EditedBlock:
         self._place = (index, count)
         self._call = _Call()
         weigh = self._on_keys if isinstance(edit, KeyEdit) else None
-        self._tap = Tap(
+        self._tap: Tap | None = Tap(
             self._on_fused,
             self._on_explicit,
             weigh,
@@ -63,14 +63,19 @@ class EditedBlock:
         hooks.before(self.module, self._before)
         hooks.after(self.module, self._after)
 
+    def remove(self) -> None:
+        """Let go of everything; the block is of no use afterwards."""
+        self.untap()
+        self._tap = None  # it points back here, and a cycle would live until it is collected
+
     def untap(self) -> None:
         """Leave the mode if it is on: an interrupt, or another's hook that raised, skips steps."""
-        if self._call.tapping:
+        if self._call.tapping and self._tap is not None:
             self._call.tapping = False
             self._tap.__exit__(None, None, None)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._passages.active:
+        if self._tap is None or not self._passages.active:
             return
         call, values = self._call, (*args, *kwargs.values())
         self.untap()

@@ -119,7 +119,8 @@ class Handle:
         """Take the edit off; doing it twice is harmless."""
         self._hooks.remove()
         for block in self._blocks:
-            block.untap()
+            block.remove()
+        self._passages.forget()
 
     def __enter__(self) -> "Handle":
         return self

@@ -69,6 +69,7 @@ class Passages:
         self._here = _Here()
         self._latest: Passage | None = None
         self._since = 0
+        self._on_end: Callable[[Passage], None] | None = None
 
     def listen(self, hooks: Hooks, on_end: Callable[[Passage], None]) -> None:
         """Put hooks on; ``on_end`` is called when a forward has run to its end."""
@@ -78,6 +79,11 @@ class Passages:
             hooks.after(entrance, self._after)
         for embedding in self._host.embeddings:
             hooks.after(embedding, self._after_embedding)
+
+    def forget(self) -> None:
+        """Let go of the images and of whoever listens."""
+        self._here.entrance, self._here.passage, self._latest = None, None, None
+        self._on_end = None
 
     @property
     def active(self) -> bool:
@@ -138,7 +144,8 @@ class Passages:
         if measuring() or module is not here.entrance:
             return
         passage, here.entrance, here.passage = here.passage, None, None
-        if self.enabled and passage is not None and call[-1] is not None:  # None: it raised
+        raised = call[-1] is None
+        if self.enabled and not raised and passage is not None and self._on_end is not None:
             self._on_end(passage)
 
     def _after_embedding(self, *call: Any) -> None:
