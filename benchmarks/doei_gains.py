@@ -6,6 +6,7 @@ ViT-Ti with its ImageNet classifier, one class token. Background scores are pick
 so were blocks, reading and strength; figures come from `val`. Edits act in the last three blocks.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -57,6 +58,9 @@ def main() -> None:
     folder = data_folder()
     if folder is None:
         sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--limit", type=int, help="only the first images of each split")
+    limit = parser.parse_args().limit
     opened = open_model(DEFAULT_MODEL)
     torch.set_num_threads(1)
     report = run(
@@ -67,6 +71,7 @@ def main() -> None:
         split="val",
         tune_split="train",
         photos=opened.photos,
+        limit=limit,
     )
     (RESULTS / "doei.json").write_text(to_json(report))
     (RESULTS / "doei.md").write_text(to_markdown(report))

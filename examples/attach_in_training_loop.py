@@ -32,17 +32,15 @@ class Encoder(nn.Module):
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, dim))
         self.attention = nn.ModuleList(Attention(dim, 3) for _ in range(depth))
         self.mlp = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
-            )
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
 
     def forward_features(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         cut, maps = self.cut(pixels), []
-        start = self.cls_token.expand(len(pixels), -1, -1)
-        x = torch.cat([start, cut.flatten(2).mT], 1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), cut.flatten(2).mT], 1)
+        x = x + self.pos_embed
         for attention, mlp in zip(self.attention, self.mlp, strict=True):
             added, weights = attention(F.layer_norm(x, x.shape[-1:]))
             x = x + added
@@ -72,7 +70,6 @@ if __name__ == "__main__":
 
     network = Network(len(SHAPE_CLASSES))
     handle = camkit.attach(network, camkit.DOEI(), blocks=3)  # the one line
-
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for step in range(1, 61):
         rows = torch.randint(len(images), (16,))

@@ -3,8 +3,7 @@
 A compact host in the manner of MCTformer (Xu et al. 2022), written anew. `--doei` trains it with
 camkit's edit attached; nothing else changes. Without a folder it trains on drawn shapes:
 
-    python examples/train_class_tokens.py --steps 200
-    python examples/train_class_tokens.py --steps 200 --doei --out out/with_doei
+    python examples/train_class_tokens.py --steps 200 --doei
     python examples/train_class_tokens.py --data VOC2012 --size 224 --weights vit_tiny.safetensors
 
 The folder of --out gets log.jsonl and checkpoint.pt; --resume goes on from there.
@@ -14,7 +13,6 @@ import argparse
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +27,7 @@ from camkit.atomic import unfinished
 from camkit.data import Sample, open_dataset, read_mask, write_shapes
 from camkit.score import THRESHOLDS, best_threshold, mean_iou, sweep_confusions
 
-SETTINGS = (  # what decides a run; it must be the same when the run goes on
-    *("data", "train_split", "weights", "doei", "steps", "batch", "lr"),
-    *("size", "patch", "dim", "depth", "amp", "rng_seed"),
-)
+Samples = tuple[Sample, ...]
 
 
 class Attention(nn.Module):
@@ -88,15 +83,13 @@ class ClassTokenViT(nn.Module):
         grid = F.interpolate(grid, size=(self.side, self.side), mode="bicubic", antialias=True)
         held["pos_embed"] = torch.cat([first.expand(-1, self.classes, -1), grid.flatten(2).mT], 1)
         held["cls_token"] = held["cls_token"] + 0.02 * torch.randn(1, self.classes, first.shape[2])
-        missing, unexpected = self.load_state_dict(held, strict=False)
-        if unexpected or set(missing) != {"head.weight", "head.bias"}:
-            raise ValueError(f"expected a plain ViT; {missing} are absent, {unexpected} unknown")
+        self.load_state_dict({**held, "head.weight": self.head.weight, "head.bias": self.head.bias})
 
 
 class Batches(Dataset):
     """The batch of each step: rng seed and step alone decide it, so a run can go on anywhere."""
 
-    def __init__(self, samples: Sequence[Sample], classes: int, args: argparse.Namespace) -> None:
+    def __init__(self, samples: Samples, classes: int, args: argparse.Namespace) -> None:
         self.samples, self.classes, self.args = samples, classes, args
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
@@ -124,11 +117,11 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def measure(
-    model: ClassTokenViT, samples: Sequence[Sample], thresholds: Sequence[Tensor]
-) -> tuple[float, list[Tensor]]:
-    """Classification mAP, and confusion matrices of both kinds of map at their thresholds."""
+    model: ClassTokenViT, samples: Samples, background_scores: Tensor, *, fuse: bool
+) -> tuple[float, Tensor]:
+    """Classification mAP, and one confusion matrix of the class maps for each background score."""
     scores, labels = torch.zeros(2, len(samples), model.classes)
-    confusions = [torch.tensor(0)] * len(thresholds)
+    confusions = torch.tensor(0)
     for row, sample in enumerate(samples):
         photo = camkit.load_photo(sample.photo, size=model.size, multiple=1)
         with camkit.watch(model) as seen:
@@ -136,27 +129,20 @@ def measure(
         scores[row], labels[row, list(sample.classes)] = logits[0].cpu(), 1
         classes = torch.tensor([sample.classes or (-1,)], device=logits.device)
         seed = camkit.ClassAttentionSeed()(seen.capture, classes)  # each class from its own token
-        both = torch.cat([seed, seed * patch_maps[:, classes[0]].relu()])
-        cams = camkit.resize_cam(camkit.normalize_cam(both, mode="minmax"), photo.size).cpu()
+        seed = seed * patch_maps[:, classes[0]].relu() if fuse else seed
+        cam = camkit.resize_cam(camkit.normalize_cam(seed, mode="minmax"), photo.size)[0].cpu()
         truth = read_mask(sample.mask, size=photo.size, num_classes=model.classes)
-        swept = {"classes": classes[0].cpu(), "truth": truth, "num_classes": model.classes + 1}
-        for kind, steps in enumerate(thresholds):
-            counts = sweep_confusions(cams[kind], thresholds=steps, **swept)
-            confusions[kind] = confusions[kind] + counts
+        count = {"thresholds": background_scores, "num_classes": model.classes + 1}
+        confusions = confusions + sweep_confusions(cam, classes[0].cpu(), truth, **count)
     return mean_average_precision(scores, labels), confusions
 
 
-def evaluate(
-    model: ClassTokenViT, tune: Sequence[Sample], held_out: Sequence[Sample]
-) -> dict[str, float]:
-    """Background scores are picked on ``tune``; every figure is of ``held_out``, in [0, 1]."""
+def evaluate(model: ClassTokenViT, tune: Samples, held_out: Samples, *, fuse: bool) -> dict:
+    """The background score is picked on ``tune``; the figures are of ``held_out``, in [0, 1]."""
     model.eval()
-    best = [best_threshold(curve).threshold for curve in measure(model, tune, [THRESHOLDS] * 2)[1]]
-    precision, confusions = measure(model, held_out, [torch.tensor([score]) for score in best])
-    figures: dict[str, float] = {"map": precision}
-    for kind, score, confusion in zip(("attention", "fused"), best, confusions, strict=True):
-        figures |= {f"{kind}_miou": float(mean_iou(confusion[0])), f"{kind}_threshold": score}
-    return figures
+    best = best_threshold(measure(model, tune, THRESHOLDS, fuse=fuse)[1]).threshold
+    precision, confusions = measure(model, held_out, torch.tensor([best]), fuse=fuse)
+    return {"map": precision, "miou": float(mean_iou(confusions[0])), "background_score": best}
 
 
 def build(args: argparse.Namespace, classes: int) -> ClassTokenViT:
@@ -164,8 +150,7 @@ def build(args: argparse.Namespace, classes: int) -> ClassTokenViT:
     if weights:  # the file says how large the model is
         args.dim, _, args.patch, _ = weights["patch_embed.proj.weight"].shape
         args.depth = sum(name.endswith("norm1.weight") for name in weights)
-    shape = {name: getattr(args, name) for name in ("size", "patch", "dim", "depth")}
-    model = ClassTokenViT(classes, **shape)
+    model = ClassTokenViT(classes, size=args.size, patch=args.patch, dim=args.dim, depth=args.depth)
     if weights:
         model.start_from(weights)
     if args.doei:
@@ -182,31 +167,31 @@ def load_model(checkpoint: Path) -> ClassTokenViT:
 
 
 def go_on(checkpoint: Path, settings: dict, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
-    """Put everything back to where a run stood; the number of steps it had made."""
-    saved = torch.load(checkpoint, weights_only=True, map_location=model.cls_token.device)
+    """Put everything back to where a run stood; gives the number of steps it had made."""
+    saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
     if saved["settings"] != settings:
         raise SystemExit(f"{checkpoint} was made with other settings: {saved['settings']}")
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"].cpu())
+    torch.set_rng_state(saved["rng"])
+    torch.cuda.set_rng_state_all(saved["cuda_rng"])
     return saved["step"]
 
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.rng_seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    drawn = None if args.data else write_shapes(args.out / "shapes", 240, size=(96, 96))
-    data = drawn or open_dataset(args.data)
+    data = open_dataset(args.data or write_shapes(args.out / "shapes", 240, size=(96, 96)).root)
     samples = Batches(data.split(args.train_split), len(data.classes), args)
     tune, held_out = (data.split(name)[: args.eval_images] for name in ("train", "val"))
     model = build(args, len(data.classes))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    free = ["out", "resume", "stop_at", "workers", "device", "fuse", "save", "eval", "eval_images"]
+    settings = {name: value for name, value in vars(args).items() if name not in free}
     start = go_on(checkpoint, settings, model, optimizer) if args.resume else 0
-    lines = log.open().readlines() if start else []
+    lines = log.read_text().splitlines(keepends=True) if start else []
     log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
-
     last = min(args.steps, args.stop_at or args.steps)
     own = torch.Generator()  # the loader draws from it, so torch's own goes on where it was
     order = {"batch_size": None, "sampler": range(start, last), "generator": own}
@@ -222,42 +207,41 @@ def train(args: argparse.Namespace) -> None:
         loss.backward()
         optimizer.step()
         entry = {"step": step, "loss": loss.item()}
-        if step % args.eval_every == 0 or step == args.steps:
-            entry |= evaluate(model, tune, held_out)
+        if step % args.eval == 0 or step == args.steps:
+            entry |= evaluate(model, tune, held_out, fuse=args.fuse)
             print("  ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
         with log.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        if step % args.save_every == 0 or step == last:
+        if step % args.save == 0 or step == last:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
             with unfinished(checkpoint) as draft:
-                torch.save({**state, "rng": torch.get_rng_state(), "settings": settings}, draft)
+                torch.save({**state, **rng, "settings": settings}, draft)
 
 
 def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
     add("--data", help="a folder in the VOC layout, or a plain one; drawn shapes without it")
     add("--train-split", default="train", help="list of the images trained on, such as trainaug")
     add("--out", type=Path, default=Path("out/class_tokens"), help="folder for log and checkpoint")
     add("--weights", help="a timm ViT as safetensors, which also sets --dim, --depth and --patch")
     add("--doei", action="store_true", help="attach camkit.DOEI() to the model")
-    add("--steps", type=int, default=200)
-    add("--batch", type=int, default=16)
+    add("--fuse", action="store_true", help="measure attention times the patches' own class maps")
     add("--lr", type=float, default=1e-3, help="reached after a tenth of the steps, then falling")
     add("--size", type=int, default=96, help="rows and columns that photos are squeezed to")
-    add("--patch", type=int, default=12)
-    add("--dim", type=int, default=128)
-    add("--depth", type=int, default=4)
     add("--amp", action="store_true", help="train in bfloat16 where torch holds it safe")
-    add("--rng-seed", type=int, default=0)
-    add("--device", default=device)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, default=0, help="processes that read photos")
-    add("--eval-every", type=int, default=100)
+    add("--eval", type=int, default=100, help="measure every so many steps")
     add("--eval-images", type=int, default=200, help="at most so many of train and of val")
-    add("--save-every", type=int, default=100)
+    add("--save", type=int, default=100, help="write a checkpoint every so many steps")
     add("--stop-at", type=int, help="end after this step, as if interrupted")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    numbers = {"steps": 200, "batch": 16, "patch": 12, "dim": 128, "depth": 4, "rng-seed": 0}
+    for name, default in numbers.items():
+        add(f"--{name}", type=int, default=default, help=f"default: {default}")
     return parser.parse_args(argv)
 
 

@@ -211,6 +211,18 @@ def test_half_precision_stays_near_full(dtype):
     torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("reading", ["proto", "class", "affinity", "gate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_stays_near_full_precision_in_the_dtype_of_the_host(reading, dtype):
+    x, o, q, k, site = block(5, dtype=torch.float32)
+    edit = DOEI(reading=reading)
+    expected = edit(x, o, seen(q, k), site)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = edit(x.to(dtype), o.to(dtype), seen(q.to(dtype), k.to(dtype)), site)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
+
+
 @pytest.mark.parametrize("reading", ["proto", "class"])
 def test_readings_that_make_all_patches_one_are_refused_for_one_class_token(reading):
     x, o, q, k, site = block(1)
@@ -239,6 +251,59 @@ def test_virtual_class_tokens_come_from_the_classifier():
     model, _ = tiny("vit")
     found = VirtualClassTokens.from_classifier(model).embeddings
     assert torch.equal(found, model.head.weight)
+
+
+class Toco(HandMade):
+    """A 1x1 convolution scores pooled patches, and MLPs lie beside the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        del self.head
+        self.mlp = torch.nn.ModuleList(torch.nn.Linear(24, 24) for _ in range(2))
+        self.classifier = torch.nn.Conv2d(24, 6, 1, bias=False)
+        self.aux = torch.nn.Conv2d(24, 6, 1, bias=False)
+
+
+def test_a_convolution_is_a_classifier_too_and_another_can_be_named():
+    model = Toco()
+    found = VirtualClassTokens.from_classifier(model)
+    assert torch.equal(found.embeddings, model.classifier.weight[:, :, 0, 0])
+    assert repr(found) == "VirtualClassTokens(temperature=0.1, source='classifier')"
+    aux = VirtualClassTokens.from_classifier(model, module="aux")
+    assert torch.equal(aux.embeddings, model.aux.weight[:, :, 0, 0])
+
+
+def test_a_classifier_that_cannot_be_told_is_asked_for():
+    model = Toco()
+    del model.classifier
+    with pytest.raises(UnsupportedModelError, match=r"mlp\.0, mlp\.1, aux.*name it with `module=`"):
+        VirtualClassTokens.from_classifier(model)
+    with pytest.raises(UnsupportedModelError, match="norm is a LayerNorm; expected a linear"):
+        VirtualClassTokens.from_classifier(model, module="norm")
+
+
+def test_what_a_handle_is_told_holds_inside_the_block_only():
+    model, pixels = OneTokenPerClass(class_tokens=5), torch.rand(2, 3, 16, 24)
+    some = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 1]]).bool()
+    with attach(model, DOEI()) as handle:
+        plain = model(pixels)[0]
+        with handle.told(labels=some):
+            told = model(pixels)[0]
+        assert torch.equal(model(pixels)[0], plain)
+        handle.labels = some
+        assert torch.equal(model(pixels)[0], told)
+    assert not torch.allclose(told, plain)
+
+
+def test_a_handle_says_what_it_does_and_where():
+    model, _ = tiny("vit")
+    with attach(model, DOEI(), blocks=2) as handle:
+        assert handle.settings == {
+            "edit": repr(DOEI()),
+            "blocks": ["blocks.1.attn", "blocks.2.attn"],
+        }
+        handle.enabled = False
+        assert repr(handle) == f"Handle({DOEI()!r} in 2 blocks, paused)"
 
 
 def test_embeddings_of_another_width_are_refused():

@@ -86,7 +86,7 @@ class DOEI:
             rebuilt = reconstruct_classes(mutual.to(output.dtype), output[:, own])
             added = torch.cat([rebuilt, added], 1)
         index = torch.tensor([*own, *places], device=output.device) % output.shape[1]
-        return output.index_add(1, index, added, alpha=self.strength)
+        return output.index_add(1, index, added.to(output.dtype), alpha=self.strength)
 
     def interaction(self, tokens: Tokens, attention: Attention, site: Site) -> Interaction:
         """Classes and patches as the block sees them, other cues joined, absent classes removed."""

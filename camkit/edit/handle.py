@@ -1,6 +1,8 @@
 """attach(model, edit): an edit stays on a model for as long as its user likes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -77,6 +79,7 @@ class Handle:
                 "cannot be edited; an edit of keys can"
             )
         self._host = host
+        self._edit = edit
         self._all_run = blocks is not None
         self._hooks = Hooks()
         self._passages = Passages(host, normalisation)
@@ -87,6 +90,34 @@ class Handle:
         self._passages.listen(self._hooks, self._on_end)
         for block in self._blocks:
             block.listen(self._hooks)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The edit and the blocks it acts in, JSON-ready, to be kept beside a checkpoint.
+
+        Weights trained under an edit mean little without it, and hooks are not saved with them.
+        """
+        modules = {module: name for name, module in self._host.attention.items()}
+        return {"edit": repr(self._edit), "blocks": [modules[b.module] for b in self._blocks]}
+
+    def __repr__(self) -> str:
+        state = "" if self.enabled else ", paused"
+        return f"Handle({self._edit!r} in {len(self._blocks)} blocks{state})"
+
+    @contextmanager
+    def told(self, *, labels: Labels | None = None, rgb: RGB | None = None) -> Iterator[None]:
+        """Set labels and colours for the forwards inside the block, and what was set before after.
+
+        Args:
+            labels: classes present in each image, ``(b, C)``.
+            rgb: the pictures in [0, 1].
+        """
+        before = self.labels, self.rgb
+        self.labels, self.rgb = labels, rgb
+        try:
+            yield
+        finally:
+            self.labels, self.rgb = before
 
     @property
     def enabled(self) -> bool:

@@ -1,6 +1,7 @@
 """Class tokens for hosts that have one for all classes, or none."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camkit.capture.search import find_attention
+from camkit.capture.tail import is_classifier, tail_modules
 from camkit.edit.interaction import Interaction
 from camkit.errors import UnsupportedModelError
 from camkit.tensors import Tokens
@@ -24,34 +26,40 @@ class VirtualClassTokens:
     Attributes:
         embeddings: one row a class, as wide as the tokens; get no gradient.
         temperature: divides the cosines.
+        source: where they come from, for the record.
     """
 
-    embeddings: Float[Tensor, "c d"]
+    embeddings: Float[Tensor, "c d"] = field(repr=False)
     temperature: float = 0.1
+    source: str = "given"
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
 
     @classmethod
-    def from_classifier(cls, model: nn.Module, *, temperature: float = 0.1) -> "VirtualClassTokens":
-        """The rows of a model's last linear layer.
+    def from_classifier(
+        cls, model: nn.Module, *, module: str | None = None, temperature: float = 0.1
+    ) -> "VirtualClassTokens":
+        """The rows of a model's classifier, a linear layer or a 1x1 convolution.
+
+        Args:
+            model: the host.
+            module: name of its classifier; None takes the one behind the blocks that is called
+                head, classifier or fc, if there is just one.
+            temperature: divides the cosines.
 
         Raises:
-            UnsupportedModelError: it has none behind its blocks.
+            UnsupportedModelError: there is no such layer, or more than one.
         """
-        inside = tuple(find_attention(model))
-        blocks = {name.rpartition(".")[0] for name in inside}
-        found = [
-            module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and not any(name.startswith(b) for b in blocks if b)
-        ]
-        if not found:
+        name = _classifier(model) if module is None else module
+        layer = model.get_submodule(name)
+        if not is_classifier(layer):
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no linear classifier; give `embeddings` of the classes"
+                f"{name} is a {type(layer).__name__}; expected a linear layer or a 1x1 convolution"
             )
-        return cls(found[-1].weight.detach(), temperature)
+        weight: Any = layer.weight
+        return cls(weight.detach().clone().flatten(1), temperature, name)
 
     def interaction(self, tokens: Tokens, patches: list[int]) -> Interaction:
         """What the embeddings have to do with the patches of a block."""
@@ -64,3 +72,18 @@ class VirtualClassTokens:
         logits = F.normalize(tokens[:, patches], dim=-1) @ classes.T / self.temperature
         own = torch.eye(len(classes)).to(logits).expand(len(tokens), -1, -1)
         return Interaction(own, logits.softmax(1).mT, logits.softmax(2))
+
+
+def _classifier(model: nn.Module) -> str:
+    behind = set(tail_modules(model, list(find_attention(model))))
+    layers = [name for name, m in model.named_modules() if m in behind and is_classifier(m)]
+    called = [
+        n for n in layers if set(n.lower().split(".")) & {"head", "heads", "classifier", "fc"}
+    ]
+    if len(called) != 1:
+        found = ", ".join(called or layers) or "none"
+        raise UnsupportedModelError(
+            f"the classifier of {type(model).__name__} cannot be told from its layers ({found}); "
+            "name it with `module=`, or give `embeddings` of the classes"
+        )
+    return called[0]

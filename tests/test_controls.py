@@ -1,0 +1,224 @@
+"""What a real edit or refiner must beat: blur, scaled outputs, one more hop, random gates."""
+
+import copy
+import math
+
+import cv2
+import oracles
+import pytest
+import torch
+from hosts import HandMade, OneTokenPerClass, tiny
+from skimage.filters import gaussian
+
+from camkit import DOEI, Blur, OneMoreHop, RandomGates, ScaleOutput, attach
+from camkit.capture import Anatomy, Capture
+from camkit.capture.attention import ExplicitAttention, FusedAttention
+from camkit.edit import Site
+from camkit.edit.site import Picture
+from camkit.grid import Grid
+
+NOTHING = Capture((), (), Anatomy(), Grid(1, 1))
+WIDTHS = [(0.3, 1), (0.7, 2), (1.0, 3), (1.5, 4), (2.3, 7)]  # three deviations, rounded
+
+
+@pytest.mark.parametrize("grid", [(14, 21), (2, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize(("width", "reach"), WIDTHS)
+def test_blur_is_that_of_opencv(width, reach, grid):
+    cam = torch.rand(2, 3, *grid, dtype=torch.float64)
+    found, size = Blur(width)(cam, NOTHING), 2 * reach + 1
+    for maps, blurred in zip(cam.flatten(0, 1), found.flatten(0, 1), strict=True):
+        expected = cv2.GaussianBlur(
+            maps.numpy(), (size, size), width, borderType=cv2.BORDER_REPLICATE
+        )
+        torch.testing.assert_close(blurred, torch.from_numpy(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [(14, 21), (2, 3)], ids=str)
+@pytest.mark.parametrize(("width", "reach"), WIDTHS)
+def test_blur_is_that_of_scikit_image(width, reach, grid):
+    cam = torch.rand(1, 1, *grid, dtype=torch.float64)
+    expected = gaussian(
+        cam[0, 0].numpy(), width, mode="nearest", truncate=reach / width, preserve_range=True
+    )
+    torch.testing.assert_close(Blur(width)(cam, NOTHING)[0, 0], torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [0.5, 1.0, 4.0])
+def test_blur_keeps_a_constant_map(width, dtype):
+    cam = torch.full((1, 2, 5, 7), 0.5, dtype=dtype)
+    torch.testing.assert_close(Blur(width)(cam, NOTHING), cam, atol=5e-3, rtol=0)
+
+
+def test_a_narrow_blur_changes_next_to_nothing():
+    cam = torch.rand(2, 3, 5, 7)
+    torch.testing.assert_close(Blur(0.1)(cam, NOTHING), cam)
+
+
+def test_a_point_far_from_the_edge_is_spread_and_not_lost():
+    cam = torch.zeros(1, 1, 15, 15)
+    cam[..., 7, 7] = 1.0
+    found = Blur(1.0)(cam, NOTHING)[0, 0]
+    torch.testing.assert_close(found.sum(), torch.tensor(1.0))
+    torch.testing.assert_close(found[7, 8] / found[7, 7], torch.tensor(math.exp(-0.5)))
+    assert found[7, 7] == found.max()
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, math.nan, math.inf])
+def test_a_width_that_is_not_positive_is_refused(width):
+    with pytest.raises(ValueError, match=f"`width` must be positive.*, got {width}"):
+        Blur(width)
+
+
+IMAGES, HEADS, GRID, DIM = 3, 2, Grid(4, 5), 6
+SPECIAL = Anatomy(class_tokens=(0,), register_tokens=(1, 2), other_tokens=(-1,))
+PATCHES = range(3, 3 + GRID.size)
+
+
+def block(*, index=1, images=IMAGES, dtype=torch.float64):
+    """A block's tokens, output and attention, and the site it is edited at."""
+    tokens = GRID.size + 4
+    x, o = torch.randn(2, images, tokens, DIM, dtype=dtype).unbind(0)
+    q, k = torch.randn(2, images, HEADS, tokens, 4, dtype=dtype).unbind(0)
+    picture = Picture(pixels=torch.rand(images, 3, 32, 40), grid=GRID)
+    return x, o, FusedAttention(q, k, 0.5), Site(SPECIAL, index, 4, picture)
+
+
+def strengths(output, edited):
+    """Length of the change over that of the output, token by token."""
+    return (edited - output).norm(dim=-1) / output.norm(dim=-1)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3, -0.5, 0.0])
+def test_one_more_hop_is_the_output_and_the_whole_map_times_it(strength):
+    x, o, attention, site = block()
+    whole = oracles.full_attention(attention.q, attention.k, 0.5).mean(1)
+    expected = o + strength * torch.einsum("bij,bjd->bid", whole, o)
+    found = OneMoreHop(strength=strength)(x, o, attention, site)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
+def test_one_more_hop_worked_by_hand():
+    weights = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]]])
+    output = torch.tensor([[[4.0], [8.0]]])
+    found = OneMoreHop()(output, output, ExplicitAttention(weights), Site(Anatomy()))
+    torch.testing.assert_close(found, torch.tensor([[[10.0], [14.0]]]))
+
+
+@pytest.mark.parametrize("family", ["vit", "explicit softmax", "dinov2 registers"])
+def test_an_attached_hop_does_what_plain_hooks_do(family):
+    model, pixels = tiny(family)
+    twin, kept = copy.deepcopy(model), {}
+    for layer in twin.blocks:
+        layer.attn.fused_attn = False
+        layer.attn.attn_drop.register_forward_hook(lambda *call: kept.update(map=call[2]))
+        layer.attn.register_forward_hook(lambda *call: call[2] + kept["map"].mean(1) @ call[2])
+    expected = twin(pixels)
+    with attach(model, OneMoreHop()):
+        torch.testing.assert_close(model(pixels), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 2.5])
+def test_a_scaled_output_is_a_multiple_for_every_token(factor):
+    x, o, attention, site = block()
+    expected = torch.stack([token * factor for token in o.unbind(1)], 1)
+    assert torch.equal(ScaleOutput(factor)(x, o, attention, site), expected)
+
+
+def token_added(tokens, output, attention, site):
+    return output + tokens.abs()
+
+
+BORROWED = [OneMoreHop(), DOEI(), ScaleOutput(1.7), token_added]
+NAMES = ["hop", "doei", "scaled", "plain function"]
+
+
+@pytest.mark.parametrize("edit", BORROWED, ids=NAMES)
+def test_gates_are_as_strong_as_the_edit_they_borrow_from_in_another_order(edit):
+    x, o, attention, site = block()
+    expected = strengths(o, edit(x, o, attention, site))
+    found = strengths(o, RandomGates(edit)(x, o, attention, site))
+    patches = list(PATCHES)
+    torch.testing.assert_close(found[:, patches].sort().values, expected[:, patches].sort().values)
+    special = [0, 1, 2, -1]
+    torch.testing.assert_close(found[:, special], expected[:, special])
+
+
+@pytest.mark.parametrize("edit", BORROWED, ids=NAMES)
+def test_gates_lengthen_an_output_and_do_not_turn_it(edit):
+    x, o, attention, site = block()
+    found = RandomGates(edit)(x, o, attention, site)
+    turned = torch.nn.functional.cosine_similarity(found, o, dim=-1)
+    torch.testing.assert_close(turned, torch.ones_like(turned))
+    assert (found.norm(dim=-1) >= o.norm(dim=-1) - 1e-12).all()
+
+
+def test_gates_of_one_seed_are_always_the_same():
+    given = block()
+    expected = RandomGates(OneMoreHop(), rng_seed=5)(*given)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(RandomGates(OneMoreHop(), rng_seed=5)(*given), expected)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers are drawn
+
+
+@pytest.mark.parametrize("other", ["seed", "block", "image"])
+def test_gates_stand_in_another_order_in_another(other):
+    x, o, attention, site = block()
+    x, o = x[:1].expand_as(x), o[:1].expand_as(o)  # the same image three times
+    q, k = (heads[:1].expand(IMAGES, -1, -1, -1) for heads in (attention.q, attention.k))
+    attention = FusedAttention(q, k, 0.5)
+
+    def gates(rng_seed=0, index=1):
+        place = Site(site.anatomy, index, site.count, site.picture)
+        edited = RandomGates(OneMoreHop(), rng_seed=rng_seed)(x, o, attention, place)
+        return strengths(o, edited)[:, list(PATCHES)]
+
+    first = gates()[0]
+    second = {"seed": gates(rng_seed=1)[0], "block": gates(index=2)[0], "image": gates()[1]}[other]
+    torch.testing.assert_close(first.sort().values, second.sort().values)
+    assert not torch.allclose(first, second)
+
+
+def test_gates_that_borrow_from_an_edit_without_effect_change_nothing():
+    x, o, attention, site = block()
+    assert torch.equal(RandomGates(ScaleOutput(1.0))(x, o, attention, site), o)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gates_of_an_output_with_a_token_of_zeros_are_its_own_or_those_of_others(dtype):
+    x, o, attention, site = block(dtype=torch.float32)
+    x, o = x.to(dtype), o.to(dtype)
+    o[:, 5] = 0.0
+    attention = FusedAttention(attention.q.to(dtype), attention.k.to(dtype), 0.5)
+    found = RandomGates(ScaleOutput(1.5))(x, o, attention, site).double()
+    off = torch.stack([(found - factor * o.double()).norm(dim=-1) for factor in (1.0, 1.5)])
+    near = off.amin(0) / o.double().norm(dim=-1).clamp_min(1)
+    torch.testing.assert_close(near, torch.zeros_like(near), atol=2e-2, rtol=0)
+
+
+def test_attached_gates_are_as_strong_in_every_block():
+    model, pixels, found = OneTokenPerClass(class_tokens=5), torch.randn(2, 3, 16, 24), []
+
+    def compared(tokens, output, attention, site):
+        hop = OneMoreHop()(tokens, output, attention, site)
+        gated = RandomGates(OneMoreHop())(tokens, output, attention, site)
+        found.append((strengths(output, hop), strengths(output, gated)))
+        return gated
+
+    with torch.no_grad(), attach(model, compared):
+        model(pixels)
+    assert len(found) == 2
+    for hop, gated in found:
+        torch.testing.assert_close(gated[:, :5], hop[:, :5])
+        torch.testing.assert_close(gated[:, 5:].sort().values, hop[:, 5:].sort().values)
+
+
+@pytest.mark.parametrize("edit", [OneMoreHop(), RandomGates(DOEI())], ids=["hop", "gates"])
+def test_a_control_comes_off_without_a_trace(edit):
+    model, pixels = HandMade(), torch.randn(2, 3, 16, 24)
+    before = model(pixels)
+    with attach(model, edit):
+        during = model(pixels)
+    assert not torch.allclose(during, before)
+    assert torch.equal(model(pixels), before)
