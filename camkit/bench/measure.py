@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -196,8 +197,12 @@ class _Meter:
     def _maps(self, photo: Photo, classes: Tensor) -> dict[Variant, Cam]:
         """Maps of all variants; one forward for each edit."""
         maps: dict[Variant, Cam] = {}
-        for edit, blocks in dict.fromkeys((v.edit, v.edit_blocks) for v in self.variants):
-            variants = [v for v in self.variants if (v.edit, v.edit_blocks) == (edit, blocks)]
+        forwards: dict[Any, list[Variant]] = {}
+        for variant in self.variants:
+            edited = variant.edit is not None
+            key = (variant.edit, variant.edit_blocks if edited else None)
+            forwards.setdefault(key, []).append(variant)
+        for variants in forwards.values():
             capture = self._capture(photo, variants)
             known: dict[tuple[Seed, tuple[Refiner, ...]], Cam] = {}
             with torch.no_grad():

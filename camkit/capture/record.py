@@ -154,10 +154,12 @@ class Capture:
         Raises:
             CaptureError: neither was seen.
         """
-        images, _, tokens, _ = self.blocks[-1].shape
-        spread = [c.output for c in self.tail if c.output.shape[:2] == (images, tokens)]
-        if spread and spread[-1].dim() == 3:
-            return spread[-1][:, self.patches]
+        places = {call.attention.shape[3]: call.patches for call in self.pooling}
+        places[self.blocks[-1].shape[2]] = self.patches
+        outputs = [c.output for c in self.tail if c.output.dim() == 3]
+        spread = [o for o in outputs if len(o) == self.images and o.shape[1] in places]
+        if spread:
+            return spread[-1][:, places[spread[-1].shape[1]]]
         keys = getattr(self.blocks[-1], "k", None)
         if keys is None:
             raise CaptureError("no tokens were seen behind the last block, nor keys within it")

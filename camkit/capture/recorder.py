@@ -123,7 +123,6 @@ class Recorder:
         if measuring() or not self._listening():
             return
         self.forward.modules += 1
-        self.forward.tail.clear()
         self.forward.running = self._names[module]
         self.forward.entered = Entered.by(
             (*call[0], *call[1].values()),
@@ -195,6 +194,7 @@ class Recorder:
             self._add_pooling(attention)
             return
         forward = self.forward
+        forward.tail.clear()
         against = forward.entered.against(attention.shape)
         forward.kept.append(Kept(forward.calls, forward.running, attention, against))
         forward.entered = replace(forward.entered, calls=forward.entered.calls + 1)

@@ -49,7 +49,8 @@ def head_count(module: nn.Module) -> int:
 def is_pooling(model: nn.Module, name: str) -> bool:
     """Whether an attention module says, or its parent, that it pools tokens into one."""
     lineage = (model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
-    return any("pool" in type(module).__name__.lower() for module in lineage)
+    names = [type(module).__name__.lower() for module in lineage]
+    return any(word in name for name in names for word in ("pool", "classattn"))
 
 
 def is_whole_block(module: nn.Module) -> bool:

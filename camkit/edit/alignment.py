@@ -1,5 +1,6 @@
 """Hybrid feature alignment (HFA): attention joined by likeness of embeddings and of colours."""
 
+import math
 from dataclasses import dataclass, replace
 
 from camkit.edit.interaction import Interaction
@@ -33,11 +34,11 @@ class HybridAlignment:
     colour_width: float | None = 0.15
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
+        if not 0.0 <= self.weight < math.inf:
             raise ValueError(f"`weight` must be at least 0, got {self.weight}")
         for name in ("temperature", "colour_width"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive, got {value}")
 
     def __call__(self, interaction: Interaction, tokens: Tokens, site: Site) -> Interaction:

@@ -46,7 +46,9 @@ class RandomGates:
 
     def __call__(self, tokens: Tokens, output: Tokens, attention: Attention, site: Site) -> Tokens:
         changed = self.edit(tokens, output, attention, site)
-        strength = (changed - output).norm(dim=-1) / output.norm(dim=-1).clamp_min(1e-12)
+        wide = torch.promote_types(output.dtype, torch.float32)
+        length = output.to(wide).norm(dim=-1).clamp_min(1e-12)
+        strength = ((changed - output).to(wide).norm(dim=-1) / length).to(output.dtype)
         patches = torch.tensor(site.anatomy.patches(output.shape[1]), device=output.device)
         generator = torch.Generator().manual_seed(self.rng_seed * 1000 + site.index)
         order = torch.rand(len(output), len(patches), generator=generator).argsort(1)

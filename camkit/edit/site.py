@@ -53,7 +53,7 @@ class Picture:
         if self._colours.shape[1] != patches:
             raise CaptureError(
                 f"{self._colours.shape[1]} patches were cut from the images, but {patches} are "
-                "among the tokens; give the colours of these with `handle.rgb = ...`"
+                "among the tokens, so their colours are not known"
             )
         return self._colours
 

@@ -1,5 +1,6 @@
 """Class tokens for hosts that have one for all classes, or none."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,7 @@ class VirtualClassTokens:
     source: str = "given"
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0.0 < self.temperature < math.inf:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
 
     @classmethod

@@ -1,5 +1,6 @@
 """Class maps carried along attention, likeness of embeddings and likeness of colours at once."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +40,14 @@ class HybridAlign:
     balance: int = 3
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"`weight` must be at least 0, got {self.weight}")
+        if self.steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {self.steps}")
+        if not 0.0 <= self.weight < math.inf:
+            raise ValueError(f"`weight` must be at least 0 and finite, got {self.weight}")
         for name in ("temperature", "colour_width"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` must be positive, got {value}")
+            if value is not None and not 0.0 < value < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {value}")
         self._attention()
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:

@@ -1,5 +1,6 @@
 """Refiners that know nothing of the model: what a real one must beat."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,8 @@ class Blur:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.width <= 0:
-            raise ValueError(f"`width` must be positive, got {self.width}")
+        if not 0.0 < self.width < math.inf:
+            raise ValueError(f"`width` must be positive and finite, got {self.width}")
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
         del capture
