@@ -38,6 +38,7 @@ from camkit.refine import (
     DenseCRF as DenseCRF,
     HybridAlign as HybridAlign,
     Normalize as Normalize,
+    PixelAdaptive as PixelAdaptive,
     Propagate as Propagate,
     chain as chain,
     normalize_cam as normalize_cam,
