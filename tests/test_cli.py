@@ -373,7 +373,8 @@ def test_weights_that_do_not_fit_are_told_by_their_file(monkeypatch, tmp_path, c
     else:
         save_file({"head.weight": torch.zeros(5, 7)}, path)
     monkeypatch.setenv("CAMKIT_DATA", str(tmp_path))
-    assert main(["doctor", "--model", f"{NAME}.mine"]) == 1
+    picture = photo(tmp_path / "a.png")
+    assert main(["cam", picture, "--model", f"{NAME}.mine", "--classes", "0"]) == 1
     error = one_line(capsys)
     assert str(path) in error
     assert f"does not fit {NAME}" in error

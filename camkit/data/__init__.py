@@ -1,5 +1,7 @@
 """Data sets: image files with image-level labels, and masks to measure against."""
 
+from camkit.data.camfiles import read_cam, write_cam
+from camkit.data.camforms import CamFile
 from camkit.data.folder import PlainFolder, open_folder
 from camkit.data.imagenet import VOC_IN_IMAGENET
 from camkit.data.layout import open_dataset
@@ -11,6 +13,7 @@ __all__ = [
     "SHAPE_CLASSES",
     "VOC_CLASSES",
     "VOC_IN_IMAGENET",
+    "CamFile",
     "DataSet",
     "PlainFolder",
     "Sample",
@@ -20,6 +23,8 @@ __all__ = [
     "open_dataset",
     "open_folder",
     "open_voc",
+    "read_cam",
     "read_mask",
+    "write_cam",
     "write_shapes",
 ]

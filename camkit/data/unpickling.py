@@ -1,0 +1,247 @@
+"""Pickles of arrays, read without running anything that they name."""
+
+import io
+import math
+import pickle
+import pickletools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from camkit.errors import DataError
+
+_DAMAGED = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_NUMBERS = re.compile(r"[biufc]\d{1,2}")
+_OBJECTS = "O8"
+_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
+_TORCH_PROTOCOL = 1001
+
+
+def unpickle(data: bytes, source: Path) -> object:
+    """Read what `numpy.save` pickles: an array of objects, such as one dict of arrays.
+
+    Nothing that the pickle names is imported or called. The few names that such files need stand
+    for functions of this module, which build numpy arrays from bytes; every other name is refused.
+
+    Args:
+        data: the pickle.
+        source: the file it comes from, for messages.
+
+    Returns:
+        The one object of a 0-d array, else what was pickled. Arrays and torch tensors in a dict
+        are numpy arrays, numpy scalars are Python numbers.
+
+    Raises:
+        DataError: the pickle asks for another name, or is damaged.
+    """
+    try:
+        return _plain(_load(io.BytesIO(data), _NAMES))
+    except _ForbiddenNameError as error:
+        raise DataError(
+            f"{source} asks for {error}, which no file of class maps needs and which could run "
+            "code; nothing of it was run, do not open it with numpy or pickle either"
+        ) from error
+    except _DAMAGED as error:
+        raise DataError(
+            f"{source} holds a damaged pickle, or another than of arrays ({error}); write it again"
+        ) from error
+
+
+class _ForbiddenNameError(Exception):
+    """A pickle named something beyond the few names it may use."""
+
+
+class _Maker:
+    """A function that a pickle may call; nothing else can be done to it."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., object]) -> None:
+        self._make = make
+
+    def __call__(self, *args: object) -> object:
+        return self._make(*args)
+
+    def __setstate__(self, state: object) -> None:
+        # Without this, a pickle could set attributes that outlive it.
+        raise pickle.UnpicklingError("it changes a function")
+
+
+class _Dtype:
+    """What a pickle says of a dtype; numpy never sees a state it would trust blindly."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if code != _OBJECTS and not _NUMBERS.fullmatch(code):
+            raise pickle.UnpicklingError(f"it holds an array of dtype {code}")
+        self.is_object = code == _OBJECTS
+        self._code = code
+        self._order = "|"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._order = state[1]
+
+    def numbers(self) -> np.dtype[Any]:
+        if self.is_object:
+            raise pickle.UnpicklingError("it takes bytes for objects")
+        return np.dtype(self._order + self._code)
+
+
+class _Array:
+    """An array that is known only once the pickle has given its state."""
+
+    def __init__(self, array: np.ndarray | None = None) -> None:
+        self._array = array
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, is_fortran, content = state
+        if not dtype.is_object:
+            self._array = _numbers(content, dtype, shape, "F" if is_fortran else "C")
+            return
+        objects = np.empty(len(content), dtype=object)
+        for index, one in enumerate(content):
+            objects[index] = one
+        self._array = objects.reshape(shape, order="F" if is_fortran else "C")
+
+    def array(self) -> np.ndarray:
+        if self._array is None:
+            raise pickle.UnpicklingError("it holds an array without content")
+        return self._array
+
+
+class _Storage(NamedTuple):
+    """What a pickled tensor says of its bytes, which follow after the pickle."""
+
+    dtype: np.dtype[Any]
+    key: str
+    length: int
+
+
+class _Reader(pickle.Unpickler):
+    """An unpickler that knows only the given names."""
+
+    def __init__(self, file: io.BytesIO, names: Mapping[tuple[str, str], object]) -> None:
+        super().__init__(file, encoding="latin1")  # Python 2 wrote the bytes of arrays as text
+        self._names = names
+
+    def find_class(self, module: str, name: str) -> object:
+        try:
+            return self._names[module, name]
+        except KeyError:
+            raise _ForbiddenNameError(f"{module}.{name}") from None
+
+    def persistent_load(self, pid: Any) -> object:
+        kind, dtype, key, _, count, *view = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
+            raise pickle.UnpicklingError("its tensors are stored in an unknown way")
+        return _Storage(dtype, key, count)
+
+
+def _load(file: io.BytesIO, names: Mapping[tuple[str, str], object]) -> Any:
+    start = file.tell()
+    end = len(file.getbuffer())
+    for opcode, argument, _ in pickletools.genops(file):
+        # The unpickler makes room for every slot below the highest, wanted or not.
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > end:
+            raise pickle.UnpicklingError("its memory slots do not fit its length")
+    file.seek(start)
+    return _Reader(file, names).load()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, _Array):
+        array = value.array()
+        value = array.item() if array.dtype == object and array.shape == () else array
+    if isinstance(value, dict):
+        # One level is all that maps need; deeper ones may share parts and grow without end.
+        return {key: one.array() if isinstance(one, _Array) else one for key, one in value.items()}
+    return value
+
+
+def _numbers(
+    raw: bytes | bytearray | str, dtype: _Dtype, shape: tuple[int, ...], order: Any
+) -> np.ndarray:
+    if isinstance(raw, str):
+        raw = raw.encode("latin1")
+    wanted = dtype.numbers()
+    if len(raw) != math.prod(shape) * wanted.itemsize:
+        raise pickle.UnpicklingError(f"{len(raw)} bytes are no array of shape {shape}")
+    return np.ndarray(shape, wanted, buffer=raw, order=order)
+
+
+def _scalar(dtype: _Dtype, raw: bytes | str) -> object:
+    return _numbers(raw, dtype, (), "C").item()
+
+
+def _from_buffer(
+    raw: bytes | bytearray, dtype: _Dtype, shape: tuple[int, ...], order: str
+) -> _Array:
+    return _Array(_numbers(raw, dtype, shape, order))
+
+
+def _encode(text: str, codec: str) -> bytes:
+    if codec != "latin1":
+        raise pickle.UnpicklingError(f"it holds bytes as {codec}")
+    return text.encode("latin1")
+
+
+def _read_storage(data: bytes) -> _Array:
+    file = io.BytesIO(data)
+    magic, protocol, machine = (_load(file, {}) for _ in range(3))
+    if (magic, protocol, machine["little_endian"]) != (_TORCH_MAGIC, _TORCH_PROTOCOL, True):
+        raise pickle.UnpicklingError("its tensors are of an unknown format")
+    storage = _load(file, _STORAGES)
+    keys = _load(file, {})
+    count = int.from_bytes(file.read(8), "little")
+    raw = file.read()
+    if keys != [storage.key] or count != storage.length:
+        raise pickle.UnpicklingError("its tensors are not stored one by one")
+    if len(raw) != count * storage.dtype.itemsize:
+        raise pickle.UnpicklingError(f"{len(raw)} bytes are no {count} numbers of a tensor")
+    return _Array(np.ndarray((count,), storage.dtype, buffer=raw))
+
+
+def _rebuild_tensor(
+    storage: _Array, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+) -> _Array:
+    values = storage.array()
+    steps = [(length - 1) * step for length, step in zip(size, stride, strict=True)]
+    count = math.prod(size)
+    if min((offset, *size, *stride)) < 0 or count > values.size:
+        raise pickle.UnpicklingError("a tensor is larger than its storage")
+    if count and offset + sum(steps) >= values.size:
+        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+    if not count:
+        return _Array(np.empty(size, values.dtype))
+    strides = [step * values.itemsize for step in stride]
+    return _Array(np.lib.stride_tricks.as_strided(values[offset:], size, strides))
+
+
+_TORCH_CODES = {"Half": "<f2", "Float": "<f4", "Double": "<f8", "Byte": "u1", "Char": "i1"}
+_TORCH_CODES |= {"Short": "<i2", "Int": "<i4", "Long": "<i8"}
+_STORAGES = {("torch", f"{name}Storage"): np.dtype(code) for name, code in _TORCH_CODES.items()}
+_NAMES: dict[tuple[str, str], object] = {
+    ("numpy", "ndarray"): _Maker(_Array),
+    ("numpy", "dtype"): _Maker(_Dtype),
+    ("_codecs", "encode"): _Maker(_encode),
+    ("__builtin__", "bytes"): _Maker(lambda: b""),  # how old protocols write no bytes at all
+    ("collections", "OrderedDict"): _Maker(dict),
+    ("torch.storage", "_load_from_bytes"): _Maker(_read_storage),
+    ("torch._utils", "_rebuild_tensor_v2"): _Maker(_rebuild_tensor),
+}
+for _package in ("numpy.core", "numpy._core"):  # before and since numpy 2
+    _NAMES[f"{_package}.multiarray", "_reconstruct"] = _Maker(lambda *_: _Array())
+    _NAMES[f"{_package}.multiarray", "scalar"] = _Maker(_scalar)
+    _NAMES[f"{_package}.numeric", "_frombuffer"] = _Maker(_from_buffer)
