@@ -10,17 +10,15 @@ process of its own, with the weights counted in (Linux).
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from watching import RESULTS, _peak
+from watching import RESULTS, _peak, ratios
 
 import camkit
 from camkit.manifest import environment
@@ -75,23 +73,8 @@ def new(side: int) -> torch.nn.Module:
 
 def times(side: int, batch: int, rounds: int) -> dict[str, object]:
     runs = {way: make(new(side)) for way, make in WAYS.items()}
-    pixels = torch.rand(batch, 3, side, side)
-    seconds: dict[str, list[float]] = {way: [] for way in runs}
-    for round_ in range(rounds + 1):
-        for way, run in runs.items():
-            start = time.process_time()
-            run(pixels)
-            if round_ >= 1:
-                seconds[way].append(time.process_time() - start)
     row: dict[str, object] = {"side": side, "batch": batch, "rounds": rounds}
-    row["plain_ms"] = round(statistics.median(seconds["plain"]) * 1000, 1)
-    for way in list(runs)[1:]:
-        ratios = [a / b for a, b in zip(seconds[way], seconds["plain"], strict=True)]
-        row[way] = {
-            "median": round(statistics.median(ratios), 3),
-            "quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
-        }
-    return row
+    return row | ratios(runs, torch.rand(batch, 3, side, side), rounds)
 
 
 def growth(way: str, side: int) -> float:

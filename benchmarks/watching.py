@@ -89,7 +89,13 @@ def new(name: str, side: int) -> torch.nn.Module:
 
 def times(name: str, side: int, batch: int, rounds: int) -> dict[str, object]:
     runs = {way: make(new(name, side)) for way, make in WAYS.items()}
-    pixels = torch.randn(batch, 3, side, side)
+    row: dict[str, object] = {"model": name, "side": side, "batch": batch, "rounds": rounds}
+    return row | ratios(runs, torch.randn(batch, 3, side, side), rounds)
+
+
+def ratios(runs: dict[str, Run], pixels: torch.Tensor, rounds: int) -> dict[str, object]:
+    """CPU time of every way over that of the first, round by round."""
+    first, *others = runs
     seconds: dict[str, list[float]] = {way: [] for way in runs}
     for round_ in range(rounds + 2):
         for way, run in runs.items():
@@ -97,14 +103,12 @@ def times(name: str, side: int, batch: int, rounds: int) -> dict[str, object]:
             run(pixels)
             if round_ >= 2:
                 seconds[way].append(time.process_time() - start)
-    row: dict[str, object] = {"model": name, "side": side, "batch": batch, "rounds": rounds}
-    row["plain_ms"] = round(statistics.median(seconds["plain"]) * 1000, 1)
-    for way in list(runs)[1:]:
-        pairs = zip(seconds[way], seconds["plain"], strict=True)
-        ratios = sorted(a / b for a, b in pairs)
+    row: dict[str, object] = {f"{first}_ms": round(statistics.median(seconds[first]) * 1000, 1)}
+    for way in others:
+        found = [a / b for a, b in zip(seconds[way], seconds[first], strict=True)]
         row[way] = {
-            "median": round(statistics.median(ratios), 3),
-            "quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
+            "median": round(statistics.median(found), 3),
+            "quartiles": [round(q, 3) for q in statistics.quantiles(found, n=4)[::2]],
         }
     return row
 

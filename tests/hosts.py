@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from camkit import ScaleOutput
+
 FAMILIES = {
     "vit": ("vit_tiny_patch16_224", {"dynamic_img_size": True}, (64, 96)),
     "explicit softmax": ("vit_tiny_patch16_224", {"dynamic_img_size": True}, (64, 96)),
@@ -110,3 +112,15 @@ class OneTokenPerClass(HandMade):
         tokens = self.tokens(pixels)
         count = self.cls_token.shape[1]
         return tokens[:, :count].mean(-1), tokens[:, count:].mean(1)
+
+
+class TowardsTheFirstKeys:
+    """A key edit: the first three tokens get e times their attention."""
+
+    def log_weights(self, tokens, *_):
+        weights = torch.zeros(tokens.shape[:2])
+        weights[:, :3] = 1.0
+        return weights
+
+
+EDITS = {"output": ScaleOutput(2.0), "keys": TowardsTheFirstKeys()}

@@ -5,6 +5,14 @@ from copy import deepcopy
 import torch
 from torch.nn.functional import softmax
 
+PRECISIONS = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-5,
+    # rounded on the way in or out: half precision keeps 11 bits, bfloat16 8
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
+
 
 def full_attention(q, k, scale, bias=None):
     """The whole map in float64."""

@@ -6,6 +6,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from oracles import PRECISIONS
 from scipy.cluster.vq import kmeans2
 from skimage.filters import threshold_otsu
 
@@ -21,13 +22,6 @@ from camkit.ops.confidence import (
 )
 
 SIZES = [(2, 1), (2, 17), (2, 3, 196), (2, 785), (0, 3, 17)]
-PRECISIONS = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-5,
-    # only the result is rounded: half precision keeps 11 bits, bfloat16 8
-    torch.float16: 1e-3,
-    torch.bfloat16: 8e-3,
-}
 CASES = [(size, dtype) for size in SIZES for dtype in (torch.float64, torch.float32)]
 CASES += [((2, 3, 196), dtype) for dtype in (torch.float16, torch.bfloat16)]
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hosts import HandMade, tiny
+from hosts import EDITS, HandMade, tiny
 
 from camkit import ScaleOutput, attach, watch
 from camkit.errors import UnsupportedModelError
@@ -16,18 +16,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar"),
 ]
-
-
-class TowardsTheFirstKeys:
-    """A key edit: the first three tokens get e times their attention."""
-
-    def log_weights(self, tokens, *_):
-        weights = torch.zeros(tokens.shape[:2])
-        weights[:, :3] = 1.0
-        return weights
-
-
-EDITS = {"output": ScaleOutput(2.0), "keys": TowardsTheFirstKeys()}
 
 
 @pytest.fixture(params=EDITS)

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import Block, HandMade, tiny
+from hosts import EDITS, Block, HandMade, TowardsTheFirstKeys, tiny
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -21,18 +21,6 @@ from camkit.capture import find_attention
 from camkit.errors import CaptureError
 
 LABELS = torch.tensor([1, 3])
-
-
-class TowardsTheFirstKeys:
-    """A key edit: the first three tokens get e times their attention."""
-
-    def log_weights(self, tokens, *_):
-        weights = torch.zeros(tokens.shape[:2])
-        weights[:, :3] = 1.0
-        return weights
-
-
-EDITS = {"output": ScaleOutput(2.0), "keys": TowardsTheFirstKeys()}
 
 
 @pytest.fixture(params=EDITS)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracles import PRECISIONS
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,13 +13,6 @@ from camkit.ops import similarity
 from camkit.ops.similarity import colour_smooth, cosine_columns, cosine_rows
 
 SIZES = [(2, 1), (2, 17), (2, 196), (1, 785), (0, 17)]
-PRECISIONS = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-5,
-    # tokens are rounded before, results after: half precision keeps 11 bits, bfloat16 8
-    torch.float16: 1e-3,
-    torch.bfloat16: 8e-3,
-}
 CASES = [(size, dtype) for size in SIZES for dtype in (torch.float64, torch.float32)]
 CASES += [((2, 17), dtype) for dtype in (torch.float16, torch.bfloat16)]
 TEMPERATURE, WIDTH = 0.1, 0.15

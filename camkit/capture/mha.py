@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from camkit.errors import UnsupportedModelError
+
 
 def multi_head_attention(  # noqa: PLR0913 - the signature is torch's
     query: Tensor,
@@ -49,7 +51,7 @@ def multi_head_attention(  # noqa: PLR0913 - the signature is torch's
         or static_k is not None
         or static_v is not None
     ):
-        raise NotImplementedError(
+        raise UnsupportedModelError(
             "multi_head_attention_forward was called with bias_k, add_zero_attn or static keys; "
             "no Vision Transformer known to camkit uses them"
         )

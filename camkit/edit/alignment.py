@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from camkit.edit.interaction import Interaction
 from camkit.edit.site import Site
-from camkit.ops.similarity import colour_smooth, cosine_columns, cosine_rows
+from camkit.ops.similarity import check_positive, colour_smooth, cosine_columns, cosine_rows
 from camkit.tensors import Tokens
 
 
@@ -36,10 +36,9 @@ class HybridAlignment:
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight < math.inf:
             raise ValueError(f"`weight` must be at least 0, got {self.weight}")
-        for name in ("temperature", "colour_width"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"`{name}` must be positive, got {value}")
+        check_positive("temperature", self.temperature)
+        if self.colour_width is not None:
+            check_positive("colour_width", self.colour_width)
 
     def __call__(self, interaction: Interaction, tokens: Tokens, site: Site) -> Interaction:
         """The interaction with the other cues in it.

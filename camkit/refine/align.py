@@ -1,15 +1,18 @@
 """Class maps carried along attention, likeness of embeddings and likeness of colours at once."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from camkit.capture.record import Capture
 from camkit.errors import CaptureError
-from camkit.ops.similarity import colour_smooth, cosine_smooth
-from camkit.refine.propagate import Propagate
+from camkit.ops.similarity import check_positive, colour_smooth, cosine_smooth
+from camkit.refine.propagate import Propagate, Spread
 from camkit.tensors import Cam
 
 
@@ -44,36 +47,46 @@ class HybridAlign:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}")
         if not 0.0 <= self.weight < math.inf:
             raise ValueError(f"`weight` must be at least 0 and finite, got {self.weight}")
-        for name in ("temperature", "colour_width"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"`{name}` must be positive and finite, got {value}")
+        check_positive("temperature", self.temperature)
+        if self.colour_width is not None:
+            check_positive("colour_width", self.colour_width)
         self._attention()
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
-        attention = self._attention()
+        attend = self._attention().operator(capture)
+        resemble = self._cues(capture) if self.weight > 0 else None
+        scores = capture.grid.flatten(cam)
         for _ in range(self.steps):
-            joined = attention(cam, capture)
-            if self.weight > 0:
-                cues = self._cues(cam, capture)
-                joined = torch.lerp(joined, cues, self.weight / (1.0 + self.weight))
-            cam = joined
-        return cam
+            joined = attend(scores)
+            if resemble is not None:
+                joined = torch.lerp(joined, resemble(scores), self.weight / (1.0 + self.weight))
+            scores = joined
+        return capture.grid.fold(scores)
 
     def _attention(self) -> Propagate:
         return Propagate(steps=1, blocks=self.blocks, balance=self.balance)
 
-    def _cues(self, cam: Cam, capture: Capture) -> Cam:
-        scores = capture.grid.flatten(cam).mT
-        scores = cosine_smooth(
-            capture.patch_embeddings().to(scores.dtype), scores, temperature=self.temperature
-        )
-        if self.colour_width is not None:
-            if capture.rgb is None:
-                raise CaptureError(
-                    "HybridAlign looks at colours; watch with `rgb=`, or set `colour_width=None`"
-                )
-            size = (capture.grid.rows, capture.grid.cols)
-            colours = F.adaptive_avg_pool2d(capture.rgb.to(scores), size).flatten(2).mT
-            scores = colour_smooth(colours, scores, width=self.colour_width)
-        return capture.grid.fold(scores.mT)
+    def _cues(self, capture: Capture) -> Callable[[Spread], Spread]:
+        """One step along likeness of embeddings, and of colours where they count."""
+        embeddings, colours = capture.patch_embeddings(), self._colours(capture)
+
+        def resemble(scores: Spread) -> Spread:
+            values = scores.mT
+            values = cosine_smooth(
+                embeddings.to(values.dtype), values, temperature=self.temperature
+            )
+            if colours is not None and self.colour_width is not None:
+                values = colour_smooth(colours.to(values), values, width=self.colour_width)
+            return values.mT
+
+        return resemble
+
+    def _colours(self, capture: Capture) -> Float[Tensor, "b n 3"] | None:
+        if self.colour_width is None:
+            return None
+        if capture.rgb is None:
+            raise CaptureError(
+                "HybridAlign looks at colours; watch with `rgb=`, or set `colour_width=None`"
+            )
+        size = (capture.grid.rows, capture.grid.cols)
+        return F.adaptive_avg_pool2d(capture.rgb, size).flatten(2).mT

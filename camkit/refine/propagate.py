@@ -1,6 +1,8 @@
 """Spread class scores along the attention between patches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -10,6 +12,8 @@ from camkit.capture.attention import Attention
 from camkit.capture.record import Capture
 from camkit.ops.affinity import balance
 from camkit.tensors import Cam
+
+Spread: TypeAlias = Float[Tensor, "b k n"]
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,20 @@ class Propagate:
             raise ValueError(f"`balance` must be at least 0, got {self.balance}")
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
-        blocks = capture.blocks if self.blocks is None else capture.blocks[-self.blocks :]
+        spread = self.operator(capture)
         scores = capture.grid.flatten(cam)
-        affinity = (
-            self._balanced(blocks, capture.patches).to(scores.dtype) if self.balance else None
-        )
         for _ in range(self.steps):
-            if affinity is None:
-                parts = [block.propagate(scores, capture.patches) for block in blocks]
-                spread = torch.stack(parts).mean(0)
-            else:
-                spread = scores @ affinity.mT
-            scores = torch.lerp(scores, spread, self.mix)
+            scores = torch.lerp(scores, spread(scores), self.mix)
         return capture.grid.fold(scores)
+
+    def operator(self, capture: Capture) -> Callable[[Spread], Spread]:
+        """One step of spreading, ready to be taken as often as wanted."""
+        blocks = capture.blocks if self.blocks is None else capture.blocks[-self.blocks :]
+        if self.balance:
+            affinity = self._balanced(blocks, capture.patches)
+            return lambda scores: scores @ affinity.to(scores.dtype).mT
+        patches = capture.patches
+        return lambda scores: torch.stack([b.propagate(scores, patches) for b in blocks]).mean(0)
 
     def _balanced(
         self, blocks: tuple[Attention, ...], patches: list[int]
