@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass, replace
 
+from camkit.edit.colour_cues import COLOUR_READINGS, ColourReading, Cues, likeness
 from camkit.edit.interaction import Interaction
 from camkit.edit.site import Site
-from camkit.ops.similarity import check_positive, colour_smooth, cosine_columns, cosine_rows
+from camkit.ops.similarity import check_positive, colour_smooth
 from camkit.tensors import Tokens
 
 
@@ -27,11 +28,15 @@ class HybridAlignment:
         weight: of the cues beside attention, at least 0; 0 leaves attention as it is.
         temperature: divides the cosines; small values trust only the most alike.
         colour_width: distance in RGB, in [0, 1], at which likeness fades; None leaves colours out.
+        reading: how colours enter, as the shapes of the figure do not fit. "one_sided" is K G;
+            "two_sided" is K G K', rows made to sum to one again; "descriptor" compares the colours
+            that tokens gather from the patches they are like (`camkit.edit.colour_cues`).
     """
 
     weight: float = 0.5
     temperature: float = 0.1
     colour_width: float | None = 0.15
+    reading: ColourReading = "one_sided"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight < math.inf:
@@ -39,6 +44,9 @@ class HybridAlignment:
         check_positive("temperature", self.temperature)
         if self.colour_width is not None:
             check_positive("colour_width", self.colour_width)
+        if self.reading not in COLOUR_READINGS:
+            known = ", ".join(COLOUR_READINGS)
+            raise ValueError(f"`reading` must be one of {known}, got {self.reading!r}")
 
     def __call__(self, interaction: Interaction, tokens: Tokens, site: Site) -> Interaction:
         """The interaction with the other cues in it.
@@ -52,12 +60,14 @@ class HybridAlignment:
             return interaction
         classes = list(site.anatomy.class_tokens)
         patches = site.anatomy.patches(tokens.shape[1])
-        rows = cosine_rows(tokens, classes, temperature=self.temperature)
-        columns = cosine_columns(tokens, classes, temperature=self.temperature)[:, patches]
-        if self.colour_width is not None:
-            colours = site.picture.colours(len(patches)).to(columns.device)
-            columns = colour_smooth(colours, columns, width=self.colour_width)
-        cues = Interaction(rows[..., classes], rows[..., patches], columns)
+        if self.colour_width is None:
+            cues = likeness(tokens, classes, patches, self.temperature)
+        else:
+            colours = site.picture.colours(len(patches)).to(tokens.device)
+            read = COLOUR_READINGS[self.reading]
+            cues = read(
+                Cues(tokens, colours, classes, patches, self.temperature, self.colour_width)
+            )
         return interaction.blend(cues, self.weight)
 
     def colours_only(self, interaction: Interaction, site: Site) -> Interaction:

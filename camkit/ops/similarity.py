@@ -111,6 +111,26 @@ def colour_smooth(
         return smooth[:, 0, :, :maps].to(values.dtype)
 
 
+def colour_mass(colours: Float[Tensor, "b n 3"], *, width: float) -> Float[Tensor, "b n"]:
+    """How many colours each is like: the sum over j of ``exp(-|r_i - r_j|^2 / (2 width^2))``.
+
+    What `colour_smooth` divides by. At least 1, its own; gets no gradient.
+
+    Args:
+        colours: one for each token.
+        width: distance in colour at which likeness fades, a standard deviation.
+    """
+    check_positive("width", width)
+    with torch.no_grad(), _full_precision(colours):
+        wide = colours.to(_wide(colours.dtype))
+        scale = -0.5 / width**2
+        parts = [
+            (wide[:, part, None] - wide[:, None]).square().sum(-1).mul_(scale).exp_().sum(-1)
+            for part in _chunks(wide)
+        ]
+    return torch.cat(parts, 1).to(colours.dtype)
+
+
 class _LogNormaliser(torch.autograd.Function):
     """Log of each token's summed exponentials over all tokens; the backward keeps ``(t, d)``."""
 

@@ -1,0 +1,107 @@
+"""Which reading, reach and strength of DOEI to measure: looked for on `train` only.
+
+    CAMKIT_DATA=folder python benchmarks/doei_search.py
+
+Every control is given the same blocks and strengths. Background scores are picked on the first
+images of `train`, figures come from the next ones; `val` is not read.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import camkit
+from camkit.bench import Variant, run, to_json, to_markdown
+from camkit.cli.models import DEFAULT_MODEL, data_folder, open_model
+from camkit.data import DataSet, Sample, open_dataset
+from camkit.ops.confidence import TwoMeans
+
+RESULTS = Path(__file__).parent / "results"
+CLASSES = ["cat", "dog", "horse", "cow", "sheep", "person"]
+SEED = camkit.GradientSeed()
+BLOCKS, STRENGTHS = (1, 3, 6), (0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The first images of a split and the next ones, as splits of their own."""
+
+    whole: DataSet
+    name: str
+    images: int
+
+    @property
+    def root(self) -> Path:
+        return self.whole.root
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.whole.classes
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("first", "next")
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        samples = self.whole.split(self.name)
+        start = self.splits.index(name) * self.images
+        return samples[start : start + self.images]
+
+
+def variants(virtual: camkit.VirtualClassTokens) -> list[Variant]:
+    seed = Variant("gradient", SEED)
+    found = [seed]
+
+    def add(name: str, edit: object, blocks: int) -> None:
+        label = f"{name}, last {blocks}"
+        found.append(Variant(label, SEED, base=seed, edit=edit, edit_blocks=blocks))
+
+    for blocks in BLOCKS:
+        for s in STRENGTHS:
+            add(f"control: output x{1 + s:g}", camkit.ScaleOutput(1 + s), blocks)
+            add(f"control: one more hop x{s:g}", camkit.OneMoreHop(s), blocks)
+            add(f"gate x{s:g}", camkit.DOEI(strength=s), blocks)
+            add(f"affinity x{s:g}", camkit.DOEI(reading="affinity", strength=s), blocks)
+            add(f"virtual proto x{s:g}", camkit.DOEI(virtual=virtual, strength=s), blocks)
+    gate = camkit.DOEI(virtual=virtual, reading="gate")
+    add("virtual gate x1", gate, 3)
+    add("virtual proto x4", camkit.DOEI(virtual=virtual, strength=4.0), 3)
+    for reading in ("two_sided", "descriptor"):
+        aligned = camkit.HybridAlignment(reading=reading)
+        add(f"affinity x1, colours {reading}", camkit.DOEI(aligned, reading="affinity"), 3)
+    strong = camkit.HybridAlignment(weight=2.0)
+    add("affinity x1, alignment x4", camkit.DOEI(strong, reading="affinity"), 3)
+    groups = camkit.PatchDecoupling(strength=0.9, rule=TwoMeans())
+    add("affinity x1, two means", camkit.DOEI(patches=groups, reading="affinity"), 3)
+    add("gate x1, two means", camkit.DOEI(patches=groups), 3)
+    return found
+
+
+def main() -> None:
+    folder = data_folder()
+    if folder is None:
+        sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=60, help="in each half")
+    images = parser.parse_args().images
+    opened = open_model(DEFAULT_MODEL)
+    torch.set_num_threads(1)
+    report = run(
+        opened.model,
+        Halves(open_dataset(folder / "voc12_animals"), "train", images),
+        vocabulary=opened.vocabulary.subset(CLASSES),
+        variants=variants(camkit.VirtualClassTokens.from_classifier(opened.model)),
+        split="next",
+        tune_split="first",
+        photos=opened.photos,
+    )
+    (RESULTS / "doei_search.json").write_text(to_json(report))
+    (RESULTS / "doei_search.md").write_text(to_markdown(report))
+    print(to_markdown(report))
+
+
+if __name__ == "__main__":
+    main()
