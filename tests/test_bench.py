@@ -276,7 +276,7 @@ def test_a_model_in_training_mode_is_refused_wherever_it_is(model, shapes, place
 
 @pytest.mark.parametrize(
     ("variants", "words"),
-    [((), "at least one variant"), ((REFINED,), "got 1 without the base of refined")],
+    [((), "at least one variant"), ((REFINED,), r"lacks seed \(for refined\)")],
 )
 def test_variants_that_cannot_be_compared_are_refused(model, shapes, variants, words):
     with pytest.raises(ValueError, match=words):

@@ -1,11 +1,15 @@
 """Seeds and refiners measured on held-out masks."""
 
+from camkit.bench.labels import PredictedLabels as PredictedLabels
 from camkit.bench.measure import run as run
 from camkit.bench.protocol import (
+    Choice as Choice,
+    Entry as Entry,
     PhotoSettings as PhotoSettings,
-    Report as Report,
-    Row as Row,
+    Repeats as Repeats,
     Variant as Variant,
+    stages as stages,
 )
 from camkit.bench.report import to_json as to_json, to_markdown as to_markdown
+from camkit.bench.results import Comparison as Comparison, Report as Report, Row as Row
 from camkit.bench.variants import standard_variants as standard_variants

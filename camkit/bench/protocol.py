@@ -1,11 +1,12 @@
-"""What a benchmark compares and what it says: variants, rows, report."""
+"""What a benchmark compares: variants, choices among them, repeats, and how photos are read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 from camkit.edit.protocol import Edit, KeyEdit
 from camkit.refine.protocol import Refiner
-from camkit.score import Gain
+from camkit.score import Best
 from camkit.seed.protocol import Seed
 
 
@@ -30,50 +31,134 @@ class Variant:
         base: what the gain is measured against; none for a seed.
         edit: changes the forward the seed is read from.
         edit_blocks: how many of the last blocks it changes; None is all.
+        controls: what a real gain must beat as well.
     """
 
     name: str
     seed: Seed
     refine: tuple[Refiner, ...] = ()
-    base: "Variant | None" = field(default=None, compare=False)
+    base: "Entry | None" = field(default=None, compare=False)
     edit: Edit | KeyEdit | None = None
     edit_blocks: int | None = 3
+    controls: tuple["Entry", ...] = field(default=(), compare=False)
+
+    @property
+    def variants(self) -> tuple["Variant", ...]:
+        return (self,)
+
+    def reported(self, tuned: Mapping["Variant", Best]) -> tuple["Variant", ...]:
+        """Which of the variants are measured on the reported split, given the tuning split."""
+        del tuned
+        return (self,)
 
 
 @dataclass(frozen=True)
-class Row:
-    """What was measured of one variant; IoU in [0, 1].
+class Choice:
+    """One of several variants, picked on the tuning split: presets, steps, blocks.
 
     Attributes:
-        variant: what was measured.
-        background_score: picked on the tuning split.
-        tuned_mean_iou: mean IoU there.
-        mean_iou: mean IoU on the reported split.
-        class_iou: the same by class, background first; NaN where a class is absent.
-        gain: over the variant's base, with its interval; None for a seed.
+        name: as it stands in the table.
+        variants: the candidates; the first one where several are best.
+        base: what the gain is measured against.
+        controls: what a real gain must beat as well.
     """
 
-    variant: Variant
-    background_score: float
-    tuned_mean_iou: float
-    mean_iou: float
-    class_iou: tuple[float, ...]
-    gain: Gain | None
+    name: str
+    variants: tuple[Variant, ...]
+    base: "Entry | None" = field(default=None, compare=False)
+    controls: tuple["Entry", ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        _check_several(self.name, self.variants)
+
+    def reported(self, tuned: Mapping[Variant, Best]) -> tuple[Variant, ...]:
+        """The candidate with the highest mean IoU on the tuning split."""
+        return (max(self.variants, key=lambda variant: tuned[variant].mean_iou),)
 
 
 @dataclass(frozen=True)
-class Report:
-    """A finished benchmark, with all that is needed to make it again."""
+class Repeats:
+    """A variant with other random seeds: the mean is reported, and how far they lie apart.
 
-    dataset: str
-    split: str
-    tune_split: str
-    images: int
-    tune_images: int
-    skipped: tuple[str, ...]
-    classes: tuple[str, ...]
-    photos: str
-    oracle: bool
-    weights_sha256: str
-    environment: dict[str, Any]
-    rows: tuple[Row, ...]
+    The interval of its gain pools them: confusion matrices are added over the repeats, image by
+    image, so it tells of the images and not of the draw.
+
+    Attributes:
+        name: as it stands in the table.
+        variants: the same but for their random seed; each has its own background score.
+        base: what the gain is measured against.
+        controls: what a real gain must beat as well.
+    """
+
+    name: str
+    variants: tuple[Variant, ...]
+    base: "Entry | None" = field(default=None, compare=False)
+    controls: tuple["Entry", ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        _check_several(self.name, self.variants)
+
+    def reported(self, tuned: Mapping[Variant, Best]) -> tuple[Variant, ...]:
+        """All of them."""
+        del tuned
+        return self.variants
+
+
+Entry: TypeAlias = Variant | Choice | Repeats
+"""A line of the table."""
+
+
+def stages(variant: Variant) -> tuple[Variant, ...]:
+    """A variant step by step: its seed, then one refiner more in each, based on the one before.
+
+    >>> from camkit.refine.normalize import Normalize
+    >>> from camkit.seed.gradient import GradientSeed
+    >>> [v.name for v in stages(Variant("gradient", GradientSeed(), (Normalize(),)))]
+    ['gradient: seed', 'gradient']
+    """
+    found: list[Variant] = []
+    for count in range(len(variant.refine) + 1):
+        last = count == len(variant.refine)
+        step = "seed" if count == 0 else type(variant.refine[count - 1]).__name__
+        found.append(
+            Variant(
+                variant.name if last else f"{variant.name}: {step}",
+                variant.seed,
+                variant.refine[:count],
+                found[-1] if found else variant.base,
+                variant.edit,
+                variant.edit_blocks,
+                variant.controls if last else (),
+            )
+        )
+    return tuple(found)
+
+
+def check_entries(entries: tuple[Entry, ...]) -> None:
+    """Refuse a table without lines, of two lines of one name, or that lacks what it compares to.
+
+    Raises:
+        ValueError: saying which line is at fault.
+    """
+    if not entries:
+        raise ValueError("`variants` must hold at least one variant, got none")
+    names = [entry.name for entry in entries]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"`variants` must have names of their own, got twice: {doubled}")
+    lost = [
+        f"{other.name} (for {entry.name})"
+        for entry in entries
+        for other in (*([] if entry.base is None else [entry.base]), *entry.controls)
+        if other not in entries
+    ]
+    if lost:
+        raise ValueError(
+            "`variants` must hold the `base` and the `controls` of each, but lacks "
+            f"{', '.join(lost)}"
+        )
+
+
+def _check_several(name: str, variants: tuple[Variant, ...]) -> None:
+    if len(set(variants)) < 2:
+        raise ValueError(f"`variants` of {name!r} must hold at least two, got {len(set(variants))}")

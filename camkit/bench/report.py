@@ -1,9 +1,11 @@
 """A report as text: a Markdown table for people, JSON for programs."""
 
 import json
-from dataclasses import asdict
+from typing import Any
 
-from camkit.bench.protocol import Report, Row
+from camkit.bench.protocol import Variant
+from camkit.bench.results import Report, Row
+from camkit.score import Gain
 
 
 def to_markdown(report: Report) -> str:
@@ -14,17 +16,20 @@ def to_markdown(report: Report) -> str:
         f"mIoU in % over {', '.join(report.classes)}",
         f"on {splits} of {report.dataset}. Definition: mean over the classes present in the ground",
         "truth, one confusion matrix over all images; other objects count as background.",
-        "Image-level labels: those of the data set, for every image.",
-        f"Background scores picked on {tuned}.",
+        f"Image-level labels: {report.labels}, for every image.",
+        f"Background scores and choices picked on {tuned}. Gains: 95% intervals of a paired",
+        "bootstrap over images; p is two-sided, corrected for all gains of the table (Holm).",
     ]
     if report.oracle:
         lines += ["", "ORACLE: background scores were picked on images that are reported."]
     lines += [
         "",
-        "| variant | background score | on tuning split | mIoU | gain (95% interval) | by class |",
-        "|---|---|---|---|---|---|",
+        "| variant | background score | on tuning split | mIoU | gain (95% interval) | p "
+        "| by class |",
+        "|---|---|---|---|---|---|---|",
         *(_line(row) for row in report.rows),
     ]
+    lines += _against_controls(report) + _other_definitions(report)
     if report.skipped:
         lines += ["", f"{len(report.skipped)} images could not be used:"]
         lines += [f"- {reason}" for reason in report.skipped]
@@ -33,26 +38,73 @@ def to_markdown(report: Report) -> str:
 
 def to_json(report: Report) -> str:
     """All of the report; stages as their settings."""
-    data = asdict(report)
-    for row, source in zip(data["rows"], report.rows, strict=True):
-        row["variant"] = {
-            "name": source.variant.name,
-            "seed": repr(source.variant.seed),
-            "edit": repr(source.variant.edit),
-            "edit_blocks": source.variant.edit_blocks,
-            "refine": [repr(refiner) for refiner in source.variant.refine],
-        }
-        row["class_iou"] = [None if value != value else value for value in source.class_iou]
+    data = {name: getattr(report, name) for name in Report.__dataclass_fields__}
+    data["rows"] = [_row(row) for row in report.rows]
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
+def _row(row: Row) -> dict[str, Any]:
+    data = {name: getattr(row, name) for name in Row.__dataclass_fields__ if name != "entry"}
+    data["name"], data["kind"] = row.name, type(row.entry).__name__
+    data["variant"] = _variant(row.variant)
+    data["variants"] = [_variant(variant) for variant in row.entry.variants]
+    data["gain"] = None if row.gain is None else vars(row.gain)
+    data["over_controls"] = [{"name": c.name, **vars(c.gain)} for c in row.over_controls]
+    for name in ("class_iou", "curve"):
+        data[name] = [None if value != value else value for value in data[name]]
+    return data
+
+
+def _variant(variant: Variant) -> dict[str, Any]:
+    return {
+        "name": variant.name,
+        "seed": repr(variant.seed),
+        "edit": repr(variant.edit),
+        "edit_blocks": variant.edit_blocks,
+        "refine": [repr(refiner) for refiner in variant.refine],
+    }
+
+
 def _line(row: Row) -> str:
-    gain = ""
-    if row.gain is not None:
-        low, high = row.gain.low * 100, row.gain.high * 100
-        gain = f"{row.gain.gain * 100:+.1f} ({low:+.1f} to {high:+.1f})"
+    picked = "" if row.name == row.variant.name or row.spread else f": {row.variant.name}"
+    spread = "" if row.spread is None else " ({:.1f} to {:.1f})".format(*_percent(*row.spread))
+    gain = "" if row.gain is None else _gain(row.gain)
+    chance = "" if row.p_value is None else f"{row.p_value:.2g}"
     by_class = " ".join("-" if value != value else f"{value * 100:.0f}" for value in row.class_iou)
     return (
-        f"| {row.variant.name} | {row.background_score:.2f} | {row.tuned_mean_iou * 100:.1f} "
-        f"| {row.mean_iou * 100:.1f} | {gain} | {by_class} |"
+        f"| {row.name}{picked} | {row.background_score:.2f} | {row.tuned_mean_iou * 100:.1f} "
+        f"| {row.mean_iou * 100:.1f}{spread} | {gain} | {chance} | {by_class} |"
     )
+
+
+def _gain(gain: Gain) -> str:
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*_percent(gain.gain, gain.low, gain.high))
+
+
+def _against_controls(report: Report) -> list[str]:
+    found = [(row, other) for row in report.rows for other in row.over_controls]
+    if not found:
+        return []
+    lines = ["", "| against its controls | control | gain (95% interval) |", "|---|---|---|"]
+    return lines + [f"| {row.name} | {o.name} | {_gain(o.gain)} |" for row, o in found]
+
+
+def _other_definitions(report: Report) -> list[str]:
+    """The other definitions of mean IoU, where they say something else."""
+    differing = [
+        row
+        for row in report.rows
+        if len({round(value, 6) for value in row.definitions.values()}) > 1
+    ]
+    if not differing:
+        return []
+    names = list(differing[0].definitions)
+    lines = ["", f"| by definition | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in differing:
+        values = " | ".join(f"{row.definitions[name] * 100:.1f}" for name in names)
+        lines.append(f"| {row.name} | {values} |")
+    return lines
+
+
+def _percent(*values: float) -> list[float]:
+    return [value * 100 for value in values]

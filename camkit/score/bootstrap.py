@@ -26,6 +26,13 @@ class Gain:
     low: float
     high: float
     chance_below_zero: float
+    resamples: int = 10_000
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided: how often a gain of this sign turns round, doubled; never below one draw."""
+        rarer = min(self.chance_below_zero, 1.0 - self.chance_below_zero)
+        return min(1.0, 2.0 * max(rarer, 1.0 / (self.resamples + 1)))
 
 
 def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its own)
@@ -86,7 +93,25 @@ def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its
         low=low,
         high=high,
         chance_below_zero=float((gains < 0).double().mean()),
+        resamples=len(gains),
     )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct for the number of comparisons (Holm 1979); the order is kept.
+
+    The chance that any of them falsely stays below a level is at most that level.
+
+    >>> [round(p, 4) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected = [0.0] * len(p_values)
+    least = 0.0
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, (len(order) - rank) * p_values[index]))
+        corrected[index] = least
+    return corrected
 
 
 def _resampled(

@@ -1,0 +1,78 @@
+"""What a benchmark says: rows, comparisons, report."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from camkit.bench.protocol import Entry, Variant
+from camkit.score import Gain
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A gain over a control.
+
+    Attributes:
+        name: of the control.
+        gain: over it, with its interval.
+    """
+
+    name: str
+    gain: Gain
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one line of the table; IoU in [0, 1].
+
+    Attributes:
+        entry: the line.
+        variant: what was measured; of a choice the one picked, of repeats the first.
+        background_score: picked on the tuning split.
+        tuned_mean_iou: mean IoU there.
+        mean_iou: mean IoU on the reported split; of repeats their mean.
+        definitions: the same by each definition of the field.
+        spread: lowest and highest mean IoU of repeats; None for others.
+        class_iou: by class, background first; NaN where a class is absent.
+        confusion: of the reported split, rows are the truth; of repeats their sum.
+        curve: mean IoU on the tuning split at each background score of `camkit.score.THRESHOLDS`.
+        gain: over the base, with its interval; None for a line without one.
+        over_controls: gains over the controls.
+        p_value: of the gain, corrected for all gains over bases in the report (Holm 1979).
+    """
+
+    entry: Entry
+    variant: Variant
+    background_score: float
+    tuned_mean_iou: float
+    mean_iou: float
+    definitions: dict[str, float]
+    spread: tuple[float, float] | None
+    class_iou: tuple[float, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    curve: tuple[float, ...]
+    gain: Gain | None
+    over_controls: tuple[Comparison, ...]
+    p_value: float | None
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished benchmark, with all that is needed to make it again."""
+
+    dataset: str
+    split: str
+    tune_split: str
+    images: int
+    tune_images: int
+    skipped: tuple[str, ...]
+    classes: tuple[str, ...]
+    labels: str
+    photos: str
+    oracle: bool
+    weights_sha256: str
+    environment: dict[str, Any]
+    rows: tuple[Row, ...]

@@ -1,0 +1,101 @@
+"""Measured images kept on disk: a run that died goes on, what changed alone is measured again."""
+
+import hashlib
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import camkit
+from camkit.errors import CamkitError
+
+_PLAIN = (str, bytes, int, float, bool, type(None))
+
+
+def fingerprint(value: Any) -> str | None:
+    """A hash of settings: equal for equal ones, in any process.
+
+    Dataclasses are told by their name and fields, tensors by their bytes. Other objects and
+    functions cannot be told from changed ones: their settings have no fingerprint, None.
+    """
+    digest = hashlib.sha256()
+    return digest.hexdigest() if _feed(digest, value) else None
+
+
+def _feed(digest: Any, value: Any) -> bool:
+    digest.update(f"({type(value).__module__}.{type(value).__qualname__} ".encode())
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous()
+        digest.update(f"{flat.dtype} {tuple(flat.shape)} ".encode())
+        digest.update(flat.flatten().view(torch.uint8).numpy().tobytes())
+        return True
+    if isinstance(value, _PLAIN):
+        digest.update(repr(value).encode())
+        return True
+    if isinstance(value, tuple | list):
+        digest.update(f"{len(value)} ".encode())
+        return all(_feed(digest, item) for item in value)
+    if isinstance(value, Mapping):
+        return _feed(digest, sorted(value.items()))
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = tuple((field.name, getattr(value, field.name)) for field in fields(value))
+        return _feed(digest, parts)
+    return False
+
+
+@cache
+def code_fingerprint() -> str:
+    """A hash of the library's own source: other code may measure otherwise."""
+    folder = Path(camkit.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.cpp"), *folder.rglob("*.cu"))):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class Store:
+    """Bytes by key, in one file, safe against being killed and against a second run beside it.
+
+    Raises:
+        CamkitError: the file is there, but is no store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._file = sqlite3.connect(path, timeout=60, isolation_level=None)
+        try:
+            self._file.execute("PRAGMA journal_mode=WAL")
+            self._file.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB)")
+        except sqlite3.DatabaseError as error:
+            self._file.close()
+            raise CamkitError(
+                f"{path} is no store of measured images ({error}); delete it or name another file"
+            ) from error
+
+    def get(self, key: str) -> bytes | None:
+        with closing(self._file.execute("SELECT value FROM kept WHERE key = ?", (key,))) as found:
+            row = found.fetchone()
+        return None if row is None else row[0]
+
+    def put(self, key: str, value: bytes) -> None:
+        self._file.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (key, value))
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()

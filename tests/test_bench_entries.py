@@ -1,0 +1,253 @@
+"""Choices, repeats, controls, predicted labels and kept measurements of the benchmark."""
+
+import json
+import sqlite3
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from hosts import shaken
+
+from camkit import (
+    DOEI,
+    CamkitError,
+    ClassAttentionSeed,
+    GradientSeed,
+    Normalize,
+    Propagate,
+    RandomGates,
+    VirtualClassTokens,
+    Vocabulary,
+    load_photo,
+)
+from camkit.bench import (
+    Choice,
+    PhotoSettings,
+    PredictedLabels,
+    Repeats,
+    Variant,
+    maps,
+    run,
+    stages,
+    to_json,
+    to_markdown,
+)
+from camkit.bench.store import Store, fingerprint
+from camkit.data import SHAPE_CLASSES, open_dataset, write_shapes
+from camkit.score import holm, mean_iou
+
+SHAPES = Vocabulary(SHAPE_CLASSES)
+SEED = Variant("seed", GradientSeed())
+SPREAD = Variant("spread", GradientSeed(), (Propagate(),), SEED)
+FURTHER = Variant("further", GradientSeed(), (Propagate(steps=3),), SEED)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    settings = {"depth": 2, "embed_dim": 32, "num_heads": 2, "dynamic_img_size": True}
+    return shaken(timm.create_model("vit_tiny_patch16_224", num_classes=3, **settings))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn")
+    write_shapes(folder, 8, size=(48, 64), rng_seed=3)
+    return open_dataset(folder)
+
+
+def measured(model, dataset, *variants, **options):
+    settings = {"split": "val", "tune_split": "train", "photos": PhotoSettings(size=64)}
+    return run(model, dataset, vocabulary=SHAPES, variants=variants, **(settings | options))
+
+
+def test_a_choice_reports_what_is_best_on_the_tuning_split(model, shapes):
+    alone = {row.name: row for row in measured(model, shapes, SEED, SPREAD, FURTHER).rows}
+    choice = Choice("steps", (SPREAD, FURTHER), base=SEED)
+    row = measured(model, shapes, SEED, choice).rows[1]
+    best = max(alone["spread"], alone["further"], key=lambda other: other.tuned_mean_iou)
+    assert row.variant.name == best.name
+    assert row.mean_iou == pytest.approx(best.mean_iou)
+    assert row.gain == best.gain
+    assert f"| steps: {best.name} |" in to_markdown(measured(model, shapes, SEED, choice))
+
+
+def test_a_choice_does_not_see_the_reported_masks(model, shapes):
+    """Tuned on val instead, it may choose otherwise; both choices are those of their tuning."""
+    free = replace(SPREAD, base=None), replace(FURTHER, base=None)
+    for tune, split in (("train", "val"), ("val", "train")):
+        options = {"tune_split": tune, "split": split}
+        (row,) = measured(model, shapes, Choice("steps", (SEED, *free)), **options).rows
+        tuned = [
+            measured(model, shapes, v, **options).rows[0].tuned_mean_iou for v in (SEED, *free)
+        ]
+        assert row.tuned_mean_iou == max(tuned)
+
+
+def test_repeats_report_their_mean_and_their_spread(model, shapes):
+    gates = tuple(
+        Variant(f"gates {s}", GradientSeed(), edit=RandomGates(DOEI(), rng_seed=s), edit_blocks=1)
+        for s in range(3)
+    )
+    alone = [measured(model, shapes, variant).rows[0] for variant in gates]
+    _, row = measured(model, shapes, SEED, Repeats("gates", gates, base=SEED)).rows
+    values = [one.mean_iou for one in alone]
+    assert row.mean_iou == pytest.approx(sum(values) / 3)
+    assert row.spread == pytest.approx((min(values), max(values)))
+    pooled = sum(torch.tensor(one.confusion) for one in alone)
+    assert torch.equal(torch.tensor(row.confusion), pooled)
+    base = measured(model, shapes, SEED).rows[0].mean_iou
+    assert row.gain.gain == pytest.approx(float(mean_iou(pooled)) - base)
+
+
+def test_gains_over_controls_are_those_over_a_base(model, shapes):
+    over_base = measured(model, shapes, SEED, SPREAD).rows[1].gain
+    controlled = Variant("spread", GradientSeed(), (Propagate(),), controls=(SEED,))
+    report = measured(model, shapes, SEED, controlled)
+    (found,) = report.rows[1].over_controls
+    assert (found.name, found.gain) == ("seed", over_base)
+    assert "| spread | seed |" in to_markdown(report)
+    assert json.loads(to_json(report))["rows"][1]["over_controls"][0]["name"] == "seed"
+
+
+def test_p_values_are_corrected_for_all_gains(model, shapes):
+    rows = measured(model, shapes, SEED, SPREAD, FURTHER).rows
+    assert rows[0].p_value is None
+    assert [row.p_value for row in rows[1:]] == holm([row.gain.p_value for row in rows[1:]])
+
+
+def test_stages_are_based_on_one_another():
+    whole = Variant("all", GradientSeed(), (Propagate(), Normalize("minmax")))
+    found = stages(whole)
+    assert [v.name for v in found] == ["all: seed", "all: Propagate", "all"]
+    assert [v.refine for v in found] == [(), whole.refine[:1], whole.refine]
+    assert [v.base for v in found] == [None, *found[:2]]
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ((SEED, Variant("seed", ClassAttentionSeed())), r"got twice: \['seed'\]"),
+        ((Choice("both", (SEED, SPREAD), base=FURTHER),), r"lacks further \(for both\)"),
+        ((Variant("a", GradientSeed(), controls=(SEED,)),), r"lacks seed \(for a\)"),
+    ],
+)
+def test_a_table_that_cannot_be_made_is_refused(model, shapes, entries, words):
+    with pytest.raises(ValueError, match=words):
+        measured(model, shapes, *entries)
+
+
+@pytest.mark.parametrize("kind", [Choice, Repeats])
+def test_several_are_at_least_two(kind):
+    with pytest.raises(ValueError, match="'one' must hold at least two, got 1"):
+        kind("one", (SEED, SEED))
+
+
+def test_predicted_labels_are_the_likely_classes(model, shapes):
+    labels = PredictedLabels(threshold=0.3)
+    report = measured(model, shapes, SEED, labels=labels)
+    assert "threshold=0.3" in report.labels
+    assert "threshold=0.3" in to_markdown(report)
+    photo = load_photo(shapes.split("val")[0].photo, size=64)
+    probability = model(photo.pixels).softmax(-1)[0]
+    expected = [c for c in range(3) if probability[c] >= 0.3]
+    assert list(labels(model, photo, SHAPES)) == expected
+    single = PredictedLabels(threshold=0.6, activation="sigmoid")
+    expected = [c for c in range(3) if model(photo.pixels).sigmoid()[0, c] >= 0.6]
+    assert list(single(model, photo, SHAPES)) == expected
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many variants were computed, image by image."""
+    counts = []
+    real = maps.variant_maps
+
+    def counting(model, photo, classes, variants, vocabulary):
+        counts.append(len(variants))
+        return real(model, photo, classes, variants, vocabulary)
+
+    monkeypatch.setattr("camkit.bench.meter.variant_maps", counting)
+    return counts
+
+
+def test_what_was_measured_is_not_measured_again(model, shapes, tmp_path, counted):
+    file = tmp_path / "kept.sqlite"
+    fresh = to_json(measured(model, shapes, SEED, SPREAD))
+    counted.clear()
+    assert to_json(measured(model, shapes, SEED, SPREAD, cache=file)) == fresh
+    assert counted == [2] * 8
+    counted.clear()
+    assert to_json(measured(model, shapes, SEED, SPREAD, cache=file)) == fresh
+    assert counted == []
+    measured(model, shapes, SEED, FURTHER, cache=file)
+    assert counted == [1] * 8  # the changed variant alone
+
+
+def test_a_run_that_died_goes_on(model, shapes, tmp_path, counted, monkeypatch):
+    file = tmp_path / "kept.sqlite"
+    expected = to_json(measured(model, shapes, SEED))
+    real, seen = maps._capture, []
+
+    def dying(*args):
+        seen.append(args)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(maps, "_capture", dying)
+    with pytest.raises(KeyboardInterrupt):
+        measured(model, shapes, SEED, cache=file)
+    counted.clear()
+    assert to_json(measured(model, shapes, SEED, cache=file)) == expected
+    assert len(counted) == 4
+
+
+def test_other_weights_photos_or_settings_are_measured(model, shapes, tmp_path, counted):
+    file = tmp_path / "kept.sqlite"
+    measured(model, shapes, SEED, cache=file)
+    with torch.no_grad():
+        model.head.bias += 1
+    for options in ({}, {"photos": PhotoSettings(size=48)}, {"labels": PredictedLabels()}):
+        counted.clear()
+        measured(model, shapes, SEED, cache=file, **options)
+        assert len(counted) >= 1
+
+
+def test_settings_without_a_fingerprint_are_measured_every_time(model, shapes, tmp_path, counted):
+    def halve(cam, capture):
+        return cam / 2
+
+    variant = Variant("halved", GradientSeed(), (halve,))
+    for _ in range(2):
+        measured(model, shapes, variant, cache=tmp_path / "kept.sqlite")
+    assert counted == [1] * 16
+
+
+def test_a_fingerprint_tells_settings_and_tensors_apart():
+    one = VirtualClassTokens(torch.ones(2, 3))
+    assert repr(one) == repr(VirtualClassTokens(torch.zeros(2, 3)))
+    assert fingerprint(one) != fingerprint(VirtualClassTokens(torch.zeros(2, 3)))
+    assert fingerprint(one) == fingerprint(VirtualClassTokens(torch.ones(2, 3)))
+    assert fingerprint(Propagate()) == fingerprint(Propagate(steps=1))
+    assert fingerprint(Propagate()) != fingerprint(Propagate(steps=2))
+    assert fingerprint((Propagate(), print)) is None
+
+
+def test_a_file_that_is_no_store_is_told(tmp_path):
+    path = tmp_path / "results.sqlite"
+    path.write_text("a table of results " * 100)
+    with pytest.raises(CamkitError, match=r"results\.sqlite is no store"):
+        Store(path)
+    assert path.read_text().startswith("a table")
+
+
+def test_a_store_is_read_while_another_writes(tmp_path):
+    path = tmp_path / "kept.sqlite"
+    with Store(path) as first, Store(path) as second:
+        first.put("a", b"1")
+        assert second.get("a") == b"1"
+        assert second.get("b") is None
+    with sqlite3.connect(path) as file:
+        assert file.execute("SELECT count(*) FROM kept").fetchone() == (1,)
