@@ -106,6 +106,14 @@ def test_figures_equal_a_slow_loop(model, shapes):
             assert row.class_iou[value] == pytest.approx(hit / union)
 
 
+def test_images_are_named_and_told_one_by_one(model, shapes):
+    report = measured(model, shapes)
+    assert report.names == tuple(sample.name for sample in shapes.split("val"))
+    for row in report.rows:
+        alone = by_hand(model, shapes, "val", row.variant, row.background_score)
+        assert row.image_iou == pytest.approx(mean_iou(alone).tolist())
+
+
 def test_the_background_score_is_the_best_on_the_tuning_split(model, shapes):
     (row,) = measured(model, shapes, variants=(SEED,)).rows
     scores = THRESHOLDS[::12].tolist()

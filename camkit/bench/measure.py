@@ -86,13 +86,13 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         tune_images = len(tuning) - len(skipped)
         best = {variant: curve.best for variant, curve in tuned.items()}
         chosen = {entry.name: entry.reported(best) for entry in entries}
-        images = _report_on(meter, held_out, chosen, best, f"measuring on {split}", skipped)
+        names, images = _report_on(meter, held_out, chosen, best, f"measuring on {split}", skipped)
     rows = [_row(entry, chosen, images, tuned) for entry in entries]
     return Report(
         dataset=dataset.root.name,
         split=split,
         tune_split=tune_split,
-        images=len(next(iter(images.values()))),
+        names=names,
         tune_images=tune_images,
         skipped=tuple(skipped),
         classes=("background", *vocabulary.names),
@@ -141,7 +141,7 @@ def _tune(
 ) -> dict[Variant, _Tuned]:
     variants = tuple(dict.fromkeys(v for entry in entries for v in entry.variants))
     totals: dict[Variant, Tensor] = {}
-    for swept in meter.each(samples, variants, title, skipped):
+    for _, swept in meter.each(samples, variants, title, skipped):
         totals = {v: totals[v] + one if v in totals else one for v, one in swept.items()}
     return {
         variant: _Tuned(tuple(mean_iou(total).tolist()), best_threshold(total, THRESHOLDS))
@@ -156,15 +156,17 @@ def _report_on(
     best: Mapping[Variant, Best],
     title: str,
     skipped: list[str],
-) -> dict[Variant, Int[Tensor, "n c c"]]:
+) -> tuple[tuple[str, ...], dict[Variant, Int[Tensor, "n c c"]]]:
     """Matrices of each image, every variant at the background score picked for it."""
     variants = tuple(dict.fromkeys(v for picked in chosen.values() for v in picked))
     steps = {v: int((THRESHOLDS - best[v].threshold).abs().argmin()) for v in variants}
     kept: dict[Variant, list[Tensor]] = {variant: [] for variant in variants}
-    for swept in meter.each(samples, variants, title, skipped):
+    names = []
+    for name, swept in meter.each(samples, variants, title, skipped):
+        names.append(name)
         for variant, one in swept.items():
             kept[variant].append(one[steps[variant]].clone())  # not the whole sweep it is part of
-    return {variant: torch.stack(matrices) for variant, matrices in kept.items()}
+    return tuple(names), {variant: torch.stack(found) for variant, found in kept.items()}
 
 
 def _row(
@@ -190,6 +192,7 @@ def _row(
         spread=(min(means), max(means)) if isinstance(entry, Repeats) else None,
         class_iou=tuple(class_iou(whole).tolist()),
         confusion=tuple(tuple(line) for line in whole.tolist()),
+        image_iou=tuple(mean_iou(images[picked[0]]).tolist()),
         curve=tuned[picked[0]].curve,
         gain=None if entry.base is None else _gain(entry.base, entry, chosen, images),
         over_controls=tuple(

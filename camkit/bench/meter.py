@@ -61,8 +61,8 @@ class Meter:
 
     def each(
         self, samples: Sequence[Sample], variants: Sequence[Variant], title: str, skipped: list[str]
-    ) -> Iterator[dict[Variant, Int[Tensor, "s c c"]]]:
-        """Swept matrices of image after image; those that cannot be used are listed instead."""
+    ) -> Iterator[tuple[str, dict[Variant, Int[Tensor, "s c c"]]]]:
+        """Name and swept matrices of each image; those that cannot be used are listed instead."""
         done = 0
         for sample in tqdm(samples, desc=title, unit="image", delay=2, mininterval=0.5):
             try:
@@ -71,7 +71,7 @@ class Meter:
                 skipped.append(str(error))
                 continue
             done += 1
-            yield found
+            yield sample.name, found
         if not done:
             raise DataError(f"no usable image among {len(samples)} ({'; '.join(skipped[:3])})")
 

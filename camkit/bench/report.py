@@ -39,6 +39,7 @@ def to_markdown(report: Report) -> str:
 def to_json(report: Report) -> str:
     """All of the report; stages as their settings."""
     data = {name: getattr(report, name) for name in Report.__dataclass_fields__}
+    data["images"] = report.images
     data["rows"] = [_row(row) for row in report.rows]
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
@@ -50,7 +51,7 @@ def _row(row: Row) -> dict[str, Any]:
     data["variants"] = [_variant(variant) for variant in row.entry.variants]
     data["gain"] = None if row.gain is None else vars(row.gain)
     data["over_controls"] = [{"name": c.name, **vars(c.gain)} for c in row.over_controls]
-    for name in ("class_iou", "curve"):
+    for name in ("class_iou", "curve", "image_iou"):
         data[name] = [None if value != value else value for value in data[name]]
     return data
 

@@ -34,6 +34,8 @@ class Row:
         spread: lowest and highest mean IoU of repeats; None for others.
         class_iou: by class, background first; NaN where a class is absent.
         confusion: of the reported split, rows are the truth; of repeats their sum.
+        image_iou: mean IoU of each reported image by itself, in the order of `Report.names`; no
+            figure is made of them, they only sort pictures.
         curve: mean IoU on the tuning split at each background score of `camkit.score.THRESHOLDS`.
         gain: over the base, with its interval; None for a line without one.
         over_controls: gains over the controls.
@@ -49,6 +51,7 @@ class Row:
     spread: tuple[float, float] | None
     class_iou: tuple[float, ...]
     confusion: tuple[tuple[int, ...], ...]
+    image_iou: tuple[float, ...]
     curve: tuple[float, ...]
     gain: Gain | None
     over_controls: tuple[Comparison, ...]
@@ -61,12 +64,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """A finished benchmark, with all that is needed to make it again."""
+    """A finished benchmark, with all that is needed to make it again.
+
+    Attributes:
+        dataset: name of its folder.
+        split: where the figures come from.
+        tune_split: where background scores and choices were picked.
+        names: the images the figures come from.
+        tune_images: how many images were picked on.
+        skipped: why each of the others could not be used.
+        classes: in the order of mask values, the background first.
+        labels: where image-level labels came from.
+        photos: how photos were read.
+        oracle: the splits share images.
+        weights_sha256: of the model.
+        environment: versions and machine.
+        rows: one for each line of the table.
+    """
 
     dataset: str
     split: str
     tune_split: str
-    images: int
+    names: tuple[str, ...]
     tune_images: int
     skipped: tuple[str, ...]
     classes: tuple[str, ...]
@@ -76,3 +95,7 @@ class Report:
     weights_sha256: str
     environment: dict[str, Any]
     rows: tuple[Row, ...]
+
+    @property
+    def images(self) -> int:
+        return len(self.names)
