@@ -20,11 +20,14 @@ from camkit import (
     VirtualClassTokens,
     Vocabulary,
     load_photo,
+    resize_cam,
+    wrap,
 )
 from camkit.bench import (
     Choice,
     PhotoSettings,
     PredictedLabels,
+    Quality,
     Repeats,
     Variant,
     maps,
@@ -251,3 +254,21 @@ def test_a_store_is_read_while_another_writes(tmp_path):
         assert second.get("b") is None
     with sqlite3.connect(path) as file:
         assert file.execute("SELECT count(*) FROM kept").fetchone() == (1,)
+
+
+def test_quality_is_the_mean_over_asked_maps(model, shapes):
+    quality = Quality(steps=3, images=1)
+    (row,) = measured(model, shapes, SEED, quality=quality).rows
+    sample = shapes.split("val")[0]
+    photo = load_photo(sample.photo, size=64)
+    cam = wrap(model, seed=SEED.seed, refine=(), vocabulary=SHAPES)(
+        photo, classes=sample.classes
+    ).cam
+    cam = resize_cam(cam, photo.pixels.shape[-2:])
+    alone = quality(model, photo, cam, sample.classes, SHAPES)
+    assert row.quality.maps == len(sample.classes)
+    mean = sum(one.insertion for one in alone) / len(alone)
+    assert row.quality.means.insertion == pytest.approx(mean, abs=1e-6)
+    report = measured(model, shapes, SEED, quality=quality)
+    assert f"| seed | {mean:.3f} ± " in to_markdown(report)
+    json.loads(to_json(report), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

@@ -10,6 +10,11 @@ from camkit.bench.protocol import (
     Variant as Variant,
     stages as stages,
 )
+from camkit.bench.quality import (
+    MeanQuality as MeanQuality,
+    Quality as Quality,
+    QualityScores as QualityScores,
+)
 from camkit.bench.report import to_json as to_json, to_markdown as to_markdown
 from camkit.bench.results import Comparison as Comparison, Report as Report, Row as Row
 from camkit.bench.variants import standard_variants as standard_variants

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from camkit.bench.meter import LabelSource, Meter
 from camkit.bench.protocol import Entry, PhotoSettings, Repeats, Variant, check_entries
+from camkit.bench.quality import Quality, measure_quality
 from camkit.bench.results import Comparison, Report, Row
 from camkit.bench.store import Store
 from camkit.data import DataSet, Sample
@@ -43,6 +44,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     limit: int | None = None,
     oracle_threshold: bool = False,
     cache: Path | None = None,
+    quality: Quality | None = None,
 ) -> Report:
     """Measure variants: background scores and choices from ``tune_split``, figures from ``split``.
 
@@ -62,6 +64,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         oracle_threshold: allow the splits to share images; the report is marked so.
         cache: a file that keeps what was measured, image by image, under a hash of weights, files,
             settings and code: a killed run goes on, a changed variant costs only itself.
+        quality: also measure how well the maps explain the classifier; many forwards an image.
 
     Raises:
         ValueError: the splits share images without ``oracle_threshold``, or a class is not in the
@@ -87,7 +90,10 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         best = {variant: curve.best for variant, curve in tuned.items()}
         chosen = {entry.name: entry.reported(best) for entry in entries}
         names, images = _report_on(meter, held_out, chosen, best, f"measuring on {split}", skipped)
+        asked = () if quality is None else tuple({picked[0]: None for picked in chosen.values()})
+        qualities = measure_quality(meter, held_out, asked, quality or Quality())
     rows = [_row(entry, chosen, images, tuned) for entry in entries]
+    rows = [replace(row, quality=qualities.get(row.variant)) for row in rows]
     return Report(
         dataset=dataset.root.name,
         split=split,

@@ -1,6 +1,7 @@
 """A report as text: a Markdown table for people, JSON for programs."""
 
 import json
+from dataclasses import asdict, astuple
 from typing import Any
 
 from camkit.bench.protocol import Variant
@@ -29,7 +30,7 @@ def to_markdown(report: Report) -> str:
         "|---|---|---|---|---|---|---|",
         *(_line(row) for row in report.rows),
     ]
-    lines += _against_controls(report) + _other_definitions(report)
+    lines += _against_controls(report) + _other_definitions(report) + _qualities(report)
     if report.skipped:
         lines += ["", f"{len(report.skipped)} images could not be used:"]
         lines += [f"- {reason}" for reason in report.skipped]
@@ -51,9 +52,17 @@ def _row(row: Row) -> dict[str, Any]:
     data["variants"] = [_variant(variant) for variant in row.entry.variants]
     data["gain"] = None if row.gain is None else vars(row.gain)
     data["over_controls"] = [{"name": c.name, **vars(c.gain)} for c in row.over_controls]
-    for name in ("class_iou", "curve", "image_iou"):
-        data[name] = [None if value != value else value for value in data[name]]
-    return data
+    data["quality"] = None if row.quality is None else asdict(row.quality)
+    return {name: _without_nan(value) for name, value in data.items()}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what has no figure is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_without_nan(item) for item in value]
+    return None if value != value else value
 
 
 def _variant(variant: Variant) -> dict[str, Any]:
@@ -104,6 +113,25 @@ def _other_definitions(report: Report) -> list[str]:
     for row in differing:
         values = " | ".join(f"{row.definitions[name] * 100:.1f}" for name in names)
         lines.append(f"| {row.name} | {values} |")
+    return lines
+
+
+def _qualities(report: Report) -> list[str]:
+    """What the classifier says of the maps."""
+    found = [(row, row.quality) for row in report.rows if row.quality is not None]
+    if not found:
+        return []
+    lines = [
+        "",
+        f"By the classifier, over {found[0][1].maps} maps, with standard errors: insertion (higher",
+        "is better), deletion and what is left behind (lower is better).",
+        "",
+        "| variant | insertion | deletion | left behind |",
+        "|---|---|---|---|",
+    ]
+    for row, quality in found:
+        pairs = zip(astuple(quality.means), astuple(quality.errors), strict=True)
+        lines.append(f"| {row.name} | {' | '.join(f'{m:.3f} ± {e:.3f}' for m, e in pairs)} |")
     return lines
 
 

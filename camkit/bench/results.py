@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from camkit.bench.protocol import Entry, Variant
+from camkit.bench.quality import MeanQuality
 from camkit.score import Gain
 
 
@@ -40,6 +41,7 @@ class Row:
         gain: over the base, with its interval; None for a line without one.
         over_controls: gains over the controls.
         p_value: of the gain, corrected for all gains over bases in the report (Holm 1979).
+        quality: what the classifier says of the maps; None where it was not asked for.
     """
 
     entry: Entry
@@ -56,6 +58,7 @@ class Row:
     gain: Gain | None
     over_controls: tuple[Comparison, ...]
     p_value: float | None
+    quality: MeanQuality | None = None
 
     @property
     def name(self) -> str:

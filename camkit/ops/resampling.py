@@ -34,6 +34,21 @@ def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
     return resized.to(cam.dtype)
 
 
+def gaussian_blur(maps: Float[Tensor, "b k H W"], width: float) -> Float[Tensor, "b k H W"]:
+    """Blur maps or pictures, edges repeated; cut off at three standard deviations.
+
+    Args:
+        maps: of any range.
+        width: standard deviation, in rows and columns.
+    """
+    reach = max(1, round(3 * width))
+    steps = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
+    kernel = (-(steps**2) / (2 * width**2)).softmax(0)
+    flat = F.pad(maps, (reach, reach, reach, reach), mode="replicate").flatten(0, 1)[:, None]
+    flat = F.conv2d(F.conv2d(flat, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    return flat.view_as(maps)
+
+
 def resize_mask(mask: Integer[Tensor, "... H W"], size: tuple[int, int]) -> Integer[Tensor, "..."]:
     """Resize masks by taking, for each new pixel, the old one under its centre.
 

@@ -3,10 +3,8 @@
 import math
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
 from camkit.capture.record import Capture
+from camkit.ops.resampling import gaussian_blur
 from camkit.tensors import Cam
 
 
@@ -26,9 +24,4 @@ class Blur:
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
         del capture
-        reach = max(1, round(3 * self.width))
-        steps = torch.arange(-reach, reach + 1, device=cam.device, dtype=cam.dtype)
-        kernel = (-(steps**2) / (2 * self.width**2)).softmax(0)
-        maps = F.pad(cam, (reach, reach, reach, reach), mode="replicate").flatten(0, 1)[:, None]
-        maps = F.conv2d(F.conv2d(maps, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-        return maps.view_as(cam)
+        return gaussian_blur(cam, self.width)

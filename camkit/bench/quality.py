@@ -1,0 +1,180 @@
+"""How well maps explain the classifier, without any mask: insertion, deletion, what is left behind.
+
+They say whether a map holds what the classifier needs, not whether its edges are right.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from camkit.bench.meter import Meter
+from camkit.bench.protocol import Variant
+from camkit.capture.record import scores_of
+from camkit.data import Sample
+from camkit.errors import CamkitError, DataError
+from camkit.ops.resampling import gaussian_blur, resize_cam
+from camkit.photo import Photo
+from camkit.tensors import Cam, Pixels
+from camkit.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Measures maps by what the classifier says of altered photos.
+
+    Attributes:
+        steps: pictures along each curve, the last one included.
+        images: at most so many of the reported images are measured; None takes all.
+        blur_width: standard deviation in pixels of the blurred picture that insertion starts from.
+        batch: pictures per forward.
+    """
+
+    steps: int = 16
+    images: int | None = 50
+    blur_width: float = 10.0
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"`steps` must be at least 2, got {self.steps}")
+        if self.images is not None and self.images < 1:
+            raise ValueError(f"`images` must be at least 1, got {self.images}")
+        if not self.blur_width > 0.0:
+            raise ValueError(f"`blur_width` must be above 0, got {self.blur_width}")
+        if self.batch < 1:
+            raise ValueError(f"`batch` must be at least 1, got {self.batch}")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        photo: Photo,
+        cam: Cam,
+        classes: tuple[int, ...],
+        vocabulary: Vocabulary,
+    ) -> list["QualityScores"]:
+        """Measure each class of one photo.
+
+        Args:
+            model: borrowed, in evaluation mode.
+            photo: as the maps were made of it.
+            cam: one map for each class, in [0, 1], of the size the model sees.
+            classes: of the vocabulary.
+            vocabulary: joins classifier outputs.
+        """
+        pixels = photo.pixels
+        blurred = gaussian_blur(pixels, self.blur_width)
+        removed = pixels.mean((-2, -1), keepdim=True).expand_as(pixels)
+        found = []
+        for one, index in zip(cam[0], classes, strict=True):
+            kept = _kept_first(one, self.steps).to(pixels.dtype)
+            pictures = torch.cat(
+                [
+                    torch.where(kept > 0, pixels, blurred),  # more and more is shown
+                    torch.where(kept > 0, removed, pixels),  # more and more is removed
+                    pixels * (1 - one.to(pixels.dtype)),
+                    pixels,
+                ]
+            )
+            logits, chance = self._ask(model, pictures, index, vocabulary)
+            insertion, deletion = chance[: self.steps], chance[self.steps : 2 * self.steps]
+            behind, whole = logits[-2].clamp_min(0), logits[-1].clamp_min(0)
+            found.append(
+                QualityScores(
+                    insertion=float(torch.trapezoid(insertion) / (self.steps - 1)),
+                    deletion=float(torch.trapezoid(deletion) / (self.steps - 1)),
+                    background=float((behind / whole.clamp_min(1e-8)).clamp_max(1.0)),
+                )
+            )
+        return found
+
+    def _ask(
+        self, model: nn.Module, pictures: Pixels, index: int, vocabulary: Vocabulary
+    ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
+        """Score and probability of a class in each picture."""
+        weight = next(model.parameters())
+        outputs = []
+        with torch.no_grad():
+            for part in pictures.split(self.batch):
+                scores = scores_of(model(part.to(weight)))
+                if scores is None:
+                    raise CamkitError("the quality of maps needs a model that returns class scores")
+                outputs.append(scores.float().cpu())
+        scores = torch.cat(outputs)
+        logits = vocabulary.score(scores)[:, index]
+        return logits, (logits - scores.logsumexp(-1)).exp()
+
+
+@dataclass(frozen=True)
+class QualityScores:
+    """Of one class in one photo, each in [0, 1].
+
+    Attributes:
+        insertion: area under the class's probability while the pixels that score highest are shown
+            first over a blurred picture (RISE, Petsiuk et al. 2018); higher is better.
+        deletion: the same while they are replaced by the mean colour; lower is better.
+        background: what remains of the class's score when the map's pixels are faded out, after
+            BAS (Wu et al. 2022), on pixels instead of features (ours); lower is better, and 0 for
+            a map that covers everything: read it beside the mask.
+    """
+
+    insertion: float
+    deletion: float
+    background: float
+
+
+def _kept_first(one: Float[Tensor, "H W"], steps: int) -> Float[Tensor, "s 1 H W"]:
+    """Masks of the pixels that score highest: none of them, more in equal steps, all."""
+    order = one.flatten().argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    shares = torch.linspace(0, 1, steps)[:, None]
+    return (rank[None] < (shares * len(order)).round()).float().view(steps, 1, *one.shape)
+
+
+@dataclass(frozen=True)
+class MeanQuality:
+    """Means over every asked class of every image, and the standard error of each."""
+
+    means: QualityScores
+    errors: QualityScores
+    maps: int
+
+
+def measure_quality(
+    meter: Meter, samples: Sequence[Sample], variants: Sequence[Variant], settings: Quality
+) -> Mapping[Variant, MeanQuality]:
+    """Measure the maps of variants on the first images that have an asked class and can be used."""
+    found: dict[Variant, list[QualityScores]] = {variant: [] for variant in variants}
+    done = 0
+    for sample in samples if variants else ():
+        if settings.images is not None and done == settings.images:
+            break
+        try:
+            picture = meter.load(sample)
+        except DataError:  # listed by the measurement of the masks
+            continue
+        if not picture.asked:
+            continue
+        done += 1
+        photo = picture.photo
+        seen = (photo.pixels.shape[-2], photo.pixels.shape[-1])
+        for variant, cam in meter.maps(picture, variants).items():
+            scored = settings(
+                meter.model, photo, resize_cam(cam, seen), picture.asked, meter.vocabulary
+            )
+            found[variant] += scored
+    return {variant: _mean(scores) for variant, scores in found.items() if scores}
+
+
+def _mean(scores: Sequence[QualityScores]) -> MeanQuality:
+    columns = {f.name: [getattr(one, f.name) for one in scores] for f in fields(QualityScores)}
+    means = {name: statistics.fmean(values) for name, values in columns.items()}
+    errors = {
+        name: statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        for name, values in columns.items()
+    }
+    return MeanQuality(QualityScores(**means), QualityScores(**errors), len(scores))
