@@ -21,6 +21,7 @@ from camkit import (
     Vocabulary,
     load_photo,
     resize_cam,
+    to_mask,
     wrap,
 )
 from camkit.bench import (
@@ -37,8 +38,16 @@ from camkit.bench import (
     to_markdown,
 )
 from camkit.bench.store import Store, fingerprint
-from camkit.data import SHAPE_CLASSES, open_dataset, write_shapes
-from camkit.score import holm, mean_iou
+from camkit.data import SHAPE_CLASSES, open_dataset, read_mask, write_shapes
+from camkit.score import (
+    THRESHOLDS,
+    Curve,
+    average_precision,
+    boundary_overlap,
+    holm,
+    mean_iou,
+    sweep_confusions,
+)
 
 SHAPES = Vocabulary(SHAPE_CLASSES)
 SEED = Variant("seed", GradientSeed())
@@ -272,3 +281,50 @@ def test_quality_is_the_mean_over_asked_maps(model, shapes):
     report = measured(model, shapes, SEED, quality=quality)
     assert f"| seed | {mean:.3f} ± " in to_markdown(report)
     json.loads(to_json(report), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_outlines_are_those_of_the_masks_at_the_picked_score(model, shapes, tmp_path):
+    for _ in range(2):  # the second time from what was kept
+        base, row = measured(
+            model, shapes, SEED, SPREAD, outlines=True, cache=tmp_path / "kept.sqlite"
+        ).rows
+    bands = []
+    for sample in shapes.split("val"):
+        photo = load_photo(sample.photo, size=64)
+        pipeline = wrap(model, seed=row.variant.seed, refine=row.variant.refine, vocabulary=SHAPES)
+        cam = pipeline(photo, classes=sample.classes).cam
+        mask = to_mask(cam, torch.tensor([sample.classes]), background_score=row.background_score)
+        truth = read_mask(sample.mask, size=photo.size, num_classes=3)
+        bands.append(boundary_overlap(truth, mask[0], num_classes=4))
+    hit, union = (
+        torch.stack([b.hit for b in bands]).sum(0).double(),
+        torch.stack([b.true + b.predicted - b.hit for b in bands]).sum(0),
+    )
+    assert row.outlines.mean_iou == pytest.approx(float((hit / union).nanmean()), abs=1e-9)
+    assert row.outlines.gain.gain == pytest.approx(row.outlines.mean_iou - base.outlines.mean_iou)
+    assert base.outlines.gain is None
+
+
+def test_average_precision_and_area_are_those_of_the_whole_sweep(model, shapes):
+    (row,) = measured(model, shapes, SEED).rows
+    assert row.area == pytest.approx(Curve(tuple(THRESHOLDS.tolist()), row.curve).area)
+    (other,) = measured(model, shapes, SEED, split="train", tune_split="val").rows
+    assert max(other.curve) == pytest.approx(other.tuned_mean_iou)
+    swept = 0
+    pipeline = wrap(model, seed=SEED.seed, refine=(), vocabulary=SHAPES)
+    for sample in shapes.split("val"):
+        photo = load_photo(sample.photo, size=64)
+        cam = pipeline(photo, classes=sample.classes).cam[0]
+        truth = read_mask(sample.mask, size=photo.size, num_classes=3)
+        swept += sweep_confusions(cam, torch.tensor(sample.classes), truth, num_classes=4)
+    expected = average_precision(swept).tolist()
+    assert row.class_precision == pytest.approx(expected, abs=1e-6, nan_ok=True)
+
+
+def test_the_same_photo_under_another_name_is_an_overlap(model, tmp_path):
+    write_shapes(tmp_path / "drawn", 8, size=(48, 64), rng_seed=3)
+    dataset = open_dataset(tmp_path / "drawn")
+    first, second = dataset.split("train")[0], dataset.split("val")[0]
+    second.photo.write_bytes(first.photo.read_bytes())
+    with pytest.raises(ValueError, match=f"share 1 images .{first.name}.*the same content"):
+        measured(model, dataset, SEED)

@@ -2,32 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from camkit.bench.meter import LabelSource, Meter
-from camkit.bench.protocol import Entry, PhotoSettings, Repeats, Variant, check_entries
+from camkit.bench.protocol import Entry, PhotoSettings, Variant, check_entries
 from camkit.bench.quality import Quality, measure_quality
-from camkit.bench.results import Comparison, Report, Row
+from camkit.bench.results import Report
+from camkit.bench.rows import Reported, Tuned, make_rows
 from camkit.bench.store import Store
-from camkit.data import DataSet, Sample
+from camkit.data import DataSet, Sample, shared_images
 from camkit.manifest import environment, weights_hash
-from camkit.score import (
-    THRESHOLDS,
-    Best,
-    Definition,
-    Gain,
-    best_threshold,
-    class_iou,
-    holm,
-    mean_iou,
-    paired_gain,
-)
+from camkit.score import THRESHOLDS, best_threshold, threshold_curve
 from camkit.vocabulary import Vocabulary
 
 
@@ -45,6 +33,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     oracle_threshold: bool = False,
     cache: Path | None = None,
     quality: Quality | None = None,
+    outlines: bool = False,
 ) -> Report:
     """Measure variants: background scores and choices from ``tune_split``, figures from ``split``.
 
@@ -64,6 +53,8 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         oracle_threshold: allow the splits to share images; the report is marked so.
         cache: a file that keeps what was measured, image by image, under a hash of weights, files,
             settings and code: a killed run goes on, a changed variant costs only itself.
+        outlines: also measure boundary IoU (`camkit.score.boundary_overlap`), at the same
+            background scores.
         quality: also measure how well the maps explain the classifier; many forwards an image.
 
     Raises:
@@ -74,10 +65,11 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     entries = tuple(variants)
     _check(model, dataset, vocabulary, entries)
     tuning, held_out = dataset.split(tune_split)[:limit], dataset.split(split)[:limit]
-    shared = _shared(tuning, held_out)
+    shared = shared_images(tuning, held_out)
     if shared and not oracle_threshold:
         raise ValueError(
-            f"splits {tune_split!r} and {split!r} share {len(shared)} images ({min(shared)}, ...); "
+            f"splits {tune_split!r} and {split!r} share {len(shared)} images "
+            f"({shared[0][0]}, ...): the same name or the same content; "
             "a background score picked on the images it is reported on is an oracle: name another "
             "split, or ask for it with --oracle-threshold"
         )
@@ -89,11 +81,13 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         tune_images = len(tuning) - len(skipped)
         best = {variant: curve.best for variant, curve in tuned.items()}
         chosen = {entry.name: entry.reported(best) for entry in entries}
-        names, images = _report_on(meter, held_out, chosen, best, f"measuring on {split}", skipped)
+        scores = {v: best[v].threshold for picked in chosen.values() for v in picked}
+        title = f"measuring on {split}"
+        names, reported = _report_on(
+            meter, held_out, scores, skipped, title=title, outlines=outlines
+        )
         asked = () if quality is None else tuple({picked[0]: None for picked in chosen.values()})
         qualities = measure_quality(meter, held_out, asked, quality or Quality())
-    rows = [_row(entry, chosen, images, tuned) for entry in entries]
-    rows = [replace(row, quality=qualities.get(row.variant)) for row in rows]
     return Report(
         dataset=dataset.root.name,
         split=split,
@@ -107,20 +101,8 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         oracle=bool(shared),
         weights_sha256=weights_hash(model),
         environment=environment(),
-        rows=tuple(_corrected(rows)),
+        rows=make_rows(entries, chosen, tuned, reported, qualities),
     )
-
-
-@dataclass(frozen=True)
-class _Tuned:
-    """What the tuning split says of a variant."""
-
-    curve: tuple[float, ...]
-    best: Best
-
-    @property
-    def step(self) -> int:
-        return int((THRESHOLDS - self.best.threshold).abs().argmin())
 
 
 def _check(
@@ -134,23 +116,21 @@ def _check(
     check_entries(entries)
 
 
-def _shared(tuning: Sequence[Sample], held_out: Sequence[Sample]) -> set[str]:
-    return {sample.name for sample in tuning} & {sample.name for sample in held_out}
-
-
 def _tune(
     meter: Meter,
     samples: Sequence[Sample],
     entries: Sequence[Entry],
     title: str,
     skipped: list[str],
-) -> dict[Variant, _Tuned]:
+) -> dict[Variant, Tuned]:
     variants = tuple(dict.fromkeys(v for entry in entries for v in entry.variants))
     totals: dict[Variant, Tensor] = {}
-    for _, swept in meter.each(samples, variants, title, skipped):
-        totals = {v: totals[v] + one if v in totals else one for v, one in swept.items()}
+    for _, counted in meter.each(samples, dict.fromkeys(variants), title, skipped):
+        for variant, counts in counted.items():
+            before = totals.get(variant)
+            totals[variant] = counts.swept if before is None else before + counts.swept
     return {
-        variant: _Tuned(tuple(mean_iou(total).tolist()), best_threshold(total, THRESHOLDS))
+        variant: Tuned(threshold_curve(total, THRESHOLDS), best_threshold(total, THRESHOLDS))
         for variant, total in totals.items()
     }
 
@@ -158,72 +138,27 @@ def _tune(
 def _report_on(
     meter: Meter,
     samples: Sequence[Sample],
-    chosen: Mapping[str, tuple[Variant, ...]],
-    best: Mapping[Variant, Best],
-    title: str,
+    scores: Mapping[Variant, float],
     skipped: list[str],
-) -> tuple[tuple[str, ...], dict[Variant, Int[Tensor, "n c c"]]]:
-    """Matrices of each image, every variant at the background score picked for it."""
-    variants = tuple(dict.fromkeys(v for picked in chosen.values() for v in picked))
-    steps = {v: int((THRESHOLDS - best[v].threshold).abs().argmin()) for v in variants}
-    kept: dict[Variant, list[Tensor]] = {variant: [] for variant in variants}
+    *,
+    title: str,
+    outlines: bool,
+) -> tuple[tuple[str, ...], dict[Variant, Reported]]:
+    """Names of the images that could be used, and what was counted on them."""
+    steps = {v: int((THRESHOLDS - score).abs().argmin()) for v, score in scores.items()}
+    wanted = {variant: score if outlines else None for variant, score in scores.items()}
     names = []
-    for name, swept in meter.each(samples, variants, title, skipped):
+    swept: dict[Variant, Tensor] = {}
+    kept: dict[Variant, list[Tensor]] = {variant: [] for variant in scores}
+    bands: dict[Variant, list[Tensor]] = {variant: [] for variant in scores}
+    for name, counted in meter.each(samples, wanted, title, skipped):
         names.append(name)
-        for variant, one in swept.items():
-            kept[variant].append(one[steps[variant]].clone())  # not the whole sweep it is part of
-    return tuple(names), {variant: torch.stack(found) for variant, found in kept.items()}
-
-
-def _row(
-    entry: Entry,
-    chosen: Mapping[str, tuple[Variant, ...]],
-    images: Mapping[Variant, Int[Tensor, "n c c"]],
-    tuned: Mapping[Variant, _Tuned],
-) -> Row:
-    picked = chosen[entry.name]
-    total = sum(images[variant] for variant in picked)
-    assert isinstance(total, Tensor)  # noqa: S101 - for the type checker: no line is empty
-    whole = total.sum(0)
-    means = [float(mean_iou(images[variant].sum(0))) for variant in picked]
-    return Row(
-        entry=entry,
-        variant=picked[0],
-        background_score=tuned[picked[0]].best.threshold,
-        tuned_mean_iou=sum(tuned[v].best.mean_iou for v in picked) / len(picked),
-        mean_iou=sum(means) / len(means),
-        definitions={
-            name: float(mean_iou(whole, definition=name)) for name in get_args(Definition)
-        },
-        spread=(min(means), max(means)) if isinstance(entry, Repeats) else None,
-        class_iou=tuple(class_iou(whole).tolist()),
-        confusion=tuple(tuple(line) for line in whole.tolist()),
-        image_iou=tuple(mean_iou(images[picked[0]]).tolist()),
-        curve=tuned[picked[0]].curve,
-        gain=None if entry.base is None else _gain(entry.base, entry, chosen, images),
-        over_controls=tuple(
-            Comparison(control.name, _gain(control, entry, chosen, images))
-            for control in entry.controls
-        ),
-        p_value=None,
-    )
-
-
-def _gain(
-    base: Entry,
-    other: Entry,
-    chosen: Mapping[str, tuple[Variant, ...]],
-    images: Mapping[Variant, Int[Tensor, "n c c"]],
-) -> Gain:
-    """Repeats are pooled, and the other side counts as often."""
-    first, second = chosen[base.name], chosen[other.name]
-    before = torch.stack([images[variant] for variant in first]).sum(0) * len(second)
-    after = torch.stack([images[variant] for variant in second]).sum(0) * len(first)
-    return paired_gain(before, after)
-
-
-def _corrected(rows: Sequence[Row]) -> list[Row]:
-    gained = [(index, row.gain) for index, row in enumerate(rows) if row.gain is not None]
-    corrected = holm([gain.p_value for _, gain in gained])
-    found = dict(zip((index for index, _ in gained), corrected, strict=True))
-    return [replace(row, p_value=found.get(index)) for index, row in enumerate(rows)]
+        for variant, counts in counted.items():
+            before = swept.get(variant)
+            swept[variant] = counts.swept if before is None else before + counts.swept
+            kept[variant].append(counts.swept[steps[variant]].clone())  # not its whole sweep
+            bands[variant] += [] if counts.outline is None else [counts.outline]
+    return tuple(names), {
+        v: Reported(swept[v], torch.stack(kept[v]), torch.stack(bands[v]) if outlines else None)
+        for v in scores
+    }

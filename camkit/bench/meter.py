@@ -1,12 +1,10 @@
 """Confusion matrices of variants, image by image, at every background score."""
 
 import hashlib
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -19,14 +17,30 @@ from camkit.bench.store import Store, code_fingerprint, fingerprint
 from camkit.data import DataSet, Sample, read_mask
 from camkit.errors import DataError
 from camkit.manifest import weights_hash
+from camkit.mask import to_mask
 from camkit.ops.resampling import resize_cam
 from camkit.photo import Photo, load_photo
-from camkit.score import sweep_confusions
+from camkit.score import boundary_confusion, sweep_confusions
 from camkit.tensors import Cam
 from camkit.vocabulary import Vocabulary
 
-IGNORE = 255
 LabelSource = Literal["dataset"] | PredictedLabels
+
+
+class Counts(NamedTuple):
+    """Pixels of one image by true and predicted class.
+
+    Attributes:
+        swept: one matrix for each of `camkit.score.THRESHOLDS`.
+        outline: `camkit.score.boundary_confusion` at one background score, where it is wanted.
+    """
+
+    swept: Int[Tensor, "s c c"]
+    outline: Int[Tensor, "d d"] | None
+
+
+Wanted = Mapping[Variant, float | None]
+"""Variants to measure, and the background score at which outlines are wanted, if they are."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +74,13 @@ class Meter:
     _known: dict[Variant | Literal["setup"], str | None] = field(default_factory=dict)
 
     def each(
-        self, samples: Sequence[Sample], variants: Sequence[Variant], title: str, skipped: list[str]
-    ) -> Iterator[tuple[str, dict[Variant, Int[Tensor, "s c c"]]]]:
-        """Name and swept matrices of each image; those that cannot be used are listed instead."""
+        self, samples: Sequence[Sample], wanted: Wanted, title: str, skipped: list[str]
+    ) -> Iterator[tuple[str, dict[Variant, Counts]]]:
+        """Name and counts of each image; those that cannot be used are listed instead."""
         done = 0
         for sample in tqdm(samples, desc=title, unit="image", delay=2, mininterval=0.5):
             try:
-                found = self.measure(sample, variants)
+                found = self.measure(sample, wanted)
             except DataError as error:  # that image is lost and listed; the others are not
                 skipped.append(str(error))
                 continue
@@ -75,23 +89,21 @@ class Meter:
         if not done:
             raise DataError(f"no usable image among {len(samples)} ({'; '.join(skipped[:3])})")
 
-    def measure(
-        self, sample: Sample, variants: Sequence[Variant]
-    ) -> dict[Variant, Int[Tensor, "s c c"]]:
-        """Matrices of one image by each variant.
+    def measure(self, sample: Sample, wanted: Wanted) -> dict[Variant, Counts]:
+        """Counts of one image by each variant.
 
         Raises:
             DataError: the photo or its mask cannot be used.
         """
-        keys = {variant: self._key(sample, variant) for variant in variants}
-        found = {variant: self._recall(key) for variant, key in keys.items()}
+        keys = {variant: self._key(sample, variant) for variant in wanted}
+        found = {variant: self._recall(keys[variant], wanted[variant]) for variant in wanted}
         missing = [variant for variant, known in found.items() if known is None]
         if missing:
             picture = self.load(sample)
             for variant, cam in self.maps(picture, missing).items():
-                found[variant] = swept = self._sweep(picture, cam)
-                self._remember(keys[variant], swept)
-        return {variant: swept for variant, swept in found.items() if swept is not None}
+                found[variant] = counts = self._count(picture, cam, wanted[variant])
+                self._remember(keys[variant], wanted[variant], counts)
+        return {variant: counts for variant, counts in found.items() if counts is not None}
 
     def load(self, sample: Sample) -> Picture:
         """Read one image.
@@ -109,10 +121,13 @@ class Meter:
             std=settings.std,
             multiple=settings.multiple,
         )
-        ids = read_mask(sample.mask, size=photo.size, num_classes=len(self.dataset.classes))
-        truth = torch.where(ids == IGNORE, IGNORE, torch.zeros_like(ids))
-        for index, name in enumerate(self.vocabulary.names):
-            truth[ids == self.dataset.classes.index(name) + 1] = index + 1
+        truth = read_mask(
+            sample.mask,
+            size=photo.size,
+            num_classes=len(self.dataset.classes),
+            form=sample.form,
+            classes=[self.dataset.classes.index(name) for name in self.vocabulary.names],
+        )
         if self.labels == "dataset":
             present = [self.dataset.classes[index] for index in sample.classes]
             names = self.vocabulary.names
@@ -130,11 +145,14 @@ class Meter:
         size = picture.photo.size
         return {variant: resize_cam(found[variant], size).clamp(0, 1).cpu() for variant in variants}
 
-    def _sweep(self, picture: Picture, cam: Cam) -> Int[Tensor, "s c c"]:
-        classes = torch.tensor(picture.asked or (-1,), dtype=torch.int64)
-        return sweep_confusions(
-            cam[0], classes, picture.truth, num_classes=len(self.vocabulary) + 1
-        )
+    def _count(self, picture: Picture, cam: Cam, score: float | None) -> Counts:
+        classes = torch.tensor([picture.asked or (-1,)], dtype=torch.int64)
+        values = len(self.vocabulary) + 1
+        swept = sweep_confusions(cam[0], classes[0], picture.truth, num_classes=values)
+        if score is None:
+            return Counts(swept, None)
+        mask = to_mask(cam, classes, background_score=score)[0]
+        return Counts(swept, boundary_confusion(picture.truth, mask, num_classes=values))
 
     def _key(self, sample: Sample, variant: Variant) -> str | None:
         """Names all that a measurement depends on; None where that cannot be told."""
@@ -153,7 +171,7 @@ class Meter:
             mask = hashlib.sha256(sample.mask.read_bytes()).hexdigest()
         except OSError:
             return None  # reading it for the measurement will say what is wrong
-        parts = (setup, settings, photo, mask, sample.classes)
+        parts = (setup, settings, photo, mask, sample.form, sample.classes)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _setup(self) -> str | None:
@@ -166,14 +184,21 @@ class Meter:
             )
         )
 
-    def _recall(self, key: str | None) -> Tensor | None:
-        kept = None if key is None or self.store is None else self.store.get(key)
-        if kept is None:
+    def _recall(self, key: str | None, score: float | None) -> Counts | None:
+        if key is None or self.store is None:
             return None
-        side = len(self.vocabulary) + 1
-        counts = np.frombuffer(zlib.decompress(kept), dtype=np.int64)
-        return torch.from_numpy(counts.reshape(-1, side, side).copy())
+        values = len(self.vocabulary) + 1
+        swept = self.store.get_counts(key, values)
+        outline = None
+        if score is not None:
+            outline = self.store.get_counts(f"{key} outline {score}", values + 1)
+        if swept is None or (score is not None and outline is None):
+            return None
+        return Counts(swept, None if outline is None else outline[0])
 
-    def _remember(self, key: str | None, swept: Tensor) -> None:
-        if key is not None and self.store is not None:
-            self.store.put(key, zlib.compress(swept.numpy().tobytes(), 1))
+    def _remember(self, key: str | None, score: float | None, counts: Counts) -> None:
+        if key is None or self.store is None:
+            return
+        self.store.put_counts(key, counts.swept)
+        if counts.outline is not None:
+            self.store.put_counts(f"{key} outline {score}", counts.outline)

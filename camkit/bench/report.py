@@ -30,7 +30,8 @@ def to_markdown(report: Report) -> str:
         "|---|---|---|---|---|---|---|",
         *(_line(row) for row in report.rows),
     ]
-    lines += _against_controls(report) + _other_definitions(report) + _qualities(report)
+    lines += _against_controls(report) + _other_definitions(report)
+    lines += _outlines(report) + _qualities(report)
     if report.skipped:
         lines += ["", f"{len(report.skipped)} images could not be used:"]
         lines += [f"- {reason}" for reason in report.skipped]
@@ -52,6 +53,7 @@ def _row(row: Row) -> dict[str, Any]:
     data["variants"] = [_variant(variant) for variant in row.entry.variants]
     data["gain"] = None if row.gain is None else vars(row.gain)
     data["over_controls"] = [{"name": c.name, **vars(c.gain)} for c in row.over_controls]
+    data["outlines"] = None if row.outlines is None else asdict(row.outlines)
     data["quality"] = None if row.quality is None else asdict(row.quality)
     return {name: _without_nan(value) for name, value in data.items()}
 
@@ -113,6 +115,18 @@ def _other_definitions(report: Report) -> list[str]:
     for row in differing:
         values = " | ".join(f"{row.definitions[name] * 100:.1f}" for name in names)
         lines.append(f"| {row.name} | {values} |")
+    return lines
+
+
+def _outlines(report: Report) -> list[str]:
+    """Boundary IoU, where it was asked for."""
+    found = [(row, row.outlines) for row in report.rows if row.outlines is not None]
+    if not found:
+        return []
+    lines = ["", "| outlines | boundary IoU | gain (95% interval) |", "|---|---|---|"]
+    for row, outlines in found:
+        gain = "" if outlines.gain is None else _gain(outlines.gain)
+        lines.append(f"| {row.name} | {outlines.mean_iou * 100:.1f} | {gain} |")
     return lines
 
 

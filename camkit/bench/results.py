@@ -22,6 +22,14 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Outlines:
+    """Boundary IoU, the mean over classes, and the gain over the base."""
+
+    mean_iou: float
+    gain: Gain | None
+
+
+@dataclass(frozen=True)
 class Row:
     """What was measured of one line of the table; IoU in [0, 1].
 
@@ -34,13 +42,17 @@ class Row:
         definitions: the same by each definition of the field.
         spread: lowest and highest mean IoU of repeats; None for others.
         class_iou: by class, background first; NaN where a class is absent.
+        class_precision: pixel average precision of each class on the reported split, without the
+            background; no background score is needed for it.
         confusion: of the reported split, rows are the truth; of repeats their sum.
         image_iou: mean IoU of each reported image by itself, in the order of `Report.names`; no
             figure is made of them, they only sort pictures.
         curve: mean IoU on the tuning split at each background score of `camkit.score.THRESHOLDS`.
+        area: under that curve, the mean over background scores.
         gain: over the base, with its interval; None for a line without one.
         over_controls: gains over the controls.
         p_value: of the gain, corrected for all gains over bases in the report (Holm 1979).
+        outlines: boundary IoU; None where it was not asked for.
         quality: what the classifier says of the maps; None where it was not asked for.
     """
 
@@ -52,12 +64,15 @@ class Row:
     definitions: dict[str, float]
     spread: tuple[float, float] | None
     class_iou: tuple[float, ...]
+    class_precision: tuple[float, ...]
     confusion: tuple[tuple[int, ...], ...]
     image_iou: tuple[float, ...]
     curve: tuple[float, ...]
+    area: float
     gain: Gain | None
     over_controls: tuple[Comparison, ...]
     p_value: float | None
+    outlines: Outlines | None = None
     quality: MeanQuality | None = None
 
     @property

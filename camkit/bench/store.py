@@ -2,6 +2,7 @@
 
 import hashlib
 import sqlite3
+import zlib
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import fields, is_dataclass
@@ -10,10 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-import camkit
 from camkit.errors import CamkitError
 
 _PLAIN = (str, bytes, int, float, bool, type(None))
@@ -53,7 +55,7 @@ def _feed(digest: Any, value: Any) -> bool:
 @cache
 def code_fingerprint() -> str:
     """A hash of the library's own source: other code may measure otherwise."""
-    folder = Path(camkit.__file__).parent
+    folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.cpp"), *folder.rglob("*.cu"))):
         digest.update(path.relative_to(folder).as_posix().encode())
@@ -88,6 +90,17 @@ class Store:
 
     def put(self, key: str, value: bytes) -> None:
         self._file.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (key, value))
+
+    def get_counts(self, key: str, values: int) -> Int[Tensor, "s v v"] | None:
+        """Confusion matrices of so many mask values, if they are kept."""
+        kept = self.get(key)
+        if kept is None:
+            return None
+        counts = np.frombuffer(zlib.decompress(kept), dtype=np.int64)
+        return torch.from_numpy(counts.reshape(-1, values, values).copy())
+
+    def put_counts(self, key: str, counts: Int[Tensor, "..."]) -> None:
+        self.put(key, zlib.compress(counts.numpy().tobytes(), 1))
 
     def __enter__(self) -> "Store":
         return self

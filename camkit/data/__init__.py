@@ -2,29 +2,53 @@
 
 from camkit.data.camfiles import read_cam, write_cam
 from camkit.data.camforms import CamFile
+from camkit.data.check import Finding, check_dataset
+from camkit.data.coco import CocoFolder, open_coco
+from camkit.data.coco_classes import COCO_CLASSES, COCO_IDS, VOC_IN_COCO, CocoIds, coco_form
 from camkit.data.folder import PlainFolder, open_folder
 from camkit.data.imagenet import VOC_IN_IMAGENET
+from camkit.data.imagenet_s import IMAGENET_S_FORM, ImageNetSFolder, open_imagenet_s
+from camkit.data.labels import LabelFile, read_label_names, read_label_vectors
 from camkit.data.layout import open_dataset
-from camkit.data.sample import DataSet, Sample, mask_classes, read_mask
+from camkit.data.overlap import shared_images
+from camkit.data.sample import VOC_FORM, DataSet, MaskForm, Sample, mask_classes, read_mask
 from camkit.data.shapes import SHAPE_CLASSES, draw_shapes, write_shapes
 from camkit.data.voc import VOC_CLASSES, VOCFolder, open_voc
 
 __all__ = [
+    "COCO_CLASSES",
+    "COCO_IDS",
+    "IMAGENET_S_FORM",
     "SHAPE_CLASSES",
     "VOC_CLASSES",
+    "VOC_FORM",
+    "VOC_IN_COCO",
     "VOC_IN_IMAGENET",
     "CamFile",
+    "CocoFolder",
+    "CocoIds",
     "DataSet",
+    "Finding",
+    "ImageNetSFolder",
+    "LabelFile",
+    "MaskForm",
     "PlainFolder",
     "Sample",
     "VOCFolder",
+    "check_dataset",
+    "coco_form",
     "draw_shapes",
     "mask_classes",
+    "open_coco",
     "open_dataset",
     "open_folder",
+    "open_imagenet_s",
     "open_voc",
     "read_cam",
+    "read_label_names",
+    "read_label_vectors",
     "read_mask",
+    "shared_images",
     "write_cam",
     "write_shapes",
 ]

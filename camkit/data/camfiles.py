@@ -56,7 +56,7 @@ def read_cam(path: str | Path, *, classes: Sequence[int] | None = None) -> CamFi
     """
     path = Path(path)
     wanted = None if classes is None else tuple(classes)
-    content = _read_content(path)
+    content = read_arrays(path)
     if isinstance(content, np.ndarray):
         found = from_array(content, wanted, path)
     elif isinstance(content, dict):
@@ -147,7 +147,12 @@ def _write_object(file: BinaryIO, content: dict[Any, object]) -> None:
     file.write(data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1))
 
 
-def _read_content(path: Path) -> object:
+def read_arrays(path: Path) -> object:
+    """Read the dict or the array in a file; nothing that a pickle in it names is run.
+
+    Raises:
+        DataError: the file cannot be read, or asks for code to be run.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(9)

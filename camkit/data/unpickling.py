@@ -48,7 +48,10 @@ def unpickle(data: bytes, source: Path) -> object:
         DataError: the pickle asks for another name, or is damaged.
     """
     try:
-        return _plain(_load(io.BytesIO(data), _NAMES))
+        file = io.BytesIO(data)
+        content = _plain(_load(file, _NAMES))
+        if file.read(1):  # a damaged pickle may end early, and look like one with less in it
+            raise pickle.UnpicklingError("bytes follow its end")
     except _ForbiddenNameError as error:
         raise DataError(
             f"{source} asks for {error}, which no file of class maps needs and which could run "
@@ -58,6 +61,7 @@ def unpickle(data: bytes, source: Path) -> object:
         raise DataError(
             f"{source} holds a damaged pickle, or another than of arrays ({error}); write it again"
         ) from error
+    return content
 
 
 class _ForbiddenNameError(Exception):

@@ -1,0 +1,51 @@
+"""Check a data set: every photo, mask and label, and what its splits share."""
+
+import argparse
+from pathlib import Path
+
+from camkit.data import check_dataset, open_dataset
+
+EXAMPLES = """examples:
+  camkit data check VOC2012
+  camkit data check VOC2012 --split train --split val
+  camkit data check my_photos
+
+PATH is a folder in the layout of VOC, COCO or ImageNet-S, or a plain one (images, labels.csv).
+The exit status is 1 if anything is wrong; notes are no errors."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    check = actions.add_parser(
+        "check",
+        help="read every photo and mask, and tell what is wrong with which file",
+        description="Read every photo and mask, and tell what is wrong with which file.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("path", type=Path, metavar="PATH", help="folder of the data set")
+    check.add_argument(
+        "--split",
+        action="append",
+        metavar="NAME",
+        help="only this split; may be given again (default: all)",
+    )
+    check.set_defaults(data_action=execute_check)
+
+
+def execute(options: argparse.Namespace) -> int:
+    return int(options.data_action(options))
+
+
+def execute_check(options: argparse.Namespace) -> int:
+    dataset = open_dataset(options.path)
+    splits = dataset.splits if options.split is None else tuple(dict.fromkeys(options.split))
+    findings = check_dataset(dataset, splits=splits)
+    for finding in findings:
+        print(finding)
+    errors = sum(finding.certain for finding in findings)
+    print(
+        f"{options.path}: {len(dataset.classes)} classes, splits {', '.join(splits)}: "
+        f"{errors} errors, {len(findings) - errors} notes"
+    )
+    return 1 if errors else 0

@@ -1,0 +1,236 @@
+"""The folder layouts of MS COCO: photos by split, masks in several forms, labels from JSON."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from camkit.data.coco_classes import (
+    COCO_CLASSES,
+    COCO_IDS,
+    VOC_IN_COCO,
+    CocoIds,
+    coco_form,
+    coco_places,
+)
+from camkit.data.labels import VECTOR_FILES, LabelFile, read_label_vectors
+from camkit.data.names import check_split, read_text
+from camkit.data.sample import MaskForm, Sample, all_usable, mask_classes, mask_values, present
+from camkit.errors import DataError
+
+_SPLIT = re.compile(r"(train|val|test)(20\d\d)?")
+_PHOTO_FOLDERS = ("", "images", "JPEGImages")
+_MASK_FOLDERS = ("SegmentationClass", "masks", "annotations", "stuffthingmaps")
+_EVIDENCE = 100  # masks that are read to tell their ids; a few are nearly always enough
+
+
+@dataclass(frozen=True)
+class CocoFolder:
+    """A data set laid out like MS COCO; `open_coco` finds its splits.
+
+    Photos are ``<split>/*.jpg``, at the top, in ``images`` or in ``JPEGImages``. Masks have the
+    same names in the folder ``<split>`` of ``SegmentationClass``, ``masks``, ``annotations`` or
+    ``stuffthingmaps``; or they are the panoptic ones, ``annotations/panoptic_<split>/`` beside
+    ``annotations/panoptic_<split>.json``. Stuff is background. Labels come from
+    ``annotations/instances_<split>.json``, whose images then make the split, else from
+    ``cls_labels.npy`` or ``cls_labels_onehot.npy``, else from the masks.
+
+    Attributes:
+        root: the folder of the data set.
+        splits: such as train2017.
+        ids: what masks hold. With None the labels decide: of "contiguous" and "original", the one
+            by which the first 100 masks show the classes that the labels name. Without labels, or
+            where both fit, masks are contiguous. Those in ``stuffthingmaps`` are "stuff".
+        voc: speak of the 20 classes of VOC by VOC's names; all others are background then.
+    """
+
+    root: Path
+    splits: tuple[str, ...]
+    ids: CocoIds | None = None
+    voc: bool = False
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(VOC_IN_COCO) if self.voc else COCO_CLASSES
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        """List the samples of one split, in the order of ``instances_<split>.json`` or by name.
+
+        Raises:
+            ValueError: there is no such split.
+            DataError: a photo is absent, or its labels or mask cannot be used.
+        """
+        return all_usable(self.entries(name))
+
+    def entries(self, name: str) -> Iterator[Sample | DataError]:
+        """Go through one split; an entry that cannot be used is given as what is wrong with it."""
+        check_split(name, self.splits)
+        photos, labels = _photos(self.root, name), _labels(self.root, name)
+        masks, forms = self._masks(name, labels)
+        listed = photos if labels is None or labels.path.suffix == ".npy" else labels.vectors or {}
+        for stem in map(str, listed):
+            form = forms if isinstance(forms, MaskForm) else forms.get(stem, MaskForm())
+            try:
+                yield self._sample(stem, photos.get(stem), masks.get(stem), form, labels)
+            except DataError as error:
+                yield error
+
+    def _sample(
+        self,
+        stem: str,
+        photo: Path | None,
+        mask: Path | None,
+        form: MaskForm,
+        labels: LabelFile | None,
+    ) -> Sample:
+        if photo is None:
+            source = self.root if labels is None else labels.path
+            raise DataError(f"{source} lists {stem}.jpg, which is not there; add it or remove it")
+        if labels is not None:
+            places = coco_places(voc=self.voc)
+            known = labels.classes_of(stem, str(photo))
+            classes = sorted(places[index] - 1 for index in known if places[index])
+            return Sample(stem, photo, mask, tuple(classes), form)
+        if mask is None:
+            raise DataError(
+                f"{photo} has neither labels nor a mask; add the mask, "
+                f"annotations/instances_*.json or {VECTOR_FILES[0]}"
+            )
+        found = mask_classes(mask, num_classes=len(self.classes), form=form)
+        return Sample(stem, photo, mask, found, form)
+
+    def _masks(
+        self, name: str, labels: LabelFile | None
+    ) -> tuple[dict[str, Path], MaskForm | dict[str, MaskForm]]:
+        """Masks by image, and the form of all or of each."""
+        for folder in _MASK_FOLDERS:
+            masks = {path.stem: path for path in sorted((self.root / folder / name).glob("*.png"))}
+            if masks:
+                stuff: CocoIds | None = "stuff" if folder == "stuffthingmaps" else None
+                ids = self.ids or stuff or _tell_ids(masks, labels)
+                return masks, coco_form(ids, voc=self.voc)
+        listing = self.root / "annotations" / f"panoptic_{name}.json"
+        if listing.is_file():
+            folder_of = self.root / "annotations" / f"panoptic_{name}"
+            masks = {path.stem: path for path in sorted(folder_of.glob("*.png"))}
+            return masks, _panoptic_forms(listing, voc=self.voc)
+        return {}, MaskForm()
+
+
+def open_coco(root: str | Path, *, ids: CocoIds | None = None, voc: bool = False) -> CocoFolder:
+    """Find the splits of a folder laid out like MS COCO.
+
+    Args:
+        root: the folder that holds the folders of photos, such as train2017 and val2017.
+        ids: what the masks hold; None tells it from the labels, see `CocoFolder`.
+        voc: speak of the 20 classes of VOC.
+
+    Returns:
+        The data set, with 80 or 20 classes.
+
+    Raises:
+        DataError: the folder holds no photos.
+    """
+    root = Path(root)
+    if ids not in (None, "contiguous", "original", "stuff"):
+        raise ValueError(f'`ids` must be "contiguous", "original" or "stuff", got "{ids}"')
+    splits = coco_splits(root)
+    if not splits:
+        raise DataError(
+            f"{root} holds no photos of COCO; expected folders such as train2017/ and val2017/ "
+            "with .jpg files, at the top or in images/ or JPEGImages/"
+        )
+    return CocoFolder(root, splits, ids, voc)
+
+
+def coco_splits(root: Path) -> tuple[str, ...]:
+    """Name the folders of photos."""
+    found = {
+        path.name
+        for folder in _PHOTO_FOLDERS
+        for path in (root / folder).glob("*/")
+        if _SPLIT.fullmatch(path.name) and next(path.glob("*.jpg"), None)
+    }
+    return tuple(sorted(found))
+
+
+def _photos(root: Path, name: str) -> dict[str, Path]:
+    for folder in _PHOTO_FOLDERS:
+        found = {path.stem: path for path in sorted((root / folder / name).glob("*.jpg"))}
+        if found:
+            return found
+    raise DataError(f"{root} holds no photos of {name} any more; open it again")
+
+
+def _labels(root: Path, name: str) -> LabelFile | None:
+    """Indices of COCO classes by image."""
+    path = root / "annotations" / f"instances_{name}.json"
+    if path.is_file():
+        return LabelFile(path, COCO_CLASSES, vectors=_instances(path))
+    vectors = [root / file for file in VECTOR_FILES if (root / file).is_file()]
+    return read_label_vectors(vectors[0], COCO_CLASSES) if vectors else None
+
+
+def _instances(path: Path) -> dict[str | int, tuple[int, ...]]:
+    index = {number: place for place, number in enumerate(COCO_IDS.values())}
+    content = _read_json(path)
+    try:
+        stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
+        found: dict[str, set[int]] = {stem: set() for stem in stems.values()}
+        for annotation in content["annotations"]:
+            found[stems[annotation["image_id"]]].add(index[annotation["category_id"]])
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no list of COCO instances ({type(error).__name__}: {error}); expected "
+            "images, and annotations with their image_id and category_id"
+        ) from error
+    return {stem: tuple(sorted(classes)) for stem, classes in found.items()}
+
+
+def _panoptic_forms(path: Path, *, voc: bool) -> dict[str, MaskForm]:
+    category = dict(zip(COCO_IDS.values(), coco_places(voc=voc), strict=True))
+    content = _read_json(path)
+    try:
+        return {
+            Path(image["file_name"]).stem: MaskForm(
+                colours=True,
+                ids={
+                    one["id"]: category.get(one["category_id"], 0) for one in image["segments_info"]
+                },
+                ignored=(0,),
+            )
+            for image in content["annotations"]
+        }
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no list of COCO panoptic masks ({type(error).__name__}: {error}); expected "
+            "annotations with file_name and segments_info"
+        ) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON ({error}); copy it again") from error
+
+
+def _tell_ids(masks: Mapping[str, Path], labels: LabelFile | None) -> CocoIds:
+    """Count the masks that show no class but those of their labels, under either reading."""
+    readings = {
+        "contiguous": coco_form("contiguous").ids or {},
+        "original": coco_form("original").ids or {},
+    }
+    fits = dict.fromkeys(readings, 0)
+    for stem, path in list(masks.items())[:_EVIDENCE]:
+        try:
+            known = () if labels is None else labels.classes_of(stem, str(path))
+            values = present(mask_values(path)).tolist()
+        except DataError:
+            continue  # it is told of where it is used
+        named = {index + 1 for index in known} | {0}
+        for reading, ids in readings.items():
+            fits[reading] += {ids.get(value, -1) for value in values if value != 255} <= named
+    return "original" if fits["original"] > fits["contiguous"] else "contiguous"
