@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -50,6 +50,23 @@ class ClassCall:
     patches: list[int]
 
 
+class _OnlyAPicture(tuple[Attention, ...]):
+    """The blocks of a capture without a forward: whoever looks at one is told why there is none."""
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise CaptureError(_ONLY_A_PICTURE)
+
+    def __iter__(self) -> NoReturn:
+        raise CaptureError(_ONLY_A_PICTURE)
+
+
+_ONLY_A_PICTURE = (
+    "this capture holds only a picture; Propagate, HybridAlign and the seeds need the attention of "
+    "a model: capture one with camkit.watch(model, rgb=...), or take a refiner that looks at "
+    "colours alone, such as DenseCRF or PixelAdaptive"
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Capture:
     """What one forward showed; every seed and refiner reads from it, and no second forward is run.
@@ -77,8 +94,29 @@ class Capture:
     rgb: RGB | None = None
     vocabulary: Vocabulary | None = None
 
+    @classmethod
+    def of_picture(cls, rgb: RGB) -> "Capture":
+        """A capture without a forward, for the refiners that look at colours alone.
+
+        What needs attention (`camkit.Propagate`, `camkit.HybridAlign`, every seed) refuses it.
+
+        Args:
+            rgb: the pictures with colours in [0, 1]; each pixel counts as a patch of its own.
+        """
+        if rgb.ndim != 4 or rgb.shape[1] != 3 or not rgb.is_floating_point() or not rgb.numel():
+            raise ValueError(
+                "`rgb` must hold floating-point colours in [0, 1], of shape (images, 3, rows, "
+                f"cols), got {rgb.dtype} of shape {tuple(rgb.shape)}"
+            )
+        low, high = (float(value) for value in rgb.detach().aminmax())
+        if not (low >= 0.0 and high <= 1.0):  # NaN fails both
+            raise ValueError(f"`rgb` must lie in [0, 1], got {low:g} to {high:g}; divide by 255")
+        return cls(_OnlyAPicture(), (), Anatomy(), Grid(rgb.shape[2], rgb.shape[3]), rgb=rgb)
+
     @property
     def images(self) -> int:
+        if not self.blocks and self.rgb is not None:
+            return len(self.rgb)
         return self.blocks[0].shape[0]
 
     @property
@@ -93,6 +131,8 @@ class Capture:
         Raises:
             CaptureError: the model returned none, or they are not finite.
         """
+        if self.outputs is None and not self.blocks:
+            raise CaptureError(_ONLY_A_PICTURE)
         if self.outputs is None:
             raise CaptureError(
                 "no class scores: the model returned none, or no classifier made what it returned; "
@@ -109,9 +149,9 @@ class Capture:
         Raises:
             CaptureError: the host has neither.
         """
-        tokens = self.anatomy.class_tokens
+        tokens, patches = self.anatomy.class_tokens, self.patches
         if tokens:
-            return tuple(ClassCall(block, tokens, self.patches) for block in self.blocks)
+            return tuple(ClassCall(block, tokens, patches) for block in self.blocks)
         if not self.pooling:
             raise CaptureError(
                 "this model has no class token and no pooling query, so no class-to-patch "
@@ -167,10 +207,11 @@ class Capture:
 
     def patch_scores(self) -> Float[Tensor, "b n C"]:
         """What the classifier says of every patch alone (`camkit.capture.tail.patch_scores`)."""
+        patches = self.patches
         if self.outputs is None:
             raise CaptureError("no class scores were seen, so no classifier can be read")
         special = (*self.anatomy.class_tokens, *self.anatomy.distillation_tokens)
-        scores = patch_scores(self.tail, self.outputs, special, self.patches)
+        scores = patch_scores(self.tail, self.outputs, special, patches)
         return self._grouped(scores)
 
     def _grouped(self, outputs: Tensor) -> Tensor:

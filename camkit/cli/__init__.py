@@ -1,13 +1,22 @@
-"""The command line: camkit demo, cam, bench, doctor."""
+"""The command line: camkit demo, cam, bench, doctor; data, refine, mask, eval need no model."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from camkit.cli import bench, cam, demo, doctor
+from camkit.cli import bench, cam, data, demo, doctor, eval as evaluate, mask, refine
 from camkit.errors import CamkitError
 
-COMMANDS = {"demo": demo, "cam": cam, "bench": bench, "doctor": doctor}
+COMMANDS = {
+    "demo": demo,
+    "cam": cam,
+    "bench": bench,
+    "data": data,
+    "doctor": doctor,
+    "refine": refine,
+    "mask": mask,
+    "eval": evaluate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

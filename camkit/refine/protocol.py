@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from jaxtyping import Float
+from torch import Tensor
+
 from camkit.capture.record import Capture
 from camkit.tensors import Cam
 
@@ -17,10 +20,11 @@ class Chain:
 
     refiners: tuple[Refiner, ...]
 
-    def __call__(self, cam: Cam, capture: Capture) -> Cam:
+    def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
+        refined = cam
         for refiner in self.refiners:
-            cam = refiner(cam, capture)
-        return cam
+            refined = refiner(refined, capture)
+        return refined
 
 
 def chain(*refiners: Refiner) -> Chain:

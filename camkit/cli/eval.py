@@ -1,0 +1,250 @@
+"""Score masks or CAM files against ground truth: IoU, precision and recall of each class."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from camkit.atomic import unfinished
+from camkit.bulk import (
+    Scored,
+    TruthItem,
+    pair_truth,
+    read_labels,
+    read_list,
+    score_cams,
+    score_masks,
+)
+from camkit.bulk.camfolder import CAM_ENDINGS, MASK_ENDINGS
+from camkit.cli.mask import add_background, background_score
+from camkit.cli.refine import add_workers, show_failures
+from camkit.data import VOC_CLASSES
+from camkit.data.names import read_names
+from camkit.errors import CamkitError, DataError
+from camkit.mask import power_threshold
+from camkit.score import (
+    Definition,
+    Gain,
+    class_scores,
+    class_table,
+    mean_iou,
+    paired_gain,
+    percent,
+    pixel_accuracy,
+)
+
+EXAMPLES = """examples:
+  camkit eval masks --gt SegmentationClass --list ImageSets/Segmentation/val.txt
+  camkit eval masks --gt SegmentationClass --against other_masks
+  camkit eval cams --gt SegmentationClass --list val.txt --tune-list train.txt
+  camkit eval cams --gt SegmentationClass --background-score 0.45
+  camkit eval masks --gt masks_coco --num-classes 81 --json result.json
+
+Masks are PNGs whose values are class + 1, and 0 for background; so is ground truth. 255 is left out
+in the truth and counts as background in a mask. CAM files become masks at a background score: the
+one given, the best one on --tune-list, or else the best one on the very images that are scored,
+which flatters them and is called ORACLE. FP and FN are shares of the union: with IoU they add up to
+100. mIoU is the mean over the classes in the truth (present: ToCo, CLIP-ES and most), over those in
+truth or masks (union: IRN), or over all (psa: PSA, MCTformer, TransCAM). --against adds the gain
+over a second folder on the same images, with the 95% interval of a paired bootstrap."""
+
+DEFINITIONS: tuple[Definition, ...] = get_args(Definition)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("masks", type=Path, metavar="MASKS", help="folder of masks or CAM files")
+    parser.add_argument("--gt", type=Path, required=True, help="folder of ground-truth masks")
+    parser.add_argument("--list", type=Path, help="image names, one a line (default: all of --gt)")
+    parser.add_argument(
+        "--num-classes",
+        type=int,
+        help="how many, with background (default: those of --classes, else 21)",
+    )
+    parser.add_argument("--classes", type=Path, help="file of class names in order, one a line")
+    parser.add_argument("--cams", action="store_true", help="MASKS has both: score the CAM files")
+    parser.add_argument("--labels", type=Path, help="classes of each image, as for camkit refine")
+    parser.add_argument("--tune-list", type=Path, help="images to choose the background score on")
+    parser.add_argument(
+        "--resize", action="store_true", help="bring maps of CAM files to the size of the truth"
+    )
+    add_background(parser)
+    parser.add_argument("--against", type=Path, help="second folder of the same kind, to compare")
+    parser.add_argument(
+        "--definition", choices=DEFINITIONS, default="present", help="of mIoU (default: present)"
+    )
+    parser.add_argument("--partial", action="store_true", help="leave out images without a mask")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    add_workers(parser)
+
+
+def execute(options: argparse.Namespace) -> int:
+    names = _class_names(options)
+    cams = _are_cams(options)
+    scored = _score(options, options.masks, cams, len(names))
+    print(_told(options, scored, names))
+    figures = _figures(options, scored, names)
+    failures = scored.failures
+    if options.against is not None:
+        other = _score(options, options.against, cams, len(names))
+        failures += other.failures
+        gain = _gain(scored, other, options.definition)
+        print(f"\n{_told_gain(options, other, gain)}")
+        figures["gain"] = {"against": str(options.against), **asdict(gain)}
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished(options.json) as draft:
+            text = json.dumps(figures, indent=2, allow_nan=False, ensure_ascii=False)
+            draft.write_text(text + "\n", encoding="utf-8")
+    show_failures(failures)
+    if failures:
+        told = f"camkit: {len(failures)} images could not be counted and are in no figure"
+        print(told, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _class_names(options: argparse.Namespace) -> Sequence[str]:
+    count = options.num_classes
+    if options.classes is None and count in (None, len(VOC_CLASSES) + 1):
+        return ("background", *VOC_CLASSES)
+    if options.classes is None:
+        return ("background", *(f"class {number}" for number in range(1, count)))
+    names = list(read_names(options.classes))
+    if names[0].strip("_").casefold() not in ("background", "bg"):
+        names.insert(0, "background")
+    if count is not None and len(names) != count:
+        raise ValueError(
+            f"{options.classes} names {len(names)} classes with background, but --num-classes is "
+            f"{count}; leave that out"
+        )
+    return names
+
+
+def _are_cams(options: argparse.Namespace) -> bool:
+    if not options.masks.is_dir():
+        raise DataError(f"{options.masks} is not a folder; name the one that holds the masks")
+    endings = {path.suffix.lower() for path in options.masks.iterdir()}
+    cams = bool(options.cams or (endings & set(CAM_ENDINGS) and not endings & set(MASK_ENDINGS)))
+    given = background_score(options)
+    if not cams and (given is not None or options.tune_list or options.resize or options.labels):
+        raise ValueError(
+            f"{options.masks} holds masks: --background-score, --alpha, --tune-list, --labels and "
+            "--resize are for CAM files; --cams takes the CAM files of a folder that holds both"
+        )
+    return cams
+
+
+def _score(options: argparse.Namespace, folder: Path, cams: bool, num_classes: int) -> Scored:
+    labels = None if options.labels is None else read_labels(options.labels)
+
+    def paired(listing: Path | None) -> list[TruthItem]:
+        return pair_truth(
+            folder,
+            options.gt,
+            cams=cams,
+            names=None if listing is None else read_list(listing),
+            labels=labels,
+            partial=options.partial,
+        )
+
+    items, keep_each = paired(options.list), options.against is not None
+    if not cams:
+        return score_masks(
+            items, num_classes=num_classes, keep_each=keep_each, workers=options.workers
+        )
+    score = background_score(options)
+    if options.background == "power" and score is not None:
+        score = power_threshold(score)  # draws the same masks
+    return score_cams(
+        items,
+        num_classes=num_classes,
+        background_score=score,
+        tune=paired(options.tune_list) if options.tune_list else (),
+        definition=options.definition,
+        resize=options.resize,
+        keep_each=keep_each,
+        workers=options.workers,
+    )
+
+
+def _told(options: argparse.Namespace, scored: Scored, names: Sequence[str]) -> str:
+    means = _means(scored)
+    others = [f"{one} {percent(means[one])}" for one in DEFINITIONS if one != options.definition]
+    listed = f" of {options.list}" if options.list else ""
+    return "\n".join(
+        [
+            f"{options.masks}: {scored.images} images{listed}, truth in {options.gt}",
+            *_told_score(options, scored),
+            "",
+            class_table(class_scores(scored.confusion, names)),
+            "",
+            f"mIoU ({options.definition}) {percent(means[options.definition])}"
+            f"    by the other definitions: {', '.join(others)}",
+            f"pixel accuracy {percent(pixel_accuracy(scored.confusion))}",
+        ]
+    )
+
+
+def _told_score(options: argparse.Namespace, scored: Scored) -> list[str]:
+    if scored.background_score is None:
+        return []
+    why = {
+        "given": "as given",
+        "tuned": f"the best on {options.tune_list}",
+        "oracle": "ORACLE: the best on these very images; choose it on others by --tune-list",
+    }
+    return [f"background score {scored.background_score:.4g}, {why[scored.choice]}"]
+
+
+def _means(scored: Scored) -> dict[Definition, float]:
+    return {one: float(mean_iou(scored.confusion, definition=one)) for one in DEFINITIONS}
+
+
+def _figures(
+    options: argparse.Namespace, scored: Scored, names: Sequence[str]
+) -> dict[str, object]:
+    return {
+        "camkit": version("camkit"),
+        "masks": str(options.masks),
+        "truth": str(options.gt),
+        "images": scored.images,
+        "definition": options.definition,
+        "background_score": scored.background_score,
+        "background_score_is": None if scored.background_score is None else scored.choice,
+        "mean_iou": {one: _number(mean) for one, mean in _means(scored).items()},
+        "pixel_accuracy": _number(pixel_accuracy(scored.confusion)),
+        "classes": [
+            {key: _number(value) for key, value in asdict(one).items()}
+            for one in class_scores(scored.confusion, names)
+        ],
+        "failed": {one.name: one.reason for one in scored.failures},
+    }
+
+
+def _number(value: object) -> object:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _gain(scored: Scored, other: Scored, definition: Definition) -> Gain:
+    names = [name for name in scored.each if name in other.each]
+    if len(names) < 2:
+        raise CamkitError(f"{len(names)} images are in both folders; a comparison needs at least 2")
+    base, ours = (torch.stack([side.each[name] for name in names]) for side in (other, scored))
+    return paired_gain(base, ours, definition=definition)
+
+
+def _told_gain(options: argparse.Namespace, other: Scored, gain: Gain) -> str:
+    low, high = 100 * gain.low, 100 * gain.high
+    return "\n".join(
+        [
+            f"against {options.against}: mIoU {percent(gain.mean_iou_base)}",
+            *_told_score(options, other),
+            f"gain {100 * gain.gain:+.2f}, 95% interval {low:+.2f} to {high:+.2f}",
+        ]
+    )

@@ -1,0 +1,330 @@
+"""Work on many files: what fails or dies stays alone, and files find what belongs to them."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from workers import DiesOfBlack, Touch, die, double, pick_on, process_of, threads_of
+
+from camkit import Blur, DenseCRF, GradientSeed, HybridAlign, PixelAdaptive, Propagate
+from camkit.bulk import (
+    CamFolder,
+    Done,
+    Failure,
+    RefineCam,
+    read_labels,
+    read_list,
+    run_jobs,
+    write_all,
+)
+from camkit.bulk.camfolder import CamItem
+from camkit.bulk.classmaps import read_maps, same_aspect
+from camkit.capture import Capture
+from camkit.data import read_cam, write_cam
+from camkit.errors import CamkitError, CaptureError, DataError
+
+
+def outcomes(work, items, **settings):
+    done, failed = {}, {}
+    for outcome in run_jobs(work, items, **settings):
+        if isinstance(outcome, Failure):
+            failed[outcome.name] = outcome.reason
+        else:
+            assert isinstance(outcome, Done)
+            done[outcome.item] = outcome.result
+    return done, failed
+
+
+# Jobs
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_every_item_is_done_once(workers):
+    done, failed = outcomes(double, list(range(25)), workers=workers)
+    assert (done, failed) == ({item: 2 * item for item in range(25)}, {})
+
+
+def test_no_items_need_no_process():
+    assert outcomes(double, []) == ({}, {})
+
+
+def test_what_fails_is_told_in_one_line_and_the_rest_is_done():
+    done, failed = outcomes(pick_on, ["a", "foreseen", "b", "unforeseen", "c"], workers=0)
+    assert done == {"a": "A", "b": "B", "c": "C"}
+    assert failed == {"foreseen": "not this one", "unforeseen": "KeyError: 'a bug'"}
+
+
+@pytest.mark.parametrize("place", [0, 7])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_killed_worker_costs_its_own_item_only(workers, place):
+    items = list("abcdefg")
+    items.insert(place, "fatal")
+    done, failed = outcomes(pick_on, items, workers=workers)
+    assert done == {letter: letter.upper() for letter in "abcdefg"}
+    assert failed == {
+        "fatal": "the process that worked on it died: killed, out of memory, or crashed in "
+        "compiled code"
+    }
+
+
+def test_workers_that_die_on_everything_end_the_run():
+    with pytest.raises(CamkitError, match="5 worker processes in a row died, each with one image"):
+        outcomes(die, list(range(20)), workers=2)
+
+
+def test_workers_are_other_processes_and_none_is_this_one():
+    assert set(outcomes(process_of, [1, 2], workers=0)[0].values()) == {os.getpid()}
+    assert os.getpid() not in outcomes(process_of, [1, 2], workers=1)[0].values()
+
+
+def test_a_worker_has_one_thread_and_the_environment_of_now(monkeypatch):
+    monkeypatch.setenv("CAMKIT_TESTED", "now")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert outcomes(threads_of, ["a"], workers=1)[0] == {"a": (1, "1", "now")}
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_work_that_no_process_can_be_sent_is_refused_before_anything_starts():
+    with pytest.raises(ValueError, match=r"cannot be sent to another process .*workers=0"):
+        outcomes(lambda item: item, [1], workers=1)
+    assert outcomes(lambda item: item, [1], workers=0)[0] == {1: 1}
+
+
+def test_fewer_workers_than_none_are_refused():
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        outcomes(double, [1], workers=-1)
+
+
+def test_items_in_flight_are_finished_when_the_caller_leaves(tmp_path):
+    running = run_jobs(Touch(tmp_path, 0.05), list(range(40)), workers=2)
+    next(running)
+    running.close()
+    started, done = (sorted(p.stem for p in tmp_path.glob(f"*.{end}")) for end in ("pid", "done"))
+    assert started == done
+    assert 1 <= len(done) <= 5  # two workers, two items each, and the first
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_workers_do_not_outlive_the_process_that_called_them(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from workers import Touch; from camkit.bulk import run_jobs\n"
+        "list(run_jobs(Touch(Path(sys.argv[2]), 60), [1, 2], workers=2))"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), tmp_path])
+    wait_until(lambda: all((tmp_path / f"{item}.pid").exists() for item in (1, 2)))
+    wait_until(lambda: all((tmp_path / f"{item}.pid").read_text() for item in (1, 2)))
+    workers = [int((tmp_path / f"{item}.pid").read_text()) for item in (1, 2)]
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+    wait_until(lambda: not any(map(runs, workers)))
+
+
+def wait_until(true, seconds=60):
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def runs(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# A capture without a model
+
+
+def test_refiners_of_colours_run_on_a_picture_alone():
+    rgb = torch.rand(2, 3, 8, 10)
+    capture = Capture.of_picture(rgb)
+    cam = torch.rand(2, 1, 8, 10)
+    assert capture.images == 2
+    assert (capture.grid.rows, capture.grid.cols) == (8, 10)
+    for refiner in (DenseCRF(steps=1), PixelAdaptive(steps=1), Blur()):
+        assert refiner(cam, capture).shape == cam.shape
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda capture: Propagate()(torch.rand(1, 1, 4, 4), capture),
+        lambda capture: Propagate(balance=3)(torch.rand(1, 1, 4, 4), capture),
+        lambda capture: HybridAlign()(torch.rand(1, 1, 4, 4), capture),
+        lambda capture: GradientSeed()(capture, torch.tensor([[0]])),
+        lambda capture: capture.class_to_patch(),
+        lambda capture: capture.patch_embeddings(),
+        lambda capture: capture.patch_scores(),
+        lambda capture: capture.patches,
+    ],
+)
+def test_what_needs_attention_says_so(ask):
+    with pytest.raises(CaptureError, match=r"holds only a picture; .*camkit.watch\(model, rgb="):
+        ask(Capture.of_picture(torch.rand(1, 3, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("rgb", "told"),
+    [
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "floating-point colours"),
+        (torch.zeros(1, 4, 4, 3), r"shape \(1, 4, 4, 3\)"),
+        (torch.full((1, 3, 4, 4), 255.0), "got 255 to 255; divide by 255"),
+        (torch.full((1, 3, 4, 4), torch.nan), "must lie in"),
+    ],
+)
+def test_a_picture_of_other_numbers_is_refused(rgb, told, no_shape_checks):
+    with pytest.raises(ValueError, match=told):
+        Capture.of_picture(rgb)
+
+
+# Files that belong together
+
+
+def test_lists_of_every_codebase_name_the_same_images(tmp_path):
+    path = tmp_path / "list.txt"
+    for line in (
+        "2007_000032\n2007_000039\n",  # MCTformer, ToCo, CLIP-ES
+        "/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png\n"
+        "/JPEGImages/2007_000039.jpg /SegmentationClassAug/2007_000039.png\n",  # PSA, TransCAM
+        "2007_000032 14\n\n2007_000039 0 19\n",  # CLIP-ES on COCO
+    ):
+        path.write_text(line)
+        assert read_list(path) == ("2007_000032", "2007_000039")
+    path.write_text("my cat\nv1.5\n")
+    assert read_list(path) == ("my cat", "v1.5")
+
+
+@pytest.mark.parametrize(("text", "told"), [("", "is empty"), ("a\nb\na\n", "'a' stands on lines")])
+def test_a_list_that_says_nothing_or_something_twice_is_refused(tmp_path, text, told):
+    path = tmp_path / "list.txt"
+    path.write_text(text)
+    with pytest.raises(DataError, match=told):
+        read_list(path)
+
+
+def test_maps_of_whole_patches_fit_and_turned_ones_do_not():
+    for rows, cols in ((375, 500), (281, 500), (500, 334), (17, 640), (333, 500)):
+        for patch in (1, 4, 8, 14, 16, 32):
+            down, up = (rows // patch, cols // patch), (-(-rows // patch), -(-cols // patch))
+            for grid in (down, up, (down[0], up[1]), (round(rows / patch), round(cols / patch))):
+                assert same_aspect((max(1, grid[0]), max(1, grid[1])), (rows, cols))
+    assert not same_aspect((500, 375), (375, 500))
+    assert not same_aspect((14, 14), (375, 500))
+    assert not same_aspect((224, 224), (375, 500))
+
+
+def test_files_without_partner_are_told_and_the_others_paired(tmp_path):
+    cams, photos = tmp_path / "cams", tmp_path / "photos"
+    cams.mkdir(), photos.mkdir()
+    for name in ("a", "b", "c", "d"):
+        write_cam(cams / f"{name}.npy", [0], torch.ones(1, 2, 2))
+    for name in ("a.JPG", "b.png", "b.jpeg", "d.webp"):
+        Image.new("RGB", (2, 2)).save(photos / name)
+    items, failures = CamFolder(cams, photos).items()
+    assert [(item.name, item.photo.name) for item in items] == [("a", "a.JPG"), ("d", "d.webp")]
+    told = {failure.name: failure.reason for failure in failures}
+    assert "b.jpeg and b.png; leave one" in told["b"]
+    assert "has no file c ending in .jpg" in told["c"]
+
+
+def test_maps_beside_a_background_keep_their_winner_at_one_half(tmp_path):
+    maps = torch.rand(3, 5, 6).softmax(0).numpy()
+    np.save(tmp_path / "a.npy", {0: maps[0], 3: maps[1], 8: maps[2]})
+    found = read_maps(CamItem("a", tmp_path / "a.npy"))
+    assert (found.classes, found.opposed) == ((2, 7), True)
+    winner = torch.where(found.cam[0].amax(0) > 0.5, found.cam[0].argmax(0) + 1, 0)
+    assert torch.equal(winner, torch.from_numpy(maps).argmax(0))
+
+
+def test_labels_pick_the_classes_of_logits(tmp_path):
+    scores = np.random.default_rng(0).normal(size=(1, 21, 4, 5)).astype(np.float32)
+    np.save(tmp_path / "a.npy", {"msc_seg": scores})
+    found = read_maps(CamItem("a", tmp_path / "a.npy", classes=(3, 14)))
+    likely = torch.from_numpy(scores[0]).softmax(0)
+    assert found.classes == (3, 14)
+    torch.testing.assert_close(found.cam[0, 0], likely[4] / (likely[4] + likely[0]))
+    torch.testing.assert_close(found.cam[0, 1], likely[15] / (likely[15] + likely[0]))
+
+
+def test_labels_that_contradict_a_file_are_told(tmp_path):
+    write_cam(tmp_path / "a.npy", [3, 5], torch.ones(2, 2, 2))
+    with pytest.raises(DataError, match=r"holds the classes \(3, 5\), but `classes` is \(3,\)"):
+        read_maps(CamItem("a", tmp_path / "a.npy", classes=(3,)))
+
+
+def test_labels_of_every_codebase_say_the_same(tmp_path):
+    row = np.zeros(20, np.float32)
+    row[[3, 14]] = 1
+    np.save(tmp_path / "mct.npy", {"2007_000032": row})  # also ToCo, PSA
+    np.save(tmp_path / "irn.npy", {2007000032: row})
+    (tmp_path / "a.json").write_text('{"2007_000032": [14, 3]}')
+    names = "[" + ", ".join(f'"n{index}"' for index in range(20)) + "]"
+    (tmp_path / "b.json").write_text(
+        f'{{"classes": {names}, "labels": {{"2007_000032": ["n3", "n14"]}}}}'
+    )
+    for name in ("mct.npy", "irn.npy", "a.json", "b.json"):
+        labels = read_labels(tmp_path / name)
+        assert labels.of("2007_000032") == (3, 14)
+        with pytest.raises(DataError, match="has no labels for 2007_000033; add them"):
+            labels.of("2007_000033")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def test_labels_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("cls_labels.npy", {"a": Hostile()})
+    with pytest.raises(DataError, match=r"asks for \w+\.system"):
+        read_labels("cls_labels.npy")
+    assert not Path("ran").exists()
+    pickle.loads(pickle.dumps(Hostile()))  # the test would see it run
+    assert Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.txt", "", "must end in .npy"),
+        ("a.json", "{", "is not JSON"),
+        ("a.json", "[1]", "must hold"),
+        ("a.json", '{"a": ["cat"]}', "a is labelled 'cat', expected an index from 0"),
+        ("a.json", '{"classes": ["cat"], "labels": {"a": ["dog"]}}', "expected one of cat"),
+        ("a.npy", "none", "is no .npy"),
+    ],
+)
+def test_labels_of_another_form_are_refused(tmp_path, name, text, told):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=told):
+        read_labels(tmp_path / name)
+
+
+# A folder refined
+
+
+def test_a_photo_that_kills_its_process_costs_its_own_file_only(tmp_path):
+    cams, photos = tmp_path / "cams", tmp_path / "photos"
+    cams.mkdir(), photos.mkdir()
+    for name in "abcdef":
+        write_cam(cams / f"{name}.npy", [4], torch.full((1, 4, 4), 0.5))
+        colours = np.full((4, 4, 3), 0 if name == "c" else 200, np.uint8)
+        Image.fromarray(colours).save(photos / f"{name}.png")
+    folder = CamFolder(cams, photos)
+    written = write_all(RefineCam(DiesOfBlack()), folder, tmp_path / "out", workers=2)
+    assert (written.written, [one.name for one in written.failures]) == (5, ["c"])
+    for name in "abdef":
+        assert read_cam(tmp_path / "out" / f"{name}.npy").cam.unique().tolist() == [0.25]
+    assert "c\tthe process that worked on it died" in (tmp_path / "out/errors.tsv").read_text()

@@ -1,0 +1,59 @@
+"""Work for the processes of `camkit.bulk`, which import what they do by name."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+def double(item):
+    return 2 * item
+
+
+def pick_on(item):
+    """Fail in a way that was foreseen, in one that was not, and by dying."""
+    if item == "foreseen":
+        raise ValueError("not\nthis one")
+    if item == "unforeseen":
+        raise KeyError("a bug")
+    if item == "fatal":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item.upper()
+
+
+def die(item):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def process_of(item):
+    return os.getpid()
+
+
+def threads_of(item):
+    return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ.get("CAMKIT_TESTED")
+
+
+@dataclass(frozen=True)
+class Touch:
+    """Take a while, then leave a file with the process's number."""
+
+    folder: Path
+    seconds: float
+
+    def __call__(self, item):
+        (self.folder / f"{item}.pid").write_text(str(os.getpid()))
+        time.sleep(self.seconds)
+        (self.folder / f"{item}.done").touch()
+
+
+@dataclass(frozen=True)
+class DiesOfBlack:
+    """A refiner whose process is killed by a photo with a black corner."""
+
+    def __call__(self, cam, capture):
+        if capture.rgb[0, :, 0, 0].sum() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cam / 2
