@@ -211,7 +211,7 @@ def shapes(folder, *, classes, count=8):
 
 
 def bench(*arguments):
-    return main(["bench", *arguments, "--model", f"{NAME}.test", *SMALL])
+    return main(["bench", *arguments, "--model", f"{NAME}.test", "--no-cache", *SMALL])
 
 
 def test_bench_prints_a_table_and_writes_it(tmp_path, capsys):

@@ -1,7 +1,9 @@
 """Seeds and refiners measured on held-out masks."""
 
+from camkit.bench.examples import Example as Example, collect_examples as collect_examples
 from camkit.bench.labels import PredictedLabels as PredictedLabels
 from camkit.bench.measure import run as run
+from camkit.bench.page import to_html as to_html
 from camkit.bench.protocol import (
     Choice as Choice,
     Entry as Entry,

@@ -1,0 +1,232 @@
+"""A report as one HTML file: figures, plots and pictures, without a network."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import astuple
+from importlib.resources import files
+from typing import get_args
+
+import torch
+
+from camkit.bench.examples import Example
+from camkit.bench.gallery import show_examples
+from camkit.bench.markup import Cell, bullets, facts, percent, points, section, select, table, text
+from camkit.bench.plots import classes_plot, curves_plot, legend
+from camkit.bench.protocol import Variant
+from camkit.bench.results import Report, Row
+from camkit.score import Definition, Gain, class_scores
+
+_NO_FIGURE = float("nan")
+
+
+def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
+    """One page with all of a report, to be opened from disk.
+
+    Args:
+        report: of a finished benchmark.
+        examples: images to show, see `collect_examples`; they are drawn one at a time.
+
+    Raises:
+        CamkitError: matplotlib is not installed.
+    """
+    content = [
+        _about(report),
+        section("summary", "Summary", _summary(report)),
+        _controls(report),
+        _definitions(report),
+        _quality(report),
+        section("curves", "Background scores", _curves(report)),
+        section("classes", "Classes", _classes(report)),
+    ]
+    shown = show_examples(report, examples)
+    content.append(section("gallery", "Examples", shown) if shown else "")
+    content.append(section("settings", "Settings", _settings(report)))
+    template = files("camkit.bench").joinpath("page.html").read_text(encoding="utf-8")
+    parts = {
+        "title": text(f"camkit benchmark: {report.dataset}, {report.split}"),
+        "script_hash": _script_hash(template),
+        "content": "\n".join(filter(None, content)),
+    }
+    # in one go: what a name contains is never looked at again
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def _about(report: Report) -> str:
+    oracle = (
+        '<p class="oracle"><strong>ORACLE</strong> Background scores were picked on images that '
+        "are reported. These figures are not what a user will get.</p>"
+        if report.oracle
+        else ""
+    )
+    skipped = (
+        f"<details open><summary>{len(report.skipped)} images could not be used</summary>"
+        f"{bullets(report.skipped)}</details>"
+        if report.skipped
+        else ""
+    )
+    return (
+        f"<header><h1>{text(report.dataset)}</h1>"
+        f"<p>What {len(report.rows)} variants find on {report.images} images.</p></header>"
+        + oracle
+        + facts(
+            [
+                ("Figures from", f"{report.split} ({report.images} images)"),
+                (
+                    "Background scores and choices from",
+                    f"{report.tune_split} ({report.tune_images} images)",
+                ),
+                ("Classes", ", ".join(report.classes)),
+                ("Image-level labels", f"{report.labels}, for every image"),
+                (
+                    "mIoU",
+                    "mean over the classes present in the ground truth, one confusion matrix over "
+                    "all images; other objects count as background, in %",
+                ),
+                (
+                    "Gains",
+                    "over the base of each row, in points of mIoU, with 95% intervals of a paired "
+                    "bootstrap over images; p is two-sided, corrected for all gains (Holm)",
+                ),
+            ]
+        )
+        + skipped
+    )
+
+
+def _summary(report: Report) -> str:
+    heads = ["variant", "mIoU", "gain", "95% interval", "p", "chance of a loss"]
+    heads += ["background score", f"mIoU on {report.tune_split}"]
+    return table("mIoU and gains", heads, [_summary_line(row) for row in report.rows])
+
+
+def _summary_line(row: Row) -> list[Cell]:
+    notes = []
+    if row.spread is not None:
+        low, high = row.spread
+        notes.append(f"{low * 100:.1f} to {high * 100:.1f}")
+    elif row.name != row.variant.name:
+        notes.append(f"picked: {row.variant.name}")
+    if row.entry.base is not None:
+        notes.append(f"over {row.entry.base.name}")
+    return [
+        Cell(row.name, note=", ".join(notes)),
+        percent(row.mean_iou),
+        *_gain_cells(row.gain),
+        Cell("-", _NO_FIGURE) if row.p_value is None else Cell(f"{row.p_value:.2g}", row.p_value),
+        percent(None if row.gain is None else row.gain.chance_below_zero),
+        Cell(f"{row.background_score:.2f}", row.background_score),
+        percent(row.tuned_mean_iou),
+    ]
+
+
+def _gain_cells(gain: Gain | None) -> tuple[Cell, Cell]:
+    if gain is None:
+        return Cell("-", _NO_FIGURE), Cell("-", _NO_FIGURE)
+    interval = f"{points(gain.low)} to {points(gain.high)}"
+    return Cell(points(gain.gain), gain.gain), Cell(interval, gain.low)
+
+
+def _controls(report: Report) -> str:
+    lines = [
+        (Cell(row.name), Cell(other.name), *_gain_cells(other.gain))
+        for row in report.rows
+        for other in row.over_controls
+    ]
+    if not lines:
+        return ""
+    heads = ["variant", "control", "gain", "95% interval"]
+    return section("controls", "Against controls", table("Gains over controls", heads, lines))
+
+
+def _definitions(report: Report) -> str:
+    """The definitions of mean IoU, where they do not agree."""
+    names = get_args(Definition)
+    lines = [
+        [Cell(row.name), *(percent(row.definitions[name]) for name in names)]
+        for row in report.rows
+        if len({round(value, 6) for value in row.definitions.values()}) > 1
+    ]
+    if not lines:
+        return ""
+    shown = table("mIoU by definition", ["variant", *names], lines)
+    return section("definitions", "Definitions of mIoU", shown)
+
+
+def _quality(report: Report) -> str:
+    found = [(row, row.quality) for row in report.rows if row.quality is not None]
+    if not found:
+        return ""
+    lines = []
+    for row, quality in found:
+        pairs = zip(astuple(quality.means), astuple(quality.errors), strict=True)
+        cells = [Cell(f"{mean:.3f} ± {error:.3f}", mean) for mean, error in pairs]
+        lines.append([Cell(row.name), *cells])
+    heads = ["variant", "insertion", "deletion", "left behind"]
+    told = (
+        f"<p>What the classifier says of {found[0][1].maps} maps, with standard errors. Insertion: "
+        "higher is better; deletion and what is left behind: lower is better.</p>"
+    )
+    return section("quality", "By the classifier", told + table("Without masks", heads, lines))
+
+
+def _curves(report: Report) -> str:
+    told = f"<p>mIoU on {text(report.tune_split)}; a dot marks the score that was picked.</p>"
+    named = 'role="region" tabindex="0" aria-label="Plot over background scores"'
+    plot = f'<div class="scroll" {named}>{curves_plot(report)}</div>'
+    return told + plot + legend(report, report.rows)
+
+
+def _classes(report: Report) -> str:
+    by_name = {row.name: row for row in report.rows}
+    blocks = []
+    for index, row in enumerate(report.rows):
+        base = None if row.entry.base is None else by_name[row.entry.base.name]
+        plot = classes_plot(report, row, base) + legend(report, [row, base] if base else [row])
+        blocks.append(
+            f'<div class="row" data-row="{index}"><h3>{text(row.name)}</h3><div class="pair">'
+            f"<div>{plot}</div>{_class_table(report, row)}</div></div>"
+        )
+    first = max(report.rows, key=lambda row: row.tuned_mean_iou)
+    names = {str(index): row.name for index, row in enumerate(report.rows)}
+    picker = select("row", names, str(report.rows.index(first)))
+    return f'<form class="controls"><label>Variant {picker}</label></form>{"".join(blocks)}'
+
+
+def _class_table(report: Report, row: Row) -> str:
+    lines = [
+        [
+            Cell(score.name),
+            percent(score.iou),
+            percent(score.precision),
+            percent(score.recall),
+            Cell(f"{score.pixels:,}", score.pixels),
+        ]
+        for score in class_scores(torch.tensor(row.confusion), report.classes)
+    ]
+    heads = ["class", "IoU", "precision", "recall", "true pixels"]
+    return table(f"By class: {row.name}", heads, lines)
+
+
+def _settings(report: Report) -> str:
+    known = [("photos", report.photos), ("weights, SHA-256", report.weights_sha256)]
+    known += [(name, str(value)) for name, value in report.environment.items()]
+    rows = "".join(
+        f"<details><summary>{text(row.name)}</summary>"
+        f"{bullets(_configuration(variant) for variant in row.entry.variants)}</details>"
+        for row in report.rows
+    )
+    return facts(known) + rows
+
+
+def _configuration(variant: Variant) -> str:
+    edit = "" if variant.edit is None else f"{variant.edit!r} (blocks: {variant.edit_blocks}), "
+    steps = " → ".join(repr(step) for step in (variant.seed, *variant.refine))
+    return f"{variant.name}: {edit}{steps}"
+
+
+def _script_hash(template: str) -> str:
+    """The browser runs this script and no other, whatever a name may hold."""
+    script = template.partition("<script>")[2].partition("</script>")[0]
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

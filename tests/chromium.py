@@ -1,0 +1,148 @@
+"""A headless Chromium driven over its DevTools pipe: no driver, no package, no network."""
+
+import base64
+import fcntl
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from itertools import count
+
+BINARY = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+_LAUNCH = "import os, sys; os.dup2({}, 3); os.dup2({}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+_KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), "Space": (32, " "), "ArrowDown": (40, "")}
+
+
+class Chromium:
+    """One browser with one page; keeps what the page complained about and what it asked for."""
+
+    def __init__(self, profile):
+        commands, self._send = os.pipe()
+        self._receive, answers = os.pipe()
+        # away from 3 and 4, where the browser wants its ends of the pipes
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (commands, answers)]
+        options = [
+            *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--remote-debugging-pipe", "--no-first-run", "--disable-background-networking"),
+            *(f"--user-data-dir={profile}", "--hide-scrollbars", "about:blank"),
+        ]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _LAUNCH.format(*ends), BINARY, *options],
+            pass_fds=ends,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for end in (commands, answers, *ends):
+            os.close(end)
+        self._numbers, self._buffer, self._session = count(1), b"", None
+        self.complaints, self.requests, self._loaded = [], [], False
+        target = self._page_target()
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **params):
+        """Ask and wait for the answer; what happens meanwhile is noted."""
+        number = next(self._numbers)
+        message = {"id": number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._send, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']['message']}")
+                return answer["result"]
+
+    def open(self, path, *, scheme="light", width=1200, height=900):
+        """Load a file under a colour scheme and a width of the window."""
+        self.complaints, self.requests, self._loaded = [], [], False
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.call("Emulation.setEmulatedMedia", features=[feature])
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Page.navigate", url=path.as_uri())
+        while not self._loaded:
+            self._next()
+
+    def run(self, script):
+        """The value of a JavaScript expression."""
+        settings = {"returnByValue": True, "awaitPromise": True}
+        result = self.call("Runtime.evaluate", expression=script, **settings)
+        if "exceptionDetails" in result:
+            raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
+        return result["result"].get("value")
+
+    def click(self, selector):
+        """Press the mouse in the middle of an element."""
+        x, y = self.run(
+            f"(() => {{ const e = document.querySelector({selector!r});"
+            " e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
+            " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            place = {"x": x, "y": y, "button": "left", "clickCount": 1}
+            self.call("Input.dispatchMouseEvent", type=kind, **place)
+
+    def press(self, key):
+        """Press a key of the keyboard."""
+        code, typed = _KEYS[key]
+        name = " " if key == "Space" else key
+        named = {"key": name, "code": key, "windowsVirtualKeyCode": code}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=typed, **named)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **named)
+
+    def screenshot(self, path, *, whole=True):
+        """Write a picture of the page, all of it or what the window shows."""
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+    def close(self):
+        self._session = None
+        try:
+            self.call("Browser.close")
+        finally:
+            os.close(self._send)
+            os.close(self._receive)
+            self._process.wait(timeout=20)
+
+    def _page_target(self):
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            for target in self.call("Target.getTargets")["targetInfos"]:
+                if target["type"] == "page":
+                    return target["targetId"]
+        raise TimeoutError("the browser opened no page")
+
+    def _next(self):
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._receive], [], [], 60)
+            part = os.read(self._receive, 1 << 20) if ready else b""
+            if not part:
+                raise TimeoutError("the browser has gone or does not answer")
+            self._buffer += part
+        raw, _, self._buffer = self._buffer.partition(b"\0")
+        message = json.loads(raw)
+        self._note(message.get("method"), message.get("params", {}))
+        return message
+
+    def _note(self, method, params):
+        if method == "Page.loadEventFired":
+            self._loaded = True
+        elif method == "Network.requestWillBeSent":
+            self.requests.append(params["request"]["url"])
+        elif method == "Runtime.exceptionThrown":
+            self.complaints.append(params["exceptionDetails"]["exception"]["description"])
+        elif method == "Runtime.consoleAPICalled":
+            self.complaints.append(str(params["args"]))
+        elif method == "Log.entryAdded":
+            self.complaints.append(params["entry"]["text"])

@@ -1,0 +1,165 @@
+"""Benchmarks asked for in words: flags, a file, labels, kept measurements, a page."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from camkit import (
+    DOEI,
+    Blur,
+    ClassAttentionSeed,
+    DenseCRF,
+    GradientSeed,
+    Normalize,
+    OneMoreHop,
+    Propagate,
+    RandomGates,
+    Vocabulary,
+)
+from camkit.bench import Choice, Variant
+from camkit.cli import main
+from camkit.cli.plan import Plan
+from camkit.data import write_shapes
+
+NAME = "vit_tiny_patch16_224"
+
+
+def test_seeds_and_chains_become_lines():
+    plan = Plan(seeds=("gradient", "attention"), refine=("propagate:steps=2+normalize:minmax",))
+    first, chain, second, other = plan.entries()
+    assert (first.seed, second.seed) == (GradientSeed(), ClassAttentionSeed())
+    assert chain.refine == (Propagate(steps=2), Normalize("minmax"))
+    assert (chain.base, other.base) == (first, second)
+    assert chain.name == "gradient > propagate:steps=2+normalize:minmax"
+
+
+def test_controls_stand_beside_every_chain_of_their_seed():
+    seed, control, chain = Plan(refine=("propagate",), controls=("blur:2",)).entries()
+    assert control.refine == (Blur(2.0),)
+    assert (control.base, chain.controls) == (seed, (control,))
+
+
+def test_candidates_become_a_choice():
+    _, choice = Plan(refine=("crf:psa | crf:clip_es",)).entries()
+    assert isinstance(choice, Choice)
+    assert [v.refine for v in choice.variants] == [(DenseCRF("psa"),), (DenseCRF("clip_es"),)]
+
+
+def test_stages_are_lines_of_their_own():
+    plan = Plan(refine=("propagate+normalize+blur",), controls=("blur",), stages=True)
+    seed, _, first, second, last = plan.entries()
+    assert [len(v.refine) for v in (first, second, last)] == [1, 2, 3]
+    assert [first.base, second.base, last.base] == [seed, first, second]
+    assert (first.controls, len(last.controls)) == ((), 1)
+
+
+def test_edits_are_compared_with_the_same_chain_without_them():
+    plan = Plan(edits=("doei:strength=2", "hop", "gates:doei"), refine=("propagate",))
+    seed, chain, *edited = plan.entries()
+    assert [v.edit for v in edited[::2]] == [DOEI(strength=2.0), OneMoreHop(), RandomGates(DOEI())]
+    assert [v.base for v in edited] == [seed, chain] * 3
+    assert all(v.edit_blocks == 3 for v in edited)
+    (_, _, alone, both) = Plan(edits=("hop",), refine=("blur | blur:2",)).entries()
+    assert isinstance(alone, Variant)
+    assert [v.edit for v in both.variants] == [OneMoreHop()] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seeds": ()}, "at least one seed"),
+        ({"seeds": ("grad",)}, "no seed is called 'grad'; did you mean 'gradient'"),
+        ({"edits": ("deoi",)}, "no edit is called 'deoi'"),
+        ({"edits": ("doei:reading=mean",)}, "reading must be .*proto"),
+        ({"refine": ("crf:presets=psa",)}, "'presets=psa' is no setting of crf"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Plan(**settings).entries()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "weights"
+    folder.mkdir()
+    torch.manual_seed(3)
+    state = timm.create_model(NAME, num_classes=3).state_dict()
+    save_file(state, folder / f"{NAME}.test.safetensors")
+    return folder.parent
+
+
+@pytest.fixture
+def bench(weights, tmp_path, monkeypatch):
+    """The command on eight drawn pictures with a random model of three outputs."""
+    monkeypatch.setenv("CAMKIT_DATA", str(weights))
+    monkeypatch.chdir(tmp_path)
+    write_shapes(tmp_path / "shapes", 8, size=(48, 64))
+    names = json.loads((tmp_path / "shapes" / "labels.json").read_text())["classes"]
+    monkeypatch.setattr("camkit.cli.models._vocabulary", lambda _: Vocabulary(tuple(names)))
+
+    def run(*arguments, model=True):
+        named = ["--model", f"{NAME}.test", "--size", "64"] if model else []
+        return main(["bench", *arguments, *named])
+
+    return run
+
+
+SHORT = ("shapes", "--seed", "attention", "--cache", "kept.sqlite")
+
+
+def test_a_run_is_made_again_from_what_it_wrote(bench, tmp_path, capsys):
+    asked = ("--refine", "blur | blur:2", "--control", "normalize:minmax", "--outlines")
+    assert bench(*SHORT, *asked, "--out", "first.json") == 0
+    again = ("--config", "first.toml", "--cache", "other.sqlite", "--out", "second.json")
+    assert bench(*again, model=False) == 0
+    assert (tmp_path / "first.json").read_text() == (tmp_path / "second.json").read_text()
+    assert (tmp_path / "first.toml").read_text() == (tmp_path / "second.toml").read_text()
+
+
+def test_flags_go_before_the_file(bench, tmp_path):
+    (tmp_path / "plan.toml").write_text('dataset = "shapes"\nseed = ["weight"]\nlimit = 2\n')
+    file = ("--config", "plan.toml", "--no-cache", "--out", "out.json")
+    assert bench(*file, "--seed", "attention") == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["attention"]
+    assert report["images"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed = [", "plan.toml is no TOML"),
+        ("sead = []", "sets sead; it may set .*seed"),
+        ('limit = "few"', "limit must be int, got 'few'"),
+        ("classes = 3", "classes must be str, got 3"),
+        ("stages = 1", "stages must be bool, got 1"),
+    ],
+)
+def test_a_file_that_says_nonsense_is_told(bench, tmp_path, capsys, text, words):
+    (tmp_path / "plan.toml").write_text(text)
+    assert bench("--config", "plan.toml") == 1
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_labels_may_be_predicted(bench, tmp_path, capsys):
+    assert bench(*SHORT, "--labels", "predicted:0.2") == 0
+    assert "threshold=0.2" in capsys.readouterr().out
+    assert bench(*SHORT, "--labels", "guessed") == 1
+    assert "dataset or predicted[:THRESHOLD]" in capsys.readouterr().err
+
+
+def test_a_page_is_written(bench, tmp_path):
+    assert bench(*SHORT, "--refine", "blur", "--html", "pages/report.html", "--examples", "1") == 0
+    page = (tmp_path / "pages" / "report.html").read_text()
+    assert "attention &gt; blur" in page
+    assert page.count("<figure") >= 1
+
+
+def test_a_data_set_must_be_named(bench, capsys):
+    assert bench() == 1
+    assert "name the folder of a data set" in capsys.readouterr().err
