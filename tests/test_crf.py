@@ -8,7 +8,9 @@ import torch
 from hosts import HandMade
 
 from camkit import CamkitError, CaptureError, DenseCRF, to_mask, watch
-from camkit.refine.crf import PRESETS
+from camkit.native import load
+from camkit.ops.crf_kernels import Kernels
+from camkit.refine.crf_presets import PRESETS
 
 EDGE = 20  # the column where the colour of the picture changes
 
@@ -43,7 +45,10 @@ def up_to(column):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"preset": "deeplab"}, "must be one of clip_es, psa, irn, afa, toco, got 'deeplab'"),
+        ({"preset": "deeplab"}, "must be one of clip_es, psa, irn, .*, convcrf, got 'deeplab'"),
+        ({"preset": Kernels(3, 3, 80, 0, 10)}, "`bilateral_srgb` must be above 0 .*, got 0"),
+        ({"preset": Kernels(3, -1, 80, 13, 10)}, "`gauss_weight` must be at least 0 .*, got -1"),
+        ({"backend": "cuda"}, "must be one of auto, native, torch, pydensecrf, got 'cuda'"),
         ({"steps": 0}, "`steps` must be at least 1, got 0"),
         ({"background_score": 0.0}, r"must lie in \(0, 1\), got 0.0"),
         ({"background_score": 1.0}, r"must lie in \(0, 1\), got 1.0"),
@@ -51,7 +56,9 @@ def up_to(column):
         ({"temperature": 0.0}, "`temperature` must be above 0, got 0.0"),
         ({"temperature": float("nan")}, "`temperature` must be above 0, got nan"),
     ],
+    ids=str,
 )
+@pytest.mark.usefixtures("no_shape_checks")
 def test_settings_that_mean_nothing_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         DenseCRF(**settings)
@@ -60,7 +67,7 @@ def test_settings_that_mean_nothing_are_refused(settings, words):
 def test_a_missing_library_is_told_with_the_way_to_get_it(monkeypatch, two_colours):
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
     with pytest.raises(CamkitError, match=r"pip install 'camkit\[crf\]'"):
-        DenseCRF()(up_to(16), two_colours)
+        DenseCRF(backend="pydensecrf")(up_to(16), two_colours)
 
 
 def test_a_capture_without_the_picture_is_refused():
@@ -79,8 +86,9 @@ def test_maps_that_are_not_finite_are_refused(two_colours, value):
         DenseCRF()(cam, two_colours)
 
 
+@pytest.mark.parametrize("backend", ["auto", "pydensecrf"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_mean_field_equals_pydensecrf_called_directly(library, preset):
+def test_the_mean_field_equals_pydensecrf_called_directly(library, preset, backend):
     scores = torch.rand(1, 3, 24, 32).softmax(1)
     rgb = torch.randint(0, 256, (1, 24, 32, 3), dtype=torch.uint8)
     kernels = PRESETS[preset]
@@ -94,20 +102,21 @@ def test_the_mean_field_equals_pydensecrf_called_directly(library, preset):
         compat=kernels.bilateral_weight,
     )
     expected = torch.from_numpy(np.array(field.inference(5)).reshape(3, 24, 32))
-    found = DenseCRF(preset=preset, steps=5).probabilities(scores, rgb)
+    found = DenseCRF(preset=preset, steps=5, backend=backend).probabilities(scores, rgb)
     torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found.sum(1), torch.ones(1, 24, 32))
+    own = DenseCRF(preset=Kernels(*kernels), steps=5, backend=backend).probabilities(scores, rgb)
+    assert torch.equal(own, found)
 
 
 @pytest.mark.parametrize("column", [EDGE - 4, EDGE - 2, EDGE + 2, EDGE + 4])
-def test_a_map_a_few_pixels_off_moves_to_the_edge_of_the_colours(library, two_colours, column):
+def test_a_map_a_few_pixels_off_moves_to_the_edge_of_the_colours(two_colours, column):
     refined = DenseCRF()(up_to(column), two_colours)
     mask = to_mask(refined, background_score=0.5)[0]
     assert mask[:, :EDGE].all()
     assert not mask[:, EDGE:].any()
 
 
-def test_one_half_is_where_class_and_background_are_equally_probable(library, two_colours):
+def test_one_half_is_where_class_and_background_are_equally_probable(two_colours):
     cam = torch.rand(1, 2, 32, 48)
     rgb = (two_colours.rgb * 255).round().byte().permute(0, 2, 3, 1)
     logits = torch.cat([torch.full_like(cam[:, :1], 0.3), cam], 1) / 0.25
@@ -116,7 +125,7 @@ def test_one_half_is_where_class_and_background_are_equally_probable(library, tw
     assert torch.equal(refined > 0.5, likely[:, 1:] > likely[:, :1])
 
 
-def test_a_map_on_the_grid_comes_back_at_the_size_of_the_picture(library, two_colours):
+def test_a_map_on_the_grid_comes_back_at_the_size_of_the_picture(two_colours):
     refined = DenseCRF()(torch.rand(1, 2, 4, 6, dtype=torch.float64), two_colours)
     assert refined.shape == (1, 2, 32, 48)
     assert refined.dtype == torch.float64
@@ -124,18 +133,36 @@ def test_a_map_on_the_grid_comes_back_at_the_size_of_the_picture(library, two_co
     assert refined.max() <= 1.0
 
 
-def test_a_map_of_zeros_stays_zero_and_takes_nothing_from_the_others(library):
+def test_a_map_of_zeros_stays_zero_and_takes_nothing_from_the_others():
     capture, cam = captured(torch.rand(1, 3, 32, 48)), torch.rand(1, 1, 32, 48)
-    alone = DenseCRF(steps=1)(cam, capture)
-    padded = DenseCRF(steps=1)(torch.cat([cam, torch.zeros_like(cam)], 1), capture)
-    assert not padded[:, 1].any()
-    torch.testing.assert_close(padded[:, :1], alone, rtol=0, atol=1e-3)
+    alone = DenseCRF()(cam, capture)
+    padded = DenseCRF()(torch.cat([torch.zeros_like(cam), cam, -cam], 1), capture)
+    assert not padded[:, [0, 2]].any()
+    torch.testing.assert_close(padded[:, 1:2], alone, rtol=0, atol=0)
 
 
-def test_a_batch_equals_its_images_one_by_one(library):
-    rgb, cam = torch.rand(3, 3, 16, 24), torch.rand(3, 2, 16, 24)
-    both = DenseCRF(steps=3)(cam, captured(rgb))
-    for index in range(3):
-        one = slice(index, index + 1)
-        single = DenseCRF(steps=3)(cam[one], captured(rgb[one]))
-        torch.testing.assert_close(both[one], single)
+def test_images_of_different_classes_in_a_batch_equal_themselves_alone():
+    rgb, cam = torch.rand(4, 3, 16, 24), torch.rand(4, 3, 16, 24)
+    cam[0, 1] = cam[1] = cam[3, 0] = 0  # two classes, none, three, two others
+    together = DenseCRF(steps=3)(cam, captured(rgb))
+    assert not together[1].any()
+    for index in (0, 2, 3):
+        kept = [k for k in range(3) if cam[index, k].any()]
+        single = DenseCRF(steps=3)(cam[index, kept][None], captured(rgb[index][None]))
+        torch.testing.assert_close(together[index, kept], single[0], rtol=0, atol=0)
+
+
+def test_no_classes_come_back_as_none():
+    refined = DenseCRF()(torch.rand(2, 0, 4, 6), captured(torch.rand(2, 3, 16, 24)))
+    assert refined.shape == (2, 0, 16, 24)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_backends_refine_alike(library, two_colours, backend):
+    if backend == "native":
+        load("dense_crf") or pytest.skip("no compiler")
+    cam = torch.rand(1, 2, 32, 48, dtype=torch.float16)
+    found = DenseCRF(backend=backend, steps=2)(cam, two_colours)
+    assert found.dtype == torch.float16
+    expected = DenseCRF(backend="pydensecrf", steps=2)(cam.float(), two_colours)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,194 @@
+"""Gaussian filters over many dimensions on the permutohedral lattice (Adams et al. 2010)."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_LIMIT = 2**62  # of one packed coordinate, so that a neighbour's still fits 64 bits
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """A Gaussian of standard deviation one over n points in d dimensions, up to a constant.
+
+    Every point lies in a simplex of d + 1 vertices. `filter` spreads values onto them by
+    barycentric weights, blurs by 1/2, 1, 1/2 along each of the d + 1 axes, and interpolates.
+    Vertices that no point touches do not exist, in the paper as here: nothing is blurred over them.
+
+    Attributes:
+        corners: vertices of each point's simplex.
+        weights: barycentric weights of each point.
+        points: points in order of the vertices they touch, one entry for each such pair.
+        point_weights: weights of these pairs.
+        starts: where each vertex begins in ``points``.
+        chains: for each axis, every vertex and its two neighbours there. The last vertex is touched
+            by no point, stays zero, and stands for neighbours that do not exist.
+        blur: weights of these three.
+    """
+
+    corners: Int[Tensor, "n corners"]
+    weights: Float[Tensor, "n corners"]
+    points: Int[Tensor, " pairs"]
+    point_weights: Float[Tensor, " pairs"]
+    starts: Int[Tensor, " vertices"]
+    chains: tuple[Int[Tensor, "vertices 3"], ...]
+    blur: Float[Tensor, "vertices 3"]
+
+    def filter(self, values: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+        """Sum values over all points, weighted by the Gaussian of their distance."""
+        rows = _weighted_sums(values, self.points, self.point_weights, self.starts)
+        for chain in self.chains:
+            rows = _weighted_sums(rows, chain, self.blur)
+        return _weighted_sums(rows, self.corners, self.weights)
+
+    def normalised(self, weight: float) -> "Lattice":
+        """The same filter between two divisions by the root of its answer to ones, weighted."""
+        ones = torch.ones_like(self.weights[:, :1])
+        scale = (self.filter(ones) + 1e-20).rsqrt() * math.sqrt(weight)
+        return replace(
+            self,
+            weights=self.weights * scale,
+            point_weights=self.point_weights * scale[self.points, 0],
+        )
+
+
+def lattice(features: Float[Tensor, "d n"], largest: Sequence[float]) -> Lattice:
+    """Lay a lattice over points.
+
+    Args:
+        features: coordinates of each point in standard deviations, at least 0.
+        largest: a bound for each coordinate.
+    """
+    strides = torch.tensor([*packing(largest), 0], device=features.device)
+    key, rank, weights = _locate(features, strides)
+    # points of one simplex share their corners, so these are worked out once a simplex
+    simplex_key, order, first = _sorted_groups(key)
+    corner_keys = _corner_keys(simplex_key[first], rank[:, order[first]], strides)
+    vertex_key, pair, new = _sorted_groups(corner_keys.flatten())
+    chains = _chains(vertex_key[new], strides)
+    corners = _numbers(pair, new).int().view(len(strides), -1)[:, _numbers(order, first)]
+    touched, entry = corners.flatten().sort(stable=True)
+    counts = touched.bincount(minlength=len(chains[0]))
+    return Lattice(
+        corners=corners.T.contiguous(),
+        weights=weights.T.contiguous(),
+        points=torch.arange(len(key), dtype=torch.int32, device=key.device).repeat(len(strides))[
+            entry
+        ],
+        point_weights=weights.flatten()[entry],
+        starts=(counts.cumsum(0) - counts).int(),
+        chains=chains,
+        blur=weights.new_tensor([1.0, 0.5, 0.5]).repeat(len(counts), 1),
+    )
+
+
+def packing(largest: Sequence[float]) -> list[int]:
+    """What one step in each lattice coordinate adds to a coordinate packed into one integer.
+
+    Raises:
+        ValueError: the lattice is too fine to be packed into 64 bits.
+    """
+    scaled = [width * scale for width, scale in zip(largest, _scales(len(largest)), strict=True)]
+    # coordinate j is the sum of features j and on, less j times the one before; the room beyond is
+    # for rounding, for the corners of a simplex and for their neighbours
+    extents = [sum(scaled[j:]) + j * scaled[j - 1] for j in range(len(scaled))]
+    steps = [int(extent) + 8 * (len(scaled) + 1) for extent in extents]
+    *strides, total = itertools.accumulate(steps, lambda a, b: a * b, initial=1)
+    if total > _LIMIT:
+        raise ValueError("lattice too fine to be packed into 64 bits")
+    return strides
+
+
+def _scales(dimensions: int) -> list[float]:
+    """Bring the blur to a standard deviation of one, as in the paper."""
+    width = torch.tensor(math.sqrt(2 / 3) * (dimensions + 1)).item()  # in single precision
+    return [width / math.sqrt((i + 1) * (i + 2)) for i in range(dimensions)]
+
+
+def _locate(features: Tensor, strides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each point's simplex, as one key; the ranks of its coordinates; its barycentric weights."""
+    dimensions = len(features)
+    # The order of operations is that of the compiled twin: where a point lies on the border of two
+    # simplices, the last digit decides between them.
+    scaled = features * features.new_tensor(_scales(dimensions))[:, None]
+    total = torch.zeros_like(scaled[0])
+    elevated = features.new_empty(dimensions + 1, features.shape[1])
+    for j in range(dimensions, 0, -1):
+        elevated[j] = total - j * scaled[j - 1]
+        total += scaled[j - 1]
+    elevated[0] = total
+    nearest = (elevated * (1 / (dimensions + 1))).round()
+    excess = nearest.sum(0).to(torch.int8)
+    coarse = nearest * (dimensions + 1)
+    offset = elevated - coarse
+    rank = torch.zeros_like(offset, dtype=torch.int8)
+    for i in range(dimensions):
+        less = offset[i] < offset[i + 1 :]
+        rank[i] += less.sum(0, dtype=torch.int8)
+        rank[i + 1 :] += ~less
+    rank += excess
+    turn = (rank < 0).to(torch.int8) - (rank > dimensions).to(torch.int8)
+    rank += turn * (dimensions + 1)
+    coarse += turn * (dimensions + 1)
+    ordered = _by_rank(rank, (elevated - coarse) * (1 / (dimensions + 1)))
+    weights = ordered.flip(0) - F.pad(ordered.flip(0), (0, 0, 1, 0))[:-1]
+    weights[0] = ordered[-1] + (1 - ordered[0])
+    key = torch.zeros_like(strides[:1])
+    for i in range(dimensions):  # the last coordinate follows from the others
+        key = key + (coarse[i].long() + rank[i]) * strides[i]
+    return key, rank, weights
+
+
+def _by_rank(rank: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format).scatter_(
+        0, rank.long(), values
+    )
+
+
+def _sorted_groups(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys in order, where each was, and which of them are the first of their kind."""
+    ordered, order = keys.sort()
+    return ordered, order, ordered.diff(prepend=ordered[:1] - 1) != 0
+
+
+def _numbers(order: Tensor, first: Tensor) -> Tensor:
+    """The number of each key's group, keys as they were before sorting."""
+    return torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
+
+
+def _corner_keys(simplex_key: Tensor, rank: Tensor, strides: Tensor) -> Tensor:
+    """Keys of the vertices of simplices: from one to the next, a coordinate goes down, by rank."""
+    origin = simplex_key - (rank * strides[:, None]).sum(0)
+    dimensions = len(strides) - 1
+    up = torch.arange(dimensions + 1, device=strides.device)[:, None] * strides.sum()
+    by_rank = _by_rank(rank, strides[:, None].expand(-1, len(origin)))
+    down = F.pad(by_rank.flip(0).cumsum(0)[:-1], (0, 0, 1, 0))
+    return origin + up - (dimensions + 1) * down
+
+
+def _chains(keys: Tensor, strides: Tensor) -> tuple[Tensor, ...]:
+    none = len(keys)
+    vertices = torch.arange(none + 1, device=keys.device)
+    chains = []
+    for step in strides.sum() - len(strides) * strides:
+        wanted = keys + step
+        at = torch.searchsorted(keys, wanted).clamp_max_(none - 1)
+        after = F.pad(torch.where(keys[at] == wanted, at, none), (0, 1), value=none)
+        before = torch.full_like(after, none).scatter_(0, after, vertices)
+        before[none] = none
+        chains.append(torch.stack([vertices, after, before], 1).int())
+    return tuple(chains)
+
+
+def _weighted_sums(
+    rows: Tensor, indices: Tensor, weights: Tensor, starts: Tensor | None = None
+) -> Tensor:
+    return F.embedding_bag(
+        indices, rows, starts, mode="sum", per_sample_weights=weights.to(rows.dtype)
+    )
