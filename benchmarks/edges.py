@@ -1,0 +1,310 @@
+"""Refiners that follow the colours of the picture: what each gains, and what it costs.
+
+    CAMKIT_DATA=folder python benchmarks/edges.py
+
+Maps of ViT-Ti by gradients and balanced propagation at 384 pixels, refined at the original size of
+the photos. Background scores are picked on `train`, figures come from `val`; settings of the fast
+filters were chosen on 60 images of `train` (`--choose`). One thread; CPU time of the process.
+Memory: growth of the peak resident size over one photo of 500x375 and two maps, in a process of its
+own (Linux). CRFs get the background score that is best on `train` without any refiner.
+
+Boundary IoU is that of Cheng et al. 2021, pixels of all images together
+(`camkit.score.boundary_confusion`).
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from doei_gains import CHAIN, CLASSES, RESULTS, SEED
+from torch import Tensor
+from tqdm import tqdm
+from watching import _peak
+
+import camkit
+from camkit.capture import Capture
+from camkit.cli.models import DEFAULT_MODEL, data_folder, open_model
+from camkit.data import DataSet, Sample, open_dataset, read_mask
+from camkit.manifest import environment
+from camkit.mask import IGNORE
+from camkit.photo import read_picture
+from camkit.refine import Refiner
+from camkit.score import (
+    THRESHOLDS,
+    best_threshold,
+    boundary_confusion,
+    confusion_matrix,
+    mean_iou,
+    paired_gain,
+    sweep_confusions,
+)
+
+LABELS = len(CLASSES) + 1
+CHOSEN_ON = 60
+
+
+def nothing(cam: Tensor, capture: Capture) -> Tensor:
+    del capture
+    return cam
+
+
+@dataclass(frozen=True)
+class OnSeed:
+    """In place of the propagation that the maps of the others come from."""
+
+    refiner: Refiner
+
+    def __call__(self, cam: Tensor, capture: Capture) -> Tensor:
+        return camkit.normalize_cam(self.refiner(cam, capture), mode="minmax")
+
+
+def refiners(background_score: float) -> dict[str, Refiner]:
+    crf = camkit.DenseCRF(preset="clip_es", background_score=background_score)
+    return {
+        "none": nothing,
+        "DenseCRF": crf,
+        "DenseCRF, half size": camkit.Reduced(crf, scale=0.5),
+        "DenseCRF, quarter size": camkit.Reduced(crf, scale=0.25),
+        "PixelAdaptive, half size": camkit.PixelAdaptive(scale=0.5),
+        "GuidedFilter": camkit.GuidedFilter(),
+        "FastGlobalSmooth": camkit.FastGlobalSmooth(),
+        "Superpixels, SLIC": camkit.Superpixels("slic"),
+        "Superpixels, Felzenszwalb": camkit.Superpixels("felzenszwalb"),
+        "RandomWalk in place of propagation": OnSeed(camkit.RandomWalk()),
+    }
+
+
+def candidates() -> dict[str, Refiner]:
+    """Settings among which the defaults were chosen."""
+
+    def grid(make: Callable[..., Refiner], **values: Sequence[object]) -> list[Refiner]:
+        return [
+            make(**dict(zip(values, chosen, strict=True)))
+            for chosen in itertools.product(*values.values())
+        ]
+
+    slic, felzenszwalb = ("slic",), ("felzenszwalb",)
+    found = [
+        *grid(camkit.GuidedFilter, radius=(4, 8, 16), eps=(1e-4, 1e-3, 1e-2), scale=(0.5,)),
+        *grid(camkit.GuidedFilter, radius=(4, 8), eps=(1e-3,), scale=(0.25,)),
+        *grid(
+            camkit.FastGlobalSmooth,
+            smoothness=(100.0, 300.0, 1000.0, 3000.0),
+            colour_width=(0.01, 0.02, 0.04, 0.08),
+        ),
+        *map(OnSeed, grid(camkit.RandomWalk, beta=(1.0, 2.0, 4.0), logt=(1, 2, 3))),
+        *map(OnSeed, grid(camkit.RandomWalk, beta=(1.0, 2.0), logt=(1,), boxes=(0.4,))),
+        *grid(camkit.Superpixels, method=slic, size=(200, 400, 800), coherence=(10.0, 20.0)),
+        *grid(camkit.Superpixels, method=slic, size=(200,), vote=(0.5, 0.6)),
+        *grid(camkit.Superpixels, method=felzenszwalb, size=(50, 200), coherence=(30.0, 100.0)),
+        *grid(camkit.Superpixels, method=felzenszwalb, size=(100,), coherence=(300.0,)),
+    ]
+    return {"none": nothing, **{repr(refiner): refiner for refiner in found}}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one refiner; IoU in [0, 1], CPU milliseconds an image."""
+
+    name: str
+    settings: str
+    background_score: float
+    tuned_mean_iou: float
+    mean_iou: float
+    boundary_iou: float
+    milliseconds: float
+    gain: tuple[float, float, float]
+    peak_mebibytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image with its maps and its truth."""
+
+    seed: Tensor
+    cam: Tensor
+    classes: Tensor
+    capture: Capture
+    truth: Tensor
+
+
+class Images:
+    """Images of a data set with their maps, one forward each."""
+
+    def __init__(self, dataset: DataSet) -> None:
+        self.opened = open_model(DEFAULT_MODEL)
+        self.dataset = dataset
+        self.vocabulary = self.opened.vocabulary.subset(CLASSES)
+
+    def __call__(self, samples: Sequence[Sample], title: str) -> Iterator[Seen]:
+        for sample in tqdm(samples, desc=title, unit="image", mininterval=2):
+            present = [self.dataset.classes[index] for index in sample.classes]
+            asked = [index for index, name in enumerate(CLASSES) if name in present]
+            if asked and sample.mask is not None:
+                yield self._see(sample, torch.tensor([asked]))
+
+    def _see(self, sample: Sample, classes: Tensor) -> Seen:
+        colours, model, settings = read_picture(sample.photo), self.opened.model, self.opened.photos
+        photo = camkit.photo_from_array(
+            colours,
+            size=settings.size,
+            mean=settings.mean,
+            std=settings.std,
+            multiple=settings.multiple,
+        )
+        watched = camkit.watch(model, gradients=True, vocabulary=self.vocabulary)
+        with torch.no_grad(), watched as seen:
+            model(photo.pixels)
+        ids = read_mask(sample.mask, size=photo.size, num_classes=len(self.dataset.classes))
+        truth = torch.where(ids == IGNORE, IGNORE, torch.zeros_like(ids))
+        for index, name in enumerate(CLASSES):
+            truth[ids == self.dataset.classes.index(name) + 1] = index + 1
+        full = torch.from_numpy(colours).permute(2, 0, 1)[None].float() / 255
+        with torch.no_grad():
+            cam = seed = camkit.normalize_cam(SEED(seen.capture, classes).float())
+            for stage in CHAIN:
+                cam = stage(cam, seen.capture)
+        return Seen(seed, cam, classes, replace(seen.capture, rgb=full), truth)
+
+
+def refine(refiner: Refiner, seen: Seen) -> tuple[Tensor, float]:
+    """Maps at the size of the truth, and the milliseconds that the refiner alone took."""
+    start = time.process_time()
+    with torch.no_grad():
+        refined = refiner(seen.seed if isinstance(refiner, OnSeed) else seen.cam, seen.capture)
+    spent = time.process_time() - start
+    rows, cols = seen.truth.shape
+    return camkit.resize_cam(refined, (rows, cols)).clamp(0, 1), 1000 * spent
+
+
+def tune(each: dict[str, Refiner], images: Iterator[Seen]) -> dict[str, tuple[float, float]]:
+    """Best background score of every refiner, and the mean IoU there."""
+    totals: dict[str, Tensor] = {}
+    for seen in images:
+        for name, refiner in each.items():
+            cam, _ = refine(refiner, seen)
+            swept = sweep_confusions(cam[0], seen.classes[0], seen.truth, num_classes=LABELS)
+            totals[name] = totals.get(name, 0) + swept
+    best = {name: best_threshold(total, THRESHOLDS) for name, total in totals.items()}
+    return {name: (found.threshold, found.mean_iou) for name, found in best.items()}
+
+
+def measure(
+    each: dict[str, Refiner], tuned: dict[str, tuple[float, float]], images: Iterator[Seen]
+) -> list[Row]:
+    matrices: dict[str, list[Tensor]] = {name: [] for name in each}
+    outlines: dict[str, list[Tensor]] = {name: [] for name in each}
+    times: dict[str, list[float]] = {name: [] for name in each}
+    for seen in images:
+        for name, refiner in each.items():
+            cam, spent = refine(refiner, seen)
+            mask = camkit.to_mask(cam, seen.classes, background_score=tuned[name][0])[0]
+            matrices[name].append(confusion_matrix(seen.truth, mask, num_classes=LABELS))
+            outlines[name].append(boundary_confusion(seen.truth, mask, num_classes=LABELS))
+            times[name].append(spent)
+    rows, base = [], torch.stack(matrices["none"])
+    for name, refiner in each.items():
+        found = torch.stack(matrices[name])
+        gain = paired_gain(base, found)
+        outline = torch.stack(outlines[name]).sum(0)
+        rows.append(
+            Row(
+                name=name,
+                settings=repr(refiner) if name != "none" else "",
+                background_score=tuned[name][0],
+                tuned_mean_iou=tuned[name][1],
+                mean_iou=float(mean_iou(found.sum(0))),
+                boundary_iou=float(mean_iou(outline, classes=range(LABELS))),
+                milliseconds=float(np.mean(times[name])),
+                gain=(gain.gain, gain.low, gain.high),
+            )
+        )
+    return rows
+
+
+def growth(name: str) -> float:
+    """Growth of the peak over a call of one refiner, which has run on a small photo before."""
+    refiner, model = refiners(0.5)[name], open_model(DEFAULT_MODEL).model
+    for rows, cols in ((48, 64), (375, 500)):
+        with torch.no_grad(), camkit.watch(model, rgb=torch.rand(1, 3, rows, cols)) as seen:
+            model(torch.randn(1, 3, 288, 384))
+        cam = torch.rand(1, 2, 18, 24)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _peak()
+        with torch.no_grad():
+            refiner(cam, seen.capture)
+    return _peak() - before
+
+
+def with_memory(row: Row) -> Row:
+    command = [sys.executable, __file__, "--grow", row.name]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return replace(row, peak_mebibytes=float(done.stdout))
+
+
+def table(rows: Sequence[Row]) -> str:
+    columns = ["refiner", "background score", "on train", "mIoU", "gain (95% interval)"]
+    columns += ["boundary IoU", "ms", "MiB"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + len(columns) * "---|"]
+    for row in rows:
+        gain, low, high = (f"{100 * value:+.1f}" for value in row.gain)
+        cells = [
+            row.name,
+            f"{row.background_score:.2f}",
+            f"{100 * row.tuned_mean_iou:.1f}",
+            f"{100 * row.mean_iou:.1f}",
+            "" if row.name == "none" else f"{gain} ({low} to {high})",
+            f"{100 * row.boundary_iou:.1f}",
+            f"{row.milliseconds:.0f}",
+            "" if row.peak_mebibytes is None else f"{row.peak_mebibytes:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    folder = data_folder()
+    if folder is None:
+        sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--limit", type=int, help="only the first images of each split")
+    parser.add_argument("--choose", action="store_true", help="compare settings on train alone")
+    parser.add_argument("--only", default="", help="with --choose: names that begin so")
+    parser.add_argument("--grow", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    if options.grow:
+        print(growth(options.grow))
+        return
+    dataset = open_dataset(folder / "voc12_animals")
+    images = Images(dataset)
+    if options.choose:
+        samples = dataset.split("train")[::2][: options.limit or CHOSEN_ON]
+        each = {n: r for n, r in candidates().items() if n == "none" or n.startswith(options.only)}
+        rows = measure(each, tune(each, images(samples, "tuning")), images(samples, "measuring"))
+        print(table(rows))
+        return
+    train, val = (dataset.split(name)[: options.limit] for name in ("train", "val"))
+    alone = tune({"none": nothing}, images(train, "without refiners"))
+    each = refiners(alone["none"][0])
+    rows = measure(each, tune(each, images(train, "tuning")), images(val, "measuring"))
+    rows = [with_memory(row) for row in rows]
+    print(table(rows))
+    if options.limit is None:
+        result = {"environment": environment(), "rows": [asdict(row) for row in rows]}
+        (RESULTS / "edges.json").write_text(json.dumps(result, indent=2) + "\n")
+        (RESULTS / "edges.md").write_text(table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Refiners on a reduced picture: what they are given, and how their maps come back."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from coarse import captured, coarse_iou
+
+from camkit import (
+    CaptureError,
+    DenseCRF,
+    FastGlobalSmooth,
+    Normalize,
+    PixelAdaptive,
+    Reduced,
+    chain,
+    resize_cam,
+)
+from camkit.ops.crf_kernels import Kernels
+from camkit.ops.guided import guided_upsample
+
+
+def fitted(cam, capture):
+    """The maps at the size of the picture, nothing else."""
+    return resize_cam(cam, tuple(capture.rgb.shape[-2:]))
+
+
+@pytest.mark.parametrize(
+    ("scale", "size"), [(0.5, (10, 16)), (0.25, (5, 8)), (0.3, (6, 9)), (0.01, (1, 1))]
+)
+def test_the_refiner_sees_the_small_picture_and_its_maps_are_brought_back(scale, size):
+    cam, rgb, seen = torch.rand(2, 3, 2, 3), torch.rand(2, 3, 20, 31), []
+
+    def refiner(cam, capture):
+        seen.append(capture.rgb)
+        return fitted(cam, capture)
+
+    found = Reduced(refiner, scale=scale, radius=2, eps=1e-3)(cam, captured(rgb))
+    torch.testing.assert_close(seen[0], resize_cam(rgb, size))
+    small = resize_cam(cam, size)
+    expected = guided_upsample(small, resize_cam(rgb, size), rgb, radius=2, eps=1e-3)
+    low, high = small.amin((2, 3), keepdim=True), small.amax((2, 3), keepdim=True)
+    torch.testing.assert_close(found, torch.minimum(torch.maximum(expected, low), high))
+
+
+def test_at_full_size_it_is_the_refiner():
+    cam, capture = torch.rand(1, 2, 2, 3), captured(torch.rand(1, 3, 20, 31))
+    refiner = FastGlobalSmooth()
+    assert torch.equal(Reduced(refiner, scale=1.0)(cam, capture), refiner(cam, capture))
+
+
+def test_edges_that_the_small_picture_shows_come_back_sharp():
+    left = torch.zeros(1, 1, 64, 96)
+    left[..., :50] = 1.0
+    rgb = torch.cat([0.8 * left, 0.5 * left, 1 - left], 1)
+    capture = captured(rgb, (8, 12))
+    cam = resize_cam(left, (8, 12))  # column 48 to 56 lies in one patch
+    found = Reduced(FastGlobalSmooth(), scale=0.25)(cam, capture)
+    assert torch.equal(found > 0.5, left > 0.5)
+
+
+def test_constant_maps_and_batches_and_classes_do_not_mix():
+    cam, rgb = torch.rand(2, 2, 2, 3), torch.rand(2, 3, 20, 32)
+    cam[:, 1] = 0.3
+    reduced = Reduced(FastGlobalSmooth())
+    found = reduced(cam, captured(rgb))
+    torch.testing.assert_close(found[:, 1], torch.full((2, 20, 32), 0.3), rtol=0, atol=1e-4)
+    for image in range(2):
+        one = slice(image, image + 1)
+        alone = reduced(cam[one, :1], captured(rgb[one]))
+        torch.testing.assert_close(found[one, :1], alone, rtol=0, atol=1e-5)
+
+
+def test_a_gradient_goes_through_where_the_refiner_lets_it():
+    cam = torch.rand(1, 1, 2, 3, requires_grad=True)
+    Reduced(PixelAdaptive(steps=1))(cam, captured(torch.rand(1, 3, 20, 32))).sum().backward()
+    torch.testing.assert_close(cam.grad.sum(), torch.tensor(640.0), rtol=0.2, atol=0)
+
+
+def test_half_precision_stays_and_no_images_are_refined_to_no_images():
+    capture = captured(torch.rand(1, 3, 20, 32))
+    found = Reduced(FastGlobalSmooth())(torch.rand(1, 2, 2, 3).half(), capture)
+    assert found.dtype == torch.float16
+    none = Reduced(fitted)(torch.rand(0, 2, 2, 3), captured(torch.rand(0, 3, 20, 32)))
+    assert none.shape == (0, 2, 20, 32)
+
+
+def test_a_refiner_that_returns_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"size of its picture, 10x16, got 5x8; PixelAdaptive\("):
+        Reduced(PixelAdaptive(scale=0.5))(
+            torch.rand(1, 1, 2, 3), captured(torch.rand(1, 3, 20, 32))
+        )
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"scale": 0.0}, r"`scale` must lie in \(0, 1\], got 0.0"),
+        ({"scale": 2.0}, r"`scale` must lie in \(0, 1\], got 2.0"),
+        ({"scale": math.nan}, r"`scale` must lie in \(0, 1\], got nan"),
+        ({"radius": 0}, "`radius` must be at least 1 pixel, got 0"),
+        ({"eps": 0.0}, "`eps` must be positive and finite, got 0.0"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Reduced(fitted, **settings)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_what_is_no_refiner_is_refused():
+    with pytest.raises(TypeError, match=r"must be a refiner such as DenseCRF\(\), got 'clip_es'"):
+        Reduced("clip_es")
+
+
+def test_a_picture_that_was_not_given_is_asked_for():
+    with pytest.raises(CaptureError, match=r"Reduced needs the picture; watch with `rgb="):
+        Reduced(fitted)(torch.rand(1, 1, 2, 3), captured(None))
+
+
+def crf_of_small_picture(scores, rgb, reach):
+    """pydensecrf called directly, widths of IRN but for the reach of the bilateral kernel."""
+    library = pytest.importorskip("pydensecrf.densecrf", reason="needs the extra camkit[crf]")
+    labels, rows, cols = scores.shape
+    field = library.DenseCRF2D(cols, rows, labels)
+    field.setUnaryEnergy(np.ascontiguousarray(-scores.log().flatten(1).numpy()))
+    field.addPairwiseGaussian(sxy=3, compat=3)
+    picture = (255 * rgb.permute(1, 2, 0)).round().byte().numpy().copy()
+    field.addPairwiseBilateral(sxy=reach, srgb=5, rgbim=picture, compat=10)
+    return torch.from_numpy(np.array(field.inference(10))[1].reshape(1, 1, rows, cols))
+
+
+@pytest.mark.usefixtures("no_shape_checks")  # by which a chain may not change the size of maps
+@pytest.mark.parametrize("preset", ["irn", Kernels(3, 3, 50, 5, 10)], ids=["name", "own"])
+@pytest.mark.parametrize(
+    "wrapped", [lambda crf: crf, lambda crf: chain(Normalize(), crf)], ids=["alone", "in a chain"]
+)
+def test_in_a_reduced_crf_the_bilateral_kernel_shrinks_with_the_picture_and_the_other_does_not(
+    preset, wrapped
+):
+    rgb = resize_cam(torch.rand(1, 3, 9, 12), (96, 128))
+    rgb = (rgb + 0.03 * torch.randn_like(rgb)).clamp(0, 1)
+    cam = torch.rand(1, 1, 6, 8)
+    cam = cam / cam.max()
+    low, maps = resize_cam(rgb, (24, 32)), resize_cam(cam, (24, 32))
+    scores = (torch.cat([torch.full_like(maps, 0.5), maps], 1) / 0.25).softmax(1)
+    crf = DenseCRF(preset=preset, steps=10, temperature=0.25, background_score=0.5)
+    found = Reduced(wrapped(crf), scale=0.25)(cam, captured(rgb))
+    away = {}
+    for reach in (50 / 4, 50):
+        refined = crf_of_small_picture(scores[0], low[0], reach)
+        expected = guided_upsample(refined, low, rgb, radius=4, eps=1e-5)
+        away[reach] = (found - expected.clamp(refined.min(), refined.max())).abs()
+    assert away[50 / 4].mean() < 1e-4
+    assert away[50].mean() > 5e-3
+
+
+def test_on_photos_a_crf_of_a_reduced_picture_finds_objects_as_well(real_data):
+    crf = DenseCRF(preset="clip_es", temperature=0.25, background_score=0.5)
+    before = coarse_iou(lambda cam, _: cam, real_data)
+    full = coarse_iou(crf, real_data)
+    half = coarse_iou(Reduced(crf, scale=0.5), real_data)
+    assert half > before + 0.015
+    assert half > full - 0.01
