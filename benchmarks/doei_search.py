@@ -20,6 +20,7 @@ from camkit.data import DataSet, Sample, open_dataset
 from camkit.ops.confidence import TwoMeans
 
 RESULTS = Path(__file__).parent / "results"
+KEPT = Path(__file__).parent.parent / "out" / "measured.sqlite"  # so that a run can go on
 CLASSES = ["cat", "dog", "horse", "cow", "sheep", "person"]
 SEED = camkit.GradientSeed()
 BLOCKS, STRENGTHS = (1, 3, 6), (0.5, 1.0, 2.0)
@@ -97,6 +98,7 @@ def main() -> None:
         split="next",
         tune_split="first",
         photos=opened.photos,
+        cache=KEPT,
     )
     (RESULTS / "doei_search.json").write_text(to_json(report))
     (RESULTS / "doei_search.md").write_text(to_markdown(report))
