@@ -83,7 +83,7 @@ def refiners(background_score: float) -> dict[str, Refiner]:
     }
 
 
-def candidates() -> dict[str, Refiner]:
+def candidates(background_score: float) -> dict[str, Refiner]:
     """Settings among which the defaults were chosen."""
 
     def grid(make: Callable[..., Refiner], **values: Sequence[object]) -> list[Refiner]:
@@ -93,7 +93,10 @@ def candidates() -> dict[str, Refiner]:
         ]
 
     slic, felzenszwalb = ("slic",), ("felzenszwalb",)
+    kernels = ("clip_es", "psa", "irn", "afa", "toco", "toco_cam", "mctformer_seg")
+    met = {"background_score": (background_score,)}
     found = [
+        *grid(camkit.DenseCRF, preset=kernels, temperature=(0.25, 0.5, 1.0), **met),
         *grid(camkit.GuidedFilter, radius=(4, 8, 16), eps=(1e-4, 1e-3, 1e-2), scale=(0.5,)),
         *grid(camkit.GuidedFilter, radius=(4, 8), eps=(1e-3,), scale=(0.25,)),
         *grid(
@@ -290,7 +293,9 @@ def main() -> None:
     images = Images(dataset)
     if options.choose:
         samples = dataset.split("train")[::2][: options.limit or CHOSEN_ON]
-        each = {n: r for n, r in candidates().items() if n == "none" or n.startswith(options.only)}
+        alone = tune({"none": nothing}, images(samples, "without refiners"))["none"][0]
+        named = candidates(alone).items()
+        each = {n: r for n, r in named if n == "none" or n.startswith(options.only)}
         rows = measure(each, tune(each, images(samples, "tuning")), images(samples, "measuring"))
         print(table(rows))
         return

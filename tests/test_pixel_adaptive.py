@@ -32,14 +32,28 @@ def stacked(planes, dilations):
     return torch.stack(found, 2)
 
 
-def plain(maps, rgb, *, steps, dilations=DILATIONS, colour_width=0.3, position_weight=0.01):
-    """The formula as it is written, in float64."""
-    maps, rgb = maps.double(), rgb.double()
+def stacked_float32(maps, rgb, *, steps):
+    """The formula as research code runs it: float32, every neighbour of every map at once."""
+    return plain(maps, rgb, steps=steps, dtype=torch.float32)
+
+
+def plain(
+    maps,
+    rgb,
+    *,
+    steps,
+    dilations=DILATIONS,
+    colour_width=0.3,
+    position_weight=0.01,
+    dtype=torch.float64,
+):
+    """The formula as it is written."""
+    maps, rgb = maps.to(dtype), rgb.to(dtype)
     colours = stacked(rgb, dilations)
     difference = (colours - rgb[:, :, None]).abs()
     difference = difference / (colours.std(2, keepdim=True) + 1e-8) / colour_width
     affinity = (-difference.square()).mean(1).softmax(1)
-    ring = torch.tensor([math.sqrt(2), 1.0] * 2 + [1.0, math.sqrt(2)] * 2, dtype=torch.float64)
+    ring = torch.tensor([math.sqrt(2), 1.0] * 2 + [1.0, math.sqrt(2)] * 2, dtype=dtype)
     distance = torch.cat([d * ring for d in dilations])
     nearness = (-(distance / (distance.std() + 1e-8) / 0.3).square()).softmax(0)
     affinity = affinity + position_weight * nearness[:, None, None]

@@ -249,7 +249,7 @@ def test_the_kernel_hands_out_its_normaliser_beside_the_same_bits(options):
 @pytest.mark.parametrize(
     "options",
     [{"attn_mask": torch.rand(5, 5) > 0.2}, {"enable_gqa": True}, {"dropout_p": 0.5}],
-    ids=str,
+    ids=["bool mask", "grouped", "dropout"],
 )
 def test_a_call_that_another_kernel_would_run_is_left_to_it(options):
     q, k, v = torch.randn(3, 2, 4, 5, 8).unbind(0)
