@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from camkit.score import mean_iou, paired_gain
+from camkit.score import holm, mean_iou, paired_gain
 
 
 def population(images: int, *, better: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,6 +24,7 @@ def test_a_method_gains_nothing_over_itself():
     base, _ = population(20, better=0.1)
     gain = paired_gain(base, base.clone(), resamples=200)
     assert (gain.gain, gain.low, gain.high, gain.chance_below_zero) == (0.0, 0.0, 0.0, 0.0)
+    assert (gain.chance_above_zero, gain.p_value) == (0.0, 1.0)
 
 
 def test_the_gain_is_that_of_the_whole_set():
@@ -42,6 +43,7 @@ def test_two_images_give_the_three_outcomes_worked_by_hand():
     assert (gain.low, gain.high) == (-1.0, 0.0)
     assert gain.gain == pytest.approx(4 / 12 - 1)
     assert gain.chance_below_zero == pytest.approx(0.75, abs=0.015)
+    assert gain.p_value == pytest.approx(0.5, abs=0.03)  # a quarter of the sets lose nothing
 
 
 def test_swapping_the_methods_mirrors_the_interval():
@@ -49,6 +51,20 @@ def test_swapping_the_methods_mirrors_the_interval():
     forth, back = (paired_gain(a, b, resamples=500) for a, b in ((base, other), (other, base)))
     assert forth.low == pytest.approx(-back.high)
     assert forth.high == pytest.approx(-back.low)
+    assert forth.chance_above_zero == back.chance_below_zero
+    assert forth.p_value == back.p_value
+
+
+def test_a_sure_gain_has_the_p_value_of_one_draw():
+    base, other = population(100, better=0.9)
+    gain = paired_gain(base, other, resamples=199)
+    assert (gain.chance_above_zero, gain.p_value) == (1.0, 2 / 200)
+
+
+def test_holm_multiplies_by_how_many_are_left():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_working_in_chunks_changes_no_result(monkeypatch):

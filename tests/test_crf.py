@@ -166,3 +166,53 @@ def test_backends_refine_alike(library, two_colours, backend):
     assert found.dtype == torch.float16
     expected = DenseCRF(backend="pydensecrf", steps=2)(cam.float(), two_colours)
     torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_masks_move_to_the_edge_as_unary_from_labels_does(library):
+    utils = pytest.importorskip("pydensecrf.utils")
+    rng = np.random.default_rng(0)
+    rgb = np.full((24, 36, 3), 40, np.uint8)
+    rgb[:, 15:] = (200, 180, 30)
+    rgb = (rgb + rng.integers(0, 20, rgb.shape)).astype(np.uint8)
+    mask = np.zeros((24, 36), np.uint8)
+    mask[4:20, 18:33] = 7  # three columns short of the edge
+    mask[:, :3] = 12
+    values = np.array([0, 7, 12])
+    field = library.DenseCRF2D(36, 24, 3)
+    labels = np.searchsorted(values, mask)
+    field.setUnaryEnergy(utils.unary_from_labels(labels, 3, gt_prob=0.7, zero_unsure=False))
+    field.addPairwiseGaussian(sxy=3, compat=3)
+    field.addPairwiseBilateral(sxy=50, srgb=5, rgbim=rgb, compat=10)
+    expected = values[np.argmax(field.inference(10), 0).reshape(24, 36)]
+    found = DenseCRF("irn").masks(torch.from_numpy(mask)[None], torch.from_numpy(rgb)[None])
+    assert found.dtype == torch.uint8
+    assert np.array_equal(found[0].numpy(), expected)
+    assert (found[0].numpy() != mask).any()
+
+
+def test_ignored_pixels_of_a_mask_take_the_label_of_their_colour():
+    rgb = torch.zeros(1, 20, 30, 3, dtype=torch.uint8)
+    rgb[:, :, 12:] = 200
+    mask = torch.full((1, 20, 30), 255)
+    mask[:, :, :6], mask[:, :, 24:] = 3, 9
+    found = DenseCRF("irn").masks(mask, rgb)
+    assert (found[..., :12] == 3).all()
+    assert (found[..., 12:] == 9).all()
+
+
+@pytest.mark.parametrize("value", [0, 5, 255])
+def test_a_mask_of_one_label_stays_as_it_is(value):
+    mask = torch.full((1, 6, 7), value)
+    mask[0, 0, 0] = 255
+    found = DenseCRF().masks(mask, torch.zeros(1, 6, 7, 3, dtype=torch.uint8))
+    assert (found == value).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "confidence", "words"),
+    [((6, 7), 1.0, r"must lie in \(0, 1\), got 1.0"), ((7, 6), 0.7, "must have the size of `rgb`")],
+)
+def test_masks_that_do_not_fit_are_refused(no_shape_checks, size, confidence, words):
+    rgb = torch.zeros(1, 6, 7, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=words):
+        DenseCRF().masks(torch.zeros(1, *size, dtype=torch.int64), rgb, confidence=confidence)

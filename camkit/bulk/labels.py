@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from camkit.data.camfiles import read_arrays
+from camkit.data.labels import label_keys, label_vectors
 from camkit.data.names import read_text
 from camkit.errors import DataError
 
@@ -22,7 +20,7 @@ class ImageLabels:
     """
 
     path: Path
-    classes: Mapping[str, tuple[int, ...]]
+    classes: Mapping[str | int, tuple[int, ...]]
 
     def of(self, name: str) -> tuple[int, ...]:
         """The classes of one image.
@@ -30,8 +28,7 @@ class ImageLabels:
         Raises:
             DataError: the file has no labels for it.
         """
-        # IRN keys its labels by the digits of a name alone: 2007000032
-        for key in (name, name.replace("_", "")):
+        for key in label_keys(name):
             if key in self.classes:
                 return self.classes[key]
         raise DataError(f"{self.path} has no labels for {name}; add them")
@@ -53,26 +50,13 @@ def read_labels(path: str | Path) -> ImageLabels:
     """
     path = Path(path)
     if path.suffix == ".npy":
-        return ImageLabels(path, _from_rows(path))
+        return ImageLabels(path, label_vectors(path))
     if path.suffix == ".json":
         return ImageLabels(path, _from_json(path))
     raise DataError(f"{path} must end in .npy (cls_labels.npy) or .json to be read as labels")
 
 
-def _from_rows(path: Path) -> dict[str, tuple[int, ...]]:
-    content = read_arrays(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds no dict; expected {{image name: a 0 or 1 for each class}}")
-    return {str(name): _present(row, name, path) for name, row in content.items()}
-
-
-def _present(row: object, name: object, path: Path) -> tuple[int, ...]:
-    if not isinstance(row, np.ndarray) or row.ndim != 1 or not np.isin(row, (0, 1)).all():
-        raise DataError(f"{path}: {name} must have a row of 0 and 1, one for each class")
-    return tuple(np.flatnonzero(row).tolist())
-
-
-def _from_json(path: Path) -> dict[str, tuple[int, ...]]:
+def _from_json(path: Path) -> dict[str | int, tuple[int, ...]]:
     try:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:

@@ -42,7 +42,7 @@ class LabelFile:
             DataError: the file has no labels for the image, or one that is no class.
         """
         labels = self.names if self.vectors is None else self.vectors
-        key = next((key for key in _keys(name) if labels is not None and key in labels), None)
+        key = next((key for key in label_keys(name) if labels is not None and key in labels), None)
         if key is None:
             raise DataError(
                 f"{self.path} has no labels for {name} ({source}); add them, [] for none"
@@ -101,38 +101,59 @@ def read_label_names(path: Path) -> LabelFile:
 
 
 def read_label_vectors(path: Path, classes: tuple[str, ...]) -> LabelFile:
+    """Read a file of label vectors whose classes are known (`label_vectors`).
+
+    Raises:
+        DataError: the file holds something else, or vectors of another length.
+    """
+    return LabelFile(path, classes, vectors=label_vectors(path, length=len(classes)))
+
+
+def label_vectors(path: Path, *, length: int | None = None) -> dict[str | int, tuple[int, ...]]:
     """Read a dict of 0/1 vectors by image, as PSA, IRN, MCTformer and ToCo keep them.
 
-    No code that the file asks for is run. IRN's keys are numbers, 2007000032 for 2007_000032.
+    No code that the file asks for is run.
 
     Args:
         path: a ``.npy`` file with one dict.
-        classes: one for each place of a vector.
+        length: how many classes there are, where that is known.
+
+    Returns:
+        The classes of each image, from 0; `label_keys` tells what an image may be called.
 
     Raises:
         DataError: the file holds something else, or vectors of another length.
     """
     content = read_arrays(path)
     if not isinstance(content, dict) or not content:
-        raise DataError(f"{path} holds no dict of label vectors; write it again or remove it")
+        raise DataError(
+            f"{path} holds no dict of label vectors, {{image name: a 0 or 1 for each class}}; "
+            "write it again or remove it"
+        )
     vectors: dict[str | int, tuple[int, ...]] = {}
     for key, value in content.items():
         vector = np.asarray(value)
-        if not isinstance(key, str | int) or vector.shape != (len(classes),):
+        fits = vector.ndim == 1 and length in (None, len(vector))
+        if not isinstance(key, str | int) or not fits:
+            wanted = "class" if length is None else f"of the {length} classes"
             raise DataError(
                 f"{path}: the labels of {key!r} have shape {vector.shape}; expected one 0 or 1 for "
-                f"each of the {len(classes)} classes, without the background"
+                f"each {wanted}, without the background"
             )
         if not np.isin(vector, (0, 1)).all():
             raise DataError(f"{path}: the labels of {key!r} are not all 0 or 1; write it again")
         vectors[key] = tuple(np.flatnonzero(vector).tolist())
-    return LabelFile(path, classes, vectors=vectors)
+    return vectors
 
 
-def _keys(name: str) -> list[str | int]:
-    """What an image may be called in a label file: its name, or the number in it."""
+def label_keys(name: str) -> list[str | int]:
+    """What an image may be called in a label file: its name, or IRN's number in it.
+
+    >>> label_keys("2007_000032")
+    ['2007_000032', 2007000032, '2007000032']
+    """
     number = name.rpartition("_")[2] if name.startswith("COCO_") else name.replace("_", "")
-    return [name, int(number)] if number.isascii() and number.isdigit() else [name]
+    return [name, int(number), number] if number.isascii() and number.isdigit() else [name]
 
 
 def _are_names(value: object) -> bool:

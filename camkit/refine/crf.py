@@ -12,7 +12,9 @@ from camkit.ops.crf_kernels import Kernels, check_kernels
 from camkit.ops.mean_field import Backend, check_backend, mean_field
 from camkit.ops.resampling import resize_cam
 from camkit.refine.crf_presets import PRESETS as PRESETS
-from camkit.tensors import Cam
+from camkit.tensors import Cam, Mask
+
+IGNORE = 255
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,42 @@ class DenseCRF:
         unary = (torch.cat([background, maps], 1) / self.temperature).softmax(1)
         likely = self.probabilities(unary, rgb)
         return likely[:, 1:] / (likely[:, 1:] + likely[:, :1]).clamp_min(1e-12)
+
+    def masks(self, masks: Mask, rgb: UInt8[Tensor, "b H W 3"], *, confidence: float = 0.7) -> Mask:
+        """Masks moved to the edges of the picture, as IRN and AFA do with their first labels.
+
+        A pixel's own label has the probability ``confidence`` to begin with, the other labels of
+        its image share the rest; where a mask is 255 all are alike, and one of them is found.
+
+        Args:
+            masks: values as in `camkit.to_mask`.
+            rgb: the picture in 0..255, red first.
+            confidence: in (0, 1); 0.7 is IRN's.
+
+        Returns:
+            The most probable label of each pixel, in the dtype of the masks; no 255 but in images
+            that hold nothing else.
+        """
+        if not 0.0 < confidence < 1.0:
+            raise ValueError(f"`confidence` must lie in (0, 1), got {confidence}")
+        if masks.shape != rgb.shape[:3]:
+            raise ValueError(
+                f"`masks` must have the size of `rgb`, got {tuple(masks.shape)} and "
+                f"{tuple(rgb.shape[:3])}"
+            )
+        return torch.stack(
+            [self._moved(*pair, confidence) for pair in zip(masks, rgb, strict=True)]
+        )
+
+    def _moved(self, mask: Tensor, rgb: Tensor, confidence: float) -> Tensor:
+        present = mask[mask != IGNORE].unique()
+        if len(present) < 2:
+            return mask if not len(present) else torch.full_like(mask, int(present[0]))
+        own = mask == present[:, None, None]
+        others = (1.0 - confidence) / (len(present) - 1)
+        scores = torch.where(own, confidence, others).float()
+        scores[:, mask == IGNORE] = 1.0 / len(present)
+        return present[self.probabilities(scores[None], rgb[None])[0].argmax(0)]
 
     def probabilities(
         self, scores: Float[Tensor, "b k H W"], rgb: UInt8[Tensor, "b H W 3"]

@@ -16,8 +16,9 @@ _CHUNK_BYTES = 100 * 2**20  # of working memory, whatever the size of the set
 class Gain:
     """What ``other`` gains over ``base``, all in [0, 1] units of mean IoU.
 
-    ``low`` to ``high`` is the percentile interval of the gain; ``chance_below_zero`` is the share
-    of resampled sets on which ``other`` is strictly worse.
+    ``low`` to ``high`` is the percentile interval of the gain; ``chance_below_zero`` and
+    ``chance_above_zero`` are the shares of resampled sets on which ``other`` is strictly worse or
+    better.
     """
 
     mean_iou_base: float
@@ -26,13 +27,14 @@ class Gain:
     low: float
     high: float
     chance_below_zero: float
-    resamples: int = 10_000
+    chance_above_zero: float
+    resamples: int
 
     @property
     def p_value(self) -> float:
-        """Two-sided: how often a gain of this sign turns round, doubled; never below one draw."""
-        rarer = min(self.chance_below_zero, 1.0 - self.chance_below_zero)
-        return min(1.0, 2.0 * max(rarer, 1.0 / (self.resamples + 1)))
+        """Two-sided: how often a gain of this sign is lost, doubled; never below one draw."""
+        lost = min(1.0 - self.chance_below_zero, 1.0 - self.chance_above_zero)
+        return min(1.0, 2.0 * max(lost, 1.0 / (self.resamples + 1)))
 
 
 def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its own)
@@ -93,6 +95,7 @@ def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its
         low=low,
         high=high,
         chance_below_zero=float((gains < 0).double().mean()),
+        chance_above_zero=float((gains > 0).double().mean()),
         resamples=len(gains),
     )
 
