@@ -1,31 +1,18 @@
 """The same work on many items, in processes that may fail or die without taking the rest along."""
 
-import multiprocessing
 import os
 import pickle
-import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    wait,
-)
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for_any
-from threading import Thread
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-import cv2
-import torch
 from tqdm import tqdm
 
+from camkit.bulk.pool import beginning, end_pool, new_pool
 from camkit.errors import CamkitError
 
 Item = TypeVar("Item")
@@ -116,7 +103,7 @@ class _Crew(Generic[Item, Result]):
         self._work, self._count = work, count
         self._waiting, self._suspects = deque(items), deque[Item]()
         self._flying: dict[Future[Result], Item] = {}
-        self._pool = _pool(count)
+        self._pool = new_pool(count)
         self._deaths = 0
 
     def outcomes(self) -> Iterator[Done[Item, Result] | Failure]:
@@ -128,7 +115,7 @@ class _Crew(Generic[Item, Result]):
                     if not self._suspects:
                         self._send()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            end_pool(self._pool)
 
     def _send(self) -> None:
         """Keep two items a worker in flight; a suspect flies alone."""
@@ -136,12 +123,13 @@ class _Crew(Generic[Item, Result]):
         room = 1 if self._suspects else 2 * self._count or 1
         try:
             while source and len(self._flying) < room:
-                with _beginning():
+                with beginning():
                     future = self._pool.submit(self._work, source[0])
                 self._flying[future] = source.popleft()
         except BrokenProcessPool:  # it died between two items
             if not self._flying:
-                self._pool = _pool(self._count)
+                end_pool(self._pool)
+                self._pool = new_pool(self._count)
 
     def _receive(self) -> Iterator[Done[Item, Result] | Failure]:
         """Take in what is done; where a worker died, all that was in flight."""
@@ -162,8 +150,8 @@ class _Crew(Generic[Item, Result]):
             else:
                 self._suspects.append(item)
         if broken:
-            self._pool.shutdown()
-            self._pool = _pool(self._count)
+            end_pool(self._pool)
+            self._pool = new_pool(self._count)
         yield from outcomes
         if self._deaths >= _DEATHS:
             raise CamkitError(
@@ -178,59 +166,6 @@ def _outcome(item: Item, future: "Future[Result]") -> Done[Item, Result] | Failu
         return Done(item, future.result())
     reason = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
     return Failure(str(item), " ".join(reason.split()))
-
-
-def _pool(count: int) -> Executor:
-    if count == 0:
-        return ThreadPoolExecutor(1)
-    # A server that has imported everything forks workers at once; where there is none, each worker
-    # imports for itself. A plain fork would copy locks that other threads of this process hold.
-    served = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if served else "spawn")
-    if served:
-        context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(
-        count, mp_context=context, initializer=_begin, initargs=(dict(os.environ),)
-    )
-
-
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # read when libraries load
-
-
-@contextmanager
-def _beginning() -> Iterator[None]:
-    """Let processes that begin in here have one thread, and not hear the keyboard's interrupt."""
-    found = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(_ONE_THREAD)
-    deaf = sys.platform != "win32"
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if deaf else set()
-    try:
-        yield
-    finally:
-        for name, value in found.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-        if deaf:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin(environment: Mapping[str, str]) -> None:
-    """Prepare a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the calling process decides what is finished
-    os.environ.update({**environment, **_ONE_THREAD})  # a server began with an older one
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: Any) -> None:
-    """Without its calling process, a worker would wait for the next item forever."""
-    wait_for_any([sentinel])
-    os._exit(1)
 
 
 def _check_picklable(work: Callable[..., object]) -> None:
