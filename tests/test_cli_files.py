@@ -392,6 +392,8 @@ def test_an_interrupt_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path):
         write_cam(cams / f"{photo.stem}.npy", [0], torch.rand(1, 6, 8))
     command = ["refine", cams, "--images", photos, "--refine", "par:30", "--out", out]
     command = [str(one) for one in command]
+    # a shell starts its background jobs deaf to interrupts, and they would hand that on
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run = subprocess.Popen(
         [sys.executable, "-m", "camkit", *command, "--workers", "2"],
         stderr=subprocess.PIPE,

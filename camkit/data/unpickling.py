@@ -26,8 +26,7 @@ _DAMAGED = (
 )
 _NUMBERS = re.compile(r"[biufc]\d{1,2}")
 _OBJECTS = "O8"
-_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-_TORCH_PROTOCOL = 1001
+_TORCH_MAGIC, _TORCH_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
 def unpickle(data: bytes, source: Path) -> object:
@@ -50,7 +49,7 @@ def unpickle(data: bytes, source: Path) -> object:
     try:
         file = io.BytesIO(data)
         content = _plain(_load(file, _NAMES))
-        if file.read(1):  # a damaged pickle may end early, and look like one with less in it
+        if file.read(1):  # damage may end it early, and it looks like one with less in it
             raise pickle.UnpicklingError("bytes follow its end")
     except _ForbiddenNameError as error:
         raise DataError(

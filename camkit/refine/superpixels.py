@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from skimage.segmentation import felzenszwalb, slic
 from torch import Tensor
 
 from camkit.capture.record import Capture
@@ -90,6 +89,8 @@ class Superpixels:
         return torch.stack(found) if found else torch.zeros(0, *rgb.shape[-2:], dtype=torch.int64)
 
     def _cut(self, picture: np.ndarray) -> np.ndarray:
+        from skimage.segmentation import felzenszwalb, slic  # half a second, for who needs it
+
         known = DEFAULTS[self.method]
         size = known.size if self.size is None else self.size
         coherence = known.coherence if self.coherence is None else self.coherence
