@@ -1,6 +1,7 @@
 """The dense CRF against pydensecrf: CPU time, labels, peak memory, threads.
 
     python benchmarks/crf.py
+    python benchmarks/crf.py --threads         # on a machine with two idle cores
 
 Six photos of voc12_animals/train of 375x500 pixels, ten updates; class maps are the true masks at
 a sixteenth of the size with noise, sharpened as `camkit.DenseCRF` does. Time: CPU time of the
@@ -137,6 +138,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--photos", type=int, default=6)
+    parser.add_argument("--threads", action="store_true", help="only two threads against one")
     parser.add_argument("--way", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -144,12 +146,20 @@ if __name__ == "__main__":
         print(growth(options.way[0], options.way[1], int(options.way[2])))
         sys.exit()
     rows = []
+    if options.threads:
+        for preset in CHOSEN:
+            found = threads(preset, [case(name, 5) for name in photos(2)], options.rounds)
+            rows.append({"preset": preset, "labels": 5} | found)
+        result = {"environment": environment(), "rounds": options.rounds, "threads": rows}
+        (RESULTS / "crf_threads.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(json.dumps(rows))
+        sys.exit()
     for preset in CHOSEN:
         for labels in LABELS:
             cases = [case(name, labels) for name in photos(options.photos)]
             row: dict[str, object] = {"preset": preset, "labels": labels}
             row |= speed(preset, cases, options.rounds) | agreement(preset, cases)
-            row |= memory(preset, labels) | threads(preset, cases, options.rounds)
+            row |= memory(preset, labels)
             print(json.dumps(row))
             rows.append(row)
     result = {

@@ -305,10 +305,11 @@ def main() -> None:
     rows = measure(each, tune(each, images(train, "tuning")), images(val, "measuring"))
     rows = [with_memory(row) for row in rows]
     print(table(rows))
-    if options.limit is None:
-        result = {"environment": environment(), "rows": [asdict(row) for row in rows]}
-        (RESULTS / "edges.json").write_text(json.dumps(result, indent=2) + "\n")
-        (RESULTS / "edges.md").write_text(table(rows) + "\n")
+    count = {"train": len(train), "val": len(val)}
+    found = {"environment": environment(), "images": count, "rows": [asdict(row) for row in rows]}
+    told = f"Images: {count['train']} of train, {count['val']} of val.\n\n{table(rows)}\n"
+    (RESULTS / "edges.json").write_text(json.dumps(found, indent=2) + "\n")
+    (RESULTS / "edges.md").write_text(told)
 
 
 if __name__ == "__main__":
