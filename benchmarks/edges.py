@@ -280,6 +280,7 @@ def main() -> None:
         sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=int, help="only the first images of each split")
+    parser.add_argument("--tune-limit", type=int, help="only the first images of train")
     parser.add_argument("--choose", action="store_true", help="compare settings on train alone")
     parser.add_argument("--only", default="", help="with --choose: names that begin so")
     parser.add_argument("--grow", help=argparse.SUPPRESS)
@@ -300,6 +301,7 @@ def main() -> None:
         print(table(rows))
         return
     train, val = (dataset.split(name)[: options.limit] for name in ("train", "val"))
+    train = train[: options.tune_limit]
     alone = tune({"none": nothing}, images(train, "without refiners"))
     each = refiners(alone["none"][0])
     rows = measure(each, tune(each, images(train, "tuning")), images(val, "measuring"))
