@@ -12,7 +12,6 @@ from camkit.cli import main
 from camkit.cli.models import data_folder
 
 RESULTS = Path(__file__).parent / "results"
-KEPT = Path(__file__).parent.parent / "out" / "measured.sqlite"  # so that a run can go on
 CLASSES = "cat,dog,horse,cow,sheep,person"
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ _building = threading.Lock()
 def load(name: str) -> ctypes.CDLL | None:
     """The compiled ``name``.cpp of this folder, or None where it cannot be had.
 
-    Built on first use, in about ten seconds, by the compiler that CXX names or else c++, g++ or
+    Built on first use by the compiler that CXX names or else c++, g++ or
     clang++. It is kept in $CAMKIT_CACHE, $XDG_CACHE_HOME/camkit or ~/.cache/camkit, under a name
     made of source, flags, compiler and processor; processes that build at the same time do not
     disturb each other. With CAMKIT_NATIVE=0 in the environment nothing is built or loaded. What
