@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from camkit.native import library
+from camkit.native import loader
 
-LOADER = Path(library.__file__).read_text()
+LOADER = Path(loader.__file__).read_text()
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
@@ -19,13 +19,13 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 def cache(tmp_path, monkeypatch):
     """A source of one function beside the loader, and an empty cache folder."""
     (tmp_path / "tiny.cpp").write_text(SOURCE)
-    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    monkeypatch.setattr(loader, "__file__", str(tmp_path / "library.py"))
     monkeypatch.setenv("CAMKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CAMKIT_NATIVE", raising=False)
     monkeypatch.delenv("CXX", raising=False)
-    library._load.cache_clear()
+    loader._load.cache_clear()
     yield tmp_path / "cache"
-    library._load.cache_clear()
+    loader._load.cache_clear()
 
 
 @pytest.fixture
@@ -46,20 +46,20 @@ def script(folder, monkeypatch, text):
 
 
 def reloaded():
-    library._load.cache_clear()  # as a new process would
-    return library.load("tiny")
+    loader._load.cache_clear()  # as a new process would
+    return loader.load("tiny")
 
 
 def test_a_source_is_compiled_once_and_found_again(cache, compiler):
-    assert library.load("tiny").answer() == 42
-    assert library.load("tiny") is library.load("tiny")
+    assert loader.load("tiny").answer() == 42
+    assert loader.load("tiny") is loader.load("tiny")
     assert reloaded().answer() == 42
     assert compiler() == 1
     assert len(list(cache.iterdir())) == 1
 
 
 def test_a_changed_source_is_compiled_anew(cache, compiler):
-    library.load("tiny")
+    loader.load("tiny")
     (cache.parent / "tiny.cpp").write_text(SOURCE.replace("42", "43"))
     assert reloaded().answer() == 43
     assert compiler() == 2
@@ -70,13 +70,13 @@ def test_a_changed_header_compiles_anew(cache, compiler):
     header.write_text("#define ANSWER 42\n")
     text = SOURCE.replace("42", "ANSWER")
     (cache.parent / "tiny.cpp").write_text(f'#include "tiny.hpp"\n{text}')
-    assert library.load("tiny").answer() == 42
+    assert loader.load("tiny").answer() == 42
     header.write_text("#define ANSWER 43\n")
     assert reloaded().answer() == 43
 
 
 def test_another_compiler_compiles_anew(cache, compiler, monkeypatch):
-    library.load("tiny")
+    loader.load("tiny")
     script(cache.parent, monkeypatch, f'[ "$1" = --version ] && echo newer\nexec {COMPILER} "$@"')
     reloaded()
     assert len(list(cache.iterdir())) == 2
@@ -84,7 +84,7 @@ def test_another_compiler_compiles_anew(cache, compiler, monkeypatch):
 
 @pytest.mark.parametrize("keep", [0, 100, 4096])
 def test_a_file_cut_short_is_not_loaded_but_built_again(cache, compiler, keep):
-    library.load("tiny")
+    loader.load("tiny")
     (built,) = cache.iterdir()
     # a new file in its place: the old one is still mapped into this process
     whole = built.read_bytes()
@@ -99,8 +99,8 @@ def test_a_compiler_that_fails_is_told_once_with_its_last_line(cache, monkeypatc
     text = '[ "$1" = --version ] && exit 0\necho first >&2\necho "no header x.h" >&2\nexit 3'
     script(cache.parent, monkeypatch, text)
     with caplog.at_level(logging.INFO, "camkit"):
-        assert library.load("tiny") is None
-        assert library.load("tiny") is None
+        assert loader.load("tiny") is None
+        assert loader.load("tiny") is None
     (record,) = caplog.records
     assert record.levelno == logging.INFO
     assert record.getMessage().startswith("tiny runs in plain torch, slower: ")
@@ -111,14 +111,14 @@ def test_a_compiler_that_fails_is_told_once_with_its_last_line(cache, monkeypatc
 def test_no_compiler_is_told_with_the_way_to_get_one(cache, monkeypatch, caplog):
     monkeypatch.setenv("PATH", str(cache))
     with caplog.at_level(logging.INFO, "camkit"):
-        assert library.load("tiny") is None
+        assert loader.load("tiny") is None
     assert "no C++ compiler found; install g++ or clang++" in caplog.text
 
 
 def test_a_compiler_that_does_not_exist_is_told_by_name(cache, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "/no/such/c++")
     with caplog.at_level(logging.INFO, "camkit"):
-        assert library.load("tiny") is None
+        assert loader.load("tiny") is None
     assert "/no/such/c++" in caplog.text
 
 
@@ -126,15 +126,15 @@ def test_a_compiler_with_arguments_is_understood(cache, monkeypatch):
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("CXX", f"{COMPILER} -O1")
-    assert library.load("tiny").answer() == 42
+    assert loader.load("tiny").answer() == 42
 
 
 def test_the_environment_switches_it_off_and_on(cache, compiler, monkeypatch):
     monkeypatch.setenv("CAMKIT_NATIVE", "0")
-    assert library.load("tiny") is None
+    assert loader.load("tiny") is None
     assert compiler() == 0
     monkeypatch.setenv("CAMKIT_NATIVE", "1")
-    assert library.load("tiny").answer() == 42
+    assert loader.load("tiny").answer() == 42
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(cache, compiler, monkeypatch):
@@ -142,7 +142,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(cache, compiler, monkeyp
     monkeypatch.setenv("TMPDIR", str(cache.parent))
     monkeypatch.setattr("tempfile.tempdir", None)
     before = set(cache.parent.iterdir())
-    assert library.load("tiny").answer() == 42
+    assert loader.load("tiny").answer() == 42
     left = {path.name for path in set(cache.parent.iterdir()) - before}
     assert left == {"runs"}
 
@@ -152,7 +152,7 @@ def test_the_cache_is_where_the_system_keeps_such_files(cache, compiler, monkeyp
     monkeypatch.delenv("CAMKIT_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv(variable, str(cache))
-    library.load("tiny")
+    loader.load("tiny")
     folder = cache / "camkit" if variable == "XDG_CACHE_HOME" else cache / ".cache" / "camkit"
     assert len(list(folder.iterdir())) == 1
 

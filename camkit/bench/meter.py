@@ -19,7 +19,7 @@ from camkit.errors import DataError
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
 from camkit.ops.resampling import resize_cam
-from camkit.photo import Photo, load_photo
+from camkit.photo import Photo
 from camkit.score import boundary_confusion, sweep_confusions
 from camkit.tensors import Cam
 from camkit.vocabulary import Vocabulary
@@ -113,14 +113,7 @@ class Meter:
         """
         if sample.mask is None:
             raise DataError(f"{sample.photo} has no mask; a benchmark needs one")
-        settings = self.photos
-        photo = load_photo(
-            sample.photo,
-            size=settings.size,
-            mean=settings.mean,
-            std=settings.std,
-            multiple=settings.multiple,
-        )
+        photo = self.photos.load(sample.photo)
         truth = read_mask(
             sample.mask,
             size=photo.size,

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
 from camkit.edit.protocol import Edit, KeyEdit
+from camkit.photo import Photo, load_photo
 from camkit.refine.protocol import Refiner
 from camkit.score import Best
 from camkit.seed.protocol import Seed
@@ -18,6 +20,12 @@ class PhotoSettings:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     multiple: int = 16
+
+    def load(self, path: Path) -> Photo:
+        """Read one photo (`camkit.load_photo`)."""
+        return load_photo(
+            path, size=self.size, mean=self.mean, std=self.std, multiple=self.multiple
+        )
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,12 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One of several variants, picked on the tuning split: presets, steps, blocks.
+class _Several:
+    """Several variants in one line of the table.
 
     Attributes:
         name: as it stands in the table.
-        variants: the candidates; the first one where several are best.
+        variants: at least two.
         base: what the gain is measured against.
         controls: what a real gain must beat as well.
     """
@@ -69,7 +77,18 @@ class Choice:
     controls: tuple["Entry", ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        _check_several(self.name, self.variants)
+        if len(set(self.variants)) < 2:
+            raise ValueError(
+                f"`variants` of {self.name!r} must hold at least two, got {len(set(self.variants))}"
+            )
+
+
+@dataclass(frozen=True)
+class Choice(_Several):
+    """One of several variants, picked on the tuning split: presets, steps, blocks.
+
+    The first one where several are best.
+    """
 
     def reported(self, tuned: Mapping[Variant, Best]) -> tuple[Variant, ...]:
         """The candidate with the highest mean IoU on the tuning split."""
@@ -77,26 +96,12 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Repeats:
+class Repeats(_Several):
     """A variant with other random seeds: the mean is reported, and how far they lie apart.
 
-    The interval of its gain pools them: confusion matrices are added over the repeats, image by
-    image, so it tells of the images and not of the draw.
-
-    Attributes:
-        name: as it stands in the table.
-        variants: the same but for their random seed; each has its own background score.
-        base: what the gain is measured against.
-        controls: what a real gain must beat as well.
+    Each has its own background score. The interval of the gain pools them: confusion matrices are
+    added over the repeats, image by image, so it tells of the images and not of the draw.
     """
-
-    name: str
-    variants: tuple[Variant, ...]
-    base: "Entry | None" = field(default=None, compare=False)
-    controls: tuple["Entry", ...] = field(default=(), compare=False)
-
-    def __post_init__(self) -> None:
-        _check_several(self.name, self.variants)
 
     def reported(self, tuned: Mapping[Variant, Best]) -> tuple[Variant, ...]:
         """All of them."""
@@ -157,8 +162,3 @@ def check_entries(entries: tuple[Entry, ...]) -> None:
             "`variants` must hold the `base` and the `controls` of each, but lacks "
             f"{', '.join(lost)}"
         )
-
-
-def _check_several(name: str, variants: tuple[Variant, ...]) -> None:
-    if len(set(variants)) < 2:
-        raise ValueError(f"`variants` of {name!r} must hold at least two, got {len(set(variants))}")

@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from camkit.cli.models import OpenedModel, add_model_arguments, open_model
 from camkit.errors import CamkitError
-from camkit.photo import load_photo
 from camkit.pipeline import Pipeline, wrap
 
 EXAMPLES = """examples:
@@ -73,10 +72,7 @@ def _segment(
     classes: tuple[int, ...] | None,
     folder: Path,
 ) -> tuple[str, ...]:
-    photos = opened.photos
-    photo = load_photo(
-        path, size=photos.size, mean=photos.mean, std=photos.std, multiple=photos.multiple
-    )
+    photo = opened.photos.load(path)
     result = pipeline(photo, classes=classes)
     result.save(folder)
     return result.names

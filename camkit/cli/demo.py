@@ -13,7 +13,6 @@ from camkit.data import DataSet, Sample, open_dataset, read_mask
 from camkit.errors import CamkitError
 from camkit.ops.resampling import resize_cam
 from camkit.paint import contact_sheet, overlay_cam, overlay_mask, save_picture
-from camkit.photo import load_photo
 from camkit.pipeline import DEFAULT_REFINE, Pipeline, wrap
 from camkit.seed.gradient import GradientSeed
 
@@ -96,23 +95,21 @@ def _chosen(dataset: DataSet, count: int) -> list[Sample]:
 def _row(
     pipeline: Pipeline, opened: OpenedModel, dataset: DataSet, sample: Sample
 ) -> list[np.ndarray]:
-    settings = opened.photos
-    photo = load_photo(
-        sample.photo,
-        size=settings.size,
-        mean=settings.mean,
-        std=settings.std,
-        multiple=settings.multiple,
-    )
+    photo = opened.photos.load(sample.photo)
     result = pipeline(photo, classes=_present(dataset, sample))
     picture = result.picture()
     seed = resize_cam(result.seed.amax(1, keepdim=True), photo.size)[0, 0].clamp(0, 1)
     refined = result.cam[0].amax(0)
     truth = np.zeros(photo.size, np.uint8)
     if sample.mask is not None:
-        ids = read_mask(sample.mask, size=photo.size, num_classes=len(dataset.classes))
-        for value, name in enumerate(CLASSES, start=1):
-            truth[(ids == dataset.classes.index(name) + 1).numpy()] = value
+        ids = read_mask(
+            sample.mask,
+            size=photo.size,
+            num_classes=len(dataset.classes),
+            form=sample.form,
+            classes=[dataset.classes.index(name) for name in CLASSES],
+        )
+        truth = np.where(ids == 255, 0, ids).astype(np.uint8)
         truth[(ids == 255).numpy()] = 255
     return [
         picture,

@@ -1,3 +1,3 @@
 """Compiled code without torch in it, built on first use where a compiler is there."""
 
-from camkit.native.library import load as load
+from camkit.native.loader import load as load
