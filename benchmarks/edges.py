@@ -35,7 +35,6 @@ from camkit.capture import Capture
 from camkit.cli.models import DEFAULT_MODEL, data_folder, open_model
 from camkit.data import DataSet, Sample, open_dataset, read_mask
 from camkit.manifest import environment
-from camkit.mask import IGNORE
 from camkit.photo import read_picture
 from camkit.refine import Refiner
 from camkit.score import (
@@ -167,10 +166,13 @@ class Images:
         watched = camkit.watch(model, gradients=True, vocabulary=self.vocabulary)
         with torch.no_grad(), watched as seen:
             model(photo.pixels)
-        ids = read_mask(sample.mask, size=photo.size, num_classes=len(self.dataset.classes))
-        truth = torch.where(ids == IGNORE, IGNORE, torch.zeros_like(ids))
-        for index, name in enumerate(CLASSES):
-            truth[ids == self.dataset.classes.index(name) + 1] = index + 1
+        truth = read_mask(
+            sample.mask,
+            size=photo.size,
+            num_classes=len(self.dataset.classes),
+            form=sample.form,
+            classes=[self.dataset.classes.index(name) for name in CLASSES],
+        )
         full = torch.from_numpy(colours).permute(2, 0, 1)[None].float() / 255
         with torch.no_grad():
             cam = seed = camkit.normalize_cam(SEED(seen.capture, classes).float())

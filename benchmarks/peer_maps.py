@@ -190,9 +190,10 @@ def minmax(maps: Tensor) -> Tensor:
     return camkit.normalize_cam(maps[None].float(), mode="minmax")[0]
 
 
+SMOOTHED = "grad-cam GradCAM, smoothed"
 PEERS: dict[str, Method] = {
     "grad-cam GradCAM": grad_cam("GradCAM"),
-    "grad-cam GradCAM, smoothed": grad_cam("GradCAM", aug_smooth=True, eigen_smooth=True),
+    SMOOTHED: grad_cam("GradCAM", aug_smooth=True, eigen_smooth=True),
     "grad-cam GradCAM++": grad_cam("GradCAMPlusPlus"),
     "grad-cam HiResCAM": grad_cam("HiResCAM"),
     "grad-cam LayerCAM": grad_cam("LayerCAM"),

@@ -4,14 +4,15 @@
     CAMKIT_DATA=folder python benchmarks/peers.py --limit 24 --out quick
 
 ViT-Ti with its ImageNet classifier, voc12_animals; README.md here tells how to install the peers.
-All choices are made on `train`, figures come from `val`, images are read and counted as in
-`camkit.bench.run`. Time: CPU time of one thread for all maps of an image, forward included; methods
-take turns image by image. Memory: growth of the peak resident size over one plain forward, on four
-images, each method in a process of its own (Linux).
+All choices are made on every fourth image of `train`, figures come from `val` and from coco100_voc,
+images are read and counted as in `camkit.bench.run`. Time: CPU time of one thread for all maps of
+an image, forward included; methods take turns image by image. Memory: growth of the peak resident
+size over one plain forward, on four images, each method in a process of its own (Linux).
 """
 
 import argparse
 import copy
+import itertools
 import math
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from peer_maps import METHODS, PEERS, Maps
-from peer_report import to_json, to_markdown
+from peer_maps import METHODS, PEERS, SMOOTHED, Maps
+from peer_report import name_of, to_json, to_markdown
 from torch import Tensor
 from tqdm import tqdm
 from watching import RESULTS, _peak
@@ -37,8 +38,9 @@ from camkit.refine.crf_presets import PRESETS
 from camkit.score import THRESHOLDS, Best, Gain, best_threshold, paired_gain, sweep_confusions
 
 CLASSES = ("cat", "dog", "horse", "cow", "sheep", "person")
-FINALISTS = 2  # methods of each package that get a dense CRF: those best on `train`
-CRF_IMAGES = 150  # of `train`, where the recipe of the CRF and the score behind it are picked
+EVERY = 4  # of `train`, which holds 457 photos
+FINALISTS = 1  # methods of each package that get a dense CRF: those best on `train`
+CRF_IMAGES = 60  # of those, where the recipe of the CRF and the score behind it are picked
 FINE = torch.tensor([0.0, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3], dtype=torch.float64)
 SCORES = torch.cat([FINE, THRESHOLDS[1:]])  # some peers' maps are so peaked that 0.01 is too much
 Key = tuple[str, str | None]
@@ -85,7 +87,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return " + ".join(filter(None, self.key))
+        return name_of(self.key)
 
     @property
     def confusions(self) -> Tensor:
@@ -98,10 +100,13 @@ def tasks(
     """Images with their masks; objects of other classes count as background."""
     for sample in tqdm(samples, desc=title, unit="image", delay=5, mininterval=5):
         photo = camkit.load_photo(sample.photo, **asdict(opened.photos))
-        ids = read_mask(sample.mask, size=photo.size, num_classes=len(dataset.classes))
-        truth = torch.where(ids == 255, ids, 0)
-        for index, name in enumerate(CLASSES):
-            truth[ids == dataset.classes.index(name) + 1] = index + 1
+        truth = read_mask(
+            sample.mask,
+            size=photo.size,
+            num_classes=len(dataset.classes),
+            form=sample.form,
+            classes=[dataset.classes.index(name) for name in CLASSES],
+        )
         present = [dataset.classes[index] for index in sample.classes]
         yield Task(photo, [i for i, name in enumerate(CLASSES) if name in present], truth)
 
@@ -217,17 +222,21 @@ def leaders(best: dict[Key, Best], found: dict[Key, Best]) -> dict[str, Key]:
     }
 
 
-def measure(
-    opened: OpenedModel, dataset: DataSet, limit: int | None
-) -> tuple[list[Row], dict[str, Row]]:
-    """All rows, and those that lead by the tuning split."""
+@dataclass
+class Tuned:
+    """What was picked on `train`: methods and chains, their background scores, the best of each."""
+
+    methods: dict[Key, Maps]
+    best: dict[Key, Best]
+    lead: dict[str, Key]
+
+
+def pick(opened: OpenedModel, dataset: DataSet, train: Sequence[Sample]) -> Tuned:
     vocabulary = opened.vocabulary.subset(CLASSES)
-    train, val = (dataset.split(name)[:limit] for name in ("train", "val"))
     methods: dict[Key, Maps] = {
         (name, None): method.build(copy.deepcopy(opened.model), vocabulary)
         for name, method in METHODS.items()
     }
-    peaks = {key: peak_of(key) for key in methods}
     first = next(tasks(opened, dataset, train[:1]))
     for maps in methods.values():  # libraries are loaded, roles of tokens are measured
         maps(first.photo, [0])
@@ -241,17 +250,20 @@ def measure(
     for name in finalists(best):
         key = max(((name, recipe) for recipe in recipes(name)), key=lambda key: found[key].mean_iou)
         methods[key], best[key] = tried[key], found[key]
-    rows = {key: Row(key, best[key]) for key in methods}
-    hold_out(list(rows.values()), methods, tasks(opened, dataset, val, "measuring on val"))
-    lead = {group: rows[key] for group, key in leaders(best, found).items()}
+    return Tuned(methods, best, leaders(best, found))
+
+
+def measure(tuned: Tuned, images: Iterable[Task]) -> list[Row]:
+    """A row for every method, with camkit's gains over the best peers."""
+    rows = {key: Row(key, tuned.best[key]) for key in tuned.methods}
+    hold_out(list(rows.values()), tuned.methods, images)
     for row in rows.values():
-        row.peak = peaks.get(row.key) or peak_of(row.key)
         if row.key[0] not in PEERS:
             row.gains = {
-                rival: paired_gain(lead[rival].confusions, row.confusions)
+                rival: paired_gain(rows[tuned.lead[rival]].confusions, row.confusions)
                 for rival in ("alone", "crf")
             }
-    return list(rows.values()), lead
+    return list(rows.values())
 
 
 def peak_of(key: Key) -> float:
@@ -279,13 +291,13 @@ def main() -> None:
     if folder is None:
         sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoothed", action="store_true", help="also grad-cam's smoothing: slow")
     parser.add_argument("--limit", type=int, help="only the first images of each split")
     parser.add_argument("--out", type=Path, default=RESULTS / "peers", help="without its ending")
     parser.add_argument("--memory", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    import conftest  # noqa: F401 - lets torchvision, which grad-cam needs, import beside any torch
-
+    if not (options.smoothed or options.memory):
+        del METHODS[SMOOTHED]
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     opened = open_model(DEFAULT_MODEL)
@@ -295,18 +307,30 @@ def main() -> None:
         asked = [task for task in tasks(opened, dataset, dataset.split("val")[:8]) if task.classes]
         print(growth(opened, asked[:4], name, recipe))
         return
-    rows, lead = measure(opened, dataset, options.limit)
+    train, val = (dataset.split(name) for name in ("train", "val"))
+    train, val = train[::EVERY][: options.limit], val[: options.limit]
+    coco = open_dataset(folder / "coco100_voc")
+    photos = coco.split("train")[: options.limit]
+    tuned = pick(opened, dataset, train)
+    tables = {
+        "val of voc12_animals": measure(tuned, tasks(opened, dataset, val, "measuring on val")),
+        "coco100_voc": measure(tuned, tasks(opened, coco, photos, "measuring on coco100_voc")),
+    }
+    peaks = {key: peak_of(key) for key in tuned.methods}
+    for row in itertools.chain(*tables.values()):
+        row.peak = peaks[row.key]
     facts = {
         "model": DEFAULT_MODEL,
         "photos": repr(opened.photos),
-        "train": len(dataset.split("train")[: options.limit]),
-        "crf_train": len(dataset.split("train")[: options.limit][:CRF_IMAGES]),
-        "val": len(dataset.split("val")[: options.limit]),
+        "train": len(train),
+        "crf_train": len(train[:CRF_IMAGES]),
+        "images": {"val of voc12_animals": len(val), "coco100_voc": len(photos)},
         "classes": ("background", *CLASSES),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(to_json(opened.model, facts, rows, lead))
-    text = to_markdown(facts, rows, lead)
+    found = to_json(opened.model, facts, tables, tuned.lead)
+    options.out.with_suffix(".json").write_text(found)
+    text = to_markdown(facts, tables, tuned.lead)
     options.out.with_suffix(".md").write_text(text)
     print(text)
 
