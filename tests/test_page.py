@@ -30,8 +30,9 @@ from camkit.bench import Choice, PhotoSettings, Repeats, Variant, run
 from camkit.bench.examples import collect_examples, error_map
 from camkit.bench.gallery import error_picture, show_examples
 from camkit.bench.page import to_html
+from camkit.bench.results import Outlines
 from camkit.data import SHAPE_CLASSES, open_dataset, write_shapes
-from camkit.score import confusion_matrix, mean_iou
+from camkit.score import Gain, confusion_matrix, mean_iou
 
 SHAPES = Vocabulary(SHAPE_CLASSES)
 PHOTOS = PhotoSettings(size=96)
@@ -152,7 +153,8 @@ def test_the_summary_holds_the_figures_of_the_report(report, source):
     for row, cells in zip(report.rows, rows, strict=True):
         gain = [row.gain.gain, row.gain.low, row.p_value] if row.gain else [None] * 3
         chance = row.gain.chance_below_zero if row.gain else None
-        expected = [row.mean_iou, *gain, chance, row.background_score, row.tuned_mean_iou]
+        score = [row.background_score, row.tuned_mean_iou, row.area]
+        expected = [row.mean_iou, *gain, chance, *score]
         assert figures(cells) == expected
         assert cells[0][1].startswith(row.name)
         assert cells[1][1] == f"{row.mean_iou * 100:.1f}"
@@ -171,7 +173,7 @@ def test_choices_say_what_was_picked_and_repeats_how_far_they_lie_apart(report, 
     assert f"{low} to {high}, over seed" in twice
 
 
-def test_classes_hold_iou_precision_and_recall_of_the_confusion(report, source):
+def test_classes_hold_the_shares_of_the_confusion_and_pixel_ap(report, source):
     tables = Page(source).tables
     for row in report.rows:
         _, *lines = tables[f"By class: {row.name}"]
@@ -179,9 +181,11 @@ def test_classes_hold_iou_precision_and_recall_of_the_confusion(report, source):
         for value, (name, line) in enumerate(zip(report.classes, lines, strict=True)):
             hit, true, found = counts[value, value], counts[value].sum(), counts[:, value].sum()
             assert line[0][1] == name
-            assert figures(line) == pytest.approx(
-                [row.class_iou[value], hit / found, hit / true, true]
-            )
+            either = true + found - hit
+            ap = row.class_precision[value - 1] if value else None
+            shares = [row.class_iou[value], hit / found, hit / true]
+            shares += [(found - hit) / either, (true - hit) / either, ap, true]
+            assert figures(line) == pytest.approx(shares)
 
 
 def test_gains_over_controls_are_told(report, source):
@@ -191,14 +195,32 @@ def test_gains_over_controls_are_told(report, source):
     assert figures(line)[1:] == [over.gain.gain, over.gain.low]
 
 
+def test_boundary_iou_stands_there_where_it_was_measured(report, source):
+    assert "Boundary IoU and gains" not in Page(source).tables
+    rows = [
+        replace(report.rows[0], outlines=Outlines(0.25, None)),
+        replace(
+            report.rows[1],
+            outlines=Outlines(0.5, Gain(0.25, 0.5, 0.25, 0.125, 0.375, 0.0, 1.0, 10)),
+        ),
+    ]
+    _, *lines = Page(to_html(replace(report, rows=tuple(rows)))).tables["Boundary IoU and gains"]
+    assert [shown for _, shown in lines[0]] == ["seed", "25.0", "-", "-"]
+    assert [shown for _, shown in lines[1]] == ["blurred", "50.0", "+25.0", "+12.5 to +37.5"]
+
+
 def test_a_class_that_is_nowhere_has_a_dash(report):
     counts = np.array(report.rows[0].confusion)
     counts[3], counts[:, 3] = 0, 0
-    iou = (*report.rows[0].class_iou[:3], float("nan"))
-    row = replace(report.rows[0], confusion=tuple(map(tuple, counts.tolist())), class_iou=iou)
+    nan = float("nan")
+    absent = {
+        "class_iou": (*report.rows[0].class_iou[:3], nan),
+        "class_precision": (*report.rows[0].class_precision[:2], nan),
+    }
+    row = replace(report.rows[0], confusion=tuple(map(tuple, counts.tolist())), **absent)
     page = Page(to_html(replace(report, rows=(row,))))
     line = page.tables["By class: seed"][-1]
-    assert line == [(None, "triangle"), ("", "-"), ("", "-"), ("", "-"), ("0", "0")]
+    assert [shown for _, shown in line] == ["triangle", *"-----", "-", "0"]
     assert "nan" not in " ".join(page.texts).lower()
 
 
@@ -419,7 +441,7 @@ def test_a_click_sorts_the_table_and_a_second_one_turns_it_round(browser, file, 
     assert browser.run(NAMES) == [row.name for row in report.rows]
     browser.click("#summary th:nth-child(2) button")
     assert browser.run(NAMES) == by(report, lambda row: row.mean_iou)
-    assert browser.run(SORTED) == [None, "descending", *[None] * 6]
+    assert browser.run(SORTED) == [None, "descending", *[None] * 7]
     browser.click("#summary th:nth-child(2) button")
     means = browser.run(
         "[...document.querySelectorAll('#summary tbody td:nth-child(2)')]"

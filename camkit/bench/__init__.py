@@ -1,5 +1,6 @@
 """Seeds and refiners measured on held-out masks."""
 
+from camkit.bench.chooser import Picked as Picked, SuppressionChoice as SuppressionChoice
 from camkit.bench.examples import Example as Example, collect_examples as collect_examples
 from camkit.bench.labels import PredictedLabels as PredictedLabels
 from camkit.bench.measure import run as run

@@ -1,8 +1,7 @@
 """The class maps of many variants of one photo: one forward for each edit, shared stages once."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -10,16 +9,18 @@ from torch import Tensor, nn
 
 from camkit.bench.protocol import Variant
 from camkit.capture.record import Capture
-from camkit.capture.watcher import watch
-from camkit.edit.handle import attach
 from camkit.photo import Photo
 from camkit.refine.normalize import normalize_cam
 from camkit.refine.protocol import Refiner
-from camkit.seed.protocol import Seed
-from camkit.tensors import Cam
+from camkit.seed.look import Look
+from camkit.seed.looked import Looked, Reading
+from camkit.seed.needs import TokenSeed
+from camkit.seed.views import Views
+from camkit.tensors import RGB, Cam, Pixels
 from camkit.vocabulary import Vocabulary
 
-Stages = dict[tuple[Seed, tuple[Refiner, ...]], Cam]
+Start: TypeAlias = tuple[Reading, Views]
+Stages: TypeAlias = dict[tuple[Start, tuple[Refiner, ...]], Cam]
 
 
 def variant_maps(
@@ -33,44 +34,50 @@ def variant_maps(
     forwards: dict[Any, list[Variant]] = {}
     for variant in variants:
         blocks = None if variant.edit is None else variant.edit_blocks
-        forwards.setdefault((variant.edit, blocks), []).append(variant)
+        noise = variant.seed.tokens.noise if isinstance(variant.seed, TokenSeed) else None
+        forwards.setdefault((variant.edit, blocks, noise), []).append(variant)
     maps: dict[Variant, Cam] = {}
-    for group in forwards.values():
-        capture = _capture(model, photo, group, vocabulary)
-        known: Stages = {}
-        with torch.no_grad():
-            asked = classes.to(next(model.parameters()).device)
-            for variant in group:
-                maps[variant] = _stage(variant.seed, variant.refine, capture, asked, known)
+    with torch.no_grad():
+        for group in forwards.values():
+            maps |= _group_maps(model, photo, classes, group, vocabulary)
     return maps
 
 
-def _capture(
-    model: nn.Module, photo: Photo, variants: Sequence[Variant], vocabulary: Vocabulary
-) -> Capture:
-    """A forward under the edit that the variants share."""
+def _group_maps(
+    model: nn.Module,
+    photo: Photo,
+    classes: Int[Tensor, "1 k"],
+    variants: Sequence[Variant],
+    vocabulary: Vocabulary,
+) -> dict[Variant, Cam]:
+    """Maps of variants that share an edit and noise: one forward for each of their views."""
     weight = next(model.parameters())
     pixels, rgb = photo.pixels.to(weight), photo.rgb.to(weight.device)
-    edit, blocks = variants[0].edit, variants[0].edit_blocks
-    gradients = any(variant.seed.gradients for variant in variants)
-    seen = watch(model, gradients=gradients, rgb=rgb, vocabulary=vocabulary)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if edit is not None:
-            stack.enter_context(attach(model, edit, blocks=blocks)).rgb = rgb
-        stack.enter_context(seen)
-        model(pixels)
-    return seen.capture
+    look = Look(
+        model,
+        seeds=tuple(variant.seed for variant in variants),
+        edit=variants[0].edit,
+        edit_blocks=variants[0].edit_blocks,
+        vocabulary=vocabulary,
+    )
+    capture = _capture(look, pixels, rgb)
+    starts = {variant: (variant.seed, variant.views or Views()) for variant in variants}
+    looked = Looked(look, pixels, rgb, capture)
+    seeds = looked.seeds(classes.to(weight.device), list(starts.values()))
+    known: Stages = {(start, ()): normalize_cam(cam) for start, cam in seeds.items()}
+    return {
+        variant: _stage(starts[variant], variant.refine, capture, known) for variant in variants
+    }
 
 
-def _stage(
-    seed: Seed, refine: tuple[Refiner, ...], capture: Capture, classes: Tensor, known: Stages
-) -> Cam:
+def _capture(look: Look, pixels: Pixels, rgb: RGB) -> Capture:
+    """The forward that all refiners of a group see."""
+    return look(pixels, rgb)
+
+
+def _stage(start: Start, refine: tuple[Refiner, ...], capture: Capture, known: Stages) -> Cam:
     """Maps after some refiners; what variants share is computed once."""
-    if (seed, refine) not in known:
-        if refine:
-            before = _stage(seed, refine[:-1], capture, classes, known)
-            known[seed, refine] = refine[-1](before, capture)
-        else:
-            known[seed, refine] = normalize_cam(seed(capture, classes).float())
-    return known[seed, refine]
+    if (start, refine) not in known:
+        before = _stage(start, refine[:-1], capture, known)
+        known[start, refine] = refine[-1](before, capture)
+    return known[start, refine]

@@ -22,6 +22,9 @@ class Cell:
     note: str = ""
 
 
+NO_CELL = Cell("-", math.nan)
+
+
 def text(value: object) -> str:
     """Escape a text for HTML, inside and outside of attributes; what no file can hold becomes ?."""
     return html.escape(printable(value), quote=True)
@@ -36,7 +39,7 @@ def printable(value: object) -> str:
 def percent(share: float | None) -> Cell:
     """A share in %, one digit behind the point; - where there is none."""
     if share is None or math.isnan(share):
-        return Cell("-", math.nan)
+        return NO_CELL
     return Cell(f"{share * 100:.1f}", share)
 
 

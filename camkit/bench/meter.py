@@ -155,7 +155,7 @@ class Meter:
             self._known["setup"] = self._setup()
         if variant not in self._known:
             edit = None if variant.edit is None else (variant.edit, variant.edit_blocks)
-            self._known[variant] = fingerprint((variant.seed, variant.refine, edit))
+            self._known[variant] = fingerprint((variant.seed, variant.views, variant.refine, edit))
         setup, settings = self._known["setup"], self._known[variant]
         if setup is None or settings is None:
             return None

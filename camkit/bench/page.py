@@ -4,21 +4,15 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import astuple
 from importlib.resources import files
-from typing import get_args
-
-import torch
 
 from camkit.bench.examples import Example
 from camkit.bench.gallery import show_examples
-from camkit.bench.markup import Cell, bullets, facts, percent, points, section, select, table, text
+from camkit.bench.markup import NO_CELL, Cell, bullets, facts, percent, section, select, table, text
 from camkit.bench.plots import classes_plot, curves_plot, legend
 from camkit.bench.protocol import Variant
 from camkit.bench.results import Report, Row
-from camkit.score import Definition, Gain, class_scores
-
-_NO_FIGURE = float("nan")
+from camkit.bench.tables import by_class, controls, definitions, gain_cells, outlines, quality
 
 
 def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
@@ -34,9 +28,10 @@ def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
     content = [
         _about(report),
         section("summary", "Summary", _summary(report)),
-        _controls(report),
-        _definitions(report),
-        _quality(report),
+        controls(report),
+        definitions(report),
+        outlines(report),
+        quality(report),
         section("curves", "Background scores", _curves(report)),
         section("classes", "Classes", _classes(report)),
     ]
@@ -97,7 +92,7 @@ def _about(report: Report) -> str:
 
 def _summary(report: Report) -> str:
     heads = ["variant", "mIoU", "gain", "95% interval", "p", "chance of a loss"]
-    heads += ["background score", f"mIoU on {report.tune_split}"]
+    heads += ["background score", f"mIoU on {report.tune_split}", "mean over all scores"]
     return table("mIoU and gains", heads, [_summary_line(row) for row in report.rows])
 
 
@@ -113,62 +108,13 @@ def _summary_line(row: Row) -> list[Cell]:
     return [
         Cell(row.name, note=", ".join(notes)),
         percent(row.mean_iou),
-        *_gain_cells(row.gain),
-        Cell("-", _NO_FIGURE) if row.p_value is None else Cell(f"{row.p_value:.2g}", row.p_value),
+        *gain_cells(row.gain),
+        NO_CELL if row.p_value is None else Cell(f"{row.p_value:.2g}", row.p_value),
         percent(None if row.gain is None else row.gain.chance_below_zero),
         Cell(f"{row.background_score:.2f}", row.background_score),
         percent(row.tuned_mean_iou),
+        percent(row.area),
     ]
-
-
-def _gain_cells(gain: Gain | None) -> tuple[Cell, Cell]:
-    if gain is None:
-        return Cell("-", _NO_FIGURE), Cell("-", _NO_FIGURE)
-    interval = f"{points(gain.low)} to {points(gain.high)}"
-    return Cell(points(gain.gain), gain.gain), Cell(interval, gain.low)
-
-
-def _controls(report: Report) -> str:
-    lines = [
-        (Cell(row.name), Cell(other.name), *_gain_cells(other.gain))
-        for row in report.rows
-        for other in row.over_controls
-    ]
-    if not lines:
-        return ""
-    heads = ["variant", "control", "gain", "95% interval"]
-    return section("controls", "Against controls", table("Gains over controls", heads, lines))
-
-
-def _definitions(report: Report) -> str:
-    """The definitions of mean IoU, where they do not agree."""
-    names = get_args(Definition)
-    lines = [
-        [Cell(row.name), *(percent(row.definitions[name]) for name in names)]
-        for row in report.rows
-        if len({round(value, 6) for value in row.definitions.values()}) > 1
-    ]
-    if not lines:
-        return ""
-    shown = table("mIoU by definition", ["variant", *names], lines)
-    return section("definitions", "Definitions of mIoU", shown)
-
-
-def _quality(report: Report) -> str:
-    found = [(row, row.quality) for row in report.rows if row.quality is not None]
-    if not found:
-        return ""
-    lines = []
-    for row, quality in found:
-        pairs = zip(astuple(quality.means), astuple(quality.errors), strict=True)
-        cells = [Cell(f"{mean:.3f} ± {error:.3f}", mean) for mean, error in pairs]
-        lines.append([Cell(row.name), *cells])
-    heads = ["variant", "insertion", "deletion", "left behind"]
-    told = (
-        f"<p>What the classifier says of {found[0][1].maps} maps, with standard errors. Insertion: "
-        "higher is better; deletion and what is left behind: lower is better.</p>"
-    )
-    return section("quality", "By the classifier", told + table("Without masks", heads, lines))
 
 
 def _curves(report: Report) -> str:
@@ -186,27 +132,12 @@ def _classes(report: Report) -> str:
         plot = classes_plot(report, row, base) + legend(report, [row, base] if base else [row])
         blocks.append(
             f'<div class="row" data-row="{index}"><h3>{text(row.name)}</h3><div class="pair">'
-            f"<div>{plot}</div>{_class_table(report, row)}</div></div>"
+            f"<div>{plot}</div>{by_class(report, row)}</div></div>"
         )
     first = max(report.rows, key=lambda row: row.tuned_mean_iou)
     names = {str(index): row.name for index, row in enumerate(report.rows)}
     picker = select("row", names, str(report.rows.index(first)))
     return f'<form class="controls"><label>Variant {picker}</label></form>{"".join(blocks)}'
-
-
-def _class_table(report: Report, row: Row) -> str:
-    lines = [
-        [
-            Cell(score.name),
-            percent(score.iou),
-            percent(score.precision),
-            percent(score.recall),
-            Cell(f"{score.pixels:,}", score.pixels),
-        ]
-        for score in class_scores(torch.tensor(row.confusion), report.classes)
-    ]
-    heads = ["class", "IoU", "precision", "recall", "true pixels"]
-    return table(f"By class: {row.name}", heads, lines)
 
 
 def _settings(report: Report) -> str:
@@ -222,8 +153,9 @@ def _settings(report: Report) -> str:
 
 def _configuration(variant: Variant) -> str:
     edit = "" if variant.edit is None else f"{variant.edit!r} (blocks: {variant.edit_blocks}), "
+    views = "" if variant.views is None else f"{variant.views!r}, "
     steps = " → ".join(repr(step) for step in (variant.seed, *variant.refine))
-    return f"{variant.name}: {edit}{steps}"
+    return f"{variant.name}: {edit}{views}{steps}"
 
 
 def _script_hash(template: str) -> str:

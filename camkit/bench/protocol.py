@@ -10,11 +10,12 @@ from camkit.photo import Photo, load_photo
 from camkit.refine.protocol import Refiner
 from camkit.score import Best
 from camkit.seed.protocol import Seed
+from camkit.seed.views import Views
 
 
 @dataclass(frozen=True)
 class PhotoSettings:
-    """How photos are read for the model."""
+    """How photos are read for the model; the settings are those of `camkit.load_photo`."""
 
     size: int | tuple[int, int] = 384
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -40,6 +41,7 @@ class Variant:
         edit: changes the forward the seed is read from.
         edit_blocks: how many of the last blocks it changes; None is all.
         controls: what a real gain must beat as well.
+        views: other sizes and mirror images that the seed is read from as well.
     """
 
     name: str
@@ -49,9 +51,11 @@ class Variant:
     edit: Edit | KeyEdit | None = None
     edit_blocks: int | None = 3
     controls: tuple["Entry", ...] = field(default=(), compare=False)
+    views: Views | None = None
 
     @property
     def variants(self) -> tuple["Variant", ...]:
+        """What is measured: itself alone."""
         return (self,)
 
     def reported(self, tuned: Mapping["Variant", Best]) -> tuple["Variant", ...]:
@@ -134,6 +138,7 @@ def stages(variant: Variant) -> tuple[Variant, ...]:
                 variant.edit,
                 variant.edit_blocks,
                 variant.controls if last else (),
+                variant.views,
             )
         )
     return tuple(found)

@@ -80,19 +80,18 @@ class Quality:
                     pixels,
                 ]
             )
-            logits, chance = self._ask(model, pictures, index, vocabulary)
+            logits, chance = self.ask(model, pictures, index, vocabulary)
             insertion, deletion = chance[: self.steps], chance[self.steps : 2 * self.steps]
-            behind, whole = logits[-2].clamp_min(0), logits[-1].clamp_min(0)
             found.append(
                 QualityScores(
                     insertion=float(torch.trapezoid(insertion) / (self.steps - 1)),
                     deletion=float(torch.trapezoid(deletion) / (self.steps - 1)),
-                    background=float((behind / whole.clamp_min(1e-8)).clamp_max(1.0)),
+                    background=float(left_behind(logits[-2], logits[-1])),
                 )
             )
         return found
 
-    def _ask(
+    def ask(
         self, model: nn.Module, pictures: Pixels, index: int, vocabulary: Vocabulary
     ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
         """Score and probability of a class in each picture."""
@@ -127,6 +126,11 @@ class QualityScores:
     background: float
 
 
+def left_behind(faded: Float[Tensor, "..."], whole: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """What remains of a class's score once the pixels of its map are faded out, in [0, 1]."""
+    return (faded.clamp_min(0) / whole.clamp_min(0).clamp_min(1e-8)).clamp_max(1.0)
+
+
 def _kept_first(one: Float[Tensor, "H W"], steps: int) -> Float[Tensor, "s 1 H W"]:
     """Masks of the pixels that score highest: none of them, more in equal steps, all."""
     order = one.flatten().argsort(descending=True, stable=True)
@@ -137,7 +141,7 @@ def _kept_first(one: Float[Tensor, "H W"], steps: int) -> Float[Tensor, "s 1 H W
 
 @dataclass(frozen=True)
 class MeanQuality:
-    """Means over every asked class of every image, and the standard error of each."""
+    """Means over every asked class of every image, their standard errors, and how many maps."""
 
     means: QualityScores
     errors: QualityScores

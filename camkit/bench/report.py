@@ -73,6 +73,7 @@ def _variant(variant: Variant) -> dict[str, Any]:
         "seed": repr(variant.seed),
         "edit": repr(variant.edit),
         "edit_blocks": variant.edit_blocks,
+        "views": repr(variant.views),
         "refine": [repr(refiner) for refiner in variant.refine],
     }
 

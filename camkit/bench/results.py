@@ -77,6 +77,7 @@ class Row:
 
     @property
     def name(self) -> str:
+        """That of the entry."""
         return self.entry.name
 
 
@@ -116,4 +117,5 @@ class Report:
 
     @property
     def images(self) -> int:
+        """How many images were measured."""
         return len(self.names)
