@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader, BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,19 @@ def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
         return np.array(_to_rgb(ImageOps.exif_transpose(decode(path))))
 
 
+def picture_from_file(
+    file: BufferedReader | BytesIO, name: str | Path
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Read an open image file as `read_picture` reads a path; errors call it by its name.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    with _explained(name), Image.open(file) as image:
+        image.load()
+        return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+
+
 def photo_from_array(
     rgb: UInt8[np.ndarray, "H W 3"],
     *,
@@ -135,7 +149,7 @@ def decode(path: Path) -> Image.Image:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: str | Path) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata does not matter to the pixels

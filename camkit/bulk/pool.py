@@ -24,7 +24,7 @@ def new_pool(count: int) -> Executor:
     served = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if served else "spawn")
     if served:
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, "camkit.bulk.finishing"])
     return ProcessPoolExecutor(
         count, mp_context=context, initializer=_begin, initargs=(dict(os.environ),)
     )

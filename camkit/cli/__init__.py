@@ -1,16 +1,29 @@
-"""The command line: camkit demo, cam, bench, doctor; data, refine, mask, eval need no model."""
+"""The command line: demo, cam, run, bench, doctor; data, refine, mask, eval need no model."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from camkit.cli import bench, cam, data, demo, doctor, eval as evaluate, mask, refine
+from camkit.cli import (
+    bench,
+    build_kernels,
+    cam,
+    data,
+    demo,
+    doctor,
+    eval as evaluate,
+    mask,
+    refine,
+    run,
+)
 from camkit.errors import CamkitError
 
 COMMANDS = {
     "demo": demo,
     "cam": cam,
+    "run": run,
     "bench": bench,
+    "build-kernels": build_kernels,
     "data": data,
     "doctor": doctor,
     "refine": refine,

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from camkit.cli.models import OpenedModel, add_model_arguments, open_model
 from camkit.errors import CamkitError
 from camkit.pipeline import Pipeline, wrap
+from camkit.vocabulary import Vocabulary
 
 EXAMPLES = """examples:
   camkit cam cat.jpg --classes cat
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     opened = open_model(options.model, size=options.size)
-    classes = None if options.classes is None else _classes(opened, options.classes)
+    classes = None if options.classes is None else read_classes(opened.vocabulary, options.classes)
     settings = {}
     if options.background_score is not None:
         settings["background_score"] = options.background_score
@@ -78,12 +79,12 @@ def _segment(
     return result.names
 
 
-def _classes(opened: OpenedModel, text: str) -> tuple[int, ...]:
+def read_classes(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:
     """Read ``cat,dog``, ``281,282`` or one ImageNet name that has commas in it."""
-    if text.strip().lower() in {name.lower() for name in opened.vocabulary.names}:
-        return opened.vocabulary.resolve([text])
+    if text.strip().lower() in {name.lower() for name in vocabulary.names}:
+        return vocabulary.resolve([text])
     items = [item.strip() for item in text.split(",") if item.strip()]
-    return opened.vocabulary.resolve([int(item) if item.isdigit() else item for item in items])
+    return vocabulary.resolve([int(item) if item.isdigit() else item for item in items])
 
 
 def _folders(images: list[Path], out: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Which data set a folder holds, told by its folders."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from camkit.data.coco import coco_splits, open_coco
@@ -30,14 +31,9 @@ def open_dataset(path: str | Path) -> DataSet:
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; name the folder that holds the data set")
-    if (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation").is_dir():
-        return open_voc(root)
-    if (root / "images").is_dir() and (root / "labels.csv").is_file():
-        return open_folder(root)
-    if any((root / f"{split}-segmentation").is_dir() for split in ("validation", "train-semi")):
-        return open_imagenet_s(root)
-    if coco_splits(root):
-        return open_coco(root)
+    opener = find_layout(root)
+    if opener is not None:
+        return opener(root)
     found = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
     shown = ", ".join(found[:_MOST_SHOWN]) or "nothing"
     more = ", ..." if len(found) > _MOST_SHOWN else ""
@@ -47,3 +43,14 @@ def open_dataset(path: str | Path) -> DataSet:
         "and validation-segmentation/ (ImageNet-S), "
         f"found {shown}{more}; name the folder above these"
     )
+
+
+def find_layout(root: Path) -> Callable[[Path], DataSet] | None:
+    """What opens a folder of a known layout; None for others."""
+    if (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation").is_dir():
+        return open_voc
+    if (root / "images").is_dir() and (root / "labels.csv").is_file():
+        return open_folder
+    if any((root / f"{split}-segmentation").is_dir() for split in ("validation", "train-semi")):
+        return open_imagenet_s
+    return open_coco if coco_splits(root) else None

@@ -1,0 +1,153 @@
+"""A bulk run from its first image to its manifest, on whichever engine."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+
+import torch
+from tqdm import tqdm
+
+from camkit.bulk.finishing import OutFolder
+from camkit.bulk.jobs import progress_bar, usable_cores, worker_count
+from camkit.bulk.journal import Journal
+from camkit.bulk.local import LocalEngine
+from camkit.bulk.plan import Planned, Share, plan
+from camkit.bulk.recipe import Recipe
+from camkit.bulk.sources import Source
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of a bulk run.
+
+    Attributes:
+        written: images done now.
+        failed: images that failed now.
+        settled: images that earlier runs had done, or given up.
+        done: images of the folder that are done, of all runs.
+        errors: images of the folder that failed, of all runs; ``errors.tsv`` lists them.
+    """
+
+    written: int
+    failed: int
+    settled: int
+    done: int
+    errors: int
+
+
+def run(  # noqa: PLR0913 - each setting is a choice of its own
+    recipe: Recipe,
+    source: Source,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    share: Share | None = None,
+    neighbours: int = 1,
+    overwrite: bool = False,
+    retry: bool = False,
+    moved: bool = False,
+) -> Ran:
+    """Make masks and class maps of all images of a source.
+
+    The same call goes on where an earlier one ended, however it ended: what the journal in ``out``
+    holds is not done again. A script that calls this needs ``if __name__ == "__main__":`` around
+    its own work, as with any pool of processes.
+
+    Args:
+        recipe: what is done with each image.
+        source: `PhotoFolder`, `PhotoList`, `DataSetPhotos`, `TarShards`, `ParquetRows`, or alike.
+        out: folder of the results, made if it is not there.
+        device: of the model; None takes a GPU if there is one.
+        workers: processes that read and finish images; None takes the cores that the model leaves,
+            0 works in this process.
+        threads: of the model on a CPU; None takes half of the cores.
+        share: of the chunks, where several processes work on one source.
+        neighbours: processes of such a run on this machine, which share its cores.
+        overwrite: remove earlier results of the folder, and begin anew.
+        retry: try images again that failed in an earlier run.
+        moved: the source is the same as in the earlier run, at another place.
+
+    Returns:
+        How many images were done, and how many failed.
+
+    Raises:
+        DataError: ``out`` holds results of other settings, or of unknown ones.
+        CamkitError: results cannot be written, or another run works in ``out``.
+    """
+    share = Share() if share is None else share
+    if overwrite and share.world > 1:
+        raise ValueError("several processes cannot begin anew at once; empty the folder instead")
+    cores = max(1, usable_cores() // neighbours)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu" and threads is None:
+        threads = max(1, cores // 2)
+    workers = worker_count(workers, max(1, cores - (threads or 1)))
+    before = torch.get_num_threads()
+    model = recipe.model().to(device)
+    folder = OutFolder(Path(out), share.rank)
+    with Journal(folder) as journal:
+        journal.claim(recipe.settings(model, source), overwrite=overwrite, moved=moved)
+        if retry:
+            journal.forget_errors()
+        with _Progress(source, recipe, share) as progress:
+            engine = LocalEngine(
+                recipe,
+                recipe.pipeline(model),
+                folder,
+                journal,
+                workers=workers,
+                threads=threads,
+            )
+            try:
+                engine.run(progress.planned(journal), progress.advance)
+            finally:
+                torch.set_num_threads(before)
+                journal.export()
+        done, errors = journal.counts()
+    return Ran(progress.written, progress.failed, progress.settled, done, errors)
+
+
+class _Progress:
+    """A bar that learns the number of images while it runs, and what it counted."""
+
+    def __init__(self, source: Source, recipe: Recipe, share: Share) -> None:
+        self._chunks: Callable[[], Iterator[tuple[object, ...]]]
+        self._source, self._size, self._share = source, recipe.chunk, share
+        self.written = self.failed = self.settled = 0
+
+    def __enter__(self) -> "_Progress":
+        self._bar: tqdm[None] = progress_bar(None, "running")
+        Thread(target=self._count, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def planned(self, journal: Journal) -> Iterator[Planned]:
+        """What is left of each chunk; chunks of which nothing is left only move the bar."""
+        for chunk in self._share.of(self._source, self._size):
+            planned = plan(chunk, journal)
+            self._skip(planned.settled)
+            if planned.todo or planned.errors:
+                yield planned
+
+    def advance(self, done: int, failed: int) -> None:
+        """Count images that were done or failed now."""
+        self.written += done
+        self.failed += failed
+        self._bar.set_postfix(failed=self.failed, refresh=False)
+        self._bar.update(done + failed)
+
+    def _skip(self, settled: int) -> None:
+        """Move the bar by what was done before, which says nothing of the rate."""
+        self.settled += settled
+        self._bar.initial += settled
+        self._bar.n += settled
+        self._bar.last_print_n += settled
+
+    def _count(self) -> None:
+        found = sum(len(chunk) for chunk in self._share.of(self._source, self._size))
+        self._bar.total = found

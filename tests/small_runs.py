@@ -1,0 +1,156 @@
+"""Bulk runs small enough to be killed many times: a tiny model, drawn photos, results compared."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from camkit.bulk.finishing import Made, OutFolder
+from camkit.bulk.journal import Journal
+from camkit.bulk.recipe import Reading, Recipe, Writing
+from camkit.bulk.running import run
+from camkit.bulk.sources import PhotoFolder
+from camkit.refine import Blur, Normalize, Propagate
+from camkit.vocabulary import Vocabulary
+
+CLASSES = ("circle", "square", "triangle")
+
+
+class Attention(nn.Module):
+    """Self-attention with two heads."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.num_heads = 2
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        heads = (self.num_heads, -1)
+        q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Transformer(nn.Module):
+    """Two blocks of attention over patches of 16 x 16, for images of any size."""
+
+    def __init__(self, dim=32, classes=3):
+        super().__init__()
+        self.patches = nn.Conv2d(3, dim, 16, 16)
+        self.class_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.attention = nn.ModuleList([Attention(dim) for _ in range(2)])
+        self.norms = nn.ModuleList([nn.LayerNorm(dim) for _ in range(3)])
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, pixels):
+        patches = self.patches(pixels).flatten(2).mT
+        x = torch.cat([self.class_token.expand(len(pixels), -1, -1), patches], 1)
+        for norm, attention in zip(self.norms, self.attention, strict=False):
+            x = x + attention(norm(x))
+        return self.head(self.norms[-1](x)[:, 0])
+
+
+@dataclass(frozen=True)
+class OpenSmall:
+    """Opens the same tiny model everywhere."""
+
+    rng_seed: int = 0
+
+    def __call__(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(self.rng_seed)
+            return Transformer().eval()
+
+
+BLUR = (Blur(),)
+
+
+def small_recipe(*, batch=2, chunk=4, labels=(0, 2), finish=BLUR, **written):
+    """A recipe with a refiner beside the model and another behind it."""
+    return Recipe(
+        OpenSmall(),
+        reading=Reading(size=96, max_pixels=written.pop("max_pixels", 10**6)),
+        writing=Writing(finish=tuple(finish), **written),
+        refine=(Propagate(steps=1), Normalize()),
+        vocabulary=Vocabulary(CLASSES),
+        labels=labels,
+        batch=batch,
+        chunk=chunk,
+    )
+
+
+def write_photos(folder, count, *, rng_seed=0):
+    """Noise in three sizes, some in a sub-folder."""
+    rng = np.random.default_rng(rng_seed)
+    (folder / "more").mkdir(parents=True)
+    for index in range(count):
+        size = ((40, 60), (60, 40), (48, 48))[index % 3]
+        place = folder / "more" if index % 5 == 4 else folder
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize(size[::-1]).save(place / f"p{index:03}.png")
+    return PhotoFolder(folder)
+
+
+def tree(out):
+    """The bytes of everything in a folder of results that must not depend on how it came to be."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name != "journal.sqlite" and ".locks" not in path.parts
+    }
+
+
+@dataclass(frozen=True)
+class DiesOfDarkness:
+    """A refiner that needs only the picture, whose process is killed by a black one."""
+
+    def __call__(self, cam, capture):
+        if capture.rgb.max() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cam
+
+
+def run_small(photos, out, workers):
+    """What a process does that is to be killed."""
+    torch.set_num_threads(1)
+    run(small_recipe(cams="npz"), PhotoFolder(Path(photos)), out, workers=workers, threads=1)
+
+
+def leave_transaction_open(out):
+    """Die in the middle of an entry."""
+    journal = Journal(OutFolder(out))
+    journal.record([Made("whole", {"key": "whole"})])
+    with journal._writing() as file:
+        file.execute("INSERT INTO images VALUES ('half', '{}', NULL, NULL)")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hold_journal(out):
+    """Keep a folder until killed."""
+    folder = OutFolder(out)
+    journal = Journal(folder)
+    (folder.drafts / "begun").mkdir(parents=True)
+    (out / "pid").write_text(str(os.getpid()))
+    (out / "pid").rename(out / "held")
+    time.sleep(600)
+    journal.close()
+
+
+def workers_of(process):
+    """The processes that the server of a process has forked."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            told = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended just now
+            continue
+        if told[0] != "Z":
+            parents[int(path.parent.name)] = int(told[1])
+    return [one for one, parent in parents.items() if parents.get(parent) == process]

@@ -1,0 +1,234 @@
+"""The journal of a bulk run: what it holds survives, and what is not of it stays out."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import hold_journal, leave_transaction_open
+
+from camkit.bulk.finishing import Made, OutFolder
+from camkit.bulk.items import FilePlace, Item, Refused
+from camkit.bulk.journal import Error, Journal
+from camkit.bulk.plan import Share, plan
+from camkit.bulk.pool import end_pool, new_pool
+from camkit.errors import CamkitError, DataError
+
+SETTINGS = {"model": "a", "source": "folder /x"}
+
+
+def made(key, **row):
+    return Made(key, {"key": key, **row})
+
+
+@pytest.fixture
+def journal(tmp_path):
+    with Journal(OutFolder(tmp_path / "out")) as found:
+        found.claim(SETTINGS)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """A process of its own, which may be killed."""
+    found = new_pool(1)
+    yield found
+    end_pool(found)
+
+
+def test_what_is_recorded_is_known_and_told_in_order(journal):
+    journal.record(
+        [made("b"), made("é\n")], [Error("c", "read", "broken"), Error("a", "write", "x")]
+    )
+    known = journal.known(["a", "b", "c", "d", "é\n"])
+    assert known == {"a": "write", "b": None, "c": "read", "é\n": None}
+    assert [row["key"] for row in journal.rows()] == ["b", "é\n"]
+    assert list(journal.errors()) == [Error("a", "write", "x"), Error("c", "read", "broken")]
+    assert journal.counts() == (2, 2)
+
+
+def test_more_keys_are_asked_for_than_one_statement_holds(journal):
+    keys = [f"k{number}" for number in range(2500)]
+    journal.record([made(key) for key in keys[::2]])
+    assert journal.known(keys) == dict.fromkeys(keys[::2])
+
+
+def test_an_image_that_is_done_at_last_is_no_error_any_more(journal):
+    journal.record([], [Error("a", "read", "broken")])
+    journal.record([made("a")])
+    assert (journal.known(["a"]), journal.counts()) == ({"a": None}, (1, 0))
+
+
+def test_errors_can_be_forgotten_and_results_stay(journal):
+    journal.record([made("a")], [Error("b", "read", "broken"), Error("c", "model", "broken")])
+    assert journal.forget_errors() == 2
+    assert journal.known(["a", "b", "c"]) == {"a": None}
+
+
+def test_a_journal_is_there_when_it_is_opened_again(tmp_path):
+    for key in ("a", "b"):
+        with Journal(OutFolder(tmp_path)) as journal:
+            journal.claim(SETTINGS)
+            journal.record([made(key)])
+    with Journal(OutFolder(tmp_path)) as journal:
+        assert list(journal.known(["a", "b", "c"])) == ["a", "b"]
+
+
+def test_tables_are_written_a_line_an_image_whatever_their_names(journal, tmp_path):
+    journal.record(
+        [made("b", mask="masks/b.png"), made("a")], [Error("two\nlines\tx", "list", "y\\n")]
+    )
+    journal.export()
+    lines = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
+    assert lines == ['{"key": "a"}', '{"key": "b", "mask": "masks/b.png"}']
+    table = (tmp_path / "out" / "errors.tsv").read_text()
+    assert table == "name\tstage\treason\ntwo\\nlines\\tx\tlist\ty\\\\n\n"
+    journal.forget_errors()
+    journal.export()
+    assert not (tmp_path / "out" / "errors.tsv").exists()
+
+
+# Settings
+
+
+def claim(out, settings=SETTINGS, **options):
+    with Journal(OutFolder(out)) as journal:
+        journal.claim(settings, **options)
+        return journal.counts()
+
+
+def test_results_of_other_settings_are_kept_out(tmp_path):
+    claim(tmp_path)
+    with pytest.raises(DataError, match=r"model: a there, b now\); take another folder, or begin"):
+        claim(tmp_path, SETTINGS | {"model": "b"})
+    with pytest.raises(DataError, match=r"seed: None there, x now"):
+        claim(tmp_path, SETTINGS | {"seed": "x"})
+    claim(tmp_path)
+
+
+def test_images_that_were_moved_are_the_same_if_the_user_says_so(tmp_path):
+    claim(tmp_path)
+    moved = SETTINGS | {"source": "folder /y"}
+    with pytest.raises(DataError, match=r"at another place, say so by moved \(--moved\)"):
+        claim(tmp_path, moved)
+    claim(tmp_path, moved, moved=True)
+    claim(tmp_path, moved)
+    with pytest.raises(DataError, match="model: a there, b now"):
+        claim(tmp_path, SETTINGS | {"model": "b"}, moved=True)
+
+
+def test_beginning_anew_removes_what_the_journal_knows_of_and_nothing_else(tmp_path):
+    with Journal(OutFolder(tmp_path)) as journal:
+        journal.claim(SETTINGS)
+        for name in ("masks/a.png", "masks/mine.png", "cams/a.npy"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        journal.record([made("a", mask="masks/a.png", cam="cams/a.npy")], [Error("b", "read", "x")])
+        journal.export()
+    assert claim(tmp_path, SETTINGS | {"model": "b"}, overwrite=True) == (0, 0)
+    files = {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*") if path.is_file()
+    }
+    assert files == {"masks/mine.png", "journal.sqlite", "settings.json"}
+
+
+def test_results_of_unknown_settings_are_never_touched(tmp_path):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "a.png").touch()
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"holds files but .* no journal"):
+            claim(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "masks" / "a.png").exists()
+
+
+# Being killed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_half_an_entry_is_none(tmp_path, pool):
+    claim(tmp_path)
+    with pytest.raises(Exception, match="terminated abruptly"):
+        pool.submit(leave_transaction_open, tmp_path).result()
+    with Journal(OutFolder(tmp_path)) as journal:
+        journal.claim(SETTINGS)
+        assert (journal.counts(), journal.known(["half"])) == ((1, 0), {})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_second_run_is_refused_while_the_first_one_lives(tmp_path):
+    pool = new_pool(1)
+    try:
+        pool.submit(hold_journal, tmp_path)
+        until = time.monotonic() + 120
+        while not (tmp_path / "held").exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        with pytest.raises(CamkitError, match=r"another run works in .* wait for it"):
+            Journal(OutFolder(tmp_path))
+        with Journal(OutFolder(tmp_path, rank=1)) as other:
+            assert other.counts() == (0, 0)
+        begun = tmp_path / ".drafts" / "rank-0" / "begun"
+        assert begun.exists()
+        os.kill(int((tmp_path / "held").read_text()), signal.SIGKILL)
+    finally:
+        end_pool(pool)
+    with Journal(OutFolder(tmp_path)):
+        assert not begun.exists()
+
+
+def test_a_file_that_is_no_journal_is_refused(tmp_path):
+    (tmp_path / "journal.sqlite").write_bytes(b"something else" * 100)
+    with pytest.raises(CamkitError, match=r"journal\.sqlite is no journal of camkit"):
+        Journal(OutFolder(tmp_path))
+    (tmp_path / "journal.sqlite").unlink()
+    Journal(OutFolder(tmp_path)).close()  # the lock was given back
+
+
+def test_ranks_write_into_one_journal(tmp_path):
+    with Journal(OutFolder(tmp_path)) as first, Journal(OutFolder(tmp_path, rank=1)) as second:
+        first.claim(SETTINGS)
+        second.claim(SETTINGS)
+        for number in range(6):
+            (first, second)[number % 2].record([made(str(number))])
+        assert first.counts() == second.counts() == (6, 0)
+        second.export()
+        first.export()
+    assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 6
+
+
+# What is left
+
+
+def entry(key):
+    return Item(key, FilePlace(Path(key)))
+
+
+def test_images_that_are_done_keep_the_others_company(journal):
+    journal.record([made("a")], [Error("b", "read", "x"), Error("c", "write", "x")])
+    chunk = (*map(entry, "abcd"), Refused("e", "outside"))
+    planned = plan(chunk, journal)
+    assert [item.key for item in planned.items] == ["a", "c", "d"]
+    assert planned.todo == {"d"}
+    assert (planned.errors, planned.settled) == ((Error("e", "list", "outside"),), 3)
+    journal.record([made("d")], planned.errors)
+    planned = plan(chunk, journal)
+    assert (planned.items, planned.todo, planned.errors, planned.settled) == (
+        (),
+        frozenset(),
+        (),
+        5,
+    )
+
+
+def test_ranks_share_the_chunks_whatever_their_number():
+    entries = list(map(entry, "abcdefghij"))
+    whole = [tuple(one.key for one in chunk) for chunk in Share().of(entries, 3)]
+    assert whole == [tuple("abc"), tuple("def"), tuple("ghi"), ("j",)]
+    for world in (2, 3, 7):
+        shares = [list(Share(rank, world).of(entries, 3)) for rank in range(world)]
+        keys = [tuple(one.key for one in chunk) for share in shares for chunk in share]
+        assert sorted(keys) == whole
+    with pytest.raises(ValueError, match="must lie in 0 to 1, got 2"):
+        Share(2, 2)

@@ -1,0 +1,437 @@
+"""Bulk runs: the maps of the pipeline, each image once, whatever is killed or broken."""
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from small_runs import (
+    CLASSES,
+    DiesOfDarkness,
+    OpenSmall,
+    run_small,
+    small_recipe,
+    tree,
+    workers_of,
+    write_photos,
+)
+
+from camkit import Vocabulary, load_photo, wrap
+from camkit.bulk.finishing import OutputError
+from camkit.bulk.plan import Share
+from camkit.bulk.ranks import rank_of
+from camkit.bulk.recipe import Guess, Recipe, Writing
+from camkit.bulk.running import run
+from camkit.bulk.sources import DataSetPhotos, PhotoFolder
+from camkit.cli import main
+from camkit.data import read_cam, write_shapes
+from camkit.errors import CamkitError, DataError
+from camkit.refine import Blur, Normalize, Propagate
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos") / "in", 24)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    ran = run(small_recipe(cams="npz"), photos, out, workers=0, threads=1)
+    assert (ran.written, ran.failed, ran.settled) == (24, 0, 0)
+    return tree(out)
+
+
+def start(recipe, source, out, **settings):
+    return run(recipe, source, out, **{"workers": 0, "threads": 1} | settings)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+def errors(out):
+    lines = (out / "errors.tsv").read_text().splitlines()[1:]
+    return {name: (stage, reason) for name, stage, reason in (line.split("\t") for line in lines)}
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_masks_and_maps_are_those_of_the_pipeline(photos, tmp_path, batch):
+    recipe = replace(small_recipe(cams="npz", background_score=0.3), batch=batch, chunk=12)
+    start(recipe, Some(list(photos)[:9]), tmp_path)
+    alone = wrap(
+        OpenSmall()(),
+        refine=(Propagate(steps=1), Normalize(), Blur()),
+        background_score=0.3,
+        vocabulary=Vocabulary(CLASSES),
+    )
+    for row in rows(tmp_path):
+        result = alone(load_photo(row["source"], size=96), classes=[0, 2])
+        found = read_cam(tmp_path / row["cam"])
+        assert found.classes == (0, 2)
+        torch.testing.assert_close(found.cam, result.cam[0], atol=1e-3, rtol=0)  # float16
+        mask = np.array(Image.open(tmp_path / row["mask"]))
+        assert (mask != result.mask.numpy()).mean() < 0.01  # ties fall by rounding
+        assert row["legend"] == {"1": "circle", "3": "triangle"}
+        assert row["size"] == list(result.photo.size)
+
+
+def test_every_photo_has_its_own_files_and_one_line_in_the_manifest(undisturbed, photos):
+    keys = [item.key for item in photos]
+    assert len(keys) == len(set(keys)) == 24
+    names = {f"masks/{key}.png" for key in keys} | {f"cams/{key}.npz" for key in keys}
+    assert set(undisturbed) == names | {"manifest.jsonl", "settings.json"}
+    lines = undisturbed["manifest.jsonl"].decode().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == sorted(keys)
+
+
+@pytest.mark.parametrize("form", ["both", "psa", "irn", "clip-es"])
+def test_maps_are_written_in_the_forms_of_the_field(photos, tmp_path, form):
+    few = list(photos)[:2]
+    ran = start(small_recipe(cams=form, masks=False), Some(few), tmp_path)
+    assert ran.written == 2
+    assert not (tmp_path / "masks").exists()
+    for item in few:
+        found = read_cam(tmp_path / "cams" / f"{item.key}.npy")
+        assert (found.form, found.classes) == (form, (0, 2))
+
+
+def test_maps_in_parquet_are_the_same_in_fewer_files(photos, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    recipe = small_recipe(cams="parquet", finish=())
+    with pytest.raises(KeyboardInterrupt):
+        start(recipe, Some(photos, stop=23), tmp_path)
+    start(recipe, Some(photos), tmp_path)
+    whole = [parquet.read_table(path).to_pylist() for path in (tmp_path / "cams").iterdir()]
+    assert len(whole) == 6  # chunks of four
+    found = {row["key"]: row for part in whole for row in part}
+    assert len(found) == sum(len(part) for part in whole) == 24
+    alone = wrap(OpenSmall()(), refine=(Propagate(steps=1), Normalize()))
+    for item in photos:
+        row = found[item.key]
+        photo = load_photo(item.place.path, size=96)
+        maps = torch.tensor(row["cam"]).view(2, row["height"], row["width"])
+        cam = alone.stages(photo.pixels, rgb=photo.rgb, classes=torch.tensor([[0, 2]])).cam
+        torch.testing.assert_close(maps, cam[0], atol=1e-3, rtol=0, check_dtype=False)
+        assert (row["rows"], row["cols"]) == photo.size
+        assert (row["classes"], row["names"]) == ([0, 2], ["circle", "triangle"])
+    assert all((tmp_path / row["cam"]).is_file() for row in rows(tmp_path))
+
+
+class Some:
+    """A part of a source, in which the user stops the run."""
+
+    classes = None
+
+    def __init__(self, source, stop=None):
+        self.source, self.stop = source, stop
+
+    def __iter__(self):
+        for number, item in enumerate(self.source):
+            if number == self.stop and threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            yield item
+
+    def __str__(self):
+        return "some"
+
+
+# Classes
+
+
+def test_a_data_set_is_asked_for_its_own_classes(tmp_path):
+    dataset = write_shapes(tmp_path / "shapes", 8)
+    recipe = small_recipe(labels=None)
+    start(recipe, DataSetPhotos(dataset, "train"), tmp_path / "out")
+    found = {
+        row["key"]: tuple(one["index"] for one in row["classes"]) for row in rows(tmp_path / "out")
+    }
+    assert found == {one.name: one.classes for one in dataset.split("train")}
+
+
+def test_the_classifier_guesses_where_nobody_knows(photos, tmp_path):
+    few = Some(list(photos)[:9])
+    start(small_recipe(labels=Guess()), few, tmp_path / "first")
+    start(small_recipe(labels=Guess(0.34)), few, tmp_path / "several")
+    start(small_recipe(labels=Guess(0.999), cams="npz"), few, tmp_path / "none")
+    model = OpenSmall()()
+    several = {row["key"]: row for row in rows(tmp_path / "several")}
+    for row in rows(tmp_path / "first"):
+        with torch.no_grad():
+            likely = model(load_photo(row["source"], size=96).pixels)[0].softmax(0)
+        assert [one["index"] for one in row["classes"]] == [int(likely.argmax())]
+        wanted = (likely >= 0.34).nonzero().flatten().tolist()
+        assert [one["index"] for one in several[row["key"]]["classes"]] == wanted
+    for row in rows(tmp_path / "none"):
+        assert row["classes"] == []
+        assert not np.array(Image.open(tmp_path / "none" / row["mask"])).any()
+        assert read_cam(tmp_path / "none" / row["cam"]).classes == ()
+
+
+def test_images_without_classes_need_a_guess(photos, tmp_path):
+    ran = start(small_recipe(labels=None), Some(list(photos)[:3]), tmp_path)
+    assert (ran.written, ran.failed) == (0, 3)
+    assert {stage for stage, _ in errors(tmp_path).values()} == {"model"}
+    assert "give labels, or let the classifier guess" in str(errors(tmp_path))
+
+
+def test_a_label_that_does_not_exist_costs_its_own_image(photos, tmp_path):
+    few = [replace(item, classes=(0, 2)) for item in list(photos)[:8]]
+    few[3] = replace(few[3], classes=(7,))
+    few[5] = replace(few[5], classes=())
+    ran = start(small_recipe(labels=None), Some(few), tmp_path)
+    assert (ran.written, ran.failed) == (7, 1)
+    assert "must lie in 0 to 2" in errors(tmp_path)[few[3].key][1]
+
+
+# Bad input
+
+
+@posix
+def test_bad_files_are_told_and_the_others_done(tmp_path):
+    folder = tmp_path / "in"
+    write_photos(folder, 10)
+    good = (folder / "p000.png").read_bytes()
+    (folder / "empty.png").touch()
+    (folder / "short.png").write_bytes(good[: len(good) // 2])
+    (folder / "text.jpg").write_text("no image")
+    (folder / "png.jpg").write_bytes(good)
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "round").symlink_to(folder)
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    Image.new("1", (1100, 1000)).save(folder / "bomb.png")
+    (folder / ("n" * 246 + ".png")).write_bytes(good)
+    (folder / "two\nlines.png").write_bytes(good)
+    (folder / "p000.jpg").write_bytes(good)
+    out = tmp_path / "out"
+    ran = start(small_recipe(), PhotoFolder(folder), out)
+    told = errors(out)
+    assert (ran.written, ran.failed) == (14, len(told)) == (14, 7)
+    assert {name: stage for name, (stage, _) in told.items()} == {
+        **dict.fromkeys(["empty", "short", "text", "loop", "pipe", "bomb"], "read"),
+        "round/": "list",
+    }
+    assert "more than the 1000000 pixels allowed; raise the limit" in told["bomb"][1]
+    keys = {row["key"] for row in rows(out)}
+    assert {"n" * 246, "two\nlines", "png", "p000.jpg", "p000.png"} <= keys
+    masks = {str(path.relative_to(out / "masks")) for path in (out / "masks").rglob("*.png")}
+    assert masks == {f"{key}.png" for key in keys}
+    again = start(small_recipe(), PhotoFolder(folder), out)
+    assert (again.written, again.failed, again.settled) == (0, 0, 21)
+    (folder / "empty.png").write_bytes(good)
+    (folder / "round").unlink()
+    mended = start(small_recipe(), PhotoFolder(folder), out, retry=True)
+    assert (mended.written, mended.failed) == (1, 5)
+
+
+# Interrupts
+
+
+def test_a_run_that_is_stopped_goes_on_and_does_nothing_twice(photos, undisturbed, tmp_path):
+    recipe = small_recipe(cams="npz")
+    settled = 0
+    for stop in (3, 13, 17, 23):
+        with pytest.raises(KeyboardInterrupt):
+            start(recipe, Some(photos, stop=stop), tmp_path)
+        settled_now = len(rows(tmp_path))
+        assert settled_now >= settled
+        settled = settled_now
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "masks").rglob("*.png")}
+    ran = start(recipe, Some(photos), tmp_path)
+    assert (ran.written, ran.settled) == (24 - settled, settled)
+    assert settled >= 8
+    assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())
+    found = tree(tmp_path)
+    assert {**found, "settings.json": None} == {**undisturbed, "settings.json": None}
+
+
+@posix
+def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(photos, undisturbed, tmp_path):
+    luck = random.Random(7)
+    killed = 0
+    for _ in range(8):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forks of processes with threads
+            child = os.fork()
+        if not child:
+            run_small(photos.root, tmp_path, 0)
+            os._exit(0)
+        time.sleep(luck.uniform(0.05, 0.6))
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert killed >= 3
+    start(small_recipe(cams="npz"), photos, tmp_path)
+    assert tree(tmp_path) == undisturbed
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_killed_workers_cost_nothing(photos, undisturbed, tmp_path):
+    killed = []
+    over = threading.Event()
+
+    def kill():
+        luck = random.Random(3)
+        while not over.wait(luck.uniform(0.1, 0.4)) and len(killed) < 4:
+            if living := workers_of(os.getpid()):
+                killed.append(luck.choice(living))
+                os.kill(killed[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        ran = start(small_recipe(cams="npz"), photos, tmp_path, workers=2)
+    finally:
+        over.set()
+        killer.join()
+    assert killed
+    assert (ran.written, ran.failed) == (24, 0)
+    assert tree(tmp_path) == undisturbed
+
+
+@posix
+def test_an_image_that_kills_its_worker_is_given_up(tmp_path):
+    folder = tmp_path / "in"
+    write_photos(folder, 5)
+    Image.new("RGB", (48, 48)).save(folder / "dark.png")
+    recipe = small_recipe(finish=(DiesOfDarkness(),))
+    ran = start(recipe, PhotoFolder(folder), tmp_path / "out", workers=1)
+    assert (ran.written, ran.failed) == (5, 1)
+    stage, reason = errors(tmp_path / "out")["dark"]
+    assert (stage, reason[:38]) == ("write", "the process that worked on it died: ki")
+
+
+@posix
+def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(photos, undisturbed, tmp_path):
+    recipe = small_recipe(cams="npz")
+    with pytest.raises(KeyboardInterrupt):
+        start(recipe, Some(photos, stop=23), tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    smallest = min(path.stat().st_size for path in (tmp_path / "cams").rglob("*.npz"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (smallest // 2, hard))
+    try:
+        with pytest.raises(CamkitError, match="what is done is kept: make room there, or rights"):
+            start(recipe, Some(photos), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    start(recipe, Some(photos), tmp_path)
+    found = tree(tmp_path)
+    assert {**found, "settings.json": None} == {**undisturbed, "settings.json": None}
+
+
+def test_a_folder_that_takes_no_files_ends_the_run(photos, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".drafts").touch()  # no folder can be made there
+    with pytest.raises(OutputError, match=r"cannot be written to \(Not a directory\)"):
+        start(small_recipe(), Some(list(photos)[:2]), out)
+
+
+# Settings and ranks
+
+
+def test_other_settings_are_kept_out_of_a_folder(photos, tmp_path):
+    few = Some(list(photos)[:2])
+    start(small_recipe(), few, tmp_path)
+    with pytest.raises(DataError, match=r"holds results of other settings \(writing: "):
+        start(small_recipe(background_score=0.3), few, tmp_path)
+    with pytest.raises(DataError, match="weights_sha256"):
+        start(replace(small_recipe(), model=OpenSmall(1)), few, tmp_path)
+    start(replace(small_recipe(), batch=2, chunk=3), few, tmp_path)  # no other results
+    anew = start(small_recipe(background_score=0.3), few, tmp_path, overwrite=True)
+    assert (anew.written, anew.settled, len(rows(tmp_path))) == (2, 0, 2)
+
+
+def test_ranks_do_each_image_once_and_the_folder_is_the_same(photos, undisturbed, tmp_path):
+    parts = [
+        start(small_recipe(cams="npz"), photos, tmp_path, share=Share(rank, 3)) for rank in range(3)
+    ]
+    assert [part.written for part in parts] == [8, 8, 8]
+    assert tree(tmp_path) == undisturbed
+    with pytest.raises(ValueError, match="cannot begin anew at once"):
+        start(small_recipe(), photos, tmp_path, share=Share(0, 2), overwrite=True)
+
+
+def test_ranks_are_those_of_torchrun():
+    assert rank_of({}).share == Share()
+    given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    found = rank_of(given)
+    assert (found.share, found.local, found.neighbours) == (Share(5, 8), 1, 4)
+    for wrong in (
+        {"RANK": "1"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+    ):
+        with pytest.raises(CamkitError, match="must both be numbers, as torchrun sets them"):
+            rank_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Recipe(OpenSmall(), batch=8, chunk=4), "`chunk` no less, got 8, 4"),
+        (lambda: Writing(masks=False), "nothing would be written"),
+        (lambda: Writing(background_score=1.5), r"must lie in \[0, 1\], got 1.5"),
+        (lambda: Guess(1.0), r"must lie in \(0, 1\), got 1.0"),
+        (lambda: small_recipe(max_pixels=0), "must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(make, told):
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+# The command
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=20).state_dict()
+    (tmp_path / "data" / "weights").mkdir(parents=True)
+    save_file(state, tmp_path / "data" / "weights" / "vit_tiny_patch16_224.test.safetensors")
+    monkeypatch.setenv("CAMKIT_DATA", str(tmp_path / "data"))
+
+
+def test_the_command_runs_goes_on_and_refuses(weights, tmp_path, capsys):
+    write_photos(tmp_path / "in", 4)
+    command = ["run", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--size", "48"]
+    command += ["--model", "vit_tiny_patch16_224.test", "--workers", "0", "--threads", "1"]
+    assert main([*command, "--classes", "cat,dog", "--refine", "propagate+normalize+crf"]) == 0
+    assert "4 images done, 0 failed" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["refine"].startswith("(Propagate(")
+    assert "Normalize" not in settings["refine"]  # runs behind the model, as does the CRF
+    assert "background_score=0.5, background='constant'" in settings["writing"]
+    assert {one["name"] for row in rows(tmp_path / "out") for one in row["classes"]} == {
+        "cat",
+        "dog",
+    }
+    (tmp_path / "in" / "broken.png").touch()
+    assert main([*command, "--classes", "cat,dog", "--refine", "propagate+normalize+crf"]) == 1
+    told = capsys.readouterr()
+    assert "0 images done, 1 failed, 4 were settled already" in told.out
+    assert "listed in" in told.err
+    assert main([*command, "--classes", "cat"]) == 1
+    assert "holds results of other settings (labels: " in capsys.readouterr().err
+    assert main([*command, "--labels", "predicted:2"]) == 1
+    assert "--labels predicted:2: `threshold` must lie in (0, 1)" in capsys.readouterr().err
+    assert main([*command[:-4], "--classes", "cat", "--labels", "first"]) == 1
+    assert "leave --labels away" in capsys.readouterr().err
