@@ -47,6 +47,7 @@ class Anatomy:
 
     @property
     def special_tokens(self) -> tuple[int, ...]:
+        """Positions of all tokens that are no patches."""
         return (
             *self.class_tokens,
             *self.distillation_tokens,
@@ -109,7 +110,7 @@ def measure_anatomy(
 
         new_args = tuple(paired(value) for value in args)
         new_kwargs = {name: paired(value) for name, value in kwargs.items()}
-        with _alone(pixels.device), torch.no_grad():
+        with alone(pixels.device), torch.no_grad():
             return _first_tokens(model, attention, parameters, new_args, new_kwargs)
 
     plain = tokens_of(probe, {})
@@ -216,7 +217,7 @@ def _moved(before: Tensor, after: Tensor) -> list[int]:
 
 
 @contextmanager
-def _alone(device: torch.device) -> Iterator[None]:
+def alone(device: torch.device) -> Iterator[None]:
     """Every run draws the same dropout; the caller's generators and our hooks do not notice."""
     devices = [device] if device.type == "cuda" else []
     python_state = random.getstate()

@@ -17,6 +17,7 @@ from camkit.ops.class_attention import (
     head_mean,
     relevance_hop,
 )
+from camkit.ops.places import take
 from camkit.ops.propagation import propagate
 
 Map = Float[Tensor, "b a t s"]
@@ -85,16 +86,26 @@ class FusedAttention:
         )
 
     def head_mean(self) -> Float[Tensor, "b t s"]:
-        return head_mean(self.q, self.k, scale=self.scale, bias=self.bias)
+        return head_mean(
+            self.q, self.k, scale=self.scale, bias=self.bias, normaliser=self.normaliser
+        )
 
     def propagate(
         self, values: Float[Tensor, "b k n"], patches: Sequence[int]
     ) -> Float[Tensor, "b k n"]:
-        return propagate(self.q, self.k, values, patches, scale=self.scale, bias=self.bias)
+        return propagate(
+            self.q,
+            self.k,
+            values,
+            patches,
+            scale=self.scale,
+            bias=self.bias,
+            normaliser=self.normaliser,
+        )
 
     def gradient_rows(self, gradient: Tensor, queries: Sequence[int]) -> Map:
         # o = A v, so the gradient at A[i, j] is the output gradient at i times the value at j
-        return gradient[:, :, list(queries)] @ self._values.mT.to(gradient.dtype)
+        return take(gradient, queries, 2) @ self._values.mT.to(gradient.dtype)
 
     def hop(self, relevance: Float[Tensor, "b t"], gradient: Tensor) -> Float[Tensor, "b s"]:
         return relevance_hop(
@@ -131,10 +142,10 @@ class ExplicitAttention:
         return self.weights
 
     def rows(self, queries: Sequence[int]) -> Map:
-        return self.weights[:, :, list(queries)]
+        return take(self.weights, queries, 2)
 
     def columns(self, keys: Sequence[int]) -> Map:
-        return self.weights[..., list(keys)]
+        return take(self.weights, keys, 3)
 
     def head_mean(self) -> Float[Tensor, "b t s"]:
         return self.weights.mean(1)
@@ -142,13 +153,12 @@ class ExplicitAttention:
     def propagate(
         self, values: Float[Tensor, "b k n"], patches: Sequence[int]
     ) -> Float[Tensor, "b k n"]:
-        where = torch.as_tensor(patches, device=values.device)
-        affinity = self.head_mean()[:, where][:, :, where].to(values.dtype)
+        affinity = take(take(self.head_mean(), patches, 1), patches, 2).to(values.dtype)
         affinity = affinity / affinity.sum(-1, keepdim=True)
         return values @ affinity.mT
 
     def gradient_rows(self, gradient: Tensor, queries: Sequence[int]) -> Map:
-        return gradient[:, :, list(queries)]
+        return take(gradient, queries, 2)
 
     def hop(self, relevance: Float[Tensor, "b t"], gradient: Tensor) -> Float[Tensor, "b s"]:
         weighted = (self.weights.detach() * gradient).relu().mean(1)

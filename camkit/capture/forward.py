@@ -1,15 +1,18 @@
 """A forward while it runs: what has been seen so far, and whether it can be read as patches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.entered import Entered
-from camkit.capture.record import PoolingCall
+from camkit.capture.record import PoolingCall, scores_of
 from camkit.capture.selection import Kept
 from camkit.capture.tail import TailCall, is_classifier
+from camkit.capture.tokens import Sample, TokenCall
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 
@@ -30,6 +33,25 @@ class Forward:
     grid: Grid | None = None
     tail: list[TailCall] = field(default_factory=list)
     outputs: Tensor | None = None
+    entering: list[TokenCall] = field(default_factory=list)
+    leaving: list[TokenCall] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    class_query_only: bool = False
+
+    def known_tail(self) -> tuple[TailCall, ...]:
+        """Calls behind the last block, without those on tokens that were never evaluated."""
+        if not self.class_query_only:
+            return tuple(self.tail)
+        return tuple(call for call in self.tail if call.output.dim() < 3 and call.input.dim() < 3)
+
+    def read(self, output: Any, scores: Callable[[Any], Tensor] | None, *, at_core: bool) -> None:
+        """Find the class scores in what the model returned; a wrapper around it makes none."""
+        if scores is not None:
+            self.outputs = scores(output)
+        elif at_core:
+            self.outputs = self.classified(scores_of(output))
+        if self.outputs is not None and not torch.is_grad_enabled():
+            self.outputs = self.outputs.detach()
 
     def classified(self, outputs: Tensor | None) -> Tensor | None:
         """The outputs if they are class scores: a classifier made them, or each has a class token.

@@ -11,6 +11,7 @@ from torch import Tensor
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import Attention
 from camkit.capture.tail import TailCall, patch_scores
+from camkit.capture.tokens import Sample, TokenCall
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 from camkit.tensors import RGB, Scores
@@ -80,6 +81,11 @@ class Capture:
             scores.
         tail: module calls after the last block.
         pooling: attention of single queries, which pool the patches.
+        entering: tokens that enter the attention of the last blocks, where they were asked for.
+        leaving: tokens that leave each block, where they were asked for.
+        samples: forwards of the same images under noise, where they were asked for.
+        class_query_only: whether the last block was evaluated for the class token only, so that
+            nothing is known of its patches.
         rgb: the pictures in [0, 1], for refiners that look at colours.
         vocabulary: names the classes, and may gather several classifier outputs into one class.
     """
@@ -91,6 +97,10 @@ class Capture:
     outputs: Float[Tensor, "b o"] | None = None
     tail: tuple[TailCall, ...] = ()
     pooling: tuple[PoolingCall, ...] = ()
+    entering: tuple[TokenCall, ...] = ()
+    leaving: tuple[TokenCall, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    class_query_only: bool = False
     rgb: RGB | None = None
     vocabulary: Vocabulary | None = None
 
@@ -115,6 +125,7 @@ class Capture:
 
     @property
     def images(self) -> int:
+        """How many images were watched."""
         if not self.blocks and self.rgb is not None:
             return len(self.rgb)
         return self.blocks[0].shape[0]
@@ -194,6 +205,7 @@ class Capture:
         Raises:
             CaptureError: neither was seen.
         """
+        self._check_evaluated()
         places = {call.attention.shape[3]: call.patches for call in self.pooling}
         places[self.blocks[-1].shape[2]] = self.patches
         outputs = [c.output for c in self.tail if c.output.dim() == 3]
@@ -207,12 +219,20 @@ class Capture:
 
     def patch_scores(self) -> Float[Tensor, "b n C"]:
         """What the classifier says of every patch alone (`camkit.capture.tail.patch_scores`)."""
+        self._check_evaluated()
         patches = self.patches
         if self.outputs is None:
             raise CaptureError("no class scores were seen, so no classifier can be read")
         special = (*self.anatomy.class_tokens, *self.anatomy.distillation_tokens)
         scores = patch_scores(self.tail, self.outputs, special, patches)
         return self._grouped(scores)
+
+    def _check_evaluated(self) -> None:
+        if self.class_query_only:
+            raise CaptureError(
+                "the last block was evaluated for the class token only, so nothing is known of its "
+                "patches; watch with `class_query=False`"
+            )
 
     def _grouped(self, outputs: Tensor) -> Tensor:
         return outputs if self.vocabulary is None else self.vocabulary.score(outputs)

@@ -14,13 +14,17 @@ from camkit.capture.attention import Attention, ExplicitAttention, FusedAttentio
 from camkit.capture.class_rows import ClassRows
 from camkit.capture.entered import Entered
 from camkit.capture.forward import Forward
+from camkit.capture.graph import Graph
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host
-from camkit.capture.record import PoolingCall, scores_of
+from camkit.capture.record import PoolingCall
 from camkit.capture.search import head_count
 from camkit.capture.selection import Kept, Selection
+from camkit.capture.stream import block_modules, pooling_modules, tokens_of
 from camkit.capture.tail import TailCall, tail_modules
 from camkit.capture.tap import Tap
+from camkit.capture.token_recorder import TokenRecorder
+from camkit.capture.tokens import TokenWatch
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 
@@ -38,26 +42,30 @@ class Recorder:
         gradients: bool,
         class_rows_only: bool,
         scores: Callable[[Any], Tensor] | None,
+        tokens: TokenWatch | None = None,
     ) -> None:
         self.forward = Forward()
         self.entered = 0
         self._host = host
         self._keep = keep
-        self._gradients = gradients
+        wanted = tokens or TokenWatch()
+        self._gradients = gradients or wanted.within_blocks
+        self._graph, self._drawn = Graph(), self._gradients or wanted.gradients
         self._class_rows_only = class_rows_only
         self._scores = scores
         self._names = {module: name for name, module in host.attention.items()}
         self._hooks = Hooks()
+        whole = not wanted.class_query  # the normaliser of one query is none of the others'
         self._taps = {
-            module: Tap(self._on_fused, self._on_explicit, heads=head_count(module))
-            for module in self._names
+            m: Tap(self._on_fused, self._on_explicit, heads=head_count(m), normaliser=whole)
+            for m in self._names
         }
         self._tap: Tap | None = None
         self._entrance: nn.Module | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._thread = 0
-        self._mode_outside = torch.is_grad_enabled()
-        self._mode_before: bool | None = None
+        cut = not gradients and not wanted.gradients
+        self._tokens = TokenRecorder(host, wanted, self._graph, cut=cut)
 
     def start(self) -> None:
         """Put the hooks on."""
@@ -71,8 +79,12 @@ class Recorder:
             self._hooks.after(module, self._after_attention, outermost=True)
         for embedding in host.embeddings:
             self._hooks.after(embedding, self._after_embedding)
-        for module in tail_modules(host.model, list(host.attention)):
+        tail = tail_modules(host.model, list(host.attention))
+        for module in (*tail, *pooling_modules(host.model, host.attention)):
             self._hooks.after(module, self._after_tail)
+        for module in set(block_modules(host.model, host.attention).values()):
+            self._hooks.after(module, self._after_block, outermost=True)
+        self._tokens.start(self._hooks, self._running)
 
     def stop(self) -> None:
         """Take the hooks off and leave every mode as it was found."""
@@ -80,7 +92,8 @@ class Recorder:
         self._untap()
         self._taps.clear()  # they point back here, and a cycle would hold the graph until collected
         self._leave()
-        self._restore_grad_mode(self._mode_outside)
+        self._tokens.stop()
+        self._graph.stop()
 
     def _before_entrance(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -97,25 +110,24 @@ class Recorder:
         self._thread = get_ident()
         self.entered += 1
         self.forward = Forward(images=len(images), size=images.shape[-2:], anatomy=anatomy)
-        self._mode_before = torch.is_grad_enabled() if self._gradients else None
+        self._tokens.enter(module, args, kwargs, self.forward)
+        if self._drawn:
+            self._graph.enter()
 
     def _after_entrance(self, module: nn.Module, *call: Any) -> Tensor | None:
         if measuring() or module is not self._entrance or self._thread != get_ident():
             return None
         self._leave()
-        began = self._mode_before is False and torch.is_grad_enabled()
-        self._restore_grad_mode(self._mode_before)
         output = call[-1]
+        if output is not None:
+            with torch.set_grad_enabled(self._drawn):
+                self.forward.read(output, self._scores, at_core=module is self._host.core)
+        began = self._graph.leave()
+        self._tokens.leave()
         if output is None:  # the forward raised
             return None
-        outputs: Tensor | None = None
-        if self._scores is not None:
-            with torch.set_grad_enabled(self._gradients):
-                outputs = self._scores(output)
-        elif module is self._host.core:
-            outputs = self.forward.classified(scores_of(output))
-        self.forward.outputs = outputs if outputs is None or self._gradients else outputs.detach()
         _RUNS[self._host.model] = self.forward.calls
+        self.forward = self._tokens.sampled(module, call, self.forward, lambda: self.forward)
         # who asked for no gradients gets a tensor without; the graph is ours
         return output.detach() if began and isinstance(output, Tensor) else None
 
@@ -172,6 +184,16 @@ class Recorder:
         if isinstance(args[0], Tensor) and isinstance(output, Tensor):
             self.forward.tail.append(TailCall(module, args[0].detach(), output.detach()))
 
+    def _after_block(self, *call: Any) -> None:
+        module, args, _, output = call
+        given, left = tokens_of(args), tokens_of(output)
+        running = self.forward.calls > 0 and self._entrance is not None  # no checkpoint's replay
+        if self._elsewhere() or not running or given is None or left is None:
+            return
+        if self.forward.anatomy is not None and self.forward.anatomy.sequence_first:
+            given, left = given.transpose(0, 1), left.transpose(0, 1)
+        self.forward.tail.append(TailCall(module, given.detach(), left.detach()))
+
     def _on_fused(self, output: Tensor, attention: FusedAttention) -> Tensor:
         if self._gradients:
             output = self._in_graph(output)
@@ -215,19 +237,11 @@ class Recorder:
         """Begin the graph here when the caller runs without one and this block is watched."""
         calls = _RUNS.get(self._host.model)
         wanted = tensor.shape[2] == 1 or self._keep.wants(self.forward.calls, calls)
-        if tensor.requires_grad or not wanted:
-            return tensor
-        if torch.is_inference_mode_enabled():
-            raise CaptureError(
-                "gradients cannot be taken under torch.inference_mode; use torch.no_grad instead"
-            )
-        torch.set_grad_enabled(True)  # until the model returns
-        return tensor.detach().requires_grad_()
+        return self._graph.begin(tensor) if wanted else tensor
 
-    def _restore_grad_mode(self, mode: bool | None) -> None:
-        if self._mode_before is not None and mode is not None:
-            torch.set_grad_enabled(mode)
-            self._mode_before = None
+    def _running(self) -> Forward | None:
+        """The forward to look at, if one is under way."""
+        return None if measuring() or not self._listening() else self.forward
 
     def _untap(self) -> None:
         """Leave the mode if it is on: an interrupt, or another's hook that raised, skips steps."""

@@ -59,7 +59,11 @@ def is_whole_block(module: nn.Module) -> bool:
 
 
 def find_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """All attention modules by name; of nested ones the outermost."""
+    """All attention modules by name; of nested ones the outermost.
+
+    Raises:
+        UnsupportedModelError: there is none of a known form.
+    """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)

@@ -44,7 +44,8 @@ def patch_scores(
 ) -> Float[Tensor, "b n o"]:
     """Score every patch as the classifier would score it alone.
 
-    How the host pools its tokens (one special token, the mean or the maximum over patches, with or
+    How the host pools its tokens (one special token, the mean or the maximum over patches, or a
+    module of its own such as SigLIP's attention head, which is then run on the patch alone; with or
     without a norm behind it) is read off the values that really went into its classifier, a linear
     layer or a 1x1 convolution (ToCo). Two classifiers that the host averages (DeiT's class and
     distillation heads) are averaged here too.
@@ -66,8 +67,14 @@ def patch_scores(
             "block, so patches cannot be scored by it; use GradientSeed or RolloutSeed"
         )
     norms = [c.module for c in tail if c.output.dim() == 2 and isinstance(c.module, nn.LayerNorm)]
+    pools = pooling_calls(tail)
     with torch.no_grad():
-        scored = [_scored(head, spreads, list(special), list(patches), norms) for head in heads]
+        scored = []
+        for head in heads:
+            alone = _scored_by_pool(head, pools, list(patches), norms)
+            if alone is None:
+                alone = _scored(head, spreads, list(special), list(patches), norms)
+            scored.append(alone)
         return torch.stack(scored).mean(0)
 
 
@@ -83,11 +90,35 @@ def classifiers(tail: Sequence[TailCall], outputs: Tensor) -> list[TailCall]:
     return []
 
 
+def pooling_calls(tail: Sequence[TailCall]) -> list[TailCall]:
+    """The calls that turned a sequence of tokens into one."""
+    return [c for c in tail if c.input.dim() == 3 and c.output.dim() == 2]
+
+
 def is_classifier(module: nn.Module) -> bool:
     """Whether a module scores a token alone."""
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1
     return isinstance(module, nn.Linear)
+
+
+def _scored_by_pool(
+    head: TailCall, pools: Sequence[TailCall], patches: list[int], norms: Sequence[nn.Module]
+) -> Tensor | None:
+    """The scores of single patches, if a module of the host pools them."""
+    for call in pools:
+        for norm in (None, *norms):
+            if _same(_normed(norm, call.output), head.input.flatten(1)):
+                own = call.input[:, patches] if call.input.shape[1] > max(patches) else call.input
+                alone: Tensor = call.module.forward(own.flatten(0, 1)[:, None])
+                return _classified(head, _normed(norm, alone).unflatten(0, own.shape[:2]))
+    return None
+
+
+def _classified(head: TailCall, tokens: Tensor) -> Tensor:
+    classifier: Any = head.module
+    weight = classifier.weight.flatten(1)  # a 1x1 convolution is linear in each place
+    return F.linear(tokens, weight, classifier.bias)
 
 
 def _scored(
@@ -104,9 +135,10 @@ def _scored(
         pooled = [own.mean(1), own.amax(1), tokens.mean(1), *(tokens[:, p] for p in special)]
         for norm in (None, *norms):
             if any(_same(_normed(norm, candidate), entered) for candidate in pooled):
-                classifier: Any = head.module
-                weight = classifier.weight.flatten(1)  # a 1x1 convolution is linear in each place
-                return F.linear(_normed(norm, own), weight, classifier.bias)
+                return _classified(head, _normed(norm, own))
+        beside = [torch.cat([tokens[:, p], own.mean(1)], -1) for p in special]  # DINOv2's, linear
+        if any(_same(candidate, entered) for candidate in beside):
+            return _classified(head, torch.cat([own, own], -1))
     raise UnsupportedModelError(
         "the classifier's input is neither a special token nor the mean or maximum of the tokens; "
         "use GradientSeed or RolloutSeed"

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from camkit.capture.attention import Attention, ExplicitAttention, FusedAttention
-from camkit.capture.fused import ON_CPU, attend_on_cpu, normaliser_at_hand
+from camkit.capture.biases import bias_of, gated_bias, key_bias
 from camkit.capture.mha import multi_head_attention
+from camkit.ops import fused
+from camkit.ops.reweight import compiled_for, reweighted_attention
 
 _HERE = local()
 
@@ -74,8 +76,10 @@ class Tap(TorchFunctionMode):
         name = "" if getattr(_HERE, "aside", False) else getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             return self._fused(func, *args, **kwargs)
-        if name == ON_CPU:
+        if name in fused.KERNELS:
             return self._known(func, *args, **kwargs)
+        if name == "reweighted_attention":
+            return self._reweighted(func, *args, **kwargs)
         if name == "softmax":
             return self._explicit(func, *args, **kwargs)
         if name == "multi_head_attention_forward":
@@ -103,30 +107,63 @@ class Tap(TorchFunctionMode):
         tilt = self._ask(seen)
         normaliser = None
         if tilt is not None:
-            keys = _keys(tilt, query.dtype)
+            keys = key_bias(tilt, query.dtype)
             seen = replace(seen, bias=keys if seen.bias is None else seen.bias + keys)
-            heads = seen.q.shape[:2]
-            folded = query.dim() == 3 and seen.bias is not None
-            added = seen.bias.expand(*heads, -1, -1).flatten(0, 1) if folded else seen.bias  # type: ignore[union-attr]
-            output = func(query, key, value, added, **options | {"is_causal": False})
-        elif self._normaliser and normaliser_at_hand(query, key, value, attn_mask, options):
-            output, normaliser = attend_on_cpu(query, key, value, attn_mask, options)
+            given = (query, key, value)
+            if attn_mask is None and _compiled(given, options):
+                # no mask is made, and weights keep their digits
+                output, normaliser, _ = reweighted_attention(*given, tilt, scale=seen.scale)
+            else:
+                output = self._tilted(func, seen, given, options)
+        elif self._normaliser and (name := fused.kernel_of(query, key, value, attn_mask, options)):
+            output, normaliser = fused.run(name, query, key, value, attn_mask, options)
         else:
             output = func(query, key, value, attn_mask, **options)
         unfolded = self._unfold(output)
         seen = replace(seen, v=self._repeated(value, query, options), normaliser=normaliser)
         return _as(query, self._on_fused(unfolded, replace(seen, output=unfolded)))
 
+    def _tilted(
+        self,
+        func: Callable[..., Tensor],
+        seen: FusedAttention,
+        given: tuple[Tensor, Tensor, Tensor],
+        options: dict[str, Any],
+    ) -> Tensor:
+        """The call by the host's own kernel, with the bias that ``seen`` holds."""
+        added = seen.bias
+        if given[0].dim() == 3 and added is not None:
+            added = added.expand(*seen.q.shape[:2], -1, -1).flatten(0, 1)
+        return func(*given, added, **options | {"is_causal": False})
+
+    def _reweighted(  # noqa: PLR0913 - the operator's own
+        self,
+        func: Callable[..., Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_weights: Tensor | None,
+        scale: float,
+        gated_rows: int,
+        *rest: Any,
+    ) -> Any:
+        """A call of camkit's own operator, by another tap or by the host."""
+        output, normaliser, rows = func(q, k, v, log_weights, scale, gated_rows, *rest)
+        bias = gated_bias(log_weights, gated_rows, q)
+        seen = FusedAttention(q, k, scale, bias, v, output, normaliser)
+        return self._on_fused(output, seen), normaliser, rows
+
     def _known(
         self, func: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any
     ) -> Any:
         """The same call, made by a tap that wants the normaliser: that tap has four axes."""
-        output, normaliser = func(q, k, v, *rest, **named)
-        causal = bool(rest[1]) if len(rest) > 1 else bool(named.get("is_causal"))
-        options = {"is_causal": causal, "scale": named.get("scale"), "enable_gqa": False}
-        seen = self._call(q, k, v, named.get("attn_mask"), options)
-        seen = replace(seen, v=v, output=output, normaliser=normaliser)
-        return self._on_fused(output, seen), normaliser
+        output, normaliser, *others = func(q, k, v, *rest, **named)
+        mask, causal, scale = fused.asked(func.__name__, rest, named)
+        options = {"is_causal": causal, "scale": scale, "enable_gqa": False}
+        seen = self._call(q, k, v, mask, options)
+        level = fused.normaliser_of(normaliser, q)
+        seen = replace(seen, v=v, output=output, normaliser=level)
+        return (self._on_fused(output, seen), normaliser, *others)
 
     def _call(
         self,
@@ -143,7 +180,7 @@ class Tap(TorchFunctionMode):
         mask = self._unfold(mask) if query.dim() == 3 and mask is not None else mask
         scale = options["scale"]
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        return FusedAttention(q, k, factor, _bias(mask, options["is_causal"], q, k))
+        return FusedAttention(q, k, factor, bias_of(mask, options["is_causal"], q, k))
 
     def _repeated(self, tensor: Tensor, query: Tensor, options: dict[str, Any]) -> Tensor:
         """Keys or values, one for each head of the queries."""
@@ -164,7 +201,7 @@ class Tap(TorchFunctionMode):
                 untilted = func(*args, **kwargs)
             tilt = self._ask(ExplicitAttention(self._unfold(untilted)))
         if tilt is not None:
-            tilted = _as(logits, self._unfold(logits) + _keys(tilt, logits.dtype))
+            tilted = _as(logits, self._unfold(logits) + key_bias(tilt, logits.dtype))
             args, kwargs = (tilted, *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
         weights = func(*args, **kwargs)
         return _as(weights, self._on_explicit(self._unfold(weights)))
@@ -196,24 +233,13 @@ def _keep_untraced() -> None:
     Tap.__torch_function__ = untraced  # type: ignore[method-assign]
 
 
+def _compiled(heads: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]) -> bool:
+    """Whether camkit's own kernel can take the place of the host's call."""
+    bare = not (options["dropout_p"] or options["is_causal"] or options["enable_gqa"])
+    query, key, _ = heads
+    return bare and query.dim() == 4 and key.shape == query.shape and compiled_for(*heads)
+
+
 def _as(like: Tensor, tensor: Tensor) -> Tensor:
     """Heads folded into the batch where ``like`` has them there."""
     return tensor.flatten(0, 1) if like.dim() == 3 else tensor
-
-
-def _keys(tilt: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log-weights as an additive mask, in the queries' own type: cuDNN misreads any other."""
-    return (tilt[:, None, None] if tilt.dim() == 2 else tilt[:, :, None]).to(dtype)
-
-
-def _bias(mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-    """What was added to the logits, broadcastable to ``(b, a, t, s)``."""
-    if is_causal:
-        mask = torch.ones(
-            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
-        ).tril()
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:  # here True takes part
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
-    return mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)

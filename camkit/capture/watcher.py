@@ -14,6 +14,7 @@ from camkit.capture.kernels import way_out
 from camkit.capture.record import Capture
 from camkit.capture.recorder import Recorder
 from camkit.capture.selection import Selection
+from camkit.capture.tokens import TokenWatch
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 from camkit.tensors import RGB
@@ -26,6 +27,7 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
     blocks: int | Sequence[int] | None = None,
     gradients: bool = False,
     class_rows_only: bool = False,
+    tokens: TokenWatch | None = None,
     rgb: RGB | None = None,
     vocabulary: Vocabulary | None = None,
     scores: Callable[[Any], Tensor] | None = None,
@@ -45,6 +47,7 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
             then begins at the first watched block.
         class_rows_only: keep the rows of the class tokens and nothing else, for large batches: then
             memory hardly grows, and `ClassAttentionSeed` works but no refiner that reads attention.
+        tokens: what to keep of the tokens, as `camkit.seed.needs` says for a seed.
         rgb: the pictures in [0, 1], for refiners that look at colours.
         vocabulary: names of the classes, and which classifier outputs make up each.
         scores: makes ``(b, classes)`` scores of what the model returns, for hosts that return
@@ -61,7 +64,7 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
         ...     logits = model(pixels)
         >>> seen.capture.class_to_patch()  # doctest: +SKIP
     """
-    if gradients and class_rows_only:
+    if (gradients or (tokens is not None and tokens.within_blocks)) and class_rows_only:
         raise ValueError("`class_rows_only` lets go of what `gradients` needs; choose one of them")
     host = Host.of(model, modules=modules, class_tokens=class_tokens, grid=grid)
     return Watch(
@@ -71,6 +74,7 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
         vocabulary=vocabulary,
         gradients=gradients,
         class_rows_only=class_rows_only,
+        tokens=tokens,
         scores=scores,
     )
 
@@ -87,6 +91,7 @@ class Watch:
         vocabulary: Vocabulary | None,
         gradients: bool,
         class_rows_only: bool,
+        tokens: TokenWatch | None,
         scores: Callable[[Any], Tensor] | None,
     ) -> None:
         self._host = host
@@ -95,6 +100,7 @@ class Watch:
         self._vocabulary = vocabulary
         self._gradients = gradients
         self._class_rows_only = class_rows_only
+        self._tokens = tokens
         self._scores = scores
         self._recorder: Recorder | None = None
         self._stack = ExitStack()
@@ -106,6 +112,7 @@ class Watch:
             self._keep,
             gradients=self._gradients,
             class_rows_only=self._class_rows_only,
+            tokens=self._tokens,
             scores=self._scores,
         )
         self._stack.callback(self._recorder.stop)
@@ -136,8 +143,12 @@ class Watch:
             anatomy=anatomy,
             grid=grid,
             outputs=forward.outputs,
-            tail=tuple(forward.tail),
+            tail=forward.known_tail(),
             pooling=tuple(forward.pooling),
+            entering=tuple(forward.entering),
+            leaving=tuple(forward.leaving),
+            samples=tuple(forward.samples),
+            class_query_only=forward.class_query_only,
             rgb=self._rgb,
             vocabulary=self._vocabulary,
         )

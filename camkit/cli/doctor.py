@@ -12,6 +12,7 @@ from camkit.cli.models import DEFAULT_MODEL, create, known_architecture
 from camkit.diagnosis import diagnose
 from camkit.errors import CamkitError
 from camkit.manifest import environment
+from camkit.native.kernels import kernel_state
 from camkit.pipeline import DEFAULT_REFINE
 
 EXAMPLES = """examples:
@@ -47,6 +48,7 @@ def execute(options: argparse.Namespace) -> int:
     if found.refusal is None:
         steps = ", then ".join(map(repr, DEFAULT_REFINE))
         rows["defaults"] = f"GradientSeed over all {len(found.blocks)} blocks, then {steps}"
+    rows["kernels"] = kernel_state()
     rows["versions"] = ", ".join(f"{k} {v}" for k, v in environment().items())
     width = max(map(len, rows))
     for key, value in rows.items():

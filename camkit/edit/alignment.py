@@ -58,17 +58,17 @@ class HybridAlignment:
         """
         if self.weight == 0:
             return interaction
+        return interaction.blend(self.cues(tokens, site), self.weight)
+
+    def cues(self, tokens: Tokens, site: Site) -> Interaction:
+        """What is joined with the attention: likeness of tokens, and of colours."""
         classes = list(site.anatomy.class_tokens)
         patches = site.anatomy.patches(tokens.shape[1])
         if self.colour_width is None:
-            cues = likeness(tokens, classes, patches, self.temperature)
-        else:
-            colours = site.picture.colours(len(patches)).to(tokens.device)
-            read = COLOUR_READINGS[self.reading]
-            cues = read(
-                Cues(tokens, colours, classes, patches, self.temperature, self.colour_width)
-            )
-        return interaction.blend(cues, self.weight)
+            return likeness(tokens, classes, patches, self.temperature)
+        colours = site.picture.colours(len(patches)).to(tokens.device)
+        read = COLOUR_READINGS[self.reading]
+        return read(Cues(tokens, colours, classes, patches, self.temperature, self.colour_width))
 
     def colours_only(self, interaction: Interaction, site: Site) -> Interaction:
         """The colour cue alone, for classes that were compared with the embeddings already."""

@@ -17,6 +17,7 @@ from camkit.capture.tap import Tap, aside
 from camkit.edit.passage import Passage, Passages
 from camkit.edit.protocol import Edit, KeyEdit
 from camkit.edit.site import Site
+from camkit.edit.stream import BlockStream, StreamEdit
 from camkit.errors import CaptureError, UnsupportedModelError
 
 
@@ -34,7 +35,7 @@ class _Call(local):
 class EditedBlock:
     """Taps one module's attention, and lets the edit change its keys or its output."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the place of one module in its host
         self,
         module: nn.Module,
         edit: Edit | KeyEdit,
@@ -43,12 +44,16 @@ class EditedBlock:
         *,
         index: int,
         count: int,
+        stream: BlockStream | None = None,
+        ends: tuple[bool, bool] = (False, False),
     ) -> None:
         self.module = module
         self._edit = edit
         self._passages = passages
         self._host = host
         self._place = (index, count)
+        self._stream = stream
+        self._first, self._last = ends
         self._call = _Call()
         weigh = self._on_keys if isinstance(edit, KeyEdit) else None
         self._tap: Tap | None = Tap(
@@ -62,6 +67,9 @@ class EditedBlock:
     def listen(self, hooks: Hooks) -> None:
         hooks.before(self.module, self._before)
         hooks.after(self.module, self._after)
+        if self._stream is not None:
+            runs = isinstance(self._edit, StreamEdit)
+            self._stream.listen(hooks, self._leave if runs else None)
 
     def remove(self) -> None:
         """Let go of everything; the block is of no use afterwards."""
@@ -115,13 +123,44 @@ class EditedBlock:
         turned = _turned(before, seen, passage.anatomy)
         given = (_batch_first(tokens, turned), _batch_first(before, turned))
         with aside():  # what an edit computes is no attention of the host
-            after = _batch_first(self._edit(*given, seen, self._site(passage)), turned)
+            after = _batch_first(self._edit(*given, seen, self._site(passage, seen)), turned)
         # hosts that return their map beside the tokens
-        return (after, *output[1:]) if isinstance(output, tuple) else after
+        changed = (after, *output[1:]) if isinstance(output, tuple) else after
+        if self._stream is not None and isinstance(self._edit, StreamEdit):
+            self._stream.attended((*hooked[:-1], changed), seen)
+            call.passage = passage
+        return changed
 
-    def _site(self, passage: Passage) -> Site:
+    def _leave(self, left: Tensor) -> Tensor | None:
+        """The second stream goes through the block, and is merged behind the last one."""
+        passage, self._call.passage = self._call.passage, None
+        stream, edit = self._stream, self._edit
+        if passage is None or stream is None or not isinstance(edit, StreamEdit):
+            return None
+        if not self._passages.inside or stream.entered is None:
+            raise CaptureError(
+                "a second stream goes through all chosen blocks in one forward of the model, which "
+                "cannot be replayed block by block: switch gradient checkpointing off"
+            )
+        turned = _turned(left, stream.seen, passage.anatomy)
+        side = _batch_first(stream.entered, turned) if self._first else passage.side
+        if side is None:
+            raise CaptureError("the chosen blocks ran in another order than the model holds them")
+        with aside():
+            attended = stream.attention(lambda tokens: _batch_first(tokens, turned))
+            passage.side = edit.step(side, attended)
+            if not self._last:
+                return None
+            side, passage.side = passage.side, None
+            site = self._site(passage, stream.seen)
+            return _batch_first(edit.merge(_batch_first(left, turned), side, site), turned)
+
+    def _site(self, passage: Passage, attention: Attention) -> Site:
         index, count = self._place
-        return Site(passage.anatomy, index, count, passage.picture, passage.labels)
+        entered = None if self._stream is None else self._stream.entered
+        if entered is not None:
+            entered = _batch_first(entered, _turned(entered, attention, passage.anatomy))
+        return Site(passage.anatomy, index, count, passage.picture, passage.labels, entered)
 
     def _on_keys(self, attention: Attention) -> Tensor | None:
         passage, tokens = self._call.passage, self._call.tokens
@@ -129,7 +168,7 @@ class EditedBlock:
             return None
         self._check(attention)
         tokens = _batch_first(tokens, _turned(tokens, attention, passage.anatomy))
-        return self._edit.log_weights(tokens, attention, self._site(passage))
+        return self._edit.log_weights(tokens, attention, self._site(passage, attention))
 
     def _on_fused(self, output: Tensor, attention: FusedAttention) -> Tensor:
         self._see(attention)

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camkit.edit.interaction import Interaction
+from camkit.ops.places import take
 from camkit.ops.similarity import (
     colour_mass,
     colour_smooth,
-    cosine_columns,
-    cosine_rows,
+    cosine_rows_and_columns,
     cosine_smooth,
 )
 from camkit.tensors import Tokens
@@ -39,9 +39,8 @@ def likeness(
     tokens: Tokens, classes: list[int], patches: list[int], temperature: float
 ) -> Interaction:
     """G itself, which knows no colours."""
-    rows = cosine_rows(tokens, classes, temperature=temperature)
-    columns = cosine_columns(tokens, classes, temperature=temperature)
-    return Interaction(rows[..., classes], rows[..., patches], columns[:, patches])
+    rows, columns = cosine_rows_and_columns(tokens, classes, temperature=temperature)
+    return Interaction(take(rows, classes, 2), take(rows, patches, 2), take(columns, patches, 1))
 
 
 def one_sided(cues: Cues) -> Interaction:

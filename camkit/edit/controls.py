@@ -12,7 +12,7 @@ from camkit.tensors import Tokens
 
 @dataclass(frozen=True)
 class ScaleOutput:
-    """Multiply what the block adds to its tokens; 1 changes nothing."""
+    """Multiply what the block adds to its tokens by ``factor``; 1 changes nothing."""
 
     factor: float = 2.0
 
@@ -23,7 +23,10 @@ class ScaleOutput:
 
 @dataclass(frozen=True)
 class OneMoreHop:
-    """Add the output once more, carried along the block's own attention; 0 changes nothing."""
+    """Add the output once more, carried along the block's own attention, times ``strength``.
+
+    At 0 nothing changes.
+    """
 
     strength: float = 1.0
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from camkit.capture.attention import Attention
@@ -21,6 +22,9 @@ from camkit.edit.reconstruction import READINGS, Reading, reconstruct_classes
 from camkit.edit.site import Site
 from camkit.edit.virtual import VirtualClassTokens
 from camkit.errors import UnsupportedModelError
+from camkit.ops.confidence import TanhAroundMean
+from camkit.ops.doei_tail import Cues, Soft, doei_scores
+from camkit.ops.places import run_of, take
 from camkit.tensors import Tokens
 
 
@@ -73,20 +77,71 @@ class DOEI:
             return output
         own = [] if self.virtual is not None else list(site.anatomy.class_tokens)
         places = site.anatomy.patches(output.shape[1])
-        interaction = self.interaction(tokens, attention, site)
-        depth = site.depth if self.progressive == "depth" else 1.0
-        weights = interaction.between_patches_and_classes()
-        weights = weights if self.patches is None else self.patches(weights, depth)
+        mutual, weights = self._scores(tokens, attention, site)
         rebuild = READINGS[self._reading(weights.shape[-1])]
-        patches = output[:, places]
-        added = rebuild(weights.to(output.dtype), patches, output[:, own])
+        patches, classes = take(output, places, 1), take(output, own, 1)
+        added = rebuild(weights.to(output.dtype), patches, classes)
         if own:
-            mutual = interaction.between_classes()
-            mutual = mutual if self.classes is None else self.classes(mutual, depth)
-            rebuilt = reconstruct_classes(mutual.to(output.dtype), output[:, own])
+            rebuilt = reconstruct_classes(mutual.to(output.dtype), classes)
             added = torch.cat([rebuilt, added], 1)
+        changed = run_of([*own, *places], output.shape[1])
+        if changed is not None:
+            first = changed.start
+            added = torch.add(output[:, first : changed.stop], added, alpha=self.strength)
+            return torch.cat([output[:, :first], added, output[:, changed.stop :]], 1)
         index = torch.tensor([*own, *places], device=output.device) % output.shape[1]
         return output.index_add(1, index, added.to(output.dtype), alpha=self.strength)
+
+    def _scores(
+        self, tokens: Tokens, attention: Attention, site: Site
+    ) -> tuple[Float[Tensor, "b c c"], Float[Tensor, "b n c"]]:
+        """Decoupled interactions among classes, and between patches and classes."""
+        depth = site.depth if self.progressive == "depth" else 1.0
+        soft = self._soft(depth)
+        if soft is not None and self.virtual is None and _in_order(site, attention):
+            return self._in_one(tokens, attention, site, *soft)
+        interaction = self.interaction(tokens, attention, site)
+        mutual, weights = interaction.between_classes(), interaction.between_patches_and_classes()
+        return (
+            mutual if self.classes is None else self.classes(mutual, depth),
+            weights if self.patches is None else self.patches(weights, depth),
+        )
+
+    def _in_one(
+        self, tokens: Tokens, attention: Attention, site: Site, classes: Soft, patches: Soft
+    ) -> tuple[Tensor, Tensor]:
+        """The same by one operator (`camkit.ops.doei_tail`)."""
+        own = list(site.anatomy.class_tokens)
+        rows, columns = attention.rows(own), attention.columns(own)
+        cues = None
+        if self.alignment is not None and self.alignment.weight > 0:
+            found, weight = self.alignment.cues(tokens, site), self.alignment.weight
+            shares = (found.class_to_class, found.class_to_patch, found.patch_to_class)
+            cues = Cues(*shares, weight / (1.0 + weight))
+        labels = self._labels(site, len(own))
+        return doei_scores(
+            rows,
+            columns,
+            cues,
+            None if labels is None else labels.to(rows),
+            skip=site.anatomy.patches(tokens.shape[1])[0],
+            classes=classes,
+            patches=patches,
+            across_classes=self.patches is not None and self.patches.axis == "classes",
+        )
+
+    def _soft(self, depth: float) -> tuple[Soft, Soft] | None:
+        """Both decouplings in numbers; None where a rule is another than the soft one."""
+        found = []
+        for part in (self.classes, self.patches):
+            if part is None:
+                found.append(Soft())
+            elif type(part.rule) is TanhAroundMean:
+                rule = part.rule
+                found.append(Soft(part.strength * depth, rule.shift, rule.temperature))
+            else:
+                return None
+        return found[0], found[1]
 
     def interaction(self, tokens: Tokens, attention: Attention, site: Site) -> Interaction:
         """Classes and patches as the block sees them, other cues joined, absent classes removed."""
@@ -126,3 +181,11 @@ class DOEI:
                 'class token; use "gate" or "affinity", or camkit.VirtualClassTokens'
             )
         return self.reading
+
+
+def _in_order(site: Site, attention: Attention) -> bool:
+    """Whether class tokens come first and patches last, with whatever else between them."""
+    tokens, own = attention.shape[2], list(site.anatomy.class_tokens)
+    places = site.anatomy.patches(tokens)
+    first = bool(own) and own == list(range(len(own)))
+    return first and bool(places) and places == list(range(places[0], tokens))

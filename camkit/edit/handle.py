@@ -9,9 +9,11 @@ from torch import nn
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, is_compiled
 from camkit.capture.search import is_whole_block
+from camkit.capture.stream import block_modules
 from camkit.edit.block import EditedBlock
 from camkit.edit.passage import Passage, Passages
 from camkit.edit.protocol import Edit, KeyEdit
+from camkit.edit.stream import BlockStream, StreamEdit
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.ops.colour import Normalisation
 from camkit.tensors import RGB, Labels
@@ -83,8 +85,18 @@ class Handle:
         self._all_run = blocks is not None
         self._hooks = Hooks()
         self._passages = Passages(host, normalisation)
+        streams = _streams(host, chosen, edit)
         self._blocks = [
-            EditedBlock(m, edit, self._passages, host, index=held.index(m), count=len(held))
+            EditedBlock(
+                m,
+                edit,
+                self._passages,
+                host,
+                index=held.index(m),
+                count=len(held),
+                stream=streams.get(m),
+                ends=(m is chosen[0], m is chosen[-1]),
+            )
             for m in chosen
         ]
         self._passages.listen(self._hooks, self._on_end)
@@ -173,6 +185,31 @@ class Handle:
                 f"`blocks` chose attention that this forward does not run ({', '.join(names)}); "
                 "attach to the sub-module that runs, or name its attention with `modules=`"
             )
+
+
+def _streams(
+    host: Host, chosen: list[nn.Module], edit: Edit | KeyEdit
+) -> dict[nn.Module, BlockStream]:
+    """What follows the tokens between blocks, for edits that want to know them."""
+    runs = isinstance(edit, StreamEdit)
+    if not runs and not getattr(edit, "reads_stream", False):
+        return {}
+    within = block_modules(host.model, host.attention)
+    found = {
+        m: BlockStream(m, within[name])
+        for name, m in host.attention.items()
+        if m in chosen and name in within
+    }
+    held = list(host.blocks().values())
+    places = [held.index(m) for m in chosen]
+    if runs and places != list(range(places[0], places[-1] + 1)):
+        raise ValueError(f"`blocks` must follow each other for {type(edit).__name__}, got {places}")
+    if runs and len(found) < len(chosen):
+        raise UnsupportedModelError(
+            "the attention of this host lies in no block that takes and returns its tokens, so no "
+            "second stream can go beside them"
+        )
+    return found
 
 
 def _chosen(modules: list[nn.Module], blocks: int | Sequence[int] | None) -> list[nn.Module]:

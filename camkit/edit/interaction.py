@@ -8,6 +8,7 @@ from torch import Tensor
 
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import Attention
+from camkit.ops.places import take
 from camkit.tensors import Labels
 
 
@@ -35,7 +36,7 @@ class Interaction:
         patches = anatomy.patches(attention.shape[2])
         rows = attention.rows(tokens).mean(1)
         columns = attention.columns(tokens).mean(1)
-        return cls(rows[..., tokens], rows[..., patches], columns[:, patches])
+        return cls(take(rows, tokens, 2), take(rows, patches, 2), take(columns, patches, 1))
 
     def blend(self, other: "Interaction", weight: float) -> "Interaction":
         """The mean of two, the other one counting ``weight``; rows that sum to one still do."""

@@ -28,6 +28,7 @@ class Passage:
         labels: classes present in them, where the user gave them.
         images: how many; None where the model was never entered.
         ran: edited modules that have run.
+        side: a second stream of tokens, where an edit runs one.
     """
 
     anatomy: Anatomy
@@ -35,6 +36,7 @@ class Passage:
     labels: Labels | None = None
     images: int | None = None
     ran: set[nn.Module] = field(default_factory=set)
+    side: torch.Tensor | None = None
 
 
 _DOUBT = (
@@ -89,6 +91,11 @@ class Passages:
     def active(self) -> bool:
         """Whether edits act on what runs now."""
         return self.enabled and not measuring()
+
+    @property
+    def inside(self) -> bool:
+        """Whether a forward is under way in this thread; a block that is replayed is in none."""
+        return self._here.passage is not None
 
     def current(self) -> Passage:
         """The forward that is under way in this thread.

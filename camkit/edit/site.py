@@ -11,7 +11,7 @@ from camkit.capture.forward import grid_of_aspect
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 from camkit.ops.colour import Normalisation, to_rgb
-from camkit.tensors import RGB, Labels, Pixels
+from camkit.tensors import RGB, Labels, Pixels, Tokens
 
 
 @dataclass(eq=False)
@@ -68,6 +68,8 @@ class Site:
         count: how many blocks the host has.
         picture: what the tokens were made of.
         labels: classes present in each image, where the user gave them.
+        stream: the tokens that entered the block, before its norm; for edits whose class says
+            ``reads_stream = True``, where the block is a module that takes them.
     """
 
     anatomy: Anatomy
@@ -75,6 +77,7 @@ class Site:
     count: int = 1
     picture: Picture = field(default_factory=Picture)
     labels: Labels | None = None
+    stream: Tokens | None = None
 
     @property
     def depth(self) -> float:

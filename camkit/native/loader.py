@@ -44,21 +44,21 @@ def _load(name: str) -> ctypes.CDLL | None:
     try:
         return _find_or_build(Path(__file__).with_name(f"{name}.cpp"))
     except (OSError, subprocess.SubprocessError) as error:
-        _LOG.info("%s runs in plain torch, slower: %s", name, _reason(error))
+        _LOG.info("%s runs in plain torch, slower: %s", name, reason(error))
         return None
 
 
 def _find_or_build(source: Path) -> ctypes.CDLL:
-    compiler = _compiler()
+    compiler = compiler_command()
     flags = [*_FLAGS, *_processor_flags()]
     headers = sorted(source.parent.glob("*.hpp"))
     read = [path.read_bytes() for path in (source, *headers)]
-    key = _digest(*read, " ".join(flags).encode(), platform.machine().encode(), _says(compiler))
+    key = digest(*read, " ".join(flags).encode(), platform.machine().encode(), _says(compiler))
     stem = f"{source.stem}-{key}"
-    folder = _cache_folder()
+    folder = cache_folder()
     for path in sorted(folder.glob(f"{stem}-*.so")) if folder else []:
         # the name tells what the file must hold: loading half a library can end the process
-        if path.name == f"{stem}-{_digest(path.read_bytes())}.so":
+        if path.name == f"{stem}-{digest(path.read_bytes())}.so":
             return ctypes.CDLL(str(path))
     with tempfile.TemporaryDirectory(dir=folder) as place:
         built = Path(place) / f"{stem}.so"
@@ -66,12 +66,13 @@ def _find_or_build(source: Path) -> ctypes.CDLL:
         subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
         if folder is None:
             return ctypes.CDLL(str(built))  # stays loaded when its file is gone
-        path = folder / f"{stem}-{_digest(built.read_bytes())}.so"
+        path = folder / f"{stem}-{digest(built.read_bytes())}.so"
         built.replace(path)  # at once, or not at all
     return ctypes.CDLL(str(path))
 
 
-def _compiler() -> list[str]:
+def compiler_command() -> list[str]:
+    """The C++ compiler of this machine, with the arguments that CXX names."""
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
     for name in ("c++", "g++", "clang++"):
@@ -92,7 +93,7 @@ def _processor_flags() -> list[str]:
     return ["-mavx2"] if wide and platform.machine() in ("x86_64", "AMD64") else []
 
 
-def _cache_folder() -> Path | None:
+def cache_folder() -> Path | None:
     """Where builds are kept; None where nothing can be written."""
     if os.environ.get("CAMKIT_CACHE"):
         folder = Path(os.environ["CAMKIT_CACHE"])
@@ -108,11 +109,13 @@ def _cache_folder() -> Path | None:
         return None
 
 
-def _digest(*parts: bytes) -> str:
+def digest(*parts: bytes) -> str:
+    """Sixteen characters that change with any of the parts."""
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """One line; of a compiler that failed the last it said."""
     if isinstance(error, subprocess.CalledProcessError):
         lines = error.stderr.decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")

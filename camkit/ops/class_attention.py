@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from camkit.ops import reweight
 from camkit.ops.normaliser import log_normaliser, query_chunks, rows_of
+from camkit.ops.places import run_of, take
 
 Heads = Float[Tensor, "b a t d"]
 Bias = Float[Tensor, "#b #a #t s"]
@@ -34,7 +36,7 @@ def attention_rows(
         bias: added to the logits; a masked key holds -inf.
     """
     rows = list(queries)
-    return _attend(q[:, :, rows], k, scale, rows_of(bias, rows)).to(q.dtype)
+    return _attend(take(q, rows, 2), k, scale, rows_of(bias, rows)).to(q.dtype)
 
 
 def attention_columns(
@@ -51,13 +53,19 @@ def attention_columns(
     Streamed over the queries, forward and backward; see `camkit.ops.normaliser`. With the
     normaliser of the kernel that ran, the forward needs the asked columns alone.
     """
-    columns = list(keys)
+    columns, tilt = list(keys), key_weights(bias, q)
     dtype = _soft_dtype(q)
+    first = run_of(columns, k.shape[2]) == range(len(columns)) and q.shape[2] == k.shape[2]
+    if normaliser is not None and first and (bias is None or tilt is not None):
+        with torch.autocast(q.device.type, enabled=False):
+            level = known_normaliser(q, k, scale, bias, normaliser)
+            found = reweight.class_columns(q, k, level, tilt, columns=len(columns), scale=scale)
+        return found.to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         q_wide, k_wide = q.to(dtype), k.to(dtype)
-        logits = (q_wide * scale) @ k_wide[:, :, columns].mT
+        logits = (q_wide * scale) @ take(k_wide, columns, 2).mT
         if bias is not None:
-            logits = logits + bias[..., columns].to(dtype)
+            logits = logits + take(bias, columns, 3).to(dtype)
         level = log_normaliser(q_wide, k_wide, scale, bias, normaliser)[..., None]
         found = (logits - level.clamp_min(torch.finfo(dtype).min)).exp()
     return found.to(q.dtype)
@@ -100,15 +108,50 @@ def relevance_hop(  # noqa: PLR0913 - all of one attention call
 
 
 def head_mean(
-    q: Heads, k: Float[Tensor, "b a s d"], *, scale: float, bias: Bias | None = None
+    q: Heads,
+    k: Float[Tensor, "b a s d"],
+    *,
+    scale: float,
+    bias: Bias | None = None,
+    normaliser: Float[Tensor, "b a t"] | None = None,
 ) -> Float[Tensor, "b t s"]:
-    """The whole attention map averaged over heads, built head by head for those who ask for it."""
+    """The whole attention map averaged over heads, for those who ask for it.
+
+    Built head by head, small ones at once. With the normaliser of the kernel that ran, weights are
+    one exponential each, and nothing is summed or divided.
+    """
+    keys = key_weights(bias, q)
+    if normaliser is not None and (bias is None or keys is not None):
+        with torch.autocast(q.device.type, enabled=False):
+            level = known_normaliser(q, k, scale, bias, normaliser)
+            return reweight.affinity_mean(q, k, level, keys, scale=scale).to(q.dtype)
     total = q.new_zeros(q.shape[0], q.shape[2], k.shape[2], dtype=_soft_dtype(q))
     for head in range(q.shape[1]):
         one = slice(head, head + 1)
         of_head = bias if bias is None or bias.shape[1] == 1 else bias[:, one]
         total = total + _attend(q[:, one], k[:, one], scale, of_head)[:, 0]
     return (total / q.shape[1]).to(q.dtype)
+
+
+def key_weights(bias: Bias | None, q: Heads) -> Float[Tensor, "b a t"] | None:
+    """A bias that is the same for all queries, as log-weights of the keys; None for any other."""
+    if bias is None or bias.shape[-2] != 1 or bias.shape[-1] != q.shape[2]:
+        return None
+    return bias[..., 0, :].expand(*q.shape[:2], -1)
+
+
+def known_normaliser(
+    q: Heads,
+    k: Float[Tensor, "b a s d"],
+    scale: float,
+    bias: Bias | None,
+    known: Float[Tensor, "b a t"],
+) -> Float[Tensor, "b a t"]:
+    """What a kernel said of the normaliser, with a gradient where one is wanted."""
+    dtype = _soft_dtype(q)
+    if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad):
+        return known.to(dtype)
+    return log_normaliser(q.to(dtype), k.to(dtype), scale, bias, known)
 
 
 def _soft_dtype(q: Tensor) -> torch.dtype:

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from camkit.ops.places import take
+
 CHUNK_ELEMENTS = 1 << 23  # logits held at a time: 32 MiB in float32
 
 
@@ -74,7 +76,9 @@ def query_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
 
 def rows_of(bias: Tensor | None, rows: "slice | list[int]") -> Tensor | None:
     """The part of a bias that belongs to some queries."""
-    return bias if bias is None or bias.shape[-2] == 1 else bias[..., rows, :]
+    if bias is None or bias.shape[-2] == 1:
+        return bias
+    return bias[..., rows, :] if isinstance(rows, slice) else take(bias, rows, bias.dim() - 2)
 
 
 def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, part: slice) -> Tensor:

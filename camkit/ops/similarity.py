@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from camkit.ops.normaliser import CHUNK_ELEMENTS
+from camkit.ops.places import take
 from camkit.tensors import Tokens
 
 
@@ -31,7 +32,7 @@ def cosine_rows(
     check_positive("temperature", temperature)
     with _full_precision(tokens):
         directions = _directions(tokens)
-        cosines = directions[:, list(queries)] @ directions.mT
+        cosines = take(directions, queries, 1) @ directions.mT
         return (cosines / temperature).softmax(-1).to(tokens.dtype)
 
 
@@ -51,9 +52,28 @@ def cosine_columns(
     check_positive("temperature", temperature)
     with _full_precision(tokens):
         directions = _directions(tokens)
-        cosines = directions @ directions[:, list(keys)].mT
+        cosines = directions @ take(directions, keys, 1).mT
         normaliser: Tensor = _LogNormaliser.apply(directions, temperature)
         return (cosines / temperature - normaliser[..., None]).exp().to(tokens.dtype)
+
+
+def cosine_rows_and_columns(
+    tokens: Tokens, places: Sequence[int], *, temperature: float
+) -> tuple[Float[Tensor, "b c t"], Float[Tensor, "b t c"]]:
+    """`cosine_rows` and `cosine_columns` in one: cosines are symmetric, so one product serves both.
+
+    Args:
+        tokens: tokens of one block; a token of zeros is equally like all.
+        places: positions of the rows and columns, negative from the end.
+        temperature: divides the cosines before the softmax; small values trust only the most alike.
+    """
+    check_positive("temperature", temperature)
+    with _full_precision(tokens):
+        directions = _directions(tokens)
+        logits = take(directions, places, 1) @ directions.mT / temperature
+        normaliser: Tensor = _LogNormaliser.apply(directions, temperature)
+        columns = (logits.mT - normaliser[..., None]).exp()
+        return logits.softmax(-1).to(tokens.dtype), columns.to(tokens.dtype)
 
 
 def cosine_smooth(
@@ -138,11 +158,15 @@ class _LogNormaliser(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, directions: Tensor, temperature: float) -> Tensor:
-        # a token is most like itself, so no maximum has to be looked for; the shift rides along
+        # a token is most like itself, so no maximum has to be looked for
         most = directions.square().sum(-1, keepdim=True) / temperature
-        q = torch.cat([directions / temperature, -most], -1)
-        k = torch.cat([directions, torch.ones_like(most)], -1)
-        parts = [(q[:, part] @ k.mT).exp_().sum(-1) for part in _chunks(directions)]
+        sharp, keys = 1 / temperature, directions.mT
+        parts = [
+            torch.baddbmm(most[:, part], directions[:, part], keys, beta=-1, alpha=sharp)
+            .exp_()
+            .sum(-1)
+            for part in _chunks(directions)
+        ]
         normaliser = torch.cat(parts, 1).log() + most[..., 0]
         ctx.save_for_backward(directions, normaliser)
         ctx.temperature = temperature

@@ -1,0 +1,246 @@
+"""The last block evaluated for the class query only, where nothing else is read behind it.
+
+Of a model whose scores are read from the class token, the last block makes every other token in
+vain. While this is armed, its attention is computed for the class query, and every module behind
+that is handed the class token alone; where the host adds the result to all tokens, it is broadcast,
+so that the class token is right and no other. Nothing of the host is replaced. Whether a model
+bears it is not guessed: it is tried, on one image, against the model as it is.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from camkit.capture.anatomy import Anatomy, alone, image_batch
+from camkit.capture.hooks import Hooks
+from camkit.capture.host import Host
+from camkit.capture.mha import multi_head_attention
+from camkit.capture.stream import block_modules
+
+_CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TRIED: "WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]]" = WeakKeyDictionary()
+
+
+class ClassQuery:
+    """Hooks on the last block of a host, idle until armed.
+
+    Args:
+        host: the model.
+    """
+
+    def __init__(self, host: Host) -> None:
+        names = list(host.blocks())
+        self._model = host.model
+        self._attention = host.attention[names[-1]] if names else None
+        self._block = block_modules(host.model, names[-2:]).get(names[-1]) if names else None
+        self._foreign = _hooks_on(host.model) > 0
+        self._hooks_expected = 0
+        self._mode: _OneQuery | None = None
+        self._inside = False
+
+    def start(self, hooks: Hooks) -> None:
+        """Put the hooks on; before others that listen to the attention module."""
+        if self._block is None or self._attention is None or self._foreign:
+            return
+        hooks.before(self._attention, self._before_attention, outermost=True)
+        hooks.after(self._attention, self._after_attention, outermost=True)
+        hooks.after(self._block, self._after_block)
+        for module in self._block.modules():
+            if not any(True for _ in module.children()):
+                hooks.before(module, self._hand_over)
+
+    def started(self) -> None:
+        """All hooks are on; any that comes later is another's, who may look at all tokens."""
+        self._hooks_expected = _hooks_on(self._model)
+
+    def arm(
+        self,
+        entrance: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        anatomy: Anatomy,
+        *,
+        early: Sequence[nn.Module] = (),
+    ) -> bool:
+        """Act in the next forward, if that is exact; whether it is.
+
+        Args:
+            entrance: the module that is called.
+            args: with what.
+            kwargs: with what, by name.
+            anatomy: roles of its tokens.
+            early: modules whose whole output is looked at, so that they must come before.
+        """
+        self.disarm()
+        others = self._foreign or _hooks_on(self._model) != self._hooks_expected
+        single = len(anatomy.class_tokens) == 1 and not anatomy.sequence_first
+        if self._block is None or others or self._model.training or not single:
+            return False
+        if any(parameter.is_inference() for parameter in self._model.parameters()):
+            return False
+        mode = _OneQuery(anatomy.class_tokens[0])
+        weights = hash(tuple((id(p), p._version, p.dtype) for p in self._model.parameters()))
+        state = (weights, *map(id, early))
+        tried = _TRIED.setdefault(entrance, {})
+        if state not in tried:
+            exact = self._is_exact(mode, entrance, args, kwargs, early)
+            _TRIED[entrance] = tried = {state: exact}  # weights of the past are of no use
+        self._mode = mode if tried[state] else None
+        return tried[state]
+
+    def disarm(self) -> None:
+        """Be idle again."""
+        if self._inside and self._mode is not None:  # a forward that was interrupted
+            self._after_attention()
+        self._mode = None
+
+    def _is_exact(
+        self,
+        mode: "_OneQuery",
+        entrance: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        early: Sequence[nn.Module],
+    ) -> bool:
+        pixels = image_batch(args, kwargs)
+        if pixels is None:
+            return False
+
+        def outputs() -> list[Any]:
+            one = [_first(value, len(pixels)) for value in args]
+            named = {name: _first(value, len(pixels)) for name, value in kwargs.items()}
+            with alone(pixels.device), torch.no_grad():
+                return tree_leaves(entrance(*one, **named))
+
+        late: list[nn.Module] = []
+        self._mode = None
+        plain = outputs()
+        self._mode = mode
+        watching = Hooks()
+        for module in early:
+            watching.after(module, lambda module, *_: late.append(module) if mode.ran else None)
+        try:
+            cheap = outputs()
+        except RuntimeError:  # shapes that do not broadcast
+            return False
+        finally:
+            watching.remove()
+            self.disarm()
+        return mode.ran and not late and _same(plain, cheap)
+
+    def _before_attention(self, *_: Any) -> None:
+        if self._mode is not None:
+            self._mode.tokens = 0
+            self._mode.__enter__()
+            self._inside = True
+
+    def _after_attention(self, *_: Any) -> None:
+        if self._mode is not None and self._inside:
+            self._inside = False
+            self._mode.__exit__(None, None, None)
+
+    def _after_block(self, *_: Any) -> None:
+        if self._mode is not None:
+            self._mode.tokens = 0
+
+    def _hand_over(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        del module
+        if self._mode is None or not self._mode.tokens:
+            return None
+        return tuple(map(self._mode.row, args)), {k: self._mode.row(v) for k, v in kwargs.items()}
+
+
+class _OneQuery(TorchFunctionMode):
+    """Attention for one query, repeated for the others.
+
+    Attributes:
+        tokens: how many the block has, once it has attended; 0 outside of it.
+        ran: whether attention has been seen at all.
+    """
+
+    def __init__(self, position: int) -> None:
+        super().__init__()
+        self.tokens = 0
+        self.ran = False
+        self._position = position
+
+    def row(self, value: Any) -> Any:
+        """The class token, if the value is the tokens of the block."""
+        if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[1] != self.tokens:
+            return value
+        return value.narrow(1, self._position % self.tokens, 1)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "multi_head_attention_forward":
+            with self:
+                return multi_head_attention(*args, **kwargs)
+        if name == "scaled_dot_product_attention":
+            return self._attend(func, *args, **kwargs)
+        output = func(*args, **kwargs)
+        if name == "softmax" and output.dim() > 2 and output.shape[-1] == output.shape[-2]:
+            self._has_run(output.shape[-1])
+        return output
+
+    def _attend(
+        self,
+        func: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Any,
+        **named: Any,
+    ) -> Tensor:
+        tokens = query.shape[-2]
+        mask = rest[0] if rest else named.get("attn_mask")
+        causal = named.get("is_causal") or (len(rest) > 2 and rest[2])
+        if tokens != key.shape[-2] or causal:
+            return func(query, key, value, *rest, **named)
+        position = self._position % tokens
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask.narrow(-2, position, 1)
+        rest, named = rest[1:], {n: v for n, v in named.items() if n != "attn_mask"}
+        one = func(query.narrow(-2, position, 1), key, value, mask, *rest, **named)
+        self._has_run(tokens)
+        return one.expand(*query.shape[:-1], one.shape[-1])
+
+    def _has_run(self, tokens: int) -> None:
+        self.tokens, self.ran = tokens, True
+
+
+def _first(value: Any, images: int) -> Any:
+    along = isinstance(value, Tensor) and value.dim() > 0 and len(value) == images
+    return value[:1] if along else value
+
+
+def _same(plain: Sequence[Any], cheap: Sequence[Any]) -> bool:
+    """Whether all that a model returned is equal up to rounding, and a tensor is among it."""
+    if len(plain) != len(cheap) or not any(isinstance(value, Tensor) for value in plain):
+        return False
+    return all(
+        _close(one, other) for one, other in zip(plain, cheap, strict=True) if one is not other
+    )
+
+
+def _close(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(one == other)
+    if one.shape != other.shape:
+        return False
+    if one.dtype not in _CLOSE or one.numel() == 0:
+        return torch.equal(one, other)
+    return bool(((one - other).abs() <= _CLOSE[one.dtype] * one.abs().max()).all())
+
+
+def _hooks_on(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

@@ -1,0 +1,34 @@
+"""Compile the CUDA kernels of attention ahead of time; otherwise it happens on first use."""
+
+import argparse
+
+from camkit.native import cuda_build
+
+EXAMPLES = """examples:
+  camkit build-kernels                      (for the GPUs of this machine, or 8.0 and 9.0)
+  camkit build-kernels --arch 80 89 90
+
+Needs nvcc and a C++ compiler, no GPU. The result is kept in $CAMKIT_CACHE, else in ~/.cache/camkit:
+copy that folder to machines that have no compiler. CAMKIT_KERNEL=0 switches the kernels off."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        metavar="CAPABILITY",
+        help="compute capabilities times ten, such as 80 89 90 "
+        "(default: of the GPUs of this machine, else 80 90)",
+    )
+
+
+def execute(options: argparse.Namespace) -> int:
+    path = cuda_build.find(options.arch)
+    if path is not None:
+        print(f"already built: {path}")
+        return 0
+    print("compiling, a few minutes", flush=True)
+    path = cuda_build.build(options.arch)
+    print(f"{path} ({path.stat().st_size / 2**20:.1f} MB)")
+    return 0

@@ -1,0 +1,52 @@
+// From the numbers of a call to the kernel that is compiled for them.
+#pragma once
+#include "device.cuh"
+
+// Bits of what is compiled in: a width at a sixteenth of it, a type at its number in `Type`.
+#ifndef CAMKIT_WIDTHS
+#define CAMKIT_WIDTHS 0x17c
+#endif
+#ifndef CAMKIT_TYPES
+#define CAMKIT_TYPES 7
+#endif
+// Larger tiles move fewer bytes, but only when there are tiles for two rounds of a large GPU.
+#ifndef CAMKIT_MANY_BLOCKS
+#define CAMKIT_MANY_BLOCKS 264
+#endif
+
+namespace camkit {
+
+// Whether registers and shared memory last for tiles of twice the side.
+template <typename T, int WIDTH> constexpr bool two_fit = sizeof(T) == 2 && WIDTH <= 80;
+
+template <template <typename, int> class Run, typename T, int WIDTH>
+int try_width(const Params& p, void* stream) {
+  if constexpr ((CAMKIT_WIDTHS >> (WIDTH / 16)) & 1) return Run<T, WIDTH>::run(p, stream);
+  else return NOT_BUILT;
+}
+
+template <template <typename, int> class Run, typename T, Type TYPE>
+int try_type(const Params& p, void* stream) {
+  if constexpr ((CAMKIT_TYPES >> TYPE) & 1) {
+    switch (p.width) {
+      case 32: return try_width<Run, T, 32>(p, stream);
+      case 48: return try_width<Run, T, 48>(p, stream);
+      case 64: return try_width<Run, T, 64>(p, stream);
+      case 80: return try_width<Run, T, 80>(p, stream);
+      case 96: return try_width<Run, T, 96>(p, stream);
+      case 128: return try_width<Run, T, 128>(p, stream);
+    }
+  }
+  return NOT_BUILT;
+}
+
+template <template <typename, int> class Run> int run(const Params& p, void* stream) {
+  switch (p.type) {
+    case HALF: return try_type<Run, half, HALF>(p, stream);
+    case BFLOAT16: return try_type<Run, bfloat16, BFLOAT16>(p, stream);
+    case FLOAT: return try_type<Run, float, FLOAT>(p, stream);
+  }
+  return NOT_BUILT;
+}
+
+}  // namespace camkit
