@@ -2,6 +2,8 @@
 
 from camkit.capture import (
     Capture as Capture,
+    Noise as Noise,
+    TokenWatch as TokenWatch,
     torch_kernels as torch_kernels,
     watch as watch,
 )
@@ -9,11 +11,14 @@ from camkit.diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
 from camkit.edit import (
     DOEI as DOEI,
     ClassDecoupling as ClassDecoupling,
+    FuzzyKeyPruning as FuzzyKeyPruning,
     HybridAlignment as HybridAlignment,
     OneMoreHop as OneMoreHop,
     PatchDecoupling as PatchDecoupling,
     RandomGates as RandomGates,
     ScaleOutput as ScaleOutput,
+    StaticCalibration as StaticCalibration,
+    SuppressOutliers as SuppressOutliers,
     VirtualClassTokens as VirtualClassTokens,
     attach as attach,
 )
@@ -50,9 +55,34 @@ from camkit.refine import (
 )
 from camkit.result import Result as Result
 from camkit.seed import (
+    AgreeingSeed as AgreeingSeed,
+    AttentionRolloutSeed as AttentionRolloutSeed,
+    BlockSeed as BlockSeed,
     ClassAttentionSeed as ClassAttentionSeed,
     ClassWeightSeed as ClassWeightSeed,
+    Concepts as Concepts,
+    ConceptSeed as ConceptSeed,
+    Contrast as Contrast,
+    ContributionSeed as ContributionSeed,
+    EigenSeed as EigenSeed,
+    FiedlerSeed as FiedlerSeed,
+    FusedSeed as FusedSeed,
     GradientSeed as GradientSeed,
+    GroupedGeM as GroupedGeM,
+    JointSpace as JointSpace,
+    LeGradSeed as LeGradSeed,
+    LogitLensSeed as LogitLensSeed,
+    LonelySeed as LonelySeed,
+    PatchHeadSeed as PatchHeadSeed,
+    Present as Present,
+    ProductSeed as ProductSeed,
+    PrototypeSeed as PrototypeSeed,
+    RankPooling as RankPooling,
     RolloutSeed as RolloutSeed,
+    TextClasses as TextClasses,
+    TextSimilaritySeed as TextSimilaritySeed,
+    TokenGradientSeed as TokenGradientSeed,
+    Views as Views,
+    needs as needs,
 )
 from camkit.vocabulary import Vocabulary as Vocabulary

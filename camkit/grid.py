@@ -25,6 +25,7 @@ class Grid:
 
     @property
     def size(self) -> int:
+        """How many patches."""
         return self.rows * self.cols
 
     def fold(self, scores: Float[Tensor, "b k n"]) -> Cam:

@@ -43,6 +43,9 @@ def to_mask(
 
     Returns:
         0 for background, class + 1 (slot + 1 without ``classes``) elsewhere, 255 where ignored.
+
+    Raises:
+        ValueError: a score or a class is out of range, or maps and classes do not fit.
     """
     threshold = _threshold(background_score, background)
     if ignore_below is not None and not 0.0 <= ignore_below < threshold:
@@ -75,6 +78,9 @@ def power_threshold(alpha: float) -> float:
 
     >>> power_threshold(1.0)
     0.5
+
+    Raises:
+        ValueError: ``alpha`` is not above 0.
     """
     if not alpha > 0.0:
         raise ValueError(f"the exponent of a power background must be above 0, got {alpha}")

@@ -1,28 +1,37 @@
 """wrap(model, ...): a photo goes in; seed, refined maps, mask and logits come out."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from camkit.capture.borrowed import borrowed
 from camkit.capture.record import Capture
 from camkit.capture.search import find_attention, find_patch_embeddings
-from camkit.capture.watcher import watch
-from camkit.edit.handle import attach
 from camkit.edit.protocol import Edit, KeyEdit
 from camkit.manifest import environment, weights_hash
 from camkit.mask import to_mask
 from camkit.ops.resampling import resize_cam
 from camkit.photo import Photo
+from camkit.refine.controls import Blur
+from camkit.refine.crf import DenseCRF
+from camkit.refine.guided import GuidedFilter
 from camkit.refine.normalize import Normalize, normalize_cam
+from camkit.refine.pixel_adaptive import PixelAdaptive
 from camkit.refine.propagate import Propagate
 from camkit.refine.protocol import Refiner
+from camkit.refine.smooth import FastGlobalSmooth
+from camkit.refine.superpixels import Superpixels
 from camkit.result import Result, fits_a_byte, mask_legend
 from camkit.seed.gradient import GradientSeed
+from camkit.seed.look import Look
+from camkit.seed.looked import Looked
 from camkit.seed.protocol import Seed, check_classes
+from camkit.seed.targets import Asked, Targets, known_classes, name_of, read_targets
+from camkit.seed.text_classes import TextClasses
+from camkit.seed.views import Views
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
 
@@ -32,6 +41,11 @@ DEFAULT_REFINE: tuple[Refiner, ...] = (
 )
 """Chosen on the benchmark's tuning images, as was the background score (docs/benchmark.md)."""
 
+_CONTENT = (
+    Blur, DenseCRF, FastGlobalSmooth, GuidedFilter, Normalize, PixelAdaptive, Propagate, Superpixels
+)  # fmt: skip
+"""Refiners that read colours, queries and keys, but nothing that comes behind the last block."""
+
 
 def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
     model: nn.Module,
@@ -39,6 +53,7 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
     seed: Seed | None = None,
     edit: Edit | KeyEdit | None = None,
     edit_blocks: int | Sequence[int] | None = 3,
+    views: Views | None = None,
     refine: Sequence[Refiner] = DEFAULT_REFINE,
     background_score: float = 0.55,
     vocabulary: Vocabulary | None = None,
@@ -52,6 +67,8 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
         edit: changes attention blocks while the pipeline runs the model, and only then.
         edit_blocks: which, as in `camkit.attach`; the last three are the choice of
             docs/methods.md for models that were not trained with the edit.
+        views: other sizes of the photo and their mirror images that the seed is read from as well;
+            None is the photo as it is given, which is also what refiners see.
         refine: refiners, applied in order.
         background_score: what a class must beat to own a pixel, in [0, 1].
         vocabulary: class names, and which classifier outputs stand behind each; without it classes
@@ -64,6 +81,7 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
         seed=GradientSeed() if seed is None else seed,
         edit=edit,
         edit_blocks=edit_blocks if isinstance(edit_blocks, int | None) else tuple(edit_blocks),
+        views=views,
         refine=tuple(refine),
         background_score=background_score,
         vocabulary=vocabulary,
@@ -83,7 +101,10 @@ class Stages:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A model, a seed, refiners and a background score; its repr is its configuration."""
+    """A model, a seed, refiners and a background score; its repr is its configuration.
+
+    `wrap` makes it, and tells what each setting means.
+    """
 
     model: nn.Module = field(repr=False)
     seed: Seed
@@ -93,29 +114,35 @@ class Pipeline:
     vocabulary: Vocabulary | None = field(repr=False)
     scores: Callable[[Any], Tensor] | None = field(default=None, repr=False)
     edit_blocks: int | tuple[int, ...] | None = 3
+    views: Views | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.background_score <= 1.0:
             raise ValueError(f"`background_score` must lie in [0, 1], got {self.background_score}")
 
-    def __call__(self, photo: Photo, *, classes: Sequence[str | int] | None = None) -> Result:
+    def __call__(self, photo: Photo, *, classes: Asked = None) -> Result:
         """Segment one photo.
 
         Args:
             photo: see `camkit.load_photo`.
             classes: what is in the picture, by name or index; None takes the classifier's first
-                guess.
+                guess. docs/views.md lists the other forms, such as labels, `camkit.Present` and
+                `camkit.TextClasses`.
 
         Raises:
             ValueError: a class is unknown, or the size does not fit the model's patches.
             UnsupportedModelError: the model's attention cannot be read.
         """
-        asked = None if classes is None else self._resolve(classes)
-        slots = None if asked is None else torch.tensor([asked], dtype=torch.int64)
-        stages = self.stages(photo.pixels, rgb=photo.rgb, classes=slots)
+        targets, spoken = self._targets(classes, 1)
+        stages = spoken._run(targets, photo.pixels, photo.rgb)
         known = int(stages.capture.scores.shape[-1])
-        chosen = tuple(int(index) for index in stages.classes[0])
-        names = tuple(self._name(index) for index in chosen)
+        slots = [slot for slot, index in enumerate(stages.classes[0].tolist()) if index >= 0]
+        chosen = tuple(int(index) for index in stages.classes[0, slots])
+        names = tuple(
+            spoken._name(index) if index < known else name_of(targets.functions[index - known])
+            for index in chosen
+        )
+        known += len(targets.functions)
         cam = resize_cam(stages.cam, photo.size).clamp(0, 1)
         values = stages.classes if fits_a_byte(known) else None
         mask = to_mask(cam, values, background_score=self.background_score)[0]
@@ -124,45 +151,63 @@ class Pipeline:
             photo=photo,
             classes=chosen,
             names=names,
-            seed=stages.seed,
-            cam=cam,
+            seed=stages.seed[:, slots],
+            cam=cam[:, slots],
             mask=mask,
             legend=mask_legend(chosen, names, known),
             logits=stages.seed.new_zeros(1, 0) if outputs is None else outputs.detach(),
             settings=self.settings,
         )
 
-    def stages(self, pixels: Pixels, *, rgb: RGB, classes: Classes | None = None) -> Stages:
+    def stages(self, pixels: Pixels, *, rgb: RGB, classes: Asked = None) -> Stages:
         """Run a batch; the host's modes, flags and gradients are as before when it returns.
 
         Args:
             pixels: normalised images, of one size.
             rgb: the same pictures in [0, 1].
-            classes: classes of each image, padded with -1; None takes the classifier's first guess.
+            classes: classes of each image, padded with -1, or any other form that
+                `camkit.seed.read_targets` takes, such as a function that finds them in the capture;
+                None takes the classifier's first guess.
         """
+        targets, spoken = self._targets(classes, len(pixels))
+        return spoken._run(targets, pixels, rgb)
+
+    def _targets(self, asked: Asked, images: int) -> "tuple[Targets, Pipeline]":
+        """What is asked, and the pipeline that understands it: texts bring scores of their own."""
+        spoken = self
+        if isinstance(asked, TextClasses):
+            if self.scores is not None or self.vocabulary is not None:
+                raise ValueError(
+                    "texts bring scores and names of their own; wrap the model without `scores` "
+                    "and `vocabulary`"
+                )
+            spoken = replace(self, scores=asked.scores, vocabulary=Vocabulary(asked.names))
+            asked = [list(range(len(asked)))] * images
+        known = known_classes(self.model) if spoken.scores is None else None
+        return read_targets(asked, images=images, known=known, vocabulary=spoken.vocabulary), spoken
+
+    def _run(self, targets: Targets, pixels: Pixels, rgb: RGB) -> Stages:
         self._check_size(pixels)
+        reading = targets.reading(self.seed)
         weight = next(self.model.parameters())
         pixels, rgb = pixels.to(weight), rgb.to(weight.device)
-        with self._borrowed(), torch.no_grad():
-            seen = watch(
-                self.model,
-                gradients=self.seed.gradients,
-                rgb=rgb,
-                vocabulary=self.vocabulary,
-                scores=self.scores,
-            )
-            with ExitStack() as edited, seen:
-                if self.edit is not None:
-                    handle = attach(self.model, self.edit, blocks=self.edit_blocks)
-                    edited.enter_context(handle).rgb = rgb
-                self.model(pixels.clone() if pixels.is_inference() else pixels)
-            capture = seen.capture
-            if classes is None:
-                classes = capture.scores.argmax(1, keepdim=True)
-            classes = classes.to(weight.device)
-            check_classes(capture, classes, capture.scores.shape[-1])
-            seed = normalize_cam(self.seed(capture, classes).float())
-            cam = seed
+        look = Look(
+            self.model,
+            seeds=(self.seed,),
+            edit=self.edit,
+            edit_blocks=self.edit_blocks,
+            vocabulary=self.vocabulary,
+            scores=self.scores,
+            class_query=all(type(refiner) in _CONTENT for refiner in self.refine),
+        )
+        views = self.views or Views()
+        with borrowed(self.model), torch.no_grad():
+            capture = look(pixels, rgb)
+            classes = targets.classes(capture).to(weight.device)
+            known = capture.scores.shape[-1] + len(targets.functions)
+            check_classes(capture, classes, known)
+            seeds = Looked(look, pixels, rgb, capture).seeds(classes, [(reading, views)])
+            seed = cam = normalize_cam(seeds[reading, views])
             for refiner in self.refine:
                 cam = refiner(cam, capture)
         return Stages(seed, cam, capture, classes)
@@ -174,30 +219,13 @@ class Pipeline:
             "seed": repr(self.seed),
             "edit": repr(self.edit),
             "edit_blocks": self.edit_blocks,
+            "views": repr(self.views),
             "refine": [repr(refiner) for refiner in self.refine],
             "background_score": self.background_score,
             "model": type(self.model).__name__,
             "weights_sha256": weights_hash(self.model),
             "environment": environment(),
         }
-
-    def _resolve(self, classes: Sequence[str | int]) -> tuple[int, ...]:
-        if isinstance(classes, str):
-            raise TypeError(f"`classes` must be a list of names or indices, got {classes!r}")
-        if self.vocabulary is not None:
-            return self.vocabulary.resolve(classes)
-        named = [item for item in classes if not isinstance(item, int)]
-        if named:
-            raise ValueError(
-                f"{named[0]!r} is a name, but the pipeline has no vocabulary; ask by output index, "
-                "or give camkit.wrap a `vocabulary=`"
-            )
-        if not classes:
-            raise ValueError("name at least one class, got none")
-        indices = tuple(int(item) for item in classes)
-        if min(indices) < 0 or len(set(indices)) < len(indices):
-            raise ValueError(f"`classes` must be indices from 0, none twice, got {list(indices)}")
-        return indices
 
     def _name(self, index: int) -> str:
         return str(index) if self.vocabulary is None else self.vocabulary.names[index]
@@ -213,15 +241,3 @@ class Pipeline:
                 f"an image of {height}x{width} cannot be cut into patches of {rows}x{cols}; "
                 f"use camkit.load_photo(path, multiple={rows})"
             )
-
-    @contextmanager
-    def _borrowed(self) -> Iterator[None]:
-        """Evaluation mode, outside inference mode; each module's own mode comes back."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        try:
-            self.model.eval()
-            with torch.inference_mode(mode=False):
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import numpy as np
 import torch
 from torch.nn.functional import softmax
 
@@ -116,3 +117,57 @@ def doei(x, o, attention, classes, colours, *, layer, depth, gamma=0.5, weight=0
     e_c = mutual / mutual.sum(-1, True) @ o_c
     prototypes = (patches / patches.sum(1, True)).mT @ o_p
     return o + torch.cat([e_c, patches / patches.sum(2, True) @ prototypes], 1)
+
+
+def chosen(outputs, column):
+    """The sum of one class score per image."""
+    return sum(output[c] for output, c in zip(outputs, column.tolist(), strict=True) if c >= 0)
+
+
+def token_cam(method, tokens, gradient):
+    """A method of the Grad-CAM family, channel by channel and place by place, in float64."""
+    maps = torch.zeros(tokens.shape[:2], dtype=torch.float64)
+    for image, channel in np.ndindex(len(tokens), tokens.shape[2]):
+        a, g = (x[image, :, channel].tolist() for x in (tokens, gradient))
+        total, count = sum(a), len(a)
+        alphas = [y**2 / (2 * y**2 + total * y**3 + 1e-6) for y in g]
+        weights = {
+            "gradcam": [sum(g) / count] * count,
+            "gradcam++": [sum(max(y, 0) * w for y, w in zip(g, alphas, strict=True))] * count,
+            "xgradcam": [sum(x * y for x, y in zip(a, g, strict=True)) / (total + 1e-7)] * count,
+            "hirescam": g,
+            "layercam": [max(y, 0) for y in g],
+            "elementwise": [y if x * y > 0 else 0 for x, y in zip(a, g, strict=True)],
+        }
+        for place, (x, weight) in enumerate(zip(a, weights[method], strict=True)):
+            maps[image, place] += weight * x
+    return maps.clamp_min(0)
+
+
+def smooth_grad_cam_plus_plus(tokens, first, second, third):
+    """Grad-CAM++ with each power of the gradient averaged over samples."""
+    alpha = second / (2 * second + tokens.sum(1, keepdim=True) * third + 1e-6)
+    weights = (alpha * first.clamp_min(0)).sum(1, keepdim=True)
+    return (weights * tokens).sum(-1).clamp_min(0)
+
+
+def legrad(model, pixels, column, patches, blocks):
+    """Each block alone: a copy whose blocks behind it are gone, scored by its mean token."""
+    total = 0
+    depth = len(model.blocks)
+    for last in range(depth - blocks, depth):
+        shortened = deepcopy(model)
+        shortened.blocks = torch.nn.Sequential(*list(model.blocks)[: last + 1])
+        kept, maps = [], []
+        for module in shortened.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+        attention = shortened.blocks[last].attn
+        attention.attn_drop.register_forward_hook(lambda *call, maps=maps: maps.append(call[-1]))
+        shortened.blocks[last].register_forward_hook(lambda *call, kept=kept: kept.append(call[-1]))
+        shortened(pixels)
+        token = kept[0].mean(1)
+        scores = shortened.head(shortened.fc_norm(shortened.norm(token)))
+        (gradient,) = torch.autograd.grad(chosen(scores, column), maps)
+        total = total + gradient.clamp_min(0).mean((1, 2))[:, patches]
+    return total / blocks

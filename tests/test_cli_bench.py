@@ -72,7 +72,7 @@ def test_edits_are_compared_with_the_same_chain_without_them():
     ("settings", "words"),
     [
         ({"seeds": ()}, "at least one seed"),
-        ({"seeds": ("grad",)}, "no seed is called 'grad'; did you mean 'gradient'"),
+        ({"seeds": ("gradien",)}, "no seed is called 'gradien'; did you mean 'gradient'"),
         ({"edits": ("deoi",)}, "no edit is called 'deoi'"),
         ({"edits": ("doei:reading=mean",)}, "reading must be .*proto"),
         ({"refine": ("crf:presets=psa",)}, "'presets=psa' is no setting of crf"),

@@ -11,7 +11,6 @@ from hosts import HandMade
 
 from camkit import ScaleOutput, attach
 from camkit.capture import watch
-from camkit.errors import CaptureError
 from camkit.seed import RolloutSeed
 
 CLASSES = torch.tensor([[1], [2]])
@@ -179,13 +178,18 @@ def test_two_watchers_see_what_one_sees_in_whatever_order_they_close(first_to_cl
     assert state_of(model) == before
 
 
-def test_gradients_under_inference_mode_are_refused_with_the_way_out():
-    model, pixels = HandMade(), torch.randn(1, 3, 16, 16)
-    before = state_of(model)
-    refused = pytest.raises(CaptureError, match=r"inference_mode; use torch\.no_grad instead")
-    with refused, torch.inference_mode(), watch(model, gradients=True):
-        model(pixels)
-    assert state_of(model) == before
+def test_gradients_under_inference_mode_are_those_under_no_grad():
+    model, pixels = HandMade(), torch.randn(2, 3, 16, 16)
+    before, maps = state_of(model), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            with watch(model, gradients=True) as seen:
+                model(pixels)
+            assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+            maps.append(RolloutSeed()(seen.capture, CLASSES))
+        assert state_of(model) == before
+    assert maps[0].any()
+    assert torch.equal(*maps)
 
 
 @pytest.mark.parametrize("edited", [False, True])

@@ -7,22 +7,60 @@ from typing import Any
 from camkit.bench import Choice, Entry, Variant, stages
 from camkit.cli.spec import Kinds, make
 from camkit.cli.steps import MODEL_STEPS, read_steps
-from camkit.edit import DOEI, OneMoreHop, RandomGates, ScaleOutput
+from camkit.edit import (
+    DOEI,
+    FuzzyKeyPruning,
+    OneMoreHop,
+    RandomGates,
+    ScaleOutput,
+    StaticCalibration,
+    SuppressOutliers,
+)
 from camkit.refine import Chain, Refiner
-from camkit.seed import ClassAttentionSeed, ClassWeightSeed, GradientSeed, RolloutSeed, Seed
+from camkit.seed import (
+    AttentionRolloutSeed,
+    ClassAttentionSeed,
+    ClassWeightSeed,
+    ContributionSeed,
+    EigenSeed,
+    FiedlerSeed,
+    GradientSeed,
+    LeGradSeed,
+    LonelySeed,
+    PrototypeSeed,
+    RolloutSeed,
+    Seed,
+    TokenGradientSeed,
+)
 
 SEEDS: Kinds = {
     "gradient": GradientSeed,
     "rollout": RolloutSeed,
     "attention": ClassAttentionSeed,
     "weight": ClassWeightSeed,
+    "gradcam": TokenGradientSeed,
+    "eigencam": EigenSeed,
+    "legrad": LeGradSeed,
+    "attention_rollout": AttentionRolloutSeed,
+    "contribution": ContributionSeed,
+    "cut": FiedlerSeed,
+    "lonely": LonelySeed,
+    "prototype": PrototypeSeed,
 }
-EDITS: Kinds = {"doei": DOEI, "hop": OneMoreHop, "scale": ScaleOutput}
+EDITS: Kinds = {
+    "doei": DOEI,
+    "hop": OneMoreHop,
+    "scale": ScaleOutput,
+    "calibrate": StaticCalibration,
+    "outliers": SuppressOutliers,
+    "fuzzy": FuzzyKeyPruning,
+}
 
-GRAMMAR = """Seeds are gradient, rollout, attention, weight; edits doei, hop, scale, and gates:EDIT
-for random gates of the strength of an edit. A chain is STEP+STEP; chains between | are candidates,
-of which the best on the tuning split is reported. Settings stand behind a colon:
-doei:reading=affinity,strength=2."""
+GRAMMAR = """Seeds are gradient, rollout, attention, weight, gradcam (gradcam:method=layercam),
+eigencam, legrad, attention_rollout, contribution, cut, lonely, prototype; edits doei, hop, scale,
+calibrate (calibrate:of=v), outliers, fuzzy, and gates:EDIT for random gates of the strength of an
+edit. A chain is STEP+STEP; chains between | are candidates, of which the best on the tuning split
+is reported. Settings stand behind a colon: doei:reading=affinity,strength=2."""
 
 
 @dataclass(frozen=True)

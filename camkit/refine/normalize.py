@@ -29,7 +29,7 @@ def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max") -> Cam:
 
 @dataclass(frozen=True)
 class Normalize:
-    """`normalize_cam` as a refiner."""
+    """`normalize_cam` as a refiner; ``mode`` is told there."""
 
     mode: Literal["max", "minmax"] = "max"
 

@@ -64,6 +64,9 @@ def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its
 
     Returns:
         Mean IoU of both on the images as given, their difference, and its interval.
+
+    Raises:
+        ValueError: the matrices are not of the same images, or a setting is out of range.
     """
     _check_pairs(base, other)
     if resamples < 1 or not 0.0 < level < 1.0:

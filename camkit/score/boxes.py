@@ -57,6 +57,9 @@ def box_hits(
 
     Returns:
         For each overlap and threshold, whether a box was found.
+
+    Raises:
+        ValueError: map, boxes, overlaps or thresholds are out of range.
     """
     _check(cam, boxes, ious, thresholds)
     if components not in ("all", "largest"):
@@ -79,6 +82,9 @@ def box_accuracy(
     Args:
         hits: those of `box_hits`, stacked over images.
         thresholds: as given to `box_hits`.
+
+    Raises:
+        ValueError: there are no images, or the thresholds are not those of the hits.
     """
     if not len(hits) or hits.shape[-1] != len(thresholds):
         raise ValueError(

@@ -31,6 +31,9 @@ def confusion_matrix(
 
     Returns:
         int64 counts; row = truth, column = prediction.
+
+    Raises:
+        ValueError: the masks differ in size, or hold a value that is no class.
     """
     if truth.shape != predicted.shape:
         raise ValueError(

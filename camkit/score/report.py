@@ -42,6 +42,9 @@ def class_scores(confusion: Int[Tensor, "c c"], names: Sequence[str]) -> tuple[C
     Args:
         confusion: row = truth, column = prediction, summed over a set.
         names: of the classes, the background's first.
+
+    Raises:
+        ValueError: there is not one name for each class.
     """
     if len(names) != len(confusion):
         raise ValueError(

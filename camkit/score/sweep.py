@@ -45,6 +45,9 @@ def sweep_confusions(
 
     Returns:
         One matrix per background score; add them over the images of a set.
+
+    Raises:
+        ValueError: maps and truth differ in size, or a class or threshold is out of range.
     """
     _check_thresholds(thresholds)
     if cam.shape[1:] != truth.shape:
@@ -97,6 +100,9 @@ def best_threshold(
 
     Returns:
         The score and its mean IoU.
+
+    Raises:
+        ValueError: there is not one score for each matrix, or no pixel to score.
     """
     if len(thresholds) != len(confusions):
         raise ValueError(

@@ -32,9 +32,20 @@ def check_classes(capture: Capture, classes: Classes, known: int | None) -> None
         classes: int64, one row an image, padded with -1.
         known: how many classes there are; None where any number will do.
     """
-    if classes.shape[0] != capture.images:
+    check_range(classes, capture.images, known)
+
+
+def check_range(classes: Classes, images: int, known: int | None) -> None:
+    """Refuse classes of another batch, or that do not exist.
+
+    Args:
+        classes: int64, one row an image, padded with -1.
+        images: how many the batch has.
+        known: how many classes there are; None where any number will do.
+    """
+    if classes.shape[0] != images:
         raise ValueError(
-            f"`classes` must have one row per image ({capture.images}), got {classes.shape[0]}"
+            f"`classes` must have one row per image ({images}), got {classes.shape[0]}"
         )
     if classes.shape[1] == 0:
         raise ValueError("`classes` must ask for at least one class, got none")

@@ -1,0 +1,235 @@
+"""grad-cam's call shapes: its numbers where it is right, errors where it is not."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hosts import shaken
+from oracles import chosen, token_cam
+from test_watch_hygiene import state_of
+from torch import nn
+from torch.nn.functional import interpolate
+
+from camkit import compat
+from camkit.errors import CaptureError, UnsupportedModelError
+
+METHODS = {
+    "GradCAM": "gradcam",
+    "GradCAMPlusPlus": "gradcam++",
+    "HiResCAM": "hirescam",
+    "XGradCAM": "xgradcam",
+    "LayerCAM": "layercam",
+    "GradCAMElementWise": "elementwise",
+}
+MODELS = {
+    "vit": ("vit_tiny_patch16_224", {"img_size": 64}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 56}),
+    "average": ("vit_tiny_patch16_224", {"img_size": 64, "global_pool": "avg"}),
+}
+CATEGORIES = [1, 3]
+TARGETS = [compat.ClassifierOutputTarget(index) for index in CATEGORIES]
+
+
+@pytest.fixture(params=MODELS)
+def host(request):
+    return built(request.param)
+
+
+def built(name="vit"):
+    kind, settings = MODELS[name]
+    sizes = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
+    model = shaken(timm.create_model(kind, **sizes, **settings))
+    side = settings["img_size"]
+    return model, torch.randn(2, 3, side, side)
+
+
+def onto_grid(model):
+    prefix = model.num_prefix_tokens
+    return lambda tokens: tokens[:, prefix:].unflatten(1, (4, 4)).movedim(-1, 1)
+
+
+def rescaled(maps):
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    return maps / (maps.amax((1, 2), keepdim=True) + 1e-7)
+
+
+def test_maps_are_the_formulas_scaled_and_resized_as_grad_cam_does(host):
+    model, pixels = host
+    kept = []
+    hook = model.blocks[-1].norm1.register_forward_hook(lambda *call: kept.append(call[-1]))
+    outputs = model(pixels)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(chosen(outputs, torch.tensor(CATEGORIES)), kept[0])
+    own = slice(model.num_prefix_tokens, None)
+    for name, method in METHODS.items():
+        cam = getattr(compat, name)(model, [model.blocks[-1].norm1], onto_grid(model))
+        found = cam(pixels, TARGETS)
+        maps = token_cam(method, kept[0].detach()[:, own], gradient[:, own]).view(2, 4, 4)
+        large = interpolate(rescaled(maps)[:, None], pixels.shape[-2:], mode="bilinear")[:, 0]
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, rescaled(large).numpy(), atol=1e-4, err_msg=name)
+        torch.testing.assert_close(cam.outputs, outputs.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "smooth"),
+    [*((method, {}) for method in (*METHODS, "FinerCAM")), ("LayerCAM", {"aug_smooth": True})],
+)
+def test_maps_are_those_of_grad_cam(host, method, smooth):
+    theirs = pytest.importorskip("pytorch_grad_cam")
+    model, pixels = host
+    layers, reshape = [block.norm1 for block in model.blocks], onto_grid(model)
+    targets = None if method == "FinerCAM" else TARGETS
+    found = getattr(compat, method)(model, layers, reshape)(pixels, targets, **smooth)
+    with getattr(theirs, method)(model, layers, reshape) as cam:
+        np.testing.assert_allclose(found, cam(pixels, targets, **smooth), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["EigenCAM", "EigenGradCAM"])
+def test_components_are_those_of_grad_cam_up_to_their_sign(host, method):
+    theirs = pytest.importorskip("pytorch_grad_cam")
+    model, pixels = host
+    layers, reshape = [model.blocks[-1].norm1], onto_grid(model)
+    found = getattr(compat, method)(model, layers, reshape)(pixels, TARGETS)
+    with getattr(theirs, method)(model, layers, reshape) as cam:
+        monkey = cam.get_cam_image
+        maps = [cam(pixels, TARGETS)]
+        cam.get_cam_image = lambda *given: -monkey(*given)
+        maps.append(cam(pixels, TARGETS))
+    for own, *both in zip(found, *maps, strict=True):
+        assert min(abs(own - each).max() for each in both) < 1e-4
+
+
+def test_layer_and_layout_are_found_where_none_are_given(host):
+    model, pixels = host
+    named = compat.GradCAM(model, [model.blocks[-1].norm1], onto_grid(model))
+    assert np.array_equal(compat.GradCAM(model)(pixels, TARGETS), named(pixels, TARGETS))
+
+
+def test_a_convolutional_model_needs_no_reshape():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    pixels = torch.randn(2, 3, 9, 9)
+    found = compat.GradCAM(model, [model[1]])(pixels, TARGETS)
+    planes = model[1](model[0](pixels)).detach()  # the score is the mean of its own channel
+    maps = torch.stack([planes[image, index] / 16 for image, index in enumerate(CATEGORIES)])
+    large = interpolate(rescaled(maps)[:, None], (9, 9), mode="bilinear")[:, 0]
+    np.testing.assert_allclose(found, rescaled(large).numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match="name it with `target_layers=`"):
+        compat.GradCAM(model)
+
+
+@pytest.mark.parametrize("layer", ["blocks.1", "norm", "blocks.1.norm2"])
+def test_a_layer_that_no_score_depends_on_is_an_error_that_names_the_right_one(layer):
+    model, pixels = built()
+    cam = compat.LayerCAM(model, [model.get_submodule(layer)])
+    with pytest.raises(CaptureError, match=rf"what {layer} makes .* use `blocks\.1\.norm1`"):
+        cam(pixels, TARGETS)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_target_for_each_image_or_an_error(count):
+    model, pixels = built()
+    with pytest.raises(ValueError, match=f"each of 2 images, got {count}"):
+        compat.GradCAM(model)(pixels, TARGETS[:1] * count)
+
+
+def test_errors_come_out_of_with():
+    model, pixels = built()
+    with pytest.raises(ValueError, match=r"category=9.* do not hold"), compat.GradCAM(model) as cam:
+        cam(pixels, [compat.ClassifierOutputTarget(9)] * 2)
+    with pytest.raises(IndexError, match="out of the user's hands"), compat.GradCAM(model):
+        raise IndexError("out of the user's hands")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_modes_gradients_and_hooks_of_the_model_are_left_alone(mode):
+    model, pixels = built()
+    expected = compat.GradCAM(model)(pixels, TARGETS)
+    model(pixels).sum().backward()
+    model.train()
+    before = state_of(model)
+    with mode():
+        found = compat.GradCAM(model)(pixels, TARGETS)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert state_of(model) == before
+    with pytest.raises(RuntimeError):
+        compat.GradCAM(model)(pixels[:, :1], TARGETS)
+    assert state_of(model) == before
+
+
+def test_frozen_and_half_precision_models_work():
+    model, pixels = built()
+    expected = compat.GradCAM(model)(pixels, TARGETS)
+    model.requires_grad_(requires_grad=False)
+    assert np.array_equal(compat.GradCAM(model)(pixels, TARGETS), expected)
+    found = compat.GradCAM(model.bfloat16())(pixels.bfloat16(), TARGETS)
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_model_works():
+    model, pixels = built()
+    expected = compat.GradCAM(model)(pixels, TARGETS)
+    compiled = torch.compile(model, backend="eager")
+    compiled(pixels)
+    np.testing.assert_allclose(compat.GradCAM(compiled)(pixels, TARGETS), expected, atol=1e-6)
+    torch.compiler.reset()
+
+
+def test_nothing_of_the_graph_outlives_the_call():
+    model, pixels = built()
+    cam = compat.GradCAM(model)
+    cam(pixels, TARGETS)
+    assert not cam.outputs.requires_grad
+    assert cam.outputs.grad_fn is None
+
+
+def test_targets_are_the_numbers_that_they_name():
+    row = torch.tensor([1.0, 3.0, 2.0])
+    share = row.softmax(0)
+    both = compat.FinerWeightedTarget(1, [0, 2], alpha=0.5)(row)
+    expected = (share[0] * (3 - 0.5) + share[2] * (3 - 1)) / (share[0] + share[2])
+    torch.testing.assert_close(both, expected)
+    assert compat.ClassifierOutputTarget(2)(row) == 2
+    assert compat.ClassifierOutputSoftmaxTarget(1)(row) == share[1]
+    assert compat.BinaryClassifierOutputTarget(0)(row[:1]) == -1
+
+
+def test_an_overlay_is_mixed_by_hand():
+    picture = np.array([[[0.0, 0.5, 1.0], [1.0, 0.0, 0.0]]])
+    mask = np.array([[0.0, 1.0]])  # OpenCV's jet begins at dark blue and ends at dark red
+    found = compat.show_cam_on_image(picture, mask, use_rgb=True)
+    mixed = np.array([[[0, 0.25, 0.5 + 64 / 255], [0.5 + 64 / 255, 0, 0]]])
+    np.testing.assert_array_equal(found, (mixed / mixed.max() * 255).astype(np.uint8))
+    turned = compat.show_cam_on_image(picture[..., ::-1].copy(), mask)
+    np.testing.assert_array_equal(turned, found[..., ::-1])
+
+
+@pytest.mark.parametrize(
+    ("picture", "mask", "weight", "words"),
+    [
+        (255.0, 1.0, 0.5, r"`img` must lie in \[0, 1\], got 255 to 255"),
+        (1.0, 1.5, 0.5, r"`mask` must lie in \[0, 1\], got 1.5 to 1.5"),
+        (1.0, 1.0, 2.0, "`image_weight` must lie in .* got 2.0"),
+        (1.0, np.ones((3, 2)), 0.5, r"size of the picture, 2x3, got shape \(3, 2\)"),
+    ],
+)
+def test_what_cannot_be_overlaid_is_refused(picture, mask, weight, words, no_shape_checks):
+    mask = mask if isinstance(mask, np.ndarray) else np.full((2, 3), mask)
+    with pytest.raises(ValueError, match=words):
+        compat.show_cam_on_image(np.full((2, 3, 3), picture), mask, image_weight=weight)
+
+
+def test_what_cannot_be_read_is_refused_with_the_way_out():
+    model, pixels = built()
+    with pytest.raises(ValueError, match="must be modules of the model, got Linear"):
+        compat.GradCAM(model, [nn.Linear(1, 1)])
+    with pytest.raises(ValueError, match=r"must make \(b, channels, h, w\).*\(2, 17, 48\)"):
+        compat.GradCAM(model, reshape_transform=lambda tokens: tokens)(pixels, TARGETS)
+    plain = nn.Sequential(nn.Flatten(2), nn.Linear(64, 4), nn.Flatten(1))
+    with pytest.raises(UnsupportedModelError, match="give a `reshape_transform`"):
+        compat.GradCAM(plain, [plain[1]])(torch.randn(2, 3, 8, 8), TARGETS)
+    cam = compat.GradCAM(model, [model.blocks[0].norm1])
+    model.blocks[0].forward = lambda tokens: tokens
+    with pytest.raises(CaptureError, match="norm1 did not run"):
+        cam(pixels, TARGETS)

@@ -1,0 +1,417 @@
+"""The Grad-CAM family on tokens: its formulas, its shortcuts, and what it leaves alone."""
+
+import copy
+
+import numpy as np
+import oracles
+import pytest
+import timm
+import torch
+from hosts import HandMade, shaken, tiny
+from test_watch_hygiene import state_of
+from torch import nn
+
+import camkit
+from camkit.capture.class_query import ClassQuery
+from camkit.capture.even_rows import EvenRows
+from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.seed.token_maps import principal_component
+
+CLASSES = torch.tensor([[1, 4], [3, 0]])
+PIXELS = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+METHODS = ["gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "elementwise"]
+SEEDS = [
+    camkit.TokenGradientSeed(),
+    camkit.TokenGradientSeed("layercam", blocks=2, contrast=camkit.Contrast(classes=2)),
+    camkit.TokenGradientSeed("gradcam++", noise=camkit.Noise(samples=2)),
+    camkit.EigenSeed(),
+    camkit.LeGradSeed(),
+    camkit.AttentionRolloutSeed(),
+]
+
+
+def seen_by(model, pixels, *seeds, class_query=False, **options):
+    with (
+        torch.no_grad(),
+        camkit.watch(model, **camkit.needs(*seeds, class_query=class_query), **options) as seen,
+    ):
+        model(pixels)
+    return seen.capture
+
+
+@pytest.fixture(params=SEEDS, ids=repr)
+def seed(request):
+    return request.param
+
+
+def slow_tokens(model, pixels, column, block=-1):
+    """Tokens behind a block's first norm and their gradient, by a hook and the whole graph."""
+    kept = []
+    hook = model.blocks[block].norm1.register_forward_hook(lambda *call: kept.append(call[-1]))
+    outputs = model(pixels)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(oracles.chosen(outputs, column), kept[0])
+    return kept[0].detach(), gradient
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2 registers", "deit distilled", "average pooled"])
+def test_each_method_is_its_formula_written_out_place_by_place(family):
+    model, pixels = tiny(family, depth=2)
+    model, pixels = model.double(), pixels.double()
+    capture = seen_by(model, pixels, camkit.TokenGradientSeed())
+    slow = slow_tokens(model, pixels, CLASSES[:, 0])
+    tokens, gradient = (each[:, capture.patches] for each in slow)
+    for method in METHODS:
+        maps = camkit.TokenGradientSeed(method)(capture, CLASSES[:, :1]).flatten(1).double()
+        expected = oracles.token_cam(method, tokens, gradient)
+        np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-7, err_msg=method)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2 registers", "qk norm", "explicit softmax"])
+def test_the_class_query_alone_gives_the_same_scores_and_maps(family):
+    model, pixels = tiny(family)
+    seed = camkit.TokenGradientSeed()
+    whole = seen_by(model, pixels, seed)
+    short = seen_by(model, pixels, seed, class_query=True)
+    assert (whole.class_query_only, short.class_query_only) == (False, True)
+    torch.testing.assert_close(short.outputs, whole.outputs, rtol=1e-5, atol=1e-5)
+    for each in (seed, camkit.TokenGradientSeed("layercam")):
+        torch.testing.assert_close(each(short, CLASSES), each(whole, CLASSES), rtol=1e-4, atol=1e-6)
+    for name in ("q", "k"):
+        if hasattr(whole.blocks[-1], name):
+            ours, theirs = (getattr(capture.blocks[-1], name) for capture in (short, whole))
+            torch.testing.assert_close(ours, theirs)
+
+
+class ReadsBoth(nn.Module):
+    """Reads its patches a little, or beside the class token."""
+
+    def __init__(self, *, beside=False):
+        super().__init__()
+        self.vit, self.beside = tiny("vit", depth=2)[0], beside
+        self.head = nn.Linear(96 if beside else 48, 5)
+
+    def forward(self, pixels):
+        tokens = self.vit.forward_features(pixels)
+        token, mean = tokens[:, 0], tokens[:, 1:].mean(1)
+        return self.head(torch.cat([token, mean], -1) if self.beside else token + 0.01 * mean)
+
+
+@pytest.mark.parametrize("host", ["average pooled", "deit distilled", "both"])
+def test_a_host_that_reads_more_than_its_class_token_is_evaluated_whole(host):
+    model, pixels = tiny("vit" if host == "both" else host, depth=2)
+    model = ReadsBoth().eval() if host == "both" else model
+    capture = seen_by(model, pixels, camkit.TokenGradientSeed(), class_query=True)
+    assert not capture.class_query_only
+    torch.testing.assert_close(capture.outputs, model(pixels))
+
+
+def test_a_host_is_tried_again_when_its_weights_have_changed():
+    model, seed = ReadsBoth().eval(), camkit.EigenSeed()
+    nn.init.zeros_(model.head.weight)  # now nothing is read at all
+    assert seen_by(model, PIXELS, seed, class_query=True).class_query_only
+    nn.init.normal_(model.head.weight)
+    assert not seen_by(model, PIXELS, seed, class_query=True).class_query_only
+
+
+@pytest.mark.parametrize("other", ["training", "hook", "edit"])
+def test_whoever_may_look_at_all_tokens_gets_them(other):
+    model, pixels = tiny("vit")
+    seed, shapes = camkit.EigenSeed(), []
+    if other == "training":
+        model.train()
+    if other == "hook":
+        model.norm.register_forward_hook(lambda *call: shapes.append(call[-1].shape))
+    if other == "edit":
+        camkit.attach(model, camkit.ScaleOutput(2.0))
+    assert not seen_by(model, pixels, seed, class_query=True).class_query_only
+
+
+def test_patches_behind_the_last_block_are_not_read_when_they_were_not_evaluated():
+    model, pixels = tiny("vit")
+    capture = seen_by(model, pixels, camkit.EigenSeed(), class_query=True)
+    for read in (capture.patch_embeddings, capture.patch_scores):
+        with pytest.raises(CaptureError, match="evaluated for the class token only"):
+            read()
+
+
+def test_smooth_maps_average_powers_of_the_gradient_over_noised_images():
+    model, pixels = tiny("vit")
+    noise = camkit.Noise(samples=3, spread=0.2, rng_seed=5)
+    seed = camkit.TokenGradientSeed("gradcam++", noise=noise)
+    before = torch.get_rng_state()
+    capture = seen_by(model, pixels, seed)
+    assert torch.equal(torch.get_rng_state(), before)
+    draws = torch.Generator().manual_seed(5)
+    found = [
+        slow_tokens(
+            model, pixels + 0.2 * torch.randn(pixels.shape, generator=draws), CLASSES[:, 0]
+        )[1][:, 1:].double()
+        for _ in range(3)
+    ]
+    powers = [sum(g**p for g in found) / 3 for p in (1, 2, 3)]
+    tokens = slow_tokens(model, pixels, CLASSES[:, 0])[0][:, 1:].double()
+    expected = oracles.smooth_grad_cam_plus_plus(tokens, *powers)
+    maps = seed(capture, CLASSES[:, :1]).flatten(1).double()
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_contrast_of_no_strength_is_the_class_score():
+    model, pixels = tiny("vit")
+    plain = camkit.TokenGradientSeed("hirescam")
+    weak = camkit.TokenGradientSeed("hirescam", contrast=camkit.Contrast(strength=0.0))
+    capture = seen_by(model, pixels, plain, weak)
+    torch.testing.assert_close(weak(capture, CLASSES), plain(capture, CLASSES))
+
+
+def test_a_contrast_is_worked_by_hand():
+    scores = torch.tensor([[3.0, 1.0, 2.0, -5.0]])
+    found = camkit.Contrast(classes=2, strength=0.5)(scores, torch.tensor([0]))
+    e1, e2 = np.exp(1.0), np.exp(2.0)
+    expected = (e1 * (3 - 0.5) + e2 * (3 - 1.0)) / (e1 + e2)
+    torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float32))
+
+
+def test_the_first_component_is_that_of_a_singular_value_decomposition():
+    for shape in ((2, 6, 9), (2, 9, 6)):
+        tokens = torch.randn(*shape, dtype=torch.float64)
+        found = principal_component(tokens)
+        for own, each in zip(found, tokens.numpy(), strict=True):
+            centred = each - each.mean(0)
+            expected = centred @ np.linalg.svd(centred)[2][0]
+            expected *= 1 if abs(expected.max()) >= abs(expected.min()) else -1
+            np.testing.assert_allclose(own.numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("family", "blocks"),
+    [
+        ("vit", None),
+        ("vit", 2),
+        ("explicit softmax", 2),
+        ("average pooled", None),
+        ("learned bias", None),
+    ],
+)
+def test_legrad_is_the_positive_gradient_of_every_blocks_own_score(family, blocks):
+    model, pixels = tiny(family)
+    seed = camkit.LeGradSeed(blocks=blocks)
+    capture = seen_by(model, pixels, seed)
+    found = seed(capture, CLASSES).flatten(2)
+    for slot, column in enumerate(CLASSES.T):
+        expected = oracles.legrad(model, pixels, column, capture.patches, blocks or 3)
+        torch.testing.assert_close(found[:, slot], expected, rtol=1e-4, atol=1e-8)
+
+
+def test_legrad_of_a_graph_that_others_need_whole_is_the_same():
+    model, pixels = tiny("vit")
+    alone = seen_by(model, pixels, camkit.LeGradSeed())
+    beside = seen_by(model, pixels, camkit.LeGradSeed(), camkit.GradientSeed())
+    seed = camkit.LeGradSeed()
+    torch.testing.assert_close(seed(beside, CLASSES), seed(alone, CLASSES))
+    with pytest.raises(CaptureError, match="does not hold the tokens that TokenGradientSeed"):
+        camkit.TokenGradientSeed()(alone, CLASSES)
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_a_linear_layer_of_even_rows_has_the_gradient_of_any_other(even):
+    layer, tokens = nn.Linear(4, 3).double(), torch.randn(2, 5, 4, dtype=torch.float64)
+    weights = torch.randn(2, 1 if even else 5, 3, dtype=torch.float64).expand(2, 5, 3)
+    found = []
+    for mode in (EvenRows, torch.enable_grad):
+        start = tokens.clone().requires_grad_()
+        with mode():
+            output = layer(start)
+        found.append(torch.autograd.grad((output * weights).sum(), start)[0])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("residual", [0.5, 0.0])
+def test_attention_rollout_is_the_product_of_all_maps(residual):
+    model, pixels = tiny("vit")
+    seed = camkit.AttentionRolloutSeed(residual=residual)
+    _, maps = oracles.unfused(model, pixels)
+    whole = torch.eye(maps[0].shape[-1])
+    for attention in maps:
+        mixed = (1 - residual) * attention.mean(1) + residual * torch.eye(len(whole[-1]))
+        whole = mixed.detach() @ whole
+    found = seed(seen_by(model, pixels, seed), CLASSES).flatten(2)
+    torch.testing.assert_close(found, whole[:, :1, 1:].expand(-1, 2, -1))
+
+
+class Dead(HandMade):
+    """Its classifier sees no patch."""
+
+    def forward(self, pixels):
+        self.tokens(pixels)
+        token = self.norm(self.cls_token[:, 0].expand(len(pixels), -1))
+        return self.head(token)
+
+
+def test_a_place_that_no_score_depends_on_is_an_error_with_its_name():
+    model, pixels, seed = Dead(), torch.randn(2, 3, 16, 24), camkit.TokenGradientSeed()
+    capture = seen_by(model, pixels, seed, scores=lambda output: output)
+    with pytest.raises(CaptureError, match=r"no gradients|do not depend on .* enter blocks\.1"):
+        seed(capture, CLASSES)
+
+
+def test_a_capture_for_another_seed_says_what_to_do():
+    model, pixels = tiny("vit", depth=2)
+    with torch.no_grad(), camkit.watch(model) as seen:
+        model(pixels)
+    for seed in SEEDS[:-1]:  # all but rollout, which reads attention alone
+        with pytest.raises(CaptureError, match=r"camkit\.needs\(seed\)"):
+            seed(seen.capture, CLASSES)
+
+
+def test_classes_in_one_call_equal_single_calls_and_padding_gives_zeros(seed):
+    capture = seen_by(*tiny("vit", depth=2), seed)
+    together = seed(capture, CLASSES)
+    for slot in range(2):
+        torch.testing.assert_close(together[:, [slot]], seed(capture, CLASSES[:, [slot]]))
+    padded = seed(capture, torch.tensor([[1, -1], [-1, 0]]))
+    assert not padded[0, 1].any()
+    assert not padded[1, 0].any()
+    torch.testing.assert_close(padded[0, 0], together[0, 0])
+    torch.testing.assert_close(padded[1, 1], together[1, 1])
+
+
+def test_modes_and_frozen_weights_change_nothing_and_nothing_changes(seed):
+    model, pixels = tiny("vit", depth=2)
+    expected = seed(seen_by(model, pixels, seed, class_query=True), CLASSES)
+    model(pixels).sum().backward()
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        model.requires_grad_(mode is not torch.no_grad)
+        before = state_of(model)
+        with mode():
+            with camkit.watch(model, **camkit.needs(seed, class_query=True)) as seen:
+                model(pixels)
+            found = seed(seen.capture, CLASSES)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        assert state_of(model) == before
+
+
+def test_a_model_in_half_precision_makes_nearly_the_same_map(seed):
+    model, pixels = tiny("vit", depth=2)
+    expected = seed(seen_by(model, pixels, seed), CLASSES)
+    half = copy.deepcopy(model).bfloat16()
+    found = seed(seen_by(half, pixels.bfloat16(), seed), CLASSES).float()
+    assert found.isfinite().all()
+    likeness = torch.corrcoef(torch.stack((found.flatten(), expected.flatten())))[0, 1]
+    assert likeness > 0.9
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_model_makes_the_same_maps():
+    model, pixels = tiny("vit", depth=1)
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    compiled(pixels)
+    for seed in (camkit.TokenGradientSeed(), camkit.LeGradSeed()):
+        expected = seed(seen_by(model, pixels, seed), CLASSES)
+        found = seed(seen_by(compiled, pixels, seed, class_query=True), CLASSES)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.compiler.reset()
+
+
+def test_a_forward_that_breaks_in_the_last_block_leaves_no_trace():
+    model, pixels = tiny("vit")
+    seed = camkit.TokenGradientSeed()
+    seen_by(model, pixels, seed, class_query=True)
+    before = state_of(model)
+    with torch.no_grad(), camkit.watch(model, **camkit.needs(seed, class_query=True)):
+        with pytest.raises(RuntimeError):
+            model(pixels[:, :2])
+        torch.testing.assert_close(model(pixels[:1]), model(pixels)[:1])
+    assert state_of(model) == before
+    assert model.blocks[-1](torch.randn(1, 7, 48)).shape == (1, 7, 48)
+
+
+def test_one_forward_serves_seeds_of_every_kind_as_one_each():
+    model, pixels = tiny("vit")
+    together = seen_by(model, pixels, *SEEDS)
+    for one in SEEDS:
+        alone = one(seen_by(model, pixels, one), CLASSES)
+        torch.testing.assert_close(one(together, CLASSES), alone, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_that_one_forward_cannot_hold_is_refused():
+    seeds = [camkit.TokenGradientSeed(noise=camkit.Noise(spread=s)) for s in (0.1, 0.2)]
+    with pytest.raises(ValueError, match="one forward cannot hold samples of both"):
+        camkit.needs(*seeds)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: camkit.TokenGradientSeed("scorecam"), "must be one of gradcam, .*got 'scorecam'"),
+        (lambda: camkit.TokenGradientSeed(blocks=0), "at least 1, got 0"),
+        (lambda: camkit.LeGradSeed(blocks=0), "at least 1 or None, got 0"),
+        (lambda: camkit.AttentionRolloutSeed(residual=2.0), r"in \[0, 1\], got 2.0"),
+        (lambda: camkit.Noise(samples=0), "at least 1, got 0"),
+        (lambda: camkit.TokenWatch(gradients=True), "at least 1, got 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make, words, no_shape_checks):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_legrad_refuses_a_classifier_of_other_tokens():
+    seed = camkit.LeGradSeed()
+    capture = seen_by(ReadsBoth(beside=True).eval(), PIXELS, seed)
+    with pytest.raises(UnsupportedModelError, match="not those of a linear classifier of one"):
+        seed(capture, CLASSES)
+    with pytest.raises(UnsupportedModelError, match="no block lies around the attention"):
+        seen_by(HandMade(), PIXELS, seed)
+
+
+def test_a_pipeline_takes_any_of_them(seed):
+    model = shaken(
+        timm.create_model(
+            "vit_tiny_patch16_224",
+            depth=3,
+            embed_dim=48,
+            num_heads=3,
+            num_classes=5,
+            dynamic_img_size=True,
+        )
+    )
+    rgb = torch.rand(1, 3, 48, 80)
+    stages = camkit.wrap(model, seed=seed, refine=()).stages(
+        (rgb - 0.5) / 0.5, rgb=rgb, classes=torch.tensor([[2]])
+    )
+    capture = seen_by(model, (rgb - 0.5) / 0.5, seed)
+    expected = camkit.normalize_cam(seed(capture, torch.tensor([[2]])).float())
+    torch.testing.assert_close(stages.cam, expected, rtol=1e-4, atol=1e-6)
+
+
+def shown(model, seed, *, refine):
+    rgb = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    pipeline = camkit.wrap(model, seed=seed, refine=refine)
+    return pipeline.stages((rgb - 0.5) / 0.5, rgb=rgb, classes=torch.tensor([[2, 0]]))
+
+
+def test_a_pipeline_takes_the_short_cut_where_its_refiners_are_content():
+    model, seed = tiny("vit")[0], camkit.TokenGradientSeed("layercam")
+    for refine in ((camkit.Propagate(steps=2, balance=3), camkit.Normalize("minmax")), ()):
+        short = shown(model, seed, refine=refine)
+        whole = shown(model, seed, refine=(*refine, lambda cam, _: cam))
+        assert (short.capture.class_query_only, whole.capture.class_query_only) == (True, False)
+        torch.testing.assert_close(short.cam, whole.cam, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pipeline_evaluates_all_blocks_where_somebody_reads_behind_them():
+    model, seed = tiny("vit")[0], camkit.TokenGradientSeed()
+    for refine in ((camkit.HybridAlign(),), (camkit.chain(camkit.HybridAlign()),)):
+        assert not shown(model, seed, refine=refine).capture.class_query_only
+    assert not shown(model, camkit.ClassWeightSeed(), refine=()).capture.class_query_only
+
+
+def test_hooks_of_the_short_cut_are_idle_without_it():
+    model, pixels = tiny("vit")
+    expected = model(pixels)
+    hooks = camkit.capture.hooks.Hooks()
+    query = ClassQuery(camkit.capture.host.Host.of(model))
+    query.start(hooks)
+    assert torch.equal(model(pixels), expected)
+    hooks.remove()
