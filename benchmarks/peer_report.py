@@ -79,12 +79,17 @@ def verdicts(rows: Sequence[Any], lead: dict[str, Any]) -> list[str]:
     found = []
     for rival, words in RIVALS.items():
         gain = best.gains[rival]
-        reached = "reached" if gain.gain * 100 >= GOALS[rival] else "not reached"
         found.append(
             f"- {best.name} over {words} ({name_of(lead[rival])}): {interval(gain)}; the goal of "
-            f"+{GOALS[rival]:.0f} is {reached}."
+            f"+{GOALS[rival]:.0f} is {reached(gain, GOALS[rival])}."
         )
     return found
+
+
+def reached(gain: Gain, goal: float) -> str:
+    if gain.low * 100 >= goal:
+        return "reached by the whole interval"
+    return "reached, but not by the whole interval" if gain.gain * 100 >= goal else "not reached"
 
 
 def name_of(key: tuple[str, str | None]) -> str:
