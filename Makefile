@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CAMKIT_DATA ?= $(wildcard ../shared/data)
 export CAMKIT_DATA
 
-.PHONY: demo test check lint types layers bench clean
+.PHONY: demo test check lint types layers docs package bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/camkit demo --out out/demo
@@ -29,9 +29,26 @@ types: $(VENV)/.installed
 layers: $(VENV)/.installed
 	$(BIN)/lint-imports
 
+# The documentation as a website in site/, every link checked; it asks nothing of any network.
+docs: $(VENV)/.installed
+	$(BIN)/codespell README.md docs examples camkit
+	$(BIN)/mkdocs build --quiet --strict
+
+# Wheel and sdist, what is said of them, and the command from the wheel in a fresh environment outside this folder.
+package: $(VENV)/.installed
+	rm -rf dist build out/from_wheel
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv out/from_wheel/venv
+	out/from_wheel/venv/bin/python -m pip --disable-pip-version-check install -q dist/*.whl
+	cd out/from_wheel && venv/bin/camkit --help
+	rm -rf out/from_wheel
+
 # The published tables; hours on two cores. benchmarks/README.md says what each script measures.
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/gains.py
+	$(BIN)/python benchmarks/gains.py --coco
+	$(BIN)/python benchmarks/seeds.py
 	$(BIN)/python benchmarks/edges.py
 	$(BIN)/python benchmarks/crf.py
 	$(BIN)/python benchmarks/doei_gains.py
@@ -42,10 +59,10 @@ bench: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	@echo "camkit: making $(VENV) and installing into it; torch brings about 5 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --progress-bar on -e '.[dev]'
+	$(PIP) install --progress-bar on -e '.[dev,docs]'
 	@echo "camkit: building pydensecrf for DenseCRF (optional; needs a C++ compiler)"
 	@$(PIP) install -q -e '.[crf]' || echo "camkit: pydensecrf did not build; DenseCRF will say so and its tests skip"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) out site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -64,22 +64,22 @@ class Network(nn.Module):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    drawn = draw_shapes(64, size=(64, 64))
+    drawn = draw_shapes(32, size=(64, 64))
     images = torch.stack([camkit.photo_from_array(rgb, size=64).pixels[0] for rgb, _ in drawn])
     shown = torch.tensor([[(mask == c).any() for c in (1, 2, 3)] for _, mask in drawn])
 
     network = Network(len(SHAPE_CLASSES))
     handle = camkit.attach(network, camkit.DOEI(), blocks=3)  # the one line
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    for step in range(1, 61):
-        rows = torch.randint(len(images), (16,))
+    for step in range(1, 31):
+        rows = torch.randint(len(images), (8,))
         pixels, labels = images[rows], shown[rows]
         handle.labels = labels  # only for edits that look at them
         loss = F.multilabel_soft_margin_loss(network(pixels), labels.float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 20 == 0:
+        if step % 10 == 0:
             with torch.no_grad():  # the same weights with the edit and without, in one run
                 cam = network(pixels, cam_only=True)
                 handle.enabled = False

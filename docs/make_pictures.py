@@ -1,0 +1,88 @@
+"""The pictures of README and docs: photographs that scikit-image ships, and the flow of camkit.
+
+    CAMKIT_DATA=folder python docs/make_pictures.py
+
+Writes docs/images/photos_to_masks.jpg and flow.svg; for the weights see `camkit demo`.
+"""
+
+from html import escape
+from pathlib import Path
+
+import skimage
+from PIL import Image
+
+import camkit
+from camkit.cli.models import DEFAULT_MODEL, open_model
+from camkit.paint import contact_sheet, overlay_cam, overlay_mask
+
+IMAGES = Path(__file__).parent / "images"
+SHOWN = ((skimage.data.astronaut(), "person"), (skimage.data.chelsea(), "cat"))  # no rights held
+TITLES = ("photo", "seed", "refined", "mask")
+
+BOXES = {  # name: column, row, what flows out of it
+    "Photo": (0, 1, "pixels"),
+    "your model": (1, 1, "watched"),
+    "Capture": (2, 1, ""),
+    "Seed": (3, 1, "first maps"),
+    "Refiner, Refiner, ...": (4, 1, "better maps"),
+    "to_mask": (5, 1, "pixels' classes"),
+    "scores": (6, 1, ""),
+    "Edit": (1, 0, ""),
+    "classes": (3, 0, ""),
+    "background score": (5, 0, ""),
+}
+WIDTH, HEIGHT, STEP, LIFT = 128, 40, 168, 92
+
+
+def photos_to_masks(width: int = 320) -> Image.Image:
+    """Each photo as it is, its seed, its refined map and its mask, by the defaults of `wrap`."""
+    opened = open_model(DEFAULT_MODEL)
+    settings = {"size": opened.photos.size, "mean": opened.photos.mean, "std": opened.photos.std}
+    pipeline = camkit.wrap(opened.model, vocabulary=opened.vocabulary)
+    rows = []
+    for picture, name in SHOWN:
+        result = pipeline(camkit.photo_from_array(picture, **settings), classes=[name])
+        seed = camkit.resize_cam(result.seed, result.photo.size)[0, 0].clamp(0, 1)
+        maps = overlay_cam(picture, seed), overlay_cam(picture, result.cam[0, 0])
+        rows.append((picture, *maps, overlay_mask(picture, result.mask.clamp(max=1))))
+    captions = [f"class: {name}" for _, name in SHOWN]
+    return Image.fromarray(contact_sheet(rows, titles=TITLES, captions=captions, cell=width))
+
+
+def flow() -> str:
+    """The sentence of the house as a drawing."""
+    parts = []
+    for name, (column, row, out) in BOXES.items():
+        left, top = 8 + column * STEP, 8 + row * LIFT
+        middle = top + HEIGHT // 2
+        parts.append(f'<rect x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}" rx="6"/>')
+        centre = left + WIDTH // 2
+        parts.append(f'<text x="{centre}" y="{middle + 5}">{escape(name)}</text>')
+        if row == 0:
+            parts.append(f'<path d="M{centre} {top + HEIGHT} V{8 + LIFT - 7}"/>')
+        elif name != "scores":
+            parts.append(f'<path d="M{left + WIDTH} {middle} H{left + STEP - 7}"/>')
+            label = left + (WIDTH + STEP) // 2
+            parts.append(
+                f'<text class="on" x="{label}" y="{top + HEIGHT + 18}">{escape(out)}</text>'
+            )
+    size = f'viewBox="0 0 {6 * STEP + WIDTH + 16} {LIFT + HEIGHT + 36}"'
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">
+<title>A photo runs through your model; a seed is read, refined, drawn and scored</title>
+<style>
+rect {{ fill: #e0f2f1; stroke: #00796b }}
+text {{ font: 13px sans-serif; text-anchor: middle; fill: #102a27 }}
+.on {{ font-size: 11px; fill: #00796b }}
+path {{ stroke: #00796b; fill: none; marker-end: url(#tip) }}
+</style>
+<marker id="tip" markerWidth="8" markerHeight="8" refX="1" refY="4" orient="auto">
+<path d="M0 0 L8 4 L0 8 z" style="fill: #00796b; stroke: none; marker-end: none"/></marker>
+{chr(10).join(parts)}
+</svg>
+"""
+
+
+if __name__ == "__main__":
+    IMAGES.mkdir(exist_ok=True)
+    (IMAGES / "flow.svg").write_text(flow(), encoding="utf-8")
+    photos_to_masks().save(IMAGES / "photos_to_masks.jpg", quality=85)

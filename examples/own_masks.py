@@ -1,0 +1,37 @@
+"""Measure a refiner on masks of your own. Runs on drawn shapes, no download.
+
+The folder has the layout of PASCAL VOC; COCO, ImageNet-S and a plain folder of images, masks and
+labels.csv are opened by the same function.
+"""
+
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+
+import camkit
+from camkit.bench import PhotoSettings, Variant, run, to_markdown
+from camkit.data import open_dataset, write_shapes
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as home:
+        write_shapes(Path(home) / "VOC2012", 16, size=(64, 96))
+        dataset = open_dataset(Path(home) / "VOC2012")  # your folder
+        model = timm.create_model(
+            "vit_tiny_patch16_224", pretrained=False, depth=3, num_classes=3, dynamic_img_size=True
+        ).eval()
+        seed = Variant("gradient", camkit.GradientSeed())
+        refine = (camkit.Propagate(steps=2, balance=3), camkit.Normalize("minmax"))
+        report = run(
+            model,
+            dataset,
+            vocabulary=camkit.Vocabulary(dataset.classes),  # outputs of the model, by name
+            variants=[seed, Variant("refined", seed.seed, refine, base=seed)],
+            split="val",  # figures come from here
+            tune_split="train",  # and background scores from here
+            photos=PhotoSettings(size=96),
+        )
+    print(to_markdown(report))
+    print("(random weights: this shows how it is measured, not how good it is)")

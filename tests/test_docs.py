@@ -1,0 +1,290 @@
+"""The docs say what is true: their Python runs, their links lead somewhere, all names are told."""
+
+import ast
+import copy
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from forks import FORKS
+from PIL import Image
+
+import camkit
+from camkit import bench
+from camkit.cli import COMMANDS
+from camkit.data import SHAPE_CLASSES, draw_shapes, open_dataset, write_cam, write_shapes
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+FENCE = re.compile(
+    r"(?:<!-- not run: (?P<why>[^>]+) -->\s*\n)?^ *```python[^\n]*\n(?P<code>.*?)^ *```$",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+HOSTS = {
+    "MCTformer": "mctformer",
+    "ToCo": "toco",
+    "SeCo": "toco",
+    "CLIP-ES": "clip-es",
+    "WeCLIP": "clip-es",
+    "Your fork": "own",
+}
+"""Headings of docs/plug_in.md, and the small re-creation that their Python is run on."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Python of a page, the line it begins at, and the heading it stands below."""
+
+    code: str
+    line: int
+    heading: str
+    why_not: str | None
+
+
+def blocks(page):
+    text = page.read_text(encoding="utf-8")
+    return [_block(text, found) for found in FENCE.finditer(text)]
+
+
+def _block(text, found):
+    before = text[: found.start("code")]
+    headings = re.findall(r"^## (.+)$", before, re.MULTILINE)
+    code = textwrap.dedent(found["code"])
+    return Block(code, before.count("\n"), headings[-1] if headings else "", found["why"])
+
+
+QUOTED = re.compile(r"`([^`]+)`")
+WITH_PYTHON = [page for page in PAGES if blocks(page)]
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    """A folder with what the pages speak of: a photo, a data set, CAM files of another codebase."""
+    home = tmp_path_factory.mktemp("page")
+    data = write_shapes(home / "VOC2012", 8, size=(48, 64))
+    (home / "photos").mkdir()
+    for place, (rgb, _) in zip(("cat.jpg", "photos/dog.jpg"), draw_shapes(2), strict=True):
+        Image.fromarray(rgb).save(home / place)
+    (home / "JPEGImages").symlink_to(home / "VOC2012" / "JPEGImages")
+    for folder in ("cams", "cam-npy"):
+        (home / folder).mkdir()
+    for sample in data.split("val"):
+        maps = torch.rand(len(sample.classes), 48, 64)
+        write_cam(home / "cams" / f"{sample.name}.npy", sample.classes, maps)
+    return home
+
+
+def tiny_clip(*_, **__):
+    vision = {"image_size": (64, 96), "patch_size": 16, "width": 32, "layers": 5, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    return open_clip.model.CLIP(16, vision, text).eval(), None, None
+
+
+@pytest.fixture
+def world(page, stand_ins, monkeypatch, tmp_path):
+    """The names that pages take for granted; pretrained models are tiny and random here."""
+    made = timm.create_model
+
+    def tiny(name, *, pretrained=False, **options):
+        small = {"depth": 3, "embed_dim": 48, "num_heads": 3} if pretrained else {}
+        return made(name, pretrained=False, **(small | options)).eval()
+
+    for place in stand_ins.iterdir():
+        (tmp_path / place.name).symlink_to(place)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, "create_model", tiny)
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", tiny_clip)
+    seed = camkit.GradientSeed()
+    refine = (camkit.Propagate(balance=3), camkit.Normalize("minmax"))
+    outputs = 1000 if page.stem == "migration" else 3
+    options = {"pretrained": True, "num_classes": outputs, "dynamic_img_size": True}
+    model = tiny("vit_tiny_patch16_224", **options)
+    (picture, truth), *_ = draw_shapes(1, size=(64, 96))
+    photo = camkit.photo_from_array(picture, size=96)
+    classes = torch.tensor([[0, 2]])
+    with camkit.watch(model, gradients=True, rgb=photo.rgb) as seen:
+        model(photo.pixels)
+    cam = camkit.resize_cam(camkit.normalize_cam(seed(seen.capture, classes)), (64, 96))
+    return {
+        "__name__": "__main__",
+        "camkit": camkit,
+        "torch": torch,
+        "np": np,
+        "open_clip": open_clip,
+        "Path": Path,
+        "model": model,
+        "photo": photo,
+        "pixels": photo.pixels,
+        "images": photo.pixels,
+        "rgb": photo.rgb,
+        "picture": (photo.rgb.permute(0, 2, 3, 1) * 255).byte(),
+        "classes": classes,
+        "labels": torch.tensor([[True, False, True]]),
+        "seen": seen,
+        "capture": seen.capture,
+        "cam": cam,
+        "mask": torch.from_numpy(truth)[None].to(torch.uint8),
+        "score": 0.3,
+        "scores": torch.rand(1, 3, 64, 96).softmax(1),
+        "seed": seed,
+        "reshape": lambda tokens: tokens[:, 1:].mT.unflatten(-1, (4, 6)),
+        "variants": [bench.Variant("refined", seed, refine)],
+        "dataset": open_dataset("VOC2012"),
+        "vocabulary": camkit.Vocabulary(SHAPE_CLASSES),
+        "photos": bench.PhotoSettings(size=96),
+    }
+
+
+def names_of_host(heading):
+    """What the scripts of that codebase call their things, around a re-creation of their model."""
+    fork = FORKS[HOSTS[heading]]
+    model, images = fork.build()
+    if heading in ("CLIP-ES", "WeCLIP"):
+        model.blocks.extend(copy.deepcopy(model.blocks[0]) for _ in range(10))
+        model = SimpleNamespace(visual=model)
+    labels = torch.tensor([[0, 1, 0, 0, 1]])
+    return {
+        "model": model,
+        "WeCLIP_model": SimpleNamespace(encoder=model),
+        **dict.fromkeys(("images", "inputs", "pixels"), images[:1]),
+        **dict.fromkeys(("target", "cls_label"), labels),
+        "rgb_in_0_1": torch.rand(1, 3, 32, 48),
+        "resized_cam": torch.rand(1, 5, 32, 48),
+        "name": ["2007_000032"],
+        "img_name": "2007_000032",
+        "w_orig": 32,  # rows: their names are swapped
+        "h_orig": 48,
+    }
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
+def test_python_of_a_page_runs_from_top_to_bottom(page, world):
+    heading = ""
+    for block in blocks(page):
+        if page.stem == "plug_in" and block.heading != heading:
+            heading = block.heading
+            world.update(names_of_host(heading))
+        if block.why_not is None:
+            code = compile("\n" * block.line + block.code, str(page), "exec")
+            exec(code, world)
+
+
+def test_blocks_that_are_not_run_are_rare():
+    every = [block for page in WITH_PYTHON for block in blocks(page)]
+    assert sum(block.why_not is not None for block in every) <= 0.05 * len(every)
+
+
+def test_included_files_are_there():
+    for page in PAGES:
+        for place in re.findall(r'^ *--8<-- "([^"]+)"$', page.read_text("utf-8"), re.MULTILINE):
+            assert (ROOT / place).is_file(), f"{page.name} includes {place}"
+
+
+def test_links_have_the_form_of_links():
+    for page in PAGES:
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)]*)\)", text):
+            parts = urlsplit(target)
+            if parts.scheme:
+                assert parts.scheme in ("https", "http"), f"{page.name}: {target}"
+                assert re.fullmatch(r"[a-z0-9.-]+\.[a-z]{2,}", parts.netloc), (
+                    f"{page.name}: {target}"
+                )
+            elif page.name == "README.md" and parts.path:  # mkdocs looks at those of docs/
+                assert (ROOT / parts.path).exists(), f"README.md: {target}"
+
+
+def test_messages_told_as_symptoms_are_those_of_the_code():
+    text = (ROOT / "docs" / "gotchas.md").read_text("utf-8")
+    (section,) = re.findall(r"^## Errors\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)
+    told = [
+        quote
+        for row in section.splitlines()[4:]
+        for quote in QUOTED.findall(row[: row.find("|", 1)])
+    ]
+    said = {
+        node.value
+        for path in (ROOT / "camkit").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert len(told) > 5
+    assert [quote for quote in told if not any(quote in one for one in said)] == []
+
+
+def modules():
+    found = pkgutil.walk_packages(camkit.__path__, "camkit.")
+    return [name for _, name, _ in found if not name.endswith("__main__")]
+
+
+def exported():
+    """Every name that a package of camkit hands out, with the object behind it."""
+    packages = ["camkit", *(name for name in modules() if is_package(name))]
+    pairs = {}
+    for name in packages:
+        module = importlib.import_module(name)
+        for public in public_names(module):
+            thing = getattr(module, public)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                pairs.setdefault(f"{thing.__module__}.{thing.__qualname__}", thing)
+    return pairs
+
+
+def is_package(name):
+    return importlib.util.find_spec(name).submodule_search_locations is not None
+
+
+def public_names(module):
+    if hasattr(module, "__all__"):
+        return module.__all__
+    tree = ast.parse(inspect.getsource(module))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return [alias.asname for node in imports for alias in node.names if alias.asname == alias.name]
+
+
+def test_every_public_name_and_method_has_a_docstring():
+    things = exported()
+    told = {name for thing in things.values() if is_protocol(thing) for name in vars(thing)}
+    silent = [name for name, thing in things.items() if not own_docstring(thing)]
+    for name, thing in things.items():
+        if inspect.isclass(thing) and not is_protocol(thing):
+            silent += [
+                f"{name}.{method}"
+                for method, value in vars(thing).items()
+                if not (method.startswith("_") or method in told or not is_called(value))
+                and not value.__doc__
+            ]
+    assert not silent
+
+
+def own_docstring(thing):
+    """Its docstring, but not the signature that dataclasses put where there is none."""
+    text = vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__
+    return text and not text.startswith(f"{thing.__name__}(")
+
+
+def is_protocol(thing):
+    return getattr(thing, "_is_protocol", False)
+
+
+def is_called(value):
+    return inspect.isfunction(value) or isinstance(value, property)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example_of_itself(command):
+    assert f"camkit {command}" in COMMANDS[command].EXAMPLES
