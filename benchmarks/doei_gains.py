@@ -8,47 +8,13 @@ voc12_animals, figures come from its `val`, or from photos of COCO. The settings
 docs/doei.md, chosen on neither; edits act in the last three blocks.
 """
 
-import argparse
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
+from tables import CHAIN, SEED, found_data, measure, table_options, write
 
 import camkit
-from camkit.bench import Variant, run, to_json, to_markdown
-from camkit.cli.models import DEFAULT_MODEL, data_folder, open_model
-from camkit.data import DataSet, Sample, open_dataset
+from camkit.bench import Variant
+from camkit.cli.models import DEFAULT_MODEL, open_model
 
-RESULTS = Path(__file__).parent / "results"
-KEPT = Path(__file__).parent.parent / "out" / "measured.sqlite"  # so that a run can go on
-CLASSES = ["cat", "dog", "horse", "cow", "sheep", "person"]
-CHAIN = (camkit.Propagate(steps=2, blocks=6, balance=3), camkit.Normalize(mode="minmax"))
-SEED = camkit.GradientSeed()
 ATTENDED = camkit.ClassAttentionSeed()
-
-
-@dataclass(frozen=True)
-class Across:
-    """Tuned on one data set, measured on another of the same classes."""
-
-    tuned: DataSet
-    measured: DataSet
-
-    @property
-    def root(self) -> Path:
-        return self.measured.root
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.measured.classes
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return ("train of voc12_animals", "all")
-
-    def split(self, name: str) -> tuple[Sample, ...]:
-        return (self.tuned if name != "all" else self.measured).split("train")
 
 
 def edits(virtual: camkit.VirtualClassTokens) -> dict[str, object]:
@@ -86,34 +52,12 @@ def variants(virtual: camkit.VirtualClassTokens) -> list[Variant]:
 
 
 def main() -> None:
-    folder = data_folder()
-    if folder is None:
-        sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, help="only the first images of each split")
-    parser.add_argument("--coco", action="store_true", help="measure on coco100_voc")
-    options = parser.parse_args()
-    data = open_dataset(folder / "voc12_animals")
-    tune_split, split, name = "train", "val", "doei"
-    if options.coco:
-        data = Across(data, open_dataset(folder / "coco100_voc"))
-        tune_split, split, name = *data.splits, "doei_coco"
+    options = table_options(__doc__, coco=True).parse_args()
+    found_data()
     opened = open_model(DEFAULT_MODEL)
-    torch.set_num_threads(1)
-    report = run(
-        opened.model,
-        data,
-        vocabulary=opened.vocabulary.subset(CLASSES),
-        variants=variants(camkit.VirtualClassTokens.from_classifier(opened.model)),
-        split=split,
-        tune_split=tune_split,
-        photos=opened.photos,
-        cache=KEPT,
-        limit=options.limit,
-    )
-    (RESULTS / f"{name}.json").write_text(to_json(report))
-    (RESULTS / f"{name}.md").write_text(to_markdown(report))
-    print(to_markdown(report))
+    virtual = camkit.VirtualClassTokens.from_classifier(opened.model)
+    found = measure(variants(virtual), options, opened=opened)
+    write(found.report, options, "doei_coco" if options.coco else "doei")
 
 
 if __name__ == "__main__":

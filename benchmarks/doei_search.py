@@ -7,22 +7,18 @@ images of `train`, figures come from the next ones; `val` is not read.
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tables import CLASSES, KEPT, RESULTS, SEED, found_data, write
 
 import camkit
-from camkit.bench import Variant, run, to_json, to_markdown
-from camkit.cli.models import DEFAULT_MODEL, data_folder, open_model
+from camkit.bench import Variant, run
+from camkit.cli.models import DEFAULT_MODEL, open_model
 from camkit.data import DataSet, Sample, open_dataset
 from camkit.ops.confidence import TwoMeans
 
-RESULTS = Path(__file__).parent / "results"
-KEPT = Path(__file__).parent.parent / "out" / "measured.sqlite"  # so that a run can go on
-CLASSES = ["cat", "dog", "horse", "cow", "sheep", "person"]
-SEED = camkit.GradientSeed()
 BLOCKS, STRENGTHS = (1, 3, 6), (0.5, 1.0, 2.0)
 
 
@@ -82,17 +78,16 @@ def variants(virtual: camkit.VirtualClassTokens) -> list[Variant]:
 
 
 def main() -> None:
-    folder = data_folder()
-    if folder is None:
-        sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
+    folder = found_data()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=60, help="in each half")
-    images = parser.parse_args().images
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
+    options = parser.parse_args()
     opened = open_model(DEFAULT_MODEL)
     torch.set_num_threads(1)
     report = run(
         opened.model,
-        Halves(open_dataset(folder / "voc12_animals"), "train", images),
+        Halves(open_dataset(folder / "voc12_animals"), "train", options.images),
         vocabulary=opened.vocabulary.subset(CLASSES),
         variants=variants(camkit.VirtualClassTokens.from_classifier(opened.model)),
         split="next",
@@ -100,9 +95,7 @@ def main() -> None:
         photos=opened.photos,
         cache=KEPT,
     )
-    (RESULTS / "doei_search.json").write_text(to_json(report))
-    (RESULTS / "doei_search.md").write_text(to_markdown(report))
-    print(to_markdown(report))
+    write(report, options, "doei_search")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from doei_gains import CHAIN, CLASSES, RESULTS, SEED
+from tables import CHAIN, CLASSES, RESULTS, SEED
 from torch import Tensor
 from tqdm import tqdm
 from watching import _peak

@@ -9,24 +9,12 @@ figures come from its `val`, or from photos of COCO. Settings of the refiners we
 `train` (docs/benchmark.md).
 """
 
-import argparse
-import sys
 from pathlib import Path
 
-from doei_gains import CHAIN, CLASSES, KEPT, RESULTS, SEED, Across
+from tables import CHAIN, SEED, measure, table_options, write
 
 import camkit
-from camkit.bench import (
-    Variant,
-    collect_examples,
-    run,
-    standard_variants,
-    to_html,
-    to_json,
-    to_markdown,
-)
-from camkit.cli.models import DEFAULT_MODEL, data_folder, open_model
-from camkit.data import DataSet, open_dataset
+from camkit.bench import Variant, collect_examples, standard_variants, to_html
 
 BEST = "gradient + balanced propagation"
 
@@ -55,42 +43,16 @@ def variants() -> tuple[Variant, ...]:
 
 
 def main() -> None:
-    folder = data_folder()
-    if folder is None:
-        sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, help="only the first images of each split")
-    parser.add_argument("--coco", action="store_true", help="measure on coco100_voc")
+    parser = table_options(__doc__, coco=True)
     parser.add_argument("--html", type=Path, help="also write a page with pictures there")
     options = parser.parse_args()
-    data: DataSet = open_dataset(folder / "voc12_animals")
-    tune_split, split, name = "train", "val", "gains"
-    if options.coco:
-        data = Across(data, open_dataset(folder / "coco100_voc"))
-        tune_split, split, name = *data.splits, "gains_coco"
-    opened = open_model(DEFAULT_MODEL)
-    vocabulary = opened.vocabulary.subset(CLASSES)
-    report = run(
-        opened.model,
-        data,
-        vocabulary=vocabulary,
-        variants=variants(),
-        split=split,
-        tune_split=tune_split,
-        photos=opened.photos,
-        cache=KEPT,
-        outlines=True,
-        limit=options.limit,
-    )
-    (RESULTS / f"{name}.json").write_text(to_json(report))
-    (RESULTS / f"{name}.md").write_text(to_markdown(report))
-    print(to_markdown(report))
+    found = measure(variants(), options, outlines=True)
+    write(found.report, options, "gains_coco" if options.coco else "gains")
     if options.html:
-        shown = collect_examples(
-            opened.model, data, report, vocabulary=vocabulary, photos=opened.photos
-        )
+        settings = {"vocabulary": found.vocabulary, "photos": found.opened.photos}
+        shown = collect_examples(found.opened.model, found.dataset, found.report, **settings)
         options.html.parent.mkdir(parents=True, exist_ok=True)
-        options.html.write_text(to_html(report, shown), encoding="utf-8")
+        options.html.write_text(to_html(found.report, shown), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,24 +7,17 @@ choice by suppression is worth: for each photo and class it takes the layer and 
 leave least of the class's score outside a small area, and no mask has a part in it.
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from tables import CLASSES, Measured, measure, table_options, write
 from tqdm import tqdm
 
 import camkit
 from camkit import bench
-from camkit.cli.models import DEFAULT_MODEL, OpenedModel, data_folder, open_model
-from camkit.data import DataSet, Sample, open_dataset, read_mask
-from camkit.manifest import environment
+from camkit.data import Sample, read_mask
 from camkit.score import confusion_matrix, mean_iou
 
-RESULTS = Path(__file__).parent / "results" / "layers.json"
-CLASSES = ("cat", "dog", "horse", "cow", "sheep", "person")
 LENSES = tuple(camkit.LogitLensSeed(layer) for layer in range(-6, 0))
 PAIR = (camkit.LogitLensSeed(-2), camkit.LogitLensSeed(-1))
 SEEDS = {
@@ -41,9 +34,9 @@ SEEDS = {
 }
 
 
-def chosen_iou(opened: OpenedModel, dataset: DataSet, samples: Sequence[Sample]) -> float:
+def chosen_iou(found: Measured, samples: Sequence[Sample]) -> float:
     """Mean IoU of masks whose layer and threshold were chosen photo by photo."""
-    vocabulary = opened.vocabulary.subset(CLASSES)
+    opened, dataset, vocabulary = found.opened, found.dataset, found.vocabulary
     choose = bench.SuppressionChoice()
     candidates = [bench.Variant(name, SEEDS[name]) for name in SEEDS if name.startswith("lens -")]
     total = torch.zeros(len(CLASSES) + 1, len(CLASSES) + 1, dtype=torch.int64)
@@ -69,39 +62,13 @@ def chosen_iou(opened: OpenedModel, dataset: DataSet, samples: Sequence[Sample])
 
 
 def main() -> None:
-    folder = data_folder()
-    if folder is None:
-        sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, help="use only the first images of each split")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    opened = open_model(DEFAULT_MODEL, size=384)
-    dataset = open_dataset(folder / "voc12_animals")
+    options = table_options(__doc__).parse_args()
     single = bench.Variant("class weight", SEEDS["class weight"])
     others = [bench.Variant(name, seed, base=single) for name, seed in SEEDS.items()]
-    report = bench.run(
-        opened.model,
-        dataset,
-        vocabulary=opened.vocabulary.subset(CLASSES),
-        variants=[single, *others[1:]],
-        split="val",
-        tune_split="train",
-        photos=opened.photos,
-        limit=args.limit,
-    )
-    print(bench.to_markdown(report))
-    chosen = chosen_iou(opened, dataset, dataset.split("val")[: args.limit])
-    print(f"lens and threshold chosen by suppression: {chosen:.1%}")
-    found = {
-        "report": json.loads(bench.to_json(report)),
-        "chosen_by_suppression": chosen,
-        "limit": args.limit,
-        "environment": environment(),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = measure([single, *others[1:]], options)
+    chosen = chosen_iou(found, found.dataset.split("val")[: options.limit])
+    told = f"Lens and threshold chosen photo by photo, by suppression: {chosen:.1%}."
+    write(found.report, options, "layers", told=told, chosen_by_suppression=chosen)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,11 @@ scores are picked on `train` of voc12_animals, figures come from its `val`. Gain
 gradient seed, for a calibrated seed over the same seed without.
 """
 
-import argparse
-import json
-import sys
-from pathlib import Path
-
-import torch
+from tables import found_data, measure, table_options, write
 
 import camkit
-from camkit.bench import Report, Row, Variant, run, to_json, to_markdown
-from camkit.cli.models import DEFAULT_MODEL, data_folder, open_model
-from camkit.data import open_dataset
+from camkit.bench import Report, Row, Variant
+from camkit.cli.models import DEFAULT_MODEL, open_model
 from camkit.seed import (
     AgreeingSeed,
     AttentionRolloutSeed,
@@ -32,9 +26,6 @@ from camkit.seed import (
     Views,
 )
 
-RESULTS = Path(__file__).parent / "results"
-KEPT = Path(__file__).parent.parent / "out" / "measured.sqlite"  # so that a run can go on
-CLASSES = ["cat", "dog", "horse", "cow", "sheep", "person"]
 VOC_MODEL = "vit_tiny_patch16_224.voc20_animals_ft"
 METHODS = ("gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "elementwise")
 
@@ -124,32 +115,14 @@ def choice(report: Report) -> str:
 
 
 def main() -> None:
-    folder = data_folder()
-    if folder is None:
-        sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, help="only the first images of each split")
+    parser = table_options(__doc__)
     parser.add_argument("--voc", action="store_true", help="the model trained on VOC")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     options = parser.parse_args()
+    found_data()
     opened = open_model(VOC_MODEL if options.voc else DEFAULT_MODEL)
-    torch.set_num_threads(1)
-    report = run(
-        opened.model,
-        open_dataset(folder / "voc12_animals"),
-        vocabulary=opened.vocabulary.subset(CLASSES),
-        variants=variants(),
-        split="val",
-        tune_split="train",
-        photos=opened.photos,
-        cache=KEPT,
-        limit=options.limit,
-    )
-    name = "seeds_voc" if options.voc else "seeds"
-    told = json.loads(to_json(report)) | {"choice": choice(report)}
-    (options.out / f"{name}.json").write_text(json.dumps(told, indent=2))
-    (options.out / f"{name}.md").write_text(f"{to_markdown(report)}\n{choice(report)}\n")
-    print(to_markdown(report), choice(report), sep="\n")
+    report = measure(variants(), options, opened=opened).report
+    told = choice(report)
+    write(report, options, "seeds_voc" if options.voc else "seeds", told=told, choice=told)
 
 
 if __name__ == "__main__":

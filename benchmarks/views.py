@@ -6,26 +6,20 @@ Background scores are picked on `train`, figures come from `val`, as in gains.py
 that of making the maps of one line alone, per image, one thread.
 """
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from tables import measure, table_options, write
 
 import camkit
 from camkit import bench
 from camkit.bench.maps import variant_maps
-from camkit.cli.models import DEFAULT_MODEL, OpenedModel, data_folder, open_model
-from camkit.data import Sample, open_dataset
-from camkit.manifest import environment
+from camkit.cli.models import OpenedModel
+from camkit.data import Sample
 from camkit.pipeline import DEFAULT_REFINE
 from camkit.seed import Seed, Views
 
-RESULTS = Path(__file__).parent / "results" / "views.json"
-CLASSES = ("cat", "dog", "horse", "cow", "sheep", "person")
 SEEDS: dict[str, Seed] = {
     "gradient": camkit.GradientSeed(),
     "class weight": camkit.ClassWeightSeed(),
@@ -68,40 +62,12 @@ def seconds_per_image(
 
 
 def main() -> None:
-    folder = data_folder()
-    if folder is None:
-        sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, help="use only the first images of each split")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    opened = open_model(DEFAULT_MODEL, size=384)
-    dataset = open_dataset(folder / "voc12_animals")
-    vocabulary = opened.vocabulary.subset(CLASSES)
-    report = bench.run(
-        opened.model,
-        dataset,
-        vocabulary=vocabulary,
-        variants=lines(),
-        split="val",
-        tune_split="train",
-        photos=opened.photos,
-        limit=args.limit,
-    )
-    print(bench.to_markdown(report))
-    timed = dataset.split("val")[:3]
-    seconds = {v.name: seconds_per_image(opened, timed, v) for v in lines() if not v.refine}
-    for name, value in seconds.items():
-        print(f"{value:6.2f} s  {name}")
-    found = {
-        "report": json.loads(bench.to_json(report)),
-        "cpu_seconds_per_image": seconds,
-        "limit": args.limit,
-        "environment": environment(),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    options = table_options(__doc__).parse_args()
+    found = measure(lines(), options)
+    timed = found.dataset.split("val")[:3]
+    seconds = {v.name: seconds_per_image(found.opened, timed, v) for v in lines() if not v.refine}
+    told = "\n".join(f"- {name}: {value:.2f} s of CPU an image" for name, value in seconds.items())
+    write(found.report, options, "views", told=told, cpu_seconds_per_image=seconds)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Image-level labels by the classifier itself, for who has none."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from camkit.capture.record import scores_of
 from camkit.errors import CamkitError
 from camkit.photo import Photo
+from camkit.seed.present import Activation, chances, check_chance
 from camkit.vocabulary import Vocabulary
 
 
@@ -18,18 +19,14 @@ class PredictedLabels:
 
     Attributes:
         threshold: probability from which a class counts as present.
-        activation: "softmax" over all outputs of a classifier of one class an image, those of a
-            class added up; "sigmoid" of each class for one trained with several.
+        activation: see `camkit.seed.present.Activation`.
     """
 
     threshold: float = 0.1
-    activation: Literal["softmax", "sigmoid"] = "softmax"
+    activation: Activation = "softmax"
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.threshold < 1.0:
-            raise ValueError(f"`threshold` must lie in (0, 1), got {self.threshold}")
-        if self.activation not in ("softmax", "sigmoid"):
-            raise ValueError(f'`activation` must be "softmax" or "sigmoid", got {self.activation}')
+        check_chance(self.threshold, self.activation)
 
     def __call__(self, model: nn.Module, photo: Photo, vocabulary: Vocabulary) -> tuple[int, ...]:
         """Classes of the vocabulary that are present, from 0."""
@@ -38,10 +35,6 @@ class PredictedLabels:
         scores = scores_of(output)
         if scores is None:
             raise CamkitError("labels cannot be predicted: the model returns no class scores")
-        grouped = vocabulary.score(scores.float())[0]
-        if self.activation == "sigmoid":
-            present = grouped.sigmoid()
-        else:
-            present = (grouped - scores.float()[0].logsumexp(-1)).exp()
+        present = chances(vocabulary.score(scores.float()), scores.float(), self.activation)[0]
         found: list[int] = (present >= self.threshold).nonzero().flatten().tolist()
         return tuple(found)

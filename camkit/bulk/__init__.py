@@ -21,7 +21,6 @@ from camkit.bulk.labels import ImageLabels as ImageLabels, read_labels as read_l
 from camkit.bulk.opening import Opening as Opening
 from camkit.bulk.plan import Share as Share
 from camkit.bulk.recipe import (
-    Guess as Guess,
     Reading as Reading,
     Recipe as Recipe,
     Writing as Writing,

@@ -10,14 +10,12 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import nn
 
-from camkit.capture.record import Capture
 from camkit.edit.protocol import Edit, KeyEdit
-from camkit.errors import CamkitError
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
 from camkit.pipeline import DEFAULT_REFINE, Pipeline, wrap
 from camkit.refine import Refiner
-from camkit.seed import GradientSeed, Seed
+from camkit.seed import GradientSeed, Present, Seed
 from camkit.vocabulary import Vocabulary
 
 CamOutput: TypeAlias = Literal["none", "both", "psa", "irn", "clip-es", "npz", "parquet"]
@@ -85,40 +83,6 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class Guess:
-    """Classes by the classifier itself, for images without labels.
-
-    Attributes:
-        threshold: probability from which a class counts as present; None takes the first guess.
-        activation: "softmax" over all outputs, those of a class added up; "sigmoid" of each class
-            for a classifier trained with several labels an image.
-    """
-
-    threshold: float | None = None
-    activation: Literal["softmax", "sigmoid"] = "softmax"
-
-    def __post_init__(self) -> None:
-        if self.threshold is not None and not 0.0 < self.threshold < 1.0:
-            raise ValueError(f"`threshold` must lie in (0, 1), got {self.threshold}")
-        if self.activation not in ("softmax", "sigmoid"):
-            raise ValueError(f'`activation` must be "softmax" or "sigmoid", got {self.activation}')
-
-    def __call__(self, capture: Capture) -> tuple[tuple[int, ...], ...]:
-        """Classes of each image, from 0, as many as are present."""
-        scores = capture.scores.detach().float()
-        if self.threshold is None:
-            return tuple((index,) for index in scores.argmax(1).tolist())
-        if capture.outputs is None:
-            raise CamkitError("classes cannot be guessed: the model returns no class scores")
-        outputs = capture.outputs.detach().float()
-        if self.activation == "sigmoid":
-            present = scores.sigmoid()
-        else:
-            present = (scores - outputs.logsumexp(-1, keepdim=True)).exp()
-        return tuple(tuple((row >= self.threshold).nonzero().flatten().tolist()) for row in present)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A bulk run: how images are read, what the model is asked, what is written.
 
@@ -131,7 +95,7 @@ class Recipe:
         edit_blocks: which blocks, as in `camkit.attach`.
         refine: refiners that need the model's attention, applied in order where the model runs.
         vocabulary: names the classes, see `camkit.wrap`.
-        labels: classes of every image, a `Guess`, or None for those the source says.
+        labels: classes of every image, a `camkit.Present`, or None for those the source says.
         batch: images of one size that go through the model at once.
         chunk: images that are planned together, and batched by size among themselves. Neither
             changes more than the rounding of the maps.
@@ -145,7 +109,7 @@ class Recipe:
     edit_blocks: int | tuple[int, ...] | None = 3
     refine: tuple[Refiner, ...] = DEFAULT_REFINE
     vocabulary: Vocabulary | None = None
-    labels: tuple[int, ...] | Guess | None = None
+    labels: tuple[int, ...] | Present | None = None
     batch: int = 8
     chunk: int = 32
 

@@ -29,12 +29,13 @@ from torch import Tensor
 
 from camkit.bulk.items import Item
 from camkit.bulk.jobs import Failure
-from camkit.bulk.recipe import Guess, Reading, Recipe
+from camkit.bulk.recipe import Reading, Recipe
 from camkit.capture.record import Capture
 from camkit.errors import CamkitError, DataError
 from camkit.photo import Photo, photo_from_array, picture_from_file
 from camkit.pipeline import Pipeline
 from camkit.result import fits_a_byte, mask_legend
+from camkit.seed import Present
 
 Entry = TypeVar("Entry")
 
@@ -153,14 +154,14 @@ def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[Prepared]) -> li
 
 def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[Prepared]) -> list[Maps]:
     asked = [_asked(one, recipe) for one in batch]
-    if any(classes is None for classes in asked) and not isinstance(recipe.labels, Guess):
+    if any(classes is None for classes in asked) and not isinstance(recipe.labels, Present):
         raise DataError("no classes are known of it; give labels, or let the classifier guess")
     if all(classes == () for classes in asked):
         return [_maps(one, (), np.zeros((0, 1, 1), np.float32), recipe) for one in batch]
     photos = [_photo(one.rgb, recipe.reading, one.rgb.shape[:2]) for one in batch]
 
     def slots(capture: Capture) -> Tensor:
-        return _padded(recipe.labels(capture) if isinstance(recipe.labels, Guess) else asked)
+        return recipe.labels(capture) if isinstance(recipe.labels, Present) else _padded(asked)
 
     stages = pipeline.stages(
         torch.cat([photo.pixels for photo in photos]),
@@ -180,7 +181,7 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[Prepared]) -> l
 
 
 def _asked(one: Prepared, recipe: Recipe) -> tuple[int, ...] | None:
-    if isinstance(recipe.labels, Guess):
+    if isinstance(recipe.labels, Present):
         return None
     return one.classes if recipe.labels is None else recipe.labels
 

@@ -11,7 +11,7 @@ from torch import nn
 from camkit.bulk import ImageLabels, read_labels
 from camkit.bulk.opening import Opening
 from camkit.bulk.ranks import rank_of
-from camkit.bulk.recipe import Guess, Reading, Recipe, Writing
+from camkit.bulk.recipe import Reading, Recipe, Writing
 from camkit.bulk.running import Ran, run
 from camkit.bulk.sources import Labelled, Source
 from camkit.cli.cam import read_classes
@@ -24,6 +24,7 @@ from camkit.data import COCO_CLASSES, VOC_CLASSES
 from camkit.data.names import read_names
 from camkit.pipeline import DEFAULT_REFINE
 from camkit.refine import Chain, DenseCRF, Reduced, Refiner
+from camkit.seed import Present
 from camkit.vocabulary import Vocabulary
 
 EXAMPLES = f"""examples:
@@ -39,6 +40,9 @@ folder of WebDataset tar files or of Parquet, or one such file. What is done is 
 OUT: the same command does the rest, however the last one ended.
 
 {steps_help(MODEL_STEPS)}"""
+
+
+_LIKELIEST = Present(0.5, "softmax")  # at most one class can have more than half
 
 
 @dataclass(frozen=True)
@@ -154,19 +158,19 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _labelled(source: Source, text: str | None) -> tuple[Source, Guess | None]:
+def _labelled(source: Source, text: str | None) -> tuple[Source, Present | None]:
     """The source with its labels, and the guess that stands for labels otherwise."""
     kind, _, threshold = (text or "").partition(":")
     if text is None:
         entry = next((one for one in source if hasattr(one, "classes")), None)
-        return source, None if entry is not None and entry.classes is not None else Guess()
+        return source, None if entry is not None and entry.classes is not None else _LIKELIEST
     if text == "dataset":
         return source, None
     if text == "first":
-        return source, Guess()
+        return source, _LIKELIEST
     if kind == "predicted":
         try:
-            return source, Guess(float(threshold) if threshold else 0.1)
+            return source, Present(float(threshold) if threshold else 0.1, "softmax", least=0)
         except ValueError as error:
             raise ValueError(f"--labels {text}: {error}") from error
     labels: ImageLabels = read_labels(text)
@@ -174,7 +178,7 @@ def _labelled(source: Source, text: str | None) -> tuple[Source, Guess | None]:
 
 
 def _recipe(
-    options: argparse.Namespace, opened: OpenedModel, source: Source, labels: Guess | None
+    options: argparse.Namespace, opened: OpenedModel, source: Source, labels: Present | None
 ) -> Recipe:
     vocabulary = _vocabulary(options.vocabulary, opened, source)
     chosen = None

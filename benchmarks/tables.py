@@ -1,0 +1,119 @@
+"""What the scripts that publish tables of mIoU share: data, model, protocol, and files written."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import camkit
+from camkit.bench import Entry, Report, run, to_json, to_markdown
+from camkit.cli.models import DEFAULT_MODEL, OpenedModel, data_folder, open_model
+from camkit.data import DataSet, Sample, open_dataset
+
+RESULTS = Path(__file__).parent / "results"
+KEPT = Path(__file__).parent.parent / "out" / "measured.sqlite"  # so that a run can go on
+CLASSES = ["cat", "dog", "horse", "cow", "sheep", "person"]
+CHAIN = (camkit.Propagate(steps=2, blocks=6, balance=3), camkit.Normalize(mode="minmax"))
+SEED = camkit.GradientSeed()
+
+
+@dataclass(frozen=True)
+class Across:
+    """Tuned on one data set, measured on another of the same classes."""
+
+    tuned: DataSet
+    measured: DataSet
+
+    @property
+    def root(self) -> Path:
+        return self.measured.root
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.measured.classes
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("train of voc12_animals", "all")
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        return (self.tuned if name != "all" else self.measured).split("train")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A report, and what it was made with."""
+
+    report: Report
+    opened: OpenedModel
+    dataset: DataSet
+    vocabulary: camkit.Vocabulary
+
+
+def found_data() -> Path:
+    """The folder that CAMKIT_DATA names, or the end of the script."""
+    folder = data_folder()
+    if folder is None:
+        sys.exit("set CAMKIT_DATA to a folder with voc12_animals/ and weights/")
+    return folder
+
+
+def table_options(description: str | None, *, coco: bool = False) -> argparse.ArgumentParser:
+    """The flags that all these scripts have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--limit", type=int, help="only the first images of each split")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
+    if coco:
+        parser.add_argument("--coco", action="store_true", help="measure on coco100_voc")
+    return parser
+
+
+def measure(
+    variants: Sequence[Entry],
+    options: argparse.Namespace,
+    *,
+    opened: OpenedModel | None = None,
+    outlines: bool = False,
+) -> Measured:
+    """Pick on `train` of voc12_animals; figures are from its `val`, or from photos of COCO."""
+    folder = found_data()
+    dataset: DataSet = open_dataset(folder / "voc12_animals")
+    tune_split, split = "train", "val"
+    if getattr(options, "coco", False):
+        dataset = Across(dataset, open_dataset(folder / "coco100_voc"))
+        tune_split, split = dataset.splits
+    opened = opened or open_model(DEFAULT_MODEL)
+    vocabulary = opened.vocabulary.subset(CLASSES)
+    torch.set_num_threads(1)
+    report = run(
+        opened.model,
+        dataset,
+        vocabulary=vocabulary,
+        variants=variants,
+        split=split,
+        tune_split=tune_split,
+        photos=opened.photos,
+        cache=KEPT,
+        outlines=outlines,
+        limit=options.limit,
+    )
+    return Measured(report, opened, dataset, vocabulary)
+
+
+def write(
+    report: Report, options: argparse.Namespace, name: str, *, told: str = "", **more: Any
+) -> None:
+    """Print a report and write it, as JSON with what is measured besides, and as Markdown."""
+    text = to_markdown(report) + (f"\n{told}\n" if told else "")
+    found = json.loads(to_json(report)) | more
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    (options.out / f"{name}.md").write_text(text)
+    print(text)
