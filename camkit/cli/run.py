@@ -41,7 +41,6 @@ OUT: the same command does the rest, however the last one ended.
 
 {steps_help(MODEL_STEPS)}"""
 
-
 _LIKELIEST = Present(0.5, "softmax")  # at most one class can have more than half
 
 
