@@ -16,9 +16,9 @@ from camkit.edit.controls import ScaleOutput
 from camkit.edit.handle import attach
 from camkit.errors import CamkitError
 from camkit.grid import Grid
-from camkit.seed.class_attention import ClassAttentionSeed
-from camkit.seed.class_weight import ClassWeightSeed
-from camkit.seed.gradient import GradientSeed, RolloutSeed
+from camkit.seed.attention.class_attention import ClassAttentionSeed
+from camkit.seed.attention.gradient import GradientSeed, RolloutSeed
+from camkit.seed.pooled.class_weight import ClassWeightSeed
 from camkit.seed.protocol import Seed
 from camkit.vocabulary import Vocabulary
 

@@ -25,13 +25,13 @@ from camkit.refine.protocol import Refiner
 from camkit.refine.smooth import FastGlobalSmooth
 from camkit.refine.superpixels import Superpixels
 from camkit.result import Result, fits_a_byte, mask_legend
-from camkit.seed.gradient import GradientSeed
-from camkit.seed.look import Look
-from camkit.seed.looked import Looked
+from camkit.seed.attention.gradient import GradientSeed
+from camkit.seed.looking.look import Look
+from camkit.seed.looking.looked import Looked
+from camkit.seed.looking.views import Views
 from camkit.seed.protocol import Seed, check_classes
 from camkit.seed.targets import Asked, Targets, known_classes, name_of, read_targets
-from camkit.seed.text_classes import TextClasses
-from camkit.seed.views import Views
+from camkit.seed.text.text_classes import TextClasses
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
 

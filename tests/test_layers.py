@@ -23,8 +23,8 @@ from camkit.seed import (
     LogitLensSeed,
     Views,
 )
-from camkit.seed.concepts import sobol_pairs, swapped, total_sobol
 from camkit.seed.needs import needs
+from camkit.seed.tokens.concepts import sobol_pairs, swapped, total_sobol
 
 CLASSES = torch.tensor([[1, 4, 0], [3, -1, 2]])
 PICTURE = camkit.Capture.of_picture(torch.zeros(1, 3, 1, 4))

@@ -19,7 +19,7 @@ from camkit import (
 )
 from camkit.seed import Present, TextClasses, Views, read_targets
 from camkit.seed.targets import known_classes
-from camkit.seed.token_gradients import TokenGradientSeed
+from camkit.seed.tokens.token_gradients import TokenGradientSeed
 
 NAMES = Vocabulary(("cat", "dog, hound", "horse", "cow", "sheep"))
 

@@ -15,7 +15,7 @@ import camkit
 from camkit.capture.class_query import ClassQuery
 from camkit.capture.even_rows import EvenRows
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seed.token_maps import principal_component
+from camkit.seed.tokens.token_maps import principal_component
 
 CLASSES = torch.tensor([[1, 4], [3, 0]])
 PIXELS = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))

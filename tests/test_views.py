@@ -14,7 +14,8 @@ from camkit import ClassAttentionSeed, ClassWeightSeed, GradientSeed, ScaleOutpu
 from camkit.bench import Variant
 from camkit.bench.maps import variant_maps
 from camkit.photo import Photo
-from camkit.seed import Look, Looked, Views, views
+from camkit.seed import Look, Looked, Views
+from camkit.seed.looking import views
 from camkit.seed.needs import needs
 
 CLASSES = torch.tensor([[1, 4], [3, -1]])

@@ -12,10 +12,10 @@ from camkit.capture.record import Capture
 from camkit.photo import Photo
 from camkit.refine.normalize import normalize_cam
 from camkit.refine.protocol import Refiner
-from camkit.seed.look import Look
-from camkit.seed.looked import Looked, Reading
+from camkit.seed.looking.look import Look
+from camkit.seed.looking.looked import Looked, Reading
+from camkit.seed.looking.views import Views
 from camkit.seed.needs import TokenSeed
-from camkit.seed.views import Views
 from camkit.tensors import RGB, Cam, Pixels
 from camkit.vocabulary import Vocabulary
 

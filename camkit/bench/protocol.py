@@ -9,8 +9,8 @@ from camkit.edit.protocol import Edit, KeyEdit
 from camkit.photo import Photo, load_photo
 from camkit.refine.protocol import Refiner
 from camkit.score import Best
+from camkit.seed.looking.views import Views
 from camkit.seed.protocol import Seed
-from camkit.seed.views import Views
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def stages(variant: Variant) -> tuple[Variant, ...]:
     """A variant step by step: its seed, then one refiner more in each, based on the one before.
 
     >>> from camkit.refine.normalize import Normalize
-    >>> from camkit.seed.gradient import GradientSeed
+    >>> from camkit.seed.attention.gradient import GradientSeed
     >>> [v.name for v in stages(Variant("gradient", GradientSeed(), (Normalize(),)))]
     ['gradient: seed', 'gradient']
     """

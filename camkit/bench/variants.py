@@ -3,9 +3,9 @@
 from camkit.bench.protocol import Variant
 from camkit.refine.normalize import Normalize
 from camkit.refine.propagate import Propagate
-from camkit.seed.class_attention import ClassAttentionSeed
-from camkit.seed.class_weight import ClassWeightSeed
-from camkit.seed.gradient import GradientSeed, RolloutSeed
+from camkit.seed.attention.class_attention import ClassAttentionSeed
+from camkit.seed.attention.gradient import GradientSeed, RolloutSeed
+from camkit.seed.pooled.class_weight import ClassWeightSeed
 from camkit.seed.protocol import Seed
 
 SEEDS: dict[str, Seed] = {

@@ -14,7 +14,7 @@ from camkit.errors import CamkitError
 from camkit.ops.resampling import resize_cam
 from camkit.paint import contact_sheet, overlay_cam, overlay_mask, save_picture
 from camkit.pipeline import DEFAULT_REFINE, Pipeline, wrap
-from camkit.seed.gradient import GradientSeed
+from camkit.seed.attention.gradient import GradientSeed
 
 EXAMPLES = """examples:
   camkit demo

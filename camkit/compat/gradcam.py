@@ -14,7 +14,7 @@ from camkit.capture.layers import Layers
 from camkit.capture.record import scores_of
 from camkit.compat.targets import Target, likeliest, total
 from camkit.errors import CaptureError
-from camkit.seed.token_maps import WEIGHTED, principal_component
+from camkit.seed.tokens.token_maps import WEIGHTED, principal_component
 
 Reshape: TypeAlias = Callable[[Tensor], Tensor]
 Chosen: TypeAlias = Sequence[Target] | Callable[[Tensor], Sequence[Target]] | None

@@ -11,9 +11,9 @@ from torch import Tensor
 from camkit.capture.record import Capture
 from camkit.capture.tokens import Noise, TokenCall, TokenWatch
 from camkit.errors import CaptureError
-from camkit.seed.contrast import Contrast
 from camkit.seed.protocol import check_classes, keep_asked
-from camkit.seed.token_maps import Method, principal_component, token_map
+from camkit.seed.tokens.contrast import Contrast
+from camkit.seed.tokens.token_maps import Method, principal_component, token_map
 from camkit.tensors import Cam, Classes, Scores
 
 
@@ -21,7 +21,7 @@ from camkit.tensors import Cam, Classes, Scores
 class TokenGradientSeed:
     """The tokens that enter the last attention, weighted by the gradient of the class score.
 
-    The methods' own papers are named in `camkit.seed.token_maps`; negative evidence counts as zero.
+    `camkit.seed.tokens.token_maps` names the methods' own papers; negative evidence counts as zero.
     They were made for convolutions; that a ViT's place is where tokens enter the last attention,
     behind that block's first norm, is the field's habit. Behind the last block the scores of a
     class-token model depend on no patch at all.

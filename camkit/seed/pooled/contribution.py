@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from camkit.capture.record import Capture
 from camkit.capture.tail import TailCall, classifiers, pooling_calls
 from camkit.errors import UnsupportedModelError
-from camkit.seed.attention_pool import pooled_shares
-from camkit.seed.pooling import MaxPooling, MeanPooling, Pooling
+from camkit.seed.pooled.attention_pool import pooled_shares
+from camkit.seed.pooled.pooling import MaxPooling, MeanPooling, Pooling
 from camkit.seed.protocol import check_classes, keep_asked
 from camkit.tensors import Cam, Classes
 
@@ -31,7 +31,7 @@ class ContributionSeed:
     Attributes:
         pooling: how the host pools its patches, where it is neither by mean, nor by maximum, nor by
             a head with one attention query (SigLIP): `GroupedGeM`, `RankPooling`, or your own.
-        nodes: steps of the integral for attention heads (`camkit.seed.attention_pool`).
+        nodes: steps of the integral for attention heads (`camkit.seed.pooled.attention_pool`).
     """
 
     pooling: Pooling | None = None

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camkit.capture.record import Capture
-from camkit.seed.patch_similarity import Features, check_features, features_of
 from camkit.seed.protocol import check_classes, keep_asked
+from camkit.seed.tokens.patch_similarity import Features, check_features, features_of
 from camkit.tensors import Cam, Classes
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camkit.errors import UnsupportedModelError
-from camkit.seed.joint_space import JointSpace
+from camkit.seed.text.joint_space import JointSpace
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "there is a {} in the scene.")
 """Prompts whose embeddings are averaged, a handful like those of CLIP (Radford et al. 2021)."""

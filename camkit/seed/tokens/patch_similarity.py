@@ -11,7 +11,7 @@ from torch import Tensor
 from camkit.capture.record import Capture
 from camkit.capture.tokens import TokenWatch
 from camkit.errors import CaptureError
-from camkit.seed.class_attention import ClassAttentionSeed
+from camkit.seed.attention.class_attention import ClassAttentionSeed
 from camkit.seed.needs import needs
 from camkit.seed.protocol import Seed, keep_asked
 from camkit.tensors import Cam, Classes

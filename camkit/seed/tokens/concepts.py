@@ -11,8 +11,8 @@ from torch.quasirandom import SobolEngine
 from camkit.capture.record import Capture
 from camkit.capture.tokens import TokenWatch
 from camkit.ops.factorization import amounts_of, semi_nmf
-from camkit.seed.logit_lens import leaving_patches, lens_scores
 from camkit.seed.protocol import check_classes, keep_asked, pick
+from camkit.seed.tokens.logit_lens import leaving_patches, lens_scores
 from camkit.tensors import Cam, Classes
 
 

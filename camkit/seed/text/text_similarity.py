@@ -8,7 +8,7 @@ from torch import Tensor
 
 from camkit.capture.record import Capture
 from camkit.seed.protocol import check_classes, keep_asked, pick
-from camkit.seed.text_classes import TextClasses
+from camkit.seed.text.text_classes import TextClasses
 from camkit.tensors import Cam, Classes
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from camkit.capture.record import Capture
 from camkit.errors import UnsupportedModelError
 from camkit.ops.resampling import resize_cam
-from camkit.seed.look import Look
-from camkit.seed.views import Size, Views, join_maps, tile_spans
+from camkit.seed.looking.look import Look
+from camkit.seed.looking.views import Size, Views, join_maps, tile_spans
 from camkit.tensors import RGB, Cam, Classes, Pixels
 
 Reading: TypeAlias = Callable[[Capture, Classes], Cam]

@@ -1,0 +1,1 @@
+"""Class maps from a space that pictures share with words."""

@@ -1,0 +1,1 @@
+"""Class maps from patch tokens: their gradients, their likeness, their own class scores."""
