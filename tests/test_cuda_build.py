@@ -1,5 +1,6 @@
 """The CUDA kernels compile without a GPU, without spills, once, and are found again."""
 
+import errno
 import logging
 import re
 import shutil
@@ -129,6 +130,21 @@ def test_a_file_cut_short_is_not_taken(fake):
     assert cuda_build.find((80,)) is None
     assert cuda_build.build((80,)).read_bytes() != b""
     assert runs(fake) == 2 * STEPS
+
+
+def test_what_is_compiled_is_found_where_nothing_can_be_written(fake, monkeypatch):
+    path = cuda_build.build((80,))
+
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert cuda_build.build((80,)) == path
+    assert cuda_build.find((80,)) == path
+    with pytest.raises(
+        CamkitError, match=r"cannot be written to .*; name a folder in CAMKIT_CACHE"
+    ):
+        cuda_build.build((80,), selection=PART)
 
 
 def test_builders_wait_for_each_other(fake):

@@ -65,11 +65,17 @@ def build(architectures: Sequence[int] | None = None, *, selection: Selection = 
     Raises:
         CamkitError: something that is needed is missing, or a compiler failed.
     """
-    folder = loader.cache_folder()
-    if folder is None:
-        raise CamkitError("no folder to keep compiled kernels in; name one in CAMKIT_CACHE")
     _check_torch()
     wanted, key = _wanted(architectures), _key(selection)
+    named = loader.named_cache()
+    if built := _find(named, key, wanted):
+        return built  # also where nothing can be written
+    folder = loader.cache_folder()
+    if folder is None:
+        place = "any folder" if named is None else named
+        raise CamkitError(
+            f"compiled kernels cannot be written to {place}; name a folder in CAMKIT_CACHE"
+        )
     with _alone(folder / f"attention-{key}.lock"):
         return _find(folder, key, wanted) or _compile(folder, key, wanted, selection)
 
@@ -82,8 +88,7 @@ def find(architectures: Sequence[int] | None = None, *, selection: Selection = A
             torch cannot load such a library.
     """
     _check_torch()
-    folder = loader.cache_folder()
-    found = _find(folder, _key(selection), _wanted(architectures)) if folder else None
+    found = _find(loader.named_cache(), _key(selection), _wanted(architectures))
     if found is None:
         nvcc()
     return found
@@ -148,8 +153,8 @@ def _key(selection: Selection) -> str:
     return loader.digest(*read, " ".join(target).encode())
 
 
-def _find(folder: Path, key: str, wanted: Sequence[int]) -> Path | None:
-    for path in sorted(folder.glob(f"attention-{key}-*.so")):
+def _find(folder: Path | None, key: str, wanted: Sequence[int]) -> Path | None:
+    for path in sorted(folder.glob(f"attention-{key}-*.so")) if folder else []:
         built, digest = path.stem.split("-")[2:]
         covered = all(_runs_on(list(map(int, built.split("_"))), one) for one in wanted)
         # the name tells what the file must hold: loading half a library can end the process

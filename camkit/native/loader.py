@@ -55,11 +55,12 @@ def _find_or_build(source: Path) -> ctypes.CDLL:
     read = [path.read_bytes() for path in (source, *headers)]
     key = digest(*read, " ".join(flags).encode(), platform.machine().encode(), _says(compiler))
     stem = f"{source.stem}-{key}"
-    folder = cache_folder()
-    for path in sorted(folder.glob(f"{stem}-*.so")) if folder else []:
+    named = named_cache()
+    for path in sorted(named.glob(f"{stem}-*.so")) if named else []:
         # the name tells what the file must hold: loading half a library can end the process
         if path.name == f"{stem}-{digest(path.read_bytes())}.so":
             return ctypes.CDLL(str(path))
+    folder = cache_folder()
     with tempfile.TemporaryDirectory(dir=folder) as place:
         built = Path(place) / f"{stem}.so"
         command = [*compiler, *flags, str(source), "-o", str(built)]
@@ -93,19 +94,28 @@ def _processor_flags() -> list[str]:
     return ["-mavx2"] if wide and platform.machine() in ("x86_64", "AMD64") else []
 
 
+def named_cache() -> Path | None:
+    """Where builds are looked for: CAMKIT_CACHE, else a folder in the user's cache, if any."""
+    if os.environ.get("CAMKIT_CACHE"):
+        return Path(os.environ["CAMKIT_CACHE"])
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "camkit"
+    try:
+        return Path("~/.cache/camkit").expanduser()
+    except RuntimeError:  # nobody's home
+        return None
+
+
 def cache_folder() -> Path | None:
     """Where builds are kept; None where nothing can be written."""
-    if os.environ.get("CAMKIT_CACHE"):
-        folder = Path(os.environ["CAMKIT_CACHE"])
-    elif os.environ.get("XDG_CACHE_HOME"):
-        folder = Path(os.environ["XDG_CACHE_HOME"]) / "camkit"
-    else:
-        folder = Path("~/.cache/camkit").expanduser()
+    folder = named_cache()
+    if folder is None:
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except (OSError, RuntimeError):
+    except OSError:
         return None
 
 
