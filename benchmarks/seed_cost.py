@@ -138,6 +138,9 @@ OURS = {
     "camkit LayerCAM": seed(camkit.TokenGradientSeed("layercam"), ONE),
     "camkit EigenCAM, as grad-cam is called": shim("EigenCAM"),
     "camkit LeGrad, 12 blocks": seed(camkit.LeGradSeed(), ONE, blocks=None),
+    "camkit LeGrad of the class token, 12 blocks": seed(
+        camkit.LeGradSeed(reading="class"), ONE, blocks=None
+    ),
     "camkit attention rollout": seed(camkit.AttentionRolloutSeed(), ONE, blocks=None),
 }
 GRAD_CAM = {

@@ -80,6 +80,7 @@ from camkit.seed import (
     RankPooling as RankPooling,
     RolloutSeed as RolloutSeed,
     TextClasses as TextClasses,
+    TextLeGradSeed as TextLeGradSeed,
     TextSimilaritySeed as TextSimilaritySeed,
     TokenGradientSeed as TokenGradientSeed,
     Views as Views,

@@ -281,6 +281,19 @@ class ToCo(nn.Module):
         return self.classifier(F.adaptive_max_pool2d(features, 1)).flatten(1), features
 
 
+class SeCo(ToCo):
+    """Beside the encoder stands a teacher that does not run, and a decoder with background."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder_k = Vit(ReturnsItsMap)
+        self.decoder = nn.Conv2d(DIM, CLASSES + 1, 1)
+
+    def forward(self, pixels):
+        scores, features = super().forward(pixels)
+        return scores, self.decoder(features)
+
+
 class ClipTower(Vit):
     """CLIP's image tower, as OpenAI's, CLIP-ES's and WeCLIP's: the sequence goes first."""
 

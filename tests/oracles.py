@@ -151,8 +151,8 @@ def smooth_grad_cam_plus_plus(tokens, first, second, third):
     return (weights * tokens).sum(-1).clamp_min(0)
 
 
-def legrad(model, pixels, column, patches, blocks):
-    """Each block alone: a copy whose blocks behind it are gone, scored by its mean token."""
+def legrad(model, pixels, column, patches, blocks, reading="mean"):
+    """Each block alone: a copy whose blocks behind it are gone, scored by one of its tokens."""
     total = 0
     depth = len(model.blocks)
     for last in range(depth - blocks, depth):
@@ -166,8 +166,9 @@ def legrad(model, pixels, column, patches, blocks):
         attention.attn_drop.register_forward_hook(lambda *call, maps=maps: maps.append(call[-1]))
         shortened.blocks[last].register_forward_hook(lambda *call, kept=kept: kept.append(call[-1]))
         shortened(pixels)
-        token = kept[0].mean(1)
+        token = kept[0].mean(1) if reading == "mean" else kept[0][:, 0]
         scores = shortened.head(shortened.fc_norm(shortened.norm(token)))
         (gradient,) = torch.autograd.grad(chosen(scores, column), maps)
-        total = total + gradient.clamp_min(0).mean((1, 2))[:, patches]
+        rows = gradient if reading == "mean" else gradient[:, :, :1]
+        total = total + rows.clamp_min(0).mean((1, 2))[:, patches]
     return total / blocks

@@ -5,12 +5,20 @@ import copy
 import oracles
 import pytest
 import torch
-from forks import FORKS, GRID, PrivateCopy, attention_of, written_out
+from forks import FORKS, GRID, MODULES, PrivateCopy, SeCo, attention_of, written_out
+from hosts import shaken
 from torch import nn
 
 from camkit import Grid, ScaleOutput, attach, watch
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seed import ClassWeightSeed, GradientSeed
+from camkit.seed import (
+    ClassWeightSeed,
+    EigenSeed,
+    GradientSeed,
+    LogitLensSeed,
+    PatchHeadSeed,
+    needs,
+)
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 ALL = torch.arange(5).expand(3, 5)  # every class, of every image
@@ -187,6 +195,26 @@ def test_toco_patches_are_scored_by_the_convolution_behind_its_pooling():
     torch.testing.assert_close(capture.patch_scores().mT, expected, **CLOSE)
     above = (expected - expected.mean(-1, keepdim=True)).clamp_min(0)
     torch.testing.assert_close(ClassWeightSeed()(capture, ALL).flatten(2), above, **CLOSE)
+
+
+def test_a_teacher_that_does_not_run_hides_nothing_of_its_student():
+    model, pixels = shaken(SeCo()), torch.randn(3, 3, 32, 48)
+    with torch.no_grad(), watch(model, **needs(LogitLensSeed())) as seen:
+        model(pixels)
+    tokens = model.encoder.forward_features(pixels)[:, 1:]
+    expected = torch.einsum("bnd,cd->bnc", tokens, model.classifier.weight[:, :, 0, 0])
+    torch.testing.assert_close(seen.capture.patch_scores(), expected, **CLOSE)
+    assert [call.name for call in seen.capture.leaving] == [f"encoder.{m}" for m in MODULES]
+    with pytest.raises(UnsupportedModelError, match=r"6 channels .* scores 5 classes.*ClassWeight"):
+        PatchHeadSeed()(seen.capture, ALL)
+    with torch.no_grad(), watch(model, **needs(EigenSeed())) as seen:
+        model(pixels)
+    with pytest.raises(CaptureError, match=r"teacher's, perhaps.; name what runs"):
+        EigenSeed()(seen.capture, ALL)
+    mine = [f"encoder.{name}" for name in MODULES]
+    with torch.no_grad(), watch(model, modules=mine, **needs(EigenSeed())) as seen:
+        model(pixels)
+    assert EigenSeed()(seen.capture, ALL).amax() > 0
 
 
 def test_the_text_tower_of_clip_is_neither_watched_nor_edited():

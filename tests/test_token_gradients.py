@@ -1,6 +1,7 @@
 """The Grad-CAM family on tokens: its formulas, its shortcuts, and what it leaves alone."""
 
 import copy
+from contextlib import contextmanager
 
 import numpy as np
 import oracles
@@ -26,6 +27,7 @@ SEEDS = [
     camkit.TokenGradientSeed("gradcam++", noise=camkit.Noise(samples=2)),
     camkit.EigenSeed(),
     camkit.LeGradSeed(),
+    camkit.LeGradSeed(reading="class"),
     camkit.AttentionRolloutSeed(),
 ]
 
@@ -203,6 +205,69 @@ def test_legrad_is_the_positive_gradient_of_every_blocks_own_score(family, block
         torch.testing.assert_close(found[:, slot], expected, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("family", ["vit", "qk norm", "dinov2 registers"])
+@pytest.mark.parametrize("class_query", [False, True])
+def test_legrad_of_the_class_token_is_the_gradient_at_its_row_alone(family, class_query):
+    model, pixels = tiny(family)
+    seed = camkit.LeGradSeed(blocks=2, reading="class")
+    capture = seen_by(model, pixels, seed, class_query=class_query)
+    found = seed(capture, CLASSES).flatten(2)
+    for slot, column in enumerate(CLASSES.T):
+        expected = oracles.legrad(model, pixels, column, capture.patches, 2, "class")
+        torch.testing.assert_close(found[:, slot], expected, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("explicit softmax", "writes its softmax out"),
+        ("average pooled", "has 0 class tokens, where one is needed"),
+        ("learned bias", "cannot be called with the class token alone"),
+        ("training", "is in training mode"),
+        ("hooked", "carries hooks or edits"),
+        ("edited", "makes something else of the class token"),
+    ],
+)
+def test_a_class_token_that_cannot_be_followed_alone_is_refused(host, words):
+    known = host in ("explicit softmax", "average pooled", "learned bias")
+    model, pixels = tiny(host if known else "vit", depth=2)
+    if host == "training":
+        model.train()
+    if host == "hooked":
+        model.blocks[0].norm1.register_forward_hook(lambda *_: None)
+    edit = camkit.ScaleOutput(2.0) if host == "edited" else None
+
+    def watched():
+        with watching(model, camkit.LeGradSeed(reading="class"), edit):
+            model(pixels)
+
+    with pytest.raises(UnsupportedModelError, match=rf"{words}.*reading=.mean."):
+        watched()
+
+
+@contextmanager
+def watching(model, seed, edit):
+    """A watched model without gradients, edited only after its hooks are on."""
+    with torch.no_grad(), camkit.watch(model, **camkit.needs(seed)):
+        if edit is not None:
+            camkit.attach(model, edit)
+        yield
+
+
+def test_a_callers_own_graph_keeps_the_gradients_of_its_weights():
+    model, pixels = tiny("vit", depth=2)
+    model(pixels).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for seed in (camkit.LeGradSeed(), camkit.LeGradSeed(reading="class")):
+        with camkit.watch(model, **camkit.needs(seed)):
+            scores = model(pixels)
+        scores.square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+        model.zero_grad()
+
+
 def test_legrad_of_a_graph_that_others_need_whole_is_the_same():
     model, pixels = tiny("vit")
     alone = seen_by(model, pixels, camkit.LeGradSeed())
@@ -346,6 +411,7 @@ def test_noise_that_one_forward_cannot_hold_is_refused():
         (lambda: camkit.TokenGradientSeed("scorecam"), "must be one of gradcam, .*got 'scorecam'"),
         (lambda: camkit.TokenGradientSeed(blocks=0), "at least 1, got 0"),
         (lambda: camkit.LeGradSeed(blocks=0), "at least 1 or None, got 0"),
+        (lambda: camkit.LeGradSeed(reading="max"), '"mean" or "class", got \'max\''),
         (lambda: camkit.AttentionRolloutSeed(residual=2.0), r"in \[0, 1\], got 2.0"),
         (lambda: camkit.Noise(samples=0), "at least 1, got 0"),
         (lambda: camkit.TokenWatch(gradients=True), "at least 1, got 0"),

@@ -1,7 +1,7 @@
 """One attention call as it happened: from q and k where it was fused, else from its map."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -117,6 +117,13 @@ class FusedAttention:
             scale=self.scale,
             bias=None if self.bias is None else self.bias.detach(),
         )
+
+    def detached(self, *, values: bool) -> "FusedAttention":
+        """The call outside of its graph, with what gradients are made of or without."""
+        found = {name: getattr(self, name) for name in ("q", "k", "bias", "v", "output")}
+        found = {name: None if part is None else part.detach() for name, part in found.items()}
+        gone = {} if values else {"v": None, "output": None}
+        return replace(self, **found | gone)
 
     @property
     def _values(self) -> Tensor:

@@ -22,7 +22,7 @@ from camkit.capture.host import Host
 from camkit.capture.mha import multi_head_attention
 from camkit.capture.stream import block_modules
 
-_CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TRIED: "WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]]" = WeakKeyDictionary()
 
 
@@ -237,9 +237,9 @@ def _close(one: Any, other: Any) -> bool:
         return bool(one == other)
     if one.shape != other.shape:
         return False
-    if one.dtype not in _CLOSE or one.numel() == 0:
+    if one.dtype not in CLOSE or one.numel() == 0:
         return torch.equal(one, other)
-    return bool(((one - other).abs() <= _CLOSE[one.dtype] * one.abs().max()).all())
+    return bool(((one - other).abs() <= CLOSE[one.dtype] * one.abs().max()).all())
 
 
 def _hooks_on(model: nn.Module) -> int:

@@ -35,14 +35,24 @@ class Forward:
     outputs: Tensor | None = None
     entering: list[TokenCall] = field(default_factory=list)
     leaving: list[TokenCall] = field(default_factory=list)
+    class_paths: list[TokenCall] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     class_query_only: bool = False
 
     def known_tail(self) -> tuple[TailCall, ...]:
-        """Calls behind the last block, without those on tokens that were never evaluated."""
-        if not self.class_query_only:
+        """Calls behind the last block, without the tokens that were never evaluated."""
+        if not self.class_query_only or self.anatomy is None:
             return tuple(self.tail)
-        return tuple(call for call in self.tail if call.output.dim() < 3 and call.input.dim() < 3)
+        place = self.anatomy.class_tokens[0]
+
+        def known(tokens: Tensor) -> Tensor:
+            return tokens[:, place, None] if tokens.dim() == 3 else tokens
+
+        return tuple(
+            TailCall(call.module, known(call.input), known(call.output))
+            for call in self.tail
+            if call.input.dim() == call.output.dim() < 4
+        )
 
     def read(self, output: Any, scores: Callable[[Any], Tensor] | None, *, at_core: bool) -> None:
         """Find the class scores in what the model returned; a wrapper around it makes none."""

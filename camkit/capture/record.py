@@ -77,12 +77,12 @@ class Capture:
         names: the modules they belong to.
         anatomy: which tokens are class, distillation, register tokens.
         grid: rows and columns of patches.
-        outputs: what the classifier returned, one row an image; None when the model returned no
-            scores.
+        outputs: what the classifier returned, one row an image; None when it returned no scores.
         tail: module calls after the last block.
         pooling: attention of single queries, which pool the patches.
         entering: tokens that enter the attention of the last blocks, where they were asked for.
         leaving: tokens that leave each block, where they were asked for.
+        class_paths: the class token alone behind each block's attention, where it was asked for.
         samples: forwards of the same images under noise, where they were asked for.
         class_query_only: whether the last block was evaluated for the class token only, so that
             nothing is known of its patches.
@@ -99,6 +99,7 @@ class Capture:
     pooling: tuple[PoolingCall, ...] = ()
     entering: tuple[TokenCall, ...] = ()
     leaving: tuple[TokenCall, ...] = ()
+    class_paths: tuple[TokenCall, ...] = ()
     samples: tuple[Sample, ...] = ()
     class_query_only: bool = False
     rgb: RGB | None = None

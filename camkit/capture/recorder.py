@@ -50,7 +50,9 @@ class Recorder:
         self._keep = keep
         wanted = tokens or TokenWatch()
         self._gradients = gradients or wanted.within_blocks
-        self._graph, self._drawn = Graph(), self._gradients or wanted.gradients
+        self._values = wanted.class_paths
+        drawn = self._gradients or wanted.gradients or wanted.class_paths
+        self._graph, self._drawn = Graph(), drawn
         self._class_rows_only = class_rows_only
         self._scores = scores
         self._names = {module: name for name, module in host.attention.items()}
@@ -199,9 +201,7 @@ class Recorder:
             output = self._in_graph(output)
             self._add(replace(attention, output=output))
             return output
-        q, k, bias = attention.q.detach(), attention.k.detach(), attention.bias
-        bias = None if bias is None else bias.detach()
-        self._add(FusedAttention(q, k, attention.scale, bias, normaliser=attention.normaliser))
+        self._add(replace(attention, output=output).detached(values=self._values))
         return output
 
     def _on_explicit(self, weights: Tensor) -> Tensor:

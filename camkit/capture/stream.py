@@ -19,7 +19,7 @@ def block_modules(model: nn.Module, attention: Iterable[str]) -> dict[str, nn.Mo
     """
     names = [name for name in attention if not is_pooling(model, name)]
     found = {}
-    for name, block in zip(names, _block_names(names), strict=True):
+    for name, block in zip(names, block_names(names), strict=True):
         if block not in ("", name):
             found[name] = model.get_submodule(block)
     return found
@@ -42,11 +42,25 @@ def tokens_of(value: Any) -> Tensor | None:
     return first if isinstance(first, Tensor) and first.dim() == 3 else None
 
 
-def _block_names(attention: Sequence[str]) -> list[str]:
-    paths = [name.split(".") for name in attention]
+def block_names(attention: Sequence[str]) -> list[str]:
+    """The name of the block around each attention module; its own where nothing is around it.
+
+    Members of a list are blocks; where names part before one, as those of two encoders do (SeCo's
+    student and teacher), each part is looked at by itself.
+
+    Args:
+        attention: names of attention modules.
+    """
+    return [_block_name(name.split("."), [n.split(".") for n in attention]) for name in attention]
+
+
+def _block_name(path: list[str], paths: list[list[str]]) -> str:
     if len(paths) == 1:
-        return [".".join(paths[0][:-1])]
+        return ".".join(path[:-1])
     shared = 0
-    while paths and len({tuple(path[: shared + 1]) for path in paths}) == 1:
+    while len({tuple(other[: shared + 1]) for other in paths}) == 1:
         shared += 1
-    return [".".join(path[: shared + 1]) for path in paths]
+    beside = [other for other in paths if other[: shared + 1] == path[: shared + 1]]
+    if path[shared].isdigit() or len(beside) == 1:
+        return ".".join(path[: shared + 1])
+    return _block_name(path, beside)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from camkit.capture.stream import block_names
 from camkit.errors import UnsupportedModelError
 
 
@@ -23,11 +24,8 @@ class TailCall:
 
 def tail_modules(model: nn.Module, attention: Sequence[str]) -> list[nn.Module]:
     """Leaf modules outside the blocks that hold the attention modules."""
-    paths = [name.split(".") for name in attention]
-    shared = 0
-    while len({tuple(path[: shared + 1]) for path in paths}) == 1 and shared < len(paths[0]) - 1:
-        shared += 1
-    blocks = {".".join(path[: shared + 1]) for path in paths}
+    alone = len(attention) == 1  # what is around it may be the whole model
+    blocks = set(attention if alone else block_names(attention))
     return [
         module
         for name, module in model.named_modules()

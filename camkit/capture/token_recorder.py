@@ -1,12 +1,15 @@
 """Listens to the tokens of a host while it runs."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from camkit.capture.anatomy import image_batch
+from camkit.capture.attention import FusedAttention
+from camkit.capture.class_path import ClassPath
 from camkit.capture.class_query import ClassQuery
 from camkit.capture.even_rows import EvenRows
 from camkit.capture.forward import Forward
@@ -43,9 +46,11 @@ class TokenRecorder:
         blocks = host.blocks()
         last = list(blocks)[-wanted.blocks :] if wanted.blocks else []
         self._names = {blocks[name]: name for name in last}
-        through = wanted.within_blocks or wanted.leaving
+        through = wanted.within_blocks or wanted.leaving or wanted.class_paths
         self._blocks = block_modules(host.model, blocks) if through else {}
-        if wanted.within_blocks and not self._blocks:
+        paths = self._blocks if wanted.class_paths else {}
+        self._paths = {name: ClassPath(name, blocks[name], block) for name, block in paths.items()}
+        if (wanted.within_blocks or wanted.class_paths) and not self._blocks:
             raise UnsupportedModelError(
                 "no block lies around the attention modules of this model, so nothing leaves one; "
                 "use GradientSeed or RolloutSeed"
@@ -57,7 +62,7 @@ class TokenRecorder:
         for module in self._names:
             hooks.before(module, self._before_attention, outermost=True)
         for name, block in self._blocks.items():
-            if self._cut:
+            if self._cut and self._wanted.within_blocks:
                 hooks.before(block, self._even_rows)
             hooks.after(block, self._leaving(name, last=name == list(self._blocks)[-1]))
         if self._query is not None:
@@ -135,7 +140,8 @@ class TokenRecorder:
         return tuple(kept if v is tokens else v for v in args), named
 
     def _even_rows(self, *_: Any) -> None:
-        if self._listening is not None and self._listening() is not None:
+        ours = not torch.is_grad_enabled()  # a caller's own graph needs gradients of weights
+        if ours and self._listening is not None and self._listening() is not None:
             self._rows = EvenRows()
             self._rows.__enter__()
 
@@ -146,14 +152,17 @@ class TokenRecorder:
 
     def _leaving(self, name: str, *, last: bool) -> Callable[..., Any]:
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            del module, args, kwargs
+            del module
             self._end_rows()
             forward = self._listening() if self._listening is not None else None
             tokens = tokens_of(output)
             if forward is None or tokens is None or not forward.kept:
                 return None
+            if name in self._paths:
+                self._follow(name, (args, kwargs), tokens, forward)
             if not self._wanted.within_blocks:
-                forward.leaving.append(TokenCall(name, tokens.detach(), _turned(forward)))
+                if self._wanted.leaving:
+                    forward.leaving.append(TokenCall(name, tokens.detach(), _turned(forward)))
                 return None
             attention = forward.kept[-1].attention
             forward.leaving.append(TokenCall(name, tokens, _turned(forward), attention))
@@ -163,6 +172,16 @@ class TokenRecorder:
             return (apart, *output[1:]) if isinstance(output, tuple) else apart
 
         return leave
+
+    def _follow(self, name: str, call: tuple[Any, Any], left: Tensor, forward: Forward) -> None:
+        kept, anatomy = forward.kept[-1], forward.anatomy
+        if anatomy is None:
+            return
+        forward.class_paths.append(self._paths[name](*call, left, kept.attention, anatomy))
+        alone = self._cut and not self._wanted.within_blocks
+        if alone and isinstance(kept.attention, FusedAttention):  # nobody else needs its values
+            light = kept.attention.detached(values=False)
+            forward.kept[-1] = replace(kept, attention=light)
 
 
 def _turned(forward: Forward) -> bool:

@@ -40,6 +40,8 @@ class TokenWatch:
         within_blocks: keep, of every block, the attention and the tokens that leave the block, in a
             graph of their own; between blocks it is cut, unless others need it whole.
         leaving: keep the tokens that leave each block, without a graph.
+        class_paths: of every block, follow the class token alone from its row of the attention to
+            the block's end, in a graph of its own.
         noise: run the images again under noise, and keep the same of these runs.
         class_query: where the class token alone is pooled, evaluate the last block for its query
             only. Scores stay exact and so do gradients; what the model makes of its patches behind
@@ -50,6 +52,7 @@ class TokenWatch:
     gradients: bool = False
     within_blocks: bool = False
     leaving: bool = False
+    class_paths: bool = False
     noise: Noise | None = None
     class_query: bool = False
 
@@ -112,6 +115,7 @@ def joined(wanted: Iterable[TokenWatch]) -> TokenWatch | None:
             gradients=found.gradients or one.gradients,
             within_blocks=found.within_blocks or one.within_blocks,
             leaving=found.leaving or one.leaving,
+            class_paths=found.class_paths or one.class_paths,
             class_query=found.class_query and one.class_query,
         )
     return found

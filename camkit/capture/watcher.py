@@ -64,7 +64,8 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
         ...     logits = model(pixels)
         >>> seen.capture.class_to_patch()  # doctest: +SKIP
     """
-    if (gradients or (tokens is not None and tokens.within_blocks)) and class_rows_only:
+    through = tokens is not None and (tokens.within_blocks or tokens.class_paths)
+    if (gradients or through) and class_rows_only:
         raise ValueError("`class_rows_only` lets go of what `gradients` needs; choose one of them")
     host = Host.of(model, modules=modules, class_tokens=class_tokens, grid=grid)
     return Watch(
@@ -147,6 +148,7 @@ class Watch:
             pooling=tuple(forward.pooling),
             entering=tuple(forward.entering),
             leaving=tuple(forward.leaving),
+            class_paths=tuple(forward.class_paths),
             samples=tuple(forward.samples),
             class_query_only=forward.class_query_only,
             rgb=self._rgb,

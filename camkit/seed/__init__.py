@@ -28,6 +28,7 @@ from camkit.seed.protocol import Seed as Seed
 from camkit.seed.targets import Targets as Targets, read_targets as read_targets
 from camkit.seed.text.joint_space import JointSpace as JointSpace
 from camkit.seed.text.text_classes import TextClasses as TextClasses
+from camkit.seed.text.text_legrad import TextLeGradSeed as TextLeGradSeed
 from camkit.seed.text.text_similarity import TextSimilaritySeed as TextSimilaritySeed
 from camkit.seed.tokens.concepts import Concepts as Concepts, ConceptSeed as ConceptSeed
 from camkit.seed.tokens.contrast import Contrast as Contrast

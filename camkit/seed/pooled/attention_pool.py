@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.capture.attention import FusedAttention
+from camkit.capture.scaled_weights import scaled_weights
 from camkit.capture.search import head_count, is_attention
 from camkit.capture.tail import TailCall
-from camkit.capture.tap import Tap
 from camkit.errors import UnsupportedModelError
 
 
@@ -40,7 +39,7 @@ def pooled_shares(
         tokens = call.input.clone()
         for place, weight in _gauss(nodes):
             leaves: list[Tensor] = []
-            with _scaled(place, leaves, head_count(attention)):
+            with scaled_weights(place, leaves, head_count(attention)):
                 score = read(call.module.forward(tokens)).sum()
             if len(leaves) != 1 or leaves[0].shape[2] != 1:
                 raise UnsupportedModelError(
@@ -51,22 +50,6 @@ def pooled_shares(
             on_the_way = (leaves[0] * gradient)[:, :, 0].sum(1).detach()
             shares.append(weight / place * on_the_way)
     return torch.stack(shares).sum(0)[:, list(patches)]
-
-
-def _scaled(place: float, leaves: list[Tensor], heads: int) -> Tap:
-    """A tap under which attention uses its weights times ``place``; they become leaves."""
-
-    def on_weights(weights: Tensor) -> Tensor:
-        leaves.append((weights.detach() * place).requires_grad_())
-        return leaves[-1]
-
-    def on_fused(output: Tensor, attention: FusedAttention) -> Tensor:
-        if attention.v is None:
-            return output
-        used = on_weights(attention.rows(range(attention.shape[2])))
-        return (used @ attention.v.to(used.dtype)).to(output.dtype)
-
-    return Tap(on_fused, on_weights, heads=heads)
 
 
 def _gauss(nodes: int) -> list[tuple[float, float]]:

@@ -15,7 +15,7 @@ from camkit.tensors import Cam, Classes
 class PatchHeadSeed:
     """The class maps that a head of the host makes of its patches (MCTformer-V2's patch CAM).
 
-    Negative scores count as zero, as there.
+    It has as many channels as the host has class scores. Negative ones count as zero, as there.
     """
 
     gradients: ClassVar[bool] = False
@@ -32,7 +32,15 @@ class PatchHeadSeed:
                 f"no layer behind the last block returns maps of {rows}x{cols} patches, so the "
                 "host has no head for patches; use ClassWeightSeed"
             )
-        scores = maps[-1].flatten(2).mT
+        known = maps[-1].shape[1] if capture.outputs is None else capture.outputs.shape[-1]
+        fitting = [scored for scored in maps if scored.shape[1] == known]
+        if not fitting:
+            raise UnsupportedModelError(
+                f"layers behind the last block return maps of {maps[-1].shape[1]} channels (a "
+                f"decoder's, it seems), but the host scores {known} classes, so none of them is a "
+                "head for patches; use ClassWeightSeed"
+            )
+        scores = fitting[-1].flatten(2).mT
         scores = scores if capture.vocabulary is None else capture.vocabulary.score(scores)
         check_classes(capture, classes, scores.shape[-1])
         return keep_asked(capture.grid.fold(pick(scores, classes).clamp_min(0.0)), classes)

@@ -61,10 +61,16 @@ class JointSpace:
             "compared with texts: camkit.JointSpace((norm.forward, projection.forward))"
         )
 
-    def embed(self, tokens: Tokens) -> Float[Tensor, "b t D"]:
+    def embed(self, tokens: Tokens, *, gradients: bool = False) -> Float[Tensor, "b t D"]:
         """Embed every token alone, each as long as one; a pooling head sees one token at a time."""
-        found = self._run(tokens.flatten(0, 1)[:, None])
-        return F.normalize(found.flatten(1).unflatten(0, tokens.shape[:2]), dim=-1)
+        with torch.set_grad_enabled(gradients):
+            found = self._run(tokens.flatten(0, 1)[:, None])
+            return F.normalize(found.flatten(1).unflatten(0, tokens.shape[:2]), dim=-1)
+
+    def pooled(self, tokens: Tokens, *, gradients: bool = False) -> Float[Tensor, "b D"]:
+        """Embed whole sequences by the pooling head."""
+        with torch.set_grad_enabled(gradients):
+            return F.normalize(self._run(tokens).flatten(1), dim=-1)
 
     def patches(self, capture: Capture) -> Float[Tensor, "b n D"]:
         """Embeddings of the patches."""
@@ -74,7 +80,7 @@ class JointSpace:
         """Embeddings of whole images, as the host makes them: of its class token, or pooled."""
         tokens = last_tokens(capture)
         if self.pools:
-            return F.normalize(self._run(tokens).flatten(1), dim=-1)
+            return self.pooled(tokens)
         if not capture.anatomy.class_tokens:
             raise CaptureError(
                 "this host has neither a class token nor a pooling head, so its image embedding "
@@ -83,9 +89,8 @@ class JointSpace:
         return self.embed(tokens[:, list(capture.anatomy.class_tokens[:1])])[:, 0]
 
     def _run(self, tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            for step in self.steps:
-                tokens = step(tokens)
+        for step in self.steps:
+            tokens = step(tokens)
         return tokens
 
 

@@ -129,7 +129,9 @@ def entering(capture: Capture, blocks: int, seed: object) -> tuple[TokenCall, ..
     if len(capture.entering) < blocks or short:
         raise CaptureError(
             f"this capture does not hold the tokens that {type(seed).__name__} reads; watch the "
-            "forward with camkit.watch(model, **camkit.needs(seed))"
+            "forward with camkit.watch(model, **camkit.needs(seed)). If you did, the attention "
+            "that comes last in the model did not run (a teacher's, perhaps); name what runs in "
+            "`modules=`"
         )
     return capture.entering[-blocks:]
 
