@@ -9,25 +9,27 @@ figures come from its `val`, or from photos of COCO. Settings of the refiners we
 `train` (docs/benchmark.md).
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-from tables import CHAIN, SEED, measure, table_options, write
+from tables import CHAIN, measure, table_options, write
 
 import camkit
 from camkit.bench import Variant, collect_examples, standard_variants, to_html
 
-BEST = "gradient + balanced propagation"
+BEST = "calibrated + balanced propagation"
 
 
 def variants() -> tuple[Variant, ...]:
     """The standard seeds and propagations, controls of the best, and what follows colours."""
     lines = {line.name: line for line in standard_variants()}
-    seed, minmax = lines["gradient"], CHAIN[1]
+    seed, best, minmax = lines["calibrated"], lines[BEST], CHAIN[1]
+    lines["calibrated"] = seed = replace(seed, base=lines["gradient"])
     controls = tuple(
-        Variant(f"control: gradient + blur {width:g}", SEED, (camkit.Blur(width), minmax), seed)
-        for width in (1.0, 2.0)
+        replace(best, name=f"control: calibrated + blur {width:g}", refine=(blur, minmax))
+        for width, blur in ((width, camkit.Blur(width)) for width in (1.0, 2.0))
     )
-    best = lines[BEST] = Variant(BEST, SEED, CHAIN, seed, controls=controls)
+    lines[BEST] = best = replace(best, base=seed, controls=controls)
     crf = camkit.DenseCRF(background_score=0.5)
     edges = {
         "GuidedFilter": camkit.GuidedFilter(),
@@ -36,7 +38,7 @@ def variants() -> tuple[Variant, ...]:
         "DenseCRF, half size": camkit.Reduced(crf, scale=0.5),
     }
     after = (
-        Variant(f"{BEST} + {name}", SEED, (*CHAIN, refiner), best)
+        replace(best, name=f"{BEST} + {name}", refine=(*CHAIN, refiner), base=best, controls=())
         for name, refiner in edges.items()
     )
     return (*lines.values(), *controls, *after)

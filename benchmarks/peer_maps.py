@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import camkit
 from camkit.photo import Photo
-from camkit.pipeline import DEFAULT_REFINE
+from camkit.preset import DEFAULT_REFINE
 
 Maps: TypeAlias = Callable[[Photo, list[int]], Tensor]
 """``(photo, classes) -> (k, h, w)`` maps in [0, 1], on the patch grid or finer."""

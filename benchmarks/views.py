@@ -17,7 +17,7 @@ from camkit import bench
 from camkit.bench.maps import variant_maps
 from camkit.cli.models import OpenedModel
 from camkit.data import Sample
-from camkit.pipeline import DEFAULT_REFINE
+from camkit.preset import DEFAULT_REFINE
 from camkit.seed import Seed, Views
 
 SEEDS: dict[str, Seed] = {

@@ -9,24 +9,18 @@ from torch import Tensor, nn
 
 from camkit.capture.borrowed import borrowed
 from camkit.capture.record import Capture
-from camkit.capture.search import find_attention, find_patch_embeddings
+from camkit.capture.search import find_attention
 from camkit.edit.protocol import Edit, KeyEdit
 from camkit.manifest import environment, weights_hash
 from camkit.mask import to_mask
 from camkit.ops.resampling import resize_cam
 from camkit.photo import Photo
-from camkit.refine.controls import Blur
-from camkit.refine.crf import DenseCRF
-from camkit.refine.guided import GuidedFilter
-from camkit.refine.normalize import Normalize, normalize_cam
-from camkit.refine.pixel_adaptive import PixelAdaptive
-from camkit.refine.propagate import Propagate
+from camkit.preset import CALIBRATED, DEFAULT_REFINE, GRADIENT, Preset, bears
+from camkit.refine.demands import reads_patches
+from camkit.refine.normalize import normalize_cam
 from camkit.refine.protocol import Refiner
-from camkit.refine.smooth import FastGlobalSmooth
-from camkit.refine.superpixels import Superpixels
 from camkit.result import Result, fits_a_byte, mask_legend
-from camkit.seed.attention.gradient import GradientSeed
-from camkit.seed.looking.look import Look
+from camkit.seed.looking.look import Look, check_size
 from camkit.seed.looking.looked import Looked
 from camkit.seed.looking.views import Views
 from camkit.seed.protocol import Seed, check_classes
@@ -34,17 +28,6 @@ from camkit.seed.targets import Asked, Targets, known_classes, name_of, read_tar
 from camkit.seed.text.text_classes import TextClasses
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
-
-DEFAULT_REFINE: tuple[Refiner, ...] = (
-    Propagate(steps=2, blocks=6, balance=3),
-    Normalize(mode="minmax"),
-)
-"""Chosen on the benchmark's tuning images, as was the background score (docs/benchmark.md)."""
-
-_CONTENT = (
-    Blur, DenseCRF, FastGlobalSmooth, GuidedFilter, Normalize, PixelAdaptive, Propagate, Superpixels
-)  # fmt: skip
-"""Refiners that read colours, queries and keys, but nothing that comes behind the last block."""
 
 
 def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
@@ -55,7 +38,7 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
     edit_blocks: int | Sequence[int] | None = 3,
     views: Views | None = None,
     refine: Sequence[Refiner] = DEFAULT_REFINE,
-    background_score: float = 0.55,
+    background_score: float | None = None,
     vocabulary: Vocabulary | None = None,
     scores: Callable[[Any], Tensor] | None = None,
 ) -> "Pipeline":
@@ -63,29 +46,36 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
 
     Args:
         model: a Vision Transformer that returns class scores.
-        seed: where the first maps come from; None is `GradientSeed`.
+        seed: where the first maps come from. Without seed and edit, what `camkit.preset.CALIBRATED`
+            says, or, for a model that does not bear it, `camkit.preset.GRADIENT`: the first photo
+            tells. With an edit of your own, `GradientSeed`.
         edit: changes attention blocks while the pipeline runs the model, and only then.
         edit_blocks: which, as in `camkit.attach`; the last three are the choice of
             docs/methods.md for models that were not trained with the edit.
         views: other sizes of the photo and their mirror images that the seed is read from as well;
             None is the photo as it is given, which is also what refiners see.
         refine: refiners, applied in order.
-        background_score: what a class must beat to own a pixel, in [0, 1].
+        background_score: what a class must beat to own a pixel, in [0, 1]; None is the preset's.
         vocabulary: class names, and which classifier outputs stand behind each; without it classes
             are asked by output index.
         scores: makes ``(b, classes)`` scores of what the model returns, as in `camkit.watch`.
     """
     find_attention(model)  # a model without attention is refused here, not at the first photo
+    own = seed is not None or edit is not None
+    preset = GRADIENT if own else CALIBRATED
+    if own:
+        blocks = edit_blocks if isinstance(edit_blocks, int | None) else tuple(edit_blocks)
+        seed = preset.seed if seed is None else seed
+        preset = replace(preset, seed=seed, edit=edit, edit_blocks=blocks)
     return Pipeline(
         model=model,
-        seed=GradientSeed() if seed is None else seed,
-        edit=edit,
-        edit_blocks=edit_blocks if isinstance(edit_blocks, int | None) else tuple(edit_blocks),
+        preset=preset,
         views=views,
         refine=tuple(refine),
         background_score=background_score,
         vocabulary=vocabulary,
         scores=scores,
+        fallback=None if own else GRADIENT,
     )
 
 
@@ -104,21 +94,26 @@ class Pipeline:
     """A model, a seed, refiners and a background score; its repr is its configuration.
 
     `wrap` makes it, and tells what each setting means.
+
+    Attributes:
+        preset: the seed, and the edit it is read under.
+        fallback: read instead where the model does not bear the edit.
     """
 
     model: nn.Module = field(repr=False)
-    seed: Seed
-    edit: Edit | KeyEdit | None
+    preset: Preset
     refine: tuple[Refiner, ...]
-    background_score: float
-    vocabulary: Vocabulary | None = field(repr=False)
+    background_score: float | None = None
+    vocabulary: Vocabulary | None = field(default=None, repr=False)
     scores: Callable[[Any], Tensor] | None = field(default=None, repr=False)
-    edit_blocks: int | tuple[int, ...] | None = 3
     views: Views | None = None
+    fallback: Preset | None = None
+    _settled: list["Pipeline"] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.background_score <= 1.0:
-            raise ValueError(f"`background_score` must lie in [0, 1], got {self.background_score}")
+        score = self.background_score
+        if score is not None and not 0.0 <= score <= 1.0:
+            raise ValueError(f"`background_score` must lie in [0, 1], got {score}")
 
     def __call__(self, photo: Photo, *, classes: Asked = None) -> Result:
         """Segment one photo.
@@ -133,7 +128,7 @@ class Pipeline:
             ValueError: a class is unknown, or the size does not fit the model's patches.
             UnsupportedModelError: the model's attention cannot be read.
         """
-        targets, spoken = self._targets(classes, 1)
+        targets, spoken = self._targets(classes, photo.pixels, photo.rgb)
         stages = spoken._run(targets, photo.pixels, photo.rgb)
         known = int(stages.capture.scores.shape[-1])
         slots = [slot for slot, index in enumerate(stages.classes[0].tolist()) if index >= 0]
@@ -145,7 +140,7 @@ class Pipeline:
         known += len(targets.functions)
         cam = resize_cam(stages.cam, photo.size).clamp(0, 1)
         values = stages.classes if fits_a_byte(known) else None
-        mask = to_mask(cam, values, background_score=self.background_score)[0]
+        mask = to_mask(cam, values, background_score=spoken._background_score)[0]
         outputs = stages.capture.outputs
         return Result(
             photo=photo,
@@ -156,7 +151,7 @@ class Pipeline:
             mask=mask,
             legend=mask_legend(chosen, names, known),
             logits=stages.seed.new_zeros(1, 0) if outputs is None else outputs.detach(),
-            settings=self.settings,
+            settings=spoken.settings,
         )
 
     def stages(self, pixels: Pixels, *, rgb: RGB, classes: Asked = None) -> Stages:
@@ -169,12 +164,12 @@ class Pipeline:
                 `camkit.seed.read_targets` takes, such as a function that finds them in the capture;
                 None takes the classifier's first guess.
         """
-        targets, spoken = self._targets(classes, len(pixels))
+        targets, spoken = self._targets(classes, pixels, rgb)
         return spoken._run(targets, pixels, rgb)
 
-    def _targets(self, asked: Asked, images: int) -> "tuple[Targets, Pipeline]":
+    def _targets(self, asked: Asked, pixels: Pixels, rgb: RGB) -> "tuple[Targets, Pipeline]":
         """What is asked, and the pipeline that understands it: texts bring scores of their own."""
-        spoken = self
+        spoken, images = self, len(pixels)
         if isinstance(asked, TextClasses):
             if self.scores is not None or self.vocabulary is not None:
                 raise ValueError(
@@ -184,21 +179,31 @@ class Pipeline:
             spoken = replace(self, scores=asked.scores, vocabulary=Vocabulary(asked.names))
             asked = [list(range(len(asked)))] * images
         known = known_classes(self.model) if spoken.scores is None else None
-        return read_targets(asked, images=images, known=known, vocabulary=spoken.vocabulary), spoken
+        targets = read_targets(asked, images=images, known=known, vocabulary=spoken.vocabulary)
+        check_size(self.model, pixels)
+        if self.fallback is None:
+            return targets, spoken
+        if spoken is not self or targets.functions:  # no classifier scores patches for these
+            return targets, replace(spoken, preset=self.fallback, fallback=None)
+        if not self._settled:
+            look = Look(self.model, vocabulary=self.vocabulary, scores=self.scores)
+            borne = bears(self.preset, look, pixels[:1], rgb[:1])
+            preset = self.preset if borne else self.fallback
+            self._settled.append(replace(self, preset=preset, fallback=None))
+        return targets, self._settled[0]
 
     def _run(self, targets: Targets, pixels: Pixels, rgb: RGB) -> Stages:
-        self._check_size(pixels)
-        reading = targets.reading(self.seed)
+        reading = targets.reading(self.preset.seed)
         weight = next(self.model.parameters())
         pixels, rgb = pixels.to(weight), rgb.to(weight.device)
         look = Look(
             self.model,
-            seeds=(self.seed,),
-            edit=self.edit,
-            edit_blocks=self.edit_blocks,
+            seeds=(self.preset.seed,),
+            edit=self.preset.edit,
+            edit_blocks=self.preset.edit_blocks,
             vocabulary=self.vocabulary,
             scores=self.scores,
-            class_query=all(type(refiner) in _CONTENT for refiner in self.refine),
+            class_query=not any(map(reads_patches, self.refine)),
         )
         views = self.views or Views()
         with borrowed(self.model), torch.no_grad():
@@ -216,28 +221,21 @@ class Pipeline:
     def settings(self) -> dict[str, Any]:
         """Every setting, versions and the hash of the weights, JSON-ready."""
         return {
-            "seed": repr(self.seed),
-            "edit": repr(self.edit),
-            "edit_blocks": self.edit_blocks,
+            "seed": repr(self.preset.seed),
+            "edit": repr(self.preset.edit),
+            "edit_blocks": self.preset.edit_blocks,
             "views": repr(self.views),
             "refine": [repr(refiner) for refiner in self.refine],
-            "background_score": self.background_score,
+            "background_score": self._background_score,
             "model": type(self.model).__name__,
             "weights_sha256": weights_hash(self.model),
             "environment": environment(),
         }
 
+    @property
+    def _background_score(self) -> float:
+        own = self.background_score
+        return self.preset.background_score if own is None else own
+
     def _name(self, index: int) -> str:
         return str(index) if self.vocabulary is None else self.vocabulary.names[index]
-
-    def _check_size(self, pixels: Pixels) -> None:
-        embedding = next(iter(find_patch_embeddings(self.model).values()), None)
-        if embedding is None:
-            return
-        rows, cols = embedding.stride[0], embedding.stride[-1]
-        height, width = pixels.shape[-2:]
-        if height % rows or width % cols:
-            raise ValueError(
-                f"an image of {height}x{width} cannot be cut into patches of {rows}x{cols}; "
-                f"use camkit.load_photo(path, multiple={rows})"
-            )

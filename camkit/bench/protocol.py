@@ -49,7 +49,7 @@ class Variant:
     refine: tuple[Refiner, ...] = ()
     base: "Entry | None" = field(default=None, compare=False)
     edit: Edit | KeyEdit | None = None
-    edit_blocks: int | None = 3
+    edit_blocks: int | tuple[int, ...] | None = 3
     controls: tuple["Entry", ...] = field(default=(), compare=False)
     views: Views | None = None
 

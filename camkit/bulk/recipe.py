@@ -13,7 +13,8 @@ from torch import nn
 from camkit.edit.protocol import Edit, KeyEdit
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
-from camkit.pipeline import DEFAULT_REFINE, Pipeline, wrap
+from camkit.pipeline import Pipeline, wrap
+from camkit.preset import DEFAULT_REFINE
 from camkit.refine import Refiner
 from camkit.seed import GradientSeed, Present, Seed
 from camkit.vocabulary import Vocabulary

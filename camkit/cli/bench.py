@@ -24,9 +24,11 @@ from camkit.bench import (
 )
 from camkit.cli.models import OpenedModel, add_model_arguments, open_model
 from camkit.cli.plan import GRAMMAR, Plan
+from camkit.cli.presets import preset_of
 from camkit.cli.steps import MODEL_STEPS, steps_help
 from camkit.data import DataSet, open_dataset
 from camkit.errors import CamkitError
+from camkit.preset import CALIBRATED
 from camkit.vocabulary import Vocabulary
 
 EXAMPLES = f"""examples:
@@ -87,7 +89,7 @@ def execute(options: argparse.Namespace) -> int:
     dataset = open_dataset(Path(settings["dataset"]))
     listed = settings["classes"]
     names = dataset.classes if listed is None else [name.strip() for name in listed.split(",")]
-    entries = _entries(settings)
+    asked = _asked(settings)
     opened = open_model(settings["model"], size=settings["size"])
     print(f"model {settings['model']} from {opened.source}", file=sys.stderr)
     vocabulary = opened.vocabulary.subset(list(names))
@@ -96,7 +98,7 @@ def execute(options: argparse.Namespace) -> int:
         opened.model,
         dataset,
         vocabulary=vocabulary,
-        variants=entries,
+        variants=asked or standard_variants(calibrated=preset_of(opened) == CALIBRATED),
         split=settings["split"],
         tune_split=settings["tune-split"],
         photos=opened.photos,
@@ -152,10 +154,11 @@ def _with_file(flagged: dict[str, Any], path: Path) -> dict[str, Any]:
     return flagged
 
 
-def _entries(settings: dict[str, Any]) -> tuple[Entry, ...]:
+def _asked(settings: dict[str, Any]) -> tuple[Entry, ...]:
+    """The lines that are asked for, if any."""
     asked = {key: tuple(settings[key]) for key in ("seed", "edit", "refine", "control")}
     if not any(asked.values()):
-        return standard_variants()
+        return ()
     return Plan(
         seeds=asked["seed"] or ("gradient",),
         edits=asked["edit"],

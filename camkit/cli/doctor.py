@@ -13,7 +13,7 @@ from camkit.diagnosis import diagnose
 from camkit.errors import CamkitError
 from camkit.manifest import environment
 from camkit.native.kernels import kernel_state
-from camkit.pipeline import DEFAULT_REFINE
+from camkit.preset import DEFAULT_REFINE
 
 EXAMPLES = """examples:
   camkit doctor

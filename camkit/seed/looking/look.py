@@ -76,3 +76,18 @@ class Look:
         """Rows and columns of a patch in pixels; None where no patch embedding shows them."""
         embedding = next(iter(find_patch_embeddings(self.model).values()), None)
         return None if embedding is None else (embedding.stride[0], embedding.stride[-1])
+
+
+def check_size(model: nn.Module, pixels: Pixels) -> None:
+    """Refuse pictures that cannot be cut into the model's patches.
+
+    Raises:
+        ValueError: a side is no multiple of a patch's.
+    """
+    patch = Look(model).patch
+    height, width = pixels.shape[-2:]
+    if patch and (height % patch[0] or width % patch[1]):
+        raise ValueError(
+            f"an image of {height}x{width} cannot be cut into patches of {patch[0]}x{patch[1]}; "
+            f"use camkit.load_photo(path, multiple={patch[0]})"
+        )

@@ -1,0 +1,78 @@
+"""How the default of `camkit.wrap` was chosen: seeds, calibrated blocks and propagation.
+
+    CAMKIT_DATA=folder python benchmarks/preset.py --limit 120
+
+All on the same images of `train`, background scores as well, which the table says: it serves to
+choose, not to report. What the choice is worth elsewhere is in gains.py.
+"""
+
+import torch
+from tables import CLASSES, KEPT, found_data, table_options, write
+
+import camkit
+from camkit.bench import Variant, run
+from camkit.cli.models import DEFAULT_MODEL, open_model
+from camkit.data import open_dataset
+from camkit.preset import DEFAULT_REFINE
+from camkit.refine import Refiner
+from camkit.seed import FusedSeed
+
+GRADIENT, WEIGHT = camkit.GradientSeed(), camkit.ClassWeightSeed()
+PRODUCT = FusedSeed((GRADIENT, WEIGHT), join="product")
+SEEDS = {"class weight": WEIGHT, "product": PRODUCT, "mean": FusedSeed((GRADIENT, WEIGHT))}
+EDIT = camkit.StaticCalibration()
+MINMAX = camkit.Normalize("minmax")
+PAR = camkit.PixelAdaptive(scale=0.5)
+
+
+def spread(steps: int, blocks: int) -> tuple[Refiner, ...]:
+    return camkit.Propagate(steps=steps, blocks=blocks, balance=3), MINMAX
+
+
+CHAINS = {
+    **{f"{s} steps, {b} blocks": spread(s, b) for s, b in ((1, 6), (1, 12), (2, 4), (2, 8))},
+    "3 steps, 6 blocks": spread(3, 6),
+    "1 step, 6 blocks + PixelAdaptive, half size": (*spread(1, 6), PAR),
+    "default + PixelAdaptive, half size": (*DEFAULT_REFINE, PAR),
+    "default + DenseCRF, half size": (
+        *DEFAULT_REFINE,
+        camkit.Reduced(camkit.DenseCRF(background_score=0.5), scale=0.5),
+    ),
+}
+
+
+def variants() -> list[Variant]:
+    plain = Variant("gradient", GRADIENT)
+    found = [plain, Variant("gradient, refined", GRADIENT, DEFAULT_REFINE, base=plain)]
+    for blocks in (4, 5, 6):
+        edited = {"base": plain, "edit": EDIT, "edit_blocks": blocks}
+        for name, seed in SEEDS.items():
+            title = f"{name}, {blocks} blocks calibrated"
+            found.append(Variant(title, seed, **edited))
+            found.append(Variant(f"{title}, refined", seed, DEFAULT_REFINE, **edited))
+    edited = {"base": plain, "edit": EDIT, "edit_blocks": 4}
+    found += [Variant(f"product, 4: {name}", PRODUCT, c, **edited) for name, c in CHAINS.items()]
+    return found
+
+
+def main() -> None:
+    options = table_options(__doc__).parse_args()
+    torch.set_num_threads(1)
+    opened = open_model(DEFAULT_MODEL)
+    report = run(
+        opened.model,
+        open_dataset(found_data() / "voc12_animals"),
+        vocabulary=opened.vocabulary.subset(CLASSES),
+        variants=variants(),
+        split="train",
+        tune_split="train",
+        photos=opened.photos,
+        cache=KEPT,
+        limit=options.limit,
+        oracle_threshold=True,
+    )
+    write(report, options, "preset")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What a pipeline does when nobody says otherwise; chosen on the benchmark's tuning images."""
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+
+from camkit.capture.borrowed import borrowed
+from camkit.capture.search import find_attention
+from camkit.edit.calibrate import StaticCalibration
+from camkit.edit.protocol import Edit, KeyEdit
+from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.refine.normalize import Normalize
+from camkit.refine.propagate import Propagate
+from camkit.refine.protocol import Refiner
+from camkit.seed.attention.gradient import GradientSeed
+from camkit.seed.layers import FusedSeed
+from camkit.seed.looking.look import Look
+from camkit.seed.pooled.class_weight import ClassWeightSeed
+from camkit.seed.protocol import Seed
+from camkit.tensors import RGB, Pixels
+
+_LOG = logging.getLogger("camkit")
+
+DEFAULT_REFINE: tuple[Refiner, ...] = (
+    Propagate(steps=2, blocks=6, balance=3),
+    Normalize(mode="minmax"),
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A seed, what the forward is edited with for it, and what a class must beat to own a pixel.
+
+    Attributes:
+        seed: where the first maps come from.
+        background_score: for what `DEFAULT_REFINE` makes of these maps.
+        edit: changes attention blocks during the forward.
+        edit_blocks: which, as in `camkit.attach`.
+        depth: blocks that a model must have; fewer than the edit was made for are not calibrated.
+    """
+
+    seed: Seed
+    background_score: float
+    edit: Edit | KeyEdit | None = None
+    edit_blocks: int | tuple[int, ...] | None = 3
+    depth: int = 1
+
+
+CALIBRATED = Preset(
+    FusedSeed((GradientSeed(), ClassWeightSeed()), join="product"),
+    background_score=0.65,
+    edit=StaticCalibration(),
+    edit_blocks=4,
+    depth=6,
+)
+"""Where the class token moves the score, and what patches look like: for its classifiers only."""
+
+GRADIENT = Preset(GradientSeed(), background_score=0.55)
+"""For all others; it asks least of a model."""
+
+
+def bears(preset: Preset, look: Look, pixels: Pixels, rgb: RGB) -> bool:
+    """Whether a model bears the edit of a preset, tried on one picture.
+
+    The edit must be possible, the seed readable, and the class scores must stay what they are
+    without the edit: where patches are pooled they would be those of another model.
+
+    Args:
+        preset: what is tried.
+        look: how the model is looked at.
+        pixels: ``(1, 3, H, W)`` as the model wants them, on any device.
+        rgb: the same picture in [0, 1].
+    """
+    if len(find_attention(look.model)) < preset.depth:
+        return False
+    look = replace(look, seeds=(preset.seed,), edit=None, class_query=False)
+    edited = replace(look, edit=preset.edit, edit_blocks=preset.edit_blocks)
+    weight = next(look.model.parameters())
+    pixels, rgb = pixels.to(weight), rgb.to(weight.device)
+    try:
+        with borrowed(look.model), torch.no_grad():
+            plain, seen = look(pixels, rgb), edited(pixels, rgb)
+            preset.seed(seen, torch.zeros(1, 1, dtype=torch.int64, device=pixels.device))
+    except (UnsupportedModelError, CaptureError) as error:
+        _LOG.info("%s is not calibrated: %s", type(look.model).__name__, error)
+        return False
+    return torch.allclose(plain.scores, seen.scores, rtol=1e-3, atol=1e-4)
