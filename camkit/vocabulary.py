@@ -136,8 +136,14 @@ class Vocabulary:
                 f"`outputs` must hold at least {largest + 1} scores, as output {largest} is a "
                 f"member, got {count}; is this the classifier the vocabulary was made for?"
             )
-        grouped = [outputs[..., list(member)].logsumexp(-1) for member in self.members]
-        return torch.stack(grouped, dim=-1)
+        alone = [place for place, member in enumerate(self.members) if len(member) == 1]
+        joined = [place for place, member in enumerate(self.members) if len(member) > 1]
+        parts = [  # a thousand classes of one output each are picked at once
+            outputs[..., [self.members[place][0] for place in alone]],
+            *(outputs[..., list(self.members[one])].logsumexp(-1)[..., None] for one in joined),
+        ]
+        order = sorted(range(len(self)), key=[*alone, *joined].__getitem__)
+        return torch.cat(parts, dim=-1)[..., order]
 
     def _suggestion(self, wanted: str) -> str:
         known = {word: None for name in self.names for word in (_plain(name), *_synonyms(name))}

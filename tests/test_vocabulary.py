@@ -67,6 +67,14 @@ def test_a_score_is_the_log_of_the_summed_softmax_mass_up_to_a_constant():
     torch.testing.assert_close(ANIMALS.score(outputs), known)
 
 
+def test_classes_of_one_output_and_of_several_keep_their_places():
+    members = ((3,), (0, 2), (1,), (4, 0, 1), (2,))
+    outputs = torch.randn(2, 3, 5)
+    wanted = [outputs[..., list(member)].exp().sum(-1).log() for member in members]
+    found = Vocabulary(tuple("abcde"), members).score(outputs)
+    torch.testing.assert_close(found, torch.stack(wanted, -1))
+
+
 def test_without_members_the_scores_are_the_outputs():
     outputs = torch.randn(2, 3, 5)
     assert torch.equal(IMAGENET.score(outputs), outputs)
