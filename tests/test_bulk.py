@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from workers import DiesOfBlack, Touch, die, double, pick_on, process_of, threads_of
+from small_runs import workers_of
+from workers import DiesOfBlack, DieTelling, Touch, die, double, pick_on, process_of, threads_of
 
 from camkit import Blur, DenseCRF, GradientSeed, HybridAlign, PixelAdaptive, Propagate
 from camkit.bulk import (
@@ -27,6 +29,7 @@ from camkit.bulk import (
 )
 from camkit.bulk.camfolder import CamItem
 from camkit.bulk.classmaps import read_maps, same_aspect
+from camkit.bulk.pool import beginning
 from camkit.capture import Capture
 from camkit.data import read_cam, write_cam
 from camkit.errors import CamkitError, CaptureError, DataError
@@ -52,6 +55,13 @@ def test_every_item_is_done_once(workers):
     assert (done, failed) == ({item: 2 * item for item in range(25)}, {})
 
 
+def test_a_worker_that_dies_while_it_tells_its_result_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr("camkit.bulk.crew._LOOK", 0.3)
+    done, failed = outcomes(DieTelling(tmp_path / "died"), list(range(8)), workers=2)
+    assert (tmp_path / "died").exists()
+    assert (done, failed) == ({item: 2 * item for item in range(8)}, {})
+
+
 def test_no_items_need_no_process():
     assert outcomes(double, []) == ({}, {})
 
@@ -73,6 +83,27 @@ def test_a_killed_worker_costs_its_own_item_only(workers, place):
         "fatal": "the process that worked on it died: killed, out of memory, or crashed in "
         "compiled code"
     }
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_an_item_is_not_blamed_for_workers_that_die_before_they_have_it():
+    killed, over = set(), threading.Event()
+
+    def kill():
+        while len(killed) < 5 and not over.wait(0.005):
+            for worker in set(workers_of(os.getpid())) - killed:
+                os.kill(worker, signal.SIGKILL)
+                killed.add(worker)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        found = outcomes(double, [1, 2, 3], workers=1)
+    finally:
+        over.set()
+        killer.join()
+    assert len(killed) == 5
+    assert found == ({1: 2, 2: 4, 3: 6}, {})
 
 
 def test_workers_that_die_on_everything_end_the_run():
@@ -110,6 +141,32 @@ def test_items_in_flight_are_finished_when_the_caller_leaves(tmp_path):
     started, done = (sorted(p.stem for p in tmp_path.glob(f"*.{end}")) for end in ("pid", "done"))
     assert started == done
     assert 1 <= len(done) <= 5  # two workers, two items each, and the first
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_a_process_has_begun(stop):
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    for one in before:
+        signal.signal(one, signal.default_int_handler)
+    over, steps = threading.Event(), []
+
+    def begin():
+        with beginning():
+            os.kill(os.getpid(), stop)
+            time.sleep(0.05)
+            steps.append("the end of the beginning")
+
+    threading.Thread(target=over.wait).start()  # hears the signal that this thread does not
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+        assert steps
+        assert {signal.getsignal(one) for one in before} == {signal.default_int_handler}
+    finally:
+        over.set()
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 @pytest.mark.slow

@@ -6,13 +6,13 @@ import struct
 import tarfile
 import tempfile
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from PIL import Image
+from small_runs import nobody
 
 from camkit.bulk.items import FilePlace, Item, Refused, result_path, safe_key
 from camkit.bulk.labels import read_labels
@@ -99,19 +99,6 @@ def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(DataError, match="is no regular file"):
         FilePlace(tmp_path / "a.png").open()
-
-
-@contextmanager
-def nobody():
-    """Without the rights of root, which may read anything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import struct
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,24 @@ def pick_on(item):
 
 def die(item):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class DieTelling:
+    """Double, but the first time die of the kill signal with half of a result sent."""
+
+    marker: Path
+
+    def __call__(self, item):
+        if item == 3 and not self.marker.exists():
+            self.marker.touch()
+            frame = sys._getframe()
+            while "result_queue" not in frame.f_locals:
+                frame = frame.f_back
+            pipe = frame.f_locals["result_queue"]._writer.fileno()
+            os.write(pipe, struct.pack("!i", 1000) + b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 2 * item
 
 
 def process_of(item):

@@ -20,6 +20,7 @@ from camkit.bulk.jobs import Done as Done, Failure as Failure, run_jobs as run_j
 from camkit.bulk.labels import ImageLabels as ImageLabels, read_labels as read_labels
 from camkit.bulk.opening import Opening as Opening
 from camkit.bulk.plan import Share as Share
+from camkit.bulk.ray_engine import RayEngine as RayEngine
 from camkit.bulk.recipe import (
     Reading as Reading,
     Recipe as Recipe,

@@ -1,6 +1,8 @@
 """Worker processes that may fail or die without taking the rest along."""
 
+import os
 import pickle
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -8,14 +10,16 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from camkit.bulk.pool import beginning, end_pool, new_pool
+from camkit.bulk.pool import beginning, end_pool, new_pool, unblock
 from camkit.errors import CamkitError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _DEATHS = 5  # items in a row that lone workers died of: by then it is the machine, not the file
+_BEGINNINGS = 10  # in a row that end in the death of the worker
 _LOOK = 5.0  # seconds between two looks at a pool that says nothing
+DIED = "the process that worked on it died: killed, out of memory, or crashed in compiled code"
 _EXPECTED = (CamkitError, ValueError, OSError)
 
 
@@ -65,6 +69,7 @@ class Crew(Generic[Item, Result]):
         self._flying: dict[Future[Result], tuple[Item, int]] = {}
         self._pool = new_pool(count)
         self._deaths = 0
+        self._heard = time.monotonic()
 
     @property
     def idle(self) -> bool:
@@ -100,7 +105,8 @@ class Crew(Generic[Item, Result]):
 
     def drain(self) -> list[Done[Item, Result] | Fault[Item]]:
         """Wait for what is in flight, without sending more."""
-        wait(self._flying)
+        while self._flying and wait(self._flying, timeout=_LOOK).not_done:
+            unblock(self._pool)
         return self._take_in()
 
     def close(self) -> None:
@@ -113,10 +119,12 @@ class Crew(Generic[Item, Result]):
         try:
             while (self._suspects or self._waiting) and len(self._flying) < room:
                 item, deaths = self._suspects[0] if self._suspects else (self._waiting[0], 0)
+                if not self._flying:
+                    self._heard = time.monotonic()
                 with beginning():
                     future = self._pool.submit(self._work, item)
-                self._flying[future] = (item, deaths)
-                (self._suspects or self._waiting).popleft()
+                    self._flying[future] = (item, deaths)
+                    (self._suspects or self._waiting).popleft()
         except BrokenProcessPool:  # it died between two items
             if not self._flying:
                 self._renew()
@@ -124,6 +132,10 @@ class Crew(Generic[Item, Result]):
     def _take_in(self) -> list[Done[Item, Result] | Fault[Item]]:
         """Take in what is done; where a worker died, all that was in flight."""
         done = [future for future in self._flying if future.done()]
+        if done:
+            self._heard = time.monotonic()
+        elif time.monotonic() > self._heard + _LOOK:
+            unblock(self._pool)
         broken = any(isinstance(future.exception(), BrokenProcessPool) for future in done)
         if broken or self._lost():
             broken = True
@@ -141,7 +153,7 @@ class Crew(Generic[Item, Result]):
                 )
             elif alone and deaths + 1 >= self._tries:
                 self._deaths += 1
-                outcomes.append(Fault(item, _died()))
+                outcomes.append(Fault(item, WorkerDiedError(DIED)))
             else:
                 self._suspects.append((item, deaths + alone))
         if broken:
@@ -160,14 +172,18 @@ class Crew(Generic[Item, Result]):
         return bool(self._flying) and (ended or bool(getattr(self._pool, "_broken", False)))
 
     def _renew(self) -> None:
-        end_pool(self._pool)
-        self._pool = new_pool(self._count)
-
-
-def _died() -> WorkerDiedError:
-    return WorkerDiedError(
-        "the process that worked on it died: killed, out of memory, or crashed in compiled code"
-    )
+        """Begin a new pool and wait for a worker: no item is blamed for one that dies before."""
+        for _ in range(_BEGINNINGS):
+            end_pool(self._pool)
+            self._pool = new_pool(self._count)
+            with beginning():
+                begun = self._pool.submit(os.getpid)
+            if not isinstance(begun.exception(), BrokenProcessPool):
+                return
+        raise CamkitError(
+            f"{_BEGINNINGS} worker processes in a row died before they were given anything; look "
+            "for what kills them, such as too little memory"
+        )
 
 
 def _check_picklable(work: Callable[..., object]) -> None:

@@ -186,18 +186,19 @@ def writing_into(folder: OutFolder) -> Iterator[Path]:
     try:
         draft.mkdir(parents=True)
     except OSError as error:
-        raise _no_room(folder, error) from error
+        raise no_room(folder, error) from error
     try:
         yield draft
     except OSError as error:
         if error.errno in _NO_ROOM:
-            raise _no_room(folder, error) from error
+            raise no_room(folder, error) from error
         raise  # of this image alone, such as a path that is too long
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _no_room(folder: OutFolder, error: OSError) -> OutputError:
+def no_room(folder: OutFolder, error: OSError) -> OutputError:
+    """What to raise where the folder takes no files."""
     return OutputError(
         f"{folder.root} cannot be written to ({error.strerror}); what is done is kept: make room "
         "there, or rights, and start again"

@@ -57,7 +57,6 @@ class Journal:
     def __init__(self, folder: OutFolder) -> None:
         self._folder, root = folder, folder.root
         self._path = root / JOURNAL
-        root.mkdir(parents=True, exist_ok=True)
         self._lock = locked(folder)
         shutil.rmtree(folder.drafts, ignore_errors=True)  # what a killed run began
         try:

@@ -22,7 +22,7 @@ from camkit.pipeline import Pipeline
 
 _AHEAD = 3  # chunks at once: one is read, one is in the model, one is finished
 _PAUSE = 1.0  # seconds between two entries in the journal
-_TRIES = 2  # an image that took two workers with it, alone, is given up
+_TRIES = 3  # an image that took three workers with it, alone, is given up
 
 
 @dataclass(eq=False)

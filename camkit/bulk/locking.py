@@ -13,10 +13,16 @@ def locked(out: OutFolder) -> sqlite3.Connection:
     """Take the place of a rank in a folder of results, until closed or until the process ends.
 
     Raises:
-        CamkitError: another process has it.
+        CamkitError: another process has it, or nothing can be written there.
     """
     folder = out.root / ".locks"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CamkitError(
+            f"{out.root} cannot be written to ({error.strerror}); make room there, or rights, or "
+            "take another folder"
+        ) from error
     lock = sqlite3.connect(folder / f"rank-{out.rank}", timeout=0, isolation_level=None)
     try:
         lock.execute("BEGIN EXCLUSIVE")

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_any
-from threading import Thread
+from threading import Thread, current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 import cv2
@@ -42,18 +43,36 @@ def end_pool(pool: Executor) -> None:
     pool.shutdown(cancel_futures=True)
 
 
+def unblock(pool: Executor) -> None:
+    """Let a pool notice a worker that died while it told its result.
+
+    The library reads results in the thread that looks for dead workers; of half a result it waits
+    for the rest, as long as anybody could write it. A pool without a dead worker is left alone.
+    """
+    processes = list((getattr(pool, "_processes", None) or {}).values())
+    if wait_for_any([process.sentinel for process in processes], timeout=0):
+        for process in processes:
+            process.kill()
+        pool._result_queue._writer.close()  # type: ignore[attr-defined]
+
+
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # read when libraries load
 
 
 @contextmanager
 def beginning() -> Iterator[None]:
-    """Let processes that begin in here have one thread, and not hear the keyboard's interrupt."""
+    """Let processes that begin in here have one thread, and not hear the keyboard's interrupt.
+
+    This process hears it when the block ends: between two steps of a beginning, it would leave a
+    process without what it is to do, which then tells of that.
+    """
     found = {name: os.environ.get(name) for name in _ONE_THREAD}
     os.environ.update(_ONE_THREAD)
     deaf = sys.platform != "win32"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if deaf else set()
     try:
-        yield
+        with _unstopped():
+            yield
     finally:
         for name, value in found.items():
             if value is None:
@@ -62,6 +81,26 @@ def beginning() -> Iterator[None]:
                 os.environ[name] = value
         if deaf:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _unstopped() -> Iterator[None]:
+    """Put off the signals that Python handles; masked ones come by any other thread."""
+    if current_thread() is not main_thread():
+        yield  # handlers run in the main thread alone
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    found = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {int(one): handler for one, handler in found.items() if callable(handler)}
+    try:
+        for one in handlers:
+            signal.signal(one, lambda number, frame: came.append((number, frame)))
+        yield
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+        for number, frame in came:
+            handlers[number](number, frame)
 
 
 def _begin(environment: Mapping[str, str]) -> None:

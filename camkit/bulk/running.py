@@ -13,6 +13,7 @@ from camkit.bulk.jobs import progress_bar, usable_cores, worker_count
 from camkit.bulk.journal import Journal
 from camkit.bulk.local import LocalEngine
 from camkit.bulk.plan import Planned, Share, plan
+from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Recipe
 from camkit.bulk.sources import Source
 
@@ -46,6 +47,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     threads: int | None = None,
     share: Share | None = None,
     neighbours: int = 1,
+    ray: RayEngine | None = None,
     overwrite: bool = False,
     retry: bool = False,
     moved: bool = False,
@@ -63,9 +65,10 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         device: of the model; None takes a GPU if there is one.
         workers: processes that read and finish images; None takes the cores that the model leaves,
             0 works in this process.
-        threads: of the model on a CPU; None takes half of the cores.
+        threads: of the model on a CPU; None takes half of the cores, on a Ray cluster one.
         share: of the chunks, where several processes work on one source.
         neighbours: processes of such a run on this machine, which share its cores.
+        ray: a cluster that does the work, instead of this machine alone.
         overwrite: remove earlier results of the folder, and begin anew.
         retry: try images again that failed in an earlier run.
         moved: the source is the same as in the earlier run, at another place.
@@ -76,38 +79,64 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     Raises:
         DataError: ``out`` holds results of other settings, or of unknown ones.
         CamkitError: results cannot be written, or another run works in ``out``.
+        ValueError: settings that do not go together.
     """
     share = Share() if share is None else share
     if overwrite and share.world > 1:
         raise ValueError("several processes cannot begin anew at once; empty the folder instead")
-    cores = max(1, usable_cores() // neighbours)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cpu" and threads is None:
-        threads = max(1, cores // 2)
-    workers = worker_count(workers, max(1, cores - (threads or 1)))
+    if ray is not None and (share.world > 1 or workers is not None or device is not None):
+        raise ValueError(
+            "a Ray cluster shares the work out itself; leave torchrun, `workers` and `device` "
+            "away, and say `actors` and `gpus` of the RayEngine"
+        )
+    machine = _Machine.of(device, workers, threads, max(1, usable_cores() // neighbours))
     before = torch.get_num_threads()
-    model = recipe.model().to(device)
+    model = recipe.model()
+    settings = recipe.settings(model, source)
     folder = OutFolder(Path(out), share.rank)
     with Journal(folder) as journal:
-        journal.claim(recipe.settings(model, source), overwrite=overwrite, moved=moved)
+        journal.claim(settings, overwrite=overwrite, moved=moved)
         if retry:
             journal.forget_errors()
         with _Progress(source, recipe, share) as progress:
-            engine = LocalEngine(
-                recipe,
-                recipe.pipeline(model),
-                folder,
-                journal,
-                workers=workers,
-                threads=threads,
-            )
+            planned = progress.planned(journal)
             try:
-                engine.run(progress.planned(journal), progress.advance)
+                if ray is None:
+                    engine = LocalEngine(
+                        recipe,
+                        recipe.pipeline(model.to(machine.device)),
+                        folder,
+                        journal,
+                        workers=machine.workers,
+                        threads=machine.threads,
+                    )
+                    engine.run(planned, progress.advance)
+                else:
+                    weights = settings["weights_sha256"]
+                    call = (recipe, weights, folder, journal, planned, progress.advance)
+                    ray.run(*call, threads=threads or 1)
             finally:
                 torch.set_num_threads(before)
                 journal.export()
         done, errors = journal.counts()
     return Ran(progress.written, progress.failed, progress.settled, done, errors)
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """How the local engine uses this machine: see `run`."""
+
+    device: str
+    workers: int
+    threads: int | None
+
+    @staticmethod
+    def of(device: str | None, workers: int | None, threads: int | None, cores: int) -> "_Machine":
+        """Fill in what is not said."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cpu" and threads is None:
+            threads = max(1, cores // 2)
+        return _Machine(device, worker_count(workers, max(1, cores - (threads or 1))), threads)
 
 
 class _Progress:

@@ -3,29 +3,17 @@
 import argparse
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
-from camkit.bulk import ImageLabels, read_labels
 from camkit.bulk.opening import Opening
 from camkit.bulk.ranks import rank_of
-from camkit.bulk.recipe import Reading, Recipe, Writing
+from camkit.bulk.ray_engine import RayEngine
+from camkit.bulk.recipe import Reading
 from camkit.bulk.running import Ran, run
-from camkit.bulk.sources import Labelled, Source
-from camkit.cli.cam import read_classes
-from camkit.cli.mask import add_background, background_score
-from camkit.cli.models import OpenedModel, add_model_arguments, open_model
-from camkit.cli.plan import EDITS, SEEDS
-from camkit.cli.spec import make
-from camkit.cli.steps import MODEL_STEPS, STEPS, read_steps, steps_help
-from camkit.data import COCO_CLASSES, VOC_CLASSES
-from camkit.data.names import read_names
-from camkit.pipeline import DEFAULT_REFINE
-from camkit.refine import Chain, DenseCRF, Reduced, Refiner
-from camkit.seed import Present
-from camkit.vocabulary import Vocabulary
+from camkit.cli.mask import add_background
+from camkit.cli.models import add_model_arguments, open_model
+from camkit.cli.run_recipe import TimmModel as TimmModel, labelled, recipe_of
+from camkit.cli.steps import MODEL_STEPS, steps_help
 
 EXAMPLES = f"""examples:
   camkit run photos --out masks
@@ -34,25 +22,13 @@ EXAMPLES = f"""examples:
   camkit run shards --labels predicted:0.2 --cams parquet --out maps           tar shards
   camkit run photos.parquet --key-column name --out masks
   torchrun --nproc-per-node 8 -m camkit run photos --out masks                 a GPU a process
+  camkit run photos --out masks --engine ray --address auto --gpus 0.5         a cluster
 
 INPUT is a folder of photos, a list of paths, a data set in the layout of VOC, COCO or ImageNet-S, a
 folder of WebDataset tar files or of Parquet, or one such file. What is done is kept in a journal in
 OUT: the same command does the rest, however the last one ended.
 
 {steps_help(MODEL_STEPS)}"""
-
-_LIKELIEST = Present(0.5, "softmax")  # at most one class can have more than half
-
-
-@dataclass(frozen=True)
-class TimmModel:
-    """Opens a timm model with its weights, wherever it is called."""
-
-    name: str
-    size: int
-
-    def __call__(self) -> nn.Module:
-        return open_model(self.name, size=self.size).model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="remove earlier results in OUT, and begin anew")
     add("--retry", action="store_true", help="try images again that failed before")
     add("--moved", action="store_true", help="INPUT is the same as before, at another place")
+    _add_cluster(parser)
     add_model_arguments(parser)
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--engine", choices=("local", "ray"), default="local", help="this machine, or a cluster")
+    add("--address", help="of the Ray cluster (default: RAY_ADDRESS, else this machine)")
+    add("--actors", type=int, help="Ray: processes with a model (default: as GPUs or cores allow)")
+    add("--gpus", type=float, help="Ray: GPUs each of them takes, such as 0.5 (default: 1 if any)")
 
 
 def _add_asked(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +79,12 @@ def _add_asked(parser: argparse.ArgumentParser) -> None:
         help="what label indices count: voc, coco, or a file of names, one a line (default: the "
         "classes of the data set, else of the model)",
     )
-    add("--seed", default="gradient", metavar="SPEC", help="where maps come from")
+    add(
+        "--seed",
+        metavar="SPEC",
+        help="where maps come from (default: gradients times calibrated class scores of patches, "
+        "or gradients alone where the model does not bear the calibration)",
+    )
     add("--edit", metavar="SPEC", help="change of the forward, such as doei")
     add("--edit-blocks", type=int, default=3, metavar="N", help="last blocks edited; 0 is all")
     add(
@@ -132,20 +122,22 @@ def execute(options: argparse.Namespace) -> int:
         options.key_column,
         options.label_column,
     )
-    source, labels = _labelled(opening(options.input), options.labels)
+    cluster = _cluster(options)
+    source, labels = labelled(opening(options.input), options.labels)
     opened = open_model(options.model, size=options.size)
-    recipe = _recipe(options, opened, source, labels)
+    recipe = recipe_of(options, opened, source, labels)
     rank = rank_of()
     signal.signal(signal.SIGTERM, _interrupt)  # how clusters end a job
     ran = run(
         recipe,
         source,
         options.out,
-        device=options.device or rank.device,
+        device=options.device or (rank.device if cluster is None else None),
         workers=options.workers,
         threads=options.threads,
         share=rank.share,
         neighbours=rank.neighbours,
+        ray=cluster,
         overwrite=options.overwrite,
         retry=options.retry,
         moved=options.moved,
@@ -153,89 +145,18 @@ def execute(options: argparse.Namespace) -> int:
     return _tell(ran, options.out)
 
 
+def _cluster(options: argparse.Namespace) -> RayEngine | None:
+    """The cluster that is asked for."""
+    if options.engine == "ray":
+        return RayEngine(options.address, options.actors, options.gpus)
+    for name in ("address", "actors", "gpus"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is of a cluster; say --engine ray, or leave it away")
+    return None
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _labelled(source: Source, text: str | None) -> tuple[Source, Present | None]:
-    """The source with its labels, and the guess that stands for labels otherwise."""
-    kind, _, threshold = (text or "").partition(":")
-    if text is None:
-        entry = next((one for one in source if hasattr(one, "classes")), None)
-        return source, None if entry is not None and entry.classes is not None else _LIKELIEST
-    if text == "dataset":
-        return source, None
-    if text == "first":
-        return source, _LIKELIEST
-    if kind == "predicted":
-        try:
-            return source, Present(float(threshold) if threshold else 0.1, "softmax", least=0)
-        except ValueError as error:
-            raise ValueError(f"--labels {text}: {error}") from error
-    labels: ImageLabels = read_labels(text)
-    return Labelled(source, labels), None
-
-
-def _recipe(
-    options: argparse.Namespace, opened: OpenedModel, source: Source, labels: Present | None
-) -> Recipe:
-    vocabulary = _vocabulary(options.vocabulary, opened, source)
-    chosen = None
-    if options.classes is not None:
-        if options.labels is not None:
-            raise ValueError("--classes says what is in every image; leave --labels away")
-        chosen = read_classes(vocabulary, options.classes)
-    refine, finish = _parts(DEFAULT_REFINE if not options.refine else _steps(options.refine))
-    score = background_score(options)
-    if score is None:
-        score = 0.5 if any(isinstance(_inner(one), DenseCRF) for one in finish) else 0.55
-    photos = opened.photos
-    return Recipe(
-        model=TimmModel(options.model, options.size),
-        reading=Reading(photos.size, photos.mean, photos.std, photos.multiple, options.max_pixels),
-        writing=Writing(
-            finish,
-            score,
-            options.background,
-            options.ignore_below,
-            not options.no_masks,
-            options.cams,
-        ),
-        seed=make(options.seed, SEEDS, "seed"),
-        edit=None if options.edit is None else make(options.edit, EDITS, "edit"),
-        edit_blocks=options.edit_blocks or None,
-        refine=refine,
-        vocabulary=vocabulary,
-        labels=labels if chosen is None else chosen,
-        batch=options.batch,
-        chunk=max(options.chunk, options.batch),
-    )
-
-
-def _vocabulary(named: str | None, opened: OpenedModel, source: Source) -> Vocabulary:
-    if named is None:
-        names = source.classes
-    else:
-        known = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
-        names = known[named] if named in known else tuple(read_names(Path(named)))
-    return opened.vocabulary if names is None else opened.vocabulary.subset(list(names))
-
-
-def _steps(texts: list[str]) -> tuple[Refiner, ...]:
-    found = read_steps(texts, MODEL_STEPS)
-    return found.refiners if isinstance(found, Chain) else (found,)
-
-
-def _parts(refine: tuple[Refiner, ...]) -> tuple[tuple[Refiner, ...], tuple[Refiner, ...]]:
-    """Refiners that run beside the model, and those behind it that need only the picture."""
-    cut = len(refine)
-    while cut and isinstance(_inner(refine[cut - 1]), tuple(STEPS.values())):
-        cut -= 1
-    return refine[:cut], refine[cut:]
-
-
-def _inner(refiner: Refiner) -> Refiner:
-    return refiner.refiner if isinstance(refiner, Reduced) else refiner
 
 
 def _tell(ran: Ran, out: Path) -> int:

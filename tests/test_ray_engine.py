@@ -1,0 +1,256 @@
+"""Bulk runs on a Ray cluster of several nodes: the files of the local engine, whatever is lost."""
+
+import _thread
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small_runs import BLUR, DiesOfDarkness, OpenSmall, small_recipe, tree, write_photos
+
+from camkit.bulk import PhotoFolder, RayEngine, Reading, Share, run
+from camkit.bulk.finishing import OutFolder
+from camkit.bulk.items import FilePlace
+from camkit.bulk.ray_parcels import Parcel, Site, unpacked
+from camkit.bulk.ray_work import ReadChunk, RunModel
+from camkit.bulk.stages import read
+from camkit.cli import main
+from camkit.errors import CamkitError
+from camkit.manifest import weights_hash
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="Ray's clusters of several nodes"),
+    pytest.mark.filterwarnings(
+        "ignore:.* is deprecated:DeprecationWarning:ray",  # Ray Data's own settings
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Two nodes on this machine, of two cores and of one, and a connection to them."""
+    pytest.importorskip("ray.data")
+    settings = {"PYTHONPATH": str(Path(__file__).parent), "RAY_USAGE_STATS_ENABLED": "0"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    try:
+        small = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
+        cluster.add_node(num_cpus=2, **small)
+        cluster.lost = cluster.add_node(num_cpus=1, **small)
+        ray.init(cluster.address, log_to_driver=False)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@dataclass(frozen=True)
+class TellsItsNode:
+    """A refiner that changes nothing, and leaves a file named after the node that it ran on."""
+
+    folder: Path
+
+    def __call__(self, cam, _):
+        import ray
+
+        if ray.is_initialized():
+            node = ray.get_runtime_context().get_node_id()
+            (self.folder / f"{node}-{time.monotonic_ns()}").touch()
+            time.sleep(0.1)  # so that there is time to lose it
+        return cam
+
+
+def local(recipe, source, out):
+    return run(recipe, source, out, workers=0, threads=1)
+
+
+def told(out):
+    lines = (out / "errors.tsv").read_text().splitlines()[1:]
+    return {name: (stage, reason) for name, stage, reason in (line.split("\t") for line in lines)}
+
+
+def when(condition, act):
+    """A thread that acts once, as soon as the condition holds."""
+
+    def watch():
+        while not over.wait(0.02):
+            if condition():
+                act()
+                return
+
+    over, thread = threading.Event(), threading.Thread(target=watch)
+    thread.start()
+    return lambda: (over.set(), thread.join())
+
+
+def test_files_are_those_of_the_local_engine_also_where_a_node_is_lost(cluster, tmp_path):
+    photos = write_photos(tmp_path / "in", 24)
+    (tmp_path / "in" / "empty.png").touch()
+    (tmp_path / "nodes").mkdir()
+    recipe = small_recipe(cams="npz", finish=(*BLUR, TellsItsNode(tmp_path / "nodes")))
+    local(recipe, photos, tmp_path / "local")
+    lost = []
+
+    def lose():
+        lost.append(len(list((tmp_path / "ray" / "masks").rglob("*.png"))))
+        cluster.remove_node(cluster.lost, allow_graceful=False)
+
+    stop = when(lambda: any((tmp_path / "nodes").glob(f"{cluster.lost.node_id}*")), lose)
+    try:
+        ran = run(recipe, photos, tmp_path / "ray", ray=RayEngine())
+    finally:
+        stop()
+    assert lost
+    assert lost[0] < 24
+    assert (ran.written, ran.failed) == (24, 1)
+    assert tree(tmp_path / "ray") == tree(tmp_path / "local")
+    lines = (tmp_path / "ray" / "manifest.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 24
+
+
+def test_a_run_that_is_stopped_goes_on_with_the_other_engine(cluster, tmp_path):
+    recipe, photos = small_recipe(cams="parquet"), write_photos(tmp_path / "in", 24)
+    local(recipe, photos, tmp_path / "whole")
+    out = tmp_path / "out"
+    begun = when(lambda: len(list(out.glob("masks/*.png"))) > 8, _thread.interrupt_main)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, photos, out, ray=RayEngine())
+    finally:
+        begun()
+    before = {path: path.stat().st_mtime_ns for path in (out / "cams").iterdir()}
+    ran = local(recipe, photos, out)
+    assert ran.settled == 4 * len(before) > 0  # a file holds a chunk of four
+    assert ran.written + ran.settled == 24
+    assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_an_image_that_kills_its_process_is_given_up(cluster, tmp_path):
+    photos = write_photos(tmp_path / "in", 5)
+    Image.new("RGB", (48, 48)).save(tmp_path / "in" / "dark.png")
+    local(small_recipe(), photos, tmp_path / "local")
+    recipe = small_recipe(finish=(*BLUR, DiesOfDarkness()))
+    ran = run(recipe, photos, tmp_path / "ray", ray=RayEngine())
+    assert (ran.written, ran.failed) == (5, 1)
+    stage, reason = told(tmp_path / "ray")["dark"]
+    assert (stage, reason[:38]) == ("write", "the process that worked on it died: ki")
+    masks = [path.relative_to(tmp_path / "ray") for path in tmp_path.glob("ray/masks/**/*.png")]
+    assert len(masks) == 5
+    assert all(
+        (tmp_path / "ray" / p).read_bytes() == (tmp_path / "local" / p).read_bytes() for p in masks
+    )
+
+
+def test_models_that_do_not_fit_the_cluster_are_told(cluster, tmp_path):
+    photos = write_photos(tmp_path / "in", 2)
+    with pytest.raises(CamkitError, match=r"9 models with 0 GPUs and 1 cores each, .* take fewer"):
+        run(small_recipe(), photos, tmp_path / "out", ray=RayEngine(actors=9))
+    with pytest.raises(CamkitError, match="need more than the 0 GPUs"):
+        run(small_recipe(), photos, tmp_path / "out", ray=RayEngine(gpus=0.5))
+
+
+# What a process of the cluster does, here without one
+
+
+class OpenDeadly(OpenSmall):
+    """Opens a model that kills its process for a black image."""
+
+    def __call__(self):
+        def look(_, given):
+            if given[0].amax(dim=(1, 2, 3)).min() < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        model = super().__call__()
+        model.patches.register_forward_pre_hook(look)
+        return model
+
+
+@pytest.fixture
+def site(tmp_path):
+    folder = OutFolder(tmp_path / "out")
+    folder.drafts.mkdir(parents=True)
+    probe = folder.drafts / "probe"
+    probe.touch()
+    recipe = replace(small_recipe(), model=OpenDeadly())
+    return Site(recipe, weights_hash(OpenSmall()()), folder, probe)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that dies is a fork")
+def test_an_image_that_kills_the_model_is_given_up_and_the_others_are_not(site, tmp_path):
+    pytest.importorskip("ray")
+    photos = write_photos(tmp_path / "in", 3)
+    Image.new("RGB", (40, 60)).save(tmp_path / "in" / "dark.png")
+    images = tuple(read(item, Reading(size=(96, 64))) for item in photos)
+    row = Parcel(1, frozenset(one.key for one in images), images=images).packed()
+    for _ in range(3):  # Ray begins it anew
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forks of processes with threads
+            child = os.fork()
+        if not child:
+            RunModel(site, "cpu", 1)(row)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    found = unpacked(RunModel(site, "cpu", 1)(row))
+    assert [(one.key, one.stage) for one in found.errors] == [("dark", "model")]
+    assert {one.key for one in found.images} == {one.key for one in images} - {"dark"}
+
+
+def test_a_process_that_does_not_see_folder_images_or_weights_ends_the_run(site, tmp_path):
+    pytest.importorskip("ray")
+    work = ReadChunk(replace(site, sample=FilePlace(tmp_path / "gone.png")))
+    row = Parcel(1, frozenset({"a"}), images=tuple(write_photos(tmp_path / "in", 1))).packed()
+    fatal = unpacked(work(row)[0]).fatal
+    assert "does not see the images" in str(fatal)
+    assert "gone.png cannot be read (No such file or directory)" in str(fatal)
+    with pytest.raises(CamkitError, match="opens has other weights than that of the machine"):
+        RunModel(replace(site, weights="others"), "cpu", 1)
+    site.probe.unlink()
+    fatal = unpacked(ReadChunk(site)(row)[0]).fatal
+    assert f"does not see {site.folder.root}, where the run writes to" in str(fatal)
+
+
+# At the door
+
+
+def test_without_ray_the_way_to_it_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(CamkitError, match=r"install it with `pip install 'camkit\[ray\]'`"):
+        RayEngine()
+    command = ["run", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main([*command, "--engine", "ray"]) == 1
+    assert "pip install 'camkit[ray]'" in capsys.readouterr().err
+    assert main([*command, "--actors", "2"]) == 1
+    assert "--actors is of a cluster; say --engine ray" in capsys.readouterr().err
+
+
+def start(**settings):
+    return run(small_recipe(), PhotoFolder(Path()), "out", **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: RayEngine(actors=0), "`actors` must be at least 1, got 0"),
+        (lambda: RayEngine(gpus=-0.5), "`gpus` must be at least 0, got -0.5"),
+        (lambda: start(ray=RayEngine(), workers=2), "leave torchrun, `workers`"),
+        (lambda: start(ray=RayEngine(), share=Share(0, 2)), "leave torchrun"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(make, told):
+    pytest.importorskip("ray")
+    with pytest.raises(ValueError, match=told):
+        make()

@@ -1,0 +1,184 @@
+"""`camkit run` from outside: every kind of input, torchrun, and the signal that ends a job."""
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from small_runs import nobody, tree, write_photos
+
+from camkit.bulk.finishing import OutFolder
+from camkit.bulk.journal import Journal
+from camkit.cli import main
+from camkit.errors import CamkitError
+
+MODEL = ["--model", "vit_tiny_patch16_224.test", "--size", "48", "--batch", "2", "--chunk", "4"]
+CAT, DOG = 7, 11  # of the classes of VOC, from 0
+TORCHRUN = shutil.which("torchrun", path=str(Path(sys.executable).parent))
+
+
+@pytest.fixture(autouse=True)
+def weights(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=20).state_dict()
+    (tmp_path / "data" / "weights").mkdir(parents=True)
+    save_file(state, tmp_path / "data" / "weights" / "vit_tiny_patch16_224.test.safetensors")
+    monkeypatch.setenv("CAMKIT_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def command(given, out, *more):
+    return ["run", str(given), "--out", str(out), *MODEL, "--threads", "1", *more]
+
+
+# What goes in
+
+
+def as_list(folder, path):
+    lines = [f"{photo.relative_to(folder)} {CAT} {DOG}" for photo in photos_of(folder)]
+    path.write_text("\n".join(lines))
+    return [path, "--root", folder]
+
+
+def as_tar(folder, path):
+    with tarfile.open(path, "w") as tar:
+        for photo in photos_of(folder):
+            name = photo.relative_to(folder)
+            tar.add(photo, str(name))
+            classes = f"{CAT} {DOG}".encode()
+            info = tarfile.TarInfo(str(name.with_suffix(".cls")))
+            info.size = len(classes)
+            tar.addfile(info, io.BytesIO(classes))
+    return [path]
+
+
+def as_parquet(folder, path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    found = photos_of(folder)
+    table = {
+        "photo": [photo.read_bytes() for photo in found],
+        "name": [str(photo.relative_to(folder).with_suffix("")) for photo in found],
+        "what": [[CAT, DOG]] * len(found),
+    }
+    parquet.write_table(pa.table(table), path)
+    columns = ["--image-column", "photo", "--key-column", "name", "--label-column", "what"]
+    return [path, *columns]
+
+
+def photos_of(folder):
+    return sorted(folder.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "put", "below"),
+    [("list.txt", as_list, ""), ("s.tar", as_tar, "s"), ("p.parquet", as_parquet, "p")],
+)
+def test_lists_shards_and_parquet_give_the_masks_of_the_folder(tmp_path, name, put, below):
+    write_photos(tmp_path / "in", 3)
+    photos, *more = [str(one) for one in put(tmp_path / "in", tmp_path / name)]
+    quiet = ["--workers", "0"]
+    assert main(command(tmp_path / "in", tmp_path / "first", "--classes", "cat,dog", *quiet)) == 0
+    assert main(command(photos, tmp_path / "out", *more, "--vocabulary", "voc", *quiet)) == 0
+    masks = {
+        path.relative_to(tmp_path / "first" / "masks"): path.read_bytes()
+        for path in photos_of(tmp_path / "first" / "masks")
+    }
+    assert len(masks) == 3
+    assert len(set(masks.values())) > 1
+    found = tmp_path / "out" / "masks" / below
+    assert {path.relative_to(found): path.read_bytes() for path in photos_of(found)} == masks
+
+
+def test_a_shard_that_leads_out_of_the_folder_writes_nothing_outside(tmp_path, capsys):
+    write_photos(tmp_path / "in", 1)
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in ("../../evil.png", "good.png"):
+            tar.add(tmp_path / "in" / "p000.png", name)
+    out = tmp_path / "deep" / "out"
+    assert main(command(tmp_path / "s.tar", out, "--workers", "0")) == 1
+    assert "1 images done, 1 failed" in capsys.readouterr().out
+    assert [path.name for path in photos_of(tmp_path / "deep")] == ["good.png"]
+    assert not list(tmp_path.rglob("evil*"))
+    assert "leads out of the folder" in (out / "errors.tsv").read_text()
+
+
+def test_an_output_that_cannot_be_a_folder_is_told(tmp_path, capsys):
+    write_photos(tmp_path / "in", 1)
+    (tmp_path / "out").write_text("a file")
+    assert main(command(tmp_path / "in", tmp_path / "out" / "below", "--workers", "0")) == 1
+    assert "below cannot be written to (Not a directory); make room" in capsys.readouterr().err
+
+
+def test_an_output_that_may_only_be_read_is_told():
+    with tempfile.TemporaryDirectory() as folder:  # those above `tmp_path` are for their owner
+        Path(folder).chmod(0o555)
+        told = r"cannot be written to \(Permission denied\); make room there, or rights"
+        with nobody(), pytest.raises(CamkitError, match=told):
+            Journal(OutFolder(Path(folder)))
+        assert not list(Path(folder).iterdir())
+
+
+# Processes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(TORCHRUN is None, reason="torchrun is not installed beside this Python")
+def test_two_processes_of_torchrun_make_the_folder_of_one(tmp_path):
+    write_photos(tmp_path / "in", 6)
+    asked = ["--classes", "cat,dog", "--cams", "npz", "--workers", "0"]
+    assert main(command(tmp_path / "in", tmp_path / "one", *asked)) == 0
+    start = [TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "camkit"]
+    ran = subprocess.run(
+        [*start, *command(tmp_path / "in", tmp_path / "two", *asked)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = sorted(line.partition(": ")[2] for line in ran.stdout.splitlines() if "done" in line)
+    assert told == ["2 images done, 0 failed", "4 images done, 0 failed"]  # chunks of four
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_job_that_is_ended_goes_on_with_what_is_left(tmp_path, capsys):
+    write_photos(tmp_path / "in", 20)
+    asked = ["--classes", "cat,dog", "--workers", "1"]
+    out = tmp_path / "out"
+    job = subprocess.Popen(
+        [sys.executable, "-m", "camkit", *command(tmp_path / "in", out, *asked)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while not list(out.glob("masks/*.png")) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGTERM)  # as systems that end jobs do: the workers too
+    error = job.communicate()[1]
+    assert job.returncode == 1
+    assert "camkit: interrupted; finished results are kept" in error
+    assert "Traceback" not in error
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("masks/**/*.png")}
+    assert 1 <= len(lines) <= len(kept) < 20
+    asked[-1] = "0"
+    assert main(command(tmp_path / "in", out, *asked)) == 0
+    told = f"{20 - len(lines)} images done, 0 failed, {len(lines)} were settled already"
+    assert told in capsys.readouterr().out
+    assert main(command(tmp_path / "in", tmp_path / "whole", *asked)) == 0
+    assert tree(out) == tree(tmp_path / "whole")
