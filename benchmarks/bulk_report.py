@@ -1,0 +1,80 @@
+"""What benchmarks/bulk.py measured, as Markdown."""
+
+from typing import Any
+
+
+def report(kept: dict[str, Any]) -> str:
+    """A table for each part that was run."""
+    parts = {"kills": kills, "memory": memory, "rates": rates}
+    return (
+        "\n\n".join(["# Bulk runs", *(parts[name](kept[name]) for name in parts if name in kept)])
+        + "\n"
+    )
+
+
+def kills(found: dict[str, Any]) -> str:
+    return table(
+        "## Killed",
+        found,
+        {
+            "images": found["images"],
+            "SIGKILLs of the parent": found["parents_killed"],
+            "SIGKILLs of a worker": found["workers_killed"],
+            "done before the last start": found["done_before_the_last_start"],
+            "done by the last start": found["written_by_the_last_start"],
+            "failed": found["failed"],
+            "lines of the manifest, keys in it": f"{found['lines']}, {found['keys']}",
+            "all files as in an undisturbed run": "yes" if found["files_identical"] else "NO",
+        },
+    )
+
+
+def memory(found: dict[str, Any]) -> str:
+    return table(
+        "## Memory",
+        found,
+        {
+            "images, long side": f"{found['images']}, {found['size']}",
+            "parent with the model, before": f"{found['parent_with_model_before_mib']} MiB",
+            "all processes, mean from 10 to 30%": mib(found, "mean_mib_from_10_to_30_percent"),
+            "all processes, mean from 80%": mib(found, "mean_mib_from_80_percent"),
+            "all processes, peak": mib(found, "peak_mib"),
+        },
+    )
+
+
+def mib(found: dict[str, Any], name: str) -> str:
+    return f"{found[name]:.0f} MiB"
+
+
+def rates(found: dict[str, Any]) -> str:
+    rows = {}
+    for stage in ("read", "model", "refine", "write"):
+        rows[f"{stage}, alone"] = both(found, lambda one, stage=stage: one["alone_seconds"][stage])
+    rows["slower side, alone"] = both(found, lambda one: one["slower_side_alone"])
+    rows["slower side"] = " | ".join(found[name]["slower_side"] for name in ("crf", "plain"))
+    rows["whole, without what others took"] = both(found, lambda one: one["whole_without_others"])
+    rows["whole, wall clock"] = both(found, lambda one: one["whole"]["wall"])
+    rows["slower side / whole"] = share(found, "share_of_slower_side")
+    rows["slower side / whole by wall clock"] = share(found, "share_by_wall_clock")
+    head = f"| {found['images']} images, long side {found['size']} | dense CRF, maps | plain |"
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["## Rates", "", told(found), "", head, "|---|---|---|", *lines])
+
+
+def both(found: dict[str, Any], value: Any) -> str:
+    return " | ".join(f"{1000 * value(found[name]):.1f} ms" for name in ("crf", "plain"))
+
+
+def share(found: dict[str, Any], name: str) -> str:
+    return " | ".join(f"{100 * found[one][name]:.0f}%" for one in ("crf", "plain"))
+
+
+def told(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    return f"`{found['command']}`, {machine['cores']} cores of {machine['cpu']}."
+
+
+def table(title: str, found: dict[str, Any], rows: dict[str, Any]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join([title, "", told(found), "", "| | |", "|---|---|", *lines])
