@@ -34,7 +34,6 @@ def variants() -> tuple[Variant, ...]:
     edges = {
         "GuidedFilter": camkit.GuidedFilter(),
         "PixelAdaptive, half size": camkit.PixelAdaptive(scale=0.5),
-        "DenseCRF": crf,
         "DenseCRF, half size": camkit.Reduced(crf, scale=0.5),
     }
     after = (

@@ -55,6 +55,7 @@ from camkit.refine import (
 )
 from camkit.result import Result as Result
 from camkit.seed import (
+    AgreedProductSeed as AgreedProductSeed,
     AgreeingSeed as AgreeingSeed,
     AttentionRolloutSeed as AttentionRolloutSeed,
     BlockSeed as BlockSeed,

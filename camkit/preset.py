@@ -14,7 +14,7 @@ from camkit.refine.normalize import Normalize
 from camkit.refine.propagate import Propagate
 from camkit.refine.protocol import Refiner
 from camkit.seed.attention.gradient import GradientSeed
-from camkit.seed.layers import FusedSeed
+from camkit.seed.layers import AgreedProductSeed
 from camkit.seed.looking.look import Look
 from camkit.seed.pooled.class_weight import ClassWeightSeed
 from camkit.seed.protocol import Seed
@@ -48,13 +48,13 @@ class Preset:
 
 
 CALIBRATED = Preset(
-    FusedSeed((GradientSeed(), ClassWeightSeed()), join="product"),
-    background_score=0.65,
+    AgreedProductSeed(GradientSeed(), ClassWeightSeed()),
+    background_score=0.5,
     edit=StaticCalibration(),
     edit_blocks=4,
     depth=6,
 )
-"""Where the class token moves the score, and what patches look like: for its classifiers only."""
+"""Where the class token looks, sharpened by what the classifier makes of each patch."""
 
 GRADIENT = Preset(GradientSeed(), background_score=0.55)
 """For all others; it asks least of a model."""

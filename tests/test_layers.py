@@ -15,6 +15,7 @@ from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.ops.factorization import amounts_of, least_squares, semi_nmf
 from camkit.photo import Photo
 from camkit.seed import (
+    AgreedProductSeed,
     AgreeingSeed,
     BlockSeed,
     Concepts,
@@ -176,6 +177,23 @@ def test_fusion_worked_by_hand(join, expected):
     torch.testing.assert_close(found, maps_of(*expected))
 
 
+@pytest.mark.parametrize(
+    ("other", "trust", "expected"),
+    [
+        ((2.0, 1.0, 0.0), 1.0, [1.0, 0.25 * 0.5, 0.0]),  # the root of the first: all of it
+        ((0.0, 1.0, 2.0), 9.0, [1.0, 0.25, 0.0]),  # the opposite: none of it
+        ((3.0, 0.0, 3.0), 9.0, [1.0, 0.25, 0.0]),  # unrelated: none of it
+        ((1.0, 0.5, 0.5), 0.5, [1.0, 0.25 * 0.5 ** (0.75**0.5 / 2), 0.0]),  # correlation 0.866
+        ((0.0, 0.0, 0.0), 9.0, [1.0, 0.25, 0.0]),  # nothing was seen
+        ((1.0, 1.0, 1.0), 9.0, [1.0, 0.25, 0.0]),  # everything alike
+    ],
+)
+def test_a_seed_is_multiplied_as_far_as_the_other_agrees(other, trust, expected):
+    seed = AgreedProductSeed(Fixed(maps_of(4.0, 1.0, 0.0)), Fixed(maps_of(*other)), trust)
+    found = seed(PICTURE, torch.tensor([[0]]))
+    torch.testing.assert_close(found, maps_of(*expected), atol=1e-6, rtol=1e-5)
+
+
 def test_a_layer_without_evidence_is_no_evidence_in_a_fusion():
     one, other = maps_of(0.0, 0.0), maps_of(0.0, 4.0)
     found = FusedSeed((Fixed(one), Fixed(other)))(PICTURE, torch.tensor([[0]]))
@@ -316,6 +334,7 @@ def test_learnt_concepts_serve_other_images():
         (lambda: BlockSeed(GradientSeed(), ()), "at least one block, got none"),
         (lambda: FusedSeed(()), "at least one seed, got none"),
         (lambda: FusedSeed((GradientSeed(),), "sum"), "got 'sum'"),
+        (lambda: AgreedProductSeed(GradientSeed(), RolloutSeed(), 0.0), "above 0, got 0"),
         (lambda: AgreeingSeed((GradientSeed(),)), "at least two seeds, got 1"),
         (
             lambda: AgreeingSeed((GradientSeed(), RolloutSeed()), threshold=1.0),

@@ -9,6 +9,7 @@ import torch
 from hosts import shaken
 
 from camkit import (
+    AgreedProductSeed,
     ClassWeightSeed,
     GradientSeed,
     ScaleOutput,
@@ -18,9 +19,8 @@ from camkit import (
     wrap,
 )
 from camkit.preset import CALIBRATED, GRADIENT
-from camkit.seed import FusedSeed
 
-PRODUCT = FusedSeed((GradientSeed(), ClassWeightSeed()), join="product")
+PRODUCT = AgreedProductSeed(GradientSeed(), ClassWeightSeed())
 
 
 def vit(depth, **options):
@@ -45,7 +45,7 @@ def same(found, wanted):
 
 def test_a_classifier_on_the_class_token_is_calibrated(deep, photo):
     found = wrap(deep)(photo, classes=[1, 3])
-    asked = wrap(deep, seed=PRODUCT, edit=StaticCalibration(), edit_blocks=4, background_score=0.65)
+    asked = wrap(deep, seed=PRODUCT, edit=StaticCalibration(), edit_blocks=4, background_score=0.5)
     assert same(found, asked(photo, classes=[1, 3]))
     assert found.settings == asked.settings
     assert "StaticCalibration" in found.settings["edit"]
@@ -99,7 +99,7 @@ def test_a_score_of_ones_own_is_read_by_gradients(deep, photo):
     pipeline = wrap(deep)
     pipeline(photo, classes=[1])
     assert "Gradient" in pipeline(photo, classes=own).settings["seed"]
-    assert "Fused" in pipeline(photo, classes=[1]).settings["seed"]
+    assert "Agreed" in pipeline(photo, classes=[1]).settings["seed"]
 
 
 def test_a_batch_is_what_its_photos_are(deep, photo):
@@ -118,7 +118,7 @@ def test_what_is_asked_for_is_kept(deep, photo):
     assert (edited["seed"], edited["edit_blocks"]) == ("GradientSeed()", 3)
     weighed = wrap(deep, seed=ClassWeightSeed())(photo).settings
     assert (weighed["seed"], weighed["edit"]) == ("ClassWeightSeed()", "None")
-    assert CALIBRATED.background_score == 0.65
+    assert CALIBRATED.background_score == 0.5
 
 
 def test_grouped_outputs_are_read_together(deep, photo):
@@ -126,7 +126,7 @@ def test_grouped_outputs_are_read_together(deep, photo):
     found = wrap(deep, vocabulary=groups)(photo, classes=["dog"])
     asked = wrap(
         deep, vocabulary=groups, seed=PRODUCT, edit=StaticCalibration(), edit_blocks=4,
-        background_score=0.65,
+        background_score=0.5,
     )  # fmt: skip
     assert same(found, asked(photo, classes=["dog"]))
 

@@ -132,10 +132,7 @@ class Crew(Generic[Item, Result]):
     def _take_in(self) -> list[Done[Item, Result] | Fault[Item]]:
         """Take in what is done; where a worker died, all that was in flight."""
         done = [future for future in self._flying if future.done()]
-        if done:
-            self._heard = time.monotonic()
-        elif time.monotonic() > self._heard + _LOOK:
-            unblock(self._pool)
+        self._note(heard=bool(done))
         broken = any(isinstance(future.exception(), BrokenProcessPool) for future in done)
         if broken or self._lost():
             broken = True
@@ -164,6 +161,13 @@ class Crew(Generic[Item, Result]):
                 "look for what kills them, such as too little memory"
             )
         return outcomes
+
+    def _note(self, *, heard: bool) -> None:
+        """A pool that has said nothing for a while may wait for what a dead worker left unsaid."""
+        if heard:
+            self._heard = time.monotonic()
+        elif time.monotonic() > self._heard + _LOOK:
+            unblock(self._pool)
 
     def _lost(self) -> bool:
         """Whether the pool broke: work that was sent meanwhile may never be answered."""

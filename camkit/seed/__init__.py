@@ -5,6 +5,7 @@ from camkit.seed.attention.class_attention import ClassAttentionSeed as ClassAtt
 from camkit.seed.attention.gradient import GradientSeed as GradientSeed, RolloutSeed as RolloutSeed
 from camkit.seed.attention.legrad import LeGradSeed as LeGradSeed
 from camkit.seed.layers import (
+    AgreedProductSeed as AgreedProductSeed,
     AgreeingSeed as AgreeingSeed,
     BlockSeed as BlockSeed,
     FusedSeed as FusedSeed,

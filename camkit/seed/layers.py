@@ -161,6 +161,52 @@ class AgreeingSeed:
         return self.seeds if self.reference is None else (*self.seeds, self.reference)
 
 
+@dataclass(frozen=True)
+class AgreedProductSeed:
+    """A seed, times another one as far as both agree (ours).
+
+    Maps a and b, each divided by its maximum, become ``a * b ** e``; e is ``trust`` times the
+    correlation over the patches of the square root of a with b, held in [0, 1]. So the second seed
+    sharpens the first where they see the same thing, and is left out where it sees the opposite,
+    for each image and class.
+
+    Attributes:
+        seed: what is trusted, such as `camkit.GradientSeed`.
+        other: what may be wrong, such as `camkit.ClassWeightSeed` of patches that no loss ever saw.
+        trust: above 0; at 3, a correlation of a third is enough for the whole product.
+    """
+
+    seed: Seed
+    other: Seed
+    trust: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.trust > 0.0:
+            raise ValueError(f"`trust` must be above 0, got {self.trust}")
+
+    @property
+    def gradients(self) -> bool:
+        """Whether one of the seeds needs them."""
+        return self.seed.gradients or self.other.gradients
+
+    @property
+    def tokens(self) -> TokenWatch:
+        """What must be kept of the tokens for both."""
+        return _tokens((self.seed, self.other))
+
+    def __call__(self, capture: Capture, classes: Classes) -> Cam:
+        first, other = (_scaled(seed(capture, classes).float()) for seed in (self.seed, self.other))
+        agreed = (self.trust * _correlation(first.sqrt(), other)).clamp(0, 1)
+        return first * other.clamp_min(_TINY) ** agreed
+
+
+def _correlation(one: Cam, other: Cam) -> Float[Tensor, "b k 1 1"]:
+    """Of two maps over their patches; 0 where one of them is even."""
+    one, other = (cam - cam.mean((-2, -1), keepdim=True) for cam in (one, other))
+    norms = [cam.pow(2).sum((-2, -1), keepdim=True).sqrt() for cam in (one, other)]
+    return (one * other).sum((-2, -1), keepdim=True) / (norms[0] * norms[1]).clamp_min(_TINY)
+
+
 def _tokens(seeds: Sequence[Seed]) -> TokenWatch:
     wanted = joined(seed.tokens for seed in seeds if isinstance(seed, TokenSeed))
     return TokenWatch() if wanted is None else replace(wanted, class_query=False)
