@@ -221,7 +221,7 @@ def test_bench_prints_a_table_and_writes_it(tmp_path, capsys):
     assert "mIoU in % over background, cat, dog, horse" in table
     assert (tmp_path / "results" / "first.md").read_text() == table.removesuffix("\n")
     data = json.loads((tmp_path / "results" / "first.json").read_text())
-    assert (data["tune_images"], data["images"], len(data["rows"])) == (6, 2, 12)
+    assert (data["tune_images"], data["images"], len(data["rows"])) == (6, 2, 15)
 
 
 def test_bench_measures_the_classes_asked(tmp_path, capsys):
@@ -315,17 +315,6 @@ def test_doctor_says_what_it_expected_where_a_model_should_be(place, words, caps
     assert words in one_line(capsys)
 
 
-@pytest.mark.parametrize("value", [None, "", "nowhere", "empty"])
-def test_demo_without_data_says_what_to_do(monkeypatch, tmp_path, capsys, value):
-    (tmp_path / "empty").mkdir()
-    if value is None:
-        monkeypatch.delenv("CAMKIT_DATA")
-    else:
-        monkeypatch.setenv("CAMKIT_DATA", value)
-    assert main(["demo"]) == 1
-    assert "set CAMKIT_DATA to a folder that holds voc12_animals/" in one_line(capsys)
-
-
 def test_demo_paints_a_sheet_and_writes_its_table(monkeypatch, tmp_path, capsys, weights):
     (tmp_path / "data").mkdir()
     shutil.copytree(weights, tmp_path / "data" / "weights")
@@ -344,7 +333,7 @@ def test_demo_paints_a_sheet_and_writes_its_table(monkeypatch, tmp_path, capsys,
 
 
 def test_without_local_weights_and_hub_the_error_says_where_to_put_them(capsys, tmp_path):
-    name = f"{NAME}.augreg_in21k_ft_in1k"
+    name = "vit_small_patch16_224.augreg_in21k_ft_in1k"  # nothing in camkit stands in for it
     assert main(["cam", photo(tmp_path / "a.png"), "--model", name]) == 1
     asked, error = capsys.readouterr().err.splitlines()
     assert "asking timm's hub" in asked

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    opened = open_model(options.model, size=options.size)
+    opened = open_model(options.model, size=options.size, or_embedded=True)
     classes = None if options.classes is None else read_classes(opened.vocabulary, options.classes)
     settings = {}
     if options.background_score is not None:

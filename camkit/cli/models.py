@@ -1,4 +1,4 @@
-"""Where the command line gets a model: a local folder of weights first, then timm's hub."""
+"""Where the command line gets a model: a local folder, timm's hub, or what comes with camkit."""
 
 import argparse
 import os
@@ -6,16 +6,23 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from torch import nn
 
 from camkit.bench.protocol import PhotoSettings
 from camkit.capture.search import find_patch_embeddings
-from camkit.data import VOC_CLASSES, VOC_IN_IMAGENET
+from camkit.data import VOC_CLASSES, demo_model, imagenet_vocabulary
 from camkit.errors import CamkitError
 from camkit.vocabulary import Vocabulary
 
 DEFAULT_MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+EMBEDDED = "demo"
+"""Names the small model that comes with camkit; it is not the default model, but its student."""
+
+_PATIENCE = 3.0  # seconds; timm itself asks a hub that does not answer for almost a minute
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class OpenedModel:
     vocabulary: Vocabulary
     photos: PhotoSettings
     source: str
+    embedded: bool = False
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +41,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help="timm model name with its weights tag (default: %(default)s)",
+        help="timm model name with its weights tag, or demo, the small model that comes with "
+        "camkit (default: %(default)s)",
     )
     parser.add_argument(
         "--size",
@@ -49,18 +58,33 @@ def data_folder() -> Path | None:
     return Path(named) if named and Path(named).is_dir() else None
 
 
-def open_model(name: str, *, size: int = 384) -> OpenedModel:
+def open_model(name: str, *, size: int = 384, or_embedded: bool = False) -> OpenedModel:
     """Load a timm model with trained weights; never random ones.
 
-    Looks for ``CAMKIT_DATA/weights/NAME[.fp16].safetensors``, then asks timm's hub.
+    Looks for ``CAMKIT_DATA/weights/NAME[.fp16].safetensors``, then asks timm's hub. The name
+    "demo" is the model that comes with camkit, and nobody is asked.
+
+    Args:
+        name: timm's name with the weights tag, or "demo".
+        size: long side of photos in pixels, where the model takes any size.
+        or_embedded: where neither folder nor hub has the default model, take the one that comes
+            with camkit, and say so. Not for figures: it is another model.
 
     Raises:
         CamkitError: the model is unknown to timm, or its weights are neither here nor to be had.
     """
     import timm
 
+    if name == EMBEDDED:
+        return _embedded(size)
     architecture = known_architecture(name)
-    model, source = _local(name, architecture) or _from_hub(name)
+    found = _local(name, architecture)
+    if found is None and or_embedded and name == DEFAULT_MODEL:
+        found = _from_hub_soon(name, architecture)
+        if found is None:
+            print("taking the small model that comes with camkit instead", file=sys.stderr)
+            return _embedded(size)
+    model, source = found or _from_hub(name)
     # weights of one's own bear a tag that timm does not know; photos are read as by default then
     registered = name if timm.is_model_pretrained(name) else architecture
     settings = timm.models.get_pretrained_cfg(registered)
@@ -93,27 +117,29 @@ def known_architecture(name: str) -> str:
 
 
 def _local(name: str, architecture: str) -> tuple[Any, str] | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = data_folder()
     names = (f"{name}.fp16.safetensors", f"{name}.safetensors")
     found = [folder / "weights" / n for n in names if folder and (folder / "weights" / n).is_file()]
-    if not found:
-        return None
+    return _from_file(found[0], architecture) if found else None
+
+
+def _from_file(path: Path, architecture: str) -> tuple[Any, str]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     # a patch head is a second classifier for training; the ViT itself has no place for it
     try:
         weights = {
             key: value.float()
-            for key, value in load_file(found[0]).items()
+            for key, value in load_file(path).items()
             if not key.startswith("patch_head.")
         }
         outputs = len(weights["head.weight"]) if "head.weight" in weights else 0
         model = create(architecture, pretrained=False, num_classes=outputs)
         model.load_state_dict(weights)
     except (SafetensorError, RuntimeError) as error:  # a broken file; shapes or names that differ
-        raise CamkitError(f"{found[0]} does not fit {architecture}: {error}") from error
-    return model, str(found[0])
+        raise CamkitError(f"{path} does not fit {architecture}: {error}") from error
+    return model, str(path)
 
 
 def _from_hub(name: str) -> tuple[Any, str]:
@@ -134,9 +160,45 @@ def _from_hub(name: str) -> tuple[Any, str]:
             f"no weights for {name}: neither in CAMKIT_DATA/weights/ "
             f"({data_folder() or 'CAMKIT_DATA names no folder'}) nor from timm's hub "
             f"({type(error).__name__}); set CAMKIT_DATA to a folder that has "
-            f"weights/{name}.safetensors, or connect to the hub"
+            f"weights/{name}.safetensors, or connect to the hub; --model {EMBEDDED} needs neither"
         ) from error
     return model, "timm hub"
+
+
+def _from_hub_soon(name: str, architecture: str) -> tuple[Any, str] | None:
+    """Ask the hub, but do not wait for one that is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not _hub_answers():
+        print("timm's hub does not answer", file=sys.stderr)
+        downloaded = try_to_load_from_cache(f"timm/{name}", "model.safetensors")
+        return _from_file(Path(downloaded), architecture) if isinstance(downloaded, str) else None
+    try:
+        return _from_hub(name)
+    except CamkitError as error:
+        print(error, file=sys.stderr)
+        return None
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_PATIENCE):
+            return True
+    except HTTPError:  # an answer, if only to say no
+        return True
+    except (OSError, ValueError):  # no network, no such host, no answer; not an address
+        return False
+
+
+def _embedded(size: int) -> OpenedModel:
+    source = "camkit itself (a small student of the default model)"
+    return OpenedModel(
+        demo_model(), imagenet_vocabulary(), PhotoSettings(size=size), source, embedded=True
+    )
 
 
 def create(name: str, **options: Any) -> Any:
@@ -157,11 +219,7 @@ def _fixed_size(settings: Any) -> tuple[int, int]:
 def _vocabulary(outputs: int) -> Vocabulary:
     """Names for a classifier: ImageNet's with the VOC groups behind them, VOC's, or numbers."""
     if outputs == 1000:
-        from timm.data.imagenet_info import ImageNetInfo
-
-        names = tuple(ImageNetInfo("imagenet-1k").label_descriptions())
-        single = tuple((index,) for index in range(1000))
-        return Vocabulary((*names, *VOC_IN_IMAGENET), (*single, *VOC_IN_IMAGENET.values()))
+        return imagenet_vocabulary()
     if outputs == len(VOC_CLASSES):
         return Vocabulary(VOC_CLASSES)
     if outputs == 0:

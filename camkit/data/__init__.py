@@ -5,8 +5,9 @@ from camkit.data.camforms import CamFile
 from camkit.data.check import Finding, check_dataset
 from camkit.data.coco import CocoFolder, open_coco
 from camkit.data.coco_classes import COCO_CLASSES, COCO_IDS, VOC_IN_COCO, CocoIds, coco_form
+from camkit.data.embedded import DEMO_CLASSES, DemoPhotos, demo_model, demo_photos
 from camkit.data.folder import PlainFolder, open_folder
-from camkit.data.imagenet import VOC_IN_IMAGENET
+from camkit.data.imagenet import VOC_IN_IMAGENET, imagenet_vocabulary
 from camkit.data.imagenet_s import IMAGENET_S_FORM, ImageNetSFolder, open_imagenet_s
 from camkit.data.labels import LabelFile, read_label_names, read_label_vectors
 from camkit.data.layout import open_dataset
@@ -18,6 +19,7 @@ from camkit.data.voc import VOC_CLASSES, VOCFolder, open_voc
 __all__ = [
     "COCO_CLASSES",
     "COCO_IDS",
+    "DEMO_CLASSES",
     "IMAGENET_S_FORM",
     "SHAPE_CLASSES",
     "VOC_CLASSES",
@@ -28,6 +30,7 @@ __all__ = [
     "CocoFolder",
     "CocoIds",
     "DataSet",
+    "DemoPhotos",
     "Finding",
     "ImageNetSFolder",
     "LabelFile",
@@ -37,7 +40,10 @@ __all__ = [
     "VOCFolder",
     "check_dataset",
     "coco_form",
+    "demo_model",
+    "demo_photos",
     "draw_shapes",
+    "imagenet_vocabulary",
     "mask_classes",
     "open_coco",
     "open_dataset",

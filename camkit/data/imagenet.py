@@ -1,5 +1,7 @@
 """Which outputs of an ImageNet-1k classifier speak of a PASCAL VOC class."""
 
+from camkit.vocabulary import Vocabulary
+
 VOC_IN_IMAGENET: dict[str, tuple[int, ...]] = {
     "aeroplane": (404, 895),  # airliner, warplane
     "bicycle": (444, 671),  # bicycle-built-for-two, mountain bike
@@ -24,3 +26,16 @@ VOC_IN_IMAGENET: dict[str, tuple[int, ...]] = {
 }
 """Output indices by VOC class, after the WordNet names of the outputs; a class's score is the
 logsumexp of its outputs. Close relatives stand in where VOC's own animal is missing."""
+
+
+def imagenet_vocabulary() -> Vocabulary:
+    """Name the 1000 outputs of an ImageNet-1k classifier, and behind them the 20 classes of VOC.
+
+    Names of outputs are timm's, in the order of the outputs; ``camkit.wrap(model,
+    vocabulary=imagenet_vocabulary())`` understands "tabby" as well as "cat".
+    """
+    from timm.data.imagenet_info import ImageNetInfo
+
+    names = tuple(ImageNetInfo("imagenet-1k").label_descriptions())
+    single = tuple((index,) for index in range(len(names)))
+    return Vocabulary((*names, *VOC_IN_IMAGENET), (*single, *VOC_IN_IMAGENET.values()))
