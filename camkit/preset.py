@@ -49,7 +49,7 @@ class Preset:
 
 CALIBRATED = Preset(
     AgreedProductSeed(GradientSeed(), ClassWeightSeed()),
-    background_score=0.5,
+    background_score=0.54,
     edit=StaticCalibration(),
     edit_blocks=4,
     depth=6,

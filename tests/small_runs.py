@@ -168,3 +168,10 @@ def nobody():
         yield
     finally:
         os.seteuid(0)
+
+
+def run_model(site, row):
+    """What an actor does with a row, in a process of its own."""
+    from camkit.bulk.ray_work import RunModel
+
+    RunModel(site, "cpu", 1)(row)

@@ -2,18 +2,26 @@
 
 import _thread
 import json
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from small_runs import BLUR, DiesOfDarkness, OpenSmall, small_recipe, tree, write_photos
+from small_runs import (
+    BLUR,
+    DiesOfDarkness,
+    OpenSmall,
+    run_model,
+    small_recipe,
+    tree,
+    write_photos,
+)
 
 from camkit.bulk import PhotoFolder, RayEngine, Reading, Share, run
 from camkit.bulk.finishing import OutFolder
@@ -189,7 +197,7 @@ def site(tmp_path):
     return Site(recipe, weights_hash(OpenSmall()()), folder, probe)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that dies is a fork")
+@pytest.mark.skipif(sys.platform == "win32", reason="the process that dies is a fork")
 def test_an_image_that_kills_the_model_is_given_up_and_the_others_are_not(site, tmp_path):
     pytest.importorskip("ray")
     photos = write_photos(tmp_path / "in", 3)
@@ -197,13 +205,12 @@ def test_an_image_that_kills_the_model_is_given_up_and_the_others_are_not(site, 
     images = tuple(read(item, Reading(size=(96, 64))) for item in photos)
     row = Parcel(1, frozenset(one.key for one in images), images=images).packed()
     for _ in range(3):  # Ray begins it anew
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # forks of processes with threads
-            child = os.fork()
-        if not child:
-            RunModel(site, "cpu", 1)(row)
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        child = multiprocessing.get_context("forkserver").Process(
+            target=run_model, args=(site, row)
+        )
+        child.start()
+        child.join(120)
+        assert child.exitcode == -signal.SIGKILL
     found = unpacked(RunModel(site, "cpu", 1)(row))
     assert [(one.key, one.stage) for one in found.errors] == [("dark", "model")]
     assert {one.key for one in found.images} == {one.key for one in images} - {"dark"}

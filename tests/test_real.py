@@ -57,7 +57,7 @@ def test_the_classifier_names_the_animal_in_most_photos(results):
 def test_each_stage_beats_the_one_before_at_its_best_background_score(opened, dataset, results):
     seeds = [(truth, normalize_cam(result.seed)) for _, truth, result in results]
     best = max(score_of(seeds, step / 20) for step in range(1, 13))
-    refined = score_of([(truth, result.cam) for _, truth, result in results], 0.65)
+    refined = score_of([(truth, result.cam) for _, truth, result in results], 0.54)
     plain = wrap(opened.model, seed=GradientSeed(), refine=(), vocabulary=opened.vocabulary)
     alone = [
         (truth, plain(result.photo, classes=result.names).seed) for _, truth, result in results
