@@ -165,7 +165,7 @@ def test_a_job_that_is_ended_goes_on_with_what_is_left(tmp_path, capsys):
         text=True,
         start_new_session=True,
     )
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not list(out.glob("masks/*.png")) and time.monotonic() < until:
         time.sleep(0.02)
     os.killpg(job.pid, signal.SIGTERM)  # as systems that end jobs do: the workers too
