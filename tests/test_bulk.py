@@ -13,8 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import workers_of
-from workers import DiesOfBlack, DieTelling, Touch, die, double, pick_on, process_of, threads_of
+from workers import (
+    DiesOfBlack,
+    DieTelling,
+    Touch,
+    begin_or_die,
+    die,
+    double,
+    pick_on,
+    process_of,
+    threads_of,
+)
 
 from camkit import Blur, DenseCRF, GradientSeed, HybridAlign, PixelAdaptive, Propagate
 from camkit.bulk import (
@@ -85,25 +94,11 @@ def test_a_killed_worker_costs_its_own_item_only(workers, place):
     }
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_an_item_is_not_blamed_for_workers_that_die_before_they_have_it():
-    killed, over = set(), threading.Event()
-
-    def kill():
-        while len(killed) < 5 and not over.wait(0.005):
-            for worker in set(workers_of(os.getpid())) - killed:
-                os.kill(worker, signal.SIGKILL)
-                killed.add(worker)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        found = outcomes(double, [1, 2, 3], workers=1)
-    finally:
-        over.set()
-        killer.join()
-    assert len(killed) == 5
-    assert found == ({1: 2, 2: 4, 3: 6}, {})
+def test_an_item_is_not_blamed_for_workers_that_die_before_they_have_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("camkit.bulk.pool._begin", begin_or_die)
+    monkeypatch.setenv("CAMKIT_TESTED", str(tmp_path))
+    assert outcomes(double, [1, 2, 3], workers=1) == ({1: 2, 2: 4, 3: 6}, {})
+    assert len(list(tmp_path.iterdir())) == 5  # so many died
 
 
 def test_workers_that_die_on_everything_end_the_run():
