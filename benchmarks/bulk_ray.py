@@ -23,7 +23,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from bulk import RESULTS, below, link_photos, made_in, recipe, tree
+from bulk_report import report
+from bulk_setting import RESULTS, below, cpu, link_photos, made_in, recipe, tree
 
 from camkit.bulk import RayEngine, run
 from camkit.bulk.sources import PhotoFolder
@@ -136,9 +137,12 @@ def main() -> None:
     path = RESULTS / "bulk.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     machine = {"torch": torch.__version__, "python": platform.python_version()}
-    machine |= {"cpu": platform.machine(), "cores": os.cpu_count()}
-    kept["ray"] = found | {"command": " ".join(sys.argv), "machine": machine}
+    machine |= {"cpu": cpu(), "cores": os.cpu_count()}
+    command = f"python benchmarks/bulk_ray.py --images {options.images}"
+    command += f" --repeats {options.repeats}"
+    kept["ray"] = found | {"command": command, "machine": machine}
     path.write_text(json.dumps(kept, indent=1) + "\n")
+    (RESULTS / "bulk.md").write_text(report(kept))
 
 
 if __name__ == "__main__":

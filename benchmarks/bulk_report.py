@@ -5,7 +5,7 @@ from typing import Any
 
 def report(kept: dict[str, Any]) -> str:
     """A table for each part that was run."""
-    parts = {"kills": kills, "memory": memory, "rates": rates}
+    parts = {"kills": kills, "memory": memory, "rates": rates, "ray": ray}
     return (
         "\n\n".join(["# Bulk runs", *(parts[name](kept[name]) for name in parts if name in kept)])
         + "\n"
@@ -51,15 +51,51 @@ def rates(found: dict[str, Any]) -> str:
     rows = {}
     for stage in ("read", "model", "refine", "write"):
         rows[f"{stage}, alone"] = both(found, lambda one, stage=stage: one["alone_seconds"][stage])
-    rows["slower side, alone"] = both(found, lambda one: one["slower_side_alone"])
     rows["slower side"] = " | ".join(found[name]["slower_side"] for name in ("crf", "plain"))
-    rows["whole, without what others took"] = both(found, lambda one: one["whole_without_others"])
-    rows["whole, wall clock"] = both(found, lambda one: one["whole"]["wall"])
-    rows["slower side / whole"] = share(found, "share_of_slower_side")
-    rows["slower side / whole by wall clock"] = share(found, "share_by_wall_clock")
-    head = f"| {found['images']} images, long side {found['size']} | dense CRF, maps | plain |"
+    rows["slower side, alone"] = both(found, lambda one: one["slower_side_alone"])
+    rows["slower side, the other's work beside"] = both(
+        found, lambda one: one["slower_side_beside"]
+    )
+    rows["whole"] = both(found, lambda one: one["whole_without_others"])
+    rows["slower side alone / whole"] = share(found, "share_of_slower_side")
+    rows["slower side beside the other's work / whole"] = share(
+        found, "share_of_slower_side_beside"
+    )
+    rows["share of the whole in which the slower side was at work"] = share(found, "share_busy")
+    head = (
+        f"| {found['images']} images, long side {found['size']}, medians of {found['rounds']} "
+        "rounds | dense CRF, maps | plain |"
+    )
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["## Rates", "", told(found), "", head, "|---|---|---|", *lines])
+
+
+def ray(found: dict[str, Any]) -> str:
+    rows = {
+        "wall": "seconds, begin and end included",
+        "cpu": "CPU seconds, begin and end included",
+        "wall_per_image_running": "an image, once a tenth is done",
+        "cpu_per_image_running": "CPU time an image, once a tenth is done",
+    }
+    lines = []
+    for name, words in rows.items():
+        unit, scale = ("ms", 1000) if "image" in name else ("s", 1)
+        cells = [f"{scale * found[engine][name]:.1f} {unit}" for engine in ("local", "ray")]
+        each = [
+            other[name] / own[name] - 1
+            for own, other in zip(found["runs"]["local"], found["runs"]["ray"], strict=True)
+        ]
+        more = f"{100 * found['ray_costs_more'][name]:+.0f}%"
+        spread = f"({100 * min(each):+.0f} to {100 * max(each):+.0f})"
+        lines.append(f"| {words} | {' | '.join(cells)} | {more} {spread} |")
+    head = f"| {found['images']} images, {found['repeats']} runs each, long side {found['size']} "
+    same = "as the local engine's" if found["files_identical"] else "NOT as the local engine's"
+    return "\n".join(
+        [
+            *("## Ray on one machine", "", told(found), f"Ray's files are {same}.", ""),
+            *(f"{head}| local | Ray | Ray costs more |", "|---|---|---|---|", *lines),
+        ]
+    )
 
 
 def both(found: dict[str, Any], value: Any) -> str:
@@ -67,7 +103,11 @@ def both(found: dict[str, Any], value: Any) -> str:
 
 
 def share(found: dict[str, Any], name: str) -> str:
-    return " | ".join(f"{100 * found[one][name]:.0f}%" for one in ("crf", "plain"))
+    return " | ".join(
+        f"{100 * found[one][name]:.0f}% ({100 * min(each):.0f} to {100 * max(each):.0f})"
+        for one in ("crf", "plain")
+        for each in [found[one]["shares_by_round"][name]]
+    )
 
 
 def told(found: dict[str, Any]) -> str:

@@ -2,9 +2,10 @@
 
     python benchmarks/bulk_sim.py
 
-Takes the stage times that benchmarks/bulk.py measured alone (results/bulk.json, part rates), and
-nothing of the whole run but what it is compared with. Writes results/bulk_sim.json and .md, the
-tables of docs/scale.md. What is assumed, not measured, says so.
+Takes the stage times that benchmarks/bulk.py measured (results/bulk.json, part rates), and nothing
+of the whole run but what it is compared with: there the times are those of stages beside the other
+side's work, everywhere else those of stages alone. Writes results/bulk_sim.json and .md, the tables
+of docs/scale.md. What is assumed, not measured, says so.
 """
 
 import heapq
@@ -130,7 +131,8 @@ def simulated(rates: dict[str, Any]) -> dict[str, Any]:
     for name in SETTINGS:
         measured = rates[name]
         seconds = of_stages(measured["alone_seconds"])
-        told = seconds_an_image(Line(seconds, measured["chunks"], 1).run())
+        held = of_stages(measured["beside_seconds"])
+        told = seconds_an_image(Line(held, measured["chunks"], 1).run())
         whole = measured["whole_without_others"]
         needed = {}
         for rate in FORWARDS:

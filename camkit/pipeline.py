@@ -15,7 +15,7 @@ from camkit.manifest import environment, weights_hash
 from camkit.mask import to_mask
 from camkit.ops.resampling import resize_cam
 from camkit.photo import Photo
-from camkit.preset import CALIBRATED, DEFAULT_REFINE, GRADIENT, Preset, bears
+from camkit.preset import DEFAULT_REFINE, GRADIENT, PRESETS, Preset, suitable
 from camkit.refine.demands import reads_patches
 from camkit.refine.normalize import normalize_cam
 from camkit.refine.protocol import Refiner
@@ -46,9 +46,9 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
 
     Args:
         model: a Vision Transformer that returns class scores.
-        seed: where the first maps come from. Without seed and edit, what `camkit.preset.CALIBRATED`
-            says, or, for a model that does not bear it, `camkit.preset.GRADIENT`: the first photo
-            tells. With an edit of your own, `GradientSeed`.
+        seed: where the first maps come from. Without seed and edit, the first of
+            `camkit.preset.PRESETS` that the model bears, which the first photo tells:
+            `CALIBRATED`, `POOLED` or `GRADIENT`. With an edit of your own, `GradientSeed`.
         edit: changes attention blocks while the pipeline runs the model, and only then.
         edit_blocks: which, as in `camkit.attach`; the last three are the choice of
             docs/methods.md for models that were not trained with the edit.
@@ -62,20 +62,19 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
     """
     find_attention(model)  # a model without attention is refused here, not at the first photo
     own = seed is not None or edit is not None
-    preset = GRADIENT if own else CALIBRATED
+    presets = PRESETS
     if own:
         blocks = edit_blocks if isinstance(edit_blocks, int | None) else tuple(edit_blocks)
-        seed = preset.seed if seed is None else seed
-        preset = replace(preset, seed=seed, edit=edit, edit_blocks=blocks)
+        seed = GRADIENT.seed if seed is None else seed
+        presets = (replace(GRADIENT, seed=seed, edit=edit, edit_blocks=blocks),)
     return Pipeline(
         model=model,
-        preset=preset,
+        presets=presets,
         views=views,
         refine=tuple(refine),
         background_score=background_score,
         vocabulary=vocabulary,
         scores=scores,
-        fallback=None if own else GRADIENT,
     )
 
 
@@ -96,18 +95,16 @@ class Pipeline:
     `wrap` makes it, and tells what each setting means.
 
     Attributes:
-        preset: the seed, and the edit it is read under.
-        fallback: read instead where the model does not bear the edit.
+        presets: seeds, and edits they are read under; the first that the model bears is taken.
     """
 
     model: nn.Module = field(repr=False)
-    preset: Preset
+    presets: tuple[Preset, ...]
     refine: tuple[Refiner, ...]
     background_score: float | None = None
     vocabulary: Vocabulary | None = field(default=None, repr=False)
     scores: Callable[[Any], Tensor] | None = field(default=None, repr=False)
     views: Views | None = None
-    fallback: Preset | None = None
     _settled: list["Pipeline"] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -181,26 +178,26 @@ class Pipeline:
         known = known_classes(self.model) if spoken.scores is None else None
         targets = read_targets(asked, images=images, known=known, vocabulary=spoken.vocabulary)
         check_size(self.model, pixels)
-        if self.fallback is None:
+        if len(self.presets) == 1:
             return targets, spoken
-        if spoken is not self or targets.functions:  # no classifier scores patches for these
-            return targets, replace(spoken, preset=self.fallback, fallback=None)
+        if spoken is not self or targets.functions:
+            others = tuple(one for one in self.presets if not one.classifier)
+            return targets, replace(spoken, presets=others)
         if not self._settled:
             look = Look(self.model, vocabulary=self.vocabulary, scores=self.scores)
-            borne = bears(self.preset, look, pixels[:1], rgb[:1])
-            preset = self.preset if borne else self.fallback
-            self._settled.append(replace(self, preset=preset, fallback=None))
+            preset = suitable(self.presets, look, pixels[:1], rgb[:1])
+            self._settled.append(replace(self, presets=(preset,)))
         return targets, self._settled[0]
 
     def _run(self, targets: Targets, pixels: Pixels, rgb: RGB) -> Stages:
-        reading = targets.reading(self.preset.seed)
+        reading = targets.reading(self._preset.seed)
         weight = next(self.model.parameters())
         pixels, rgb = pixels.to(weight), rgb.to(weight.device)
         look = Look(
             self.model,
-            seeds=(self.preset.seed,),
-            edit=self.preset.edit,
-            edit_blocks=self.preset.edit_blocks,
+            seeds=(self._preset.seed,),
+            edit=self._preset.edit,
+            edit_blocks=self._preset.edit_blocks,
             vocabulary=self.vocabulary,
             scores=self.scores,
             class_query=not any(map(reads_patches, self.refine)),
@@ -218,12 +215,16 @@ class Pipeline:
         return Stages(seed, cam, capture, classes)
 
     @property
+    def _preset(self) -> Preset:
+        return self.presets[0]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Every setting, versions and the hash of the weights, JSON-ready."""
         return {
-            "seed": repr(self.preset.seed),
-            "edit": repr(self.preset.edit),
-            "edit_blocks": self.preset.edit_blocks,
+            "seed": repr(self._preset.seed),
+            "edit": repr(self._preset.edit),
+            "edit_blocks": self._preset.edit_blocks,
             "views": repr(self.views),
             "refine": [repr(refiner) for refiner in self.refine],
             "background_score": self._background_score,
@@ -235,7 +236,7 @@ class Pipeline:
     @property
     def _background_score(self) -> float:
         own = self.background_score
-        return self.preset.background_score if own is None else own
+        return self._preset.background_score if own is None else own
 
     def _name(self, index: int) -> str:
         return str(index) if self.vocabulary is None else self.vocabulary.names[index]

@@ -1,6 +1,7 @@
 """What a pipeline does when nobody says otherwise; chosen on the benchmark's tuning images."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,7 @@ from camkit.seed.attention.gradient import GradientSeed
 from camkit.seed.layers import AgreedProductSeed
 from camkit.seed.looking.look import Look
 from camkit.seed.pooled.class_weight import ClassWeightSeed
+from camkit.seed.pooled.contribution import ContributionSeed
 from camkit.seed.protocol import Seed
 from camkit.tensors import RGB, Pixels
 
@@ -38,6 +40,9 @@ class Preset:
         edit: changes attention blocks during the forward.
         edit_blocks: which, as in `camkit.attach`.
         depth: blocks that a model must have; fewer than the edit was made for are not calibrated.
+        classifier: whether the seed reads the model's own classifier, so that it has nothing to say
+            of texts and of scores of one's own.
+        proof: a seed that can be read only where the preset is meant to be.
     """
 
     seed: Seed
@@ -45,6 +50,8 @@ class Preset:
     edit: Edit | KeyEdit | None = None
     edit_blocks: int | tuple[int, ...] | None = 3
     depth: int = 1
+    classifier: bool = False
+    proof: Seed | None = None
 
 
 CALIBRATED = Preset(
@@ -53,17 +60,37 @@ CALIBRATED = Preset(
     edit=StaticCalibration(),
     edit_blocks=4,
     depth=6,
+    classifier=True,
 )
 """Where the class token looks, sharpened by what the classifier makes of each patch."""
+
+POOLED = Preset(ClassWeightSeed(), background_score=0.64, classifier=True, proof=ContributionSeed())
+"""For classifiers of pooled patches: these are scored by the layer that scores the image. The
+background score is that of the same seed for a class token: no pooled weights were at hand."""
 
 GRADIENT = Preset(GradientSeed(), background_score=0.55)
 """For all others; it asks least of a model."""
 
+PRESETS: tuple[Preset, ...] = (CALIBRATED, POOLED, GRADIENT)
+
+
+def suitable(presets: Sequence[Preset], look: Look, pixels: Pixels, rgb: RGB) -> Preset:
+    """The first preset that a model bears; where it bears none the last, whose errors tell why.
+
+    Args:
+        presets: at least one.
+        look: how the model is looked at.
+        pixels: ``(1, 3, H, W)`` as the model wants them, on any device.
+        rgb: the same picture in [0, 1].
+    """
+    *others, last = presets
+    return next((one for one in others if bears(one, look, pixels, rgb)), last)
+
 
 def bears(preset: Preset, look: Look, pixels: Pixels, rgb: RGB) -> bool:
-    """Whether a model bears the edit of a preset, tried on one picture.
+    """Whether a model bears a preset, tried on one picture.
 
-    The edit must be possible, the seed readable, and the class scores must stay what they are
+    The edit must be possible, seed and proof readable, and the class scores must stay what they are
     without the edit: where patches are pooled they would be those of another model.
 
     Args:
@@ -74,15 +101,19 @@ def bears(preset: Preset, look: Look, pixels: Pixels, rgb: RGB) -> bool:
     """
     if len(find_attention(look.model)) < preset.depth:
         return False
-    look = replace(look, seeds=(preset.seed,), edit=None, class_query=False)
+    seeds = (preset.seed,) if preset.proof is None else (preset.seed, preset.proof)
+    look = replace(look, seeds=seeds, edit=None, class_query=False)
     edited = replace(look, edit=preset.edit, edit_blocks=preset.edit_blocks)
     weight = next(look.model.parameters())
     pixels, rgb = pixels.to(weight), rgb.to(weight.device)
     try:
         with borrowed(look.model), torch.no_grad():
-            plain, seen = look(pixels, rgb), edited(pixels, rgb)
-            preset.seed(seen, torch.zeros(1, 1, dtype=torch.int64, device=pixels.device))
+            plain = look(pixels, rgb)
+            seen = plain if preset.edit is None else edited(pixels, rgb)
+            for seed in seeds:
+                seed(seen, torch.zeros(1, 1, dtype=torch.int64, device=pixels.device))
     except (UnsupportedModelError, CaptureError) as error:
-        _LOG.info("%s is not calibrated: %s", type(look.model).__name__, error)
+        words = type(look.model).__name__, preset.seed, preset.edit, error
+        _LOG.info("%s is not read by %s under %s: %s", *words)
         return False
     return torch.allclose(plain.scores, seen.scores, rtol=1e-3, atol=1e-4)

@@ -15,9 +15,11 @@ from torch import nn
 
 from camkit.bulk.finishing import Made, OutFolder
 from camkit.bulk.journal import Journal
+from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Reading, Recipe, Writing
 from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
+from camkit.cli.run import _interrupt
 from camkit.refine import Blur, Normalize, Propagate
 from camkit.vocabulary import Vocabulary
 
@@ -122,6 +124,26 @@ def run_small(photos, out, workers):
     """What a process does that is to be killed."""
     torch.set_num_threads(1)
     run(small_recipe(cams="npz"), PhotoFolder(Path(photos)), out, workers=workers, threads=1)
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A refiner that changes nothing and takes its time."""
+
+    seconds: float
+
+    def __call__(self, cam, _):
+        time.sleep(self.seconds)
+        return cam
+
+
+SLOW = small_recipe(cams="npz", finish=(*BLUR, Slow(0.2)))
+
+
+def run_on_ray(address, photos, out):
+    """What a process does that leads a cluster and is to be ended; see `camkit.cli.run`."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    run(SLOW, PhotoFolder(Path(photos)), Path(out), ray=RayEngine(address))
 
 
 def leave_transaction_open(out):

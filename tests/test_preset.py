@@ -18,7 +18,7 @@ from camkit import (
     photo_from_array,
     wrap,
 )
-from camkit.preset import CALIBRATED, GRADIENT
+from camkit.preset import CALIBRATED, GRADIENT, POOLED
 
 PRODUCT = AgreedProductSeed(GradientSeed(), ClassWeightSeed())
 
@@ -56,20 +56,35 @@ def test_a_classifier_on_the_class_token_is_calibrated(deep, photo):
     assert torch.allclose(found.logits, plain.logits, atol=1e-6)  # the classifier is left alone
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(lambda: vit(5), id="few blocks"),
-        pytest.param(lambda: vit(6, global_pool="avg"), id="pooled beside a class token"),
-    ],
-)
-def test_others_are_read_by_their_gradients(model, photo):
-    model = model()
+def test_few_blocks_are_read_by_their_gradients(photo):
+    model = vit(5)
     found = wrap(model)(photo, classes=[1, 3])
     asked = wrap(model, seed=GradientSeed())(photo, classes=[1, 3])
     assert same(found, asked)
     assert found.settings == asked.settings
     assert found.settings["background_score"] == GRADIENT.background_score
+
+
+POOLED_VIT = {"class_token": False, "global_pool": "avg", "fc_norm": True}
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(POOLED_VIT, id="mean"),
+        pytest.param(POOLED_VIT | {"global_pool": "max"}, id="maximum"),
+        pytest.param(POOLED_VIT | {"fc_norm": False}, id="a norm before"),
+        pytest.param({"global_pool": "avg"}, id="mean beside a class token"),
+        pytest.param({"class_token": False, "global_pool": "map"}, id="attention head"),
+    ],
+)
+def test_pooled_patches_are_scored_by_the_classifier(options, depth, photo):
+    model = vit(depth, **options)
+    found = wrap(model)(photo, classes=[1, 3])
+    asked = wrap(model, seed=ClassWeightSeed(), background_score=POOLED.background_score)
+    assert same(found, asked(photo, classes=[1, 3]))
+    assert found.settings == asked.settings
 
 
 def test_why_a_model_is_not_calibrated_is_told(photo, caplog):
@@ -79,7 +94,8 @@ def test_why_a_model_is_not_calibrated_is_told(photo, caplog):
     with caplog.at_level(logging.INFO, "camkit"):
         found = wrap(model)(photo, classes=[2])
     assert found.settings["seed"] == "GradientSeed()"
-    assert "VisionTransformer is not calibrated: the host writes its attention out" in caplog.text
+    assert "VisionTransformer is not read by AgreedProductSeed" in caplog.text
+    assert "the host writes its attention out" in caplog.text
 
 
 def test_it_is_tried_once_for_all_photos(deep, photo):

@@ -5,9 +5,12 @@ import json
 import multiprocessing
 import os
 import signal
+import sqlite3
+import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 from PIL import Image
 from small_runs import (
     BLUR,
+    SLOW,
     DiesOfDarkness,
     OpenSmall,
     run_model,
@@ -145,6 +149,41 @@ def test_a_run_that_is_stopped_goes_on_with_the_other_engine(cluster, tmp_path):
     assert ran.written + ran.settled == 24
     assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_a_run_whose_leading_process_is_ended_goes_on(cluster, tmp_path):
+    photos, out = write_photos(tmp_path / "in", 24), tmp_path / "out"
+    leading = "import sys, small_runs; small_runs.run_on_ray(*sys.argv[1:])"
+    settled = [0]
+    for end in (signal.SIGKILL, signal.SIGTERM):
+        lead = subprocess.Popen(
+            [sys.executable, "-c", leading, cluster.address, str(photos.root), str(out)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until = time.monotonic() + 120
+        while len(noted(out)) < settled[-1] + 4 and lead.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        lead.send_signal(end)
+        told = lead.communicate(timeout=120)[1]
+        settled.append(len(noted(out)))
+        assert lead.returncode != 0
+    assert told.splitlines()[-1].startswith("KeyboardInterrupt")  # it was left time to write
+    assert 4 <= settled[1] < settled[2] < 24
+    ran = local(SLOW, photos, out)
+    assert (ran.written, ran.settled, ran.failed) == (24 - settled[2], settled[2], 0)
+    local(SLOW, photos, tmp_path / "whole")
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def noted(out):
+    """Keys of the images that the journal of a run knows as done."""
+    try:
+        with closing(sqlite3.connect(f"file:{out / 'journal.sqlite'}?mode=ro", uri=True)) as file:
+            return [row[0] for row in file.execute("SELECT key FROM images WHERE row IS NOT NULL")]
+    except sqlite3.OperationalError:  # not yet begun
+        return []
 
 
 def test_an_image_that_kills_its_process_is_given_up(cluster, tmp_path):

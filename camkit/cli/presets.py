@@ -3,7 +3,7 @@
 import torch
 
 from camkit.cli.models import OpenedModel
-from camkit.preset import CALIBRATED, GRADIENT, Preset, bears
+from camkit.preset import PRESETS, Preset, suitable
 from camkit.seed import Look
 
 
@@ -14,4 +14,4 @@ def preset_of(opened: OpenedModel) -> Preset:
     step = opened.photos.multiple
     rows, cols = (max(1, round(side / step)) * step for side in (rows, cols))
     grey = torch.linspace(0, 1, cols).expand(1, 3, rows, cols)
-    return CALIBRATED if bears(CALIBRATED, Look(opened.model), grey * 2 - 1, grey) else GRADIENT
+    return suitable(PRESETS, Look(opened.model), grey * 2 - 1, grey)
