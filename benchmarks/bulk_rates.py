@@ -216,7 +216,8 @@ def rates(
             shares = {key: each[-1][key] for key in each[-1] if key.startswith("share")}
             print(name, number, shares, flush=True)
         shares = {key: [one[key] for one in each] for key in each[0] if key.startswith("share")}
-        found[name] = middle(each) | {"shares_by_round": shares}
+        runs = [one["whole"] | {"without_others": one["whole_without_others"]} for one in each]
+        found[name] = middle(each) | {"shares_by_round": shares, "runs": runs}
     return found
 
 
