@@ -185,7 +185,7 @@ class Pipeline:
             return targets, replace(spoken, presets=others)
         if not self._settled:
             look = Look(self.model, vocabulary=self.vocabulary, scores=self.scores)
-            preset = suitable(self.presets, look, pixels[:1], rgb[:1])
+            preset = suitable(self.presets, look, pixels, rgb)
             self._settled.append(replace(self, presets=(preset,)))
         return targets, self._settled[0]
 

@@ -80,15 +80,15 @@ def suitable(presets: Sequence[Preset], look: Look, pixels: Pixels, rgb: RGB) ->
     Args:
         presets: at least one.
         look: how the model is looked at.
-        pixels: ``(1, 3, H, W)`` as the model wants them, on any device.
-        rgb: the same picture in [0, 1].
+        pixels: ``(b, 3, H, W)`` as the model wants them, on any device.
+        rgb: the same pictures in [0, 1].
     """
     *others, last = presets
     return next((one for one in others if bears(one, look, pixels, rgb)), last)
 
 
 def bears(preset: Preset, look: Look, pixels: Pixels, rgb: RGB) -> bool:
-    """Whether a model bears a preset, tried on one picture.
+    """Whether a model bears a preset, tried on a batch.
 
     The edit must be possible, seed and proof readable, and the class scores must stay what they are
     without the edit: where patches are pooled they would be those of another model.
@@ -96,8 +96,8 @@ def bears(preset: Preset, look: Look, pixels: Pixels, rgb: RGB) -> bool:
     Args:
         preset: what is tried.
         look: how the model is looked at.
-        pixels: ``(1, 3, H, W)`` as the model wants them, on any device.
-        rgb: the same picture in [0, 1].
+        pixels: ``(b, 3, H, W)`` as the model wants them, on any device.
+        rgb: the same pictures in [0, 1].
     """
     if len(find_attention(look.model)) < preset.depth:
         return False
@@ -111,7 +111,7 @@ def bears(preset: Preset, look: Look, pixels: Pixels, rgb: RGB) -> bool:
             plain = look(pixels, rgb)
             seen = plain if preset.edit is None else edited(pixels, rgb)
             for seed in seeds:
-                seed(seen, torch.zeros(1, 1, dtype=torch.int64, device=pixels.device))
+                seed(seen, torch.zeros(len(pixels), 1, dtype=torch.int64, device=pixels.device))
     except (UnsupportedModelError, CaptureError) as error:
         words = type(look.model).__name__, preset.seed, preset.edit, error
         _LOG.info("%s is not read by %s under %s: %s", *words)

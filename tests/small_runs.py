@@ -19,7 +19,6 @@ from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Reading, Recipe, Writing
 from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
-from camkit.cli.run import _interrupt
 from camkit.refine import Blur, Normalize, Propagate
 from camkit.vocabulary import Vocabulary
 
@@ -137,12 +136,11 @@ class Slow:
         return cam
 
 
-SLOW = small_recipe(cams="parquet", finish=(*BLUR, Slow(0.2)))
+SLOW = small_recipe(cams="npz", finish=(*BLUR, Slow(0.1)))
 
 
 def run_on_ray(address, photos, out):
-    """What a process does that leads a cluster and is to be ended; see `camkit.cli.run`."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    """What a process does that leads a cluster and is to be killed."""
     run(SLOW, PhotoFolder(Path(photos)), Path(out), ray=RayEngine(address))
 
 
