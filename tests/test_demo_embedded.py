@@ -226,10 +226,11 @@ def test_the_hub_goes_before_the_model_in_the_package(nowhere, monkeypatch, hub_
 
 def test_what_was_downloaded_before_goes_before_the_model_in_the_package(nowhere, no_network):
     folder = nowhere / "cache" / f"models--timm--{DEFAULT_MODEL}"
-    path = random_weights(folder / "snapshots" / "abc" / "model.safetensors", 3)
+    path = random_weights(folder / "snapshots" / "abc" / "model.safetensors", 1000)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("abc")
-    assert open_model(DEFAULT_MODEL, or_embedded=True).source == str(path)
+    for or_embedded in (True, False):
+        assert open_model(DEFAULT_MODEL, or_embedded=or_embedded).source == str(path)
 
 
 def test_without_data_and_hub_the_model_in_the_package_is_taken_and_said_so(

@@ -80,7 +80,7 @@ def open_model(name: str, *, size: int = 384, or_embedded: bool = False) -> Open
     architecture = known_architecture(name)
     found = _local(name, architecture)
     if found is None and or_embedded and name == DEFAULT_MODEL:
-        found = _from_hub_soon(name, architecture)
+        found = _from_hub_soon(name)
         if found is None:
             print("taking the small model that comes with camkit instead", file=sys.stderr)
             return _embedded(size)
@@ -154,7 +154,11 @@ def _from_hub(name: str) -> tuple[Any, str]:
         )
     print(f"{name} is not in CAMKIT_DATA/weights/; asking timm's hub for it", file=sys.stderr)
     try:
-        model = create(name, pretrained=True)
+        if _hub_answers():
+            return create(name, pretrained=True), "timm hub"
+        if path := _downloaded(name):
+            return create(name, pretrained=True, pretrained_cfg_overlay={"file": path}), path
+        raise ConnectionError("no answer, and nothing kept of an earlier download")
     except (OSError, RuntimeError, ValueError) as error:
         raise CamkitError(
             f"no weights for {name}: neither in CAMKIT_DATA/weights/ "
@@ -162,22 +166,25 @@ def _from_hub(name: str) -> tuple[Any, str]:
             f"({type(error).__name__}); set CAMKIT_DATA to a folder that has "
             f"weights/{name}.safetensors, or connect to the hub; --model {EMBEDDED} needs neither"
         ) from error
-    return model, "timm hub"
 
 
-def _from_hub_soon(name: str, architecture: str) -> tuple[Any, str] | None:
-    """Ask the hub, but do not wait for one that is not there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if not _hub_answers():
-        print("timm's hub does not answer", file=sys.stderr)
-        downloaded = try_to_load_from_cache(f"timm/{name}", "model.safetensors")
-        return _from_file(Path(downloaded), architecture) if isinstance(downloaded, str) else None
+def _from_hub_soon(name: str) -> tuple[Any, str] | None:
+    """What the hub has, or nothing."""
     try:
         return _from_hub(name)
     except CamkitError as error:
-        print(error, file=sys.stderr)
+        short = isinstance(error.__cause__, ConnectionError)
+        print("timm's hub does not answer" if short else error, file=sys.stderr)
         return None
+
+
+def _downloaded(name: str) -> str | None:
+    """The file that an earlier download of timm's left."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("model.safetensors", "pytorch_model.bin")
+    found = (try_to_load_from_cache(f"timm/{name}", file) for file in files)
+    return next((path for path in found if isinstance(path, str)), None)
 
 
 def _hub_answers() -> bool:
