@@ -10,7 +10,8 @@ export CAMKIT_DATA
 
 .PHONY: demo test check lint types layers docs package bench clean
 
-demo: $(VENV)/.installed
+# What a user installs is enough for this one.
+demo: $(VENV)/.made
 	$(BIN)/camkit demo --out out/demo
 
 # Two processes with one thread each: on tiny models a second thread is waited for longer than it works.
@@ -56,10 +57,15 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/models.py
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.made: pyproject.toml
 	@echo "camkit: making $(VENV) and installing into it; torch brings about 5 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --progress-bar on -e '.[dev,docs]'
+	$(PIP) install --progress-bar on --no-compile -e .
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made
+	@echo "camkit: installing what tests, checks and documentation take"
+	$(PIP) install --progress-bar on --no-compile -e '.[dev,docs]'
 	$(PIP) install -q --no-deps grad-cam==1.5.7
 	@echo "camkit: building pydensecrf for DenseCRF (optional; needs a C++ compiler)"
 	@$(PIP) install -q -e '.[crf]' || echo "camkit: pydensecrf did not build; DenseCRF will say so and its tests skip"

@@ -332,8 +332,14 @@ def test_logits_under_an_edit_are_those_of_the_edited_model(model, photo):
 
 
 def test_a_host_outside_timm_works_too(photo):
-    result = wrap(HandMade())(photo, classes=[2])
+    host = HandMade()
+    result = wrap(host, seed=GradientSeed())(photo, classes=[2])
+    with watch(host, gradients=True) as seen:
+        host(photo.pixels)
+    expected = GradientSeed()(seen.capture, torch.tensor([[2]]))
     assert result.seed.shape == (1, 1, 8, 14)  # patches of 8
+    assert expected.max() > 0
+    torch.testing.assert_close(result.seed, normalize_cam(expected))
 
 
 def test_settings_tell_what_led_to_the_result(model):
