@@ -35,26 +35,39 @@ docs: $(VENV)/.installed
 	$(BIN)/codespell README.md docs examples camkit
 	$(BIN)/mkdocs build --quiet --strict
 
-# Wheel and sdist, what is said of them, and the command from the wheel in a fresh environment outside this folder.
+# Wheel and sdist, what is said of them, and the demo from the wheel in a fresh environment outside this folder.
 package: $(VENV)/.installed
 	rm -rf dist build out/from_wheel
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv out/from_wheel/venv
 	out/from_wheel/venv/bin/python -m pip --disable-pip-version-check install -q dist/*.whl
-	cd out/from_wheel && venv/bin/camkit --help
+	cd out/from_wheel && venv/bin/camkit demo --model demo --photos 1 --out demo
 	rm -rf out/from_wheel
 
-# The published tables; hours on two cores. benchmarks/README.md says what each script measures.
+# The published tables; many hours on two cores. benchmarks/README.md says what each script measures, and names those of training and of the GPU.
 bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/preset.py --limit 60
+	$(BIN)/python benchmarks/preset.py --limit 60 --voc
 	$(BIN)/python benchmarks/gains.py
 	$(BIN)/python benchmarks/gains.py --coco
-	$(BIN)/python benchmarks/seeds.py
-	$(BIN)/python benchmarks/edges.py
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/seeds.py --limit 226
+	$(BIN)/python benchmarks/seeds.py --limit 120 --voc
+	$(BIN)/python benchmarks/views.py
+	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/seed_cost.py
+	$(BIN)/python benchmarks/edges.py --tune-limit 120
 	$(BIN)/python benchmarks/crf.py
+	$(BIN)/python benchmarks/par.py
+	$(BIN)/python benchmarks/doei_search.py
 	$(BIN)/python benchmarks/doei_gains.py
+	$(BIN)/python benchmarks/doei_gains.py --coco
 	$(BIN)/python benchmarks/doei_cost.py
 	$(BIN)/python benchmarks/watching.py
+	$(BIN)/python benchmarks/bulk.py kills memory rates
+	$(BIN)/python benchmarks/bulk_ray.py
+	$(BIN)/python benchmarks/bulk_sim.py
 	$(BIN)/python benchmarks/models.py
 
 $(VENV)/.made: pyproject.toml
