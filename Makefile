@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CAMKIT_DATA ?= $(wildcard ../shared/data)
 export CAMKIT_DATA
 
+.NOTPARALLEL:
 .PHONY: demo test check lint types layers docs package bench clean
 
 # What a user installs is enough for this one.
@@ -45,15 +46,15 @@ package: $(VENV)/.installed
 	cd out/from_wheel && venv/bin/camkit demo --model demo --photos 1 --out demo
 	rm -rf out/from_wheel
 
-# The published tables; many hours on two cores. benchmarks/README.md says what each script measures, and names those of training and of the GPU.
+# Published tables; many hours on two cores. benchmarks/README.md says what each script measures, and which are not among these.
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/preset.py --limit 60
 	$(BIN)/python benchmarks/preset.py --limit 60 --voc
 	$(BIN)/python benchmarks/gains.py
 	$(BIN)/python benchmarks/gains.py --coco
-	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/seeds.py --limit 226
 	$(BIN)/python benchmarks/seeds.py --limit 120 --voc
+	$(BIN)/python benchmarks/pooled.py --limit 60
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/seed_cost.py
@@ -66,7 +67,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/doei_cost.py
 	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/bulk.py kills memory rates
-	$(BIN)/python benchmarks/bulk_ray.py
+	$(BIN)/python benchmarks/bulk_ray.py --repeats 2
 	$(BIN)/python benchmarks/bulk_sim.py
 	$(BIN)/python benchmarks/models.py
 

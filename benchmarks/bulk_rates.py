@@ -173,11 +173,12 @@ def sides(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def one_round(
-    made: Recipe, source: PhotoFolder, work: Path, beside: tuple[Any, ...]
+    made: Recipe, source: PhotoFolder, work: Path, beside: tuple[Any, ...], side: str | None
 ) -> dict[str, Any]:
     """Stages alone, stages beside the other side's work, and the whole, one after the other."""
     alone, sizes, formed = stages_alone(made, source, OutFolder(work / "alone"))
-    side, slower = max(sides(alone).items(), key=lambda one: one[1])
+    side = side or max(sides(alone).items(), key=lambda one: one[1])[0]
+    slower = sides(alone)[side]
     other = "worker" if side == "model" else "model"
     with busy((*beside, other, slower), work / "ready"):
         held, _, _ = stages_alone(made, source, OutFolder(work / "held"))
@@ -208,11 +209,12 @@ def rates(
     for name, crf in (("crf", True), ("plain", False)):
         source = link_photos(work / name / "in", photos, images)
         made, beside = recipe(size, crf=crf), (crf, source.root, size)
-        each = []
+        each: list[dict[str, Any]] = []
         for number in range(rounds):
             folder = work / name / str(number)
             folder.mkdir()
-            each.append(one_round(made, source, folder, beside))
+            side = each[0]["slower_side"] if each else None
+            each.append(one_round(made, source, folder, beside, side))
             shares = {key: each[-1][key] for key in each[-1] if key.startswith("share")}
             print(name, number, shares, flush=True)
         shares = {key: [one[key] for one in each] for key in each[0] if key.startswith("share")}

@@ -19,6 +19,7 @@ from camkit.grid import Grid
 from camkit.seed.attention.class_attention import ClassAttentionSeed
 from camkit.seed.attention.gradient import GradientSeed, RolloutSeed
 from camkit.seed.pooled.class_weight import ClassWeightSeed
+from camkit.seed.pooled.contribution import ContributionSeed
 from camkit.seed.protocol import Seed
 from camkit.vocabulary import Vocabulary
 
@@ -115,13 +116,11 @@ def diagnose(  # noqa: PLR0913 - what `watch` can be told
         class_tokens: as in `camkit.watch`.
         grid: as in `camkit.watch`.
 
-    Returns:
-        What was seen, or why the model is refused.
+    Returns: what was seen, or why the model is refused.
 
     Example:
         >>> print(camkit.diagnose(model, torch.rand(1, 3, 224, 224)))  # doctest: +SKIP
     """
-    name = type(model).__name__
     found = None if modules is None else list(modules)
     try:
         with torch.no_grad():
@@ -138,10 +137,10 @@ def diagnose(  # noqa: PLR0913 - what `watch` can be told
                 _call(model, run)
             capture = seen.capture
     except CamkitError as error:
-        return Diagnosis(name, refusal=str(error))
+        return Diagnosis(type(model).__name__, refusal=str(error))
     seeds = {type(seed).__name__: _why_not(seed, capture) for seed in SEEDS}
     return Diagnosis(
-        model=name,
+        model=type(model).__name__,
         blocks=capture.names,
         heads=capture.blocks[0].shape[1],
         tokens=capture.blocks[0].shape[2],
@@ -152,7 +151,7 @@ def diagnose(  # noqa: PLR0913 - what `watch` can be told
         rule=_rule(capture, said=scores is not None),
         seeds=seeds,
         edit_drift=_drift(model, run, found, class_tokens),
-        code=_code(seeds, alone=isinstance(run, Tensor) and capture.outputs is not None),
+        code=_code(seeds, capture, alone=isinstance(run, Tensor)),
     )
 
 
@@ -235,14 +234,15 @@ def _tensors(output: object) -> list[Tensor]:
     return [t for part in parts for t in _tensors(part)] if isinstance(parts, Iterable) else []
 
 
-def _code(seeds: dict[str, str | None], *, alone: bool) -> str:
+def _code(seeds: dict[str, str | None], capture: Capture, *, alone: bool) -> str:
     """The whole pipeline where the model takes images and returns scores, else its parts."""
-    works = next((name for name, reason in seeds.items() if reason is None), None)
+    works = next((name for name, why in seeds.items() if why is None), None)
     if works is None:
         return "camkit.watch(model, scores=lambda output: ...)"
-    if not alone:
+    if not alone or capture.outputs is None:
         return f"with camkit.watch(model) as seen: ...; camkit.{works}()(seen.capture, classes)"
-    seed = "" if works == "GradientSeed" else f", seed=camkit.{works}()"
+    default = works == "GradientSeed" or _why_not(ContributionSeed(), capture) is None
+    seed = "" if default else f", seed=camkit.{works}()"
     return f"camkit.wrap(model{seed})(photo, classes=[...])"
 
 

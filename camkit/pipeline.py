@@ -185,7 +185,8 @@ class Pipeline:
             return targets, replace(spoken, presets=others)
         if not self._settled:
             look = Look(self.model, vocabulary=self.vocabulary, scores=self.scores)
-            preset = suitable(self.presets, look, pixels, rgb)
+            images = 1 if self.scores is None else len(pixels)  # scores may know how many there are
+            preset = suitable(self.presets, look, pixels[:images], rgb[:images])
             self._settled.append(replace(self, presets=(preset,)))
         return targets, self._settled[0]
 

@@ -112,8 +112,10 @@ def bears(preset: Preset, look: Look, pixels: Pixels, rgb: RGB) -> bool:
             seen = plain if preset.edit is None else edited(pixels, rgb)
             for seed in seeds:
                 seed(seen, torch.zeros(len(pixels), 1, dtype=torch.int64, device=pixels.device))
-    except (UnsupportedModelError, CaptureError) as error:
-        words = type(look.model).__name__, preset.seed, preset.edit, error
+    except torch.OutOfMemoryError:
+        raise
+    except (UnsupportedModelError, CaptureError, RuntimeError) as error:
+        words = type(look.model).__name__, preset.seed, preset.edit, str(error)
         _LOG.info("%s is not read by %s under %s: %s", *words)
         return False
     return torch.allclose(plain.scores, seen.scores, rtol=1e-3, atol=1e-4)

@@ -136,7 +136,7 @@ class Slow:
         return cam
 
 
-SLOW = small_recipe(cams="npz", finish=(*BLUR, Slow(0.1)))
+SLOW = small_recipe(cams="npz", finish=(*BLUR, Slow(0.2)))
 
 
 def run_on_ray(address, photos, out):

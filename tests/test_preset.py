@@ -1,5 +1,6 @@
 """What wrap does when nobody says otherwise: calibrated where the model bears it, else not."""
 
+import gc
 import logging
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import timm
 import torch
 from hosts import shaken
+from torch import nn
 
 from camkit import (
     AgreedProductSeed,
@@ -18,6 +20,7 @@ from camkit import (
     photo_from_array,
     wrap,
 )
+from camkit.capture import Capture
 from camkit.preset import CALIBRATED, GRADIENT, POOLED
 
 PRODUCT = AgreedProductSeed(GradientSeed(), ClassWeightSeed())
@@ -85,6 +88,35 @@ def test_pooled_patches_are_scored_by_the_classifier(options, depth, photo):
     asked = wrap(model, seed=ClassWeightSeed(), background_score=POOLED.background_score)
     assert same(found, asked(photo, classes=[1, 3]))
     assert found.settings == asked.settings
+
+
+def test_a_host_that_casts_its_scores_is_read_as_well(photo):
+    model = vit(2, **POOLED_VIT).bfloat16()
+    pipeline = wrap(model, scores=lambda output: output.float())
+    found, exact = pipeline(photo, classes=[1]), wrap(vit(2, **POOLED_VIT))(photo, classes=[1])
+    assert found.settings["seed"] == exact.settings["seed"] == "ClassWeightSeed()"
+    assert (found.cam - exact.cam).abs().mean() < 0.05
+
+
+def test_a_head_that_takes_all_tokens_in_a_row_is_read_by_gradients(photo):
+    torch.manual_seed(0)
+    tokens = vit(2, num_classes=0, global_pool="")
+    model = nn.Sequential(tokens, nn.Flatten(), nn.Linear(10 * 48, 5)).eval()
+    found = wrap(model)(photo, classes=[1])
+    assert found.settings["seed"] == "GradientSeed()"
+    assert same(found, wrap(model, seed=GradientSeed())(photo, classes=[1]))
+
+
+def test_what_was_tried_is_let_go_at_once(photo):
+    model = vit(5)
+    gc.collect()
+    gc.disable()
+    try:
+        wrap(model)(photo, classes=[1])
+        kept = sum(type(one) is Capture for one in gc.get_objects())
+    finally:
+        gc.enable()
+    assert kept == 0
 
 
 def test_why_a_model_is_not_calibrated_is_told(photo, caplog):

@@ -109,7 +109,8 @@ def _scored_by_pool(
             if _same(_normed(norm, call.output), head.input.flatten(1)):
                 own = call.input[:, patches] if call.input.shape[1] > max(patches) else call.input
                 alone: Tensor = call.module.forward(own.flatten(0, 1)[:, None])
-                return _classified(head, _normed(norm, alone).unflatten(0, own.shape[:2]))
+                if alone.shape[1:] == call.output.shape[1:]:  # it pools any number of them
+                    return _classified(head, _normed(norm, alone).unflatten(0, own.shape[:2]))
     return None
 
 

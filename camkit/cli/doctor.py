@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from camkit.cli.models import DEFAULT_MODEL, create, known_architecture
 from camkit.diagnosis import diagnose
 from camkit.errors import CamkitError
 from camkit.manifest import environment
 from camkit.native.kernels import kernel_state
-from camkit.preset import DEFAULT_REFINE
+from camkit.preset import DEFAULT_REFINE, PRESETS, suitable
+from camkit.seed import Look
 
 EXAMPLES = """examples:
   camkit doctor
@@ -47,13 +48,20 @@ def execute(options: argparse.Namespace) -> int:
     rows = {"name": f"{options.model}, tried with one image of {side}x{side}", **found.rows}
     if found.refusal is None:
         steps = ", then ".join(map(repr, DEFAULT_REFINE))
-        rows["defaults"] = f"GradientSeed over all {len(found.blocks)} blocks, then {steps}"
+        rows["defaults"] = f"{_default(model, images)}, then {steps}"
     rows["kernels"] = kernel_state()
     rows["versions"] = ", ".join(f"{k} {v}" for k, v in environment().items())
     width = max(map(len, rows))
     for key, value in rows.items():
         print(f"{key:<{width}}  {value}")
     return 0 if found.refusal is None else 1
+
+
+def _default(model: nn.Module, images: Tensor) -> str:
+    preset = suitable(PRESETS, Look(model), images * 2 - 1, images)
+    if preset.edit is None:
+        return repr(preset.seed)
+    return f"{preset.seed!r} under {preset.edit!r} of the last {preset.edit_blocks} blocks"
 
 
 def _from_timm(name: str) -> nn.Module:

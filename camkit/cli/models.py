@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import ssl
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,13 @@ def _from_file(path: Path, architecture: str) -> tuple[Any, str]:
     return model, str(path)
 
 
-def _from_hub(name: str) -> tuple[Any, str]:
+def _from_hub(name: str, *, patient: bool = True) -> tuple[Any, str]:
+    """Weights from timm's hub, or from an earlier download.
+
+    Args:
+        name: timm's, with the weights tag.
+        patient: let timm ask a hub that is slow to answer.
+    """
     import timm
 
     if not timm.is_model_pretrained(name):
@@ -154,7 +161,7 @@ def _from_hub(name: str) -> tuple[Any, str]:
         )
     print(f"{name} is not in CAMKIT_DATA/weights/; asking timm's hub for it", file=sys.stderr)
     try:
-        if _hub_answers():
+        if _hub_is_there(surely=not patient):
             return create(name, pretrained=True), "timm hub"
         if path := _downloaded(name):
             return create(name, pretrained=True, pretrained_cfg_overlay={"file": path}), path
@@ -171,7 +178,7 @@ def _from_hub(name: str) -> tuple[Any, str]:
 def _from_hub_soon(name: str) -> tuple[Any, str] | None:
     """What the hub has, or nothing."""
     try:
-        return _from_hub(name)
+        return _from_hub(name, patient=False)
     except CamkitError as error:
         short = isinstance(error.__cause__, ConnectionError)
         print("timm's hub does not answer" if short else error, file=sys.stderr)
@@ -180,14 +187,19 @@ def _from_hub_soon(name: str) -> tuple[Any, str] | None:
 
 def _downloaded(name: str) -> str | None:
     """The file that an earlier download of timm's left."""
+    import timm
     from huggingface_hub import try_to_load_from_cache
 
-    files = ("model.safetensors", "pytorch_model.bin")
-    found = (try_to_load_from_cache(f"timm/{name}", file) for file in files)
+    settings = timm.models.get_pretrained_cfg(name)
+    place = (settings and settings.hf_hub_id) or "timm/"
+    place += name if place.endswith("/") else ""
+    files = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+    found = (try_to_load_from_cache(place, file) for file in files)
     return next((path for path in found if isinstance(path, str)), None)
 
 
-def _hub_answers() -> bool:
+def _hub_is_there(*, surely: bool) -> bool:
+    """Whether the hub answers; unless it must be sure, one that is slow to answer counts too."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -197,8 +209,10 @@ def _hub_answers() -> bool:
             return True
     except HTTPError:  # an answer, if only to say no
         return True
-    except (OSError, ValueError):  # no network, no such host, no answer; not an address
-        return False
+    except (OSError, ValueError) as error:  # no network, no such host; not an address
+        reason = getattr(error, "reason", error)
+        answered = isinstance(reason, ssl.SSLError)  # with a certificate that timm may know
+        return answered or (isinstance(reason, TimeoutError) and not surely)
 
 
 def _embedded(size: int) -> OpenedModel:

@@ -82,8 +82,8 @@ def _add_asked(parser: argparse.ArgumentParser) -> None:
     add(
         "--seed",
         metavar="SPEC",
-        help="where maps come from (default: gradients, sharpened by calibrated class scores of "
-        "patches where the model bears it)",
+        help="where maps come from (default: the first of camkit.preset.PRESETS that the model "
+        "bears)",
     )
     add("--edit", metavar="SPEC", help="change of the forward, such as doei")
     add("--edit-blocks", type=int, default=3, metavar="N", help="last blocks edited; 0 is all")

@@ -158,7 +158,8 @@ class BlockStream:
         own = [p for p in self._block.parameters(recurse=False) if p.shape == total.shape[-1:]]
         for scale in (None, *own):
             added = now.added if scale is None else now.added * scale
-            if torch.allclose(total, now.entered + added, rtol=1e-3, atol=1e-3):
+            found = (now.entered + added).to(total.dtype)  # of a host that casts by itself
+            if torch.allclose(total, found, rtol=1e-3, atol=1e-3):
                 now.scale, now.fits = scale, True
                 return
 

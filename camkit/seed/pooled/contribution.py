@@ -73,7 +73,7 @@ class ContributionSeed:
         for scores in _score_maps(capture, outputs):
             for rule in self._rules():
                 if _same(rule.pool(scores), outputs):
-                    return torch.einsum("bnc,bc->bn", rule.parts(scores), asked)
+                    return torch.einsum("bnc,bc->bn", rule.parts(scores), asked.to(scores))
         raise UnsupportedModelError(
             "the class scores are made of no patches that are pooled by "
             f"{' or '.join(repr(rule) for rule in self._rules())}, so no patch has an exact share "
@@ -97,7 +97,7 @@ class ContributionSeed:
                 for norm in norms:
                     if _same(_normed(norm, pooled), entered):
                         parts = _behind_norm(norm, rule.parts(tokens), pooled)
-                        return torch.einsum("bnd,bd->bn", parts[:, keep], direction)
+                        return torch.einsum("bnd,bd->bn", parts[:, keep], direction.to(parts))
         return None
 
     def _through_head(
