@@ -67,7 +67,7 @@ def pooled_model(opened: OpenedModel) -> OpenedModel:
     model.head = trained(pooled, labels)
     right = (model.head(pooled) > 0).eq(labels > 0).float().mean()
     print(f"{right:.1%} of the labels of train are told")
-    model.requires_grad_(requires_grad=False)
+    model.eval().requires_grad_(requires_grad=False)
     return replace(bare, vocabulary=camkit.Vocabulary(tuple(CLASSES)))
 
 

@@ -48,7 +48,7 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
         model: a Vision Transformer that returns class scores.
         seed: where the first maps come from. Without seed and edit, the first of
             `camkit.preset.PRESETS` that the model bears, which the first photo tells:
-            `CALIBRATED`, `POOLED` or `GRADIENT`. With an edit of your own, `GradientSeed`.
+            `CALIBRATED`, `GRADIENT` or `POOLED`. With an edit of your own, `GradientSeed`.
         edit: changes attention blocks while the pipeline runs the model, and only then.
         edit_blocks: which, as in `camkit.attach`; the last three are the choice of
             docs/methods.md for models that were not trained with the edit.

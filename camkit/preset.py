@@ -64,27 +64,26 @@ CALIBRATED = Preset(
 )
 """Where the class token looks, sharpened by what the classifier makes of each patch."""
 
-POOLED = Preset(ClassWeightSeed(), background_score=0.64, classifier=True, proof=ContributionSeed())
-"""For classifiers of pooled patches: these are scored by the layer that scores the image. The
-background score is that of the same seed for a class token: no pooled weights were at hand."""
-
 GRADIENT = Preset(GradientSeed(), background_score=0.55)
-"""For all others; it asks least of a model."""
+"""For others with a class token or a pooling query; it asks least of a model."""
 
-PRESETS: tuple[Preset, ...] = (CALIBRATED, POOLED, GRADIENT)
+POOLED = Preset(ClassWeightSeed(), background_score=0.64, classifier=True, proof=ContributionSeed())
+"""For classifiers of pooled patches where nothing else looks at all of them: patches are scored by
+the layer that scores the image. The background score is that of the same seed for a class token."""
+
+PRESETS: tuple[Preset, ...] = (CALIBRATED, GRADIENT, POOLED)
 
 
 def suitable(presets: Sequence[Preset], look: Look, pixels: Pixels, rgb: RGB) -> Preset:
-    """The first preset that a model bears; where it bears none the last, whose errors tell why.
+    """The first preset that a model bears; where it bears none `GRADIENT`, whose errors tell why.
 
     Args:
-        presets: at least one.
+        presets: what may be taken.
         look: how the model is looked at.
         pixels: ``(b, 3, H, W)`` as the model wants them, on any device.
         rgb: the same pictures in [0, 1].
     """
-    *others, last = presets
-    return next((one for one in others if bears(one, look, pixels, rgb)), last)
+    return next((one for one in presets if bears(one, look, pixels, rgb)), GRADIENT)
 
 
 def bears(preset: Preset, look: Look, pixels: Pixels, rgb: RGB) -> bool:

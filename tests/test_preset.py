@@ -59,8 +59,16 @@ def test_a_classifier_on_the_class_token_is_calibrated(deep, photo):
     assert torch.allclose(found.logits, plain.logits, atol=1e-6)  # the classifier is left alone
 
 
-def test_few_blocks_are_read_by_their_gradients(photo):
-    model = vit(5)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"depth": 5}, id="few blocks"),
+        pytest.param({"depth": 6, "global_pool": "avg"}, id="pooled beside a class token"),
+        pytest.param({"depth": 6, "class_token": False, "global_pool": "map"}, id="pooling query"),
+    ],
+)
+def test_others_are_read_by_their_gradients(options, photo):
+    model = vit(**options)
     found = wrap(model)(photo, classes=[1, 3])
     asked = wrap(model, seed=GradientSeed())(photo, classes=[1, 3])
     assert same(found, asked)
@@ -78,8 +86,6 @@ POOLED_VIT = {"class_token": False, "global_pool": "avg", "fc_norm": True}
         pytest.param(POOLED_VIT, id="mean"),
         pytest.param(POOLED_VIT | {"global_pool": "max"}, id="maximum"),
         pytest.param(POOLED_VIT | {"fc_norm": False}, id="a norm before"),
-        pytest.param({"global_pool": "avg"}, id="mean beside a class token"),
-        pytest.param({"class_token": False, "global_pool": "map"}, id="attention head"),
     ],
 )
 def test_pooled_patches_are_scored_by_the_classifier(options, depth, photo):
