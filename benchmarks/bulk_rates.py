@@ -4,8 +4,8 @@ The slower side's own rate is measured twice. Alone: on a core of its own, the o
 Beside: a process on the other core does the other side's work meanwhile, at the rate it has in the
 run, but nothing connects the two. Two busy cores slow each other, by memory and by heat; what the
 whole run takes longer than that is what the pipeline costs. Where the machine's speed drifts from
-minute to minute neither says much; the share of the whole run in which the slower side was at work,
-and did not wait for anything, is of one and the same run.
+minute to minute neither says much, and which side is the slower one may change; the share of the
+whole run in which the busier side was at work, and waited for nothing, is of one and the same run.
 """
 
 import multiprocessing
@@ -197,7 +197,6 @@ def one_round(
         "share_of_slower_side": slower / seconds,
         "share_of_slower_side_beside": sides(held)[side] / seconds,
         "share_by_wall_clock": slower / ran["wall"],
-        "share_busy": ran["busiest_thread"][side]["ran"] / seconds,
     }
 
 

@@ -1,5 +1,6 @@
 """What benchmarks/bulk.py measured, as Markdown."""
 
+from statistics import median
 from typing import Any
 
 
@@ -61,7 +62,9 @@ def rates(found: dict[str, Any]) -> str:
     rows["slower side beside the other's work / whole"] = share(
         found, "share_of_slower_side_beside"
     )
-    rows["share of the whole in which the slower side was at work"] = share(found, "share_busy")
+    rows["share of the whole in which the busier side was at work"] = " | ".join(
+        spread([busy(run) for run in found[one]["runs"]]) for one in ("crf", "plain")
+    )
     head = (
         f"| {found['images']} images, long side {found['size']}, medians of {found['rounds']} "
         "rounds | dense CRF, maps | plain |"
@@ -103,11 +106,17 @@ def both(found: dict[str, Any], value: Any) -> str:
 
 
 def share(found: dict[str, Any], name: str) -> str:
-    return " | ".join(
-        f"{100 * found[one][name]:.0f}% ({100 * min(each):.0f} to {100 * max(each):.0f})"
-        for one in ("crf", "plain")
-        for each in [found[one]["shares_by_round"][name]]
-    )
+    return " | ".join(spread(found[one]["shares_by_round"][name]) for one in ("crf", "plain"))
+
+
+def busy(run: dict[str, Any]) -> float:
+    """How much of the time an image takes the busier of both sides was at work."""
+    ran: float = max(side["ran"] for side in run["busiest_thread"].values())
+    return ran / run["without_others"]
+
+
+def spread(each: list[float]) -> str:
+    return f"{100 * median(each):.0f}% ({100 * min(each):.0f} to {100 * max(each):.0f})"
 
 
 def told(found: dict[str, Any]) -> str:
