@@ -1,5 +1,6 @@
 """Work on many files: what fails or dies stays alone, and files find what belongs to them."""
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,19 @@ def test_an_item_is_not_blamed_for_workers_that_die_before_they_have_it(tmp_path
     monkeypatch.setenv("CAMKIT_TESTED", str(tmp_path))
     assert outcomes(double, [1, 2, 3], workers=1) == ({1: 2, 2: 4, 3: 6}, {})
     assert len(list(tmp_path.iterdir())) == 5  # so many died
+
+
+@pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no such process"
+)
+def test_the_process_that_forks_workers_may_die_too():
+    done = {}
+    for outcome in run_jobs(pick_on, [*"abcd", "fatal", *"efgh"], workers=1):
+        if not done:
+            os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        done[outcome.name if isinstance(outcome, Failure) else outcome.item] = outcome
+    assert set(done) == {*"abcdefgh", "fatal"}
+    assert [name for name, one in done.items() if isinstance(one, Failure)] == ["fatal"]
 
 
 def test_workers_that_die_on_everything_end_the_run():

@@ -19,6 +19,7 @@ Result = TypeVar("Result")
 _DEATHS = 5  # items in a row that lone workers died of: by then it is the machine, not the file
 _BEGINNINGS = 10  # in a row that end in the death of the worker
 _LOOK = 5.0  # seconds between two looks at a pool that says nothing
+_SERVER_LOST = (ConnectionError, EOFError)  # the process that forks workers was killed
 DIED = "the process that worked on it died: killed, out of memory, or crashed in compiled code"
 _EXPECTED = (CamkitError, ValueError, OSError)
 
@@ -125,7 +126,7 @@ class Crew(Generic[Item, Result]):
                     future = self._pool.submit(self._work, item)
                     self._flying[future] = (item, deaths)
                     (self._suspects or self._waiting).popleft()
-        except BrokenProcessPool:  # it died between two items
+        except (BrokenProcessPool, *_SERVER_LOST):  # it died between two items
             if not self._flying:
                 self._renew()
 
@@ -180,8 +181,12 @@ class Crew(Generic[Item, Result]):
         for _ in range(_BEGINNINGS):
             end_pool(self._pool)
             self._pool = new_pool(self._count)
-            with beginning():
-                begun = self._pool.submit(os.getpid)
+            try:
+                with beginning():
+                    begun = self._pool.submit(os.getpid)
+            except _SERVER_LOST:
+                time.sleep(0.1)  # until it is known to have ended; then another one begins
+                continue
             if not isinstance(begun.exception(), BrokenProcessPool):
                 return
         raise CamkitError(
