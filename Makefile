@@ -74,12 +74,12 @@ bench: $(VENV)/.installed
 $(VENV)/.made: pyproject.toml
 	@echo "camkit: making $(VENV) and installing into it; torch brings about 5 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --progress-bar on --no-compile -e .
+	$(PIP) install --progress-bar on -e .
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.made
 	@echo "camkit: installing what tests, checks and documentation take"
-	$(PIP) install --progress-bar on --no-compile -e '.[dev,docs]'
+	$(PIP) install --progress-bar on -e '.[dev,docs]'
 	$(PIP) install -q --no-deps grad-cam==1.5.7
 	@echo "camkit: building pydensecrf for DenseCRF (optional; needs a C++ compiler)"
 	@$(PIP) install -q -e '.[crf]' || echo "camkit: pydensecrf did not build; DenseCRF will say so and its tests skip"
