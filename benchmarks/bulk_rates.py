@@ -2,10 +2,10 @@
 
 The slower side's own rate is measured twice. Alone: on a core of its own, the other core idle.
 Beside: a process on the other core does the other side's work meanwhile, at the rate it has in the
-run, but nothing connects the two. Two busy cores slow each other, by memory and by heat; what the
-whole run takes longer than that is what the pipeline costs. Where the machine's speed drifts from
-minute to minute neither says much, and which side is the slower one may change; the share of the
-whole run in which the busier side was at work, and waited for nothing, is of one and the same run.
+run, but nothing connects the two. Two busy cores may slow each other; what the whole run takes
+longer than that is what the pipeline costs. Where the machine's speed drifts from minute to minute
+neither says much, and which side is the slower one may change; the share of the whole run in which
+the busier side was at work, and waited for nothing, is of one and the same run.
 """
 
 import multiprocessing

@@ -116,7 +116,8 @@ def diagnose(  # noqa: PLR0913 - what `watch` can be told
         class_tokens: as in `camkit.watch`.
         grid: as in `camkit.watch`.
 
-    Returns: what was seen, or why the model is refused.
+    Returns:
+        What was seen, or why the model is refused.
 
     Example:
         >>> print(camkit.diagnose(model, torch.rand(1, 3, 224, 224)))  # doctest: +SKIP
@@ -196,16 +197,13 @@ def _rule(capture: Capture, *, said: bool) -> str:
 
 
 def _why_not(seed: Seed, capture: Capture) -> str | None:
-    classes = torch.zeros(capture.images, 1, dtype=torch.int64, device=_device(capture))
+    device = capture.blocks[0].rows([0]).device
+    classes = torch.zeros(capture.images, 1, dtype=torch.int64, device=device)
     try:
         seed(capture, classes)
     except CamkitError as error:
         return str(error)
     return None
-
-
-def _device(capture: Capture) -> torch.device:
-    return capture.blocks[0].rows([0]).device
 
 
 def _drift(
@@ -241,9 +239,9 @@ def _code(seeds: dict[str, str | None], capture: Capture, *, alone: bool) -> str
         return "camkit.watch(model, scores=lambda output: ...)"
     if not alone or capture.outputs is None:
         return f"with camkit.watch(model) as seen: ...; camkit.{works}()(seen.capture, classes)"
-    default = works == "GradientSeed" or _why_not(ContributionSeed(), capture) is None
-    seed = "" if default else f", seed=camkit.{works}()"
-    return f"camkit.wrap(model{seed})(photo, classes=[...])"
+    if works == "GradientSeed" or _why_not(ContributionSeed(), capture) is None:
+        return "camkit.wrap(model)(photo, classes=[...])"
+    return f"camkit.wrap(model, seed=camkit.{works}())(photo, classes=[...])"
 
 
 def _positions(positions: tuple[int, ...]) -> str:
