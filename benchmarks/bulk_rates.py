@@ -30,7 +30,7 @@ from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
 from camkit.bulk.stages import Maps, Prepared, batches, chunks, forward, read
 from camkit.capture import Capture
-from camkit.refine import Chain, Refiner
+from camkit.refiners import Chain, Refiner
 
 WORKER = ("read", "refine", "write")
 

@@ -10,7 +10,7 @@ from camkit.bulk.recipe import Reading, Recipe, Writing
 from camkit.bulk.sources import PhotoFolder
 from camkit.cli.models import open_model
 from camkit.cli.run import TimmModel
-from camkit.refine import DenseCRF, Normalize, Propagate
+from camkit.refiners import DenseCRF, Normalize, Propagate
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"

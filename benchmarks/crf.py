@@ -30,7 +30,7 @@ from watching import RESULTS, _peak, ratios
 
 from camkit.manifest import environment
 from camkit.ops.mean_field import Kernels, mean_field
-from camkit.refine.crf_presets import PRESETS
+from camkit.refiners.crf import PRESETS
 
 Case = tuple[torch.Tensor, torch.Tensor]
 DATA = Path(os.environ.get("CAMKIT_DATA", "data")) / "voc12_animals"

@@ -34,14 +34,14 @@ def edits(virtual: camkit.VirtualClassTokens) -> dict[str, object]:
 def variants(virtual: camkit.VirtualClassTokens) -> list[Variant]:
     seed, refined = Variant("gradient", SEED), Variant("gradient + balanced", SEED, CHAIN)
     attended = Variant("class attention", ATTENDED)
-    aligned = (camkit.HybridAlign(steps=2), CHAIN[1])
+    aligned = (camkit.HybridPropagate(steps=2), CHAIN[1])
     found = [
         attended,
         seed,
         Variant("gradient, blur", SEED, (camkit.Blur(1.0),), base=seed),
         Variant("gradient, Amplify", SEED, (camkit.Amplify(),), base=seed),
         refined,
-        Variant("gradient + HybridAlign", SEED, aligned, base=refined),
+        Variant("gradient + HybridPropagate", SEED, aligned, base=refined),
         Variant("gradient + balanced + Amplify", SEED, (*CHAIN, camkit.Amplify()), base=refined),
     ]
     for name, edit in edits(virtual).items():

@@ -36,7 +36,7 @@ from camkit.cli.models import DEFAULT_MODEL, data_folder, open_model
 from camkit.data import DataSet, Sample, open_dataset, read_mask
 from camkit.manifest import environment
 from camkit.photo import read_picture
-from camkit.refine import Refiner
+from camkit.refiners import Refiner
 from camkit.score import (
     THRESHOLDS,
     best_threshold,
@@ -71,8 +71,8 @@ def refiners(background_score: float) -> dict[str, Refiner]:
     return {
         "none": nothing,
         "DenseCRF": crf,
-        "DenseCRF, half size": camkit.Reduced(crf, scale=0.5),
-        "DenseCRF, quarter size": camkit.Reduced(crf, scale=0.25),
+        "DenseCRF, half size": camkit.AtReducedSize(crf, scale=0.5),
+        "DenseCRF, quarter size": camkit.AtReducedSize(crf, scale=0.25),
         "PixelAdaptive, half size": camkit.PixelAdaptive(scale=0.5),
         "GuidedFilter": camkit.GuidedFilter(),
         "FastGlobalSmooth": camkit.FastGlobalSmooth(),

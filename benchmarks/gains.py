@@ -34,7 +34,7 @@ def variants() -> tuple[Variant, ...]:
     edges = {
         "GuidedFilter": camkit.GuidedFilter(),
         "PixelAdaptive, half size": camkit.PixelAdaptive(scale=0.5),
-        "DenseCRF, half size": camkit.Reduced(crf, scale=0.5),
+        "DenseCRF, half size": camkit.AtReducedSize(crf, scale=0.5),
     }
     after = (
         replace(best, name=f"{BEST} + {name}", refine=(*CHAIN, refiner), base=best, controls=())

@@ -26,7 +26,7 @@ from watching import RESULTS
 
 from camkit.errors import CamkitError
 from camkit.manifest import environment
-from camkit.native import cuda_build
+from camkit.native import kernels
 from camkit.native.kernels import kernel_state, kernels_ready
 
 NOT_RUN = "not run on a GPU"
@@ -35,7 +35,7 @@ NOT_RUN = "not run on a GPU"
 def build() -> dict[str, Any]:
     start = time.perf_counter()
     try:
-        path = str(cuda_build.build())
+        path = str(kernels.build())
     except CamkitError as error:
         return {"failed": str(error)}
     return {"seconds": round(time.perf_counter() - start, 1), "library": Path(path).name}
@@ -141,7 +141,7 @@ def main() -> None:
         sys.exit(1)
 
 
-class Kept:
+class AttentionRecord:
     """Results that are written as they come, and the time they took."""
 
     def __init__(self, result: dict[str, Any], folder: Path) -> None:
@@ -172,7 +172,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     chosen = " ".join(f"--{name}" for name in ("check", "time") if getattr(options, name))
     result = {"command": chosen, "environment": environment(), "gpu": gpu, "stopped": {}}
-    kept = Kept(result, options.into)
+    kept = AttentionRecord(result, options.into)
 
     def spent(share: float) -> Any:
         return lambda: kept.seconds() > share * options.seconds

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import camkit
-from camkit.ops import fused, reweight
+from camkit import torch_internals
+from camkit.ops import reweight
 from camkit.ops.doei_tail import Cues, Soft, doei_scores, plain_scores
 
 Tensor = torch.Tensor
@@ -241,10 +242,10 @@ def check_normalisers(device: str) -> dict[str, float]:
             q, k, v = heads_of(case, device)
             options: dict[str, Any] = {"dropout_p": 0.0, "is_causal": False, "scale": None}
             with sdpa_kernel([backend, SDPBackend.MATH]):
-                name = fused.kernel_of(q, k, v, None, options)
+                name = torch_internals.kernel_of(q, k, v, None, options)
                 if name is None:
                     continue
-                found, normaliser = fused.run(name, q, k, v, None, options)
+                found, normaliser = torch_internals.run(name, q, k, v, None, options)
                 own = F.scaled_dot_product_attention(q, k, v)
             right = exact(case, q, k, None)[1]
             title = f"{name} {dtype}"

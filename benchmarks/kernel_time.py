@@ -15,9 +15,10 @@ from doei_cost import with_maps
 from watching import ratios
 
 import camkit
+from camkit import torch_internals
 from camkit.native.kernels import kernels_off
-from camkit.ops import fused, reweight
-from camkit.ops.class_attention import attention_columns, attention_rows, head_mean
+from camkit.ops import reweight
+from camkit.ops.attention import attention_columns, attention_rows, head_mean
 
 Tensor = torch.Tensor
 Run = Callable[[], object]
@@ -48,11 +49,11 @@ def layer_ways(  # noqa: C901 - one function for each way
         return weights @ v, weights[:, :, :classes], weights[..., :classes]
 
     def separate(*, whole: bool) -> object:
-        name = fused.kernel_of(q, k, v, None, OPTIONS)
+        name = torch_internals.kernel_of(q, k, v, None, OPTIONS)
         if name is None:
             output, lse = F.scaled_dot_product_attention(q, k, v), None
         else:
-            output, lse = fused.run(name, q, k, v, None, OPTIONS)
+            output, lse = torch_internals.run(name, q, k, v, None, OPTIONS)
         rows = attention_rows(q, k, first, scale=scale)
         columns = attention_columns(q, k, first, scale=scale, normaliser=lse)
         if whole:

@@ -26,11 +26,13 @@ SEEDS = {
     "lenses -2 and -1, mean": camkit.FusedSeed(PAIR, "mean"),
     "lenses -2 and -1, maximum": camkit.FusedSeed(PAIR, "max"),
     "lenses -2 and -1, product": camkit.FusedSeed(PAIR, "product"),
-    "lens that agrees best": camkit.AgreeingSeed(LENSES),
-    "lens that agrees with the gradient seed": camkit.AgreeingSeed(LENSES, camkit.GradientSeed()),
+    "lens that agrees best": camkit.BestAgreementSeed(LENSES),
+    "lens that agrees with the gradient seed": camkit.BestAgreementSeed(
+        LENSES, camkit.GradientSeed()
+    ),
     "gradient": camkit.GradientSeed(),
     "gradient, last block": camkit.BlockSeed(camkit.GradientSeed(), (-1,)),
-    "concepts": camkit.ConceptSeed(),
+    "concepts": camkit.CRAFTSeed(),
 }
 
 

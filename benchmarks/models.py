@@ -34,13 +34,13 @@ Ask for your own: `camkit doctor TIMM_NAME`, `camkit doctor mymodule:build`, or
 - **tokens**: positions of class, distillation and register tokens among the patches.
 - **scores**: what makes the class scores. *said*: the model returns none, so `scores=` has to say
   (CLIP: image-text similarity).
-- **seeds**: G `GradientSeed`, R `RolloutSeed`, A `ClassAttentionSeed`, W `ClassWeightSeed`.
+- **seeds**: G `GradientSeed`, R `RelevanceSeed`, A `ClassAttentionSeed`, W `ClassWeightSeed`.
 - **edit**: largest change of an output under an edit that changes nothing.
 """
 COLUMNS = ("model", "path", "tokens", "pooling", "scores", "seeds", "edit")
 SEEDS = {
     "GradientSeed": "G",
-    "RolloutSeed": "R",
+    "RelevanceSeed": "R",
     "ClassAttentionSeed": "A",
     "ClassWeightSeed": "W",
 }

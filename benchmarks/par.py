@@ -21,8 +21,8 @@ import torch
 from watching import RESULTS, _peak, ratios
 
 from camkit.manifest import environment
-from camkit.ops.pixel_adaptive import adapt_to_colours
-from camkit.ops.resampling import resize_cam
+from camkit.ops.edge_aware import adapt_to_colours
+from camkit.ops.images import resize_cam
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from test_pixel_adaptive import stacked_float32

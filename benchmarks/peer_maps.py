@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import camkit
+from camkit.method import DEFAULT_REFINE
 from camkit.photo import Photo
-from camkit.preset import DEFAULT_REFINE
 
 Maps: TypeAlias = Callable[[Photo, list[int]], Tensor]
 """``(photo, classes) -> (k, h, w)`` maps in [0, 1], on the patch grid or finer."""
@@ -208,10 +208,10 @@ PEERS: dict[str, Method] = {
 BALANCED = DEFAULT_REFINE  # balanced propagation, then min-max
 OURS: dict[str, Method] = {
     "gradient": chain(camkit.GradientSeed()),
-    "rollout": chain(camkit.RolloutSeed()),
+    "rollout": chain(camkit.RelevanceSeed()),
     "class weight": chain(camkit.ClassWeightSeed()),
     "gradient + balanced": chain(camkit.GradientSeed(), *BALANCED),
-    "rollout + balanced": chain(camkit.RolloutSeed(), *BALANCED),
+    "rollout + balanced": chain(camkit.RelevanceSeed(), *BALANCED),
     "class weight + balanced": chain(camkit.ClassWeightSeed(), *BALANCED),
     "gradient + balanced + PAR": chain(
         camkit.GradientSeed(), *BALANCED, camkit.PixelAdaptive(scale=0.5)

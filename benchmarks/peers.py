@@ -34,7 +34,7 @@ import camkit
 from camkit.cli.models import DEFAULT_MODEL, OpenedModel, data_folder, open_model
 from camkit.data import DataSet, Sample, open_dataset, read_mask
 from camkit.photo import Photo
-from camkit.refine.crf_presets import PRESETS
+from camkit.refiners.crf import PRESETS
 from camkit.score import THRESHOLDS, Best, Gain, best_threshold, paired_gain, sweep_confusions
 
 CLASSES = ("cat", "dog", "horse", "cow", "sheep", "person")

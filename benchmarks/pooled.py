@@ -75,7 +75,7 @@ def lines() -> list[Variant]:
     found: list[Variant] = []
     for name, seed in {
         "gradient": camkit.GradientSeed(),
-        "rollout": camkit.RolloutSeed(),
+        "rollout": camkit.RelevanceSeed(),
         "class weight": camkit.ClassWeightSeed(),
     }.items():
         alone = Variant(name, seed, base=found[0] if found else None)

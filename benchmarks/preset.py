@@ -14,14 +14,14 @@ import camkit
 from camkit.bench import Variant, run
 from camkit.cli.models import DEFAULT_MODEL, open_model
 from camkit.data import open_dataset
-from camkit.preset import DEFAULT_REFINE
-from camkit.refine import Refiner
-from camkit.seed import FusedSeed
+from camkit.method import DEFAULT_REFINE
+from camkit.refiners import Refiner
+from camkit.seeds import FusedSeed
 
 VOC_MODEL = "vit_tiny_patch16_224.voc20_animals_ft"
 GRADIENT, WEIGHT = camkit.GradientSeed(), camkit.ClassWeightSeed()
 PRODUCT = FusedSeed((GRADIENT, WEIGHT), join="product")
-AGREED = camkit.AgreedProductSeed(GRADIENT, WEIGHT)
+AGREED = camkit.GatedProductSeed(GRADIENT, WEIGHT)
 SEEDS = {
     "class weight": WEIGHT,
     "product": PRODUCT,
@@ -44,7 +44,7 @@ CHAINS = {
     "default + PixelAdaptive, half size": (*DEFAULT_REFINE, PAR),
     "default + DenseCRF, half size": (
         *DEFAULT_REFINE,
-        camkit.Reduced(camkit.DenseCRF(background_score=0.5), scale=0.5),
+        camkit.AtReducedSize(camkit.DenseCRF(background_score=0.5), scale=0.5),
     ),
 }
 

@@ -39,7 +39,7 @@ def plain(model: nn.Module) -> Run:
     return torch.inference_mode()(model)
 
 
-def seed(made: camkit.seed.Seed, classes: Tensor, *, blocks: int | None = 1) -> Callable:
+def seed(made: camkit.seeds.Seed, classes: Tensor, *, blocks: int | None = 1) -> Callable:
     """A seed from one watched forward, as `camkit.watch` and `camkit.needs` are meant."""
 
     def build(model: nn.Module) -> Run:
@@ -133,9 +133,9 @@ def torch_cam_legrad(model: nn.Module) -> Run:
 OURS = {
     "plain forward": plain,
     "camkit GradCAM, as grad-cam is called": shim("GradCAM"),
-    "camkit GradCAM": seed(camkit.TokenGradientSeed(), ONE),
-    "camkit GradCAM, 3 classes": seed(camkit.TokenGradientSeed(), THREE),
-    "camkit LayerCAM": seed(camkit.TokenGradientSeed("layercam"), ONE),
+    "camkit GradCAM": seed(camkit.GradCAMSeed(), ONE),
+    "camkit GradCAM, 3 classes": seed(camkit.GradCAMSeed(), THREE),
+    "camkit LayerCAM": seed(camkit.GradCAMSeed("layercam"), ONE),
     "camkit EigenCAM, as grad-cam is called": shim("EigenCAM"),
     "camkit LeGrad, 12 blocks": seed(camkit.LeGradSeed(), ONE, blocks=None),
     "camkit LeGrad of the class token, 12 blocks": seed(

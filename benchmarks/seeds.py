@@ -17,17 +17,17 @@ from tables import CHAIN, found_data, measure, table_options, write
 import camkit
 from camkit.bench import Report, Row, Variant
 from camkit.cli.models import DEFAULT_MODEL, open_model
-from camkit.preset import CALIBRATED
-from camkit.seed import (
-    AgreeingSeed,
+from camkit.method import CALIBRATED
+from camkit.seeds import (
     AttentionRolloutSeed,
+    BestAgreementSeed,
     BlockSeed,
-    EigenSeed,
+    EigenCAMSeed,
     FusedSeed,
+    GradCAMSeed,
     LeGradSeed,
     LogitLensSeed,
     Seed,
-    TokenGradientSeed,
 )
 
 VOC_MODEL = "vit_tiny_patch16_224.voc20_animals_ft"
@@ -41,24 +41,24 @@ SEEDS: dict[str, Seed] = {
     "gradient": GRADIENT,
     "gradient, last block": BlockSeed(GRADIENT, (-1,)),
     "gradient, last three": BlockSeed(GRADIENT, (-3, -2, -1)),
-    "rollout of gradients": camkit.RolloutSeed(),
+    "rollout of gradients": camkit.RelevanceSeed(),
     "class attention": ATTENTION,
     "class attention, last three": BlockSeed(ATTENTION, (-3, -2, -1)),
     "rollout of attention": AttentionRolloutSeed(),
     "legrad": LeGradSeed(),
     "legrad of the class token": LeGradSeed(reading="class"),
     "class weight": WEIGHT,
-    **{method: TokenGradientSeed(method) for method in METHODS},
-    "layercam, four blocks": TokenGradientSeed("layercam", blocks=4),
-    "eigen": EigenSeed(),
+    **{method: GradCAMSeed(method) for method in METHODS},
+    "layercam, four blocks": GradCAMSeed("layercam", blocks=4),
+    "eigen": EigenCAMSeed(),
     **{f"logit lens at {lens.layer}": lens for lens in LENSES},
     "logit lenses, mean": FusedSeed(LENSES),
-    "logit lenses, the one that agrees": AgreeingSeed(LENSES),
+    "logit lenses, the one that agrees": BestAgreementSeed(LENSES),
     "gradient and class weight, product": FusedSeed((GRADIENT, WEIGHT), join="product"),
     "gradient and class weight, mean": FusedSeed((GRADIENT, WEIGHT)),
     "both where they agree": CALIBRATED.seed,
-    "normalised cut (TokenCut)": camkit.FiedlerSeed(),
-    "loneliest patches (LOST)": camkit.LonelySeed(),
+    "normalised cut (TokenCut)": camkit.TokenCutSeed(),
+    "loneliest patches (LOST)": camkit.LOSTSeed(),
     "like what is attended to": camkit.PrototypeSeed(),
     "like what the gradient points at": camkit.PrototypeSeed(GRADIENT),
     "like what the gradient points at, tokens": camkit.PrototypeSeed(GRADIENT, features="tokens"),

@@ -35,9 +35,9 @@ from tqdm import tqdm
 from camkit.bench import Variant, run
 from camkit.cli.models import DEFAULT_MODEL, OpenedModel, data_folder, open_model
 from camkit.data import Sample, demo_model, open_dataset
-from camkit.data.embedded.model import DEMO_WEIGHTS, blank_model, round_rows
+from camkit.data.embedded import DEMO_WEIGHTS, blank_model, round_rows
 from camkit.manifest import environment, weights_hash
-from camkit.preset import CALIBRATED, DEFAULT_REFINE
+from camkit.method import CALIBRATED, DEFAULT_REFINE
 
 KEPT = (0, 1, 2, 3, 5, 6, 8, 9, 11)
 """Blocks of the teacher that the student starts from."""

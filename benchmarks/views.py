@@ -14,11 +14,11 @@ from tables import measure, table_options, write
 
 import camkit
 from camkit import bench
-from camkit.bench.maps import variant_maps
+from camkit.bench.evaluator import variant_maps
 from camkit.cli.models import OpenedModel
 from camkit.data import Sample
-from camkit.preset import DEFAULT_REFINE
-from camkit.seed import Seed, Views
+from camkit.method import DEFAULT_REFINE
+from camkit.seeds import Seed, Views
 
 SEEDS: dict[str, Seed] = {
     "gradient": camkit.GradientSeed(),

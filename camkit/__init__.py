@@ -2,13 +2,13 @@
 
 from camkit.capture import (
     Capture as Capture,
-    Noise as Noise,
+    SmoothGrad as SmoothGrad,
     TokenWatch as TokenWatch,
     torch_kernels as torch_kernels,
     watch as watch,
 )
 from camkit.diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
-from camkit.edit import (
+from camkit.edits import (
     DOEI as DOEI,
     ClassDecoupling as ClassDecoupling,
     FuzzyKeyPruning as FuzzyKeyPruning,
@@ -30,60 +30,59 @@ from camkit.errors import (
 )
 from camkit.grid import Grid as Grid
 from camkit.mask import power_threshold as power_threshold, to_mask as to_mask
-from camkit.ops.resampling import resize_cam as resize_cam
+from camkit.ops.images import resize_cam as resize_cam
 from camkit.photo import (
     Photo as Photo,
     load_photo as load_photo,
     photo_from_array as photo_from_array,
 )
-from camkit.pipeline import Pipeline as Pipeline, wrap as wrap
-from camkit.refine import (
+from camkit.pipeline import Pipeline as Pipeline, Result as Result, wrap as wrap
+from camkit.refiners import (
     Amplify as Amplify,
+    AtReducedSize as AtReducedSize,
     Blur as Blur,
     DenseCRF as DenseCRF,
     FastGlobalSmooth as FastGlobalSmooth,
     GuidedFilter as GuidedFilter,
-    HybridAlign as HybridAlign,
+    HybridPropagate as HybridPropagate,
     Normalize as Normalize,
     PixelAdaptive as PixelAdaptive,
     Propagate as Propagate,
     RandomWalk as RandomWalk,
-    Reduced as Reduced,
     Superpixels as Superpixels,
     chain as chain,
     normalize_cam as normalize_cam,
 )
-from camkit.result import Result as Result
-from camkit.seed import (
-    AgreedProductSeed as AgreedProductSeed,
-    AgreeingSeed as AgreeingSeed,
+from camkit.seeds import (
     AttentionRolloutSeed as AttentionRolloutSeed,
+    BestAgreementSeed as BestAgreementSeed,
     BlockSeed as BlockSeed,
     ClassAttentionSeed as ClassAttentionSeed,
     ClassWeightSeed as ClassWeightSeed,
-    Concepts as Concepts,
-    ConceptSeed as ConceptSeed,
-    Contrast as Contrast,
+    ConceptBank as ConceptBank,
     ContributionSeed as ContributionSeed,
-    EigenSeed as EigenSeed,
-    FiedlerSeed as FiedlerSeed,
+    CRAFTSeed as CRAFTSeed,
+    EigenCAMSeed as EigenCAMSeed,
+    FinerCAMContrast as FinerCAMContrast,
     FusedSeed as FusedSeed,
+    GatedProductSeed as GatedProductSeed,
+    GradCAMSeed as GradCAMSeed,
     GradientSeed as GradientSeed,
     GroupedGeM as GroupedGeM,
     JointSpace as JointSpace,
     LeGradSeed as LeGradSeed,
     LogitLensSeed as LogitLensSeed,
-    LonelySeed as LonelySeed,
+    LOSTSeed as LOSTSeed,
     PatchHeadSeed as PatchHeadSeed,
-    Present as Present,
+    PredictedClasses as PredictedClasses,
     ProductSeed as ProductSeed,
     PrototypeSeed as PrototypeSeed,
     RankPooling as RankPooling,
-    RolloutSeed as RolloutSeed,
+    RelevanceSeed as RelevanceSeed,
     TextClasses as TextClasses,
     TextLeGradSeed as TextLeGradSeed,
     TextSimilaritySeed as TextSimilaritySeed,
-    TokenGradientSeed as TokenGradientSeed,
+    TokenCutSeed as TokenCutSeed,
     Views as Views,
     needs as needs,
 )

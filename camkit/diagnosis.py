@@ -12,18 +12,16 @@ from camkit.capture.attention import Attention, FusedAttention
 from camkit.capture.record import Capture
 from camkit.capture.tail import classifiers
 from camkit.capture.watcher import watch
-from camkit.edit.controls import ScaleOutput
-from camkit.edit.handle import attach
+from camkit.edits.controls import ScaleOutput
+from camkit.edits.handle import attach
 from camkit.errors import CamkitError
 from camkit.grid import Grid
-from camkit.seed.attention.class_attention import ClassAttentionSeed
-from camkit.seed.attention.gradient import GradientSeed, RolloutSeed
-from camkit.seed.pooled.class_weight import ClassWeightSeed
-from camkit.seed.pooled.contribution import ContributionSeed
-from camkit.seed.protocol import Seed
+from camkit.seeds.attention import ClassAttentionSeed, GradientSeed, RelevanceSeed
+from camkit.seeds.pooled import ClassWeightSeed, ContributionSeed
+from camkit.seeds.protocol import Seed
 from camkit.vocabulary import Vocabulary
 
-SEEDS: tuple[Seed, ...] = (GradientSeed(), RolloutSeed(), ClassAttentionSeed(), ClassWeightSeed())
+SEEDS: tuple[Seed, ...] = (GradientSeed(), RelevanceSeed(), ClassAttentionSeed(), ClassWeightSeed())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Class maps turned into pseudo masks."""
+"""Class maps turned into pseudo masks, and the palette that masks are drawn in."""
 
 from typing import Literal
 
@@ -7,6 +7,22 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from camkit.tensors import Cam, Classes
+
+
+def voc_palette() -> list[int]:
+    """Compute the VOC colour map as PIL wants it: 256 colours, red, green, blue, one after another.
+
+    The bits of a class id are dealt out in turn to red, green and blue, highest colour bit first.
+
+    >>> voc_palette()[12 * 3 : 13 * 3]  # dog
+    [64, 0, 128]
+    """
+    return [_component(class_id, channel) for class_id in range(256) for channel in range(3)]
+
+
+def _component(class_id: int, channel: int) -> int:
+    return sum((class_id >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
+
 
 IGNORE = 255
 """The mask value of a pixel that no score counts."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from camkit.atomic import unfinished
 from camkit.errors import DataError
-from camkit.palette import voc_palette
+from camkit.mask import voc_palette
 
 Picture: TypeAlias = UInt8[np.ndarray, "H W 3"]
 """Colours in 0..255, red first."""

@@ -1,33 +1,120 @@
 """wrap(model, ...): a photo goes in; seed, refined maps, mask and logits come out."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from camkit.capture.borrowed import borrowed
+from camkit.atomic import unfinished
+from camkit.capture.hooks import borrowed
+from camkit.capture.host import find_attention
 from camkit.capture.record import Capture
-from camkit.capture.search import find_attention
-from camkit.edit.protocol import Edit, KeyEdit
+from camkit.edits.protocol import Edit, KeyEdit
 from camkit.manifest import environment, weights_hash
 from camkit.mask import to_mask
-from camkit.ops.resampling import resize_cam
-from camkit.photo import Photo
-from camkit.preset import DEFAULT_REFINE, GRADIENT, PRESETS, Preset, suitable
-from camkit.refine.demands import reads_patches
-from camkit.refine.normalize import normalize_cam
-from camkit.refine.protocol import Refiner
-from camkit.result import Result, fits_a_byte, mask_legend
-from camkit.seed.looking.look import Look, check_size
-from camkit.seed.looking.looked import Looked
-from camkit.seed.looking.views import Views
-from camkit.seed.protocol import Seed, check_classes
-from camkit.seed.targets import Asked, Targets, known_classes, name_of, read_targets
-from camkit.seed.text.text_classes import TextClasses
+from camkit.method import DEFAULT_REFINE, GRADIENT, PRESETS, Preset, suitable
+from camkit.ops.images import resize_cam
+from camkit.paint import overlay_mask, save_mask, save_picture
+from camkit.photo import Photo, read_picture
+from camkit.refiners.demands import reads_patches
+from camkit.refiners.normalize import normalize_cam
+from camkit.refiners.protocol import Refiner
+from camkit.seeds.protocol import Seed, check_classes
+from camkit.seeds.targets import ClassRequest, Targets, known_classes, name_of, read_targets
+from camkit.seeds.text import TextClasses
+from camkit.seeds.views import ModelRunner, MultiViewReader, Views, check_size
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Maps and mask of one photo.
+
+    Attributes:
+        photo: what went in.
+        classes: the K classes asked, as vocabulary indices.
+        names: their names.
+        seed: the first maps, on the patch grid, in [0, 1].
+        cam: the refined maps at the photo's own size, in [0, 1].
+        mask: 0 background, else the value that ``legend`` names.
+        legend: name of each mask value.
+        logits: what the classifier returned.
+        settings: every setting that led here, JSON-ready.
+    """
+
+    photo: Photo
+    classes: tuple[int, ...]
+    names: tuple[str, ...]
+    seed: Float[Tensor, "1 k h w"]
+    cam: Float[Tensor, "1 k H W"]
+    mask: UInt8[Tensor, "H W"]
+    legend: dict[int, str]
+    logits: Float[Tensor, "1 o"]
+    settings: dict[str, Any]
+
+    def picture(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The photo at its own size, read again from its file where there is one."""
+        if self.photo.path is not None:
+            return read_picture(self.photo.path)
+        colours = resize_cam(self.photo.rgb, self.photo.size)[0].clamp(0, 1)
+        return (colours.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``mask.png``, ``overlay.png``, ``cam.npy`` (float32, K maps) and ``manifest.json``.
+
+        Each file appears complete or not at all, the manifest last: where it is, the rest is too.
+
+        Returns:
+            The folder, made when needed.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_mask(self.mask.cpu(), folder / "mask.png")
+        save_picture(overlay_mask(self.picture(), self.mask.cpu()), folder / "overlay.png")
+        with unfinished(folder / "cam.npy") as draft, draft.open("wb") as file:
+            np.save(file, self.cam[0].float().cpu().numpy())
+        with unfinished(folder / "manifest.json") as draft:
+            text = json.dumps(self.manifest(), indent=2, ensure_ascii=False)
+            draft.write_text(text + "\n", encoding="utf-8")
+        return folder
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything but the pixels, JSON-ready."""
+        probabilities = self.logits[0].float().softmax(-1)
+        return {
+            "photo": None if self.photo.path is None else str(self.photo.path),
+            "size": list(self.photo.size),
+            "model_size": list(self.photo.pixels.shape[-2:]),
+            "classes": [
+                {"index": index, "name": name}
+                for index, name in zip(self.classes, self.names, strict=True)
+            ],
+            "legend": {str(value): name for value, name in self.legend.items()},
+            "most_probable_output": int(probabilities.argmax()),
+            **self.settings,
+        }
+
+
+def mask_legend(classes: tuple[int, ...], names: tuple[str, ...], known: int) -> dict[int, str]:
+    """Name of each mask value: class + 1 where all known classes fit in a byte, else the slot + 1.
+
+    >>> mask_legend((281, 207), ("tabby", "golden retriever"), 1000)
+    {1: 'tabby', 2: 'golden retriever'}
+    """
+    values = [index + 1 for index in classes] if fits_a_byte(known) else range(1, len(classes) + 1)
+    return dict(zip(values, names, strict=True))
+
+
+def fits_a_byte(known: int) -> bool:
+    """Whether class + 1 of every known class stays below 255, the value that means ignore."""
+    return known <= 254
 
 
 def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
@@ -47,7 +134,7 @@ def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
     Args:
         model: a Vision Transformer that returns class scores.
         seed: where the first maps come from. Without seed and edit, the first of
-            `camkit.preset.PRESETS` that the model bears, which the first photo tells:
+            `camkit.method.PRESETS` that the model bears, which the first photo tells:
             `CALIBRATED`, `GRADIENT` or `POOLED`. With an edit of your own, `GradientSeed`.
         edit: changes attention blocks while the pipeline runs the model, and only then.
         edit_blocks: which, as in `camkit.attach`; the last three are the choice of
@@ -112,14 +199,14 @@ class Pipeline:
         if score is not None and not 0.0 <= score <= 1.0:
             raise ValueError(f"`background_score` must lie in [0, 1], got {score}")
 
-    def __call__(self, photo: Photo, *, classes: Asked = None) -> Result:
+    def __call__(self, photo: Photo, *, classes: ClassRequest = None) -> Result:
         """Segment one photo.
 
         Args:
             photo: see `camkit.load_photo`.
             classes: what is in the picture, by name or index; None takes the classifier's first
-                guess. docs/views.md lists the other forms, such as labels, `camkit.Present` and
-                `camkit.TextClasses`.
+                guess. docs/views.md lists the other forms, such as labels,
+                `camkit.PredictedClasses` and `camkit.TextClasses`.
 
         Raises:
             ValueError: a class is unknown, or the size does not fit the model's patches.
@@ -151,20 +238,20 @@ class Pipeline:
             settings=spoken.settings,
         )
 
-    def stages(self, pixels: Pixels, *, rgb: RGB, classes: Asked = None) -> Stages:
+    def stages(self, pixels: Pixels, *, rgb: RGB, classes: ClassRequest = None) -> Stages:
         """Run a batch; the host's modes, flags and gradients are as before when it returns.
 
         Args:
             pixels: normalised images, of one size.
             rgb: the same pictures in [0, 1].
             classes: classes of each image, padded with -1, or any other form that
-                `camkit.seed.read_targets` takes, such as a function that finds them in the capture;
-                None takes the classifier's first guess.
+                `camkit.seeds.read_targets` takes, such as a function of the
+                capture; None takes the classifier's first guess.
         """
         targets, spoken = self._targets(classes, pixels, rgb)
         return spoken._run(targets, pixels, rgb)
 
-    def _targets(self, asked: Asked, pixels: Pixels, rgb: RGB) -> "tuple[Targets, Pipeline]":
+    def _targets(self, asked: ClassRequest, pixels: Pixels, rgb: RGB) -> "tuple[Targets, Pipeline]":
         """What is asked, and the pipeline that understands it: texts bring scores of their own."""
         spoken, images = self, len(pixels)
         if isinstance(asked, TextClasses):
@@ -184,7 +271,7 @@ class Pipeline:
             others = tuple(one for one in self.presets if not one.classifier)
             return targets, replace(spoken, presets=others)
         if not self._settled:
-            look = Look(self.model, vocabulary=self.vocabulary, scores=self.scores)
+            look = ModelRunner(self.model, vocabulary=self.vocabulary, scores=self.scores)
             images = 1 if self.scores is None else len(pixels)  # scores may know how many there are
             preset = suitable(self.presets, look, pixels[:images], rgb[:images])
             self._settled.append(replace(self, presets=(preset,)))
@@ -194,7 +281,7 @@ class Pipeline:
         reading = targets.reading(self._preset.seed)
         weight = next(self.model.parameters())
         pixels, rgb = pixels.to(weight), rgb.to(weight.device)
-        look = Look(
+        look = ModelRunner(
             self.model,
             seeds=(self._preset.seed,),
             edit=self._preset.edit,
@@ -209,7 +296,7 @@ class Pipeline:
             classes = targets.classes(capture).to(weight.device)
             known = capture.scores.shape[-1] + len(targets.functions)
             check_classes(capture, classes, known)
-            seeds = Looked(look, pixels, rgb, capture).seeds(classes, [(reading, views)])
+            seeds = MultiViewReader(look, pixels, rgb, capture).seeds(classes, [(reading, views)])
             seed = cam = normalize_cam(seeds[reading, views])
             for refiner in self.refine:
                 cam = refiner(cam, capture)

@@ -7,7 +7,7 @@ from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention
 from camkit.data import open_dataset, read_mask
 from camkit.grid import Grid
-from camkit.ops.resampling import resize_mask
+from camkit.ops.images import resize_mask
 
 
 def captured(rgb, grid=(2, 3)):

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import nn
 
 from camkit.bulk.finishing import Made, OutFolder
-from camkit.bulk.journal import Journal
+from camkit.bulk.ledger import Journal
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Reading, Recipe, Writing
 from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
-from camkit.refine import Blur, Normalize, Propagate
+from camkit.refiners import Blur, Normalize, Propagate
 from camkit.vocabulary import Vocabulary
 
 CLASSES = ("circle", "square", "triangle")

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import PATCHES, SIDES
 
-from camkit import Amplify, HybridAlign, Propagate, watch
+from camkit import Amplify, HybridPropagate, Propagate, watch
 from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention, FusedAttention
 from camkit.capture.tail import TailCall
@@ -160,7 +160,7 @@ def test_hybrid_alignment_of_a_real_host_equals_its_whole_map(family, coloured, 
         weight=0.7,
         steps=2,
     )
-    align = HybridAlign(
+    align = HybridPropagate(
         steps=2,
         weight=0.7,
         colour_width=WIDTH if coloured else None,
@@ -199,7 +199,7 @@ def test_hybrid_alignment_worked_by_hand():
     tokens = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
     rgb = torch.tensor([0.0, 1.0]).expand(1, 3, 1, 2)
     third = math.log(3)  # a patch is three times as like itself as it is like the other
-    align = HybridAlign(
+    align = HybridPropagate(
         weight=0.5,
         temperature=1 / third,
         colour_width=math.sqrt(3 / (2 * third)),
@@ -224,14 +224,14 @@ def test_hybrid_alignment_worked_by_hand():
 @pytest.mark.parametrize("steps", [1, 3])
 def test_without_weight_it_is_propagation(steps, blocks, balance):
     cam, capture = torch.rand(2, 3, 3, 3), captured(coloured=False)
-    found = HybridAlign(steps=steps, weight=0.0, blocks=blocks, balance=balance)(cam, capture)
+    found = HybridPropagate(steps=steps, weight=0.0, blocks=blocks, balance=balance)(cam, capture)
     assert torch.equal(found, Propagate(steps=steps, blocks=blocks, balance=balance)(cam, capture))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_aligned_maps_of_row_stochastic_cues_stay_in_their_range(settings):
     cam = torch.randn(2, 3, 3, 3)
-    found = HybridAlign(**{**settings, "balance": 0})(cam, captured())
+    found = HybridPropagate(**{**settings, "balance": 0})(cam, captured())
     assert (found <= cam.amax((2, 3), keepdim=True) + 1e-6).all()
     assert (found >= cam.amin((2, 3), keepdim=True) - 1e-6).all()
 
@@ -240,7 +240,7 @@ def test_aligned_maps_of_row_stochastic_cues_stay_in_their_range(settings):
 def test_maps_aligned_by_an_affinity_in_full_balance_stay_in_their_range(settings):
     settings = {**settings, "balance": 20}  # so many rounds make rows and columns sum to one
     cam = torch.rand(2, 3, 3, 3)
-    found = HybridAlign(**settings)(cam, captured())
+    found = HybridPropagate(**settings)(cam, captured())
     assert (found <= cam.amax((2, 3), keepdim=True) + 1e-4).all()
     assert (found >= cam.amin((2, 3), keepdim=True) - 1e-4).all()
 
@@ -248,15 +248,15 @@ def test_maps_aligned_by_an_affinity_in_full_balance_stay_in_their_range(setting
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_permuted_classes_are_aligned_alike(settings):
     cam, capture, order = torch.rand(2, 3, 3, 3), captured(), [2, 0, 1]
-    align = HybridAlign(**settings)
+    align = HybridPropagate(**settings)
     torch.testing.assert_close(align(cam[:, order], capture), align(cam, capture)[:, order])
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_three_steps_are_one_step_three_times(settings):
     cam, capture = torch.rand(2, 3, 3, 3), captured()
-    one = HybridAlign(**{**settings, "steps": 1})
-    together = HybridAlign(**{**settings, "steps": 3})(cam, capture)
+    one = HybridPropagate(**{**settings, "steps": 1})
+    together = HybridPropagate(**{**settings, "steps": 3})(cam, capture)
     torch.testing.assert_close(together, one(one(one(cam, capture), capture), capture))
     assert not torch.allclose(together, one(cam, capture))
 
@@ -266,19 +266,19 @@ def test_without_a_colour_width_no_colours_are_needed():
     blind = Capture(
         capture.blocks, capture.names, capture.anatomy, capture.grid, tail=capture.tail, rgb=None
     )
-    align = HybridAlign(colour_width=None)
+    align = HybridPropagate(colour_width=None)
     assert torch.equal(align(cam, blind), align(cam, capture))
 
 
 def test_colours_that_were_not_given_are_asked_for():
     with pytest.raises(CaptureError, match=r"watch with `rgb=`, or set `colour_width=None`"):
-        HybridAlign()(torch.rand(2, 1, 3, 3), captured(coloured=False))
+        HybridPropagate()(torch.rand(2, 1, 3, 3), captured(coloured=False))
 
 
 @pytest.mark.parametrize("family", ["vit", "explicit softmax"])
 def test_a_batch_is_aligned_as_its_images_one_by_one(family):
     model, pixels = tiny(family)
-    rgb, cam, align = torch.rand(pixels.shape), torch.rand(2, 3, 4, 6), HybridAlign(steps=2)
+    rgb, cam, align = torch.rand(pixels.shape), torch.rand(2, 3, 4, 6), HybridPropagate(steps=2)
 
     def refined(chosen):
         with torch.no_grad(), watch(model, rgb=rgb[chosen]) as seen:
@@ -295,7 +295,7 @@ def test_a_host_in_half_precision_aligns_full_maps_about_as_well():
     for dtype in (torch.float32, torch.bfloat16):
         with torch.no_grad(), watch(model.to(dtype), rgb=rgb) as seen:
             model(pixels.to(dtype))
-        found.append(HybridAlign()(cam, seen.capture))
+        found.append(HybridPropagate()(cam, seen.capture))
     assert found[1].dtype == torch.float32
     torch.testing.assert_close(found[1], found[0], atol=0.02, rtol=0)
 
@@ -318,12 +318,12 @@ def test_a_host_in_half_precision_aligns_full_maps_about_as_well():
 )
 def test_settings_of_the_alignment_out_of_range_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        HybridAlign(**settings)
+        HybridPropagate(**settings)
 
 
 def test_a_map_on_another_grid_is_refused():
     with pytest.raises(ValueError, match="3x3 patch grid, got 1x9; refine on the grid first"):
-        HybridAlign()(torch.rand(2, 1, 1, 9), captured())
+        HybridPropagate()(torch.rand(2, 1, 1, 9), captured())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -91,7 +91,7 @@ def state_of(model):
     }
 
 
-class Kept:
+class AttentionRecord:
     """A refiner that hands its maps on and keeps them."""
 
     def __init__(self):
@@ -116,7 +116,7 @@ SEEDS += [(seed, 2, (1, 2)) for seed in (ClassAttentionSeed(), ClassWeightSeed()
 def test_maps_of_an_edited_variant_are_those_of_a_model_edited_by_hand(
     model, shapes, seed, blocks, chosen
 ):
-    kept = Kept()
+    kept = AttentionRecord()
     edited = Variant("edited", seed, (kept,), edit=ScaleOutput(2.0), edit_blocks=blocks)
     measured(model, shapes, edited)
     twin = scaled_by_hand(model, dict.fromkeys(chosen, 2.0))
@@ -158,7 +158,7 @@ def several():
 def test_edited_variants_measured_together_are_as_alone(model, shapes):
     together = []
     for variant in several():
-        kept = Kept()
+        kept = AttentionRecord()
         again = Variant(
             variant.name,
             variant.seed,

@@ -37,7 +37,7 @@ from camkit.bench import (
     to_json,
     to_markdown,
 )
-from camkit.bench.store import Store, fingerprint
+from camkit.bench.cache import ResultCache, fingerprint
 from camkit.data import SHAPE_CLASSES, open_dataset, read_mask, write_shapes
 from camkit.score import (
     THRESHOLDS,
@@ -180,7 +180,7 @@ def counted(monkeypatch):
         counts.append(len(variants))
         return real(model, photo, classes, variants, vocabulary)
 
-    monkeypatch.setattr("camkit.bench.meter.variant_maps", counting)
+    monkeypatch.setattr("camkit.bench.evaluator.variant_maps", counting)
     return counts
 
 
@@ -251,13 +251,13 @@ def test_a_file_that_is_no_store_is_told(tmp_path):
     path = tmp_path / "results.sqlite"
     path.write_text("a table of results " * 100)
     with pytest.raises(CamkitError, match=r"results\.sqlite is no store"):
-        Store(path)
+        ResultCache(path)
     assert path.read_text().startswith("a table")
 
 
 def test_a_store_is_read_while_another_writes(tmp_path):
     path = tmp_path / "kept.sqlite"
-    with Store(path) as first, Store(path) as second:
+    with ResultCache(path) as first, ResultCache(path) as second:
         first.put("a", b"1")
         assert second.get("a") == b"1"
         assert second.get("b") is None

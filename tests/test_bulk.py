@@ -27,7 +27,7 @@ from workers import (
     threads_of,
 )
 
-from camkit import Blur, DenseCRF, GradientSeed, HybridAlign, PixelAdaptive, Propagate
+from camkit import Blur, DenseCRF, GradientSeed, HybridPropagate, PixelAdaptive, Propagate
 from camkit.bulk import (
     CamFolder,
     Done,
@@ -38,9 +38,8 @@ from camkit.bulk import (
     run_jobs,
     write_all,
 )
-from camkit.bulk.camfolder import CamItem
-from camkit.bulk.classmaps import read_maps, same_aspect
-from camkit.bulk.pool import beginning
+from camkit.bulk.camfiles import CamItem, read_maps, same_aspect
+from camkit.bulk.workers import beginning
 from camkit.capture import Capture
 from camkit.data import read_cam, write_cam
 from camkit.errors import CamkitError, CaptureError, DataError
@@ -67,7 +66,7 @@ def test_every_item_is_done_once(workers):
 
 
 def test_a_worker_that_dies_while_it_tells_its_result_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr("camkit.bulk.crew._LOOK", 0.3)
+    monkeypatch.setattr("camkit.bulk.workers._LOOK", 0.3)
     done, failed = outcomes(DieTelling(tmp_path / "died"), list(range(8)), workers=2)
     assert (tmp_path / "died").exists()
     assert (done, failed) == ({item: 2 * item for item in range(8)}, {})
@@ -97,7 +96,7 @@ def test_a_killed_worker_costs_its_own_item_only(workers, place):
 
 
 def test_an_item_is_not_blamed_for_workers_that_die_before_they_have_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("camkit.bulk.pool._begin", begin_or_die)
+    monkeypatch.setattr("camkit.bulk.workers._begin", begin_or_die)
     monkeypatch.setenv("CAMKIT_TESTED", str(tmp_path))
     assert outcomes(double, [1, 2, 3], workers=1) == ({1: 2, 2: 4, 3: 6}, {})
     assert len(list(tmp_path.iterdir())) == 5  # so many died
@@ -228,7 +227,7 @@ def test_refiners_of_colours_run_on_a_picture_alone():
     [
         lambda capture: Propagate()(torch.rand(1, 1, 4, 4), capture),
         lambda capture: Propagate(balance=3)(torch.rand(1, 1, 4, 4), capture),
-        lambda capture: HybridAlign()(torch.rand(1, 1, 4, 4), capture),
+        lambda capture: HybridPropagate()(torch.rand(1, 1, 4, 4), capture),
         lambda capture: GradientSeed()(capture, torch.tensor([[0]])),
         lambda capture: capture.class_to_patch(),
         lambda capture: capture.patch_embeddings(),

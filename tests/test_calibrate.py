@@ -9,9 +9,9 @@ import zoo
 from hosts import HandMade, shaken, tiny
 
 from camkit import FuzzyKeyPruning, StaticCalibration, SuppressOutliers, attach, watch
-from camkit.edit.outliers import outlying
+from camkit.edits.calibrate import outlying
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seed.text.joint_space import last_tokens
+from camkit.seeds.text import last_tokens
 
 VARIANTS = [
     StaticCalibration(),

@@ -11,7 +11,7 @@ from torch import nn
 
 from camkit import watch
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seed import (
+from camkit.seeds import (
     ClassAttentionSeed,
     ClassWeightSeed,
     ContributionSeed,

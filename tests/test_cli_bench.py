@@ -22,7 +22,7 @@ from camkit import (
 )
 from camkit.bench import Choice, Variant
 from camkit.cli import main
-from camkit.cli.plan import Plan
+from camkit.cli.options import Plan
 from camkit.data import write_shapes
 
 NAME = "vit_tiny_patch16_224"

@@ -16,10 +16,10 @@ import camkit
 from camkit.bulk import CamFolder, DrawMask, RefineCam, write_all
 from camkit.capture import Capture
 from camkit.cli import main
-from camkit.cli.steps import STEPS, read_steps
+from camkit.cli.options import STEPS, read_steps
 from camkit.data import read_cam, write_cam, write_shapes
 from camkit.errors import DataError
-from camkit.palette import voc_palette
+from camkit.mask import voc_palette
 from camkit.photo import read_picture
 
 SIZE = (48, 64)

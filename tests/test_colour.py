@@ -7,10 +7,10 @@ from hosts import HandMade
 from PIL import Image
 
 from camkit import attach, load_photo
-from camkit.edit.site import Picture
+from camkit.edits.protocol import Picture
 from camkit.errors import CaptureError
 from camkit.grid import Grid
-from camkit.ops.colour import NORMALISATIONS, detect_normalisation, to_rgb
+from camkit.ops.images import NORMALISATIONS, detect_normalisation, to_rgb
 
 EMPTY = torch.zeros(0, 3, 16, 24)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from camkit.edit import HybridAlignment
-from camkit.edit.colour_cues import COLOUR_READINGS, Cues
+from camkit.edits import HybridAlignment
+from camkit.edits.alignment import COLOUR_READINGS, Cues
 from camkit.ops.similarity import colour_mass
 
 TAU, WIDTH = 0.1, 0.15

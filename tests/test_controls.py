@@ -13,8 +13,8 @@ from skimage.filters import gaussian
 from camkit import DOEI, Blur, OneMoreHop, RandomGates, ScaleOutput, attach
 from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention, FusedAttention
-from camkit.edit import Site
-from camkit.edit.site import Picture
+from camkit.edits import BlockContext
+from camkit.edits.protocol import Picture
 from camkit.grid import Grid
 
 NOTHING = Capture((), (), Anatomy(), Grid(1, 1))
@@ -81,7 +81,7 @@ def block(*, index=1, images=IMAGES, dtype=torch.float64):
     x, o = torch.randn(2, images, tokens, DIM, dtype=dtype).unbind(0)
     q, k = torch.randn(2, images, HEADS, tokens, 4, dtype=dtype).unbind(0)
     picture = Picture(pixels=torch.rand(images, 3, 32, 40), grid=GRID)
-    return x, o, FusedAttention(q, k, 0.5), Site(SPECIAL, index, 4, picture)
+    return x, o, FusedAttention(q, k, 0.5), BlockContext(SPECIAL, index, 4, picture)
 
 
 def strengths(output, edited):
@@ -101,7 +101,7 @@ def test_one_more_hop_is_the_output_and_the_whole_map_times_it(strength):
 def test_one_more_hop_worked_by_hand():
     weights = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]]])
     output = torch.tensor([[[4.0], [8.0]]])
-    found = OneMoreHop()(output, output, ExplicitAttention(weights), Site(Anatomy()))
+    found = OneMoreHop()(output, output, ExplicitAttention(weights), BlockContext(Anatomy()))
     torch.testing.assert_close(found, torch.tensor([[[10.0], [14.0]]]))
 
 
@@ -170,7 +170,7 @@ def test_gates_stand_in_another_order_in_another(other):
     attention = FusedAttention(q, k, 0.5)
 
     def gates(rng_seed=0, index=1):
-        place = Site(site.anatomy, index, site.count, site.picture)
+        place = BlockContext(site.anatomy, index, site.count, site.picture)
         edited = RandomGates(OneMoreHop(), rng_seed=rng_seed)(x, o, attention, place)
         return strengths(o, edited)[:, list(PATCHES)]
 

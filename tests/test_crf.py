@@ -9,8 +9,8 @@ from hosts import HandMade
 
 from camkit import CamkitError, CaptureError, DenseCRF, to_mask, watch
 from camkit.native import load
-from camkit.ops.crf_kernels import Kernels
-from camkit.refine.crf_presets import PRESETS
+from camkit.ops.mean_field import Kernels
+from camkit.refiners.crf import PRESETS
 
 EDGE = 20  # the column where the colour of the picture changes
 

@@ -13,13 +13,13 @@ import torch
 
 from camkit.cli import main
 from camkit.errors import CamkitError
-from camkit.native import cuda_build, kernels
+from camkit.native import kernels
 from camkit.ops import kernel_ops
 
 ARCHITECTURES = (80, 90)
 # the width of nearly all Vision Transformers; float16 takes the same registers as bfloat16
-PART = cuda_build.Selection(widths=(64,), dtypes=(torch.bfloat16, torch.float32))
-STEPS = len(list(cuda_build.SOURCES.glob("*.cu"))) + 2  # the sources, the binding, the library
+PART = kernels.Selection(widths=(64,), dtypes=(torch.bfloat16, torch.float32))
+STEPS = len(list(kernels.SOURCES.glob("*.cu"))) + 2  # the sources, the binding, the library
 KERNEL = r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes spill stores, (\d+) bytes"
 REGISTERED = """
 import sys, torch
@@ -41,12 +41,12 @@ def cache(tmp_path_factory):
 def built(cache):
     """Compiled by the real nvcc, for two GPUs that need not be here."""
     try:
-        cuda_build.nvcc()
+        kernels.nvcc()
     except CamkitError as error:
         pytest.skip(f"the CUDA kernels are NOT compiled here: {error}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAMKIT_CACHE", str(cache))
-        return cuda_build.build(ARCHITECTURES, selection=PART)
+        return kernels.build(ARCHITECTURES, selection=PART)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_every_operator_gets_a_cuda_kernel_without_a_gpu(built):
 
 
 def test_the_binding_says_the_schemas_that_are_declared():
-    text = (cuda_build.SOURCES / "binding.cpp").read_text().replace("\n// ", " ")
+    text = (kernels.SOURCES / "binding.cpp").read_text().replace("\n// ", " ")
     stated = dict(re.findall(r"camkit::(\w+)(\([^\n]*?\) *->[ ]*(?:\(\)|\([^)]*\)|Tensor))", text))
     shape = {name: re.sub(r"\s+", "", schema) for name, schema in stated.items()}
     assert shape == {k: re.sub(r"\s+", "", v) for k, v in kernel_ops.SCHEMAS.items()}
@@ -105,52 +105,52 @@ def test_the_binding_says_the_schemas_that_are_declared():
 def test_a_library_is_found_again_without_a_compiler(built, cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CAMKIT_CACHE", str(cache))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cuda_build.build(ARCHITECTURES, selection=PART) == built
+    assert kernels.build(ARCHITECTURES, selection=PART) == built
     # an older one of its generation, and one still to come, which compiles the PTX
-    assert cuda_build.find((86, 120), selection=PART) == built
+    assert kernels.find((86, 120), selection=PART) == built
 
 
 def test_all_is_compiled_for_the_gpus_that_are_asked_for(fake):
-    path = cuda_build.build((89, 80))
+    path = kernels.build((89, 80))
     said = (fake / "runs").read_text()
     assert "code=[sm_80,sm_89,compute_80]" in said
     assert f"-DCAMKIT_WIDTHS={sum(1 << width // 16 for width in (32, 48, 64, 80, 96, 128))}" in said
     assert "-DCAMKIT_TYPES=7" in said
     assert runs(fake) == STEPS
-    assert cuda_build.build((80,)) == path
-    assert cuda_build.find((86,)) == path
-    assert cuda_build.find((100,)) == path  # which makes its own code of the PTX
+    assert kernels.build((80,)) == path
+    assert kernels.find((86,)) == path
+    assert kernels.find((100,)) == path  # which makes its own code of the PTX
     assert runs(fake) == STEPS
-    assert cuda_build.find((80,), selection=PART) is None
+    assert kernels.find((80,), selection=PART) is None
 
 
 def test_a_file_cut_short_is_not_taken(fake):
-    path = cuda_build.build((80,))
+    path = kernels.build((80,))
     path.write_bytes(path.read_bytes()[:5])
-    assert cuda_build.find((80,)) is None
-    assert cuda_build.build((80,)).read_bytes() != b""
+    assert kernels.find((80,)) is None
+    assert kernels.build((80,)).read_bytes() != b""
     assert runs(fake) == 2 * STEPS
 
 
 def test_what_is_compiled_is_found_where_nothing_can_be_written(fake, monkeypatch):
-    path = cuda_build.build((80,))
+    path = kernels.build((80,))
 
     def refuse(**_):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    assert cuda_build.build((80,)) == path
-    assert cuda_build.find((80,)) == path
+    assert kernels.build((80,)) == path
+    assert kernels.find((80,)) == path
     with pytest.raises(
         CamkitError, match=r"cannot be written to .*; name a folder in CAMKIT_CACHE"
     ):
-        cuda_build.build((80,), selection=PART)
+        kernels.build((80,), selection=PART)
 
 
 def test_builders_wait_for_each_other(fake):
     found = []
     threads = [
-        threading.Thread(target=lambda: found.append(cuda_build.build((80,)))) for _ in range(3)
+        threading.Thread(target=lambda: found.append(kernels.build((80,)))) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -165,28 +165,28 @@ def test_without_nvcc_the_way_to_get_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(CamkitError, match="no nvcc found; install the CUDA toolkit, or name"):
-        cuda_build.nvcc()
+        kernels.nvcc()
 
 
 def test_a_toolkit_newer_than_torch_is_refused(fake, monkeypatch):
     monkeypatch.setattr("torch.version.cuda", "12.6")
-    assert cuda_build.nvcc() == str(fake / "bin" / "nvcc")
+    assert kernels.nvcc() == str(fake / "bin" / "nvcc")
     monkeypatch.setenv("RELEASE", "13")
     with pytest.raises(CamkitError, match=r"is of CUDA 13, torch runs on CUDA 12; install"):
-        cuda_build.nvcc()
+        kernels.nvcc()
 
 
 def test_a_torch_without_the_stable_interface_is_refused(fake, monkeypatch):
     monkeypatch.setattr("torch.__version__", torch.torch_version.TorchVersion("2.9.1"))
     with pytest.raises(CamkitError, match=r"need torch 2\.10 or newer, this is 2\.9\.1"):
-        cuda_build.build((80,))
+        kernels.build((80,))
 
 
 def test_a_gpu_too_old_is_refused(fake):
     with pytest.raises(ValueError, match="must be 80 or newer, got 75"):
-        cuda_build.build((75, 80))
+        kernels.build((75, 80))
     with pytest.raises(ValueError, match=r"`widths` must be of .* got \(40,\)"):
-        cuda_build.Selection(widths=(40,))
+        kernels.Selection(widths=(40,))
 
 
 def test_a_compiler_that_fails_is_told_once(fake, monkeypatch, caplog):
@@ -231,6 +231,6 @@ def test_the_command_builds_once_and_says_where(fake, capsys):
 def test_the_state_is_told_without_building(fake):
     assert kernels.kernel_state().startswith("plain torch: no CUDA device; kernels are built at")
     assert not (fake / "runs").exists()
-    path = cuda_build.build((80, 90))
+    path = kernels.build((80, 90))
     assert kernels.kernel_state().endswith(f"compiled kernels are ready, {path}")
     shutil.rmtree(fake / "cache")

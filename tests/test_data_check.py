@@ -19,7 +19,7 @@ from camkit.data import (
     write_shapes,
 )
 from camkit.errors import DataError
-from camkit.palette import voc_palette
+from camkit.mask import voc_palette
 
 
 @pytest.fixture

@@ -21,17 +21,17 @@ from camkit.data import (
     DEMO_CLASSES,
     demo_model,
     demo_photos,
+    embedded,
     imagenet_vocabulary,
     mask_classes,
     read_mask,
 )
-from camkit.data.embedded import model as embedded
-from camkit.data.embedded.model import DEMO_WEIGHTS, blank_model, expand_rows, round_rows
+from camkit.data.embedded import DEMO_WEIGHTS, blank_model, expand_rows, round_rows
 from camkit.manifest import weights_hash
+from camkit.method import DEFAULT_REFINE
 from camkit.photo import load_photo, read_picture
-from camkit.preset import DEFAULT_REFINE
 from camkit.score import confusion_matrix, mean_iou
-from camkit.seed import GradientSeed
+from camkit.seeds import GradientSeed
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 VALUES = len(DEMO_CLASSES) + 1

@@ -18,9 +18,9 @@ from camkit import (
 )
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import ExplicitAttention, FusedAttention
-from camkit.edit import Site
-from camkit.edit.reconstruction import READINGS, affinity, gate, prototypes
-from camkit.edit.site import Picture
+from camkit.edits import BlockContext
+from camkit.edits.doei import READINGS, affinity, gate, prototypes
+from camkit.edits.protocol import Picture
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.confidence import MeanSplit, TwoMeans
@@ -35,7 +35,7 @@ def block(classes, *, dtype=torch.float64, grad=False):
     x, o = torch.randn(2, IMAGES, tokens, DIM, dtype=dtype).unbind(0)
     q, k = torch.randn(2, IMAGES, HEADS, tokens, 4, dtype=dtype).unbind(0)
     tensors = [t.requires_grad_(grad) for t in (x, o, q, k)]
-    site = Site(
+    site = BlockContext(
         Anatomy(class_tokens=tuple(range(classes))),
         index=7,
         count=12,
@@ -161,7 +161,7 @@ def test_patch_to_patch_attention_is_not_read_without_alignment():
 def test_absent_classes_neither_give_nor_take():
     x, o, q, k, site = block(5)
     labels = torch.tensor([[True, False, True, False, False], [False, True, True, True, False]])
-    told = Site(site.anatomy, site.index, site.count, site.picture, labels)
+    told = BlockContext(site.anatomy, site.index, site.count, site.picture, labels)
     found = DOEI()(x, o, seen(q, k), told)
     moved = o.clone()
     for image, present in enumerate(labels):
@@ -174,7 +174,7 @@ def test_absent_classes_neither_give_nor_take():
 
 def test_labels_of_another_number_of_classes_are_refused():
     x, o, q, k, site = block(5)
-    told = Site(site.anatomy, site.index, site.count, site.picture, torch.ones(2, 4).bool())
+    told = BlockContext(site.anatomy, site.index, site.count, site.picture, torch.ones(2, 4).bool())
     with pytest.raises(ValueError, match="must tell of the 5 classes that have a token, got 4"):
         DOEI()(x, o, seen(q, k), told)
 
@@ -287,7 +287,7 @@ def test_what_a_handle_is_told_holds_inside_the_block_only():
     some = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 1]]).bool()
     with attach(model, DOEI()) as handle:
         plain = model(pixels)[0]
-        with handle.told(labels=some):
+        with handle.batch(labels=some):
             told = model(pixels)[0]
         assert torch.equal(model(pixels)[0], plain)
         handle.labels = some

@@ -12,13 +12,13 @@ import camkit
 from camkit import DOEI, ClassDecoupling, HybridAlignment, PatchDecoupling
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import FusedAttention
-from camkit.edit import Site
-from camkit.edit.interaction import Interaction
-from camkit.edit.site import Picture
+from camkit.edits import BlockContext
+from camkit.edits.interaction import Interaction
+from camkit.edits.protocol import Picture
 from camkit.grid import Grid
+from camkit.ops.attention import take
 from camkit.ops.confidence import TanhAroundMean
 from camkit.ops.doei_tail import Cues, Soft, doei_scores
-from camkit.ops.places import take
 
 GRID = Grid(3, 4)
 
@@ -49,7 +49,7 @@ def block(classes, registers=0, dtype=torch.float64):
         register_tokens=tuple(range(classes, classes + registers)),
     )
     picture = Picture(pixels=torch.rand(2, 3, 24, 32), grid=GRID)
-    site = Site(anatomy, index=7, count=12, picture=picture, labels=labels)
+    site = BlockContext(anatomy, index=7, count=12, picture=picture, labels=labels)
     return [t.requires_grad_() for t in (x, o, q, k)], site
 
 

@@ -11,16 +11,16 @@ from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention, FusedAttention
 from camkit.errors import CaptureError
 from camkit.grid import Grid
-from camkit.seed import (
+from camkit.seeds import (
     ClassAttentionSeed,
-    FiedlerSeed,
-    LonelySeed,
+    LOSTSeed,
     PrototypeSeed,
     Seed,
+    TokenCutSeed,
 )
 
 ROWS, COLS = 4, 6
-SEEDS = [FiedlerSeed(), LonelySeed(), PrototypeSeed()]
+SEEDS = [TokenCutSeed(), LOSTSeed(), PrototypeSeed()]
 EVERY = torch.tensor([[0, 7]])
 
 
@@ -47,7 +47,7 @@ def two_groups(noise=0.05):
     return (keys + noise * torch.randn(keys.shape))[None]
 
 
-@pytest.mark.parametrize("seed", [FiedlerSeed(), LonelySeed(count=4)], ids=repr)
+@pytest.mark.parametrize("seed", [TokenCutSeed(), LOSTSeed(count=4)], ids=repr)
 def test_the_smaller_of_two_groups_is_the_thing(seed):
     keys = two_groups()
     keys[..., 1] -= 0.5 * (1 - thing_mask().flatten())  # a little against each other, for LOST
@@ -65,7 +65,7 @@ def test_the_cut_is_the_second_solution_of_the_generalised_problem():
     vector = vectors[:, values.real.argsort()[1]].real
     vector = vector * vector[vector.abs().argmax()].sign()
     expected = (vector - vector.mean()).clamp_min(0)
-    found = FiedlerSeed(threshold=0.1, weak=1e-3)(of_keys(keys), EVERY)[0, 0].flatten()
+    found = TokenCutSeed(threshold=0.1, weak=1e-3)(of_keys(keys), EVERY)[0, 0].flatten()
     torch.testing.assert_close(
         found / found.max(), (expected / expected.max()).float(), rtol=1e-3, atol=1e-3
     )
@@ -77,7 +77,7 @@ def test_lost_joins_the_patches_that_are_like_the_loneliest():
     fewest = sorted(range(24), key=lambda i: (sum(p >= 0 for p in products[i]), i))
     joined = [j for j in fewest[:7] if products[fewest[0]][j] >= 0]
     expected = torch.tensor([max(sum(products[j][i] for j in joined), 0.0) for i in range(24)])
-    found = LonelySeed(count=7)(of_keys(keys), EVERY)[0, 1].flatten()
+    found = LOSTSeed(count=7)(of_keys(keys), EVERY)[0, 1].flatten()
     torch.testing.assert_close(found, expected)
 
 
@@ -148,9 +148,9 @@ def test_attention_that_hides_its_keys_says_what_to_compare_instead(seed):
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: FiedlerSeed(threshold=1.0), r"must lie in \[-1, 1\), got 1.0"),
-        (lambda: FiedlerSeed(weak=0.0), r"must lie in \(0, 1\), got 0"),
-        (lambda: LonelySeed(count=0), "at least 1, got 0"),
+        (lambda: TokenCutSeed(threshold=1.0), r"must lie in \[-1, 1\), got 1.0"),
+        (lambda: TokenCutSeed(weak=0.0), r"must lie in \(0, 1\), got 0"),
+        (lambda: LOSTSeed(count=0), "at least 1, got 0"),
         (lambda: PrototypeSeed(features="values"), 'be "keys" or "tokens", got .values.'),
     ],
 )

@@ -11,9 +11,9 @@ from torch import nn
 
 from camkit import Grid, ScaleOutput, attach, watch
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seed import (
+from camkit.seeds import (
     ClassWeightSeed,
-    EigenSeed,
+    EigenCAMSeed,
     GradientSeed,
     LogitLensSeed,
     PatchHeadSeed,
@@ -207,14 +207,14 @@ def test_a_teacher_that_does_not_run_hides_nothing_of_its_student():
     assert [call.name for call in seen.capture.leaving] == [f"encoder.{m}" for m in MODULES]
     with pytest.raises(UnsupportedModelError, match=r"6 channels .* scores 5 classes.*ClassWeight"):
         PatchHeadSeed()(seen.capture, ALL)
-    with torch.no_grad(), watch(model, **needs(EigenSeed())) as seen:
+    with torch.no_grad(), watch(model, **needs(EigenCAMSeed())) as seen:
         model(pixels)
     with pytest.raises(CaptureError, match=r"teacher's, perhaps.; name what runs"):
-        EigenSeed()(seen.capture, ALL)
+        EigenCAMSeed()(seen.capture, ALL)
     mine = [f"encoder.{name}" for name in MODULES]
-    with torch.no_grad(), watch(model, modules=mine, **needs(EigenSeed())) as seen:
+    with torch.no_grad(), watch(model, modules=mine, **needs(EigenCAMSeed())) as seen:
         model(pixels)
-    assert EigenSeed()(seen.capture, ALL).amax() > 0
+    assert EigenCAMSeed()(seen.capture, ALL).amax() > 0
 
 
 def test_the_text_tower_of_clip_is_neither_watched_nor_edited():

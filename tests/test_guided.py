@@ -8,7 +8,7 @@ from coarse import captured, coarse_iou
 
 from camkit import GuidedFilter, resize_cam
 from camkit.errors import CaptureError
-from camkit.ops.guided import box_mean, guided_filter, guided_upsample
+from camkit.ops.edge_aware import box_mean, guided_filter, guided_upsample
 
 SIZES = [(1, 1), (1, 9), (7, 1), (11, 14)]
 

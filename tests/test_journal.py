@@ -11,9 +11,8 @@ from small_runs import hold_journal, leave_transaction_open
 
 from camkit.bulk.finishing import Made, OutFolder
 from camkit.bulk.items import FilePlace, Item, Refused
-from camkit.bulk.journal import Error, Journal
-from camkit.bulk.plan import Share, plan
-from camkit.bulk.pool import end_pool, new_pool
+from camkit.bulk.ledger import Error, Journal, Share, plan
+from camkit.bulk.workers import end_pool, new_pool
 from camkit.errors import CamkitError, DataError
 
 SETTINGS = {"model": "a", "source": "folder /x"}

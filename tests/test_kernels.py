@@ -11,7 +11,7 @@ from torch import nn
 from zoo import ZOO
 
 from camkit import attach, torch_kernels, watch
-from camkit.edit import ScaleOutput
+from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError
 
 

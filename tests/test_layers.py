@@ -8,24 +8,30 @@ from hosts import HandMade, tiny
 from torch import nn
 
 import camkit
-from camkit import ClassWeightSeed, GradientSeed, RolloutSeed, Vocabulary
+from camkit import ClassWeightSeed, GradientSeed, RelevanceSeed, Vocabulary
 from camkit.bench import SuppressionChoice, Variant
-from camkit.bench.maps import variant_maps
+from camkit.bench.evaluator import variant_maps
+from camkit.contrib.craft import (
+    amounts_of,
+    least_squares,
+    semi_nmf,
+    sobol_pairs,
+    swapped,
+    total_sobol,
+)
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.ops.factorization import amounts_of, least_squares, semi_nmf
 from camkit.photo import Photo
-from camkit.seed import (
-    AgreedProductSeed,
-    AgreeingSeed,
+from camkit.seeds import (
+    BestAgreementSeed,
     BlockSeed,
-    Concepts,
-    ConceptSeed,
+    ConceptBank,
+    CRAFTSeed,
     FusedSeed,
+    GatedProductSeed,
     LogitLensSeed,
     Views,
 )
-from camkit.seed.needs import needs
-from camkit.seed.tokens.concepts import sobol_pairs, swapped, total_sobol
+from camkit.seeds.protocol import needs
 
 CLASSES = torch.tensor([[1, 4, 0], [3, -1, 2]])
 PICTURE = camkit.Capture.of_picture(torch.zeros(1, 3, 1, 4))
@@ -189,7 +195,7 @@ def test_fusion_worked_by_hand(join, expected):
     ],
 )
 def test_a_seed_is_multiplied_as_far_as_the_other_agrees(other, trust, expected):
-    seed = AgreedProductSeed(Fixed(maps_of(4.0, 1.0, 0.0)), Fixed(maps_of(*other)), trust)
+    seed = GatedProductSeed(Fixed(maps_of(4.0, 1.0, 0.0)), Fixed(maps_of(*other)), trust)
     found = seed(PICTURE, torch.tensor([[0]]))
     torch.testing.assert_close(found, maps_of(*expected), atol=1e-6, rtol=1e-5)
 
@@ -206,11 +212,11 @@ def test_the_layer_that_agrees_best_is_taken_for_each_image_and_class():
     wide = maps_of(1.0, 0.9, 0.8, 0.0)  # overlap 2 of 3
     shifted = maps_of(0.0, 1.0, 1.0, 0.0)  # overlap 1 of 3
     candidates = (Fixed(shifted), Fixed(wide))
-    seed = AgreeingSeed(candidates, Fixed(reference))
+    seed = BestAgreementSeed(candidates, Fixed(reference))
     assert seed.chosen(PICTURE, torch.tensor([[0]])).tolist() == [[1]]
     assert torch.equal(seed(PICTURE, torch.tensor([[0]])), wide)
     turned = torch.cat([maps_of(1.0, 1.0, 0.0, 0.0), maps_of(0.0, 1.0, 1.0, 0.0)], 1)
-    both = AgreeingSeed(
+    both = BestAgreementSeed(
         (Fixed(torch.cat([shifted, shifted], 1)), Fixed(torch.cat([wide, wide], 1))), Fixed(turned)
     )
     assert both.chosen(PICTURE, torch.tensor([[0, 1]])).tolist() == [[1, 0]]
@@ -218,7 +224,7 @@ def test_the_layer_that_agrees_best_is_taken_for_each_image_and_class():
 
 def test_without_a_reference_the_odd_one_out_is_not_taken():
     like, alike, odd = maps_of(1.0, 1.0, 0.0), maps_of(1.0, 0.9, 0.1), maps_of(0.0, 0.0, 1.0)
-    seed = AgreeingSeed((Fixed(odd), Fixed(like), Fixed(alike)))
+    seed = BestAgreementSeed((Fixed(odd), Fixed(like), Fixed(alike)))
     assert seed.chosen(PICTURE, torch.tensor([[0]])).tolist() == [[1]]
 
 
@@ -230,9 +236,9 @@ def test_seeds_of_seeds_need_what_their_parts_need():
     tops = [part.amax((-2, -1), keepdim=True).clamp_min(1e-8) for part in parts]
     expected = (parts[0] / tops[0] + parts[1] / tops[1]) / 2
     torch.testing.assert_close(fused(capture, CLASSES), expected)
-    assert AgreeingSeed((fused, GradientSeed())).gradients
+    assert BestAgreementSeed((fused, GradientSeed())).gradients
     assert not FusedSeed((ClassWeightSeed(),)).gradients
-    both = needs(AgreeingSeed((LogitLensSeed(), RolloutSeed())))
+    both = needs(BestAgreementSeed((LogitLensSeed(), RelevanceSeed())))
     assert both["gradients"]
     assert both["tokens"].leaving
 
@@ -303,7 +309,7 @@ def test_total_sobol_indices_count_what_acts_together():
 def test_concepts_of_a_linear_host_matter_by_the_square_of_what_they_add():
     host, pixels = tiny("average pooled")
     host.fc_norm, pixels = nn.Identity(), pixels[:1]
-    seed = ConceptSeed(rank=3, designs=512)
+    seed = CRAFTSeed(rank=3, designs=512)
     capture = seen_by(host, pixels, seed)
     patches = capture.leaving[-1].tokens[:, capture.patches]
     amounts, directions = semi_nmf(patches, 3)
@@ -316,11 +322,11 @@ def test_concepts_of_a_linear_host_matter_by_the_square_of_what_they_add():
 
 def test_learnt_concepts_serve_other_images():
     model, pixels = tiny("vit")
-    capture = seen_by(model, pixels, ConceptSeed())
+    capture = seen_by(model, pixels, CRAFTSeed())
     patches = capture.leaving[-1].tokens[:, capture.patches]
-    concepts = Concepts.of(patches.flatten(0, 1), rank=5)
+    concepts = ConceptBank.of(patches.flatten(0, 1), rank=5)
     assert concepts.directions.shape == (5, 48)
-    seed = ConceptSeed(concepts)
+    seed = CRAFTSeed(concepts)
     both = seed(capture, CLASSES)
     single = seed(seen_by(model, pixels[1:], seed), CLASSES[1:])
     torch.testing.assert_close(both[1:], single, rtol=1e-3, atol=1e-4)
@@ -334,14 +340,14 @@ def test_learnt_concepts_serve_other_images():
         (lambda: BlockSeed(GradientSeed(), ()), "at least one block, got none"),
         (lambda: FusedSeed(()), "at least one seed, got none"),
         (lambda: FusedSeed((GradientSeed(),), "sum"), "got 'sum'"),
-        (lambda: AgreedProductSeed(GradientSeed(), RolloutSeed(), 0.0), "above 0, got 0"),
-        (lambda: AgreeingSeed((GradientSeed(),)), "at least two seeds, got 1"),
+        (lambda: GatedProductSeed(GradientSeed(), RelevanceSeed(), 0.0), "above 0, got 0"),
+        (lambda: BestAgreementSeed((GradientSeed(),)), "at least two seeds, got 1"),
         (
-            lambda: AgreeingSeed((GradientSeed(), RolloutSeed()), threshold=1.0),
+            lambda: BestAgreementSeed((GradientSeed(), RelevanceSeed()), threshold=1.0),
             r"\(0, 1\), got 1.0",
         ),
-        (lambda: ConceptSeed(rank=0), "at least 1, got 0"),
-        (lambda: ConceptSeed(designs=1), "at least 2, got 1"),
+        (lambda: CRAFTSeed(rank=0), "at least 1, got 0"),
+        (lambda: CRAFTSeed(designs=1), "at least 2, got 1"),
         (lambda: semi_nmf(torch.zeros(1, 3, 2), 4), "1 to the 3 rows, got 4"),
     ],
 )

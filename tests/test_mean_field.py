@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from camkit import CamkitError, load_photo
 from camkit.native import load
-from camkit.ops import crf_backends
+from camkit.ops import mean_field as crf_backends
 from camkit.ops.mean_field import Kernels, mean_field
 from camkit.ops.permutohedral import lattice
-from camkit.refine.crf_presets import PRESETS
+from camkit.refiners.crf import PRESETS
 
 PSA = PRESETS["psa"]
 

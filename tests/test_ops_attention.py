@@ -4,8 +4,8 @@ import oracles
 import pytest
 import torch
 
-from camkit.ops import normaliser
-from camkit.ops.class_attention import (
+from camkit.ops import attention as normaliser
+from camkit.ops.attention import (
     attention_columns,
     attention_rows,
     head_mean,

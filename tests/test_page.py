@@ -28,7 +28,7 @@ from camkit import (
 )
 from camkit.bench import Choice, PhotoSettings, Repeats, Variant, run
 from camkit.bench.examples import collect_examples, error_map
-from camkit.bench.gallery import error_picture, show_examples
+from camkit.bench.figures import error_picture, show_examples
 from camkit.bench.page import to_html
 from camkit.bench.results import Outlines
 from camkit.data import SHAPE_CLASSES, open_dataset, write_shapes

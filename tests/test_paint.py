@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from camkit.errors import DataError
+from camkit.mask import voc_palette
 from camkit.paint import contact_sheet, overlay_cam, overlay_mask, save_mask
-from camkit.palette import voc_palette
 
 GREY = np.full((20, 20, 3), 100, np.uint8)
 

@@ -22,7 +22,7 @@ from camkit import (
     GradientSeed,
     Normalize,
     Propagate,
-    RolloutSeed,
+    RelevanceSeed,
     ScaleOutput,
     UnsupportedModelError,
     Vocabulary,
@@ -100,7 +100,7 @@ def test_a_pixel_holds_class_plus_one_where_that_class_wins(model, photo):
 
 
 @pytest.mark.parametrize(
-    "seed", [ClassAttentionSeed(), ClassWeightSeed(), GradientSeed(), RolloutSeed()], ids=repr
+    "seed", [ClassAttentionSeed(), ClassWeightSeed(), GradientSeed(), RelevanceSeed()], ids=repr
 )
 def test_the_call_equals_its_steps_by_hand(model, photo, seed):
     refine = (Propagate(steps=2, blocks=2), Normalize(mode="minmax"))
@@ -343,8 +343,10 @@ def test_a_host_outside_timm_works_too(photo):
 
 
 def test_settings_tell_what_led_to_the_result(model):
-    settings = wrap(model, seed=RolloutSeed(), edit=ScaleOutput(2.0), refine=[Normalize()]).settings
-    assert settings["seed"] == "RolloutSeed()"
+    settings = wrap(
+        model, seed=RelevanceSeed(), edit=ScaleOutput(2.0), refine=[Normalize()]
+    ).settings
+    assert settings["seed"] == "RelevanceSeed()"
     assert settings["edit"] == "ScaleOutput(factor=2.0)"
     assert settings["refine"] == ["Normalize(mode='max')"]
     assert settings["background_score"] == 0.55

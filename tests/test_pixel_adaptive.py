@@ -11,8 +11,8 @@ from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention
 from camkit.errors import CaptureError
 from camkit.grid import Grid
-from camkit.ops.pixel_adaptive import adapt_to_colours
-from camkit.refine.pixel_adaptive import PixelAdaptive
+from camkit.ops.edge_aware import adapt_to_colours
+from camkit.refiners.edge_aware import PixelAdaptive
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 SIZES = [(1, 1), (1, 7), (13, 17), (40, 33)]

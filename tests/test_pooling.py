@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from camkit import (
     ClassAttentionSeed,
     GradientSeed,
-    HybridAlign,
-    RolloutSeed,
+    HybridPropagate,
+    RelevanceSeed,
     ScaleOutput,
     attach,
     watch,
@@ -138,7 +138,7 @@ def test_rollout_starts_from_what_the_pooling_queries_weigh(name):
     model, pixels = scored(name)
     outputs, maps, single = unfused(model, lambda host: host(pixels))
     capture = seen_by(model, lambda host: host(pixels), gradients=True)
-    found = RolloutSeed()(capture, CLASSES).flatten(2)
+    found = RelevanceSeed()(capture, CLASSES).flatten(2)
     start = 1 if name == "timm cait" else 0
     for slot, column in enumerate(CLASSES.T):
         score = outputs.gather(1, column[:, None]).sum()
@@ -156,7 +156,7 @@ def test_rollout_starts_from_what_the_pooling_queries_weigh(name):
 
 
 @pytest.mark.parametrize("name", NAMES[:2])
-@pytest.mark.parametrize("seed", [GradientSeed(), RolloutSeed()], ids=repr)
+@pytest.mark.parametrize("seed", [GradientSeed(), RelevanceSeed()], ids=repr)
 def test_a_padded_class_has_no_map_and_leaves_the_others(name, seed):
     model, pixels = scored(name)
     capture = seen_by(model, lambda host: host(pixels), gradients=True)
@@ -189,7 +189,7 @@ def test_alignment_keeps_maps_of_a_pooled_host_in_their_range(name):
     model, call = opened(name)
     capture = seen_by(model, call)
     cam = torch.rand(2, 3, capture.grid.rows, capture.grid.cols)
-    found = HybridAlign(colour_width=None, balance=0)(cam, capture)
+    found = HybridPropagate(colour_width=None, balance=0)(cam, capture)
     assert (found <= cam.amax((2, 3), keepdim=True) + 1e-6).all()
     assert (found >= cam.amin((2, 3), keepdim=True) - 1e-6).all()
     assert not torch.allclose(found, cam, atol=0.05)

@@ -11,8 +11,8 @@ from hosts import shaken
 from torch import nn
 
 from camkit import (
-    AgreedProductSeed,
     ClassWeightSeed,
+    GatedProductSeed,
     GradientSeed,
     ScaleOutput,
     StaticCalibration,
@@ -21,9 +21,9 @@ from camkit import (
     wrap,
 )
 from camkit.capture import Capture
-from camkit.preset import CALIBRATED, GRADIENT, POOLED
+from camkit.method import CALIBRATED, GRADIENT, POOLED
 
-PRODUCT = AgreedProductSeed(GradientSeed(), ClassWeightSeed())
+PRODUCT = GatedProductSeed(GradientSeed(), ClassWeightSeed())
 
 
 def vit(depth, **options):
@@ -137,7 +137,7 @@ def test_why_a_model_is_not_calibrated_is_told(photo, caplog):
     with caplog.at_level(logging.INFO, "camkit"):
         found = wrap(model)(photo, classes=[2])
     assert found.settings["seed"] == "GradientSeed()"
-    assert "VisionTransformer is not read by AgreedProductSeed" in caplog.text
+    assert "VisionTransformer is not read by GatedProductSeed" in caplog.text
     assert "the host writes its attention out" in caplog.text
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from camkit import Vocabulary, photo_from_array
 from camkit.bench import Quality
-from camkit.ops.resampling import gaussian_blur
+from camkit.ops.images import gaussian_blur
 
 
 class CornerLight(nn.Module):

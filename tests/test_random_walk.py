@@ -11,9 +11,7 @@ from camkit import Propagate, RandomWalk, watch
 from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention
 from camkit.grid import Grid
-from camkit.ops.affinity import balance
-from camkit.ops.boxes import component_boxes
-from camkit.ops.random_walk import random_walk
+from camkit.ops.propagation import balance, component_boxes, random_walk
 
 
 def dense(scores, affinity, beta, steps):

@@ -30,8 +30,8 @@ from small_runs import (
 from camkit.bulk import PhotoFolder, RayEngine, Reading, Share, run
 from camkit.bulk.finishing import OutFolder
 from camkit.bulk.items import FilePlace
-from camkit.bulk.ray_parcels import Parcel, Site, unpacked
-from camkit.bulk.ray_work import ReadChunk, RunModel
+from camkit.bulk.ray_engine import BlockContext
+from camkit.bulk.ray_work import Message, ReadChunk, RunModel, unpacked
 from camkit.bulk.stages import read
 from camkit.cli import main
 from camkit.errors import CamkitError
@@ -225,7 +225,7 @@ def site(tmp_path):
     probe = folder.drafts / "probe"
     probe.touch()
     recipe = replace(small_recipe(), model=OpenDeadly())
-    return Site(recipe, weights_hash(OpenSmall()()), folder, probe)
+    return BlockContext(recipe, weights_hash(OpenSmall()()), folder, probe)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the process that dies is a fork")
@@ -234,7 +234,7 @@ def test_an_image_that_kills_the_model_is_given_up_and_the_others_are_not(site, 
     photos = write_photos(tmp_path / "in", 3)
     Image.new("RGB", (40, 60)).save(tmp_path / "in" / "dark.png")
     images = tuple(read(item, Reading(size=(96, 64))) for item in photos)
-    row = Parcel(1, frozenset(one.key for one in images), images=images).packed()
+    row = Message(1, frozenset(one.key for one in images), images=images).packed()
     for _ in range(3):  # Ray begins it anew
         child = multiprocessing.get_context("forkserver").Process(
             target=run_model, args=(site, row)
@@ -250,7 +250,7 @@ def test_an_image_that_kills_the_model_is_given_up_and_the_others_are_not(site, 
 def test_a_process_that_does_not_see_folder_images_or_weights_ends_the_run(site, tmp_path):
     pytest.importorskip("ray")
     work = ReadChunk(replace(site, sample=FilePlace(tmp_path / "gone.png")))
-    row = Parcel(1, frozenset({"a"}), images=tuple(write_photos(tmp_path / "in", 1))).packed()
+    row = Message(1, frozenset({"a"}), images=tuple(write_photos(tmp_path / "in", 1))).packed()
     fatal = unpacked(work(row)[0]).fatal
     assert "does not see the images" in str(fatal)
     assert "gone.png cannot be read (No such file or directory)" in str(fatal)

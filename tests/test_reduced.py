@@ -8,17 +8,17 @@ import torch
 from coarse import captured, coarse_iou
 
 from camkit import (
+    AtReducedSize,
     CaptureError,
     DenseCRF,
     FastGlobalSmooth,
     Normalize,
     PixelAdaptive,
-    Reduced,
     chain,
     resize_cam,
 )
-from camkit.ops.crf_kernels import Kernels
-from camkit.ops.guided import guided_upsample
+from camkit.ops.edge_aware import guided_upsample
+from camkit.ops.mean_field import Kernels
 
 
 def fitted(cam, capture):
@@ -36,7 +36,7 @@ def test_the_refiner_sees_the_small_picture_and_its_maps_are_brought_back(scale,
         seen.append(capture.rgb)
         return fitted(cam, capture)
 
-    found = Reduced(refiner, scale=scale, radius=2, eps=1e-3)(cam, captured(rgb))
+    found = AtReducedSize(refiner, scale=scale, radius=2, eps=1e-3)(cam, captured(rgb))
     torch.testing.assert_close(seen[0], resize_cam(rgb, size))
     small = resize_cam(cam, size)
     expected = guided_upsample(small, resize_cam(rgb, size), rgb, radius=2, eps=1e-3)
@@ -47,7 +47,7 @@ def test_the_refiner_sees_the_small_picture_and_its_maps_are_brought_back(scale,
 def test_at_full_size_it_is_the_refiner():
     cam, capture = torch.rand(1, 2, 2, 3), captured(torch.rand(1, 3, 20, 31))
     refiner = FastGlobalSmooth()
-    assert torch.equal(Reduced(refiner, scale=1.0)(cam, capture), refiner(cam, capture))
+    assert torch.equal(AtReducedSize(refiner, scale=1.0)(cam, capture), refiner(cam, capture))
 
 
 def test_edges_that_the_small_picture_shows_come_back_sharp():
@@ -56,14 +56,14 @@ def test_edges_that_the_small_picture_shows_come_back_sharp():
     rgb = torch.cat([0.8 * left, 0.5 * left, 1 - left], 1)
     capture = captured(rgb, (8, 12))
     cam = resize_cam(left, (8, 12))  # column 48 to 56 lies in one patch
-    found = Reduced(FastGlobalSmooth(), scale=0.25)(cam, capture)
+    found = AtReducedSize(FastGlobalSmooth(), scale=0.25)(cam, capture)
     assert torch.equal(found > 0.5, left > 0.5)
 
 
 def test_constant_maps_and_batches_and_classes_do_not_mix():
     cam, rgb = torch.rand(2, 2, 2, 3), torch.rand(2, 3, 20, 32)
     cam[:, 1] = 0.3
-    reduced = Reduced(FastGlobalSmooth())
+    reduced = AtReducedSize(FastGlobalSmooth())
     found = reduced(cam, captured(rgb))
     torch.testing.assert_close(found[:, 1], torch.full((2, 20, 32), 0.3), rtol=0, atol=1e-4)
     for image in range(2):
@@ -74,21 +74,21 @@ def test_constant_maps_and_batches_and_classes_do_not_mix():
 
 def test_a_gradient_goes_through_where_the_refiner_lets_it():
     cam = torch.rand(1, 1, 2, 3, requires_grad=True)
-    Reduced(PixelAdaptive(steps=1))(cam, captured(torch.rand(1, 3, 20, 32))).sum().backward()
+    AtReducedSize(PixelAdaptive(steps=1))(cam, captured(torch.rand(1, 3, 20, 32))).sum().backward()
     torch.testing.assert_close(cam.grad.sum(), torch.tensor(640.0), rtol=0.2, atol=0)
 
 
 def test_half_precision_stays_and_no_images_are_refined_to_no_images():
     capture = captured(torch.rand(1, 3, 20, 32))
-    found = Reduced(FastGlobalSmooth())(torch.rand(1, 2, 2, 3).half(), capture)
+    found = AtReducedSize(FastGlobalSmooth())(torch.rand(1, 2, 2, 3).half(), capture)
     assert found.dtype == torch.float16
-    none = Reduced(fitted)(torch.rand(0, 2, 2, 3), captured(torch.rand(0, 3, 20, 32)))
+    none = AtReducedSize(fitted)(torch.rand(0, 2, 2, 3), captured(torch.rand(0, 3, 20, 32)))
     assert none.shape == (0, 2, 20, 32)
 
 
 def test_a_refiner_that_returns_another_size_is_refused():
     with pytest.raises(ValueError, match=r"size of its picture, 10x16, got 5x8; PixelAdaptive\("):
-        Reduced(PixelAdaptive(scale=0.5))(
+        AtReducedSize(PixelAdaptive(scale=0.5))(
             torch.rand(1, 1, 2, 3), captured(torch.rand(1, 3, 20, 32))
         )
 
@@ -107,18 +107,18 @@ def test_a_refiner_that_returns_another_size_is_refused():
 )
 def test_settings_out_of_range_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        Reduced(fitted, **settings)
+        AtReducedSize(fitted, **settings)
 
 
 @pytest.mark.usefixtures("no_shape_checks")
 def test_what_is_no_refiner_is_refused():
     with pytest.raises(TypeError, match=r"must be a refiner such as DenseCRF\(\), got 'clip_es'"):
-        Reduced("clip_es")
+        AtReducedSize("clip_es")
 
 
 def test_a_picture_that_was_not_given_is_asked_for():
     with pytest.raises(CaptureError, match=r"Reduced needs the picture; watch with `rgb="):
-        Reduced(fitted)(torch.rand(1, 1, 2, 3), captured(None))
+        AtReducedSize(fitted)(torch.rand(1, 1, 2, 3), captured(None))
 
 
 def crf_of_small_picture(scores, rgb, reach):
@@ -148,7 +148,7 @@ def test_in_a_reduced_crf_the_bilateral_kernel_shrinks_with_the_picture_and_the_
     low, maps = resize_cam(rgb, (24, 32)), resize_cam(cam, (24, 32))
     scores = (torch.cat([torch.full_like(maps, 0.5), maps], 1) / 0.25).softmax(1)
     crf = DenseCRF(preset=preset, steps=10, temperature=0.25, background_score=0.5)
-    found = Reduced(wrapped(crf), scale=0.25)(cam, captured(rgb))
+    found = AtReducedSize(wrapped(crf), scale=0.25)(cam, captured(rgb))
     away = {}
     for reach in (50 / 4, 50):
         refined = crf_of_small_picture(scores[0], low[0], reach)
@@ -162,6 +162,6 @@ def test_on_photos_a_crf_of_a_reduced_picture_finds_objects_as_well(real_data):
     crf = DenseCRF(preset="clip_es", temperature=0.25, background_score=0.5)
     before = coarse_iou(lambda cam, _: cam, real_data)
     full = coarse_iou(crf, real_data)
-    half = coarse_iou(Reduced(crf, scale=0.5), real_data)
+    half = coarse_iou(AtReducedSize(crf, scale=0.5), real_data)
     assert half > before + 0.015
     assert half > full - 0.01

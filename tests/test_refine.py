@@ -8,7 +8,7 @@ import torch
 from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention, FusedAttention
 from camkit.grid import Grid
-from camkit.refine import Chain, Normalize, Propagate, chain, normalize_cam
+from camkit.refiners import Chain, Normalize, Propagate, chain, normalize_cam
 
 
 def capture_of(*blocks, grid=None, class_tokens=()):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch.nn import functional as F
 
-from camkit.ops.resampling import resize_cam, resize_mask
+from camkit.ops.images import resize_cam, resize_mask
 
 SIDES = st.integers(1, 12)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from camkit.capture.tap import Tap
+from camkit.capture.intercept import Tap
 from camkit.ops import reweight_plain
 from camkit.ops.reweight import (
     add_affinity_,

@@ -28,17 +28,16 @@ from small_runs import (
     write_photos,
 )
 
-from camkit import Present, Vocabulary, load_photo, wrap
+from camkit import PredictedClasses, Vocabulary, load_photo, wrap
 from camkit.bulk.finishing import OutputError
-from camkit.bulk.plan import Share
-from camkit.bulk.ranks import rank_of
+from camkit.bulk.ledger import Share
 from camkit.bulk.recipe import Recipe, Writing
-from camkit.bulk.running import run
+from camkit.bulk.running import rank_of, run
 from camkit.bulk.sources import DataSetPhotos, PhotoFolder
 from camkit.cli import main
 from camkit.data import read_cam, write_shapes
 from camkit.errors import CamkitError, DataError
-from camkit.refine import Blur, Normalize, Propagate
+from camkit.refiners import Blur, Normalize, Propagate
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
@@ -168,9 +167,13 @@ def test_a_data_set_is_asked_for_its_own_classes(tmp_path):
 
 def test_the_classifier_guesses_where_nobody_knows(photos, tmp_path):
     few = Some(list(photos)[:9])
-    start(small_recipe(labels=Present(0.5, "softmax")), few, tmp_path / "first")
-    start(small_recipe(labels=Present(0.34, "softmax", 0)), few, tmp_path / "several")
-    start(small_recipe(labels=Present(0.999, "softmax", 0), cams="npz"), few, tmp_path / "none")
+    start(small_recipe(labels=PredictedClasses(0.5, "softmax")), few, tmp_path / "first")
+    start(small_recipe(labels=PredictedClasses(0.34, "softmax", 0)), few, tmp_path / "several")
+    start(
+        small_recipe(labels=PredictedClasses(0.999, "softmax", 0), cams="npz"),
+        few,
+        tmp_path / "none",
+    )
     model = OpenSmall()()
     several = {row["key"]: row for row in rows(tmp_path / "several")}
     for row in rows(tmp_path / "first"):
@@ -389,7 +392,7 @@ def test_ranks_are_those_of_torchrun():
         (lambda: Recipe(OpenSmall(), batch=8, chunk=4), "`chunk` no less, got 8, 4"),
         (lambda: Writing(masks=False), "nothing would be written"),
         (lambda: Writing(background_score=1.5), r"must lie in \[0, 1\], got 1.5"),
-        (lambda: Present(1.0), r"must lie in \(0, 1\), got 1.0"),
+        (lambda: PredictedClasses(1.0), r"must lie in \(0, 1\), got 1.0"),
         (lambda: small_recipe(max_pixels=0), "must be at least 1, got 0"),
     ],
 )

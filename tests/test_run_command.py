@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from small_runs import nobody, tree, write_photos
 
 from camkit.bulk.finishing import OutFolder
-from camkit.bulk.journal import Journal
+from camkit.bulk.ledger import Journal
 from camkit.cli import main
 from camkit.errors import CamkitError
 

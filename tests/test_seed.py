@@ -9,10 +9,10 @@ from hosts import HandMade, OneTokenPerClass, tiny
 
 from camkit.capture import watch
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seed import ClassAttentionSeed, ClassWeightSeed, GradientSeed, RolloutSeed, Seed
+from camkit.seeds import ClassAttentionSeed, ClassWeightSeed, GradientSeed, RelevanceSeed, Seed
 from camkit.vocabulary import Vocabulary
 
-SEEDS = [ClassAttentionSeed(), ClassWeightSeed(), GradientSeed(), RolloutSeed()]
+SEEDS = [ClassAttentionSeed(), ClassWeightSeed(), GradientSeed(), RelevanceSeed()]
 CLASSES = torch.tensor([[1, 4, 0], [3, 0, 2]])
 WITH_CLASS_TOKEN = [
     "vit",
@@ -53,7 +53,7 @@ def test_the_rollout_seed_is_the_published_matrix_rule(family):
     capture = seen_by(model, pixels)
     outputs, maps = oracles.unfused(model, pixels)
     start = capture.patches if family == "average pooled" else [0]
-    found = RolloutSeed()(capture, CLASSES).flatten(2)
+    found = RelevanceSeed()(capture, CLASSES).flatten(2)
     for slot, column in enumerate(CLASSES.T):
         expected = oracles.rollout_seed(outputs, maps, column, start, capture.patches)
         torch.testing.assert_close(found[:, slot], expected)
@@ -167,7 +167,7 @@ def test_the_score_of_a_group_is_the_log_of_its_summed_mass():
     torch.testing.assert_close(capture.scores, expected)
 
 
-@pytest.mark.parametrize("of_group", [ClassWeightSeed(), GradientSeed(), RolloutSeed()], ids=repr)
+@pytest.mark.parametrize("of_group", [ClassWeightSeed(), GradientSeed(), RelevanceSeed()], ids=repr)
 def test_a_group_of_one_is_that_output(of_group):
     model, pixels = tiny("vit")
     groups = Vocabulary(("one", "four"), members=((1,), (4,)))
@@ -199,7 +199,7 @@ def test_a_host_without_class_token_is_sent_elsewhere(asked):
         asked(capture, CLASSES)
 
 
-@pytest.mark.parametrize("asked", [GradientSeed(), RolloutSeed()], ids=repr)
+@pytest.mark.parametrize("asked", [GradientSeed(), RelevanceSeed()], ids=repr)
 @pytest.mark.parametrize("family", ["vit", "explicit softmax"])
 def test_a_capture_without_gradients_says_how_to_get_them(asked, family):
     capture = seen_by(*tiny(family), gradients=False)
@@ -248,7 +248,7 @@ def test_a_class_of_several_outputs_is_spoken_for_by_all_their_tokens():
     torch.testing.assert_close(grouped[:, 0], single.mean(1))
 
 
-@pytest.mark.parametrize("seed", [GradientSeed(), RolloutSeed()])
+@pytest.mark.parametrize("seed", [GradientSeed(), RelevanceSeed()])
 def test_a_class_with_its_own_token_is_seeded_the_same_under_another_number(seed):
     model, pixels = OneTokenPerClass(class_tokens=5), torch.randn(2, 3, 16, 24)
     renamed = Vocabulary(("fourth", "second"), members=((3,), (1,)))

@@ -14,8 +14,8 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from small_runs import nobody
 
+from camkit.bulk.camfiles import read_labels
 from camkit.bulk.items import FilePlace, Item, Refused, result_path, safe_key
-from camkit.bulk.labels import read_labels
 from camkit.bulk.opening import Opening
 from camkit.bulk.recipe import Reading
 from camkit.bulk.shards import ParquetRows, TarShards

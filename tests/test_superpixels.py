@@ -6,7 +6,7 @@ from coarse import captured, coarse_iou
 from skimage.segmentation import felzenszwalb, slic
 
 from camkit import CaptureError, Superpixels, resize_cam
-from camkit.refine.superpixels import segment_means
+from camkit.refiners.superpixels import segment_means
 
 BOTH = pytest.mark.parametrize("method", ["slic", "felzenszwalb"])
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from camkit.capture.tap import Tap
+from camkit.capture.intercept import Tap
 from camkit.errors import UnsupportedModelError
 
 

@@ -12,14 +12,14 @@ from camkit import (
     ClassAttentionSeed,
     ClassWeightSeed,
     GradientSeed,
-    RolloutSeed,
+    RelevanceSeed,
     Vocabulary,
     photo_from_array,
     wrap,
 )
-from camkit.seed import Present, TextClasses, Views, read_targets
-from camkit.seed.targets import known_classes
-from camkit.seed.tokens.token_gradients import TokenGradientSeed
+from camkit.seeds import PredictedClasses, TextClasses, Views, read_targets
+from camkit.seeds.targets import known_classes
+from camkit.seeds.token_gradients import GradCAMSeed
 
 NAMES = Vocabulary(("cat", "dog, hound", "horse", "cow", "sheep"))
 
@@ -82,7 +82,10 @@ def test_zeros_and_ones_of_whole_numbers_are_indices():
         (torch.tensor([[1], [-2]]), "got -2"),
         (torch.tensor([1, 9]), "got 9"),
         (torch.zeros(2, 4), "all 5 classes, got 4"),
-        (torch.full((2, 5), 0.5), "labels must be 0 or 1; for probabilities use camkit.Present"),
+        (
+            torch.full((2, 5), 0.5),
+            "labels must be 0 or 1; for probabilities use camkit.PredictedClasses",
+        ),
         ([["cat"], [0]], "no vocabulary"),
     ],
 )
@@ -115,7 +118,7 @@ def test_every_form_gives_the_same_maps(model, pixels):
 
 
 @pytest.mark.parametrize(
-    "seed", [GradientSeed(), RolloutSeed(), TokenGradientSeed("hirescam")], ids=repr
+    "seed", [GradientSeed(), RelevanceSeed(), GradCAMSeed("hirescam")], ids=repr
 )
 def test_a_score_of_ones_own_that_is_a_class_is_that_class(model, pixels, seed):
     pipeline = wrap(model, seed=seed, refine=[])
@@ -194,7 +197,7 @@ def test_present_classes_are_those_above_the_threshold(model, pixels):
     capture = capture_of(model, pixels)
     chances = capture.scores.sigmoid()
     for threshold in (0.2, 0.5, 0.9):
-        found = Present(threshold, least=0)(capture)
+        found = PredictedClasses(threshold, least=0)(capture)
         for row, chance in zip(found.tolist(), chances, strict=True):
             kept = [index for index in row if index >= 0]
             assert set(kept) == set((chance >= threshold).nonzero().flatten().tolist())
@@ -207,7 +210,7 @@ def test_softmax_adds_up_the_outputs_of_a_class(model, pixels):
     mass = capture.outputs.softmax(1)
     share = torch.stack([mass[:, :3].sum(1), mass[:, 4]], 1)
     threshold = float(share.sort().values[:, 0].mean())
-    found = Present(threshold, "softmax", least=0)(capture)
+    found = PredictedClasses(threshold, "softmax", least=0)(capture)
     for row, shares in zip(found.tolist(), share, strict=True):
         expected = set((shares >= threshold).nonzero().flatten().tolist())
         assert {index for index in row if index >= 0} == expected
@@ -216,13 +219,13 @@ def test_softmax_adds_up_the_outputs_of_a_class(model, pixels):
 def test_an_image_shows_at_least_so_many_classes(model, pixels):
     capture = capture_of(model, pixels)
     order = capture.scores.argsort(1, descending=True)
-    assert torch.equal(Present(0.999999, least=2)(capture), order[:, :2])
-    assert Present(0.999999, least=0)(capture).tolist() == [[-1], [-1]]
+    assert torch.equal(PredictedClasses(0.999999, least=2)(capture), order[:, :2])
+    assert PredictedClasses(0.999999, least=0)(capture).tolist() == [[-1], [-1]]
 
 
 def test_a_photo_that_shows_nothing_is_all_background(model):
     photo = photo_from_array(np.zeros((64, 96, 3), np.uint8), size=96)
-    result = wrap(model)(photo, classes=Present(0.999999, least=0))
+    result = wrap(model)(photo, classes=PredictedClasses(0.999999, least=0))
     assert result.classes == ()
     assert result.cam.shape[1] == 0
     assert not result.mask.any()

@@ -13,7 +13,7 @@ from torch import nn
 
 from camkit import StaticCalibration, attach, watch
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seed import JointSpace, TextClasses, TextSimilaritySeed
+from camkit.seeds import JointSpace, TextClasses, TextSimilaritySeed
 
 VISION = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 16, "image_size": 64}
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 4, "layers": 2}

@@ -14,18 +14,18 @@ from torch import nn
 
 import camkit
 from camkit.capture.class_query import ClassQuery
-from camkit.capture.even_rows import EvenRows
+from camkit.capture.intercept import EvenRows
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seed.tokens.token_maps import principal_component
+from camkit.seeds.token_gradients import principal_component
 
 CLASSES = torch.tensor([[1, 4], [3, 0]])
 PIXELS = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 METHODS = ["gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "elementwise"]
 SEEDS = [
-    camkit.TokenGradientSeed(),
-    camkit.TokenGradientSeed("layercam", blocks=2, contrast=camkit.Contrast(classes=2)),
-    camkit.TokenGradientSeed("gradcam++", noise=camkit.Noise(samples=2)),
-    camkit.EigenSeed(),
+    camkit.GradCAMSeed(),
+    camkit.GradCAMSeed("layercam", blocks=2, contrast=camkit.FinerCAMContrast(classes=2)),
+    camkit.GradCAMSeed("gradcam++", noise=camkit.SmoothGrad(samples=2)),
+    camkit.EigenCAMSeed(),
     camkit.LeGradSeed(),
     camkit.LeGradSeed(reading="class"),
     camkit.AttentionRolloutSeed(),
@@ -60,11 +60,11 @@ def slow_tokens(model, pixels, column, block=-1):
 def test_each_method_is_its_formula_written_out_place_by_place(family):
     model, pixels = tiny(family, depth=2)
     model, pixels = model.double(), pixels.double()
-    capture = seen_by(model, pixels, camkit.TokenGradientSeed())
+    capture = seen_by(model, pixels, camkit.GradCAMSeed())
     slow = slow_tokens(model, pixels, CLASSES[:, 0])
     tokens, gradient = (each[:, capture.patches] for each in slow)
     for method in METHODS:
-        maps = camkit.TokenGradientSeed(method)(capture, CLASSES[:, :1]).flatten(1).double()
+        maps = camkit.GradCAMSeed(method)(capture, CLASSES[:, :1]).flatten(1).double()
         expected = oracles.token_cam(method, tokens, gradient)
         np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-7, err_msg=method)
 
@@ -72,12 +72,12 @@ def test_each_method_is_its_formula_written_out_place_by_place(family):
 @pytest.mark.parametrize("family", ["vit", "dinov2 registers", "qk norm", "explicit softmax"])
 def test_the_class_query_alone_gives_the_same_scores_and_maps(family):
     model, pixels = tiny(family)
-    seed = camkit.TokenGradientSeed()
+    seed = camkit.GradCAMSeed()
     whole = seen_by(model, pixels, seed)
     short = seen_by(model, pixels, seed, class_query=True)
     assert (whole.class_query_only, short.class_query_only) == (False, True)
     torch.testing.assert_close(short.outputs, whole.outputs, rtol=1e-5, atol=1e-5)
-    for each in (seed, camkit.TokenGradientSeed("layercam")):
+    for each in (seed, camkit.GradCAMSeed("layercam")):
         torch.testing.assert_close(each(short, CLASSES), each(whole, CLASSES), rtol=1e-4, atol=1e-6)
     for name in ("q", "k"):
         if hasattr(whole.blocks[-1], name):
@@ -103,13 +103,13 @@ class ReadsBoth(nn.Module):
 def test_a_host_that_reads_more_than_its_class_token_is_evaluated_whole(host):
     model, pixels = tiny("vit" if host == "both" else host, depth=2)
     model = ReadsBoth().eval() if host == "both" else model
-    capture = seen_by(model, pixels, camkit.TokenGradientSeed(), class_query=True)
+    capture = seen_by(model, pixels, camkit.GradCAMSeed(), class_query=True)
     assert not capture.class_query_only
     torch.testing.assert_close(capture.outputs, model(pixels))
 
 
 def test_a_host_is_tried_again_when_its_weights_have_changed():
-    model, seed = ReadsBoth().eval(), camkit.EigenSeed()
+    model, seed = ReadsBoth().eval(), camkit.EigenCAMSeed()
     nn.init.zeros_(model.head.weight)  # now nothing is read at all
     assert seen_by(model, PIXELS, seed, class_query=True).class_query_only
     nn.init.normal_(model.head.weight)
@@ -119,7 +119,7 @@ def test_a_host_is_tried_again_when_its_weights_have_changed():
 @pytest.mark.parametrize("other", ["training", "hook", "edit"])
 def test_whoever_may_look_at_all_tokens_gets_them(other):
     model, pixels = tiny("vit")
-    seed, shapes = camkit.EigenSeed(), []
+    seed, shapes = camkit.EigenCAMSeed(), []
     if other == "training":
         model.train()
     if other == "hook":
@@ -131,7 +131,7 @@ def test_whoever_may_look_at_all_tokens_gets_them(other):
 
 def test_patches_behind_the_last_block_are_not_read_when_they_were_not_evaluated():
     model, pixels = tiny("vit")
-    capture = seen_by(model, pixels, camkit.EigenSeed(), class_query=True)
+    capture = seen_by(model, pixels, camkit.EigenCAMSeed(), class_query=True)
     for read in (capture.patch_embeddings, capture.patch_scores):
         with pytest.raises(CaptureError, match="evaluated for the class token only"):
             read()
@@ -139,8 +139,8 @@ def test_patches_behind_the_last_block_are_not_read_when_they_were_not_evaluated
 
 def test_smooth_maps_average_powers_of_the_gradient_over_noised_images():
     model, pixels = tiny("vit")
-    noise = camkit.Noise(samples=3, spread=0.2, rng_seed=5)
-    seed = camkit.TokenGradientSeed("gradcam++", noise=noise)
+    noise = camkit.SmoothGrad(samples=3, spread=0.2, rng_seed=5)
+    seed = camkit.GradCAMSeed("gradcam++", noise=noise)
     before = torch.get_rng_state()
     capture = seen_by(model, pixels, seed)
     assert torch.equal(torch.get_rng_state(), before)
@@ -160,15 +160,15 @@ def test_smooth_maps_average_powers_of_the_gradient_over_noised_images():
 
 def test_a_contrast_of_no_strength_is_the_class_score():
     model, pixels = tiny("vit")
-    plain = camkit.TokenGradientSeed("hirescam")
-    weak = camkit.TokenGradientSeed("hirescam", contrast=camkit.Contrast(strength=0.0))
+    plain = camkit.GradCAMSeed("hirescam")
+    weak = camkit.GradCAMSeed("hirescam", contrast=camkit.FinerCAMContrast(strength=0.0))
     capture = seen_by(model, pixels, plain, weak)
     torch.testing.assert_close(weak(capture, CLASSES), plain(capture, CLASSES))
 
 
 def test_a_contrast_is_worked_by_hand():
     scores = torch.tensor([[3.0, 1.0, 2.0, -5.0]])
-    found = camkit.Contrast(classes=2, strength=0.5)(scores, torch.tensor([0]))
+    found = camkit.FinerCAMContrast(classes=2, strength=0.5)(scores, torch.tensor([0]))
     e1, e2 = np.exp(1.0), np.exp(2.0)
     expected = (e1 * (3 - 0.5) + e2 * (3 - 1.0)) / (e1 + e2)
     torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float32))
@@ -274,8 +274,8 @@ def test_legrad_of_a_graph_that_others_need_whole_is_the_same():
     beside = seen_by(model, pixels, camkit.LeGradSeed(), camkit.GradientSeed())
     seed = camkit.LeGradSeed()
     torch.testing.assert_close(seed(beside, CLASSES), seed(alone, CLASSES))
-    with pytest.raises(CaptureError, match="does not hold the tokens that TokenGradientSeed"):
-        camkit.TokenGradientSeed()(alone, CLASSES)
+    with pytest.raises(CaptureError, match="does not hold the tokens that GradCAMSeed"):
+        camkit.GradCAMSeed()(alone, CLASSES)
 
 
 @pytest.mark.parametrize("even", [True, False])
@@ -314,7 +314,7 @@ class Dead(HandMade):
 
 
 def test_a_place_that_no_score_depends_on_is_an_error_with_its_name():
-    model, pixels, seed = Dead(), torch.randn(2, 3, 16, 24), camkit.TokenGradientSeed()
+    model, pixels, seed = Dead(), torch.randn(2, 3, 16, 24), camkit.GradCAMSeed()
     capture = seen_by(model, pixels, seed, scores=lambda output: output)
     with pytest.raises(CaptureError, match=r"no gradients|do not depend on .* enter blocks\.1"):
         seed(capture, CLASSES)
@@ -371,7 +371,7 @@ def test_a_compiled_model_makes_the_same_maps():
     model, pixels = tiny("vit", depth=1)
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     compiled(pixels)
-    for seed in (camkit.TokenGradientSeed(), camkit.LeGradSeed()):
+    for seed in (camkit.GradCAMSeed(), camkit.LeGradSeed()):
         expected = seed(seen_by(model, pixels, seed), CLASSES)
         found = seed(seen_by(compiled, pixels, seed, class_query=True), CLASSES)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -380,7 +380,7 @@ def test_a_compiled_model_makes_the_same_maps():
 
 def test_a_forward_that_breaks_in_the_last_block_leaves_no_trace():
     model, pixels = tiny("vit")
-    seed = camkit.TokenGradientSeed()
+    seed = camkit.GradCAMSeed()
     seen_by(model, pixels, seed, class_query=True)
     before = state_of(model)
     with torch.no_grad(), camkit.watch(model, **camkit.needs(seed, class_query=True)):
@@ -400,7 +400,7 @@ def test_one_forward_serves_seeds_of_every_kind_as_one_each():
 
 
 def test_noise_that_one_forward_cannot_hold_is_refused():
-    seeds = [camkit.TokenGradientSeed(noise=camkit.Noise(spread=s)) for s in (0.1, 0.2)]
+    seeds = [camkit.GradCAMSeed(noise=camkit.SmoothGrad(spread=s)) for s in (0.1, 0.2)]
     with pytest.raises(ValueError, match="one forward cannot hold samples of both"):
         camkit.needs(*seeds)
 
@@ -408,12 +408,12 @@ def test_noise_that_one_forward_cannot_hold_is_refused():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: camkit.TokenGradientSeed("scorecam"), "must be one of gradcam, .*got 'scorecam'"),
-        (lambda: camkit.TokenGradientSeed(blocks=0), "at least 1, got 0"),
+        (lambda: camkit.GradCAMSeed("scorecam"), "must be one of gradcam, .*got 'scorecam'"),
+        (lambda: camkit.GradCAMSeed(blocks=0), "at least 1, got 0"),
         (lambda: camkit.LeGradSeed(blocks=0), "at least 1 or None, got 0"),
         (lambda: camkit.LeGradSeed(reading="max"), '"mean" or "class", got \'max\''),
         (lambda: camkit.AttentionRolloutSeed(residual=2.0), r"in \[0, 1\], got 2.0"),
-        (lambda: camkit.Noise(samples=0), "at least 1, got 0"),
+        (lambda: camkit.SmoothGrad(samples=0), "at least 1, got 0"),
         (lambda: camkit.TokenWatch(gradients=True), "at least 1, got 0"),
     ],
 )
@@ -458,7 +458,7 @@ def shown(model, seed, *, refine):
 
 
 def test_a_pipeline_takes_the_short_cut_where_its_refiners_are_content():
-    model, seed = tiny("vit")[0], camkit.TokenGradientSeed("layercam")
+    model, seed = tiny("vit")[0], camkit.GradCAMSeed("layercam")
     for refine in ((camkit.Propagate(steps=2, balance=3), camkit.Normalize("minmax")), ()):
         short = shown(model, seed, refine=refine)
         whole = shown(model, seed, refine=(*refine, lambda cam, _: cam))
@@ -467,8 +467,8 @@ def test_a_pipeline_takes_the_short_cut_where_its_refiners_are_content():
 
 
 def test_a_pipeline_evaluates_all_blocks_where_somebody_reads_behind_them():
-    model, seed = tiny("vit")[0], camkit.TokenGradientSeed()
-    for refine in ((camkit.HybridAlign(),), (camkit.chain(camkit.HybridAlign()),)):
+    model, seed = tiny("vit")[0], camkit.GradCAMSeed()
+    for refine in ((camkit.HybridPropagate(),), (camkit.chain(camkit.HybridPropagate()),)):
         assert not shown(model, seed, refine=refine).capture.class_query_only
     assert not shown(model, camkit.ClassWeightSeed(), refine=()).capture.class_query_only
 

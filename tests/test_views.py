@@ -12,11 +12,10 @@ from hosts import OneTokenPerClass, shaken, tiny
 import camkit
 from camkit import ClassAttentionSeed, ClassWeightSeed, GradientSeed, ScaleOutput, Vocabulary
 from camkit.bench import Variant
-from camkit.bench.maps import variant_maps
+from camkit.bench.evaluator import variant_maps
 from camkit.photo import Photo
-from camkit.seed import Look, Looked, Views
-from camkit.seed.looking import views
-from camkit.seed.needs import needs
+from camkit.seeds import ModelRunner, MultiViewReader, Views, views
+from camkit.seeds.protocol import needs
 
 CLASSES = torch.tensor([[1, 4], [3, -1]])
 SEED = GradientSeed()
@@ -52,9 +51,9 @@ def by_hand(model, pixels, size, *, mirrored=False, seed=SEED):
 
 
 def joined(model, pixels, chosen, classes=CLASSES, seed=SEED, **options):
-    look = Look(model, (seed,), **options)
+    look = ModelRunner(model, (seed,), **options)
     with torch.no_grad():
-        looked = Looked(look, pixels, None, look(pixels))
+        looked = MultiViewReader(look, pixels, None, look(pixels))
         return looked.seeds(classes, [(seed, chosen)])[seed, chosen]
 
 
@@ -183,10 +182,10 @@ def test_a_view_is_let_go_before_the_next(model, pixels):
         most.append(len(alive))
         return SEED(capture, classes)
 
-    look = Look(model, (SEED,))
+    look = ModelRunner(model, (SEED,))
     chosen = Views(scales=(1.0, 0.5), flip=True)
     with torch.no_grad():
-        looked = Looked(look, pixels, None, look(pixels))
+        looked = MultiViewReader(look, pixels, None, look(pixels))
         looked.seeds(CLASSES, [(reading, chosen)])
     assert len(most) == 4
     assert max(most) == 2  # the photo as it is given, and the view at hand

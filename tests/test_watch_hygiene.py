@@ -11,7 +11,7 @@ from hosts import HandMade
 
 from camkit import ScaleOutput, attach
 from camkit.capture import watch
-from camkit.seed import RolloutSeed
+from camkit.seeds import RelevanceSeed
 
 CLASSES = torch.tensor([[1], [2]])
 
@@ -70,7 +70,7 @@ def test_the_model_and_the_grad_mode_are_as_before(host, gradients, training, fr
         model(pixels)
         assert torch.is_grad_enabled()
     if gradients:
-        RolloutSeed()(seen.capture, CLASSES)
+        RelevanceSeed()(seen.capture, CLASSES)
     assert state_of(model) == before
 
 
@@ -174,7 +174,7 @@ def test_two_watchers_see_what_one_sees_in_whatever_order_they_close(first_to_cl
     torch.testing.assert_close(whole.blocks[-1].rows([0]), last.blocks[0].rows([0]))
     if gradients:
         for capture in (whole, last):
-            RolloutSeed()(capture, CLASSES)
+            RelevanceSeed()(capture, CLASSES)
     assert state_of(model) == before
 
 
@@ -186,7 +186,7 @@ def test_gradients_under_inference_mode_are_those_under_no_grad():
             with watch(model, gradients=True) as seen:
                 model(pixels)
             assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
-            maps.append(RolloutSeed()(seen.capture, CLASSES))
+            maps.append(RelevanceSeed()(seen.capture, CLASSES))
         assert state_of(model) == before
     assert maps[0].any()
     assert torch.equal(*maps)

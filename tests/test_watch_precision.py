@@ -8,7 +8,7 @@ from hosts import HandMade, tiny
 from torch import nn
 
 from camkit.capture import find_attention, watch
-from camkit.seed import RolloutSeed
+from camkit.seeds import RelevanceSeed
 
 CLASSES = torch.tensor([[1], [2]])
 PLACES = {
@@ -43,7 +43,7 @@ def test_autocast_gradients_and_propagation_are_close_to_full_precision(family):
             watch(model, gradients=True) as seen,
         ):
             model(pixels)
-        cam = RolloutSeed()(seen.capture, CLASSES)
+        cam = RelevanceSeed()(seen.capture, CLASSES)
         values = seen.capture.grid.flatten(cam)
         maps.append(
             seen.capture.blocks[-1].propagate(values, seen.capture.patches).float().detach()
@@ -58,7 +58,7 @@ def test_half_precision_weights_are_watched(family):
     expected = model(pixels)
     with watch(model, gradients=True) as seen:
         assert torch.equal(model(pixels), expected)
-    cam = RolloutSeed()(seen.capture, CLASSES)
+    cam = RelevanceSeed()(seen.capture, CLASSES)
     assert cam.isfinite().all()
     assert seen.capture.class_to_patch().sum() < 2
 

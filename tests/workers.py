@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from camkit.bulk.pool import _begin
+from camkit.bulk.workers import _begin
 
 
 def double(item):

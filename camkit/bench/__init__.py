@@ -1,23 +1,29 @@
 """Seeds and refiners measured on held-out masks."""
 
-from camkit.bench.chooser import Picked as Picked, SuppressionChoice as SuppressionChoice
 from camkit.bench.examples import Example as Example, collect_examples as collect_examples
-from camkit.bench.labels import PredictedLabels as PredictedLabels
 from camkit.bench.measure import run as run
 from camkit.bench.page import to_html as to_html
 from camkit.bench.protocol import (
     Choice as Choice,
     Entry as Entry,
     PhotoSettings as PhotoSettings,
+    PredictedLabels as PredictedLabels,
     Repeats as Repeats,
     Variant as Variant,
     stages as stages,
+    standard_variants as standard_variants,
 )
 from camkit.bench.quality import (
     MeanQuality as MeanQuality,
+    Picked as Picked,
     Quality as Quality,
     QualityScores as QualityScores,
+    SuppressionChoice as SuppressionChoice,
 )
-from camkit.bench.report import to_json as to_json, to_markdown as to_markdown
-from camkit.bench.results import Comparison as Comparison, Report as Report, Row as Row
-from camkit.bench.variants import standard_variants as standard_variants
+from camkit.bench.results import (
+    Comparison as Comparison,
+    Report as Report,
+    Row as Row,
+    to_json as to_json,
+    to_markdown as to_markdown,
+)

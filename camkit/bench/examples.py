@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor, nn
 
-from camkit.bench.meter import LabelSource, Meter
+from camkit.bench.evaluator import Evaluator, LabelSource
 from camkit.bench.protocol import PhotoSettings, Variant, stages
 from camkit.bench.results import Report, Row
 from camkit.data import DataSet, Sample
@@ -114,7 +114,7 @@ def collect_examples(  # noqa: PLR0913 - each setting is a choice of its own
     """
     if count < 1:
         raise ValueError(f"`count` must be at least 1, got {count}")
-    meter = Meter(model, dataset, vocabulary, photos or PhotoSettings(), labels)
+    meter = Evaluator(model, dataset, vocabulary, photos or PhotoSettings(), labels)
     _check_same(meter, report)
     row = _find(report, line)
     base = None if row.entry.base is None else _find(report, row.entry.base.name)
@@ -156,7 +156,7 @@ def error_map(truth: Integer[Tensor, "H W"], mask: Integer[Tensor, "H W"]) -> UI
     return errors
 
 
-def _check_same(meter: Meter, report: Report) -> None:
+def _check_same(meter: Evaluator, report: Report) -> None:
     labels = "those of the data set" if meter.labels == "dataset" else repr(meter.labels)
     facts = {
         "data set": (report.dataset, meter.dataset.root.name),
@@ -202,7 +202,11 @@ def _choose(row: Row, base: Row | None, count: int, rng_seed: int) -> dict[int, 
 
 
 def _example(
-    meter: Meter, sample: Sample, row: Row, base: Row | None, chosen: tuple[int, tuple[Group, ...]]
+    meter: Evaluator,
+    sample: Sample,
+    row: Row,
+    base: Row | None,
+    chosen: tuple[int, tuple[Group, ...]],
 ) -> Example:
     index, groups = chosen
     picture = meter.load(sample)

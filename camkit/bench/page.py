@@ -7,12 +7,26 @@ from collections.abc import Iterable
 from importlib.resources import files
 
 from camkit.bench.examples import Example
-from camkit.bench.gallery import show_examples
-from camkit.bench.markup import NO_CELL, Cell, bullets, facts, percent, section, select, table, text
-from camkit.bench.plots import classes_plot, curves_plot, legend
+from camkit.bench.figures import classes_plot, curves_plot, legend, show_examples
+from camkit.bench.markup import (
+    NO_CELL,
+    Cell,
+    bullets,
+    by_class,
+    controls,
+    definitions,
+    facts,
+    gain_cells,
+    outlines,
+    percent,
+    quality,
+    section,
+    select,
+    table,
+    text,
+)
 from camkit.bench.protocol import Variant
 from camkit.bench.results import Report, Row
-from camkit.bench.tables import by_class, controls, definitions, gain_cells, outlines, quality
 
 
 def to_html(report: Report, examples: Iterable[Example] = ()) -> str:

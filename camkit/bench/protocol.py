@@ -1,16 +1,55 @@
 """What a benchmark compares: variants, choices among them, repeats, and how photos are read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from camkit.edit.protocol import Edit, KeyEdit
+import torch
+from torch import nn
+
+from camkit.capture.record import scores_of
+from camkit.edits.protocol import Edit, KeyEdit
+from camkit.errors import CamkitError
+from camkit.method import CALIBRATED, DEFAULT_REFINE
 from camkit.photo import Photo, load_photo
-from camkit.refine.protocol import Refiner
+from camkit.refiners.normalize import Normalize
+from camkit.refiners.propagate import Propagate
+from camkit.refiners.protocol import Refiner
 from camkit.score import Best
-from camkit.seed.looking.views import Views
-from camkit.seed.protocol import Seed
+from camkit.seeds.attention import ClassAttentionSeed, GradientSeed, RelevanceSeed
+from camkit.seeds.pooled import ClassWeightSeed
+from camkit.seeds.protocol import Seed
+from camkit.seeds.targets import Activation, chances, check_chance
+from camkit.seeds.views import Views
+from camkit.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class PredictedLabels:
+    """The classes a classifier sees in the image; the score is lower than with true labels.
+
+    Attributes:
+        threshold: probability from which a class counts as present.
+        activation: see `camkit.seeds.targets.Activation`.
+    """
+
+    threshold: float = 0.1
+    activation: Activation = "softmax"
+
+    def __post_init__(self) -> None:
+        check_chance(self.threshold, self.activation)
+
+    def __call__(self, model: nn.Module, photo: Photo, vocabulary: Vocabulary) -> tuple[int, ...]:
+        """Classes of the vocabulary that are present, from 0."""
+        with torch.no_grad():
+            output: Any = model(photo.pixels.to(next(model.parameters())))
+        scores = scores_of(output)
+        if scores is None:
+            raise CamkitError("labels cannot be predicted: the model returns no class scores")
+        present = chances(vocabulary.score(scores.float()), scores.float(), self.activation)[0]
+        found: list[int] = (present >= self.threshold).nonzero().flatten().tolist()
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -120,8 +159,8 @@ Entry: TypeAlias = Variant | Choice | Repeats
 def stages(variant: Variant) -> tuple[Variant, ...]:
     """A variant step by step: its seed, then one refiner more in each, based on the one before.
 
-    >>> from camkit.refine.normalize import Normalize
-    >>> from camkit.seed.attention.gradient import GradientSeed
+    >>> from camkit.refiners.normalize import Normalize
+    >>> from camkit.seeds.attention import GradientSeed
     >>> [v.name for v in stages(Variant("gradient", GradientSeed(), (Normalize(),)))]
     ['gradient: seed', 'gradient']
     """
@@ -167,3 +206,38 @@ def check_entries(entries: tuple[Entry, ...]) -> None:
             "`variants` must hold the `base` and the `controls` of each, but lacks "
             f"{', '.join(lost)}"
         )
+
+
+SEEDS: dict[str, Seed] = {
+    "class attention": ClassAttentionSeed(),
+    "class weight": ClassWeightSeed(),
+    "gradient": GradientSeed(),
+    "rollout": RelevanceSeed(),
+}
+
+
+def standard_variants(*, calibrated: bool = True) -> tuple[Variant, ...]:
+    """Each seed alone, and after plain and balanced propagation.
+
+    Args:
+        calibrated: with the default of `camkit.wrap` as the last seed; a model may not bear it.
+    """
+    minmax = Normalize(mode="minmax")
+    chains = {
+        "propagation": (Propagate(steps=2, blocks=6), minmax),
+        "balanced propagation": DEFAULT_REFINE,
+    }
+    bases = [Variant(name, seed) for name, seed in SEEDS.items()]
+    if calibrated:
+        preset = CALIBRATED
+        bases.append(
+            Variant("calibrated", preset.seed, edit=preset.edit, edit_blocks=preset.edit_blocks)
+        )
+    variants = []
+    for base in bases:
+        after = (
+            replace(base, name=f"{base.name} + {name}", refine=chain, base=base)
+            for name, chain in chains.items()
+        )
+        variants += [base, *after]
+    return tuple(variants)

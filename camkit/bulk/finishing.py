@@ -22,7 +22,7 @@ from camkit.capture.record import Capture
 from camkit.data.camfiles import write_cam
 from camkit.errors import CamkitError
 from camkit.mask import to_mask
-from camkit.ops.resampling import resize_cam
+from camkit.ops.images import resize_cam
 from camkit.paint import save_mask
 
 MASKS, CAMS = "masks", "cams"
@@ -55,7 +55,7 @@ class OutFolder:
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
+class ImageResult:
     """What became of an image.
 
     Attributes:
@@ -69,7 +69,7 @@ class Made:
     cam: Float[np.ndarray, "k h w"] | None = None
 
 
-def finish(maps: Maps, writing: Writing, folder: OutFolder) -> Made:
+def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
     """Refine by the picture, draw the mask, write what is asked for.
 
     Raises:
@@ -89,10 +89,10 @@ def finish(maps: Maps, writing: Writing, folder: OutFolder) -> Made:
             where = result_path(maps.key, suffix)
             made["cam"] = _place(draft / f"cam{suffix}", CAMS, where, folder)
     kept = cam[0].clamp(0, 1).numpy() if writing.cams == "parquet" else None
-    return Made(maps.key, {**maps.row, **made}, kept)
+    return ImageResult(maps.key, {**maps.row, **made}, kept)
 
 
-def write_part(made: Sequence[Made], folder: OutFolder, name: str) -> list[Made]:
+def write_part(made: Sequence[ImageResult], folder: OutFolder, name: str) -> list[ImageResult]:
     """Write the maps of a chunk as one Parquet file, float16.
 
     Columns: ``key``; ``rows`` and ``cols`` of the photo; ``height`` and ``width`` of the maps;
@@ -101,7 +101,7 @@ def write_part(made: Sequence[Made], folder: OutFolder, name: str) -> list[Made]
     Args:
         made: images of the chunk, with their maps.
         folder: of the results.
-        name: of the file, without its ending (`camkit.bulk.plan.Planned.part`).
+        name: of the file, without its ending (`camkit.bulk.ledger.ChunkPlan.part`).
 
     Raises:
         OutputError: the folder cannot be written to.

@@ -9,14 +9,12 @@ from typing import TypeAlias
 
 import torch
 
-from camkit.bulk.crew import Crew, Done, Fault
-from camkit.bulk.finishing import Made, OutFolder, OutputError, finish, write_part
+from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, finish, write_part
 from camkit.bulk.items import Item
-from camkit.bulk.jobs import Failure
-from camkit.bulk.journal import Error, Journal, Stage
-from camkit.bulk.plan import Planned
+from camkit.bulk.ledger import ChunkPlan, Error, Journal, Stage
 from camkit.bulk.recipe import Reading, Recipe, Writing
-from camkit.bulk.stages import Maps, Prepared, batches, forward, read
+from camkit.bulk.stages import Maps, ReadImage, batches, forward, read
+from camkit.bulk.workers import Done, Failure, Fault, WorkerPool
 from camkit.errors import CamkitError
 from camkit.pipeline import Pipeline
 
@@ -29,12 +27,12 @@ _TRIES = 3  # an image that took three workers with it, alone, is given up
 class _Chunk:
     """A chunk on its way: what came of its images so far."""
 
-    plan: Planned
+    plan: ChunkPlan
     unread: int
-    prepared: dict[str, Prepared] = field(default_factory=dict)
+    prepared: dict[str, ReadImage] = field(default_factory=dict)
     unfinished: int = 0
     batches: int = 0
-    made: list[Made] = field(default_factory=list)
+    made: list[ImageResult] = field(default_factory=list)
     errors: list[Error] = field(default_factory=list)
 
     @property
@@ -50,7 +48,7 @@ class _Work:
     writing: Writing
     folder: OutFolder
 
-    def __call__(self, task: Item | Maps) -> Prepared | Made:
+    def __call__(self, task: Item | Maps) -> ReadImage | ImageResult:
         if isinstance(task, Item):
             return read(task, self.reading)
         return finish(task, self.writing, self.folder)
@@ -84,19 +82,21 @@ class LocalEngine:
         self._recipe, self._pipeline = recipe, pipeline
         self._folder, self._journal = folder, journal
         work = _Work(recipe.reading, recipe.writing, folder)
-        self._crew: Crew[Item | Maps, Prepared | Made] = Crew(work, workers, tries=_TRIES)
+        self._crew: WorkerPool[Item | Maps, ReadImage | ImageResult] = WorkerPool(
+            work, workers, tries=_TRIES
+        )
         start = (lambda: None) if threads is None else (lambda: torch.set_num_threads(threads))
         self._model = ThreadPoolExecutor(1, initializer=start)
         self._running: tuple[_Chunk, Forwarded] | None = None
-        self._queue: deque[tuple[_Chunk, tuple[Prepared, ...]]] = deque()
+        self._queue: deque[tuple[_Chunk, tuple[ReadImage, ...]]] = deque()
         self._homes: dict[str, _Chunk] = {}
         self._written = time.monotonic()
 
-    def run(self, chunks: Iterator[Planned], advance: Callable[[int, int], None]) -> None:
+    def run(self, chunks: Iterator[ChunkPlan], advance: Callable[[int, int], None]) -> None:
         """Do what is planned.
 
         Args:
-            chunks: see `camkit.bulk.plan.plan`.
+            chunks: see `camkit.bulk.ledger.plan`.
             advance: told how many images were done and how many failed, as it happens.
 
         Raises:
@@ -119,7 +119,7 @@ class LocalEngine:
                 self._crew.close()
                 self._model.shutdown(cancel_futures=True)
 
-    def _fill(self, chunks: Iterator[Planned]) -> bool:
+    def _fill(self, chunks: Iterator[ChunkPlan]) -> bool:
         """Begin chunks while there is room for them; False when nothing is left to do."""
         while len(self._open) < _AHEAD:
             planned = next(chunks, None)
@@ -147,7 +147,7 @@ class LocalEngine:
             self._running = chunk, self._model.submit(self._forward, batch)
         self._write(everything=False)
 
-    def _forward(self, batch: tuple[Prepared, ...]) -> list[Maps | Failure]:
+    def _forward(self, batch: tuple[ReadImage, ...]) -> list[Maps | Failure]:
         try:
             return forward(self._pipeline, self._recipe, batch)
         except torch.OutOfMemoryError as error:
@@ -157,7 +157,9 @@ class LocalEngine:
                 "device; take smaller batches (--batch)"
             ) from error
 
-    def _take(self, outcome: "Done[Item | Maps, Prepared | Made] | Fault[Item | Maps]") -> None:
+    def _take(
+        self, outcome: "Done[Item | Maps, ReadImage | ImageResult] | Fault[Item | Maps]"
+    ) -> None:
         """Take in what a worker did."""
         chunk = self._homes[outcome.item.key]
         reading = isinstance(outcome.item, Item)
@@ -169,7 +171,7 @@ class LocalEngine:
             if isinstance(outcome.error, OutputError):
                 raise outcome.error
             self._fail(chunk, outcome.item.key, "read" if reading else "write", outcome.reason)
-        elif isinstance(outcome.result, Made):
+        elif isinstance(outcome.result, ImageResult):
             chunk.made.append(outcome.result)
             self._advance(1, 0)
         else:

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias, get_args
 
 from camkit.bulk.shards import ParquetRows, TarShards
 from camkit.bulk.sources import DataSetPhotos, PhotoFolder, PhotoList, Source
-from camkit.data.layout import find_layout, open_dataset
+from camkit.data.folders import find_layout, open_dataset
 from camkit.errors import DataError
 
 SourceKind: TypeAlias = Literal["auto", "folder", "list", "dataset", "tar", "parquet"]

@@ -1,6 +1,6 @@
-"""Bulk runs on a Ray cluster: Ray Data moves images between machines, this process keeps the books.
+"""Bulk runs on a Ray cluster: Ray Data moves images, this process keeps the ledger.
 
-    plan -> ReadChunk (tasks) -> RunModel (actors) -> FinishBatch (tasks) -> journal
+plan -> ReadChunk (tasks) -> RunModel (actors) -> FinishBatch (tasks) -> journal
 
 Everything between plan and journal is Ray's: which machine does what, how much waits between two
 stages, and that the work of a lost machine is done again.
@@ -10,21 +10,111 @@ import importlib.util
 import logging
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import current_thread, main_thread
 
-from camkit.bulk.finishing import OutFolder
-from camkit.bulk.journal import Journal
-from camkit.bulk.plan import Planned
-from camkit.bulk.ray_books import Books
-from camkit.bulk.ray_parcels import Parcel, Site, sample_of, unpacked
-from camkit.bulk.ray_work import FinishBatch, ReadChunk, RunModel
+from camkit.bulk.finishing import ImageResult, OutFolder, write_part
+from camkit.bulk.ledger import ChunkPlan, Error, Journal
+from camkit.bulk.ray_work import (
+    FinishBatch,
+    Message,
+    ReadChunk,
+    RunContext,
+    RunModel,
+    sample_of,
+    unpacked,
+)
 from camkit.bulk.recipe import Recipe
 from camkit.bulk.stages import chunks
 from camkit.errors import CamkitError
+
+_PAUSE = 1.0  # seconds between two entries in the journal
+
+
+@dataclass(eq=False)
+class _Open:
+    """A chunk on its way: which images are still out, and what came of the others."""
+
+    plan: ChunkPlan
+    out: set[str]
+    made: list[ImageResult] = field(default_factory=list)
+    errors: list[Error] = field(default_factory=list)
+
+
+class Ledger:
+    """What came back of each chunk, until the journal has it.
+
+    Args:
+        recipe: of the run.
+        folder: of the results.
+        journal: of the same folder.
+        advance: told how many images were done and how many failed, as it happens.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: OutFolder,
+        journal: Journal,
+        advance: Callable[[int, int], None],
+    ) -> None:
+        self._shared = recipe.writing.cams == "parquet"
+        self._folder, self._journal, self._advance = folder, journal, advance
+        self._open: dict[int, _Open] = {}
+        self._begun = 0
+        self._written = time.monotonic()
+
+    def begin(self, planned: Sequence[ChunkPlan]) -> list[Message]:
+        """Open chunks; the parcels that they are sent as."""
+        parcels = []
+        for one in planned:
+            self._begun += 1
+            self._open[self._begun] = _Open(one, set(one.todo), errors=list(one.errors))
+            self._advance(0, len(one.errors))
+            if one.todo:
+                parcels.append(Message(self._begun, one.todo, images=one.items))
+        return parcels
+
+    def take(self, parcel: Message) -> None:
+        """Take in what came back.
+
+        Raises:
+            CamkitError: it ends the run.
+        """
+        if parcel.fatal is not None:
+            raise parcel.fatal
+        chunk = self._open.get(parcel.chunk)
+        if chunk is None:  # only company was still out
+            return
+        made = [one for one in parcel.made if one.key in chunk.out]
+        errors = [one for one in parcel.errors if one.key in chunk.out]
+        chunk.made += made
+        chunk.errors += errors
+        chunk.out -= {one.key for one in made} | {one.key for one in errors}
+        self._advance(len(made), len(errors))
+        self.write(everything=False)
+
+    def write(self, *, everything: bool) -> None:
+        """Note in the journal what is done; maps that share a Parquet file are noted at once."""
+        if not everything and time.monotonic() - self._written < _PAUSE:
+            return
+        over = [number for number, chunk in self._open.items() if not chunk.out]
+        ready = [self._open[number] for number in over] if self._shared else self._open.values()
+        made: list[ImageResult] = []
+        for chunk in ready:
+            part = chunk.plan.part
+            made += write_part(chunk.made, self._folder, part) if self._shared else chunk.made
+        self._journal.record(made, [one for chunk in ready for one in chunk.errors])
+        for chunk in ready:
+            chunk.made, chunk.errors = [], []
+        for number in over:
+            del self._open[number]
+        self._written = time.monotonic()
+
 
 _ROUND = 1000  # chunks for each model that are planned at once: the list of all has no end
 _MEMORY = 2**29  # of a model; what only it asks for also keeps the reading out of its process
@@ -62,7 +152,7 @@ class RayEngine:
         weights: str,
         folder: OutFolder,
         journal: Journal,
-        planned: Iterator[Planned],
+        planned: Iterator[ChunkPlan],
         advance: Callable[[int, int], None],
         *,
         threads: int = 1,
@@ -74,7 +164,7 @@ class RayEngine:
             weights: hash of those that the model must have on all machines.
             folder: of the results.
             journal: of the same folder; only this process writes into it.
-            planned: see `camkit.bulk.plan.plan`.
+            planned: see `camkit.bulk.ledger.plan`.
             advance: told how many images were done and how many failed, as it happens.
             threads: of each model, where it runs on a CPU.
 
@@ -86,7 +176,7 @@ class RayEngine:
 
         with _connected(self.address):
             fleet = self._fleet(ray.cluster_resources(), threads)
-            books = Books(recipe, folder, journal, advance)
+            books = Ledger(recipe, folder, journal, advance)
             try:
                 for some in chunks(planned, fleet.actors * _ROUND):
                     site = _site(recipe, weights, folder, some)
@@ -101,7 +191,7 @@ class RayEngine:
             finally:
                 books.write(everything=True)
 
-    def _fleet(self, found: dict[str, float], threads: int) -> "_Fleet":
+    def _fleet(self, found: dict[str, float], threads: int) -> "ClusterPlan":
         """Share the cluster out.
 
         Args:
@@ -119,7 +209,7 @@ class RayEngine:
                 f"write, need more than the {devices:g} GPUs and {cores:g} cores of the cluster; "
                 "take fewer (--actors), smaller shares (--gpus), or the local engine"
             )
-        return _Fleet(actors, cpus, gpus)
+        return ClusterPlan(actors, cpus, gpus)
 
 
 @contextmanager
@@ -160,13 +250,13 @@ def _quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _site(recipe: Recipe, weights: str, folder: OutFolder, some: Sequence[Planned]) -> Site:
+def _site(recipe: Recipe, weights: str, folder: OutFolder, some: Sequence[ChunkPlan]) -> RunContext:
     """What all processes have to know; leaves a file that they must be able to see."""
     folder = OutFolder(folder.root.resolve(), folder.rank)
     folder.drafts.mkdir(parents=True, exist_ok=True)
     probe = folder.drafts / f"probe-{uuid.uuid4().hex}"
     probe.touch()
-    return Site(
+    return RunContext(
         recipe,
         weights,
         folder,
@@ -177,14 +267,16 @@ def _site(recipe: Recipe, weights: str, folder: OutFolder, some: Sequence[Planne
 
 
 @dataclass(frozen=True)
-class _Fleet:
+class ClusterPlan:
     """Processes that hold the model: how many, with how many cores and GPUs each."""
 
     actors: int
     cpus: int
     gpus: float
 
-    def parcels(self, site: Site, planned: Sequence[Parcel]) -> Generator[Parcel, None, None]:
+    def parcels(
+        self, site: RunContext, planned: Sequence[Message]
+    ) -> Generator[Message, None, None]:
         """Send chunks through the cluster; what comes back, in whichever order."""
         from ray.data import ActorPoolStrategy, from_items
 

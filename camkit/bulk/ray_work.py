@@ -1,23 +1,126 @@
 """What the processes of a Ray cluster do with the images of a bulk run: read, model, finish."""
 
+import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 
-from camkit.bulk.crew import DIED, Crew, Fault
-from camkit.bulk.finishing import OutFolder, OutputError, finish, no_room
-from camkit.bulk.jobs import Failure
-from camkit.bulk.journal import Error, Stage
-from camkit.bulk.ray_parcels import Parcel, Site, unpacked
+from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, finish, no_room
+from camkit.bulk.items import Item, Place
+from camkit.bulk.ledger import Error, Stage
+from camkit.bulk.recipe import Recipe
 from camkit.bulk.stages import Maps, batches, forward, read
+from camkit.bulk.workers import DIED, Failure, Fault, WorkerPool
 from camkit.errors import CamkitError
 from camkit.manifest import weights_hash
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """Some images of a chunk on their way, at whichever stage.
+
+    Attributes:
+        chunk: its number.
+        todo: keys of the images whose results are wanted; the others are company for the model.
+        part: its number among the parcels of the chunk.
+        images: `Item` to be read, `ReadImage` for the model, `Maps` to be finished.
+        made: what is done.
+        errors: what failed.
+        fatal: what ends the run.
+    """
+
+    chunk: int
+    todo: frozenset[str]
+    part: int = 0
+    images: tuple[Any, ...] = ()
+    made: tuple[ImageResult, ...] = ()
+    errors: tuple[Error, ...] = ()
+    fatal: CamkitError | None = None
+
+    def packed(self) -> dict[str, Any]:
+        """A row of a data set."""
+        from ray import cloudpickle  # knows classes of the script that was started, too
+
+        return {"parcel": cloudpickle.dumps(self)}
+
+
+def unpacked(row: Mapping[str, bytes]) -> Message:
+    """The parcel in a row."""
+    from ray import cloudpickle
+
+    return cloudpickle.loads(row["parcel"])
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a process needs to know of the run that it works for.
+
+    Attributes:
+        recipe: what is done.
+        weights: hash of those that the model must have.
+        folder: of the results, on a disk that all machines share.
+        probe: a file in it that the run has made.
+        sample: an image that the calling process can open.
+        home: where relative paths begin.
+        variables: of the environment.
+    """
+
+    recipe: Recipe
+    weights: str
+    folder: OutFolder
+    probe: Path
+    sample: Place | None = None
+    home: Path = field(default_factory=Path.cwd)
+    variables: tuple[tuple[str, str], ...] = ()
+
+    def enter(self, threads: int = 1) -> None:
+        """Make the process that calls this one of the run's.
+
+        Raises:
+            CamkitError: it does not see the disk that the results go to.
+        """
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(1)
+        os.environ.update(self.variables)
+        with suppress(OSError):  # only relative paths need it, and they are tried below
+            os.chdir(self.home)
+        if not self.probe.is_file():
+            raise CamkitError(
+                f"{platform.node()} does not see {self.folder.root}, where the run writes to; take "
+                "a folder (--out) on a disk that all machines of the cluster have at the same path"
+            )
+
+    def check_images(self) -> None:
+        """See whether this process finds the images.
+
+        Raises:
+            CamkitError: it does not.
+        """
+        try:
+            if self.sample is not None:
+                self.sample.open().close()
+        except CamkitError as error:
+            raise CamkitError(
+                f"{platform.node()} does not see the images ({error}); put them on a disk that all "
+                "machines of the cluster have at the same path"
+            ) from error
+
+
+def sample_of(items: Sequence[Item]) -> Place | None:
+    """Where an image is that this process can open."""
+    for item in items:
+        with suppress(CamkitError):
+            item.place.open().close()
+            return item.place
+    return None
+
 
 _TRIES = 2  # a batch that took two processes with it goes on image by image
 
@@ -26,7 +129,7 @@ _TRIES = 2  # a batch that took two processes with it goes on image by image
 class ReadChunk:
     """Reads the images of a chunk, and makes a parcel of each batch."""
 
-    site: Site
+    site: RunContext
 
     def __call__(self, row: Mapping[str, bytes]) -> list[dict[str, Any]]:
         parcel = unpacked(row)
@@ -55,7 +158,7 @@ class RunModel:
         threads: of the model on a CPU.
     """
 
-    def __init__(self, site: Site, device: str, threads: int) -> None:
+    def __init__(self, site: RunContext, device: str, threads: int) -> None:
         site.enter(threads)
         self._site, self._threads = site, threads
         model = site.recipe.model()
@@ -79,7 +182,7 @@ class RunModel:
             found.append(replace(parcel, images=maps, errors=errors))
         return found[0].packed()
 
-    def _forward(self, parcel: Parcel) -> list[Maps | Failure]:
+    def _forward(self, parcel: Message) -> list[Maps | Failure]:
         """Run the model; an image whose process died of it is given up."""
         recipe, batch = self._site.recipe, parcel.images
         mark = _mark(self._site.folder, "model", parcel)
@@ -101,7 +204,7 @@ class RunModel:
 class FinishBatch:
     """Refines by the picture, draws, and writes the files of the images that are wanted."""
 
-    site: Site
+    site: RunContext
 
     def __call__(self, row: Mapping[str, bytes]) -> dict[str, Any]:
         parcel = unpacked(row)
@@ -118,28 +221,28 @@ class FinishBatch:
 
 
 @contextmanager
-def _told(parcel: Parcel) -> Iterator[list[Parcel]]:
+def _told(parcel: Message) -> Iterator[list[Message]]:
     """What came of a parcel; what ends the run is told to the process that leads it."""
-    found: list[Parcel] = []
+    found: list[Message] = []
     try:
         yield found
     except CamkitError as error:
-        found[:] = [Parcel(parcel.chunk, parcel.todo, fatal=error)]
+        found[:] = [Message(parcel.chunk, parcel.todo, fatal=error)]
     except torch.OutOfMemoryError:
         told = f"{len(parcel.images)} images do not fit the memory of the model's device; "
         fatal = CamkitError(told + "take smaller batches (--batch)")
-        found[:] = [Parcel(parcel.chunk, parcel.todo, fatal=fatal)]
+        found[:] = [Message(parcel.chunk, parcel.todo, fatal=fatal)]
 
 
 def _each(
-    work: Callable[[Any], Any], parcel: Parcel, site: Site, stage: Stage
+    work: Callable[[Any], Any], parcel: Message, site: RunContext, stage: Stage
 ) -> tuple[list[Any], tuple[Error, ...]]:
     """Do the work on every image, in their order; what cannot be done becomes an error.
 
     Where a process died of the parcel before, the work is done in one that may die.
     """
     with _begun(_mark(site.folder, stage, parcel), site.folder) as deaths:
-        crew: Crew[Any, Any] = Crew(work, 1 if deaths else 0, tries=2)
+        crew: WorkerPool[Any, Any] = WorkerPool(work, 1 if deaths else 0, tries=2)
         outcomes = []
         try:
             for one in parcel.images:
@@ -160,7 +263,7 @@ def _each(
     return found, tuple(errors)
 
 
-def _mark(folder: OutFolder, stage: Stage, parcel: Parcel) -> Path:
+def _mark(folder: OutFolder, stage: Stage, parcel: Message) -> Path:
     return folder.drafts / "begun" / f"{stage}-{parcel.chunk}-{parcel.part}"
 
 

@@ -10,13 +10,13 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import nn
 
-from camkit.edit.protocol import Edit, KeyEdit
+from camkit.edits.protocol import Edit, KeyEdit
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
+from camkit.method import DEFAULT_REFINE
 from camkit.pipeline import Pipeline, wrap
-from camkit.preset import DEFAULT_REFINE
-from camkit.refine import Refiner
-from camkit.seed import GradientSeed, Present, Seed
+from camkit.refiners import Refiner
+from camkit.seeds import GradientSeed, PredictedClasses, Seed
 from camkit.vocabulary import Vocabulary
 
 CamOutput: TypeAlias = Literal["none", "both", "psa", "irn", "clip-es", "npz", "parquet"]
@@ -96,7 +96,8 @@ class Recipe:
         edit_blocks: which blocks, as in `camkit.attach`.
         refine: refiners that need the model's attention, applied in order where the model runs.
         vocabulary: names the classes, see `camkit.wrap`.
-        labels: classes of every image, a `camkit.Present`, or None for those the source says.
+        labels: classes of every image, a `camkit.PredictedClasses`, or None for those
+            that the source gives.
         batch: images of one size that go through the model at once.
         chunk: images that are planned together, and batched by size among themselves. Neither
             changes more than the rounding of the maps.
@@ -110,7 +111,7 @@ class Recipe:
     edit_blocks: int | tuple[int, ...] | None = 3
     refine: tuple[Refiner, ...] = DEFAULT_REFINE
     vocabulary: Vocabulary | None = None
-    labels: tuple[int, ...] | Present | None = None
+    labels: tuple[int, ...] | PredictedClasses | None = None
     batch: int = 8
     chunk: int = 32
 

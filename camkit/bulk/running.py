@@ -1,7 +1,8 @@
 """A bulk run from its first image to its manifest, on whichever engine."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 
@@ -9,17 +10,61 @@ import torch
 from tqdm import tqdm
 
 from camkit.bulk.finishing import OutFolder
-from camkit.bulk.jobs import progress_bar, usable_cores, worker_count
-from camkit.bulk.journal import Journal
+from camkit.bulk.ledger import ChunkPlan, Journal, Share, plan
 from camkit.bulk.local import LocalEngine
-from camkit.bulk.plan import Planned, Share, plan
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Recipe
 from camkit.bulk.sources import Source
+from camkit.bulk.workers import progress_bar, usable_cores, worker_count
+from camkit.errors import CamkitError
 
 
 @dataclass(frozen=True)
-class Ran:
+class Rank:
+    """One of the processes that work on the same source.
+
+    Attributes:
+        share: its part of the chunks.
+        local: its number on this machine.
+        neighbours: how many processes this machine has.
+    """
+
+    share: Share = field(default_factory=Share)
+    local: int = 0
+    neighbours: int = 1
+
+    @property
+    def device(self) -> str | None:
+        """The GPU of this process; None where torch sees none."""
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return f"cuda:{self.local % count}" if count else None
+
+
+def rank_of(environment: Mapping[str, str] | None = None) -> Rank:
+    """Read the variables that torchrun sets; without them a process is alone.
+
+    Args:
+        environment: None takes that of this process.
+
+    Raises:
+        CamkitError: only some of them are set, or they are no numbers.
+    """
+    given = os.environ if environment is None else environment
+    if "RANK" not in given and "WORLD_SIZE" not in given:
+        return Rank()
+    try:
+        share = Share(int(given["RANK"]), int(given["WORLD_SIZE"]))
+        local = int(given.get("LOCAL_RANK", "0"))
+        return Rank(share, local, max(1, int(given.get("LOCAL_WORLD_SIZE", "1"))))
+    except (KeyError, ValueError) as error:
+        raise CamkitError(
+            f"RANK and WORLD_SIZE must both be numbers, as torchrun sets them ({error}); unset "
+            "both to run one process"
+        ) from error
+
+
+@dataclass(frozen=True)
+class RunSummary:
     """What became of a bulk run.
 
     Attributes:
@@ -51,7 +96,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     overwrite: bool = False,
     retry: bool = False,
     moved: bool = False,
-) -> Ran:
+) -> RunSummary:
     """Make masks and class maps of all images of a source.
 
     The same call goes on where an earlier one ended, however it ended: what the journal in ``out``
@@ -119,7 +164,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
                 torch.set_num_threads(before)
                 journal.export()
         done, errors = journal.counts()
-    return Ran(progress.written, progress.failed, progress.settled, done, errors)
+    return RunSummary(progress.written, progress.failed, progress.settled, done, errors)
 
 
 @dataclass(frozen=True)
@@ -155,7 +200,7 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def planned(self, journal: Journal) -> Iterator[Planned]:
+    def planned(self, journal: Journal) -> Iterator[ChunkPlan]:
         """What is left of each chunk; chunks of which nothing is left only move the bar."""
         for chunk in self._share.of(self._source, self._size):
             planned = plan(chunk, journal)

@@ -1,4 +1,4 @@
-"""Where the images of a bulk run come from: folders, lists, data sets; shards are in shards.py."""
+"""Where the images of a bulk run come from: folders, lists, data sets, shards; and their labels."""
 
 import os
 from collections.abc import Iterator
@@ -7,9 +7,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
-from camkit.bulk.camfolder import PHOTO_ENDINGS
+from camkit.bulk.camfiles import PHOTO_ENDINGS, ImageLabels
 from camkit.bulk.items import FilePlace, Item, Refused, printable, safe_key, without_ending
-from camkit.bulk.labels import ImageLabels
 from camkit.data import DataSet
 from camkit.errors import DataError
 

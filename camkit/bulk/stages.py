@@ -1,6 +1,6 @@
-"""What happens to an image, stage by stage: functions on values that know nothing of any engine.
+"""What happens to an image of a bulk run, stage by stage: read, forward, finish.
 
-    chunks(source, size)            -> Iterator[tuple[Item | Refused, ...]]
+chunks(source, size)            -> Iterator[tuple[Item | Refused, ...]]
     read(item, reading)             -> Prepared                   any core
     batches(prepared, recipe)       -> list[tuple[Prepared, ...]] of one size each
     forward(pipeline, recipe, batch)-> list[Maps | Failure]       where the model is
@@ -28,20 +28,19 @@ from PIL import Image
 from torch import Tensor
 
 from camkit.bulk.items import Item
-from camkit.bulk.jobs import Failure
 from camkit.bulk.recipe import Reading, Recipe
+from camkit.bulk.workers import Failure
 from camkit.capture.record import Capture
 from camkit.errors import CamkitError, DataError
 from camkit.photo import Photo, photo_from_array, picture_from_file
-from camkit.pipeline import Pipeline
-from camkit.result import fits_a_byte, mask_legend
-from camkit.seed import Present
+from camkit.pipeline import Pipeline, fits_a_byte, mask_legend
+from camkit.seeds import PredictedClasses
 
 Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class ReadImage:
     """A picture at the size the model sees.
 
     Attributes:
@@ -95,7 +94,7 @@ def chunks(entries: Iterable[Entry], size: int) -> Iterator[tuple[Entry, ...]]:
         yield chunk
 
 
-def read(item: Item, reading: Reading) -> Prepared:
+def read(item: Item, reading: Reading) -> ReadImage:
     """Read an image and bring it to the size of the model.
 
     Raises:
@@ -118,22 +117,22 @@ def read(item: Item, reading: Reading) -> Prepared:
         Image.MAX_IMAGE_PIXELS = allowed
     photo = _photo(picture, reading, reading.size)
     small = (photo.rgb[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-    return Prepared(item.key, source, small, photo.size, item.classes)
+    return ReadImage(item.key, source, small, photo.size, item.classes)
 
 
-def batches(prepared: Sequence[Prepared], recipe: Recipe) -> list[tuple[Prepared, ...]]:
+def batches(prepared: Sequence[ReadImage], recipe: Recipe) -> list[tuple[ReadImage, ...]]:
     """Put the pictures of a chunk that go through the model together into batches, in order.
 
     Those of which no class is asked need no model and stay among themselves.
     """
-    groups: dict[tuple[Any, ...], list[Prepared]] = {}
+    groups: dict[tuple[Any, ...], list[ReadImage]] = {}
     for one in prepared:
         unasked = _asked(one, recipe) == ()
         groups.setdefault((one.rgb.shape, unasked), []).append(one)
     return [batch for group in groups.values() for batch in chunks(group, recipe.batch)]
 
 
-def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[Prepared]) -> list[Maps | Failure]:
+def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> list[Maps | Failure]:
     """Run the model on pictures of one size.
 
     Where a batch cannot be run, each picture of it is tried alone, so that only the one at fault
@@ -152,16 +151,22 @@ def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[Prepared]) -> li
     return [found for one in batch for found in forward(pipeline, recipe, (one,))]
 
 
-def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[Prepared]) -> list[Maps]:
+def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> list[Maps]:
     asked = [_asked(one, recipe) for one in batch]
-    if any(classes is None for classes in asked) and not isinstance(recipe.labels, Present):
+    if any(classes is None for classes in asked) and not isinstance(
+        recipe.labels, PredictedClasses
+    ):
         raise DataError("no classes are known of it; give labels, or let the classifier guess")
     if all(classes == () for classes in asked):
         return [_maps(one, (), np.zeros((0, 1, 1), np.float32), recipe) for one in batch]
     photos = [_photo(one.rgb, recipe.reading, one.rgb.shape[:2]) for one in batch]
 
     def slots(capture: Capture) -> Tensor:
-        return recipe.labels(capture) if isinstance(recipe.labels, Present) else _padded(asked)
+        return (
+            recipe.labels(capture)
+            if isinstance(recipe.labels, PredictedClasses)
+            else _padded(asked)
+        )
 
     stages = pipeline.stages(
         torch.cat([photo.pixels for photo in photos]),
@@ -180,8 +185,8 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[Prepared]) -> l
     return found
 
 
-def _asked(one: Prepared, recipe: Recipe) -> tuple[int, ...] | None:
-    if isinstance(recipe.labels, Present):
+def _asked(one: ReadImage, recipe: Recipe) -> tuple[int, ...] | None:
+    if isinstance(recipe.labels, PredictedClasses):
         return None
     return one.classes if recipe.labels is None else recipe.labels
 
@@ -193,7 +198,7 @@ def _padded(classes: Sequence[tuple[int, ...] | None]) -> Tensor:
 
 
 def _maps(
-    one: Prepared,
+    one: ReadImage,
     classes: tuple[int, ...],
     cam: Float[np.ndarray, "k h w"],
     recipe: Recipe,

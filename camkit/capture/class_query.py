@@ -1,4 +1,4 @@
-"""The last block evaluated for the class query only, where nothing else is read behind it.
+"""The last block evaluated for the class query only, and the class token alone in its block.
 
 Of a model whose scores are read from the class token, the last block makes every other token in
 vain. While this is armed, its attention is computed for the class query, and every module behind
@@ -8,7 +8,7 @@ bears it is not guessed: it is tried, on one image, against the model as it is.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,10 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from camkit.capture.anatomy import Anatomy, alone, image_batch
+from camkit.capture.attention import Attention, FusedAttention
 from camkit.capture.hooks import Hooks
-from camkit.capture.host import Host
+from camkit.capture.host import Host, head_count
+from camkit.capture.intercept import Tap
 from camkit.capture.mha import multi_head_attention
-from camkit.capture.stream import block_modules
+from camkit.capture.record import TokenCall
+from camkit.capture.tail import block_modules, tokens_of
+from camkit.errors import UnsupportedModelError
 
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TRIED: "WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]]" = WeakKeyDictionary()
@@ -40,7 +44,7 @@ class ClassQuery:
         self._block = block_modules(host.model, names[-2:]).get(names[-1]) if names else None
         self._foreign = _hooks_on(host.model) > 0
         self._hooks_expected = 0
-        self._mode: _OneQuery | None = None
+        self._mode: SingleQueryAttention | None = None
         self._inside = False
 
     def start(self, hooks: Hooks) -> None:
@@ -83,7 +87,7 @@ class ClassQuery:
             return False
         if any(parameter.is_inference() for parameter in self._model.parameters()):
             return False
-        mode = _OneQuery(anatomy.class_tokens[0])
+        mode = SingleQueryAttention(anatomy.class_tokens[0])
         weights = hash(tuple((id(p), p._version, p.dtype) for p in self._model.parameters()))
         state = (weights, *map(id, early))
         tried = _TRIED.setdefault(entrance, {})
@@ -101,7 +105,7 @@ class ClassQuery:
 
     def _is_exact(
         self,
-        mode: "_OneQuery",
+        mode: "SingleQueryAttention",
         entrance: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -157,7 +161,7 @@ class ClassQuery:
         return tuple(map(self._mode.row, args)), {k: self._mode.row(v) for k, v in kwargs.items()}
 
 
-class _OneQuery(TorchFunctionMode):
+class SingleQueryAttention(TorchFunctionMode):
     """Attention for one query, repeated for the others.
 
     Attributes:
@@ -244,3 +248,84 @@ def _close(one: Any, other: Any) -> bool:
 
 def _hooks_on(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+_INSTEAD = 'use LeGradSeed(reading="mean"), which asks for nothing of the kind'
+
+
+class ClassPath:
+    """What a block does to its class token behind the attention, with gradients.
+
+    But for its attention a block treats each token by itself. So it can be called again with the
+    class token alone, with the attention output that the token had: that is cheap, and what comes
+    out answers to the row of the class token and to no other. Whether it is what the host made of
+    that token is checked each time.
+
+    Args:
+        name: of the attention module.
+        attention: the module.
+        block: that it lies in.
+    """
+
+    def __init__(self, name: str, attention: nn.Module, block: nn.Module) -> None:
+        self._name, self._attention, self._block = name, attention, block
+        if any(m._forward_hooks or m._forward_pre_hooks for m in block.modules()):
+            self._refuse("carries hooks or edits that would run for the class token a second time")
+
+    def __call__(
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        left: Tensor,
+        seen: Attention,
+        anatomy: Anatomy,
+    ) -> TokenCall:
+        """The class token that leaves the block, and its row of the attention.
+
+        Args:
+            args: what the block was called with.
+            kwargs: what it was called with, by name.
+            left: the tokens it returned.
+            seen: its attention, with values and output.
+            anatomy: roles of the tokens.
+
+        Raises:
+            UnsupportedModelError: the block does more to a token than said above.
+        """
+        if len(anatomy.class_tokens) != 1:
+            self._refuse(f"has {len(anatomy.class_tokens)} class tokens, where one is needed")
+        if not isinstance(seen, FusedAttention) or seen.v is None or seen.output is None:
+            self._refuse("writes its softmax out, so that values are not seen")
+        if self._block.training:
+            self._refuse("is in training mode; call model.eval()")
+        place, axis = anatomy.class_tokens[0], 0 if anatomy.sequence_first else 1
+        entered = next((v for v in (*args, *kwargs.values()) if tokens_of(v) is v), None)
+        own = None if entered is None else entered.detach().narrow(axis, place, 1)
+        leaf = seen.output.detach()[:, :, place, None].clone().requires_grad_()
+        tap = Tap(lambda *_: leaf, lambda weights: weights, heads=head_count(self._attention))
+        try:
+            with alone(left.device), torch.enable_grad(), tap:
+                again = self._block.forward(
+                    *(own if value is entered else value for value in args),
+                    **{name: own if v is entered else v for name, v in kwargs.items()},
+                )
+        except (RuntimeError, TypeError):  # shapes that fit whole sequences only
+            self._refuse("cannot be called with the class token alone")
+        token, whole = tokens_of(again), left.detach().narrow(axis, place, 1)
+        if token is None or not token.requires_grad or not _rows_agree(token.detach(), whole):
+            self._refuse("makes something else of the class token when it is alone")
+        q, k, v = (part.detach() for part in (seen.q[:, :, place, None], seen.k, seen.v))
+        row = FusedAttention(q, k, seen.scale, v=v, output=leaf)
+        return TokenCall(self._name, token, anatomy.sequence_first, row)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise UnsupportedModelError(
+            f"the block of {self._name} {reason}, so the class token's own way through it cannot "
+            f"be followed; {_INSTEAD}"
+        )
+
+
+def _rows_agree(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype not in CLOSE:
+        return False
+    return bool(((one - other).abs() <= CLOSE[one.dtype] * other.abs().max()).all())

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy, measuring
-from camkit.capture.borrowed import borrowed
 from camkit.capture.class_query import ClassQuery
-from camkit.capture.forward import grid_of_aspect
-from camkit.capture.graph import Graph
-from camkit.capture.hooks import Hooks
+from camkit.capture.hooks import Graph, Hooks, borrowed
 from camkit.capture.host import Host, is_compiled
-from camkit.capture.stream import block_modules
+from camkit.capture.session import grid_of_aspect
+from camkit.capture.tail import block_modules
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 

@@ -1,6 +1,6 @@
-"""What follows the last block: how the tokens become scores, and the same for single patches."""
+"""Blocks and what follows the last one: how tokens become scores, also for single tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,66 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camkit.capture.stream import block_names
+from camkit.capture.host import is_pooling
 from camkit.errors import UnsupportedModelError
+
+
+def block_modules(model: nn.Module, attention: Iterable[str]) -> dict[str, nn.Module]:
+    """The block that each attention module lies in, by the attention's name.
+
+    Pooling heads are left out, and so is attention that is a block of its own.
+
+    Args:
+        model: the host.
+        attention: names of its attention modules.
+    """
+    names = [name for name in attention if not is_pooling(model, name)]
+    found = {}
+    for name, block in zip(names, block_names(names), strict=True):
+        if block not in ("", name):
+            found[name] = model.get_submodule(block)
+    return found
+
+
+def pooling_modules(model: nn.Module, attention: Iterable[str]) -> list[nn.Module]:
+    """Modules that pool tokens by attention, and say so."""
+    found: dict[nn.Module, None] = {}
+    for name in attention:
+        for path in (name, name.rpartition(".")[0]):
+            module = model.get_submodule(path)
+            if path and "pool" in type(module).__name__.lower():
+                found[module] = None
+    return list(found)
+
+
+def tokens_of(value: Any) -> Tensor | None:
+    """The tokens that a block was given or returned: a 3-d tensor, or the first of a tuple."""
+    first = value[0] if isinstance(value, tuple) and value else value
+    return first if isinstance(first, Tensor) and first.dim() == 3 else None
+
+
+def block_names(attention: Sequence[str]) -> list[str]:
+    """The name of the block around each attention module; its own where nothing is around it.
+
+    Members of a list are blocks; where names part before one, as those of two encoders do (SeCo's
+    student and teacher), each part is looked at by itself.
+
+    Args:
+        attention: names of attention modules.
+    """
+    return [_block_name(name.split("."), [n.split(".") for n in attention]) for name in attention]
+
+
+def _block_name(path: list[str], paths: list[list[str]]) -> str:
+    if len(paths) == 1:
+        return ".".join(path[:-1])
+    shared = 0
+    while len({tuple(other[: shared + 1]) for other in paths}) == 1:
+        shared += 1
+    beside = [other for other in paths if other[: shared + 1] == path[: shared + 1]]
+    if path[shared].isdigit() or len(beside) == 1:
+        return ".".join(path[: shared + 1])
+    return _block_name(path, beside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +120,7 @@ def patch_scores(
     if not heads or not spreads:
         raise UnsupportedModelError(
             "the scores are not those of a linear classifier or 1x1 convolution behind the last "
-            "block, so patches cannot be scored by it; use GradientSeed or RolloutSeed"
+            "block, so patches cannot be scored by it; use GradientSeed or RelevanceSeed"
         )
     norms = [c.module for c in tail if c.output.dim() == 2 and isinstance(c.module, nn.LayerNorm)]
     pools = pooling_calls(tail)
@@ -140,7 +198,7 @@ def _scored(
             return _classified(head, torch.cat([own, own], -1))
     raise UnsupportedModelError(
         "the classifier's input is neither a special token nor the mean or maximum of the tokens; "
-        "use GradientSeed or RolloutSeed"
+        "use GradientSeed or RelevanceSeed"
     )
 
 
@@ -151,3 +209,41 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _normed(norm: nn.Module | None, tokens: Tensor) -> Tensor:
     """The norm applied without its hooks, which belong to the user."""
     return tokens if norm is None else norm.forward(tokens)
+
+
+def token_scores(
+    tail: Sequence[TailCall], outputs: Tensor | None, token: Float[Tensor, "b d"]
+) -> Float[Tensor, "b o"]:
+    """Put one token per image through what follows the last block: norms, then the classifier.
+
+    Args:
+        tail: module calls after the last block.
+        outputs: what the model returned.
+        token: in a graph or not; the scores then are, too.
+
+    Raises:
+        UnsupportedModelError: the scores are not those of a linear classifier of single tokens.
+    """
+    heads = [] if outputs is None else classifiers(tail, outputs)
+    if not heads or any(head.input.flatten(1).shape[1] != token.shape[-1] for head in heads):
+        raise UnsupportedModelError(
+            "the scores are not those of a linear classifier of one pooled token, so the tokens of "
+            "inner blocks cannot be scored by it; use GradientSeed or RelevanceSeed"
+        )
+    made = {head.module for head in heads}
+    for module in dict.fromkeys(call.module for call in tail):
+        between = module not in made and not any(True for _ in module.children())
+        if between and _keeps_width(module, tail):
+            token = module.forward(token)  # without its hooks, which belong to the user
+    return torch.stack([_token_score(head.module, token) for head in heads]).mean(0)
+
+
+def _token_score(classifier: Any, token: Tensor) -> Tensor:
+    weight = classifier.weight.flatten(1)  # a 1x1 convolution is linear in each place
+    return F.linear(token, weight, classifier.bias)
+
+
+def _keeps_width(module: nn.Module, tail: Sequence[TailCall]) -> bool:
+    """Whether a module made tokens of tokens, or a token of a token."""
+    call = next(call for call in tail if call.module is module)
+    return call.input.shape == call.output.shape and call.input.dim() in (2, 3)

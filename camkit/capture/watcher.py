@@ -8,13 +8,9 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.forward import checked_grid
-from camkit.capture.host import Host, is_compiled
-from camkit.capture.kernels import way_out
-from camkit.capture.record import Capture
-from camkit.capture.recorder import Recorder
-from camkit.capture.selection import Selection
-from camkit.capture.tokens import TokenWatch
+from camkit.capture.host import Host, is_compiled, way_out
+from camkit.capture.record import Capture, TokenWatch
+from camkit.capture.session import Recorder, Selection, checked_grid
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 from camkit.tensors import RGB
@@ -47,7 +43,7 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
             then begins at the first watched block.
         class_rows_only: keep the rows of the class tokens and nothing else, for large batches: then
             memory hardly grows, and `ClassAttentionSeed` works but no refiner that reads attention.
-        tokens: what to keep of the tokens, as `camkit.seed.needs` says for a seed.
+        tokens: what to keep of the tokens, as `camkit.seeds.protocol` says for a seed.
         rgb: the pictures in [0, 1], for refiners that look at colours.
         vocabulary: names of the classes, and which classifier outputs make up each.
         scores: makes ``(b, classes)`` scores of what the model returns, for hosts that return

@@ -23,12 +23,10 @@ from camkit.bench import (
     to_markdown,
 )
 from camkit.cli.models import OpenedModel, add_model_arguments, open_model
-from camkit.cli.plan import GRAMMAR, Plan
-from camkit.cli.presets import preset_of
-from camkit.cli.steps import MODEL_STEPS, steps_help
+from camkit.cli.options import MODEL_STEPS, VARIANT_GRAMMAR, Plan, preset_of, steps_help
 from camkit.data import DataSet, open_dataset
 from camkit.errors import CamkitError
-from camkit.preset import CALIBRATED
+from camkit.method import CALIBRATED
 from camkit.vocabulary import Vocabulary
 
 EXAMPLES = f"""examples:
@@ -42,7 +40,7 @@ DATASET is a folder in the layout of VOC, COCO or ImageNet-S, or a plain one (im
 labels.csv). Everything that is picked is picked on --tune-split only. Without --seed, the standard
 seeds are measured, each alone and after propagation.
 
-{GRAMMAR}
+{VARIANT_GRAMMAR}
 
 {steps_help(MODEL_STEPS)}"""
 

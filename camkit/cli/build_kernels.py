@@ -2,7 +2,7 @@
 
 import argparse
 
-from camkit.native import cuda_build
+from camkit.native import kernels
 
 EXAMPLES = """examples:
   camkit build-kernels                      (for the GPUs of this machine, or 8.0 and 9.0)
@@ -24,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    path = cuda_build.find(options.arch)
+    path = kernels.find(options.arch)
     if path is not None:
         print(f"already built: {path}")
         return 0
     print("compiling, a few minutes", flush=True)
-    path = cuda_build.build(options.arch)
+    path = kernels.build(options.arch)
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MB)")
     return 0

@@ -19,14 +19,13 @@ from camkit.cli.models import (
     data_folder,
     open_model,
 )
-from camkit.cli.presets import preset_of
+from camkit.cli.options import preset_of
 from camkit.data import DataSet, Sample, demo_photos, open_dataset, read_mask
 from camkit.mask import to_mask
-from camkit.ops.resampling import resize_cam
+from camkit.method import DEFAULT_REFINE
+from camkit.ops.images import resize_cam
 from camkit.paint import contact_sheet, overlay_cam, overlay_mask, save_picture
-from camkit.pipeline import Pipeline, wrap
-from camkit.preset import DEFAULT_REFINE
-from camkit.result import Result
+from camkit.pipeline import Pipeline, Result, wrap
 from camkit.score import class_iou, confusion_matrix, mean_iou
 
 EXAMPLES = """examples:

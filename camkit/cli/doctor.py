@@ -12,9 +12,9 @@ from camkit.cli.models import DEFAULT_MODEL, create, known_architecture
 from camkit.diagnosis import diagnose
 from camkit.errors import CamkitError
 from camkit.manifest import environment
+from camkit.method import DEFAULT_REFINE, PRESETS, suitable
 from camkit.native.kernels import kernel_state
-from camkit.preset import DEFAULT_REFINE, PRESETS, suitable
-from camkit.seed import Look
+from camkit.seeds import ModelRunner
 
 EXAMPLES = """examples:
   camkit doctor
@@ -58,7 +58,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _default(model: nn.Module, images: Tensor) -> str:
-    preset = suitable(PRESETS, Look(model), images * 2 - 1, images)
+    preset = suitable(PRESETS, ModelRunner(model), images * 2 - 1, images)
     if preset.edit is None:
         return repr(preset.seed)
     return f"{preset.seed!r} under {preset.edit!r} of the last {preset.edit_blocks} blocks"

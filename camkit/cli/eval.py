@@ -14,7 +14,7 @@ import torch
 
 from camkit.atomic import unfinished
 from camkit.bulk import (
-    Scored,
+    ScoreResult,
     TruthItem,
     pair_truth,
     read_labels,
@@ -22,11 +22,11 @@ from camkit.bulk import (
     score_cams,
     score_masks,
 )
-from camkit.bulk.camfolder import CAM_ENDINGS, MASK_ENDINGS
+from camkit.bulk.camfiles import CAM_ENDINGS, MASK_ENDINGS
 from camkit.cli.mask import add_background, background_score
 from camkit.cli.refine import add_workers, show_failures
 from camkit.data import VOC_CLASSES
-from camkit.data.names import read_names
+from camkit.data.labels import read_names
 from camkit.errors import CamkitError, DataError
 from camkit.mask import power_threshold
 from camkit.score import (
@@ -140,7 +140,7 @@ def _are_cams(options: argparse.Namespace) -> bool:
     return cams
 
 
-def _score(options: argparse.Namespace, folder: Path, cams: bool, num_classes: int) -> Scored:
+def _score(options: argparse.Namespace, folder: Path, cams: bool, num_classes: int) -> ScoreResult:
     labels = None if options.labels is None else read_labels(options.labels)
 
     def paired(listing: Path | None) -> list[TruthItem]:
@@ -173,7 +173,7 @@ def _score(options: argparse.Namespace, folder: Path, cams: bool, num_classes: i
     )
 
 
-def _told(options: argparse.Namespace, scored: Scored, names: Sequence[str]) -> str:
+def _told(options: argparse.Namespace, scored: ScoreResult, names: Sequence[str]) -> str:
     means = _means(scored)
     others = [f"{one} {percent(means[one])}" for one in DEFINITIONS if one != options.definition]
     listed = f" of {options.list}" if options.list else ""
@@ -191,7 +191,7 @@ def _told(options: argparse.Namespace, scored: Scored, names: Sequence[str]) -> 
     )
 
 
-def _told_score(options: argparse.Namespace, scored: Scored) -> list[str]:
+def _told_score(options: argparse.Namespace, scored: ScoreResult) -> list[str]:
     if scored.background_score is None:
         return []
     why = {
@@ -202,12 +202,12 @@ def _told_score(options: argparse.Namespace, scored: Scored) -> list[str]:
     return [f"background score {scored.background_score:.4g}, {why[scored.choice]}"]
 
 
-def _means(scored: Scored) -> dict[Definition, float]:
+def _means(scored: ScoreResult) -> dict[Definition, float]:
     return {one: float(mean_iou(scored.confusion, definition=one)) for one in DEFINITIONS}
 
 
 def _figures(
-    options: argparse.Namespace, scored: Scored, names: Sequence[str]
+    options: argparse.Namespace, scored: ScoreResult, names: Sequence[str]
 ) -> dict[str, object]:
     return {
         "camkit": version("camkit"),
@@ -231,7 +231,7 @@ def _number(value: object) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _gain(scored: Scored, other: Scored, definition: Definition) -> Gain:
+def _gain(scored: ScoreResult, other: ScoreResult, definition: Definition) -> Gain:
     names = [name for name in scored.each if name in other.each]
     if len(names) < 2:
         raise CamkitError(f"{len(names)} images are in both folders; a comparison needs at least 2")
@@ -239,7 +239,7 @@ def _gain(scored: Scored, other: Scored, definition: Definition) -> Gain:
     return paired_gain(base, ours, definition=definition)
 
 
-def _told_gain(options: argparse.Namespace, other: Scored, gain: Gain) -> str:
+def _told_gain(options: argparse.Namespace, other: ScoreResult, gain: Gain) -> str:
     low, high = 100 * gain.low, 100 * gain.high
     return "\n".join(
         [

@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 from torch import nn
 
 from camkit.bench.protocol import PhotoSettings
-from camkit.capture.search import find_patch_embeddings
+from camkit.capture.host import find_patch_embeddings
 from camkit.data import VOC_CLASSES, demo_model, imagenet_vocabulary
 from camkit.errors import CamkitError
 from camkit.vocabulary import Vocabulary

@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from camkit.bulk import CamFolder, Failure, RefineCam, Written, read_labels, read_list, write_all
-from camkit.cli.steps import GRAMMAR, read_steps, steps_help
-from camkit.refine.crf import PRESETS
+from camkit.bulk import CamFolder, Failure, FileResult, RefineCam, read_labels, read_list, write_all
+from camkit.cli.options import GRAMMAR, read_steps, steps_help
+from camkit.refiners.crf import PRESETS
 
 EXAMPLES = f"""examples:
   camkit refine cams --images JPEGImages --refine crf:clip_es --out refined
@@ -98,7 +98,7 @@ def opened_folder(options: argparse.Namespace) -> CamFolder:
     )
 
 
-def tell(written: Written, out: Path, kind: str) -> int:
+def tell(written: FileResult, out: Path, kind: str) -> int:
     """Say what became of the files.
 
     Returns:

@@ -1,20 +1,140 @@
 """Classes of pytorch-grad-cam, with its names, arguments and results."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar, TypeAlias
 
+import cv2
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from camkit.capture.layers import Layers
 from camkit.capture.record import scores_of
-from camkit.compat.targets import Target, likeliest, total
 from camkit.errors import CaptureError
-from camkit.seed.tokens.token_maps import WEIGHTED, principal_component
+from camkit.seeds.token_gradients import WEIGHTED, principal_component
+
+Target: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ClassifierOutputTarget:
+    """The score of a class."""
+
+    category: int
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return output[..., self.category]
+
+
+@dataclass(frozen=True)
+class ClassifierOutputSoftmaxTarget:
+    """The probability of a class."""
+
+    category: int
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return output.softmax(-1)[..., self.category]
+
+
+@dataclass(frozen=True)
+class BinaryClassifierOutputTarget:
+    """The single score of a classifier of two classes, or its negative."""
+
+    category: int
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return output if self.category == 1 else -output
+
+
+@dataclass(frozen=True)
+class FinerWeightedTarget:
+    """The score of a class less those of others, each weighted by its probability (Finer-CAM)."""
+
+    main_category: int
+    comparison_categories: Sequence[int]
+    alpha: float = 1.0
+
+    def __call__(self, output: Tensor) -> Tensor:
+        others = list(self.comparison_categories)
+        weights = output.softmax(-1)[..., others]
+        own = output[..., self.main_category, None]
+        return (weights * (own - self.alpha * output[..., others])).sum(-1) / (
+            weights.sum(-1) + 1e-9
+        )
+
+
+def likeliest(outputs: Tensor) -> list[Target]:
+    """The first guess of each image."""
+    return [ClassifierOutputTarget(int(index)) for index in outputs.argmax(-1)]
+
+
+def total(targets: Sequence[Target], outputs: Tensor) -> Tensor:
+    """Sum of each image's own target.
+
+    Raises:
+        ValueError: there are not as many targets as images, or one asks for a class that the model
+            does not have, or makes several numbers.
+    """
+    if len(targets) != len(outputs):
+        raise ValueError(
+            f"`targets` must hold one target for each of {len(outputs)} images, got {len(targets)}"
+        )
+    values = []
+    for target, output in zip(targets, outputs, strict=True):
+        try:
+            value = target(output)
+        except IndexError as error:
+            raise ValueError(
+                f"{target!r} asks for what outputs of shape {tuple(output.shape)} do not hold"
+            ) from error
+        if value.numel() != 1:
+            raise ValueError(
+                f"{target!r} must make one number of the outputs of an image, got shape "
+                f"{tuple(value.shape)}"
+            )
+        values.append(value.reshape(()))
+    return torch.stack(values).sum()
+
+
+def show_cam_on_image(
+    img: Float[np.ndarray, "H W 3"],
+    mask: Float[np.ndarray, "H W"],
+    use_rgb: bool = False,
+    colormap: int = cv2.COLORMAP_JET,
+    image_weight: float = 0.5,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Lay a map over a picture, as grad-cam does; `camkit.paint.overlay_cam` keeps the photo clear.
+
+    The brightest value of the mixture becomes 255. Unlike in grad-cam, a map that leaves [0, 1] is
+    refused, as its colours would start anew.
+
+    Args:
+        img: the picture in [0, 1].
+        mask: the map in [0, 1], at the size of the picture.
+        use_rgb: whether red comes first in the picture; blue does otherwise, as in OpenCV.
+        colormap: one of OpenCV's.
+        image_weight: of the picture, in [0, 1]; the map has the rest.
+    """
+    if not 0.0 <= image_weight <= 1.0:
+        raise ValueError(f"`image_weight` must lie in [0, 1], got {image_weight}")
+    if img.shape[:2] != mask.shape:
+        raise ValueError(
+            f"`mask` must have the size of the picture, {img.shape[0]}x{img.shape[1]}, got shape "
+            f"{mask.shape}"
+        )
+    for name, values in (("img", img), ("mask", mask)):
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0.0 and high <= 1.0):  # NaN fails both
+            raise ValueError(f"`{name}` must lie in [0, 1], got {low:g} to {high:g}")
+    colours = cv2.applyColorMap((mask * 255).astype(np.uint8), colormap)
+    colours = colours[:, :, ::-1] if use_rgb else colours
+    mixed = image_weight * img + (1 - image_weight) * (colours.astype(np.float32) / 255)
+    return (mixed / max(mixed.max(), 1e-7) * 255).astype(np.uint8)
+
 
 Reshape: TypeAlias = Callable[[Tensor], Tensor]
 Chosen: TypeAlias = Sequence[Target] | Callable[[Tensor], Sequence[Target]] | None
@@ -211,3 +331,60 @@ def _scaled(maps: Float[Tensor, "b h w"], size: Sequence[int] = ()) -> Float[Ten
     if not size:
         return maps
     return F.interpolate(maps[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+class FinerCAM:
+    """Any of the others, on what tells a class from those that score most like it.
+
+    Args:
+        model: as for the others.
+        target_layers: as for the others.
+        reshape_transform: as for the others.
+        base_method: the class of the map.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module] | None = None,
+        reshape_transform: Reshape | None = None,
+        base_method: type[CAM] = GradCAM,
+    ) -> None:
+        self.base_cam = base_method(model, target_layers, reshape_transform)
+
+    def __call__(
+        self,
+        input_tensor: Tensor,
+        targets: Sequence[Target] | None = None,
+        eigen_smooth: bool = False,
+        alpha: float = 1.0,
+        comparison_categories: Sequence[int] | None = None,
+        target_idx: int | None = None,
+    ) -> Maps:
+        """Maps in [0, 1] at the size of the images.
+
+        Args:
+            input_tensor: the images.
+            targets: one for each image, instead of all that follows.
+            eigen_smooth: as for the others.
+            alpha: strength of what is taken off.
+            comparison_categories: ranks by likeness of score, 1 being the class most alike.
+            target_idx: the class; None is the model's first guess.
+        """
+        ranks = (1, 2, 3) if comparison_categories is None else tuple(comparison_categories)
+
+        def contrasts(outputs: Tensor) -> list[Target]:
+            own = outputs.amax(-1) if target_idx is None else outputs[:, target_idx]
+            order = (outputs - own[:, None]).abs().argsort(dim=-1, stable=True).tolist()
+            kept = [rank for rank in ranks if rank < outputs.shape[-1]]
+            return [FinerWeightedTarget(row[0], [row[r] for r in kept], alpha) for row in order]
+
+        cam = self.base_cam
+        asked = contrasts if targets is None else (lambda _: list(targets))
+        return cam.forward(input_tensor, asked, eigen_smooth).cpu().numpy()
+
+    def __enter__(self) -> "FinerCAM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing has to be given back, and no error is swallowed."""

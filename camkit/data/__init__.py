@@ -1,17 +1,26 @@
 """Data sets: image files with image-level labels, and masks to measure against."""
 
-from camkit.data.camfiles import read_cam, write_cam
-from camkit.data.camforms import CamFile
-from camkit.data.check import Finding, check_dataset
-from camkit.data.coco import CocoFolder, open_coco
-from camkit.data.coco_classes import COCO_CLASSES, COCO_IDS, VOC_IN_COCO, CocoIds, coco_form
+from camkit.data.camfiles import CamFile, read_cam, write_cam
+from camkit.data.check import Finding, check_dataset, shared_images
+from camkit.data.coco import (
+    COCO_CLASSES,
+    COCO_IDS,
+    VOC_IN_COCO,
+    CocoFolder,
+    CocoIds,
+    coco_form,
+    open_coco,
+)
 from camkit.data.embedded import DEMO_CLASSES, DemoPhotos, demo_model, demo_photos
-from camkit.data.folder import PlainFolder, open_folder
-from camkit.data.imagenet import VOC_IN_IMAGENET, imagenet_vocabulary
-from camkit.data.imagenet_s import IMAGENET_S_FORM, ImageNetSFolder, open_imagenet_s
+from camkit.data.folders import PlainFolder, open_dataset, open_folder
+from camkit.data.imagenet import (
+    IMAGENET_S_FORM,
+    VOC_IN_IMAGENET,
+    ImageNetSFolder,
+    imagenet_vocabulary,
+    open_imagenet_s,
+)
 from camkit.data.labels import LabelFile, read_label_names, read_label_vectors
-from camkit.data.layout import open_dataset
-from camkit.data.overlap import shared_images
 from camkit.data.sample import VOC_FORM, DataSet, MaskForm, Sample, mask_classes, read_mask
 from camkit.data.shapes import SHAPE_CLASSES, draw_shapes, write_shapes
 from camkit.data.voc import VOC_CLASSES, VOCFolder, open_voc

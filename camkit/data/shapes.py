@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
 
 from camkit.data.voc import VOCFolder
-from camkit.palette import voc_palette
+from camkit.mask import voc_palette
 
 SHAPE_CLASSES = ("circle", "square", "triangle")
 """The classes of the drawn images; circles are red, squares blue, triangles yellow."""

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from camkit.data.labels import LabelFile, find_labels
-from camkit.data.names import check_split, read_names
+from camkit.data.labels import LabelFile, check_split, find_labels, read_names
 from camkit.data.sample import Sample, all_usable, mask_classes
 from camkit.errors import DataError
 

@@ -2,7 +2,7 @@
 
 Heads are averaged, the cues beside attention joined in, absent classes left out, both directions
 added, and confident scores amplified: a dozen small tensors and some eighty launches on a GPU where
-each step is its own. `camkit.edit.doei` says what the steps are and whose; the soft rule
+each step is its own. `camkit.edits.doei` says what the steps are and whose; the soft rule
 `camkit.ops.confidence.TanhAroundMean` is the only one the operator knows.
 """
 

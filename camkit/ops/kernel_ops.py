@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camkit.ops import reweight_grad as grad, reweight_plain as plain
+from camkit.ops import reweight_plain as plain
 
 NAMESPACES = ("camkit", "camkit_plain")
 _TILT = "Tensor? log_weights, float scale, int gated_rows"
@@ -36,7 +36,7 @@ SCHEMAS = {
 }
 KERNELS: dict[str, Callable[..., Any]] = {
     "reweighted_attention": plain.reweighted_attention,
-    "reweighted_attention_backward": grad.attention_backward,
+    "reweighted_attention_backward": plain.attention_backward,
     "class_columns": plain.class_columns,
     "affinity_mean": plain.affinity_mean,
     "affinity_mean_": plain.affinity_mean_,
@@ -117,7 +117,7 @@ def _keep_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _columns_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     q, k, lse, log_weights, columns = ctx.saved_tensors
     scale, gated_rows, count = ctx.settings
-    found = grad.Gradients(q, k, lse, log_weights, scale, gated_rows)
+    found = plain.Gradients(q, k, lse, log_weights, scale, gated_rows)
     at_logits = columns * gradient
     found.lse -= at_logits.sum(-1)
     found.add(at_logits, slice(None), slice(0, None), slice(0, count))
@@ -127,8 +127,8 @@ def _columns_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 def _affinity_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     q, k, lse, log_weights, _ = ctx.saved_tensors
     *tilt, skip = ctx.settings
-    found = grad.Gradients(q, k, lse, log_weights, *tilt)
-    grad.mean_map_backward(found, q, k, skip, lambda rows: gradient[:, rows])
+    found = plain.Gradients(q, k, lse, log_weights, *tilt)
+    plain.mean_map_backward(found, q, k, skip, lambda rows: gradient[:, rows])
     return *found.all(), None, None, None
 
 
@@ -142,7 +142,7 @@ def _propagated_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...
     q, k, lse, cam, log_weights = ctx.saved_tensors
     *tilt, skip = ctx.settings
     values, given = cam.to(lse.dtype), gradient.to(lse.dtype)
-    found = grad.Gradients(q, k, lse, log_weights, *tilt)
+    found = plain.Gradients(q, k, lse, log_weights, *tilt)
     to_cam = torch.zeros_like(values)
 
     def at_mean(rows: slice) -> Tensor:
@@ -151,7 +151,7 @@ def _propagated_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...
     def see(weights: Tensor, rows: slice) -> None:
         to_cam.add_(given[:, :, rows] @ weights.sum(1), alpha=1 / q.shape[1])
 
-    grad.mean_map_backward(found, q, k, skip, at_mean, see)
+    plain.mean_map_backward(found, q, k, skip, at_mean, see)
     to_q, to_k, to_lse, to_weights = found.all()
     return to_q, to_k, to_lse, to_cam.to(cam.dtype), to_weights, None, None, None
 

@@ -1,15 +1,204 @@
-"""Mean-field inference in a fully connected CRF (Kraehenbuehl and Koltun 2011)."""
+"""Mean-field inference in a fully connected CRF, in C++, plain torch and pydensecrf."""
 
+import ctypes
+import functools
 import math
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from camkit.errors import CamkitError
 from camkit.native import load
-from camkit.ops.crf_backends import Infer, infer_native, infer_pydensecrf, infer_torch
-from camkit.ops.crf_kernels import Kernels as Kernels, check_kernels, largest_features
+from camkit.ops.permutohedral import Lattice, lattice, packing
+
+
+class Kernels(NamedTuple):
+    """Widths (standard deviations, pixels and grey levels) and weights of the two kernels.
+
+    The Gaussian kernel joins pixels that are near, the bilateral one pixels that are near and of
+    like colour.
+    """
+
+    gauss_sxy: float
+    gauss_weight: float
+    bilateral_sxy: float
+    bilateral_srgb: float
+    bilateral_weight: float
+
+
+def check_kernels(kernels: Kernels) -> None:
+    """Refuse widths and weights of no meaning."""
+    for name, value in kernels._asdict().items():
+        if name.endswith("weight"):
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be at least 0 and finite, got {value}")
+        elif not 0.0 < value < math.inf:
+            raise ValueError(f"`{name}` must be above 0 and finite, got {value}")
+
+
+def largest_features(kernels: Kernels, rows: int, cols: int) -> tuple[list[float], list[float]]:
+    """Bounds of the features of the Gaussian and of the bilateral kernel: x, y, red, green, blue.
+
+    Raises:
+        ValueError: a width is too small for a lattice over pictures of this size.
+    """
+    gauss = [(cols - 1) / kernels.gauss_sxy, (rows - 1) / kernels.gauss_sxy]
+    bilateral = [(cols - 1) / kernels.bilateral_sxy, (rows - 1) / kernels.bilateral_sxy]
+    bilateral += 3 * [255 / kernels.bilateral_srgb]
+    for names, bounds in (("gauss_sxy", gauss), ("bilateral_sxy` or `bilateral_srgb", bilateral)):
+        try:
+            if max(bounds) > _LARGEST:
+                raise ValueError(f"{max(bounds):.0f} widths across")  # noqa: TRY301
+            packing(bounds)
+        except ValueError as error:
+            raise ValueError(
+                f"`{names}` is too small for a lattice over {rows}x{cols} pixels ({error}); "
+                "widths below a pixel or a grey level keep every pixel to itself"
+            ) from error
+    return gauss, bilateral
+
+
+_LARGEST = (
+    2.0**18
+)  # further out, float32 coordinates no longer tell where in a simplex a point lies
+
+
+LEAST_SCORE = 1e-5  # as pydensecrf's unary_from_softmax; a score of zero would rule a label out
+Infer = Callable[[Float[Tensor, "b k H W"], UInt8[Tensor, "b H W 3"], Kernels, int], Tensor]
+
+
+def infer_torch(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
+    """The specification: any device, differentiable in the scores, one image after the other."""
+    images, _, rows, cols = scores.shape
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    refined = torch.empty(scores.shape, dtype=dtype, device=scores.device)
+    with torch.autocast(scores.device.type, enabled=False):
+        for index in range(images):
+            lattices = _lattices(rgb[index].to(scores.device), kernels)
+            flat = _update(scores[index].to(dtype).flatten(1), lattices, steps)
+            refined[index] = flat.unflatten(1, (rows, cols))
+    return refined.to(scores.dtype)
+
+
+def _update(scores: Float[Tensor, "k n"], lattices: Sequence[Lattice], steps: int) -> Tensor:
+    # Filters are linear and probabilities sum to one: the last label's message follows from the
+    # others' and needs no channel. Everything counts from the last label.
+    logs = scores.clamp_min(LEAST_SCORE).log()
+    odds = (logs[:-1] - logs[-1:]).T.contiguous()
+    prior = odds - _filtered(lattices, torch.ones_like(odds[:, :1]))
+    for _ in range(steps):
+        message = _filtered(lattices, _probabilities(odds))
+        odds = message.sum(1, keepdim=True) + prior
+        odds += message
+    likely = _probabilities(odds).T
+    return torch.cat([likely, 1 - likely.sum(0, keepdim=True)]).clamp_min(0)
+
+
+def _filtered(lattices: Sequence[Lattice], values: Tensor) -> Tensor:
+    first, *others = lattices
+    message = first.filter(values)
+    for kernel in others:
+        message += kernel.filter(values)
+    return message
+
+
+def _probabilities(odds: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """Softmax with a last label of odds 0, which is left out."""
+    if odds.shape[1] == 1:
+        return odds.sigmoid()
+    top = odds.detach().amax(1, keepdim=True).clamp_min_(0)  # any constant would do
+    likely = (odds - top).exp_()
+    return likely / (likely.sum(1, keepdim=True) + top.neg_().exp_())
+
+
+def _lattices(rgb: UInt8[Tensor, "H W 3"], kernels: Kernels) -> tuple[Lattice, Lattice]:
+    rows, cols = rgb.shape[:2]
+    # what is kept, or wanted by a later backward, must not be an inference tensor
+    with torch.inference_mode(mode=False), torch.no_grad():
+        make = _kept_gauss if rows * cols <= _KEPT_PIXELS else _gauss
+        gauss = make(rows, cols, kernels.gauss_sxy, kernels.gauss_weight, rgb.device)
+        _, largest = largest_features(kernels, rows, cols)
+        colours = _divided(rgb.reshape(-1, 3).T.float(), kernels.bilateral_srgb)
+        position = _positions(rows, cols, kernels.bilateral_sxy, rgb.device)
+        bilateral = lattice(torch.cat([position, colours]), largest)
+        return gauss, bilateral.normalised(kernels.bilateral_weight)
+
+
+def _gauss(rows: int, cols: int, sxy: float, weight: float, device: torch.device) -> Lattice:
+    largest = [(cols - 1) / sxy, (rows - 1) / sxy]
+    return lattice(_positions(rows, cols, sxy, device), largest).normalised(weight)
+
+
+_KEPT_PIXELS = 2**18  # larger pictures would hold on to much memory and gain little
+_kept_gauss = functools.lru_cache(maxsize=4)(_gauss)
+
+
+def _positions(rows: int, cols: int, sxy: float, device: torch.device) -> Float[Tensor, "2 n"]:
+    at = torch.arange(rows * cols, device=device)
+    return _divided(torch.stack([at % cols, at // cols]).float(), sxy)
+
+
+def _divided(values: Tensor, width: float) -> Tensor:
+    return values / values.new_tensor([width])  # a plain number may be multiplied as its reciprocal
+
+
+def infer_native(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
+    """Compiled: images on several threads, the lock of the interpreter released."""
+    library = load("dense_crf")
+    if library is None:
+        raise CamkitError(
+            "backend 'native' needs a C++ compiler (g++ or clang++, or its name in CXX) and "
+            "CAMKIT_NATIVE other than 0; the log of 'camkit' at INFO tells what failed, and "
+            "backend='torch' needs neither"
+        )
+    logs = scores.detach().float().clamp_min(LEAST_SCORE).log_().contiguous()
+    rgb = rgb.contiguous()
+    refined = torch.empty_like(logs)
+    images, labels, rows, cols = logs.shape
+    failed = library.camkit_mean_field(
+        ctypes.c_void_p(logs.data_ptr()),
+        ctypes.c_void_p(rgb.data_ptr()),
+        *(ctypes.c_int64(size) for size in (images, labels, rows, cols)),
+        (ctypes.c_float * 5)(*kernels),
+        ctypes.c_int(steps),
+        ctypes.c_int(torch.get_num_threads()),
+        ctypes.c_void_p(refined.data_ptr()),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the lattice of {images} images of {rows}x{cols} pixels")
+    return refined.to(scores.dtype)
+
+
+def infer_pydensecrf(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
+    """The library that the field uses, one image after the other; the others must agree with it."""
+    try:
+        from pydensecrf import densecrf
+    except ImportError as error:
+        raise CamkitError(
+            "backend 'pydensecrf' needs that library; install it with `pip install 'camkit[crf]'` "
+            "(Python below 3.13, g++ and the Python headers)"
+        ) from error
+    refined = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    energies = scores.detach().float().clamp_min(LEAST_SCORE).log().neg().cpu().numpy()
+    for image, energy, colours in zip(refined, energies, rgb.cpu().numpy(), strict=True):
+        labels, rows, cols = energy.shape
+        field: Any = densecrf.DenseCRF2D(cols, rows, labels)
+        field.setUnaryEnergy(np.ascontiguousarray(energy.reshape(labels, -1)))
+        field.addPairwiseGaussian(sxy=kernels.gauss_sxy, compat=kernels.gauss_weight)
+        field.addPairwiseBilateral(
+            sxy=kernels.bilateral_sxy,
+            srgb=kernels.bilateral_srgb,
+            rgbim=np.array(colours, order="C"),  # it refuses memory that cannot be written
+            compat=kernels.bilateral_weight,
+        )
+        found = np.array(field.inference(steps)).reshape(labels, rows, cols)
+        image.copy_(torch.from_numpy(found))
+    return refined
+
 
 Backend: TypeAlias = Literal["auto", "native", "torch", "pydensecrf"]
 _INFER: dict[str, Infer] = {
@@ -44,7 +233,7 @@ def mean_field(
     Args:
         scores: probabilities, summing to one over k. With one label there is nothing to decide.
         rgb: the picture in 0..255, red first: the lattice is not the same for all orders.
-        kernels: widths and weights; `camkit.refine.crf_presets` has those of the field.
+        kernels: widths and weights; `camkit.refiners.crf` has those of the field.
         steps: updates, at least 1; the field runs 10.
         backend: which implementation.
 

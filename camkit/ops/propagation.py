@@ -1,16 +1,18 @@
-"""Values carried along attention, as one fused attention call."""
+"""Values carried along attention or an affinity: propagation, balancing, random walks, boxes."""
 
 from collections.abc import Sequence
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from camkit.ops.class_attention import Bias, Heads, key_weights, known_normaliser
-from camkit.ops.normaliser import rows_of
-from camkit.ops.places import run_of, take
+from camkit.ops.attention import Bias, Heads, key_weights, known_normaliser, rows_of, run_of, take
 from camkit.ops.reweight import compiled_for, propagate_mean
+from camkit.ops.similarity import check_positive
+from camkit.tensors import Cam
 
 
 def propagate(  # noqa: PLR0913 - all of one attention call
@@ -75,3 +77,94 @@ def _ride(
         scale=scale,
     )
     return carried.mean(1)[..., :count].mT
+
+
+def balance(affinity: Float[Tensor, "b n n"], *, rounds: int = 3) -> Float[Tensor, "b n n"]:
+    """Sinkhorn-normalise a positive affinity, then make it symmetric.
+
+    Every round divides the columns, then the rows, by their sums, so that patches which everything
+    attends to (sinks) stop swallowing the scores. Rounds followed by the mean with the transpose
+    are the recipe of CLIP-ES (Lin et al. 2023).
+
+    Args:
+        affinity: how much each patch takes from each other patch.
+        rounds: how many times columns and rows are scaled.
+    """
+    for _ in range(rounds):
+        affinity = affinity / affinity.sum(-2, keepdim=True)
+        affinity = affinity / affinity.sum(-1, keepdim=True)
+    return (affinity + affinity.mT) / 2
+
+
+def random_walk(
+    scores: Float[Tensor, "b k n"], affinity: Float[Tensor, "b n n"], *, beta: float, steps: int
+) -> Float[Tensor, "b k n"]:
+    """Replace each score by its expectation after a walk from its place.
+
+    Equals ``T^steps`` applied to each map, with T the affinity to the power ``beta`` whose rows are
+    scaled to sum to one. Powers of T are never built: each step is one product with the scores, so
+    that memory is that of one ``(b, n, n)``. Scores keep their range, and constant ones their
+    value. Where the affinity is symmetric, the sum of scores weighted by the row sums of
+    ``affinity ** beta`` is kept.
+
+    Args:
+        scores: one per place, for each of k maps.
+        affinity: from each place (row) to each other, at least 0, more than 0 somewhere in a row.
+        beta: larger values let only the strongest affinities count.
+        steps: of the walk; 0 leaves the scores as they are.
+    """
+    check_positive("beta", beta)
+    if steps < 0:
+        raise ValueError(f"`steps` must be at least 0, got {steps}")
+    _check_affinity(affinity, scores)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    with torch.autocast(scores.device.type, enabled=False):
+        values = scores.to(dtype)
+        transition = affinity.to(dtype)
+        # a row's scale goes out when it is made to sum to one; high powers of small numbers vanish
+        transition = (transition / transition.amax(-1, keepdim=True)) ** beta
+        transition = transition / transition.sum(-1, keepdim=True)
+        for _ in range(steps):
+            values = values @ transition.mT
+    return values.to(scores.dtype)
+
+
+def _check_affinity(affinity: Tensor, scores: Tensor) -> None:
+    images, _, places = scores.shape
+    if affinity.shape != (images, places, places):
+        raise ValueError(
+            f"`affinity` must be {images}x{places}x{places} for {images} images of {places} "
+            f"scores a map, got {'x'.join(map(str, affinity.shape))}"
+        )
+    if not (affinity.isfinite() & (affinity >= 0)).all():
+        raise ValueError("`affinity` must be finite and at least 0, got NaN, inf or less")
+    if not (affinity.sum(-1) > 0).all():
+        raise ValueError("`affinity` has a row of zeros: a walk from there leads nowhere")
+
+
+def component_boxes(cam: Cam, share: float) -> Bool[Tensor, "b k h w"]:
+    """Where the upright boxes around the connected strong parts of each map lie.
+
+    Parts join along sides and corners. The boxes are those of CLIP-ES (Lin et al. 2023), which
+    takes them at 0.4; ours reach the last row and column, of which it leaves out any box that
+    touches them. A map without a positive score has no box.
+
+    Args:
+        cam: class scores.
+        share: a score above this share of the map's largest is strong, in [0, 1).
+    """
+    check_share(share)
+    top = cam.detach().amax((-2, -1), keepdim=True) if cam.numel() else cam.detach()
+    strong = ((cam.detach() > share * top) & (top > 0)).flatten(0, 1).cpu().numpy()
+    inside = np.zeros_like(strong)
+    for plane, filled in zip(strong.astype(np.uint8), inside, strict=True):
+        _, _, parts, _ = cv2.connectedComponentsWithStats(plane, connectivity=8)
+        for left, up, width, height, _ in parts[1:]:  # the first is what is not strong
+            filled[up : up + height, left : left + width] = True
+    return torch.from_numpy(inside).view(cam.shape).to(cam.device)
+
+
+def check_share(share: float) -> None:
+    """Refuse a share that `component_boxes` cannot use."""
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"`boxes` must lie in [0, 1), got {share}")

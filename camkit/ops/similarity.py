@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from camkit.ops.normaliser import CHUNK_ELEMENTS
-from camkit.ops.places import take
+from camkit.ops.attention import CHUNK_ELEMENTS, take
 from camkit.tensors import Tokens
 
 

@@ -3,10 +3,26 @@
 from camkit.score.bootstrap import Gain, holm, paired_gain
 from camkit.score.boundary import boundary_confusion, boundary_overlap
 from camkit.score.boxes import BoxAccuracy, box_accuracy, box_hits, resize_boxes
-from camkit.score.confusion import Definition, class_iou, confusion_matrix, mean_iou
-from camkit.score.curve import Curve, average_precision, threshold_curve
-from camkit.score.report import ClassScore, class_scores, class_table, percent, pixel_accuracy
-from camkit.score.sweep import THRESHOLDS, Best, best_threshold, sweep_confusions
+from camkit.score.confusion import (
+    ClassScore,
+    Definition,
+    class_iou,
+    class_scores,
+    class_table,
+    confusion_matrix,
+    mean_iou,
+    percent,
+    pixel_accuracy,
+)
+from camkit.score.sweep import (
+    THRESHOLDS,
+    Best,
+    Curve,
+    average_precision,
+    best_threshold,
+    sweep_confusions,
+    threshold_curve,
+)
 
 __all__ = [
     "THRESHOLDS",

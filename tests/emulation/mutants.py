@@ -5,7 +5,7 @@ All are compiled into one library and chosen by number when it runs: ``NOW(n)`` 
 
 import shutil
 
-from camkit.native.cuda_build import SOURCES
+from camkit.native.kernels import SOURCES
 
 MUTANTS = {
     "keys are used before they have landed": (

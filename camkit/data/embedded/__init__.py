@@ -1,6 +1,164 @@
-"""What comes with camkit, so that it shows its work without a download: photographs and a model."""
+"""The small model and the photographs that come with camkit."""
 
-from camkit.data.embedded.model import demo_model
-from camkit.data.embedded.photos import DEMO_CLASSES, DemoPhotos, demo_photos
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-__all__ = ["DEMO_CLASSES", "DemoPhotos", "demo_model", "demo_photos"]
+import torch
+from torch import Tensor
+
+from camkit.data.labels import check_split
+from camkit.data.sample import Sample
+from camkit.errors import DataError
+
+DEMO_DEPTH = 9
+"""Blocks of the model that comes with camkit; its teacher has twelve."""
+
+DEMO_WEIGHTS = Path(__file__).parent / "vit_tiny_9_blocks_distilled.safetensors"
+
+_SCALE = ".scale"
+_LARGEST = 127.0
+
+
+def demo_model() -> Any:
+    """Make the model that comes with camkit; nothing is downloaded.
+
+    It is a ViT of width 192, patch 16 and nine blocks with 1000 ImageNet outputs, trained by
+    ``benchmarks/train_demo_model.py`` to do what timm's twelve-block ViT-Ti/16 of "How to train
+    your ViT?" (Steiner et al., 2021) does. It is there to try camkit with: its maps come near the
+    teacher's, but it often takes one thing for another; ``benchmarks/results/demo_model.json``
+    says how often. Colours are normalised with mean and standard deviation 0.5, the defaults of
+    `camkit.load_photo`; `imagenet_vocabulary` names the outputs.
+
+    Returns:
+        A timm ``VisionTransformer`` in evaluation mode, float32, for images of any size.
+
+    Raises:
+        DataError: the file with the weights is missing or broken.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = expand_rows(load_file(DEMO_WEIGHTS))
+        model = blank_model()
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise DataError(f"{DEMO_WEIGHTS} cannot be read ({error}); install camkit again") from error
+    return model.eval()
+
+
+def blank_model() -> Any:
+    """Make the model that comes with camkit with random weights, to be trained or filled."""
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", depth=DEMO_DEPTH, dynamic_img_size=True)
+
+
+def round_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Round matrices and kernels to 8 bits with one scale a row, all else to half precision.
+
+    Args:
+        weights: a state dict of floats.
+
+    Returns:
+        int8 rows under their own names, their scales (float32) under ``name.scale``; float16 for
+        biases, norms, positions and special tokens.
+    """
+    packed: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if not name.endswith("weight") or weight.ndim < 2:
+            packed[name] = weight.half()
+            continue
+        rows = weight.float().flatten(1)
+        scale = (rows.abs().amax(dim=1) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+        steps = (rows / scale[:, None]).round().clamp(-_LARGEST, _LARGEST)
+        packed[name] = steps.to(torch.int8).view_as(weight)
+        packed[name + _SCALE] = scale
+    return packed
+
+
+def expand_rows(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `round_rows`, but for the rounding.
+
+    Returns:
+        A state dict, float32.
+    """
+    weights = {}
+    for name, values in packed.items():
+        if name.endswith(_SCALE):
+            continue
+        weights[name] = values.float()
+        if values.dtype == torch.int8:
+            shape = (-1,) + (1,) * (values.ndim - 1)
+            weights[name] *= packed[name + _SCALE].view(shape)
+    return weights
+
+
+DEMO_CLASSES = ("cat", "person", "cup", "tripod")
+"""Classes of the masks: names that an ImageNet classifier's vocabulary knows."""
+
+_CONTENT = {  # public domain (NASA), or CC0 by their photographers: see THIRD_PARTY.md
+    "astronaut.png": ("person",),
+    "camera.png": ("person", "tripod"),
+    "coffee.png": ("cup",),
+    "chelsea.png": ("cat",),
+}
+_SPLITS = ("all",)
+
+
+@dataclass(frozen=True)
+class DemoPhotos:
+    """Four photographs to look at and to try things on; far too few to measure with.
+
+    They are the photographs in scikit-image's wheel that may be redistributed and show an object
+    that ImageNet has a name for, but for the rocket: it is thinner than one patch at 384 pixels.
+    Masks are drawn by hand; the video camera, blurred fur at the cat's chin and a line along each
+    border are 255, ignore.
+    """
+
+    root: Path
+    photos: Path
+    classes: tuple[str, ...] = DEMO_CLASSES
+    splits: tuple[str, ...] = _SPLITS
+
+    def split(self, name: str = "all") -> tuple[Sample, ...]:
+        """List the photographs; there is one split, "all".
+
+        Raises:
+            ValueError: there is no such split.
+            DataError: this scikit-image does not bring a photograph along.
+        """
+        check_split(name, self.splits)
+        return tuple(self._sample(file, present) for file, present in _CONTENT.items())
+
+    def entries(self, name: str = "all") -> Iterator[Sample | DataError]:
+        """Go through the photographs."""
+        yield from self.split(name)
+
+    def _sample(self, file: str, present: tuple[str, ...]) -> Sample:
+        photo = self.photos / file
+        if not photo.is_file():
+            raise DataError(
+                f"{photo} is not there, though scikit-image 0.24 to 0.26 bring it along; "
+                "install one of these"
+            )
+        classes = tuple(sorted(self.classes.index(name) for name in present))
+        return Sample(photo.stem, photo, self.root / "masks" / file, classes)
+
+
+def demo_photos() -> DemoPhotos:
+    """Open the photographs that come with camkit; nothing is copied or downloaded.
+
+    Returns:
+        A data set with the one split "all".
+
+    Raises:
+        DataError: scikit-image, which holds the photographs, is not installed.
+    """
+    found = find_spec("skimage")  # where it lies; importing it would take a second
+    if found is None or not found.submodule_search_locations:
+        raise DataError("the photographs are scikit-image's; install it: pip install scikit-image")
+    return DemoPhotos(Path(__file__).parent, Path(found.submodule_search_locations[0]) / "data")

@@ -1,0 +1,1 @@
+"""Methods without a default or a measured gain; names here may change in any version."""

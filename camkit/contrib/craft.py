@@ -1,0 +1,206 @@
+"""CRAFT: concepts that recur among patches, weighed by what they do to the class score."""
+
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from camkit.capture.record import Capture, TokenWatch
+from camkit.seeds.patches import leaving_patches, lens_scores
+from camkit.seeds.protocol import check_classes, keep_asked, pick
+from camkit.tensors import Cam, Classes
+
+Data: TypeAlias = Float[Tensor, "b n d"]
+Amounts: TypeAlias = Float[Tensor, "b n r"]
+Directions: TypeAlias = Float[Tensor, "b r d"]
+
+_TINY = 1e-9
+_RIDGE = 1e-6  # a direction that no row holds, or two that are one, still have a solution
+
+
+def semi_nmf(
+    data: Data, rank: int, *, steps: int = 50, rng_seed: int = 0
+) -> tuple[Amounts, Directions]:
+    """Find ``amounts @ directions`` close to ``data``, with amounts of at least 0.
+
+    The alternating rule of Ding, Li and Jordan (2010): directions by least squares, amounts by
+    their multiplicative update, which never raises the squared error. It starts from the nearest of
+    some rows drawn far from each other, plus 0.2, as there from k-means; to draw instead of
+    running k-means is ours.
+
+    Args:
+        data: rows to be explained, signed.
+        rank: how many directions.
+        steps: how often both are updated.
+        rng_seed: decides the first row drawn.
+    """
+    if not 1 <= rank <= data.shape[1]:
+        raise ValueError(f"`rank` must lie in 1 to the {data.shape[1]} rows, got {rank}")
+    if steps < 1:
+        raise ValueError(f"`steps` must be at least 1, got {steps}")
+    amounts = _start(data, rank, rng_seed)
+    for _ in range(steps):
+        amounts = _step(data, amounts, least_squares(data, amounts))
+    return amounts, least_squares(data, amounts)
+
+
+def amounts_of(data: Data, directions: Directions, *, steps: int = 50) -> Amounts:
+    """How much of each known direction is in every row; at least 0.
+
+    Args:
+        data: rows to be explained.
+        directions: of `semi_nmf`, perhaps of other data.
+        steps: multiplicative updates, from equal amounts on.
+    """
+    amounts = data.new_ones(*data.shape[:2], directions.shape[1])
+    for _ in range(steps):
+        amounts = _step(data, amounts, directions)
+    return amounts
+
+
+def least_squares(data: Data, amounts: Amounts) -> Directions:
+    """The directions that explain the data best, given the amounts."""
+    gram = amounts.mT @ amounts
+    ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_TINY)[:, None, None]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + ridge * eye, amounts.mT @ data)
+
+
+def _step(data: Data, amounts: Amounts, directions: Directions) -> Amounts:
+    towards, gram = data @ directions.mT, directions @ directions.mT
+    gain = towards.clamp_min(0.0) + amounts @ (-gram).clamp_min(0.0)
+    loss = (-towards).clamp_min(0.0) + amounts @ gram.clamp_min(0.0)
+    return amounts * (gain / loss.clamp_min(_TINY)).sqrt()
+
+
+def _start(data: Data, rank: int, rng_seed: int) -> Amounts:
+    """Each row belongs to the nearest of ``rank`` rows, each drawn farthest from those before."""
+    draw = torch.Generator().manual_seed(rng_seed)
+    first = int(torch.randint(data.shape[1], (1,), generator=draw))
+    centre = data[:, first : first + 1]
+    distances = [(data - centre).square().sum(-1)]
+    for _ in range(rank - 1):
+        farthest = torch.stack(distances).amin(0).argmax(1)
+        centre = data.gather(1, farthest[:, None, None].expand(-1, 1, data.shape[2]))
+        distances.append((data - centre).square().sum(-1))
+    nearest = torch.stack(distances, -1).argmin(-1)
+    return torch.nn.functional.one_hot(nearest, rank).to(data.dtype) + 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptBank:
+    """Directions that recur among patches.
+
+    Attributes:
+        directions: one row a concept.
+    """
+
+    directions: Float[Tensor, "r d"]
+
+    @classmethod
+    def of(cls, patches: Float[Tensor, "n d"], *, rank: int = 20, steps: int = 50) -> "ConceptBank":
+        """Learn concepts from the patches of many images.
+
+        Args:
+            patches: of images of one class, from the layer that a `CRAFTSeed` reads.
+            rank: how many; 20 is CRAFT's.
+            steps: of the factorisation.
+        """
+        return cls(semi_nmf(patches[None].float(), rank, steps=steps)[1][0])
+
+
+@dataclass(frozen=True)
+class CRAFTSeed:
+    """The amount of each concept in each patch, times how much it matters to the class.
+
+    After CRAFT (Fel et al. 2023): features are factorised into non-negative amounts of concepts, a
+    concept matters by the total Sobol index of the class score when amounts are scaled by random
+    masks (Jansen's estimator). Ours: ViT tokens are signed, so the factorisation is semi-NMF; masks
+    are Sobol's sequence instead of Halton's; the score is the logit lens of the mean patch; a
+    concept that lowers the score on average counts as zero, as the index has no sign; and without
+    ``concepts`` those of each image alone are taken, where CRAFT learns them from hundreds of crops
+    of one class.
+
+    Attributes:
+        concepts: learnt beforehand; None factorises each image alone.
+        rank: how many concepts an image has, where they are its own.
+        layer: the block whose patches are read, as in `camkit.LogitLensSeed`.
+        designs: masks for each concept; 32 is CRAFT's.
+    """
+
+    concepts: ConceptBank | None = None
+    rank: int = 8
+    layer: int = -1
+    designs: int = 32
+
+    gradients: ClassVar[bool] = False
+    tokens: ClassVar[TokenWatch] = TokenWatch(leaving=True)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {self.rank}")
+        if self.designs < 2:
+            raise ValueError(f"`designs` must be at least 2, got {self.designs}")
+
+    def __call__(self, capture: Capture, classes: Classes) -> Cam:
+        check_classes(capture, classes, capture.scores.shape[-1])
+        patches = leaving_patches(capture, self.layer, self).float()
+        if self.concepts is None:
+            amounts, directions = semi_nmf(patches, self.rank)
+        else:
+            directions = self.concepts.directions.to(patches).expand(len(patches), -1, -1)
+            amounts = amounts_of(patches, directions)
+        weights = self._importance(capture, classes, amounts.mean(1), directions)
+        maps = torch.einsum("bkr,bnr->bkn", weights, amounts)
+        return keep_asked(capture.grid.fold(maps), classes)
+
+    def _importance(
+        self,
+        capture: Capture,
+        classes: Classes,
+        pooled: Float[Tensor, "b r"],
+        directions: Float[Tensor, "b r d"],
+    ) -> Float[Tensor, "b k r"]:
+        """How much each concept matters to each asked class; 0 where it lowers the score."""
+        first, second = sobol_pairs(pooled.shape[1], self.designs, pooled)
+        masks = torch.cat([first, *swapped(first, second)])
+        tokens = torch.einsum("mr,br,brd->bmd", masks, pooled, directions)
+        dtype = capture.leaving[self.layer].tokens.dtype
+        scores = pick(lens_scores(capture, tokens.to(dtype)), classes).float()
+        base, others = scores[..., : self.designs], scores[..., self.designs :]
+        others = others.unflatten(-1, (-1, self.designs))
+        moved = first.T - second.T  # how much more of the concept the base design holds
+        lowers = ((base[:, :, None] - others) * moved).mean(-1) < 0
+        return total_sobol(base, others).masked_fill(lowers, 0.0)
+
+
+def sobol_pairs(dims: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent sets of points in the unit cube, evenly spread."""
+    drawn = SobolEngine(2 * dims).draw(count + 1)[1:].to(like)  # the first point is the origin
+    return drawn[:, :dims], drawn[:, dims:]
+
+
+def swapped(first: Float[Tensor, "m r"], second: Float[Tensor, "m r"]) -> list[Tensor]:
+    """For each coordinate, the first set with that coordinate of the second."""
+    found = []
+    for place in range(first.shape[1]):
+        changed = first.clone()
+        changed[:, place] = second[:, place]
+        found.append(changed)
+    return found
+
+
+def total_sobol(
+    base: Float[Tensor, "... m"], changed: Float[Tensor, "... r m"]
+) -> Float[Tensor, "... r"]:
+    """Jansen's estimate of the total Sobol index of each coordinate.
+
+    Args:
+        base: values at the first set of points.
+        changed: values at the sets in which one coordinate was swapped.
+    """
+    spread = base.var(-1, unbiased=False)[..., None].clamp_min(1e-12)
+    return (base[..., None, :] - changed).square().mean(-1) / (2 * spread)

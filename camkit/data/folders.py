@@ -1,0 +1,206 @@
+"""A plain folder as a data set, and which data set any folder is."""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from camkit.data.coco import coco_splits, open_coco
+from camkit.data.imagenet import open_imagenet_s
+from camkit.data.labels import check_split, closest, read_names, read_text
+from camkit.data.sample import DataSet, Sample
+from camkit.data.voc import open_voc
+from camkit.errors import DataError
+
+_HEADER = ["image", "labels"]
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_ALL = "all"
+
+
+@dataclass(frozen=True)
+class PlainFolder:
+    """A data set in a plain folder; `open_folder` finds its classes and splits.
+
+    ``labels.csv`` starts with the line ``image,labels``; each row names a file in ``images/``, with
+    or without its ending, and its classes with ``;`` between them: ``cat1.jpg,cat;sofa``. Images
+    without a row are left out. ``classes.txt`` gives the classes in the order of their mask ids,
+    one a line; without it they are the names in ``labels.csv``, sorted. Masks are
+    ``masks/<name>.png``, for as many images as there are. Each file ``splits/<split>.txt`` lists
+    names, one a line; without any there is one split, "all".
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    splits: tuple[str, ...] = (_ALL,)
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        """List the samples of one split, in the order of its list.
+
+        Raises:
+            ValueError: there is no such split.
+            DataError: a line of ``labels.csv`` or of the split's list cannot be used.
+        """
+        check_split(name, self.splits)
+        samples = {
+            stem: self._sample(photo, labels, line)
+            for stem, (photo, labels, line) in _read_rows(self.root).items()
+        }
+        listing = self.root / "splits" / f"{name}.txt"
+        if name == _ALL and not listing.is_file():
+            return tuple(samples.values())
+        stems = read_names(listing)
+        for stem, line in stems.items():
+            if stem not in samples:
+                raise DataError(
+                    f"{listing}, line {line}: {stem!r} has no row in labels.csv; "
+                    f"{closest(stem, samples)}"
+                )
+        return tuple(samples[stem] for stem in stems)
+
+    def entries(self, name: str) -> Iterator[Sample | DataError]:
+        """Go through one split; `open_folder` has refused what cannot be used."""
+        yield from self.split(name)
+
+    def _sample(self, photo: Path, labels: list[str], line: int) -> Sample:
+        for label in labels:
+            if label not in self.classes:
+                raise DataError(
+                    f"{self.root / 'labels.csv'}, line {line}: {label!r} is not a class; "
+                    f"{closest(label, self.classes)}"
+                )
+        mask = self.root / "masks" / f"{photo.stem}.png"
+        classes = tuple(sorted({self.classes.index(label) for label in labels}))
+        return Sample(photo.stem, photo, mask if mask.is_file() else None, classes)
+
+
+def open_folder(root: str | Path) -> PlainFolder:
+    """Find the classes and splits of a plain folder, and check its table of labels.
+
+    Args:
+        root: the folder that holds ``images`` and ``labels.csv``.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: the folder is empty, or a file in it is of another form.
+    """
+    root = Path(root)
+    rows = _read_rows(root)
+    names = root / "classes.txt"
+    if names.is_file():
+        classes = tuple(read_names(names))
+    else:
+        classes = tuple(sorted({label for _, labels, _ in rows.values() for label in labels}))
+    splits = tuple(sorted(path.stem for path in (root / "splits").glob("*.txt")))
+    data = PlainFolder(root, classes, splits or (_ALL,))
+    for name in data.splits:
+        data.split(name)  # a wrong line shows now, not hours into a run
+    return data
+
+
+def _read_rows(root: Path) -> dict[str, tuple[Path, list[str], int]]:
+    """Give the photo, the labels and the line of each image in ``labels.csv``."""
+    path = root / "labels.csv"
+    images = _find_images(root / "images")
+    reader = csv.reader(read_text(path).splitlines(), skipinitialspace=True, strict=True)
+    rows: dict[str, tuple[Path, list[str], int]] = {}
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        if header != _HEADER:
+            raise DataError(f"{path}, line 1: expected image,labels, got {','.join(header)}")
+        for cells in filter(None, reader):
+            row = _read_row(cells, reader.line_num, path, images)
+            stem = row[0].stem
+            if stem in rows:
+                raise DataError(
+                    f"{path}, line {row[2]}: {stem!r} stands on line {rows[stem][2]} already; "
+                    "put all its labels in one row"
+                )
+            rows[stem] = row
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}; check the quotes") from error
+    if not rows:
+        raise DataError(f"{path} has no rows; add one for each image, such as cat1.jpg,cat;sofa")
+    return rows
+
+
+def _read_row(
+    cells: list[str], line: int, path: Path, images: Mapping[str, Path]
+) -> tuple[Path, list[str], int]:
+    if len(cells) != len(_HEADER):
+        raise DataError(
+            f"{path}, line {line}: expected 2 columns, got {len(cells)}; put ; between labels"
+        )
+    image = cells[0].strip()
+    if image not in images:
+        raise DataError(
+            f"{path}, line {line}: no image {image!r} in {path.parent / 'images'}; "
+            "add the file or remove the row"
+        )
+    labels = [label.strip() for label in cells[1].split(";") if label.strip()]
+    if not labels:
+        raise DataError(f"{path}, line {line}: {image!r} has no labels; name at least one class")
+    return images[image], labels, line
+
+
+def _find_images(folder: Path) -> dict[str, Path]:
+    """Look images up by file name and by stem."""
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _ENDINGS)
+    if not paths:
+        raise DataError(f"{folder} holds no images; expected files ending in {' '.join(_ENDINGS)}")
+    by_stem: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in by_stem:
+            raise DataError(
+                f"{folder} holds both {by_stem[path.stem].name} and {path.name}, which would share "
+                "a mask; rename one"
+            )
+        by_stem[path.stem] = path
+    return by_stem | {path.name: path for path in paths}
+
+
+_MOST_SHOWN = 8
+
+
+def open_dataset(path: str | Path) -> DataSet:
+    """Open a folder in the layout of PASCAL VOC, MS COCO or ImageNet-S, or a plain folder.
+
+    Args:
+        path: a folder with ``JPEGImages/`` and ``ImageSets/Segmentation/`` (VOC), ``images/`` and
+            ``labels.csv`` (plain), ``validation-segmentation/`` or ``train-semi-segmentation/``
+            (ImageNet-S), or photos in folders such as ``train2017/`` (COCO). `open_voc`,
+            `open_coco` and their like have settings.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: the folder has none of these layouts, or a file in it cannot be used.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; name the folder that holds the data set")
+    opener = find_layout(root)
+    if opener is not None:
+        return opener(root)
+    found = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
+    shown = ", ".join(found[:_MOST_SHOWN]) or "nothing"
+    more = ", ..." if len(found) > _MOST_SHOWN else ""
+    raise DataError(
+        f"{root} is no known data set: expected JPEGImages/ and ImageSets/Segmentation/ (VOC), or "
+        "images/ and labels.csv (plain folder), or train2017/ and the like (COCO), or validation/ "
+        "and validation-segmentation/ (ImageNet-S), "
+        f"found {shown}{more}; name the folder above these"
+    )
+
+
+def find_layout(root: Path) -> Callable[[Path], DataSet] | None:
+    """What opens a folder of a known layout; None for others."""
+    if (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation").is_dir():
+        return open_voc
+    if (root / "images").is_dir() and (root / "labels.csv").is_file():
+        return open_folder
+    if any((root / f"{split}-segmentation").is_dir() for split in ("validation", "train-semi")):
+        return open_imagenet_s
+    return open_coco if coco_splits(root) else None

@@ -1,0 +1,22 @@
+"""What changes a forward from the inside."""
+
+from camkit.edits.alignment import HybridAlignment as HybridAlignment
+from camkit.edits.calibrate import (
+    StaticCalibration as StaticCalibration,
+    SuppressOutliers as SuppressOutliers,
+)
+from camkit.edits.controls import (
+    OneMoreHop as OneMoreHop,
+    RandomGates as RandomGates,
+    ScaleOutput as ScaleOutput,
+)
+from camkit.edits.doei import (
+    DOEI as DOEI,
+    ClassDecoupling as ClassDecoupling,
+    FuzzyKeyPruning as FuzzyKeyPruning,
+    PatchDecoupling as PatchDecoupling,
+)
+from camkit.edits.handle import Handle as Handle, attach as attach
+from camkit.edits.interaction import VirtualClassTokens as VirtualClassTokens
+from camkit.edits.protocol import BlockContext as BlockContext, Edit as Edit, KeyEdit as KeyEdit
+from camkit.edits.stream import Attended as Attended, StreamEdit as StreamEdit

@@ -1,0 +1,308 @@
+"""Class maps smoothed along the edges of a picture: guided filter and pixel-adaptive averages."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from camkit.ops.images import resize_cam
+from camkit.ops.similarity import check_positive
+from camkit.tensors import RGB
+
+
+def guided_filter(
+    maps: Float[Tensor, "b k H W"], rgb: RGB, *, radius: int, eps: float
+) -> Float[Tensor, "b k H W"]:
+    """Fit each map by the colours within every window, then average the fits.
+
+    The guided filter of He et al. (2013) with a colour guide. In a window a map is
+    ``a . colour + b`` with the least squared error plus ``eps |a|^2``; a pixel's value is the mean
+    over the windows that hold it. So maps have edges only where the picture has some, and become
+    flat where it is. Values may overshoot the range of the map.
+
+    A window holds only pixels of the picture, as in the paper; OpenCV mirrors the picture there.
+    Time does not grow with the square of the radius. Everything is computed in at least float32 and
+    comes back in the dtype of the maps. Gradients flow to the maps, not to the colours.
+
+    Args:
+        maps: values of any range, at the size of the colours.
+        rgb: colours in [0, 1].
+        radius: windows have 2 radius + 1 pixels on a side; may exceed the picture.
+        eps: variance of a colour, in [0, 1], below which a window counts as flat.
+    """
+    return guided_upsample(maps, rgb, rgb, radius=radius, eps=eps)
+
+
+def guided_upsample(
+    maps: Float[Tensor, "b k h w"],
+    low: Float[Tensor, "b 3 h w"],
+    high: RGB,
+    *,
+    radius: int,
+    eps: float,
+) -> Float[Tensor, "b k H W"]:
+    """Bring maps to the size of a picture, along its edges.
+
+    The fast guided filter of He and Sun (2015): the linear functions of `guided_filter` are found
+    on the small picture, resized by `camkit.resize_cam`, and applied to the colours of the large
+    one.
+
+    Args:
+        maps: values of any range, at the size of the small picture.
+        low: colours of the small picture, in [0, 1].
+        high: colours of the large picture.
+        radius: of the windows, in pixels of the small picture.
+        eps: variance of a colour, in [0, 1], below which a window counts as flat.
+
+    Returns:
+        Maps of the size of the large picture.
+    """
+    check_guided_settings(radius, eps)
+    images, _, rows, cols = maps.shape
+    if low.shape != (images, 3, rows, cols):
+        raise ValueError(
+            f"the colours must be {images}x3x{rows}x{cols} to match `maps`, got "
+            f"{'x'.join(map(str, low.shape))}; use camkit.resize_cam first"
+        )
+    if maps.numel() == 0 or high.numel() == 0:
+        return maps.new_zeros(*maps.shape[:2], *high.shape[-2:])
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    with torch.autocast(maps.device.type, enabled=False):
+        small, large = low.detach().to(dtype), high.detach().to(dtype)
+        slopes, offset = _fits(maps.to(dtype), small, radius, eps)
+        if large.shape != small.shape:
+            size = (large.shape[-2], large.shape[-1])
+            slopes, offset = [resize_cam(slope, size) for slope in slopes], resize_cam(offset, size)
+        filtered = offset
+        for slope, channel in zip(slopes, _channels(large), strict=True):
+            filtered = filtered + slope * channel
+    return filtered.to(maps.dtype)
+
+
+def check_guided_settings(radius: int, eps: float) -> None:
+    """Refuse settings that `guided_filter` cannot use.
+
+    Raises:
+        ValueError: one is out of range, or NaN.
+    """
+    if not 1 <= radius < math.inf:
+        raise ValueError(f"`radius` must be at least 1 pixel, got {radius}")
+    check_positive("eps", eps)
+
+
+def box_mean(planes: Float[Tensor, "b c H W"], radius: int) -> Float[Tensor, "b c H W"]:
+    """Mean over the pixels of a square window that lie within the picture."""
+    for dim in (-1, -2):
+        planes = _mean_along(planes, radius, dim)
+    return planes
+
+
+def _fits(maps: Tensor, rgb: Tensor, radius: int, eps: float) -> tuple[list[Tensor], Tensor]:
+    """Slopes of the three channels and offset at each pixel, averaged over its windows."""
+    centre = rgb.mean((-2, -1), keepdim=True)  # small numbers lose fewer digits
+    colours = _channels(rgb - centre)
+    means = [box_mean(colour, radius) for colour in colours]
+    ridge = _Ridge.of(colours, means, radius, eps)
+    level = box_mean(maps, radius)
+    slopes = ridge.solve(
+        [
+            box_mean(colour * maps, radius) - mean * level
+            for colour, mean in zip(colours, means, strict=True)
+        ]
+    )
+    offset = level
+    for slope, mean in zip(slopes, means, strict=True):
+        offset = offset - slope * mean
+    slopes, offset = [box_mean(slope, radius) for slope in slopes], box_mean(offset, radius)
+    for slope, middle in zip(slopes, _channels(centre), strict=True):
+        offset = offset - slope * middle
+    return slopes, offset
+
+
+@dataclass(frozen=True)
+class _Ridge:
+    """Covariance of three channels plus ``eps``, as L D L^T with ones on the diagonal of L."""
+
+    d: tuple[Tensor, Tensor, Tensor]
+    below: tuple[Tensor, Tensor, Tensor]  # at 1 0, 2 0, 2 1
+
+    @classmethod
+    def of(cls, colours: list[Tensor], means: list[Tensor], radius: int, eps: float) -> "_Ridge":
+        def covariance(i: int, j: int) -> Tensor:
+            return box_mean(colours[i] * colours[j], radius) - means[i] * means[j]
+
+        # no pivot is below eps, except by rounding
+        d0 = (covariance(0, 0) + eps).clamp_min(eps)
+        l10, l20 = covariance(1, 0) / d0, covariance(2, 0) / d0
+        d1 = (covariance(1, 1) + eps - l10 * l10 * d0).clamp_min(eps)
+        l21 = (covariance(2, 1) - l20 * l10 * d0) / d1
+        d2 = (covariance(2, 2) + eps - l20 * l20 * d0 - l21 * l21 * d1).clamp_min(eps)
+        return cls((d0, d1, d2), (l10, l20, l21))
+
+    def solve(self, right: list[Tensor]) -> list[Tensor]:
+        (d0, d1, d2), (l10, l20, l21) = self.d, self.below
+        y0 = right[0]
+        y1 = right[1] - l10 * y0
+        y2 = right[2] - l20 * y0 - l21 * y1
+        x2 = y2 / d2
+        x1 = y1 / d1 - l21 * x2
+        return [y0 / d0 - l10 * x1 - l20 * x2, x1, x2]
+
+
+def _channels(rgb: Tensor) -> list[Tensor]:
+    return list(rgb.split(1, dim=1))
+
+
+def _mean_along(planes: Tensor, radius: int, dim: int) -> Tensor:
+    """Mean of the window around each place of one axis."""
+    # Sums of 1, 2, 4, ... neighbours, put together to 2 radius + 1. Differences of running sums are
+    # simpler, but lose digits with the length of the picture.
+    size = planes.shape[dim]
+    reach = min(radius, size - 1)
+    padded = F.pad(planes, (reach, reach) if dim == -1 else (0, 0, reach, reach))
+    total, start, length, left = torch.zeros_like(planes), 0, 1, 2 * reach + 1
+    while left:
+        if left & 1:
+            total = total + padded.narrow(dim, start, size)
+            start += length
+        left >>= 1
+        if left:
+            kept = padded.shape[dim] - length
+            padded = padded.narrow(dim, 0, kept) + padded.narrow(dim, length, kept)
+            length *= 2
+    places = torch.arange(size, device=planes.device)
+    count = (places + reach + 1).clamp_max(size) - (places - reach).clamp_min(0)
+    return total / count.to(planes).view(-1, *[1] * (-1 - dim))
+
+
+DILATIONS = (1, 2, 4, 8, 12, 24)  # of the paper: near and far neighbours, 48 in all
+_POSITION_WIDTH = 0.3  # of the paper, which fades colours by the same number
+_TINY = 1e-8  # of the paper: neighbours of one value divide by this
+
+
+def adapt_to_colours(
+    maps: Float[Tensor, "b k H W"],
+    rgb: RGB,
+    *,
+    steps: int,
+    dilations: Sequence[int] = DILATIONS,
+    colour_width: float = 0.3,
+    position_weight: float = 0.01,
+) -> Float[Tensor, "b k H W"]:
+    """Replace every value by a weighted sum over its neighbours, ``steps`` times.
+
+    The pixel-adaptive refinement of AFA (Ru et al. 2022); formula and defaults are the paper's. A
+    pixel has 8 neighbours per dilation, those beyond the rim being the pixels on it, and is not its
+    own neighbour. Neighbour j of pixel i weighs ::
+
+        softmax_j(-mean_c (|I_j - I_i| / s_i / colour_width)^2)
+            + position_weight * softmax_j(-(d_j / s / 0.3)^2)
+
+    with s_i the standard deviation of the neighbours' values in a channel, d_j the distance and s
+    the standard deviation of the distances. Weights sum to ``1 + position_weight``, so every step
+    makes the maps that much larger. They are built once, 48 planes an image; steps add a few.
+
+    Everything is computed in at least float32 and comes back in the dtype of the maps. Gradients
+    flow to the maps, not to the colours.
+
+    Args:
+        maps: values of any range, at the size of the colours.
+        rgb: colours in [0, 1]. A channel's own shift and scale cancel out; values that were clipped
+            or wrapped around do not come back.
+        steps: at least 1; 10 in the paper.
+        dilations: distances of the neighbours in rows and columns, each at least 1; may exceed the
+            image.
+        colour_width: difference in colour, in standard deviations of the neighbours, at which
+            likeness fades.
+        position_weight: of nearness beside likeness, at least 0.
+    """
+    check_dilations(steps, dilations, colour_width, position_weight)
+    images, _, rows, cols = maps.shape
+    if rgb.shape != (images, 3, rows, cols):
+        raise ValueError(
+            f"`rgb` must be {images}x3x{rows}x{cols} to match `maps`, got "
+            f"{'x'.join(map(str, rgb.shape))}; use camkit.resize_cam first"
+        )
+    if maps.numel() == 0:
+        return maps.clone()
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    with torch.autocast(maps.device.type, enabled=False):
+        affinity = _colour_affinity(rgb.detach().to(dtype), dilations, colour_width)
+        affinity += position_weight * _position_affinity(dilations).to(affinity)[:, None, None]
+        weights = affinity[:, :, None].unbind(1)
+        refined = maps.to(dtype)
+        for _ in range(steps):
+            spread = torch.zeros_like(refined)
+            for weight, neighbour in zip(weights, _neighbours(refined, dilations), strict=True):
+                spread.addcmul_(weight, neighbour)
+            refined = spread
+    return refined.to(maps.dtype)
+
+
+def check_dilations(
+    steps: int, dilations: Sequence[int], colour_width: float, position_weight: float
+) -> None:
+    """Refuse settings that `adapt_to_colours` cannot use.
+
+    Raises:
+        ValueError: one is out of range, or NaN.
+    """
+    if not steps >= 1:
+        raise ValueError(f"`steps` must be at least 1, got {steps}")
+    if not dilations:
+        raise ValueError("`dilations` must name at least one distance, got none")
+    if not all(dilation >= 1 for dilation in dilations):
+        raise ValueError(f"`dilations` must be at least 1 each, got {tuple(dilations)}")
+    if not 0.0 < colour_width < math.inf:
+        raise ValueError(f"`colour_width` must be positive and finite, got {colour_width}")
+    if not 0.0 <= position_weight < math.inf:
+        raise ValueError(f"`position_weight` must be at least 0 and finite, got {position_weight}")
+
+
+def _colour_affinity(
+    rgb: RGB, dilations: Sequence[int], width: float
+) -> Float[Tensor, "b neighbours H W"]:
+    neighbours = _neighbours(rgb, dilations)
+    count = len(neighbours)
+    mean, variance = torch.zeros_like(rgb), torch.zeros_like(rgb)
+    for neighbour in neighbours:
+        mean += neighbour
+    mean /= count
+    for neighbour in neighbours:  # a second look: sums of squares alone lose the digits
+        variance += (neighbour - mean).square_()
+    unit = variance.div_(count - 1).sqrt_().add_(_TINY).mul_(width)
+    affinity = rgb.new_empty(rgb.shape[0], count, *rgb.shape[2:])
+    for row, neighbour in zip(affinity.unbind(1), neighbours, strict=True):
+        row.copy_((neighbour - rgb).div_(unit).square_().mean(1).neg_())
+    # softmax in place: torch's own makes a second stack of planes
+    affinity.sub_(affinity.amax(1, keepdim=True)).exp_()
+    return affinity.div_(affinity.sum(1, keepdim=True))
+
+
+def _position_affinity(dilations: Sequence[int]) -> Float[Tensor, " neighbours"]:
+    distances = torch.tensor([math.hypot(*o) for o in _offsets(dilations)], dtype=torch.float64)
+    return (-((distances / (distances.std() + _TINY) / _POSITION_WIDTH) ** 2)).softmax(0)
+
+
+def _neighbours(planes: Float[Tensor, "b c H W"], dilations: Sequence[int]) -> list[Tensor]:
+    """Every pixel's neighbours, plane by plane: views of one copy with its rim repeated."""
+    rows, cols = planes.shape[2:]
+    reach = max(dilations)
+    # all pixels past the rim are alike: one image's length of them is enough
+    below, beside = min(reach, rows - 1), min(reach, cols - 1)
+    padded = F.pad(planes, (beside, beside, below, below), mode="replicate")
+    views = []
+    for down, right in _offsets(dilations):
+        top = below + max(-below, min(down, below))
+        left = beside + max(-beside, min(right, beside))
+        views.append(padded[:, :, top : top + rows, left : left + cols])
+    return views
+
+
+def _offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
+    around = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+    return [(y * dilation, x * dilation) for dilation in dilations for y, x in around]

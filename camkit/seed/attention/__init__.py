@@ -1,1 +1,0 @@
-"""Class maps from attention: its class rows, its gradients, its products over blocks."""

@@ -1,1 +1,0 @@
-"""How often a seed looks at a picture: at which sizes, mirrored, in which tiles."""

@@ -1,1 +1,0 @@
-"""Class maps from a space that pictures share with words."""

@@ -1,1 +1,0 @@
-"""Class maps from patch tokens: their gradients, their likeness, their own class scores."""

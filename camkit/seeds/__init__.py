@@ -1,0 +1,54 @@
+"""The first class maps, read from a capture."""
+
+from camkit.contrib.craft import ConceptBank as ConceptBank, CRAFTSeed as CRAFTSeed
+from camkit.seeds.attention import (
+    AttentionRolloutSeed as AttentionRolloutSeed,
+    ClassAttentionSeed as ClassAttentionSeed,
+    GradientSeed as GradientSeed,
+    RelevanceSeed as RelevanceSeed,
+)
+from camkit.seeds.combined import (
+    BestAgreementSeed as BestAgreementSeed,
+    BlockSeed as BlockSeed,
+    FusedSeed as FusedSeed,
+    GatedProductSeed as GatedProductSeed,
+)
+from camkit.seeds.legrad import LeGradSeed as LeGradSeed, TextLeGradSeed as TextLeGradSeed
+from camkit.seeds.patches import (
+    LogitLensSeed as LogitLensSeed,
+    LOSTSeed as LOSTSeed,
+    PrototypeSeed as PrototypeSeed,
+    TokenCutSeed as TokenCutSeed,
+)
+from camkit.seeds.pooled import (
+    ClassWeightSeed as ClassWeightSeed,
+    ContributionSeed as ContributionSeed,
+    GroupedGeM as GroupedGeM,
+    MaxPooling as MaxPooling,
+    MeanPooling as MeanPooling,
+    PatchHeadSeed as PatchHeadSeed,
+    Pooling as Pooling,
+    ProductSeed as ProductSeed,
+    RankPooling as RankPooling,
+)
+from camkit.seeds.protocol import Seed as Seed, needs as needs
+from camkit.seeds.targets import (
+    PredictedClasses as PredictedClasses,
+    Targets as Targets,
+    read_targets as read_targets,
+)
+from camkit.seeds.text import (
+    JointSpace as JointSpace,
+    TextClasses as TextClasses,
+    TextSimilaritySeed as TextSimilaritySeed,
+)
+from camkit.seeds.token_gradients import (
+    EigenCAMSeed as EigenCAMSeed,
+    FinerCAMContrast as FinerCAMContrast,
+    GradCAMSeed as GradCAMSeed,
+)
+from camkit.seeds.views import (
+    ModelRunner as ModelRunner,
+    MultiViewReader as MultiViewReader,
+    Views as Views,
+)
