@@ -28,7 +28,7 @@ from camkit.bulk.items import Item
 from camkit.bulk.recipe import Recipe
 from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
-from camkit.bulk.stages import Maps, Prepared, batches, chunks, forward, read
+from camkit.bulk.stages import Maps, ReadImage, batches, chunks, forward, read
 from camkit.capture import Capture
 from camkit.refiners import Chain, Refiner
 
@@ -87,7 +87,7 @@ def stages_alone(
 
 
 def bytes_of(
-    prepared: Prepared, maps: Maps, row: dict[str, Any], folder: OutFolder
+    prepared: ReadImage, maps: Maps, row: dict[str, Any], folder: OutFolder
 ) -> dict[str, int]:
     rows, cols = prepared.size
     return {

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from camkit.bulk.finishing import Made, OutFolder
+from camkit.bulk.finishing import ImageResult, OutFolder
 from camkit.bulk.ledger import Journal
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Reading, Recipe, Writing
@@ -147,7 +147,7 @@ def run_on_ray(address, photos, out):
 def leave_transaction_open(out):
     """Die in the middle of an entry."""
     journal = Journal(OutFolder(out))
-    journal.record([Made("whole", {"key": "whole"})])
+    journal.record([ImageResult("whole", {"key": "whole"})])
     with journal._writing() as file:
         file.execute("INSERT INTO images VALUES ('half', '{}', NULL, NULL)")
         os.kill(os.getpid(), signal.SIGKILL)

@@ -31,7 +31,7 @@ from camkit.bench import (
     Quality,
     Repeats,
     Variant,
-    maps,
+    evaluator,
     run,
     stages,
     to_json,
@@ -174,7 +174,7 @@ def test_predicted_labels_are_the_likely_classes(model, shapes):
 def counted(monkeypatch):
     """How many variants were computed, image by image."""
     counts = []
-    real = maps.variant_maps
+    real = evaluator.variant_maps
 
     def counting(model, photo, classes, variants, vocabulary):
         counts.append(len(variants))
@@ -200,7 +200,7 @@ def test_what_was_measured_is_not_measured_again(model, shapes, tmp_path, counte
 def test_a_run_that_died_goes_on(model, shapes, tmp_path, counted, monkeypatch):
     file = tmp_path / "kept.sqlite"
     expected = to_json(measured(model, shapes, SEED))
-    real, seen = maps._capture, []
+    real, seen = evaluator._capture, []
 
     def dying(*args):
         seen.append(args)
@@ -208,7 +208,7 @@ def test_a_run_that_died_goes_on(model, shapes, tmp_path, counted, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(maps, "_capture", dying)
+    monkeypatch.setattr(evaluator, "_capture", dying)
     with pytest.raises(KeyboardInterrupt):
         measured(model, shapes, SEED, cache=file)
     counted.clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_runs import hold_journal, leave_transaction_open
 
-from camkit.bulk.finishing import Made, OutFolder
+from camkit.bulk.finishing import ImageResult, OutFolder
 from camkit.bulk.items import FilePlace, Item, Refused
 from camkit.bulk.ledger import Error, Journal, Share, plan
 from camkit.bulk.workers import end_pool, new_pool
@@ -19,7 +19,7 @@ SETTINGS = {"model": "a", "source": "folder /x"}
 
 
 def made(key, **row):
-    return Made(key, {"key": key, **row})
+    return ImageResult(key, {"key": key, **row})
 
 
 @pytest.fixture

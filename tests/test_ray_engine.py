@@ -30,7 +30,7 @@ from small_runs import (
 from camkit.bulk import PhotoFolder, RayEngine, Reading, Share, run
 from camkit.bulk.finishing import OutFolder
 from camkit.bulk.items import FilePlace
-from camkit.bulk.ray_engine import BlockContext
+from camkit.bulk.ray_engine import RunContext
 from camkit.bulk.ray_work import Message, ReadChunk, RunModel, unpacked
 from camkit.bulk.stages import read
 from camkit.cli import main
@@ -225,7 +225,7 @@ def site(tmp_path):
     probe = folder.drafts / "probe"
     probe.touch()
     recipe = replace(small_recipe(), model=OpenDeadly())
-    return BlockContext(recipe, weights_hash(OpenSmall()()), folder, probe)
+    return RunContext(recipe, weights_hash(OpenSmall()()), folder, probe)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the process that dies is a fork")
