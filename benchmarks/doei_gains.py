@@ -14,10 +14,10 @@ import camkit
 from camkit.bench import Variant
 from camkit.cli.models import DEFAULT_MODEL, open_model
 
-ATTENDED = camkit.ClassAttentionSeed()
+ATTENDED = camkit.seeds.ClassAttentionSeed()
 
 
-def edits(virtual: camkit.VirtualClassTokens) -> dict[str, object]:
+def edits(virtual: camkit.edits.VirtualClassTokens) -> dict[str, object]:
     doei = camkit.DOEI()
     return {
         "DOEI": doei,
@@ -25,24 +25,29 @@ def edits(virtual: camkit.VirtualClassTokens) -> dict[str, object]:
         "DOEI without decoupling": camkit.DOEI(classes=None, patches=None),
         "DOEI, affinity reading": camkit.DOEI(reading="affinity"),
         "DOEI, virtual class tokens": camkit.DOEI(virtual=virtual),
-        "control: output x2": camkit.ScaleOutput(2.0),
-        "control: one more hop": camkit.OneMoreHop(),
-        **{f"control: random gates {s}": camkit.RandomGates(doei, rng_seed=s) for s in range(3)},
+        "control: output x2": camkit.edits.ScaleOutput(2.0),
+        "control: one more hop": camkit.edits.OneMoreHop(),
+        **{
+            f"control: random gates {s}": camkit.edits.RandomGates(doei, rng_seed=s)
+            for s in range(3)
+        },
     }
 
 
-def variants(virtual: camkit.VirtualClassTokens) -> list[Variant]:
+def variants(virtual: camkit.edits.VirtualClassTokens) -> list[Variant]:
     seed, refined = Variant("gradient", SEED), Variant("gradient + balanced", SEED, CHAIN)
     attended = Variant("class attention", ATTENDED)
-    aligned = (camkit.HybridPropagate(steps=2), CHAIN[1])
+    aligned = (camkit.refiners.HybridPropagate(steps=2), CHAIN[1])
     found = [
         attended,
         seed,
-        Variant("gradient, blur", SEED, (camkit.Blur(1.0),), base=seed),
-        Variant("gradient, Amplify", SEED, (camkit.Amplify(),), base=seed),
+        Variant("gradient, blur", SEED, (camkit.refiners.Blur(1.0),), base=seed),
+        Variant("gradient, Amplify", SEED, (camkit.refiners.Amplify(),), base=seed),
         refined,
         Variant("gradient + HybridPropagate", SEED, aligned, base=refined),
-        Variant("gradient + balanced + Amplify", SEED, (*CHAIN, camkit.Amplify()), base=refined),
+        Variant(
+            "gradient + balanced + Amplify", SEED, (*CHAIN, camkit.refiners.Amplify()), base=refined
+        ),
     ]
     for name, edit in edits(virtual).items():
         found.append(Variant(f"{name}, class attention", ATTENDED, base=attended, edit=edit))
@@ -55,7 +60,7 @@ def main() -> None:
     options = table_options(__doc__, coco=True).parse_args()
     found_data()
     opened = open_model(DEFAULT_MODEL)
-    virtual = camkit.VirtualClassTokens.from_classifier(opened.model)
+    virtual = camkit.edits.VirtualClassTokens.from_classifier(opened.model)
     found = measure(variants(virtual), options, opened=opened)
     write(found.report, options, "doei_coco" if options.coco else "doei")
 

@@ -18,21 +18,21 @@ from camkit import bench
 from camkit.data import Sample, read_mask
 from camkit.score import confusion_matrix, mean_iou
 
-LENSES = tuple(camkit.LogitLensSeed(layer) for layer in range(-6, 0))
-PAIR = (camkit.LogitLensSeed(-2), camkit.LogitLensSeed(-1))
+LENSES = tuple(camkit.seeds.LogitLensSeed(layer) for layer in range(-6, 0))
+PAIR = (camkit.seeds.LogitLensSeed(-2), camkit.seeds.LogitLensSeed(-1))
 SEEDS = {
-    "class weight": camkit.ClassWeightSeed(),
+    "class weight": camkit.seeds.ClassWeightSeed(),
     **{f"lens {lens.layer}": lens for lens in LENSES},
-    "lenses -2 and -1, mean": camkit.FusedSeed(PAIR, "mean"),
-    "lenses -2 and -1, maximum": camkit.FusedSeed(PAIR, "max"),
-    "lenses -2 and -1, product": camkit.FusedSeed(PAIR, "product"),
-    "lens that agrees best": camkit.BestAgreementSeed(LENSES),
-    "lens that agrees with the gradient seed": camkit.BestAgreementSeed(
+    "lenses -2 and -1, mean": camkit.seeds.FusedSeed(PAIR, "mean"),
+    "lenses -2 and -1, maximum": camkit.seeds.FusedSeed(PAIR, "max"),
+    "lenses -2 and -1, product": camkit.seeds.FusedSeed(PAIR, "product"),
+    "lens that agrees best": camkit.seeds.BestAgreementSeed(LENSES),
+    "lens that agrees with the gradient seed": camkit.seeds.BestAgreementSeed(
         LENSES, camkit.GradientSeed()
     ),
     "gradient": camkit.GradientSeed(),
-    "gradient, last block": camkit.BlockSeed(camkit.GradientSeed(), (-1,)),
-    "concepts": camkit.CRAFTSeed(),
+    "gradient, last block": camkit.seeds.BlockSeed(camkit.GradientSeed(), (-1,)),
+    "concepts": camkit.contrib.CRAFTSeed(),
 }
 
 

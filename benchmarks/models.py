@@ -47,7 +47,7 @@ SEEDS = {
 Run = Callable[[nn.Module], object]
 
 
-def readable() -> Iterator[tuple[str, camkit.Diagnosis]]:
+def readable() -> Iterator[tuple[str, camkit.diagnosis.Diagnosis]]:
     from forks import FORKS
     from zoo import ZOO
 
@@ -62,7 +62,7 @@ def readable() -> Iterator[tuple[str, camkit.Diagnosis]]:
         yield f"{name} (re-created)", camkit.diagnose(model.eval(), run, **fork.options)
 
 
-def refused() -> Iterator[tuple[str, camkit.Diagnosis]]:
+def refused() -> Iterator[tuple[str, camkit.diagnosis.Diagnosis]]:
     from test_zoo import REFUSED
 
     for name, (build, _) in REFUSED.items():
@@ -74,7 +74,7 @@ def calling(call: Callable, pixels: torch.Tensor) -> Run:
     return lambda model: call(model, pixels)
 
 
-def row(name: str, found: camkit.Diagnosis) -> tuple[str, ...]:
+def row(name: str, found: camkit.diagnosis.Diagnosis) -> tuple[str, ...]:
     if found.refusal is not None:
         raise SystemExit(f"{name} was expected to work, but: {found.refusal}")
     roles = found.anatomy

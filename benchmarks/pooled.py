@@ -75,8 +75,8 @@ def lines() -> list[Variant]:
     found: list[Variant] = []
     for name, seed in {
         "gradient": camkit.GradientSeed(),
-        "rollout": camkit.RelevanceSeed(),
-        "class weight": camkit.ClassWeightSeed(),
+        "rollout": camkit.seeds.RelevanceSeed(),
+        "class weight": camkit.seeds.ClassWeightSeed(),
     }.items():
         alone = Variant(name, seed, base=found[0] if found else None)
         found.append(alone)

@@ -19,18 +19,18 @@ from camkit.refiners import Refiner
 from camkit.seeds import FusedSeed
 
 VOC_MODEL = "vit_tiny_patch16_224.voc20_animals_ft"
-GRADIENT, WEIGHT = camkit.GradientSeed(), camkit.ClassWeightSeed()
+GRADIENT, WEIGHT = camkit.GradientSeed(), camkit.seeds.ClassWeightSeed()
 PRODUCT = FusedSeed((GRADIENT, WEIGHT), join="product")
-AGREED = camkit.GatedProductSeed(GRADIENT, WEIGHT)
+AGREED = camkit.seeds.GatedProductSeed(GRADIENT, WEIGHT)
 SEEDS = {
     "class weight": WEIGHT,
     "product": PRODUCT,
     "mean": FusedSeed((GRADIENT, WEIGHT)),
     "as far as they agree": AGREED,
 }
-EDIT = camkit.StaticCalibration()
-MINMAX = camkit.Normalize("minmax")
-PAR = camkit.PixelAdaptive(scale=0.5)
+EDIT = camkit.edits.StaticCalibration()
+MINMAX = camkit.refiners.Normalize("minmax")
+PAR = camkit.refiners.PixelAdaptive(scale=0.5)
 
 
 def spread(steps: int, blocks: int) -> tuple[Refiner, ...]:
@@ -44,7 +44,7 @@ CHAINS = {
     "default + PixelAdaptive, half size": (*DEFAULT_REFINE, PAR),
     "default + DenseCRF, half size": (
         *DEFAULT_REFINE,
-        camkit.AtReducedSize(camkit.DenseCRF(background_score=0.5), scale=0.5),
+        camkit.refiners.AtReducedSize(camkit.DenseCRF(background_score=0.5), scale=0.5),
     ),
 }
 

@@ -33,15 +33,15 @@ from camkit.seeds import (
 VOC_MODEL = "vit_tiny_patch16_224.voc20_animals_ft"
 METHODS = ("gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "elementwise")
 
-GRADIENT, ATTENTION = camkit.GradientSeed(), camkit.ClassAttentionSeed()
-WEIGHT = camkit.ClassWeightSeed()
+GRADIENT, ATTENTION = camkit.GradientSeed(), camkit.seeds.ClassAttentionSeed()
+WEIGHT = camkit.seeds.ClassWeightSeed()
 LENSES = tuple(LogitLensSeed(layer) for layer in (-4, -3, -2))
 
 SEEDS: dict[str, Seed] = {
     "gradient": GRADIENT,
     "gradient, last block": BlockSeed(GRADIENT, (-1,)),
     "gradient, last three": BlockSeed(GRADIENT, (-3, -2, -1)),
-    "rollout of gradients": camkit.RelevanceSeed(),
+    "rollout of gradients": camkit.seeds.RelevanceSeed(),
     "class attention": ATTENTION,
     "class attention, last three": BlockSeed(ATTENTION, (-3, -2, -1)),
     "rollout of attention": AttentionRolloutSeed(),
@@ -57,25 +57,27 @@ SEEDS: dict[str, Seed] = {
     "gradient and class weight, product": FusedSeed((GRADIENT, WEIGHT), join="product"),
     "gradient and class weight, mean": FusedSeed((GRADIENT, WEIGHT)),
     "both where they agree": CALIBRATED.seed,
-    "normalised cut (TokenCut)": camkit.TokenCutSeed(),
-    "loneliest patches (LOST)": camkit.LOSTSeed(),
-    "like what is attended to": camkit.PrototypeSeed(),
-    "like what the gradient points at": camkit.PrototypeSeed(GRADIENT),
-    "like what the gradient points at, tokens": camkit.PrototypeSeed(GRADIENT, features="tokens"),
+    "normalised cut (TokenCut)": camkit.seeds.TokenCutSeed(),
+    "loneliest patches (LOST)": camkit.seeds.LOSTSeed(),
+    "like what is attended to": camkit.seeds.PrototypeSeed(),
+    "like what the gradient points at": camkit.seeds.PrototypeSeed(GRADIENT),
+    "like what the gradient points at, tokens": camkit.seeds.PrototypeSeed(
+        GRADIENT, features="tokens"
+    ),
 }
-EXCEL = camkit.StaticCalibration()
+EXCEL = camkit.edits.StaticCalibration()
 CALIBRATIONS = {
     "qkv, summed heads (ExCEL)": EXCEL,
-    "qkv, mean head": camkit.StaticCalibration(heads="mean"),
-    "qkv, own heads": camkit.StaticCalibration(heads="own"),
-    "vv (CLIP Surgery)": camkit.StaticCalibration(of="v", heads="own"),
-    "qq": camkit.StaticCalibration(of="q", heads="own"),
-    "kk": camkit.StaticCalibration(of="k", heads="own"),
+    "qkv, mean head": camkit.edits.StaticCalibration(heads="mean"),
+    "qkv, own heads": camkit.edits.StaticCalibration(heads="own"),
+    "vv (CLIP Surgery)": camkit.edits.StaticCalibration(of="v", heads="own"),
+    "qq": camkit.edits.StaticCalibration(of="q", heads="own"),
+    "kk": camkit.edits.StaticCalibration(of="k", heads="own"),
 }
 KEY_EDITS = {
-    "outliers suppressed": camkit.SuppressOutliers(),
-    "outliers from 3 deviations": camkit.SuppressOutliers(threshold=3.0),
-    "fuzzy key pruning": camkit.FuzzyKeyPruning(),
+    "outliers suppressed": camkit.edits.SuppressOutliers(),
+    "outliers from 3 deviations": camkit.edits.SuppressOutliers(threshold=3.0),
+    "fuzzy key pruning": camkit.edits.FuzzyKeyPruning(),
 }
 REFINED = ("gradient", "gradient and class weight, product", "both where they agree")
 KEY_EDITED = ("gradient", "class attention", "class weight")

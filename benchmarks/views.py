@@ -22,7 +22,7 @@ from camkit.seeds import Seed, Views
 
 SEEDS: dict[str, Seed] = {
     "gradient": camkit.GradientSeed(),
-    "class weight": camkit.ClassWeightSeed(),
+    "class weight": camkit.seeds.ClassWeightSeed(),
 }
 TOCO = (1.0, 0.5, 1.5)
 VIEWS = {

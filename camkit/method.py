@@ -8,6 +8,7 @@ import torch
 
 from camkit.capture.hooks import borrowed
 from camkit.capture.host import find_attention
+from camkit.capture.record import WatchSpec, required_by
 from camkit.edits.calibrate import StaticCalibration
 from camkit.edits.protocol import Edit, KeyEdit
 from camkit.errors import CaptureError, UnsupportedModelError
@@ -100,7 +101,7 @@ def bears(preset: Preset, look: ModelRunner, pixels: Pixels, rgb: RGB) -> bool:
     if len(find_attention(look.model)) < preset.depth:
         return False
     seeds = (preset.seed,) if preset.proof is None else (preset.seed, preset.proof)
-    look = replace(look, seeds=seeds, edit=None, class_query=False)
+    look = replace(look, requires=WatchSpec() | required_by(*seeds), edit=None)
     edited = replace(look, edit=preset.edit, edit_blocks=preset.edit_blocks)
     weight = next(look.model.parameters())
     pixels, rgb = pixels.to(weight), rgb.to(weight.device)

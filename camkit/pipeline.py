@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from camkit.atomic import unfinished
 from camkit.capture.hooks import borrowed
 from camkit.capture.host import find_attention
-from camkit.capture.record import Capture
+from camkit.capture.record import Capture, required_by
 from camkit.edits.protocol import Edit, KeyEdit
 from camkit.manifest import environment, weights_hash
 from camkit.mask import to_mask
@@ -22,7 +22,6 @@ from camkit.method import DEFAULT_REFINE, GRADIENT, PRESETS, Preset, suitable
 from camkit.ops.images import resize_cam
 from camkit.paint import overlay_mask, save_mask, save_picture
 from camkit.photo import Photo, read_picture
-from camkit.refiners.demands import reads_patches
 from camkit.refiners.normalize import normalize_cam
 from camkit.refiners.protocol import Refiner
 from camkit.seeds.protocol import Seed, check_classes
@@ -206,7 +205,7 @@ class Pipeline:
             photo: see `camkit.load_photo`.
             classes: what is in the picture, by name or index; None takes the classifier's first
                 guess. docs/views.md lists the other forms, such as labels,
-                `camkit.PredictedClasses` and `camkit.TextClasses`.
+                `camkit.seeds.PredictedClasses` and `camkit.seeds.TextClasses`.
 
         Raises:
             ValueError: a class is unknown, or the size does not fit the model's patches.
@@ -283,12 +282,11 @@ class Pipeline:
         pixels, rgb = pixels.to(weight), rgb.to(weight.device)
         look = ModelRunner(
             self.model,
-            seeds=(self._preset.seed,),
+            requires=required_by(self._preset.seed, *self.refine),
             edit=self._preset.edit,
             edit_blocks=self._preset.edit_blocks,
             vocabulary=self.vocabulary,
             scores=self.scores,
-            class_query=not any(map(reads_patches, self.refine)),
         )
         views = self.views or Views()
         with borrowed(self.model), torch.no_grad():

@@ -32,7 +32,7 @@ if __name__ == "__main__":  # worker processes import this file again
         recipe = Recipe(
             open_model,
             reading=Reading(size=96),
-            writing=Writing(finish=(camkit.GuidedFilter(),), cams="both"),
+            writing=Writing(finish=(camkit.refiners.GuidedFilter(),), cams="both"),
             vocabulary=camkit.Vocabulary(SHAPE_CLASSES),
             labels=(0, 2),  # in every photo; or those of a data set, or the classifier's guess
         )

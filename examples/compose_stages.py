@@ -13,7 +13,7 @@ if __name__ == "__main__":
         "vit_tiny_patch16_224", pretrained=False, depth=3, num_classes=3, dynamic_img_size=True
     ).eval()
     confusion = torch.zeros(4, 4, dtype=torch.int64)
-    refine = camkit.chain(camkit.Propagate(steps=2, balance=3), camkit.Normalize("minmax"))
+    refine = camkit.chain(camkit.Propagate(steps=2, balance=3), camkit.refiners.Normalize("minmax"))
     for picture, truth in draw_shapes(4, size=(96, 144)):
         photo = camkit.photo_from_array(picture, size=144)
         present = sorted({int(value) - 1 for value in set(truth.flatten())} - {-1})

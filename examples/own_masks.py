@@ -23,7 +23,7 @@ if __name__ == "__main__":
             "vit_tiny_patch16_224", pretrained=False, depth=3, num_classes=3, dynamic_img_size=True
         ).eval()
         seed = Variant("gradient", camkit.GradientSeed())
-        refine = (camkit.Propagate(steps=2, balance=3), camkit.Normalize("minmax"))
+        refine = (camkit.Propagate(steps=2, balance=3), camkit.refiners.Normalize("minmax"))
         report = run(
             model,
             dataset,

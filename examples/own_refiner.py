@@ -19,7 +19,7 @@ if __name__ == "__main__":
     model = timm.create_model(
         "vit_tiny_patch16_224", pretrained=False, depth=3, num_classes=3, dynamic_img_size=True
     )
-    pipeline = camkit.wrap(model, refine=[keep_the_strongest_fifth, camkit.Normalize()])
+    pipeline = camkit.wrap(model, refine=[keep_the_strongest_fifth, camkit.refiners.Normalize()])
     (picture, _), *_ = draw_shapes(1, size=(96, 144))
     result = pipeline(camkit.photo_from_array(picture, size=144), classes=[0, 2])
     print(f"maps {tuple(result.cam.shape)}, mask values {result.mask.unique().tolist()}")

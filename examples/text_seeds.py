@@ -23,12 +23,14 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     model = tiny_clip()
     tokenize = open_clip.get_tokenizer("ViT-B-16")
-    texts = camkit.TextClasses.from_prompts(model, CLASSES, tokenize=tokenize)
+    texts = camkit.seeds.TextClasses.from_prompts(model, CLASSES, tokenize=tokenize)
     (picture, _), *_ = draw_shapes(1, size=(96, 96))
     photo = camkit.photo_from_array(picture, size=(96, 96))
 
     similar = camkit.wrap(  # patches compared with texts, in the calibrated last blocks
-        model.visual, seed=camkit.TextSimilaritySeed(texts), edit=camkit.StaticCalibration()
+        model.visual,
+        seed=camkit.seeds.TextSimilaritySeed(texts),
+        edit=camkit.edits.StaticCalibration(),
     )
     print("likeness", tuple(similar(photo, classes=texts).cam.shape))
 

@@ -128,7 +128,9 @@ def measure(
             logits, patch_maps = model(photo.pixels.to(model.cls_token.device))
         scores[row], labels[row, list(sample.classes)] = logits[0].cpu(), 1
         classes = torch.tensor([sample.classes or (-1,)], device=logits.device)
-        seed = camkit.ClassAttentionSeed()(seen.capture, classes)  # each class from its own token
+        seed = camkit.seeds.ClassAttentionSeed()(
+            seen.capture, classes
+        )  # each class from its own token
         seed = seed * patch_maps[:, classes[0]].relu() if fuse else seed
         cam = camkit.resize_cam(camkit.normalize_cam(seed, mode="minmax"), photo.size)[0].cpu()
         truth = read_mask(sample.mask, size=photo.size, num_classes=model.classes)

@@ -11,10 +11,7 @@ from hosts import shaken
 from PIL import Image
 
 from camkit import (
-    ClassWeightSeed,
-    DataError,
     GradientSeed,
-    Normalize,
     Propagate,
     Vocabulary,
     load_photo,
@@ -24,7 +21,10 @@ from camkit import (
 )
 from camkit.bench import PhotoSettings, Variant, run, standard_variants, to_json, to_markdown
 from camkit.data import SHAPE_CLASSES, open_dataset, read_mask, write_shapes
+from camkit.errors import DataError
+from camkit.refiners import Normalize
 from camkit.score import THRESHOLDS, confusion_matrix, mean_iou, paired_gain
+from camkit.seeds import ClassWeightSeed
 
 SHAPES = Vocabulary(SHAPE_CLASSES)
 PHOTOS = PhotoSettings(size=96)

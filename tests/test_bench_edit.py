@@ -11,15 +11,8 @@ from hosts import shaken
 
 from camkit import (
     DOEI,
-    ClassAttentionSeed,
-    ClassWeightSeed,
     GradientSeed,
-    Normalize,
-    OneMoreHop,
     Propagate,
-    RandomGates,
-    ScaleOutput,
-    VirtualClassTokens,
     Vocabulary,
     attach,
     load_photo,
@@ -30,6 +23,9 @@ from camkit import (
 )
 from camkit.bench import PhotoSettings, Variant, run, to_json
 from camkit.data import SHAPE_CLASSES, open_dataset, write_shapes
+from camkit.edits import OneMoreHop, RandomGates, ScaleOutput, VirtualClassTokens
+from camkit.refiners import Normalize
+from camkit.seeds import ClassAttentionSeed, ClassWeightSeed
 
 SHAPES = Vocabulary(SHAPE_CLASSES)
 PHOTOS = PhotoSettings(size=64)

@@ -12,12 +12,8 @@ from hosts import shaken
 from camkit import (
     DOEI,
     CamkitError,
-    ClassAttentionSeed,
     GradientSeed,
-    Normalize,
     Propagate,
-    RandomGates,
-    VirtualClassTokens,
     Vocabulary,
     load_photo,
     resize_cam,
@@ -39,6 +35,8 @@ from camkit.bench import (
 )
 from camkit.bench.cache import ResultCache, fingerprint
 from camkit.data import SHAPE_CLASSES, open_dataset, read_mask, write_shapes
+from camkit.edits import RandomGates, VirtualClassTokens
+from camkit.refiners import Normalize
 from camkit.score import (
     THRESHOLDS,
     Curve,
@@ -48,6 +46,7 @@ from camkit.score import (
     mean_iou,
     sweep_confusions,
 )
+from camkit.seeds import ClassAttentionSeed
 
 SHAPES = Vocabulary(SHAPE_CLASSES)
 SEED = Variant("seed", GradientSeed())

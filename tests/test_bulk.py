@@ -27,7 +27,7 @@ from workers import (
     threads_of,
 )
 
-from camkit import Blur, DenseCRF, GradientSeed, HybridPropagate, PixelAdaptive, Propagate
+from camkit import DenseCRF, GradientSeed, Propagate
 from camkit.bulk import (
     CamFolder,
     Done,
@@ -43,6 +43,7 @@ from camkit.bulk.workers import beginning
 from camkit.capture import Capture
 from camkit.data import read_cam, write_cam
 from camkit.errors import CamkitError, CaptureError, DataError
+from camkit.refiners import Blur, HybridPropagate, PixelAdaptive
 
 
 def outcomes(work, items, **settings):

@@ -8,22 +8,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from camkit import (
-    DOEI,
-    Blur,
-    ClassAttentionSeed,
-    DenseCRF,
-    GradientSeed,
-    Normalize,
-    OneMoreHop,
-    Propagate,
-    RandomGates,
-    Vocabulary,
-)
+from camkit import DOEI, DenseCRF, GradientSeed, Propagate, Vocabulary
 from camkit.bench import Choice, Variant
 from camkit.cli import main
 from camkit.cli.options import Plan
 from camkit.data import write_shapes
+from camkit.edits import OneMoreHop, RandomGates
+from camkit.refiners import Blur, Normalize
+from camkit.seeds import ClassAttentionSeed
 
 NAME = "vit_tiny_patch16_224"
 

@@ -76,21 +76,21 @@ def by_hand(refiner, cam, photo):
     [
         (["crf:clip_es"], (camkit.DenseCRF(preset="clip_es"),)),
         (["crf:psa,steps=5"], (camkit.DenseCRF(preset="psa", steps=5),)),
-        (["par:15"], (camkit.PixelAdaptive(steps=15),)),
+        (["par:15"], (camkit.refiners.PixelAdaptive(steps=15),)),
         (
             ["par:scale=0.5,steps=2+normalize:minmax", "blur"],
             (
-                camkit.PixelAdaptive(scale=0.5, steps=2),
-                camkit.Normalize("minmax"),
-                camkit.Blur(),
+                camkit.refiners.PixelAdaptive(scale=0.5, steps=2),
+                camkit.refiners.Normalize("minmax"),
+                camkit.refiners.Blur(),
             ),
         ),
         (
             ["par:size=24x32,dilations=1x2x4"],
-            (camkit.PixelAdaptive(size=(24, 32), dilations=(1, 2, 4)),),
+            (camkit.refiners.PixelAdaptive(size=(24, 32), dilations=(1, 2, 4)),),
         ),
-        (["par:size=none"], (camkit.PixelAdaptive(),)),
-        (["blur:1e+0+blur:2"], (camkit.Blur(1.0), camkit.Blur(2.0))),
+        (["par:size=none"], (camkit.refiners.PixelAdaptive(),)),
+        (["blur:1e+0+blur:2"], (camkit.refiners.Blur(1.0), camkit.refiners.Blur(2.0))),
     ],
 )
 def test_steps_are_the_refiners_they_name(texts, refiners):
@@ -161,7 +161,7 @@ def test_the_maps_of_any_codebase_are_refined_as_in_python(shapes, photos, tmp_p
         found = read_cam(tmp_path / "out" / f"{sample.name}.npy")
         cam = torch.from_numpy(maps(sample))
         cam = cam.half().float() if form == "clip-es" else cam
-        expected = by_hand(camkit.PixelAdaptive(steps=3, scale=0.5), cam, sample.photo)
+        expected = by_hand(camkit.refiners.PixelAdaptive(steps=3, scale=0.5), cam, sample.photo)
         assert (found.classes, found.form) == (sample.classes, "both")
         assert torch.equal(found.cam, expected.clamp(0, 1))
 
@@ -174,7 +174,7 @@ def test_small_maps_are_refined_at_the_size_of_the_photo(shapes, photos, tmp_pat
     np.save(folder / f"{sample.name}.npy", dict(zip(sample.classes, small.numpy(), strict=True)))
     steps = ["--refine", "crf:psa,steps=2", "--refine", "blur:3"]
     assert refine(folder, photos, tmp_path / "out", *steps) == 0
-    chained = camkit.chain(camkit.DenseCRF(preset="psa", steps=2), camkit.Blur(3.0))
+    chained = camkit.chain(camkit.DenseCRF(preset="psa", steps=2), camkit.refiners.Blur(3.0))
     found = read_cam(tmp_path / "out" / f"{sample.name}.npy").cam
     assert torch.equal(found, by_hand(chained, small, sample.photo).clamp(0, 1))
 

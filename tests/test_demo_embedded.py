@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
-from camkit import CamkitError, DataError, normalize_cam, resize_cam, to_mask, wrap
+from camkit import CamkitError, normalize_cam, resize_cam, to_mask, wrap
 from camkit.cli import main
 from camkit.cli.demo import EMBEDDED_SCORES
 from camkit.cli.models import DEFAULT_MODEL, open_model
@@ -27,6 +27,7 @@ from camkit.data import (
     read_mask,
 )
 from camkit.data.embedded import DEMO_WEIGHTS, blank_model, expand_rows, round_rows
+from camkit.errors import DataError
 from camkit.manifest import weights_hash
 from camkit.method import DEFAULT_REFINE
 from camkit.photo import load_photo, read_picture

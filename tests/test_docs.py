@@ -109,7 +109,7 @@ def world(page, stand_ins, monkeypatch, tmp_path):
     monkeypatch.setattr(timm, "create_model", tiny)
     monkeypatch.setattr(open_clip, "create_model_and_transforms", tiny_clip)
     seed = camkit.GradientSeed()
-    refine = (camkit.Propagate(balance=3), camkit.Normalize("minmax"))
+    refine = (camkit.Propagate(balance=3), camkit.refiners.Normalize("minmax"))
     outputs = 1000 if page.stem == "migration" else 3
     options = {"pretrained": True, "num_classes": outputs, "dynamic_img_size": True}
     model = tiny("vit_tiny_patch16_224", **options)

@@ -130,7 +130,9 @@ def test_the_benchmark_finds_the_same_miou_in_the_checkpoint(example, train, fla
         data,
         vocabulary=camkit.Vocabulary(data.classes),
         variants=[
-            bench.Variant("seed", camkit.ClassAttentionSeed(), (camkit.Normalize("minmax"),))
+            bench.Variant(
+                "seed", camkit.seeds.ClassAttentionSeed(), (camkit.refiners.Normalize("minmax"),)
+            )
         ],
         split="val",
         tune_split="train",

@@ -6,9 +6,10 @@ import pytest
 import torch
 from coarse import captured, coarse_iou
 
-from camkit import GuidedFilter, resize_cam
+from camkit import resize_cam
 from camkit.errors import CaptureError
 from camkit.ops.edge_aware import box_mean, guided_filter, guided_upsample
+from camkit.refiners import GuidedFilter
 
 SIZES = [(1, 1), (1, 9), (7, 1), (11, 14)]
 

@@ -8,9 +8,11 @@ from hosts import HandMade, tiny
 from torch import nn
 
 import camkit
-from camkit import ClassWeightSeed, GradientSeed, RelevanceSeed, Vocabulary
+from camkit import GradientSeed, Vocabulary
 from camkit.bench import SuppressionChoice, Variant
 from camkit.bench.evaluator import variant_maps
+from camkit.capture.record import required_by
+from camkit.contrib import ConceptBank, CRAFTSeed
 from camkit.contrib.craft import (
     amounts_of,
     least_squares,
@@ -24,21 +26,20 @@ from camkit.photo import Photo
 from camkit.seeds import (
     BestAgreementSeed,
     BlockSeed,
-    ConceptBank,
-    CRAFTSeed,
+    ClassWeightSeed,
     FusedSeed,
     GatedProductSeed,
     LogitLensSeed,
+    RelevanceSeed,
     Views,
 )
-from camkit.seeds.protocol import needs
 
 CLASSES = torch.tensor([[1, 4, 0], [3, -1, 2]])
 PICTURE = camkit.Capture.of_picture(torch.zeros(1, 3, 1, 4))
 
 
 def seen_by(model, pixels, *seeds, **options):
-    with torch.no_grad(), camkit.watch(model, **needs(*seeds), **options) as seen:
+    with torch.no_grad(), camkit.watch(model, requires=required_by(*seeds), **options) as seen:
         model(pixels)
     return seen.capture
 
@@ -135,7 +136,7 @@ def test_the_lens_needs_its_tokens_and_a_classifier():
 def test_watching_what_leaves_the_blocks_changes_nothing_and_builds_no_graph():
     model, pixels = tiny("vit")
     expected = model(pixels)
-    with camkit.watch(model, **needs(LogitLensSeed())) as seen:
+    with camkit.watch(model, requires=LogitLensSeed().requires) as seen:
         found = model(pixels)
     assert torch.equal(found, expected)
     assert not any(call.node.requires_grad for call in seen.capture.leaving)
@@ -236,11 +237,11 @@ def test_seeds_of_seeds_need_what_their_parts_need():
     tops = [part.amax((-2, -1), keepdim=True).clamp_min(1e-8) for part in parts]
     expected = (parts[0] / tops[0] + parts[1] / tops[1]) / 2
     torch.testing.assert_close(fused(capture, CLASSES), expected)
-    assert BestAgreementSeed((fused, GradientSeed())).gradients
-    assert not FusedSeed((ClassWeightSeed(),)).gradients
-    both = needs(BestAgreementSeed((LogitLensSeed(), RelevanceSeed())))
-    assert both["gradients"]
-    assert both["tokens"].leaving
+    assert BestAgreementSeed((fused, GradientSeed())).requires.gradients
+    assert not FusedSeed((ClassWeightSeed(),)).requires.gradients
+    both = BestAgreementSeed((LogitLensSeed(), RelevanceSeed())).requires
+    assert both.gradients
+    assert both.leaving
 
 
 def test_a_fusion_runs_in_a_pipeline():

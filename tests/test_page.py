@@ -16,10 +16,8 @@ from hosts import shaken
 from PIL import Image
 
 from camkit import (
-    Blur,
     CamkitError,
     GradientSeed,
-    Normalize,
     Propagate,
     Vocabulary,
     load_photo,
@@ -32,6 +30,7 @@ from camkit.bench.figures import error_picture, show_examples
 from camkit.bench.page import to_html
 from camkit.bench.results import Outlines
 from camkit.data import SHAPE_CLASSES, open_dataset, write_shapes
+from camkit.refiners import Blur, Normalize
 from camkit.score import Gain, confusion_matrix, mean_iou
 
 SHAPES = Vocabulary(SHAPE_CLASSES)

@@ -21,7 +21,7 @@ import peer_maps
 import peers
 
 SHAPES = camkit.Vocabulary(SHAPE_CLASSES, members=((0, 3), (1,), (2, 4)))
-BALANCED = (camkit.Propagate(steps=2, balance=3), camkit.Normalize("minmax"))
+BALANCED = (camkit.Propagate(steps=2, balance=3), camkit.refiners.Normalize("minmax"))
 
 
 @pytest.fixture(scope="module")

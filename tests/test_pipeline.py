@@ -17,13 +17,8 @@ from torch import nn
 import camkit
 from camkit import (
     CaptureError,
-    ClassAttentionSeed,
-    ClassWeightSeed,
     GradientSeed,
-    Normalize,
     Propagate,
-    RelevanceSeed,
-    ScaleOutput,
     UnsupportedModelError,
     Vocabulary,
     normalize_cam,
@@ -33,6 +28,9 @@ from camkit import (
     watch,
     wrap,
 )
+from camkit.edits import ScaleOutput
+from camkit.refiners import Normalize
+from camkit.seeds import ClassAttentionSeed, ClassWeightSeed, RelevanceSeed
 
 NAMES = Vocabulary(("cat", "dog, hound", "horse", "cow", "sheep"))
 

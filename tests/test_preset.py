@@ -10,18 +10,11 @@ import torch
 from hosts import shaken
 from torch import nn
 
-from camkit import (
-    ClassWeightSeed,
-    GatedProductSeed,
-    GradientSeed,
-    ScaleOutput,
-    StaticCalibration,
-    Vocabulary,
-    photo_from_array,
-    wrap,
-)
+from camkit import GradientSeed, Vocabulary, photo_from_array, wrap
 from camkit.capture import Capture
+from camkit.edits import ScaleOutput, StaticCalibration
 from camkit.method import CALIBRATED, GRADIENT, POOLED
+from camkit.seeds import ClassWeightSeed, GatedProductSeed
 
 PRODUCT = GatedProductSeed(GradientSeed(), ClassWeightSeed())
 

@@ -7,18 +7,10 @@ import pytest
 import torch
 from coarse import captured, coarse_iou
 
-from camkit import (
-    AtReducedSize,
-    CaptureError,
-    DenseCRF,
-    FastGlobalSmooth,
-    Normalize,
-    PixelAdaptive,
-    chain,
-    resize_cam,
-)
+from camkit import CaptureError, DenseCRF, chain, resize_cam
 from camkit.ops.edge_aware import guided_upsample
 from camkit.ops.mean_field import Kernels
+from camkit.refiners import AtReducedSize, FastGlobalSmooth, Normalize, PixelAdaptive
 
 
 def fitted(cam, capture):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from coarse import captured, coarse_iou
 
-from camkit import CamkitError, CaptureError, FastGlobalSmooth, resize_cam
+from camkit import CamkitError, CaptureError, resize_cam
+from camkit.refiners import FastGlobalSmooth
 
 
 @pytest.fixture

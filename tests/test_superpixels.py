@@ -5,7 +5,8 @@ import torch
 from coarse import captured, coarse_iou
 from skimage.segmentation import felzenszwalb, slic
 
-from camkit import CaptureError, Superpixels, resize_cam
+from camkit import CaptureError, resize_cam
+from camkit.refiners import Superpixels
 from camkit.refiners.superpixels import segment_means
 
 BOTH = pytest.mark.parametrize("method", ["slic", "felzenszwalb"])

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from hosts import HandMade, OneTokenPerClass, shaken, tiny
 
 import camkit
-from camkit import (
+from camkit import GradientSeed, Vocabulary, photo_from_array, wrap
+from camkit.seeds import (
     ClassAttentionSeed,
     ClassWeightSeed,
-    GradientSeed,
+    PredictedClasses,
     RelevanceSeed,
-    Vocabulary,
-    photo_from_array,
-    wrap,
+    TextClasses,
+    Views,
+    read_targets,
 )
-from camkit.seeds import PredictedClasses, TextClasses, Views, read_targets
 from camkit.seeds.targets import known_classes
 from camkit.seeds.token_gradients import GradCAMSeed
 
@@ -84,7 +84,7 @@ def test_zeros_and_ones_of_whole_numbers_are_indices():
         (torch.zeros(2, 4), "all 5 classes, got 4"),
         (
             torch.full((2, 5), 0.5),
-            "labels must be 0 or 1; for probabilities use camkit.PredictedClasses",
+            "labels must be 0 or 1; for probabilities use camkit.seeds.PredictedClasses",
         ),
         ([["cat"], [0]], "no vocabulary"),
     ],

@@ -14,11 +14,11 @@ PIXELS = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 def opened(name):
     model, tokenize, encode = build(name)
-    return model, camkit.TextClasses.from_prompts(model, NAMES, tokenize=tokenize), encode
+    return model, camkit.seeds.TextClasses.from_prompts(model, NAMES, tokenize=tokenize), encode
 
 
 def seen_by(model, encode, seed):
-    with torch.no_grad(), camkit.watch(model, **camkit.needs(seed)) as seen:
+    with torch.no_grad(), camkit.watch(model, requires=seed.requires) as seen:
         encode(PIXELS)
     return seen.capture
 
@@ -71,7 +71,7 @@ def likeness(model, text, token):
 @pytest.mark.parametrize("name", ["open_clip", "transformers clip"])
 def test_each_block_answers_for_the_likeness_of_its_own_token(name, reading):
     model, text, encode = opened(name)
-    seed = camkit.TextLeGradSeed(text, reading=reading)
+    seed = camkit.seeds.TextLeGradSeed(text, reading=reading)
     found = seed(seen_by(model, encode, seed), CLASSES).flatten(2)
     expected = torch.zeros(2, 2, 16)
     for block, (tokens, after) in zip(blocks_of(model), passed(model, encode), strict=True):
@@ -91,7 +91,7 @@ def test_each_block_answers_for_the_likeness_of_its_own_token(name, reading):
 
 def test_a_pooling_head_answers_for_the_tokens_of_each_block():
     model, text, encode = opened("transformers siglip")
-    seed = camkit.TextLeGradSeed(text, reading="pool")
+    seed = camkit.seeds.TextLeGradSeed(text, reading="pool")
     found = seed(seen_by(model, encode, seed), CLASSES).flatten(2)
     tower = model.vision_model
     head, expected = tower.head, torch.zeros(2, 2, 16)
@@ -120,9 +120,9 @@ def test_a_reading_that_does_not_fit_the_host_is_refused_at_the_door():
     _, clip, _ = opened("open_clip")
     _, siglip, _ = opened("transformers siglip")
     with pytest.raises(ValueError, match='with these texts use "mean" or "class", got \'pool\''):
-        camkit.TextLeGradSeed(clip, reading="pool")
+        camkit.seeds.TextLeGradSeed(clip, reading="pool")
     with pytest.raises(ValueError, match="with these texts use \"pool\", got 'mean'"):
-        camkit.TextLeGradSeed(siglip)
+        camkit.seeds.TextLeGradSeed(siglip)
 
 
 def test_a_forward_that_was_watched_for_less_is_refused():
@@ -130,4 +130,4 @@ def test_a_forward_that_was_watched_for_less_is_refused():
     with torch.no_grad(), camkit.watch(model) as seen:
         encode(PIXELS)
     with pytest.raises(CaptureError, match="does not hold the tokens that leave each block"):
-        camkit.TextLeGradSeed(text)(seen.capture, CLASSES)
+        camkit.seeds.TextLeGradSeed(text)(seen.capture, CLASSES)

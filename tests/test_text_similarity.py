@@ -11,7 +11,8 @@ import transformers
 from hosts import shaken
 from torch import nn
 
-from camkit import StaticCalibration, attach, watch
+from camkit import attach, watch
+from camkit.edits import StaticCalibration
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds import JointSpace, TextClasses, TextSimilaritySeed
 
@@ -225,7 +226,7 @@ def test_timm_towers_of_open_clip_are_embedded_as_their_model_does():
 
 
 def test_a_model_of_another_form_is_refused_with_a_way_out():
-    with pytest.raises(UnsupportedModelError, match=r"camkit.JointSpace\(\(norm.forward"):
+    with pytest.raises(UnsupportedModelError, match=r"camkit.seeds.JointSpace\(\(norm.forward"):
         JointSpace.of(nn.Linear(3, 3))
 
 

@@ -10,12 +10,19 @@ import torch.nn.functional as F
 from hosts import OneTokenPerClass, shaken, tiny
 
 import camkit
-from camkit import ClassAttentionSeed, ClassWeightSeed, GradientSeed, ScaleOutput, Vocabulary
+from camkit import GradientSeed, Vocabulary
 from camkit.bench import Variant
 from camkit.bench.evaluator import variant_maps
+from camkit.edits import ScaleOutput
 from camkit.photo import Photo
-from camkit.seeds import ModelRunner, MultiViewReader, Views, views
-from camkit.seeds.protocol import needs
+from camkit.seeds import (
+    ClassAttentionSeed,
+    ClassWeightSeed,
+    ModelRunner,
+    MultiViewReader,
+    Views,
+    views,
+)
 
 CLASSES = torch.tensor([[1, 4], [3, -1]])
 SEED = GradientSeed()
@@ -33,7 +40,7 @@ def pixels():
 
 def alone(model, pixels, classes=CLASSES, seed=SEED, **options):
     """The seed of one view, by the public call."""
-    with camkit.watch(model, **needs(seed), **options) as seen, torch.no_grad():
+    with camkit.watch(model, requires=seed.requires, **options) as seen, torch.no_grad():
         model(pixels)
     return seed(seen.capture, classes).float()
 

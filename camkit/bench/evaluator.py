@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from camkit.bench.cache import ResultCache, code_fingerprint, fingerprint
 from camkit.bench.protocol import PhotoSettings, PredictedLabels, Variant
-from camkit.capture.record import Capture
+from camkit.capture.record import Capture, WatchSpec, required_by
 from camkit.data import DataSet, Sample, read_mask
 from camkit.errors import DataError
 from camkit.manifest import weights_hash
@@ -22,7 +22,6 @@ from camkit.photo import Photo
 from camkit.refiners.normalize import normalize_cam
 from camkit.refiners.protocol import Refiner
 from camkit.score import boundary_confusion, sweep_confusions
-from camkit.seeds.protocol import TokenSeed
 from camkit.seeds.views import ModelRunner, MultiViewReader, Reading, Views
 from camkit.tensors import RGB, Cam, Pixels
 from camkit.vocabulary import Vocabulary
@@ -42,7 +41,7 @@ def variant_maps(
     forwards: dict[Any, list[Variant]] = {}
     for variant in variants:
         blocks = None if variant.edit is None else variant.edit_blocks
-        noise = variant.seed.tokens.noise if isinstance(variant.seed, TokenSeed) else None
+        noise = required_by(variant.seed).noise
         forwards.setdefault((variant.edit, blocks, noise), []).append(variant)
     maps: dict[Variant, Cam] = {}
     with torch.no_grad():
@@ -63,7 +62,7 @@ def _group_maps(
     pixels, rgb = photo.pixels.to(weight), photo.rgb.to(weight.device)
     look = ModelRunner(
         model,
-        seeds=tuple(variant.seed for variant in variants),
+        requires=WatchSpec() | required_by(*(variant.seed for variant in variants)),
         edit=variants[0].edit,
         edit_blocks=variants[0].edit_blocks,
         vocabulary=vocabulary,

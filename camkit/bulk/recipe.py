@@ -96,7 +96,7 @@ class Recipe:
         edit_blocks: which blocks, as in `camkit.attach`.
         refine: refiners that need the model's attention, applied in order where the model runs.
         vocabulary: names the classes, see `camkit.wrap`.
-        labels: classes of every image, a `camkit.PredictedClasses`, or None for those
+        labels: classes of every image, a `camkit.seeds.PredictedClasses`, or None for those
             that the source gives.
         batch: images of one size that go through the model at once.
         chunk: images that are planned together, and batched by size among themselves. Neither

@@ -147,7 +147,7 @@ def torch_kernels(model: nn.Module) -> Iterator[tuple[str, ...]]:
         What was switched; empty where nothing had to be.
 
     Example:
-        >>> with camkit.torch_kernels(model), camkit.watch(model) as seen:  # doctest: +SKIP
+        >>> with camkit.capture.torch_kernels(model), camkit.watch(model) as seen:  # doctest: +SKIP
         ...     model(pixels)
     """
     configs = [(config, config._attn_implementation) for config in _hidden_configs(model)]
@@ -179,7 +179,7 @@ def way_out(model: nn.Module) -> str:
     if hidden:
         return (
             f"it runs in {', '.join(hidden)}, which nothing can see into; open "
-            "`with camkit.torch_kernels(model):` around it"
+            "`with camkit.capture.torch_kernels(model):` around it"
         )
     return (
         "a kernel outside torch (flash-attn, xFormers), a compiled or traced part, or softmax "

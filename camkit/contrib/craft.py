@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from camkit.capture.record import Capture, TokenWatch
+from camkit.capture.record import Capture, WatchSpec
 from camkit.seeds.patches import leaving_patches, lens_scores
 from camkit.seeds.protocol import check_classes, keep_asked, pick
 from camkit.tensors import Cam, Classes
@@ -127,7 +127,7 @@ class CRAFTSeed:
     Attributes:
         concepts: learnt beforehand; None factorises each image alone.
         rank: how many concepts an image has, where they are its own.
-        layer: the block whose patches are read, as in `camkit.LogitLensSeed`.
+        layer: the block whose patches are read, as in `camkit.seeds.LogitLensSeed`.
         designs: masks for each concept; 32 is CRAFT's.
     """
 
@@ -136,8 +136,7 @@ class CRAFTSeed:
     layer: int = -1
     designs: int = 32
 
-    gradients: ClassVar[bool] = False
-    tokens: ClassVar[TokenWatch] = TokenWatch(leaving=True)
+    requires: ClassVar[WatchSpec] = WatchSpec(leaving=True)
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -5,12 +5,13 @@ one with ``_seg``, and those of ToCo, AFA and WeCLIP, refine the output of a seg
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from camkit.capture.record import Capture
+from camkit.capture.record import NO_MODEL, Capture, WatchSpec
 from camkit.errors import CaptureError
 from camkit.ops.images import resize_cam
 from camkit.ops.mean_field import Backend, Kernels, check_backend, check_kernels, mean_field
@@ -60,6 +61,8 @@ class DenseCRF:
     background_score: float = 0.5
     temperature: float = 0.25
     backend: Backend = "auto"
+
+    requires: ClassVar[WatchSpec] = NO_MODEL
 
     def __post_init__(self) -> None:
         if not isinstance(self.preset, str):

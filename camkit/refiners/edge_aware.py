@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.capture.record import Capture
+from camkit.capture.record import NO_MODEL, Capture, WatchSpec
 from camkit.errors import CamkitError, CaptureError
 from camkit.ops.edge_aware import (
     DILATIONS,
@@ -47,6 +47,8 @@ class GuidedFilter:
     radius: int = 4
     eps: float = 1e-3
     scale: float = 0.25
+
+    requires: ClassVar[WatchSpec] = NO_MODEL
 
     def __post_init__(self) -> None:
         check_guided_settings(self.radius, self.eps)
@@ -98,6 +100,8 @@ class FastGlobalSmooth:
 
     smoothness: float = 1000.0
     colour_width: float = 0.02
+
+    requires: ClassVar[WatchSpec] = NO_MODEL
 
     def __post_init__(self) -> None:
         if not 0.0 < self.smoothness <= _MOST_SMOOTHNESS:
@@ -170,6 +174,8 @@ class PixelAdaptive:
     dilations: tuple[int, ...] = DILATIONS
     colour_width: float = 0.3
     position_weight: float = 0.01
+
+    requires: ClassVar[WatchSpec] = NO_MODEL
 
     def __post_init__(self) -> None:
         check_dilations(self.steps, self.dilations, self.colour_width, self.position_weight)

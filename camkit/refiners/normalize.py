@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from camkit.capture.record import Capture
+from camkit.capture.record import NO_MODEL, Capture, WatchSpec
 from camkit.ops.confidence import Confidence, TanhAroundMean, amplify
 from camkit.ops.images import gaussian_blur
 from camkit.tensors import Cam
@@ -36,6 +36,8 @@ class Normalize:
 
     mode: Literal["max", "minmax"] = "max"
 
+    requires: ClassVar[WatchSpec] = NO_MODEL
+
     def __post_init__(self) -> None:
         if self.mode not in ("max", "minmax"):
             raise ValueError(f'`mode` must be "max" or "minmax", got {self.mode!r}')
@@ -48,7 +50,8 @@ class Normalize:
 class Amplify:
     """Raise confident scores of each class map and lower the others; its sum is kept.
 
-    What DOEI does to class-to-patch interactions (`camkit.PatchDecoupling`), for people who have
+    What DOEI does to class-to-patch interactions (`camkit.edits.PatchDecoupling`), for people
+    who have
     maps. The order of scores within a map stays under the smooth rules, so it acts where classes
     compete or a background score is fixed.
 
@@ -59,6 +62,8 @@ class Amplify:
 
     strength: float = 0.5
     rule: Confidence = field(default_factory=TanhAroundMean)
+
+    requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.strength < 1.0:
@@ -78,6 +83,8 @@ class Blur:
     """
 
     width: float = 1.0
+
+    requires: ClassVar[WatchSpec] = NO_MODEL
 
     def __post_init__(self) -> None:
         if not 0.0 < self.width < math.inf:

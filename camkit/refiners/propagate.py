@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camkit.capture.attention import Attention
-from camkit.capture.record import Capture
+from camkit.capture.record import NO_MODEL, Capture, WatchSpec
 from camkit.errors import CaptureError
 from camkit.ops.propagation import balance, check_share, component_boxes, random_walk
 from camkit.ops.similarity import check_positive, colour_smooth, cosine_smooth
@@ -45,6 +45,8 @@ class Propagate:
     mix: float = 1.0
     balance: int = 0
     boxes: float | None = None
+
+    requires: ClassVar[WatchSpec] = NO_MODEL
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -102,7 +104,8 @@ class HybridPropagate:
     """Average scores over the patches a patch attends to, looks like, and is coloured like.
 
     ``cam <- (A cam + weight * K G cam) / (1 + weight)``, the hybrid attention of DOEI
-    (`camkit.HybridAlignment`) between patches and applied to a map: A is the attention of the last
+    (`camkit.edits.HybridAlignment`) between patches and applied to a map: A is the attention
+    of the last
     blocks, G the row-softmax of the cosines between patch embeddings, K that of the likeness of
     their mean colours. The map of pairs is not held, except for A where ``balance`` asks for it.
     Applying it to a map is our choice, after the propagation of MCTformer and CLIP-ES.
@@ -122,6 +125,8 @@ class HybridPropagate:
     colour_width: float | None = 0.15
     blocks: int | None = 6
     balance: int = 3
+
+    requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -205,6 +210,8 @@ class RandomWalk:
     blocks: int | None = 6
     balance: int = 3
     boxes: float | None = None
+
+    requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)

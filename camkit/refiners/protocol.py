@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from camkit.capture.record import Capture
+from camkit.capture.record import Capture, WatchSpec, required_by
 from camkit.errors import CaptureError
 from camkit.tensors import RGB, Cam
 
@@ -21,6 +21,11 @@ class Chain:
     """Refiners one after the other; itself a refiner."""
 
     refiners: tuple[Refiner, ...]
+
+    @property
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for, so that all of them can read it."""
+        return required_by(*self.refiners)
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         refined = cam

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.capture.record import Capture
+from camkit.capture.record import Capture, WatchSpec, required_by
 from camkit.ops.edge_aware import check_guided_settings, guided_upsample
 from camkit.ops.images import resize_cam
 from camkit.refiners.crf import PRESETS, DenseCRF
@@ -30,7 +30,7 @@ class AtReducedSize:
             the settings of other refiners are in pixels of the small picture.
         scale: share of the picture's rows and columns that the refiner sees, in (0, 1].
         radius: of the guided filter, in pixels of the small picture.
-        eps: of the guided filter (`camkit.GuidedFilter`).
+        eps: of the guided filter (`camkit.refiners.GuidedFilter`).
     """
 
     refiner: Refiner
@@ -45,8 +45,13 @@ class AtReducedSize:
             raise ValueError(f"`scale` must lie in (0, 1], got {self.scale}")
         check_guided_settings(self.radius, self.eps)
 
+    @property
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return required_by(self.refiner)
+
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
-        rgb = picture_of(capture, "Reduced")
+        rgb = picture_of(capture, "AtReducedSize")
         size = scaled_size(rgb, self.scale)
         if size == (rgb.shape[-2], rgb.shape[-1]):
             return self.refiner(cam, capture)

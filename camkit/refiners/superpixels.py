@@ -1,7 +1,7 @@
 """Class maps made constant within segments of the picture."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from camkit.capture.record import Capture
+from camkit.capture.record import NO_MODEL, Capture, WatchSpec
 from camkit.ops.images import resize_cam
 from camkit.ops.similarity import check_positive
 from camkit.refiners.protocol import check_finite, picture_bytes, picture_of
@@ -61,6 +61,8 @@ class Superpixels:
     coherence: float | None = None
     sigma: float | None = None
     vote: float | None = None
+
+    requires: ClassVar[WatchSpec] = NO_MODEL
 
     def __post_init__(self) -> None:
         if self.method not in DEFAULTS:

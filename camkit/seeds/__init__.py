@@ -1,6 +1,6 @@
 """The first class maps, read from a capture."""
 
-from camkit.contrib.craft import ConceptBank as ConceptBank, CRAFTSeed as CRAFTSeed
+from camkit.capture.record import SmoothGrad as SmoothGrad, WatchSpec as WatchSpec
 from camkit.seeds.attention import (
     AttentionRolloutSeed as AttentionRolloutSeed,
     ClassAttentionSeed as ClassAttentionSeed,
@@ -31,7 +31,7 @@ from camkit.seeds.pooled import (
     ProductSeed as ProductSeed,
     RankPooling as RankPooling,
 )
-from camkit.seeds.protocol import Seed as Seed, needs as needs
+from camkit.seeds.protocol import Seed as Seed
 from camkit.seeds.targets import (
     PredictedClasses as PredictedClasses,
     Targets as Targets,

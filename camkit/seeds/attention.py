@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from camkit.capture.record import Capture
+from camkit.capture.record import Capture, WatchSpec
 from camkit.seeds.protocol import check_classes, class_gradients, keep_asked
 from camkit.tensors import Cam, Classes
 
@@ -21,7 +21,7 @@ class ClassAttentionSeed:
     single one gives every class the same map, which then says where something is, not what.
     """
 
-    gradients: ClassVar[bool] = False
+    requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         rows = capture.class_to_patch().detach()
@@ -53,7 +53,7 @@ class AttentionRolloutSeed:
 
     residual: float = 0.5
 
-    gradients: ClassVar[bool] = False
+    requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.residual <= 1.0:
@@ -82,7 +82,7 @@ class GradientSeed:
     grad-weighted attention of Chefer et al. 2021; the mean over blocks is our choice.
     """
 
-    gradients: ClassVar[bool] = True
+    requires: ClassVar[WatchSpec] = WatchSpec(gradients=True)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         check_classes(capture, classes, capture.scores.shape[-1])
@@ -112,7 +112,7 @@ class RelevanceSeed:
     for the published method.
     """
 
-    gradients: ClassVar[bool] = True
+    requires: ClassVar[WatchSpec] = WatchSpec(gradients=True)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         check_classes(capture, classes, capture.scores.shape[-1])

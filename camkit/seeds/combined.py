@@ -1,6 +1,5 @@
 """Seeds made of seeds: single blocks, averages, and products that are checked."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -8,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.capture.record import Capture, TokenWatch, joined
-from camkit.seeds.protocol import Seed, TokenSeed
+from camkit.capture.record import Capture, WatchSpec, required_by
+from camkit.seeds.protocol import Seed
 from camkit.tensors import Cam, Classes
 
 _TINY = 1e-8  # a map without evidence stays zero
@@ -32,14 +31,9 @@ class BlockSeed:
             raise ValueError("`blocks` must name at least one block, got none")
 
     @property
-    def gradients(self) -> bool:
-        """Whether the seed needs them."""
-        return self.seed.gradients
-
-    @property
-    def tokens(self) -> TokenWatch:
-        """What must be kept of the tokens for all of them."""
-        return _tokens((self.seed,))
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return WatchSpec() | required_by(self.seed)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         count = len(capture.blocks)
@@ -60,12 +54,12 @@ class BlockSeed:
 
 @dataclass(frozen=True)
 class FusedSeed:
-    """Maps of several seeds, each divided by its maximum, joined into one.
+    """Maps of several seeds, each divided by its maximum into one.
 
     Mean and maximum over layers are torchcam's fusions (its mean is a sum), the product is ours.
 
     Attributes:
-        seeds: such as `camkit.LogitLensSeed` at several layers.
+        seeds: such as `camkit.seeds.LogitLensSeed` at several layers.
         join: "mean"; "max", what any of them sees; or "product", what all of them see, as the
             geometric mean.
     """
@@ -80,14 +74,9 @@ class FusedSeed:
             raise ValueError(f'`join` must be "mean", "max" or "product", got {self.join!r}')
 
     @property
-    def gradients(self) -> bool:
-        """Whether one of the seeds needs them."""
-        return any(seed.gradients for seed in self.seeds)
-
-    @property
-    def tokens(self) -> TokenWatch:
-        """What must be kept of the tokens for all of them."""
-        return _tokens(self.seeds)
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return WatchSpec() | required_by(*self.seeds)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         maps = torch.stack([_scaled(seed(capture, classes).float()) for seed in self.seeds])
@@ -122,14 +111,9 @@ class BestAgreementSeed:
             raise ValueError(f"`threshold` must lie in (0, 1), got {self.threshold}")
 
     @property
-    def gradients(self) -> bool:
-        """Whether one of the seeds needs them."""
-        return any(seed.gradients for seed in self._all())
-
-    @property
-    def tokens(self) -> TokenWatch:
-        """What must be kept of the tokens for all of them."""
-        return _tokens(self._all())
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return WatchSpec() | required_by(*self._all())
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         maps = torch.stack([_scaled(seed(capture, classes).float()) for seed in self.seeds])
@@ -170,7 +154,8 @@ class GatedProductSeed:
 
     Attributes:
         seed: what is trusted, such as `camkit.GradientSeed`.
-        other: what may be wrong, such as `camkit.ClassWeightSeed` of patches that no loss ever saw.
+        other: what may be wrong, such as `camkit.seeds.ClassWeightSeed` of patches that no
+        loss ever saw.
         trust: above 0; at 3, a correlation of a third is enough for the whole product.
     """
 
@@ -183,14 +168,9 @@ class GatedProductSeed:
             raise ValueError(f"`trust` must be above 0, got {self.trust}")
 
     @property
-    def gradients(self) -> bool:
-        """Whether one of the seeds needs them."""
-        return self.seed.gradients or self.other.gradients
-
-    @property
-    def tokens(self) -> TokenWatch:
-        """What must be kept of the tokens for both."""
-        return _tokens((self.seed, self.other))
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return WatchSpec() | required_by(self.seed, self.other)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         first, other = (_scaled(seed(capture, classes).float()) for seed in (self.seed, self.other))
@@ -203,11 +183,6 @@ def _correlation(one: Cam, other: Cam) -> Float[Tensor, "b k 1 1"]:
     one, other = (cam - cam.mean((-2, -1), keepdim=True) for cam in (one, other))
     norms = [cam.pow(2).sum((-2, -1), keepdim=True).sqrt() for cam in (one, other)]
     return (one * other).sum((-2, -1), keepdim=True) / (norms[0] * norms[1]).clamp_min(_TINY)
-
-
-def _tokens(seeds: Sequence[Seed]) -> TokenWatch:
-    wanted = joined(seed.tokens for seed in seeds if isinstance(seed, TokenSeed))
-    return TokenWatch() if wanted is None else replace(wanted, class_query=False)
 
 
 def _scaled(cam: Cam) -> Cam:

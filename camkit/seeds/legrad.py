@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from camkit.capture.attention import Attention, ExplicitAttention
 from camkit.capture.intercept import scaled_weights
-from camkit.capture.record import Capture, TokenCall, TokenWatch
+from camkit.capture.record import Capture, TokenCall, WatchSpec
 from camkit.capture.tail import token_scores
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds.protocol import check_classes, keep_asked
@@ -31,7 +31,7 @@ class LeGradSeed:
     classifier; the gradient of that score at the block's attention is averaged over heads and
     queries, negative ones counting as zero, and then over blocks. Source: LeGrad (Bousselham et al.
     2024). A block's score reaches no other block, so the graph is cut between them. For CLIP and
-    its kin there is `camkit.TextLeGradSeed`.
+    its kin there is `camkit.seeds.TextLeGradSeed`.
 
     Attributes:
         blocks: so many of the last blocks; None is all.
@@ -43,19 +43,17 @@ class LeGradSeed:
     blocks: int | None = None
     reading: Literal["mean", "class"] = "mean"
 
-    gradients: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         check_blocks(self.blocks)
         if self.reading not in ("mean", "class"):
             raise ValueError(f'`reading` must be "mean" or "class", got {self.reading!r}')
 
     @property
-    def tokens(self) -> TokenWatch:
-        """What has to be watched for it, besides attention."""
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         if self.reading == "class":
-            return TokenWatch(class_paths=True, class_query=True)
-        return TokenWatch(within_blocks=True)
+            return WatchSpec(class_paths=True, last_patches=False)
+        return WatchSpec(within_blocks=True)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         check_classes(capture, classes, capture.scores.shape[-1])
@@ -85,7 +83,7 @@ def last_calls(found: Sequence[TokenCall], blocks: int | None) -> Sequence[Token
     if not found:
         raise CaptureError(
             "this capture does not hold the tokens that leave each block; watch the forward "
-            "with camkit.watch(model, **camkit.needs(seed))"
+            "with camkit.watch(model, requires=seed.requires)"
         )
     return found if blocks is None else found[-blocks:]
 
@@ -137,7 +135,8 @@ _NO_GRAPH = "this capture holds no gradients within its blocks"
 
 @dataclass(frozen=True)
 class TextLeGradSeed:
-    """`camkit.LeGradSeed` for CLIP and its kin: a block's token is scored by its likeness to texts.
+    """`camkit.seeds.LeGradSeed` for CLIP and its kin: a block's token is scored by its
+    likeness to texts.
 
     Source: LeGrad (Bousselham et al. 2024). The token goes the way of the host's own pooled token:
     last norm, projection, and the host's scale of cosines, which the authors' code leaves at one.
@@ -145,7 +144,8 @@ class TextLeGradSeed:
     Attributes:
         text: the classes.
         blocks: so many of the last blocks; None is all.
-        reading: which token is scored. "mean" and "class" are those of `camkit.LeGradSeed`. "pool"
+        reading: which token is scored. "mean" and "class" are those of
+        `camkit.seeds.LeGradSeed`. "pool"
             is for a host whose head pools by attention (SigLIP): the head is run on the tokens that
             leave a block, and the gradient is that at the head's own attention, as in the authors'
             code; there tokens do not pass the last norm, here they do, as in the host.
@@ -154,8 +154,6 @@ class TextLeGradSeed:
     text: TextClasses
     blocks: int | None = None
     reading: Literal["mean", "class", "pool"] = "mean"
-
-    gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_blocks(self.blocks)
@@ -169,11 +167,11 @@ class TextLeGradSeed:
             )
 
     @property
-    def tokens(self) -> TokenWatch:
-        """What has to be watched for it, besides attention."""
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         if self.reading == "pool":
-            return TokenWatch(leaving=True)
-        return TokenWatch(class_paths=self.reading == "class", within_blocks=self.reading == "mean")
+            return WatchSpec(leaving=True)
+        return WatchSpec(class_paths=self.reading == "class", within_blocks=self.reading == "mean")
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         check_classes(capture, classes, len(self.text))

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.capture.record import Capture, TokenWatch
+from camkit.capture.record import Capture, WatchSpec, required_by
 from camkit.capture.tail import token_scores
 from camkit.errors import CaptureError
 from camkit.seeds.attention import ClassAttentionSeed
-from camkit.seeds.protocol import Seed, check_classes, keep_asked, needs, pick
+from camkit.seeds.protocol import Seed, check_classes, keep_asked, pick
 from camkit.tensors import Cam, Classes
 
 Features: TypeAlias = Literal["keys", "tokens"]
@@ -39,14 +39,9 @@ class PrototypeSeed:
         check_features(self.features)
 
     @property
-    def gradients(self) -> bool:
-        """Whether the other seed needs them."""
-        return self.seed.gradients
-
-    @property
-    def tokens(self) -> TokenWatch:
-        """What must be kept of the forward for the other seed."""
-        return needs(self.seed)["tokens"] or TokenWatch()
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return WatchSpec() | required_by(self.seed)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         embedded = F.normalize(features_of(capture, self.features).float(), dim=-1)
@@ -88,7 +83,8 @@ class LogitLensSeed:
     Patches of inner blocks differ more than those of the last, which is why ToCo (Ru et al. 2023)
     trains an auxiliary classifier there. The logit lens (nostalgebraist 2020) needs no training;
     to use it in that place, and for class maps, is ours. Scores below the image's mean patch score
-    hold no evidence and become zero, as in `camkit.ClassWeightSeed`, which this is at the last
+    hold no evidence and become zero, as in `camkit.seeds.ClassWeightSeed`, which this is at
+    the last
     block of a host whose patches meet no other module on their way.
 
     Attributes:
@@ -98,8 +94,7 @@ class LogitLensSeed:
 
     layer: int = -3
 
-    gradients: ClassVar[bool] = False
-    tokens: ClassVar[TokenWatch] = TokenWatch(leaving=True)
+    requires: ClassVar[WatchSpec] = WatchSpec(leaving=True)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         scores = lens_scores(capture, leaving_patches(capture, self.layer, self))
@@ -120,7 +115,7 @@ def leaving_patches(capture: Capture, layer: int, seed: object) -> Float[Tensor,
         raise CaptureError(
             f"this capture does not hold the tokens that leave each block, which "
             f"{type(seed).__name__} reads; watch the forward with "
-            "camkit.watch(model, **camkit.needs(seed)). If you did, the host has no module that "
+            "camkit.watch(model, requires=seed.requires). If you did, the host has no module that "
             "holds a block with its attention; take another seed"
         )
     count = len(capture.leaving)
@@ -150,14 +145,14 @@ class TokenCutSeed:
     Attributes:
         threshold: cosine from which patches are alike; 0.2 is the paper's.
         weak: weight between others, so that the graph hangs together; 1e-5 is the paper's.
-        features: as in `camkit.PrototypeSeed`.
+        features: as in `camkit.seeds.PrototypeSeed`.
     """
 
     threshold: float = 0.2
     weak: float = 1e-5
     features: Features = "keys"
 
-    gradients: ClassVar[bool] = False
+    requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __post_init__(self) -> None:
         check_features(self.features)
@@ -184,13 +179,13 @@ class LOSTSeed:
 
     Attributes:
         count: how many patches may join; 100 is the paper's.
-        features: as in `camkit.PrototypeSeed`.
+        features: as in `camkit.seeds.PrototypeSeed`.
     """
 
     count: int = 100
     features: Features = "keys"
 
-    gradients: ClassVar[bool] = False
+    requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __post_init__(self) -> None:
         check_features(self.features)

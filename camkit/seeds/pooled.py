@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from camkit.capture.host import head_count, is_attention
 from camkit.capture.intercept import scaled_weights
-from camkit.capture.record import Capture, TokenWatch
+from camkit.capture.record import Capture, WatchSpec, required_by
 from camkit.capture.tail import TailCall, classifiers, pooling_calls
 from camkit.errors import UnsupportedModelError
-from camkit.seeds.protocol import Seed, check_classes, keep_asked, needs, pick
+from camkit.seeds.protocol import Seed, check_classes, keep_asked, pick
 from camkit.tensors import Cam, Classes
 
 Values: TypeAlias = Float[Tensor, "b n d"]
@@ -178,7 +178,7 @@ class ClassWeightSeed:
     natural zero.
     """
 
-    gradients: ClassVar[bool] = False
+    requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         scores = capture.patch_scores()
@@ -207,7 +207,7 @@ class ContributionSeed:
     pooling: Pooling | None = None
     nodes: int = 8
 
-    gradients: ClassVar[bool] = False
+    requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
@@ -349,7 +349,7 @@ class PatchHeadSeed:
     It has as many channels as the host has class scores. Negative ones count as zero, as there.
     """
 
-    gradients: ClassVar[bool] = False
+    requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         rows, cols = capture.grid.rows, capture.grid.cols
@@ -394,14 +394,9 @@ class ProductSeed:
     root: bool = False
 
     @property
-    def gradients(self) -> bool:
-        """Whether one of the two needs them."""
-        return self.first.gradients or self.second.gradients
-
-    @property
-    def tokens(self) -> TokenWatch:
-        """What must be kept of the forward for the two."""
-        return needs(self.first, self.second)["tokens"] or TokenWatch()
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return WatchSpec() | required_by(self.first, self.second)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         first = self.first(capture, classes)

@@ -1,28 +1,20 @@
 """What a seed is, and what every seed does with the classes it is asked for."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Protocol, TypedDict, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from camkit.capture.attention import Attention
-from camkit.capture.record import Capture, TokenWatch, joined
+from camkit.capture.record import Capture
 from camkit.tensors import Cam, Classes
 
-
-@runtime_checkable
-class Seed(Protocol):
-    """Turns a capture into the first class maps."""
-
-    @property
-    def gradients(self) -> bool:
-        """Whether the forward must be watched with ``gradients=True``."""
-
-    def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        """Maps of ``classes`` on the grid, at least 0, not normalised; zeros where padded."""
+Seed: TypeAlias = Callable[[Capture, Classes], Cam]
+"""``(capture, classes) -> cam``: maps of ``classes`` on the grid, at least 0, not normalised, zeros
+where ``classes`` is -1. A frozen dataclass that states what it reads as ``requires`` (a
+`camkit.capture.WatchSpec`), or a plain function, which may read everything."""
 
 
 def check_classes(capture: Capture, classes: Classes, known: int | None) -> None:
@@ -83,40 +75,3 @@ def class_gradients(
         total = chosen.masked_fill(column < 0, 0.0).sum()
         watched = [call.watched() for call in calls]
         return torch.autograd.grad(total, watched, retain_graph=True)
-
-
-class Needs(TypedDict):
-    """Settings of `camkit.watch`."""
-
-    gradients: bool
-    tokens: TokenWatch | None
-
-
-@runtime_checkable
-class TokenSeed(Seed, Protocol):
-    """A seed that reads tokens, and says which."""
-
-    @property
-    def tokens(self) -> TokenWatch:
-        """What must be kept of them."""
-
-
-def needs(*seeds: Seed, class_query: bool = False) -> Needs:
-    """Settings of `camkit.watch` with which one forward shows what each seed needs.
-
-    Args:
-        seeds: to be read from the capture.
-        class_query: where every seed is content with it, evaluate the last block of a class-token
-            model for the class query only; refiners that read patch embeddings then have none.
-
-    Example:
-        >>> seed = camkit.GradCAMSeed("layercam")  # doctest: +SKIP
-        >>> with camkit.watch(model, **camkit.needs(seed)) as seen:  # doctest: +SKIP
-        ...     model(pixels)
-    """
-    gradients = any(seed.gradients for seed in seeds)
-    tokens = joined(seed.tokens for seed in seeds if isinstance(seed, TokenSeed))
-    if tokens is not None:
-        content = class_query and all(isinstance(seed, TokenSeed) for seed in seeds)
-        tokens = replace(tokens, class_query=tokens.class_query and content)
-    return Needs(gradients=gradients, tokens=tokens)

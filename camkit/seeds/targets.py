@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camkit.capture.record import Capture
-from camkit.seeds.protocol import Seed, check_range, needs
+from camkit.capture.record import Capture, required_by
+from camkit.seeds.protocol import Seed, check_range
 from camkit.tensors import Cam, Classes, Scores
 from camkit.vocabulary import Vocabulary
 
@@ -108,9 +108,8 @@ class Targets:
         """The seed, made to understand the classes of `classes`."""
         if not self.functions:
             return seed
-        wanted = needs(seed)
-        tokens = wanted["tokens"]
-        if not wanted["gradients"] and (tokens is None or not tokens.gradients):
+        spec = required_by(seed)
+        if not (spec.gradients or spec.entering_gradients):
             raise ValueError(
                 f"a score of one's own is differentiated, and {type(seed).__name__} takes no "
                 "gradients; use GradientSeed or RelevanceSeed"
@@ -271,8 +270,8 @@ def _of_tensor(asked: Tensor, images: int, known: int | None) -> Classes:
         return asked.long() if asked.dim() == 2 else asked.long()[:, None]
     if not ((asked == 0) | (asked == 1)).all():
         raise ValueError(
-            "labels must be 0 or 1; for probabilities use camkit.PredictedClasses, for text "
-            "embeddings camkit.TextClasses"
+            "labels must be 0 or 1; for probabilities use camkit.seeds.PredictedClasses, for text "
+            "embeddings camkit.seeds.TextClasses"
         )
     if known is not None and asked.shape[1] != known:
         raise ValueError(f"labels must tell of all {known} classes, got {asked.shape[1]}")

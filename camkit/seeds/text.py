@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camkit.capture.host import is_attention
-from camkit.capture.record import Capture
+from camkit.capture.record import Capture, WatchSpec
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds.protocol import check_classes, keep_asked, pick
 from camkit.tensors import Cam, Classes, Tokens
@@ -59,7 +59,7 @@ class JointSpace:
             return cls((tower.post_layernorm.forward, tower.head.forward), pools=True)
         raise UnsupportedModelError(
             f"{type(model).__name__} is no CLIP or SigLIP of a known form; say how its tokens are "
-            "compared with texts: camkit.JointSpace((norm.forward, projection.forward))"
+            "compared with texts: camkit.seeds.JointSpace((norm.forward, projection.forward))"
         )
 
     def embed(self, tokens: Tokens, *, gradients: bool = False) -> Float[Tensor, "b t D"]:
@@ -261,7 +261,7 @@ class TextClasses:
         if self.space is None:
             raise ValueError(
                 "these TextClasses do not know how tokens are compared with them; give them "
-                "`space=camkit.JointSpace.of(model)`"
+                "`space=camkit.seeds.JointSpace.of(model)`"
             )
         return self.space
 
@@ -307,7 +307,7 @@ def _ensemble(
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no text tower that takes a "
                 f"{type(tokens).__name__} (encode_text, get_text_features); embed the prompts "
-                "yourself and give camkit.TextClasses(names, embeddings)"
+                "yourself and give camkit.seeds.TextClasses(names, embeddings)"
             )
     return F.normalize(found.float(), dim=-1).mean(0)
 
@@ -317,7 +317,8 @@ class TextSimilaritySeed:
     """How alike the embeddings of patches are to those of class texts, for CLIP and its kin.
 
     A patch goes the way of the class token: last norm and projection; where a head pools (SigLIP),
-    it is run on the patch alone. Attach `camkit.StaticCalibration` for maps of good quality: CLIP's
+    it is run on the patch alone. Attach `camkit.edits.StaticCalibration` for maps of good
+    quality: CLIP's
     patches look like their opposite without (Li et al. 2023).
 
     Attributes:
@@ -336,7 +337,7 @@ class TextSimilaritySeed:
     text: TextClasses
     reading: Literal["similarity", "softmax", "surgery"] = "surgery"
 
-    gradients: ClassVar[bool] = False
+    requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __post_init__(self) -> None:
         if self.reading not in ("similarity", "softmax", "surgery"):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from camkit.capture.record import Capture, SmoothGrad, TokenCall, TokenWatch
+from camkit.capture.record import Capture, SmoothGrad, TokenCall, WatchSpec
 from camkit.errors import CaptureError
 from camkit.seeds.protocol import check_classes, keep_asked
 from camkit.tensors import Cam, Classes, Scores
@@ -145,8 +145,6 @@ class GradCAMSeed:
     contrast: FinerCAMContrast | None = None
     noise: SmoothGrad | None = None
 
-    gradients: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             known = ", ".join(get_args(Method))
@@ -155,9 +153,11 @@ class GradCAMSeed:
             raise ValueError(f"`blocks` must be at least 1, got {self.blocks}")
 
     @property
-    def tokens(self) -> TokenWatch:
-        """What has to be watched for it, besides attention."""
-        return TokenWatch(self.blocks, gradients=True, noise=self.noise, class_query=True)
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return WatchSpec(
+            entering=self.blocks, entering_gradients=True, noise=self.noise, last_patches=False
+        )
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         check_classes(capture, classes, capture.scores.shape[-1])
@@ -211,8 +211,7 @@ class EigenCAMSeed:
     paper leaves the sign open; here the larger extreme is positive.
     """
 
-    gradients: ClassVar[bool] = False
-    tokens: ClassVar[TokenWatch] = TokenWatch(1, class_query=True)
+    requires: ClassVar[WatchSpec] = WatchSpec(entering=1, last_patches=False)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         check_classes(capture, classes, None)
@@ -233,7 +232,7 @@ def entering(capture: Capture, blocks: int, seed: object) -> tuple[TokenCall, ..
     if len(capture.entering) < blocks or short:
         raise CaptureError(
             f"this capture does not hold the tokens that {type(seed).__name__} reads; watch the "
-            "forward with camkit.watch(model, **camkit.needs(seed)). If you did, the attention "
+            "forward with camkit.watch(model, requires=seed.requires). If you did, the attention "
             "that comes last in the model did not run (a teacher's, perhaps); name what runs in "
             "`modules=`"
         )
@@ -246,7 +245,7 @@ def gradients_at(total: Tensor, calls: Sequence[TokenCall]) -> list[Tensor]:
     if not all(node.requires_grad for node in nodes) or not total.requires_grad:
         raise CaptureError(
             "this capture holds no gradients of tokens; watch the forward with "
-            "camkit.watch(model, **camkit.needs(seed)) and do not detach its scores"
+            "camkit.watch(model, requires=seed.requires) and do not detach its scores"
         )
     found = torch.autograd.grad(
         total, nodes, retain_graph=True, allow_unused=True, materialize_grads=True

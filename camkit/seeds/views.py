@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from camkit.capture.host import find_patch_embeddings
-from camkit.capture.record import Capture
+from camkit.capture.record import ATTENTION, Capture, WatchSpec
 from camkit.capture.watcher import watch
 from camkit.edits.handle import attach
 from camkit.edits.protocol import Edit, KeyEdit
 from camkit.errors import UnsupportedModelError
 from camkit.ops.images import resize_cam
-from camkit.seeds.protocol import Seed, needs
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
 
@@ -128,22 +127,20 @@ class ModelRunner:
 
     Attributes:
         model: borrowed, in evaluation mode.
-        seeds: what will be read from the captures; what they need is watched.
+        requires: what seeds and refiners will read from the captures. If nothing reads patches
+            behind the last block and no edit acts, that block runs for the class token only.
         edit: changes attention blocks during the forward, and only then.
         edit_blocks: which, as in `camkit.attach`.
         vocabulary: joins classifier outputs.
         scores: makes ``(b, classes)`` scores of what the model returns, as in `camkit.watch`.
-        class_query: evaluate the last block for the class query only, where all seeds are content
-            with that; with an edit it is never done. Who reads patch embeddings has none then.
     """
 
     model: nn.Module
-    seeds: tuple[Seed, ...] = ()
+    requires: WatchSpec = ATTENTION
     edit: Edit | KeyEdit | None = None
     edit_blocks: int | tuple[int, ...] | None = None
     vocabulary: Vocabulary | None = None
     scores: Callable[[Any], Tensor] | None = None
-    class_query: bool = False
 
     def __call__(self, pixels: Pixels, rgb: RGB | None = None) -> Capture:
         """Look at a batch.
@@ -157,7 +154,8 @@ class ModelRunner:
             rgb=rgb,
             vocabulary=self.vocabulary,
             scores=self.scores,
-            **needs(*self.seeds, class_query=self.class_query and self.edit is None),
+            requires=self.requires,
+            skip_unused_patches=self.edit is None,
         )
         with torch.no_grad(), ExitStack() as edited, seen:
             if self.edit is not None:
