@@ -18,15 +18,14 @@ from camkit.cli import main
 from camkit.cli.demo import EMBEDDED_SCORES
 from camkit.cli.models import DEFAULT_MODEL, open_model
 from camkit.data import (
-    DEMO_CLASSES,
     demo_model,
     demo_photos,
     embedded,
     imagenet_vocabulary,
-    mask_classes,
     read_mask,
 )
-from camkit.data.embedded import DEMO_WEIGHTS, blank_model, expand_rows, round_rows
+from camkit.data.embedded import DEMO_CLASSES, DEMO_WEIGHTS, blank_model, expand_rows, round_rows
+from camkit.data.sample import mask_classes
 from camkit.manifest import weights_hash
 from camkit.method import DEFAULT_REFINE
 from camkit.photo import load_photo, read_picture
