@@ -238,7 +238,7 @@ def test_without_data_and_hub_the_model_in_the_package_is_taken_and_said_so(
     opened = open_model(DEFAULT_MODEL, or_embedded=True)
     assert opened.embedded
     assert opened.source.endswith("(a small student of the default model)")
-    told = "timm's hub does not answer\ntaking the small model that comes with camkit instead\n"
+    told = "timm's hub does not answer\nusing the small model that comes with camkit instead\n"
     assert told in capsys.readouterr().err
     for name, weight in model.state_dict().items():
         assert torch.equal(opened.model.state_dict()[name], weight), name

@@ -124,6 +124,7 @@ def _contents(samples: Iterable[Sample]) -> dict[Path, str]:
     """Identify the content of each photo: its hash, or its path if no other has its size."""
     by_size: dict[int, list[Path]] = defaultdict(list)
     contents: dict[Path, str] = {}
+    path = Path()  # the file that an error is about
     try:
         for path in {sample.photo: None for sample in samples}:
             by_size[path.stat().st_size].append(path)
