@@ -130,25 +130,32 @@ def trim_normaliser(normaliser: Tensor, q: Tensor) -> Tensor:
 
 
 def cpu_attention_backward(
-    gradient: Tensor, heads: tuple[Tensor, Tensor, Tensor], given: dict[str, Any]
+    gradient: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
+    forward: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Run the backward of the CPU kernel.
 
     Args:
         gradient: at the output.
         heads: queries, keys and values.
-        given: ``out``, ``logsumexp``, ``attn_mask`` and ``scale`` of the forward.
+        forward: output and normaliser.
+        mask: as ``attn_mask``.
+        scale: factor on the dot products.
 
     Returns:
         Gradients at queries, keys and values; None if torch would run another kernel. Kernels of
-        other devices need values that only their own forward keeps.
+        other devices need values that only their own forward stores.
     """
     backward = _operator(_CPU_BACKWARD)
-    options = {"dropout_p": 0.0, "is_causal": False, "scale": given["scale"]}
+    options = {"dropout_p": 0.0, "is_causal": False, "scale": scale}
     if backward is None or chosen_kernel(*heads, None, options) != CPU_KERNEL:
         return None
-    found: tuple[Tensor, Tensor, Tensor] = backward(gradient, *heads, **given | options)
-    return found
+    result: tuple[Tensor, Tensor, Tensor]
+    result = backward(gradient, *heads, *forward, attn_mask=mask, **options)
+    return result
 
 
 # -- Compilation.
@@ -190,7 +197,7 @@ def constant_when_compiled(function: _Function) -> _Function:
     As `torch.compiler.assume_constant_result`, which would import the compiler: that takes 3 s.
     """
     if "torch._dynamo" in sys.modules:
-        return torch.compiler.assume_constant_result(function)  # type: ignore[no-any-return]
+        return torch.compiler.assume_constant_result(function)
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 

@@ -420,9 +420,10 @@ def test_nothing_is_read_back_from_a_device():
         q, k = torch.randn(2, 50, 2, 4, 64, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
         lse, tilt = torch.randn(2, 4, 50), torch.randn(2, 50)
         cam = torch.rand(2, 3, 49)
-        assert reweight_plain.class_columns(q, k, lse, tilt, 0.1, 3, 2).shape == (2, 4, 50, 2)
-        assert reweight_plain.affinity_mean(q, k, lse, tilt, 0.1, 3, 1).shape == (2, 49, 49)
-        assert reweight_plain.propagate_mean(q, k, lse, cam, tilt, 0.1, 3, 1).shape == cam.shape
+        given = reweight_plain.AttentionMap(q, k, lse, tilt, 0.1, 3)
+        assert reweight_plain.class_columns(given, 2).shape == (2, 4, 50, 2)
+        assert reweight_plain.affinity_mean(given, 1).shape == (2, 49, 49)
+        assert reweight_plain.propagate_mean(given, cam, 1).shape == cam.shape
 
 
 @pytest.mark.parametrize(
