@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from camkit.capture.anatomy import Anatomy, alone, image_batch
 from camkit.capture.attention import Attention, FusedAttention
@@ -25,7 +24,7 @@ from camkit.capture.mha import multi_head_attention
 from camkit.capture.record import TokenCall
 from camkit.capture.tail import block_modules, tokens_of
 from camkit.errors import UnsupportedModelError
-from camkit.torch_internals import count_hooks
+from camkit.torch_internals import count_hooks, tensor_version, tree_leaves
 
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TRIED: "WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]]" = WeakKeyDictionary()
@@ -89,7 +88,8 @@ class ClassQuery:
         if any(parameter.is_inference() for parameter in self._model.parameters()):
             return False
         mode = SingleQueryAttention(anatomy.class_tokens[0])
-        weights = hash(tuple((id(p), p._version, p.dtype) for p in self._model.parameters()))
+        parameters = self._model.parameters()
+        weights = hash(tuple((id(p), tensor_version(p), p.dtype) for p in parameters))
         state = (weights, *map(id, early))
         tried = _TRIED.setdefault(entrance, {})
         if state not in tried:
