@@ -6,7 +6,7 @@ functions, more slowly or without an optimisation.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -202,7 +202,7 @@ def constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
-# -- Hooks.
+# -- Modules and tensors.
 
 
 def count_hooks(module: nn.Module) -> int:
@@ -218,7 +218,28 @@ def _hooks_of(module: nn.Module) -> int:
     count = 0
     for register in (module.register_forward_hook, module.register_forward_pre_hook):
         handle = register(lambda *_: None)
-        hooks = handle.hooks_dict_ref()  # the dictionary of all hooks of this kind
+        # refers to the dictionary of all hooks of this kind; if it is gone, assume there is a hook
+        hooks = getattr(handle, "hooks_dict_ref", lambda: ("unknown",))()
         handle.remove()
         count += len(hooks or ())
     return count
+
+
+def tensor_version(tensor: Tensor) -> object:
+    """Return a value that changes when a tensor is written to; a new one each time if unknown."""
+    version = getattr(tensor, "_version", None)
+    return object() if version is None else version
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """List the values in nested tuples, lists, dictionaries and dataclass-like outputs."""
+    try:
+        from torch.utils import _pytree
+
+        leaves: list[Any] = _pytree.tree_leaves(tree)
+    except (ImportError, AttributeError):
+        parts = tree.values() if isinstance(tree, Mapping) else tree
+        if not isinstance(parts, Iterable) or isinstance(parts, Tensor | str):
+            return [tree]
+        leaves = [leaf for part in parts for leaf in tree_leaves(part)]
+    return leaves
