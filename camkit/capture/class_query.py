@@ -250,7 +250,7 @@ def _hooks_on(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-_INSTEAD = 'use LeGradSeed(reading="mean"), which asks for nothing of the kind'
+_INSTEAD = 'use LeGradSeed(token="mean"), which asks for nothing of the kind'
 
 
 class ClassPath:

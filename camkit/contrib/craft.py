@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from camkit.capture.record import Capture, WatchSpec
-from camkit.seeds.patches import leaving_patches, lens_scores
-from camkit.seeds.protocol import check_classes, keep_asked, pick
+from camkit.contrib.layers import leaving_patches, lens_scores
+from camkit.seeds.protocol import check_classes, fold_maps, pick
 from camkit.tensors import Cam, Classes
 
 Data: TypeAlias = Float[Tensor, "b n d"]
@@ -127,7 +127,7 @@ class CRAFTSeed:
     Attributes:
         concepts: learnt beforehand; None factorises each image alone.
         rank: how many concepts an image has, where they are its own.
-        layer: the block whose patches are read, as in `camkit.seeds.LogitLensSeed`.
+        layer: the block whose patches are read, as in `camkit.contrib.LogitLensSeed`.
         designs: masks for each concept; 32 is CRAFT's.
     """
 
@@ -145,7 +145,8 @@ class CRAFTSeed:
             raise ValueError(f"`designs` must be at least 2, got {self.designs}")
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        check_classes(capture, classes, capture.scores.shape[-1])
+        scores = capture.scores
+        check_classes(classes, len(scores), scores.shape[-1])
         patches = leaving_patches(capture, self.layer, self).float()
         if self.concepts is None:
             amounts, directions = semi_nmf(patches, self.rank)
@@ -154,7 +155,7 @@ class CRAFTSeed:
             amounts = amounts_of(patches, directions)
         weights = self._importance(capture, classes, amounts.mean(1), directions)
         maps = torch.einsum("bkr,bnr->bkn", weights, amounts)
-        return keep_asked(capture.grid.fold(maps), classes)
+        return fold_maps(capture, maps, classes)
 
     def _importance(
         self,
