@@ -247,7 +247,7 @@ def _close(one: Any, other: Any) -> bool:
     return bool(((one - other).abs() <= CLOSE[one.dtype] * one.abs().max()).all())
 
 
-_INSTEAD = 'use LeGradSeed(reading="mean"), which asks for nothing of the kind'
+_INSTEAD = 'use LeGradSeed(token="mean"), which asks for nothing of the kind'
 
 
 class ClassPath:
