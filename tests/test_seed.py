@@ -251,7 +251,7 @@ def test_every_seed_says_whether_it_needs_gradients():
     assert [one.requires.gradients for one in SEEDS] == [False, False, True, True]
 
 
-def test_a_class_of_several_outputs_is_spoken_for_by_all_their_tokens():
+def test_a_class_of_several_outputs_is_read_from_all_their_tokens():
     model, pixels = OneTokenPerClass(class_tokens=5), torch.randn(2, 3, 16, 24)
     both = Vocabulary(("both",), members=((1, 3),))
     grouped = ClassAttentionSeed()(seen_by(model, pixels, vocabulary=both), CLASSES[:, :1] * 0)
