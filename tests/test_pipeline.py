@@ -156,8 +156,8 @@ def test_without_classes_the_likeliest_output_is_taken(model, photo):
     [
         (NAMES, ["hrose"], 'no class is called "hrose"; did you mean "horse"'),
         (NAMES, [], "name at least one class, got none"),
-        (NAMES, [5], "a class index lies in 0 to 4 here, got 5"),
-        (NAMES, [-1], "a class index lies in 0 to 4 here, got -1"),
+        (NAMES, [5], "a class index must lie in 0 to 4, got 5"),
+        (NAMES, [-1], "a class index must lie in 0 to 4, got -1"),
         (NAMES, ["dog", 1], "are the same class"),
         (None, [], "name at least one class, got none"),
         (None, ["cat"], "'cat' is a name, but the pipeline has no vocabulary"),

@@ -14,9 +14,9 @@ from camkit.bench.protocol import PhotoSettings, Variant, stages
 from camkit.bench.results import Report, Row
 from camkit.data import DataSet, Sample
 from camkit.manifest import weights_hash
-from camkit.mask import IGNORE, to_mask
+from camkit.mask import to_mask
 from camkit.photo import read_picture
-from camkit.tensors import Cam
+from camkit.tensors import IGNORE, Cam
 from camkit.vocabulary import Vocabulary
 
 Group: TypeAlias = Literal["random", "best", "worst"]

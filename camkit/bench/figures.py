@@ -18,9 +18,10 @@ from camkit.bench.examples import FALSE, HIT, MISSED, WRONG, Example
 from camkit.bench.markup import points, printable, select, text
 from camkit.bench.results import Report, Row
 from camkit.errors import CamkitError
-from camkit.mask import IGNORE, voc_palette
+from camkit.mask import voc_palette
 from camkit.paint import Picture, overlay_cam, overlay_mask
 from camkit.score import THRESHOLDS
+from camkit.tensors import IGNORE
 
 COLOURS = (
     *("#1f77b4", "#e0701a", "#2ca02c", "#d94f4f", "#9467bd"),
