@@ -18,15 +18,14 @@ from camkit.cli import main
 from camkit.cli.demo import EMBEDDED_SCORES
 from camkit.cli.models import DEFAULT_MODEL, open_model
 from camkit.data import (
-    DEMO_CLASSES,
     demo_model,
     demo_photos,
     embedded,
     imagenet_vocabulary,
-    mask_classes,
     read_mask,
 )
-from camkit.data.embedded import DEMO_WEIGHTS, blank_model, expand_rows, round_rows
+from camkit.data.embedded import DEMO_CLASSES, DEMO_WEIGHTS, blank_model, expand_rows, round_rows
+from camkit.data.sample import mask_classes
 from camkit.errors import DataError
 from camkit.manifest import weights_hash
 from camkit.method import DEFAULT_REFINE
@@ -240,7 +239,7 @@ def test_without_data_and_hub_the_model_in_the_package_is_taken_and_said_so(
     opened = open_model(DEFAULT_MODEL, or_embedded=True)
     assert opened.embedded
     assert opened.source.endswith("(a small student of the default model)")
-    told = "timm's hub does not answer\ntaking the small model that comes with camkit instead\n"
+    told = "timm's hub does not answer\nusing the small model that comes with camkit instead\n"
     assert told in capsys.readouterr().err
     for name, weight in model.state_dict().items():
         assert torch.equal(opened.model.state_dict()[name], weight), name
