@@ -38,7 +38,7 @@ from camkit.cli.models import DEFAULT_MODEL, OpenedModel, data_folder, open_mode
 from camkit.data import Sample, demo_model, open_dataset
 from camkit.data.embedded import DEMO_WEIGHTS, blank_model, round_rows
 from camkit.manifest import environment, weights_hash
-from camkit.method import CALIBRATED, DEFAULT_REFINE
+from camkit.method import CALIBRATED
 
 KEPT = (0, 1, 2, 3, 5, 6, 8, 9, 11)
 """Blocks of the teacher that the student starts from."""
@@ -275,14 +275,12 @@ def agreement(teacher: OpenedModel, student: nn.Module, samples: Sequence[Sample
 
 def masks(opened: OpenedModel, model: nn.Module, folder: Path, limit: int) -> dict:
     """Mean IoU of the seed and of the default chain, background scores from other images."""
-    base = Variant(
-        "seed", CALIBRATED.seed, edit=CALIBRATED.edit, edit_blocks=CALIBRATED.edit_blocks
-    )
+    base = Variant("seed", replace(CALIBRATED.method, refine=()))
     report = run(
         model,
         open_dataset(folder / "voc12_animals"),
         vocabulary=opened.vocabulary.subset(CLASSES),
-        variants=(base, replace(base, name="refined", refine=DEFAULT_REFINE, base=base)),
+        variants=(base, Variant("refined", CALIBRATED.method, base=base)),
         split="val",
         tune_split="train",
         photos=opened.photos,

@@ -1,4 +1,7 @@
-"""What a caller may want to catch; wrong arguments are plain ValueError and TypeError."""
+"""Errors that a caller may catch; wrong arguments are plain ValueError and TypeError."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class CamkitError(Exception):
@@ -15,3 +18,11 @@ class CaptureError(CamkitError):
 
 class DataError(CamkitError):
     """A file cannot be used; the message names it."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that was probably meant, or list them all."""
+    known = list(known)
+    folded = {candidate.casefold(): candidate for candidate in known}
+    match = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f"did you mean {folded[match[0]]!r}?" if match else f"known are {', '.join(known)}"

@@ -40,6 +40,22 @@ class Photo:
     path: Path | None = None
 
 
+@dataclass(frozen=True)
+class PhotoSettings:
+    """How photos are prepared for a model; the settings are those of `load_photo`."""
+
+    size: int | tuple[int, int] = 384
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    multiple: int = 16
+
+    def load(self, path: str | Path) -> Photo:
+        """Read one photo from a file, as `load_photo` does."""
+        return load_photo(
+            path, size=self.size, mean=self.mean, std=self.std, multiple=self.multiple
+        )
+
+
 def load_photo(
     path: str | Path,
     *,

@@ -22,13 +22,16 @@ if __name__ == "__main__":
         model = timm.create_model(
             "vit_tiny_patch16_224", pretrained=False, depth=3, num_classes=3, dynamic_img_size=True
         ).eval()
-        seed = Variant("gradient", camkit.GradientSeed())
+        seed = Variant("gradient", camkit.Method(camkit.GradientSeed(), refine=()))
         refine = (camkit.Propagate(steps=2, balance=3), camkit.refiners.Normalize("minmax"))
         report = run(
             model,
             dataset,
             vocabulary=camkit.Vocabulary(dataset.classes),  # outputs of the model, by name
-            variants=[seed, Variant("refined", seed.seed, refine, base=seed)],
+            variants=[
+                seed,
+                Variant("refined", camkit.Method(camkit.GradientSeed(), refine=refine), base=seed),
+            ],
             split="val",  # figures come from here
             tune_split="train",  # and background scores from here
             photos=PhotoSettings(size=96),

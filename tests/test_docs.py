@@ -142,7 +142,7 @@ def world(page, stand_ins, monkeypatch, tmp_path):
         "scores": torch.rand(1, 3, 64, 96).softmax(1),
         "seed": seed,
         "reshape": lambda tokens: tokens[:, 1:].mT.unflatten(-1, (4, 6)),
-        "variants": [bench.Variant("refined", seed, refine)],
+        "variants": [bench.Variant("refined", camkit.Method(seed, refine=refine))],
         "dataset": open_dataset("VOC2012"),
         "vocabulary": camkit.Vocabulary(SHAPE_CLASSES),
         "photos": bench.PhotoSettings(size=96),

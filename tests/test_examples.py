@@ -131,7 +131,10 @@ def test_the_benchmark_finds_the_same_miou_in_the_checkpoint(example, train, fla
         vocabulary=camkit.Vocabulary(data.classes),
         variants=[
             bench.Variant(
-                "seed", camkit.seeds.ClassAttentionSeed(), (camkit.refiners.Normalize("minmax"),)
+                "seed",
+                camkit.Method(
+                    camkit.seeds.ClassAttentionSeed(), refine=(camkit.refiners.Normalize("minmax"),)
+                ),
             )
         ],
         split="val",

@@ -12,10 +12,10 @@ from urllib.request import Request, urlopen
 
 from torch import nn
 
-from camkit.bench.protocol import PhotoSettings
 from camkit.capture.host import find_patch_embeddings
 from camkit.data import VOC_CLASSES, demo_model, imagenet_vocabulary
 from camkit.errors import CamkitError
+from camkit.photo import PhotoSettings
 from camkit.vocabulary import Vocabulary
 
 DEFAULT_MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from camkit.data.coco import coco_splits, open_coco
 from camkit.data.imagenet import open_imagenet_s
-from camkit.data.labels import check_split, closest, read_names, read_text
+from camkit.data.labels import check_split, read_names, read_text
 from camkit.data.sample import DataSet, Sample
 from camkit.data.voc import open_voc
-from camkit.errors import DataError
+from camkit.errors import DataError, closest
 
 _HEADER = ["image", "labels"]
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

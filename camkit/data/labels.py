@@ -1,8 +1,7 @@
 """Image-level labels and lists of names in files."""
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from camkit.data.camfiles import read_arrays
-from camkit.errors import DataError
+from camkit.errors import DataError, closest
 
 VECTOR_FILES = ("cls_labels.npy", "cls_labels_onehot.npy")
 """File names that other codebases give to their label vectors."""
@@ -46,14 +45,6 @@ def read_names(path: Path) -> dict[str, int]:
     if not lines:
         raise DataError(f"{path} is empty; expected one name per line")
     return lines
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """Suggest the known name that was probably meant, or list them all."""
-    known = list(known)
-    folded = {candidate.casefold(): candidate for candidate in known}
-    match = difflib.get_close_matches(name.casefold(), folded, n=1)
-    return f"did you mean {folded[match[0]]!r}?" if match else f"known are {', '.join(known)}"
 
 
 def check_split(name: str, splits: tuple[str, ...]) -> None:
