@@ -1,7 +1,7 @@
 """One alias per kind of tensor, and the names of axes.
 
-Axes: b images, k requested classes of an image, C classes of a data set or classifier, h and w rows and
-columns of patches, H and W rows and columns of pixels, t tokens, n patches, c class tokens,
+Axes: b images, k requested classes of an image, C classes of a data set or classifier, h and w rows
+and columns of patches, H and W rows and columns of pixels, t tokens, n patches, c class tokens,
 a heads, d channels.
 """
 
