@@ -345,7 +345,7 @@ def _kernel_backward(
     q, k, lse, log_weights, scale, gated_rows = attention
     lse = lse.masked_fill(lse == -torch.inf, 0.0)  # what the kernel itself stores for such rows
     cut = q.shape[2] if log_weights is None or gated_rows < 0 else gated_rows
-    found = []
+    parts = []
     for rows, weights in ((slice(0, cut), log_weights), (slice(cut, None), None)):
         if q[:, :, rows].numel() == 0:
             continue
@@ -354,8 +354,8 @@ def _kernel_backward(
         gradients = cpu_attention_backward(grad_out[:, :, rows], heads, forward, mask, scale)
         if gradients is None:
             return None
-        found.append(gradients)
-    if not found:
+        parts.append(gradients)
+    if not parts:
         return None
-    to_q, to_k, to_v = zip(*found, strict=True)
+    to_q, to_k, to_v = zip(*parts, strict=True)
     return [torch.cat(to_q, 2), torch.stack(to_k).sum(0), torch.stack(to_v).sum(0)]
