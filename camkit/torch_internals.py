@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-# -- Fused attention. scaled_dot_product_attention chooses one of these kernels. Each computes the
-# log-sum-exp of every row, the normaliser, and returns it beside the output when called by name.
+# scaled_dot_product_attention chooses one of these kernels. Each computes the log-sum-exp of every
+# row, the normaliser, and returns it with the output when called by name.
 
 CPU_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 _CUDA_KERNELS = {
@@ -158,8 +158,6 @@ def cpu_attention_backward(
     return result
 
 
-# -- Compilation.
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -202,9 +200,6 @@ def constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
-# -- Modules and tensors.
-
-
 def count_hooks(module: nn.Module) -> int:
     """Count the forward hooks and forward pre-hooks of a module and all modules in it."""
     return sum(_hooks_of(part) for part in module.modules())
@@ -232,7 +227,7 @@ def tensor_version(tensor: Tensor) -> object:
 
 
 def tree_leaves(tree: Any) -> list[Any]:
-    """List the values in nested tuples, lists, dictionaries and dataclass-like outputs."""
+    """List the values in nested tuples, lists, dictionaries and outputs registered with torch."""
     try:
         from torch.utils import _pytree
 

@@ -110,48 +110,48 @@ def reweighted_attention(  # noqa: PLR0913 - as declared
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), rows.contiguous()
 
 
-def class_columns(given: AttentionMap, columns: int) -> Tensor:
+def class_columns(attention: AttentionMap, columns: int) -> Tensor:
     """Compute the first columns of the map."""
-    return given.columns(slice(0, columns)).part().contiguous()
+    return attention.columns(slice(0, columns)).part().contiguous()
 
 
-def affinity_mean(given: AttentionMap, skip: int) -> Tensor:
+def affinity_mean(attention: AttentionMap, skip: int) -> Tensor:
     """Average the map over heads, without its first rows and columns."""
-    tokens, keys = given.q.shape[2], given.k.shape[2]
-    affinity = given.lse.new_empty(len(given.q), tokens - skip, keys - skip)
-    affinity_mean_(affinity, given, skip, 1.0, 0.0)
+    tokens, keys = attention.q.shape[2], attention.k.shape[2]
+    affinity = attention.lse.new_empty(len(attention.q), tokens - skip, keys - skip)
+    affinity_mean_(affinity, attention, skip, 1.0, 0.0)
     return affinity
 
 
 def affinity_mean_(
-    affinity: Tensor, given: AttentionMap, skip: int, alpha: float, beta: float
+    affinity: Tensor, attention: AttentionMap, skip: int, alpha: float, beta: float
 ) -> None:
     """Add the averaged map to ``affinity``, which is not read if ``beta`` is zero."""
-    given = given.columns(slice(skip, None))
-    for rows, groups in given.parts(skip):
+    attention = attention.columns(slice(skip, None))
+    for rows, groups in attention.parts(skip):
         into = affinity[:, rows.start - skip : rows.stop - skip]
         into = into.zero_() if beta == 0.0 else into.mul_(beta)
         for heads in groups:
-            weights = given.part(heads, rows)
+            weights = attention.part(heads, rows)
             total = weights[:, 0] if weights.shape[1] == 1 else weights.sum(1)
-            into.add_(total, alpha=alpha / given.q.shape[1])
+            into.add_(total, alpha=alpha / attention.q.shape[1])
 
 
-def propagate_mean(given: AttentionMap, cam: Tensor, skip: int) -> Tensor:
+def propagate_mean(attention: AttentionMap, cam: Tensor, skip: int) -> Tensor:
     """Multiply the averaged map with class maps."""
-    q, maps, dtype = given.q, cam.shape[1], given.lse.dtype
+    q, maps, dtype = attention.q, cam.shape[1], attention.lse.dtype
     if q.device.type == "cpu" and q.dtype == cam.dtype and maps <= q.shape[-1]:
         # the maps replace the values of torch's kernel: as wide as the keys, and not rounded
         values = F.pad(cam.mT, (0, q.shape[-1] - maps, skip, 0))[:, None]
         values = values.expand(-1, q.shape[1], -1, -1)
-        carried, _ = _attend(q, given.k, values, *given[3:])
+        carried, _ = _attend(q, attention.k, values, *attention[3:])
         return carried[:, :, skip:, :maps].mean(1).mT.contiguous()
-    given, values = given.columns(slice(skip, None)), cam.to(dtype).mT
+    attention, values = attention.columns(slice(skip, None)), cam.to(dtype).mT
     carried = cam.new_empty(*cam.shape[:2], q.shape[2] - skip, dtype=dtype)
-    for rows, groups in given.parts(skip):
-        total = given.part(groups[0], rows).sum(1)
+    for rows, groups in attention.parts(skip):
+        total = attention.part(groups[0], rows).sum(1)
         for heads in groups[1:]:
-            total += given.part(heads, rows).sum(1)
+            total += attention.part(heads, rows).sum(1)
         carried[:, :, rows.start - skip : rows.stop - skip] = (total @ values).mT / q.shape[1]
     return carried.to(cam.dtype)
 
@@ -216,10 +216,10 @@ def logits_of(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, rows: sli
 class Gradients:
     """Sums up the gradients at the inputs of a map, part by part."""
 
-    def __init__(self, given: AttentionMap) -> None:
-        q, k, lse, log_weights, *_ = given
+    def __init__(self, attention: AttentionMap) -> None:
+        q, k, lse, log_weights, *_ = attention
         dtype = at_least_float32(q.dtype)
-        self.given = given
+        self.attention = attention
         self.q = torch.zeros_like(q, dtype=dtype, memory_format=torch.contiguous_format)
         self.k = torch.zeros_like(k, dtype=dtype, memory_format=torch.contiguous_format)
         self.lse = torch.zeros_like(lse, memory_format=torch.contiguous_format)
@@ -229,12 +229,12 @@ class Gradients:
 
     def add(self, at_logits: Tensor, heads: slice, rows: slice, keys: slice = ALL) -> None:
         """Add the gradient at the logits of one part."""
-        q, k, _, log_weights, scale, _ = self.given
+        q, k, _, log_weights, scale, _ = self.attention
         self.q[:, heads, rows] += at_logits @ k[:, heads, keys].to(self.q.dtype) * scale
         self.k[:, heads, keys] += at_logits.mT @ q[:, heads, rows].to(self.q.dtype) * scale
         if log_weights is None:
             return
-        to_weights = self.given.gated(at_logits, rows).sum(2)
+        to_weights = self.attention.gated(at_logits, rows).sum(2)
         if log_weights.dim() == 3:
             self.log_weights[:, heads, keys] += to_weights
         else:
@@ -254,12 +254,12 @@ class Gradients:
             on_part: called with the attention weights of each part and its rows.
         """
         keys = slice(skip, None)
-        given = self.given.columns(keys)
-        for rows, groups in given.parts(skip):
+        attention = self.attention.columns(keys)
+        for rows, groups in attention.parts(skip):
             own = slice(rows.start - skip, rows.stop - skip)
-            gradient = at_mean(own)[:, None] / given.q.shape[1]
+            gradient = at_mean(own)[:, None] / attention.q.shape[1]
             for heads in groups:
-                weights = given.part(heads, rows)
+                weights = attention.part(heads, rows)
                 if on_part is not None:
                     on_part(weights, own)
                 at_logits = weights.mul_(gradient)
@@ -268,7 +268,7 @@ class Gradients:
 
     def cast(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return the sums in the dtypes of the inputs."""
-        q, k, _, log_weights, *_ = self.given
+        q, k, _, log_weights, *_ = self.attention
         to_weights = None if log_weights is None else self.log_weights.to(log_weights.dtype)
         return self.q.to(q.dtype), self.k.to(k.dtype), self.lse, to_weights
 
@@ -293,11 +293,11 @@ def attention_backward(  # noqa: PLR0913 - as declared
     Torch's own backward computes the gradient through the output where it can be called. The rest
     is computed in parts, and the class rows, which are inputs, cost two small products.
     """
-    given = AttentionMap(q, k, lse, log_weights, scale, gated_rows)
-    sums, dtype = Gradients(given), at_least_float32(v.dtype)
+    attention = AttentionMap(q, k, lse, log_weights, scale, gated_rows)
+    sums, dtype = Gradients(attention), at_least_float32(v.dtype)
     to_v = torch.zeros_like(v, dtype=dtype, memory_format=torch.contiguous_format)
     if grad_out is not None and not to_weights:
-        by_kernel = _kernel_backward(grad_out, given, v, out)
+        by_kernel = _kernel_backward(grad_out, attention, v, out)
         if by_kernel is not None:
             grad_out = None
             sums.q += by_kernel[0]
@@ -324,9 +324,9 @@ def _add_parts(
     """Add the gradients through the output and the normaliser, part by part."""
     if grad_out is None and grad_lse is None:
         return
-    for rows, groups in sums.given.parts():
+    for rows, groups in sums.attention.parts():
         for heads in groups:
-            weights = sums.given.part(heads, rows)
+            weights = sums.attention.part(heads, rows)
             at_weights = weights.new_zeros(())
             if grad_out is not None:
                 gradient = grad_out[:, heads, rows].to(to_v.dtype)
@@ -339,13 +339,13 @@ def _add_parts(
 
 
 def _kernel_backward(
-    grad_out: Tensor, given: AttentionMap, v: Tensor, out: Tensor
+    grad_out: Tensor, attention: AttentionMap, v: Tensor, out: Tensor
 ) -> list[Tensor] | None:
     """Compute the gradients at q, k and v by torch's CPU kernel; None if it cannot be called."""
-    q, k, lse, log_weights, scale, gated_rows = given
+    q, k, lse, log_weights, scale, gated_rows = attention
     lse = lse.masked_fill(lse == -torch.inf, 0.0)  # what the kernel itself stores for such rows
     cut = q.shape[2] if log_weights is None or gated_rows < 0 else gated_rows
-    found = []
+    parts = []
     for rows, weights in ((slice(0, cut), log_weights), (slice(cut, None), None)):
         if q[:, :, rows].numel() == 0:
             continue
@@ -354,8 +354,8 @@ def _kernel_backward(
         gradients = cpu_attention_backward(grad_out[:, :, rows], heads, forward, mask, scale)
         if gradients is None:
             return None
-        found.append(gradients)
-    if not found:
+        parts.append(gradients)
+    if not parts:
         return None
-    to_q, to_k, to_v = zip(*found, strict=True)
+    to_q, to_k, to_v = zip(*parts, strict=True)
     return [torch.cat(to_q, 2), torch.stack(to_k).sum(0), torch.stack(to_v).sum(0)]
