@@ -21,7 +21,7 @@ axes. b images, k requested classes of an image, C classes of a data set or clas
 and columns of patches, H and W rows and columns of pixels, t tokens, n patches, c class tokens, a
 heads, d channels. The end of the page defines short names such as `Cam`."""
 
-TABLES = """Output of the scripts in `benchmarks/`, unchanged; `benchmarks/README.md` states what each
+TABLES = """The scripts in `benchmarks/` wrote these tables; `benchmarks/README.md` states what each
 script measures and the command to run it. Next to each table is a JSON file with all numbers,
 settings, versions and the hash of the weights."""
 
@@ -58,7 +58,7 @@ ROOMS = {
     "Pictures": ("paint",),
     "Errors and shapes": ("errors", "tensors"),
 }
-"""Headings of the reference. Below each: packages and modules of camkit, or single names of them."""
+"""Headings of the reference, and the packages, modules or single names shown below each."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -158,7 +158,9 @@ def help_of(words: list[str]) -> str:
 
 def examples() -> str:
     """Show every script in `EXAMPLES`."""
-    intro = "# Examples\n\nRun them with `python examples/NAME.py`. The tests run all of them on a CPU."
+    intro = (
+        "# Examples\n\nTo run one: `python examples/NAME.py`. The tests run all of them on a CPU."
+    )
     scripts = {title: ROOT / "examples" / f"{name}.py" for title, name in EXAMPLES.items()}
     shown = [
         f"## {title}\n\n`examples/{path.name}`\n\n```python\n{path.read_text(encoding='utf-8')}```"
