@@ -85,7 +85,6 @@ class BlockSeed:
 
     @property
     def requires(self) -> WatchSpec:
-        """What the forward must be watched for."""
         return required_by(self.seed)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
@@ -132,7 +131,6 @@ class BestAgreementSeed:
 
     @property
     def requires(self) -> WatchSpec:
-        """What the forward must be watched for."""
         return required_by(*self.seeds, *((self.reference,) if self.reference else ()))
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
