@@ -1,7 +1,0 @@
-"""Methods without a default or a measured gain; names here may change in any version."""
-
-from camkit.contrib.layers import (
-    BestAgreementSeed as BestAgreementSeed,
-    BlockSeed as BlockSeed,
-    LogitLensSeed as LogitLensSeed,
-)
