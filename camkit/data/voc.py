@@ -29,8 +29,8 @@ class VOCFolder:
     ``cls_labels.npy`` or ``cls_labels_onehot.npy``, {name: 0/1 vector}, else from the masks.
 
     ``SegmentationClassAug`` holds the coarser masks of SBD for the 10 582 names of train_aug. With
-    ``masks=None`` a split is read from whichever folder has more masks of it, from
-    ``SegmentationClass`` where both have as many; never from both.
+    ``masks=None`` a split is read from the folder that has more masks of it, or from
+    ``SegmentationClass`` if both have as many.
     """
 
     root: Path
@@ -41,7 +41,7 @@ class VOCFolder:
     def split(self, name: str) -> tuple[Sample, ...]:
         """List the samples of a split, in the order of its list.
 
-        Raises the first error of `entries`. Without a file of labels, every mask is read once.
+        Without a file of labels, every mask is read once.
         """
         return all_usable(self.entries(name))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from camkit.tensors import IGNORE, Cam, Labels, Pixels
 
-_TINY = 1e-4  # ToCo's, in both places where it divides
+_TINY = 1e-4  # ToCo's, wherever it divides
 
 
 class Crops(NamedTuple):
@@ -81,8 +81,8 @@ def uncertain_crops(  # noqa: PLR0913 - each is a constant of the rule
             candidates = (inner >= 0).nonzero()
         order = torch.randperm(len(candidates), generator=generator)[:count]
         for crop, (top, left) in enumerate(candidates[order].tolist()):
-            window = (slice(top, top + size), slice(left, left + size))
-            pixels[image, crop] = images[image][:, window[0], window[1]]
+            window = (..., slice(top, top + size), slice(left, left + size))
+            pixels[image, crop] = images[image][window]
             positive[image, crop] = bool(region[window].float().mean() > least)
     return Crops(pixels, positive)
 
@@ -168,7 +168,7 @@ def patch_labels(
 def patch_contrast_loss(
     tokens: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"]
 ) -> Float[Tensor, ""]:
-    """Pull patches of one label together, push patches of two labels apart.
+    """Pull patches of equal labels together, push patches of different labels apart.
 
     ToCo's PTC (Ru et al. 2023), exactly as its code computes it: half of one minus the mean
     absolute cosine over pairs of equal labels, plus half of that mean over pairs of unequal ones.
