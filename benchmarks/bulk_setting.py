@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from camkit.bulk.recipe import Reading, Recipe, Writing
+from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.sources import PhotoFolder
 from camkit.cli.models import open_model
 from camkit.cli.run import TimmModel
@@ -23,7 +23,7 @@ def recipe(size: int, *, crf: bool = True) -> Recipe:
     cams = "npz" if crf else "none"
     return Recipe(
         TimmModel(MODEL, size),
-        reading=Reading(size, opened.photos.mean, opened.photos.std),
+        loading=Loading(size, opened.photos.mean, opened.photos.std),
         writing=Writing(finishing, background_score=0.5, cams=cams),
         refine=(Propagate(steps=2, blocks=6, balance=3),),
         vocabulary=opened.vocabulary,

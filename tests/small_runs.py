@@ -16,7 +16,7 @@ from torch import nn
 from camkit.bulk.finishing import ImageResult, OutFolder
 from camkit.bulk.ledger import Journal
 from camkit.bulk.ray_engine import RayEngine
-from camkit.bulk.recipe import Reading, Recipe, Writing
+from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
 from camkit.refiners import Blur, Normalize, Propagate
@@ -78,7 +78,7 @@ def small_recipe(*, batch=2, chunk=4, labels=(0, 2), finish=BLUR, **written):
     """A recipe with a refiner beside the model and another behind it."""
     return Recipe(
         OpenSmall(),
-        reading=Reading(size=96, max_pixels=written.pop("max_pixels", 10**6)),
+        loading=Loading(size=96, max_pixels=written.pop("max_pixels", 10**6)),
         writing=Writing(finish=tuple(finish), **written),
         refine=(Propagate(steps=1), Normalize()),
         vocabulary=Vocabulary(CLASSES),
@@ -148,7 +148,7 @@ def leave_transaction_open(out):
     """Die in the middle of an entry."""
     journal = Journal(OutFolder(out))
     journal.record([ImageResult("whole", {"key": "whole"})])
-    with journal._writing() as file:
+    with journal._transaction() as file:
         file.execute("INSERT INTO images VALUES ('half', '{}', NULL, NULL)")
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -19,18 +19,17 @@ from workers import (
     DiesOfBlack,
     DieTelling,
     Touch,
-    begin_or_die,
     die,
     double,
     pick_on,
     process_of,
+    start_or_die,
     threads_of,
 )
 
 from camkit import Blur, DenseCRF, GradientSeed, HybridPropagate, PixelAdaptive, Propagate
 from camkit.bulk import (
     CamFolder,
-    Done,
     Failure,
     RefineCam,
     read_labels,
@@ -39,7 +38,6 @@ from camkit.bulk import (
     write_all,
 )
 from camkit.bulk.camfiles import CamItem, read_maps, same_aspect
-from camkit.bulk.workers import beginning
 from camkit.capture import Capture
 from camkit.data import read_cam, write_cam
 from camkit.errors import CamkitError, CaptureError, DataError
@@ -47,12 +45,12 @@ from camkit.errors import CamkitError, CaptureError, DataError
 
 def outcomes(work, items, **settings):
     done, failed = {}, {}
-    for outcome in run_jobs(work, items, **settings):
-        if isinstance(outcome, Failure):
-            failed[outcome.name] = outcome.reason
+    for item, result in run_jobs(work, items, **settings):
+        if isinstance(result, Failure):
+            assert (result.key, result.stage) == (str(item), "work")
+            failed[item] = result.reason
         else:
-            assert isinstance(outcome, Done)
-            done[outcome.item] = outcome.result
+            done[item] = result
     return done, failed
 
 
@@ -65,8 +63,7 @@ def test_every_item_is_done_once(workers):
     assert (done, failed) == ({item: 2 * item for item in range(25)}, {})
 
 
-def test_a_worker_that_dies_while_it_tells_its_result_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr("camkit.bulk.workers._LOOK", 0.3)
+def test_a_worker_that_dies_while_it_sends_its_result_is_noticed(tmp_path):
     done, failed = outcomes(DieTelling(tmp_path / "died"), list(range(8)), workers=2)
     assert (tmp_path / "died").exists()
     assert (done, failed) == ({item: 2 * item for item in range(8)}, {})
@@ -96,7 +93,7 @@ def test_a_killed_worker_costs_its_own_item_only(workers, place):
 
 
 def test_an_item_is_not_blamed_for_workers_that_die_before_they_have_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("camkit.bulk.workers._begin", begin_or_die)
+    monkeypatch.setattr("camkit.bulk.workers._serve", start_or_die)
     monkeypatch.setenv("CAMKIT_TESTED", str(tmp_path))
     assert outcomes(double, [1, 2, 3], workers=1) == ({1: 2, 2: 4, 3: 6}, {})
     assert len(list(tmp_path.iterdir())) == 5  # so many died
@@ -107,12 +104,12 @@ def test_an_item_is_not_blamed_for_workers_that_die_before_they_have_it(tmp_path
 )
 def test_the_process_that_forks_workers_may_die_too():
     done = {}
-    for outcome in run_jobs(pick_on, [*"abcd", "fatal", *"efgh"], workers=1):
+    for item, result in run_jobs(pick_on, [*"abcd", "fatal", *"efgh"], workers=1):
         if not done:
             os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
-        done[outcome.name if isinstance(outcome, Failure) else outcome.item] = outcome
+        done[item] = result
     assert set(done) == {*"abcdefgh", "fatal"}
-    assert [name for name, one in done.items() if isinstance(one, Failure)] == ["fatal"]
+    assert [item for item, result in done.items() if isinstance(result, Failure)] == ["fatal"]
 
 
 def test_workers_that_die_on_everything_end_the_run():
@@ -153,29 +150,24 @@ def test_items_in_flight_are_finished_when_the_caller_leaves(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_until_a_process_has_begun(stop):
-    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-    for one in before:
-        signal.signal(one, signal.default_int_handler)
-    over, steps = threading.Event(), []
-
-    def begin():
-        with beginning():
-            os.kill(os.getpid(), stop)
-            time.sleep(0.05)
-            steps.append("the end of the beginning")
-
-    threading.Thread(target=over.wait).start()  # hears the signal that this thread does not
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.1])
+def test_an_interrupt_while_workers_start_leaves_nothing_half_done(tmp_path, delay):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
     try:
         with pytest.raises(KeyboardInterrupt):
-            begin()
-        assert steps
-        assert {signal.getsignal(one) for one in before} == {signal.default_int_handler}
+            start_and_wait(timer, run_jobs(Touch(tmp_path, 0.05), list(range(40)), workers=2))
     finally:
-        over.set()
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        signal.signal(signal.SIGINT, before)
+    assert not multiprocessing.active_children()
+    started, done = (sorted(p.stem for p in tmp_path.glob(f"*.{end}")) for end in ("pid", "done"))
+    assert started == done
+    assert len(done) < 40
+
+
+def start_and_wait(timer, jobs):
+    timer.start()
+    list(jobs)
 
 
 @pytest.mark.slow
@@ -299,8 +291,8 @@ def test_files_without_partner_are_told_and_the_others_paired(tmp_path):
         Image.new("RGB", (2, 2)).save(photos / name)
     items, failures = CamFolder(cams, photos).items()
     assert [(item.name, item.photo.name) for item in items] == [("a", "a.JPG"), ("d", "d.webp")]
-    told = {failure.name: failure.reason for failure in failures}
-    assert "b.jpeg and b.png; leave one" in told["b"]
+    told = {failure.key: failure.reason for failure in failures}
+    assert "b.jpeg and b.png; keep only one" in told["b"]
     assert "has no file c ending in .jpg" in told["c"]
 
 
@@ -390,7 +382,9 @@ def test_a_photo_that_kills_its_process_costs_its_own_file_only(tmp_path):
         Image.fromarray(colours).save(photos / f"{name}.png")
     folder = CamFolder(cams, photos)
     written = write_all(RefineCam(DiesOfBlack()), folder, tmp_path / "out", workers=2)
-    assert (written.written, [one.name for one in written.failures]) == (5, ["c"])
+    assert (written.written, [one.key for one in written.failures]) == (5, ["c"])
     for name in "abdef":
         assert read_cam(tmp_path / "out" / f"{name}.npy").cam.unique().tolist() == [0.25]
-    assert "c\tthe process that worked on it died" in (tmp_path / "out/errors.tsv").read_text()
+    assert (
+        "c\trefine\tthe process that worked on it died" in (tmp_path / "out/errors.tsv").read_text()
+    )

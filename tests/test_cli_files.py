@@ -237,7 +237,7 @@ def test_a_second_run_makes_only_what_is_missing(cams, photos, tmp_path, capsys)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     capsys.readouterr()
     assert refine(cams, photos, out, "--refine", "blur:width=1.0") == 0  # the same settings
-    assert capsys.readouterr().out == f"{out}: 1 CAM files written, 5 were there already\n"
+    assert capsys.readouterr().out == f"{out}: 1 CAM files written, 5 existed already\n"
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {f"{NAMES[2]}.npy"}
@@ -249,10 +249,10 @@ def test_results_of_other_settings_are_not_mixed(cams, photos, tmp_path, capsys)
     before = (out / f"{NAMES[0]}.npy").read_bytes()
     assert refine(cams, photos, out, "--refine", "blur:2") == 1
     error = capsys.readouterr().err
-    assert "holds 6 .npy files of other settings" in error
+    assert "holds results of other settings" in error
     assert "Blur(width=1.0)" in error
     assert "Blur(width=2.0)" in error
-    assert "another folder for these, or begin anew with overwrite (--overwrite)" in error
+    assert "choose another folder, or replace its results (--overwrite)" in error
     assert (out / f"{NAMES[0]}.npy").read_bytes() == before
     assert refine(cams, photos, out, "--refine", "blur:2", "--overwrite") == 0
     assert (out / f"{NAMES[0]}.npy").read_bytes() != before
@@ -269,8 +269,11 @@ def test_overwriting_leaves_no_results_of_other_settings_among_the_new(
     options = ["--refine", "blur:2", "--overwrite", "--list", tmp_path / "list.txt"]
     assert refine(cams, photos, out, *options) == 1
     error = capsys.readouterr().err
-    assert "holds 5 .npy files of other settings" in error
-    assert "of none of these images, so remove them or take another folder" in error
+    assert "holds results of other settings" in error
+    assert (
+        "5 files of other images would keep them, so remove those files or choose another folder"
+        in error
+    )
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -288,7 +291,7 @@ def test_folders_of_unknown_origin_are_left_alone(cams, photos, tmp_path, capsys
     other.mkdir()
     np.save(other / "mine.npy", np.zeros(3))
     assert refine(cams, photos, other, "--refine", "blur") == 1
-    assert "1 .npy files but no settings.json" in capsys.readouterr().err
+    assert "holds mine.npy but no journal.sqlite" in capsys.readouterr().err
     assert [path.name for path in other.iterdir()] == ["mine.npy"]
 
 
@@ -321,17 +324,17 @@ def test_files_that_cannot_be_used_do_not_stop_the_others(
     assert [path.stem for path in (tmp_path / "out").glob("*.npy")] == [NAMES[0]]
     assert not (tmp_path / "ran").exists()
     table = (tmp_path / "out" / "errors.tsv").read_text().splitlines()
-    told = dict(line.split("\t") for line in table[1:])
-    assert table[0] == "name\treason"
+    told = {name: reason for name, _, reason in (line.split("\t") for line in table[1:])}
+    assert table[0] == "name\tstage\treason"
     assert "cannot be read" in told[NAMES[1]] or "damaged" in told[NAMES[1]]
     assert "which no file of class maps needs and which could run code" in told[NAMES[2]]
     assert "holds NaN or infinity" in told[NAMES[3]]
     assert "64x48 (rows x columns), which do not fit 48x64" in told[NAMES[4]]
-    assert "fits the photo turned" in told[NAMES[4]]
-    assert "maps from 7 to 7, expected [0, 1]; refine by normalize first" in told[NAMES[5]]
+    assert "fit the photo turned" in told[NAMES[4]]
+    assert "maps from 7 to 7, expected [0, 1]; start with the step normalize" in told[NAMES[5]]
     assert "has no file alone ending in" in told["alone"]
     error = capsys.readouterr().err
-    assert "6 of 7 failed, listed in out/errors.tsv" in error
+    assert "6 of 7 failed, see out/errors.tsv" in error
     assert all(f"camkit: {name}: " in error for name in told)
 
 
@@ -349,7 +352,7 @@ def test_maps_of_squashed_photos_are_stretched_when_that_is_said(photos, tmp_pat
     square = torch.rand(16, 16)
     np.save(tmp_path / "cams" / f"{NAMES[0]}.npy", {0: square.numpy()})
     assert refine(tmp_path / "cams", photos, tmp_path / "out", "--refine", "normalize") == 1
-    assert "say so by any_aspect (--any-aspect)" in capsys.readouterr().err
+    assert "set any_aspect (--any-aspect)" in capsys.readouterr().err
     options = ["--refine", "normalize", "--any-aspect"]
     assert refine(tmp_path / "cams", photos, tmp_path / "out", *options) == 0
     expected = camkit.normalize_cam(camkit.resize_cam(square[None, None], SIZE))[0]
@@ -359,7 +362,7 @@ def test_maps_of_squashed_photos_are_stretched_when_that_is_said(photos, tmp_pat
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"cams": "nowhere"}, "nowhere is not a folder; name the one that holds the CAM files"),
+        ({"cams": "nowhere"}, "nowhere is not a folder; give the folder of the CAM files"),
         ({"photos": "empty"}, "empty holds no photos (.jpg, "),
         ({"step": "kfc"}, "no refiner is called 'kfc'"),
         ({"workers": -2}, "`workers` must be at least 0, got -2"),
@@ -474,7 +477,7 @@ def test_an_image_without_classes_needs_its_photo(tmp_path, capsys):
     (tmp_path / "cams").mkdir()
     np.save(tmp_path / "cams" / "a.npy", {})
     assert mask(tmp_path / "cams", tmp_path / "out") == 1
-    assert "does not say its size; give the folder of the photos (--images)" in (
+    assert "does not contain its size; give the folder of the photos (--images)" in (
         capsys.readouterr().err
     )
 
@@ -482,7 +485,7 @@ def test_an_image_without_classes_needs_its_photo(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--alpha", 2], "--alpha goes with --background power"),
+        (["--alpha", 2], "--alpha needs --background power"),
         (["--background", "power"], "--background power needs --alpha"),
         (["--background", "power", "--alpha", 1, "--background-score", 0.4], "takes --alpha"),
         (["--background-score", 1.5], "must lie in [0, 1], got 1.5"),

@@ -205,7 +205,7 @@ def test_a_mask_that_is_not_there_is_not_passed_over(tiny, tmp_path, capsys):
     (masks / "a.png").unlink()
     assert evaluate(masks, "--gt", truths) == 1
     error = capsys.readouterr().err
-    assert "lacks 1 of 2 masks: a; name the images of your split (--list), or" in error
+    assert "lacks 1 of 2 masks: a; list the images of your split (--list), or" in error
     assert evaluate(masks, "--gt", truths, "--partial") == 0
     assert "masks: 1 images" in capsys.readouterr().out
     (tmp_path / "list.txt").write_text("b\nc\n")
@@ -248,7 +248,7 @@ def test_nothing_that_can_be_counted_is_no_zero(tiny, capsys):
         path.write_bytes(b"")
     assert evaluate(masks, "--gt", truths) == 1
     said = capsys.readouterr()
-    assert said.err.startswith("camkit: not one image could be counted; a: ")
+    assert said.err.startswith("camkit: not a single image could be counted; a: ")
     assert "mIoU" not in said.out
 
 
@@ -282,7 +282,7 @@ def test_a_score_tuned_on_other_images_is_reported_on_these(drawn, tmp_path, cap
     assert figures["mean_iou"]["present"] == float(mean_iou(expected.confusion))
     assert f"the best on {tmp_path / 'tune.txt'}" in capsys.readouterr().out
     assert evaluate(cams, "--gt", truths, *SHAPES, "--tune-list", tmp_path / "tune.txt") == 1
-    assert "4 images are scored and tuned on too, such as image0" in capsys.readouterr().err
+    assert "4 images are both tuned on and scored, such as image0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_one_image_is_no_comparison(tiny, tmp_path, capsys):
 def test_a_given_score_and_a_tuned_one_exclude_each_other(drawn):
     cams, truths = drawn
     items = pair_truth(cams, truths, cams=True)
-    with pytest.raises(ValueError, match="so there is none to tune"):
+    with pytest.raises(ValueError, match="so `tune` has no effect"):
         score_cams(items[:2], num_classes=4, background_score=0.4, tune=items[2:], workers=0)
 
 

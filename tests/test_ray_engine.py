@@ -27,7 +27,7 @@ from small_runs import (
     write_photos,
 )
 
-from camkit.bulk import PhotoFolder, RayEngine, Reading, Share, run
+from camkit.bulk import Loading, PhotoFolder, RayEngine, Share, run
 from camkit.bulk.finishing import OutFolder
 from camkit.bulk.items import FilePlace
 from camkit.bulk.ray_engine import RunContext
@@ -196,7 +196,7 @@ def test_an_image_that_kills_its_process_is_given_up(cluster, tmp_path):
 
 def test_models_that_do_not_fit_the_cluster_are_told(cluster, tmp_path):
     photos = write_photos(tmp_path / "in", 2)
-    with pytest.raises(CamkitError, match=r"9 models with 0 GPUs and 1 cores each, .* take fewer"):
+    with pytest.raises(CamkitError, match=r"9 models with 0 GPUs and 1 cores each, .* use fewer"):
         run(small_recipe(), photos, tmp_path / "out", ray=RayEngine(actors=9))
     with pytest.raises(CamkitError, match="need more than the 0 GPUs"):
         run(small_recipe(), photos, tmp_path / "out", ray=RayEngine(gpus=0.5))
@@ -233,7 +233,7 @@ def test_an_image_that_kills_the_model_is_given_up_and_the_others_are_not(site, 
     pytest.importorskip("ray")
     photos = write_photos(tmp_path / "in", 3)
     Image.new("RGB", (40, 60)).save(tmp_path / "in" / "dark.png")
-    images = tuple(read(item, Reading(size=(96, 64))) for item in photos)
+    images = tuple(read(item, Loading(size=(96, 64))) for item in photos)
     row = Message(1, frozenset(one.key for one in images), images=images).packed()
     for _ in range(3):  # Ray begins it anew
         child = multiprocessing.get_context("forkserver").Process(
@@ -243,7 +243,7 @@ def test_an_image_that_kills_the_model_is_given_up_and_the_others_are_not(site, 
         child.join(120)
         assert child.exitcode == -signal.SIGKILL
     found = unpacked(RunModel(site, "cpu", 1)(row))
-    assert [(one.key, one.stage) for one in found.errors] == [("dark", "model")]
+    assert [(one.key, one.stage) for one in found.outcomes] == [("dark", "model")]
     assert {one.key for one in found.images} == {one.key for one in images} - {"dark"}
 
 
@@ -254,11 +254,11 @@ def test_a_process_that_does_not_see_folder_images_or_weights_ends_the_run(site,
     fatal = unpacked(work(row)[0]).fatal
     assert "does not see the images" in str(fatal)
     assert "gone.png cannot be read (No such file or directory)" in str(fatal)
-    with pytest.raises(CamkitError, match="opens has other weights than that of the machine"):
+    with pytest.raises(CamkitError, match="has other weights than the one on the machine"):
         RunModel(replace(site, weights="others"), "cpu", 1)
     site.probe.unlink()
     fatal = unpacked(ReadChunk(site)(row)[0]).fatal
-    assert f"does not see {site.folder.root}, where the run writes to" in str(fatal)
+    assert f"does not see {site.folder.root}, the results folder" in str(fatal)
 
 
 # At the door
@@ -272,7 +272,7 @@ def test_without_ray_the_way_to_it_is_told(monkeypatch, tmp_path, capsys):
     assert main([*command, "--engine", "ray"]) == 1
     assert "pip install 'camkit[ray]'" in capsys.readouterr().err
     assert main([*command, "--actors", "2"]) == 1
-    assert "--actors is of a cluster; say --engine ray" in capsys.readouterr().err
+    assert "--actors needs a cluster; add --engine ray" in capsys.readouterr().err
 
 
 def start(**settings):
@@ -284,8 +284,8 @@ def start(**settings):
     [
         (lambda: RayEngine(actors=0), "`actors` must be at least 1, got 0"),
         (lambda: RayEngine(gpus=-0.5), "`gpus` must be at least 0, got -0.5"),
-        (lambda: start(ray=RayEngine(), workers=2), "leave torchrun, `workers`"),
-        (lambda: start(ray=RayEngine(), share=Share(0, 2)), "leave torchrun"),
+        (lambda: start(ray=RayEngine(), workers=2), "omit torchrun, `workers`"),
+        (lambda: start(ray=RayEngine(), share=Share(0, 2)), "omit torchrun"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(make, told):

@@ -111,20 +111,22 @@ def test_a_shard_that_leads_out_of_the_folder_writes_nothing_outside(tmp_path, c
     assert "1 images done, 1 failed" in capsys.readouterr().out
     assert [path.name for path in photos_of(tmp_path / "deep")] == ["good.png"]
     assert not list(tmp_path.rglob("evil*"))
-    assert "leads out of the folder" in (out / "errors.tsv").read_text()
+    assert "points outside the results folder" in (out / "errors.tsv").read_text()
 
 
 def test_an_output_that_cannot_be_a_folder_is_told(tmp_path, capsys):
     write_photos(tmp_path / "in", 1)
     (tmp_path / "out").write_text("a file")
     assert main(command(tmp_path / "in", tmp_path / "out" / "below", "--workers", "0")) == 1
-    assert "below cannot be written to (Not a directory); make room" in capsys.readouterr().err
+    assert (
+        "below cannot be written to (Not a directory); free disk space" in capsys.readouterr().err
+    )
 
 
 def test_an_output_that_may_only_be_read_is_told():
     with tempfile.TemporaryDirectory() as folder:  # those above `tmp_path` are for their owner
         Path(folder).chmod(0o555)
-        told = r"cannot be written to \(Permission denied\); make room there, or rights"
+        told = r"cannot be written to \(Permission denied\); free disk space or check"
         with nobody(), pytest.raises(CamkitError, match=told):
             Journal(OutFolder(Path(folder)))
         assert not list(Path(folder).iterdir())
@@ -178,7 +180,7 @@ def test_a_job_that_is_ended_goes_on_with_what_is_left(tmp_path, capsys):
     assert 1 <= len(lines) <= len(kept) < 20
     asked[-1] = "0"
     assert main(command(tmp_path / "in", out, *asked)) == 0
-    told = f"{20 - len(lines)} images done, 0 failed, {len(lines)} were settled already"
+    told = f"{20 - len(lines)} images done, 0 failed, {len(lines)} were settled before"
     assert told in capsys.readouterr().out
     assert main(command(tmp_path / "in", tmp_path / "whole", *asked)) == 0
     assert tree(out) == tree(tmp_path / "whole")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from camkit.bulk.workers import _begin
+from camkit.bulk.workers import _serve
 
 
 def double(item):
@@ -42,22 +42,22 @@ class DieTelling:
         if item == 3 and not self.marker.exists():
             self.marker.touch()
             frame = sys._getframe()
-            while "result_queue" not in frame.f_locals:
+            while "pipe" not in frame.f_locals:
                 frame = frame.f_back
-            pipe = frame.f_locals["result_queue"]._writer.fileno()
+            pipe = frame.f_locals["pipe"].fileno()
             os.write(pipe, struct.pack("!i", 1000) + b"half of it")
             os.kill(os.getpid(), signal.SIGKILL)
         return 2 * item
 
 
-def begin_or_die(environment):
-    """Begin as a worker does, but let the first five die before they are given anything."""
+def start_or_die(pipe, environment):
+    """Start as a worker does, but let the first five die before they receive anything."""
     for number in range(5):
         marker = Path(environment["CAMKIT_TESTED"], str(number))
         if not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-    _begin(environment)
+    _serve(pipe, environment)
 
 
 def process_of(item):
