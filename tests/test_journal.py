@@ -11,7 +11,8 @@ from small_runs import hold_journal, leave_transaction_open
 
 from camkit.bulk.finishing import ImageResult, OutFolder
 from camkit.bulk.items import Failure, FilePlace, Item
-from camkit.bulk.ledger import Journal, Share, plan
+from camkit.bulk.ledger import Journal, plan
+from camkit.bulk.running import Rank
 from camkit.errors import CamkitError, DataError
 
 SETTINGS = {"model": "a", "source": "folder /x"}
@@ -224,11 +225,11 @@ def test_images_that_are_done_keep_the_others_company(journal):
 
 def test_ranks_share_the_chunks_whatever_their_number():
     entries = list(map(entry, "abcdefghij"))
-    whole = [tuple(one.key for one in chunk) for chunk in Share().of(entries, 3)]
+    whole = [tuple(one.key for one in chunk) for chunk in Rank().chunks(entries, 3)]
     assert whole == [tuple("abc"), tuple("def"), tuple("ghi"), ("j",)]
     for world in (2, 3, 7):
-        shares = [list(Share(rank, world).of(entries, 3)) for rank in range(world)]
+        shares = [list(Rank(rank, world).chunks(entries, 3)) for rank in range(world)]
         keys = [tuple(one.key for one in chunk) for share in shares for chunk in share]
         assert sorted(keys) == whole
     with pytest.raises(ValueError, match="must lie in 0 to 1, got 2"):
-        Share(2, 2)
+        Rank(2, 2)

@@ -27,7 +27,7 @@ from small_runs import (
     write_photos,
 )
 
-from camkit.bulk import Loading, PhotoFolder, RayEngine, Share, run
+from camkit.bulk import Loading, PhotoFolder, Rank, RayEngine, run
 from camkit.bulk.finishing import OutFolder
 from camkit.bulk.items import FilePlace
 from camkit.bulk.ray_engine import RunContext
@@ -285,7 +285,7 @@ def start(**settings):
         (lambda: RayEngine(actors=0), "`actors` must be at least 1, got 0"),
         (lambda: RayEngine(gpus=-0.5), "`gpus` must be at least 0, got -0.5"),
         (lambda: start(ray=RayEngine(), workers=2), "omit torchrun, `workers`"),
-        (lambda: start(ray=RayEngine(), share=Share(0, 2)), "omit torchrun"),
+        (lambda: start(ray=RayEngine(), rank=Rank(0, 2)), "omit torchrun"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(make, told):

@@ -30,9 +30,8 @@ from small_runs import (
 
 from camkit import PredictedClasses, Vocabulary, load_photo, wrap
 from camkit.bulk.finishing import OutputError
-from camkit.bulk.ledger import Share
 from camkit.bulk.recipe import Recipe, Writing
-from camkit.bulk.running import rank_of, run
+from camkit.bulk.running import Rank, rank_of, run
 from camkit.bulk.sources import DataSetPhotos, PhotoFolder
 from camkit.cli import main
 from camkit.data import read_cam, write_shapes
@@ -364,19 +363,18 @@ def test_other_settings_are_kept_out_of_a_folder(photos, tmp_path):
 
 def test_ranks_do_each_image_once_and_the_folder_is_the_same(photos, undisturbed, tmp_path):
     parts = [
-        start(small_recipe(cams="npz"), photos, tmp_path, share=Share(rank, 3)) for rank in range(3)
+        start(small_recipe(cams="npz"), photos, tmp_path, rank=Rank(rank, 3)) for rank in range(3)
     ]
     assert [part.written for part in parts] == [8, 8, 8]
     assert tree(tmp_path) == undisturbed
     with pytest.raises(ValueError, match="cannot overwrite a folder together"):
-        start(small_recipe(), photos, tmp_path, share=Share(0, 2), overwrite=True)
+        start(small_recipe(), photos, tmp_path, rank=Rank(0, 2), overwrite=True)
 
 
 def test_ranks_are_those_of_torchrun():
-    assert rank_of({}).share == Share()
+    assert rank_of({}) == Rank()
     given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    found = rank_of(given)
-    assert (found.share, found.local, found.neighbours) == (Share(5, 8), 1, 4)
+    assert rank_of(given) == Rank(5, 8, local=1, neighbours=4)
     for wrong in (
         {"RANK": "1"},
         {"RANK": "x", "WORLD_SIZE": "2"},

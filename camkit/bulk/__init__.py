@@ -13,10 +13,9 @@ from camkit.bulk.camjobs import (
     write_all as write_all,
 )
 from camkit.bulk.items import Failure as Failure, Item as Item
-from camkit.bulk.ledger import Share as Share
 from camkit.bulk.ray_engine import RayEngine as RayEngine
 from camkit.bulk.recipe import Loading as Loading, Recipe as Recipe, Writing as Writing
-from camkit.bulk.running import RunSummary as RunSummary, run as run
+from camkit.bulk.running import Rank as Rank, RunSummary as RunSummary, run as run
 from camkit.bulk.scoring import (
     ScoreResult as ScoreResult,
     TruthItem as TruthItem,

@@ -158,7 +158,7 @@ class CamFolder:
         items, failures = [], []
         for name in cams.paths if self.names is None else self.names:
             try:
-                cam, photo = cams.only(name), photos and photos.only(name)
+                cam, photo = cams.only(name), None if photos is None else photos.only(name)
                 classes = None if self.labels is None else self.labels.of(name)
             except DataError as error:
                 failures.append(Failure(name, "list", str(error)))

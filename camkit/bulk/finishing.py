@@ -105,15 +105,16 @@ def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
             save_mask(mask, draft / "mask.png")
             place = "masks" / result_path(image.key, ".png")
             paths["mask"] = _move(draft / "mask.png", place, folder)
-        if writing.cams not in ("none", "parquet"):
-            suffix = ".npz" if writing.cams == "npz" else ".npy"
-            file = draft / f"cam{suffix}"
-            if writing.cams == "npz":
-                half = full[0].numpy().astype(np.float16)
-                np.savez_compressed(file, keys=np.array(classes, np.int64), attn_highres=half)
-            else:
-                write_cam(file, classes, full[0], form=writing.cams)
-            paths["cam"] = _move(file, "cams" / result_path(image.key, suffix), folder)
+        if writing.cams == "npz":
+            half = full[0].numpy().astype(np.float16)
+            keys = np.array(classes, np.int64)
+            np.savez_compressed(draft / "cam.npz", keys=keys, attn_highres=half)
+            place = "cams" / result_path(image.key, ".npz")
+            paths["cam"] = _move(draft / "cam.npz", place, folder)
+        elif writing.cams in ("both", "psa", "irn", "clip-es"):
+            write_cam(draft / "cam.npy", classes, full[0], form=writing.cams)
+            place = "cams" / result_path(image.key, ".npy")
+            paths["cam"] = _move(draft / "cam.npy", place, folder)
     kept = cam[0].clamp(0, 1).numpy() if writing.cams == "parquet" else None
     return ImageResult(image.key, {**maps.row, **paths}, kept)
 

@@ -8,17 +8,15 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from camkit.atomic import unfinished
 from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, write_part
 from camkit.bulk.items import Failure, Item
-from camkit.bulk.stages import chunks
 from camkit.errors import CamkitError, DataError
 
 JOURNAL, MANIFEST, ERRORS, SETTINGS = (
@@ -67,26 +65,28 @@ class Journal:
             self._lock = _lock(folder) if exclusive else None
         except OSError as error:
             raise OutputError.explain(root, error) from error
-        try:
-            found = (path for pattern in results for path in root.glob(pattern))
-            unknown = next((path for path in found if path.name[0] != "."), None)
-            if unknown is not None and not self._path.exists():
-                raise DataError(
-                    f"{root} holds {unknown.relative_to(root)} but no {JOURNAL}, so the settings "
-                    "of its results are unknown; choose another folder"
-                )
-            if exclusive:
+        with ExitStack() as on_error:
+            if self._lock is not None:
+                on_error.callback(self._lock.close)
                 shutil.rmtree(folder.drafts, ignore_errors=True)  # left by a killed run
+            self._refuse_unknown(results)
             with _explained(self._path):
                 self._file = sqlite3.connect(self._path, timeout=60, isolation_level=None)
                 # no write-ahead log: its memory is shared by processes of one machine only
                 self._file.execute("PRAGMA journal_mode=DELETE")
                 for table in _TABLES:
                     self._file.execute(table)
-        except BaseException:
-            if self._lock is not None:
-                self._lock.close()
-            raise
+            on_error.pop_all()
+
+    def _refuse_unknown(self, results: tuple[str, ...]) -> None:
+        root = self._folder.root
+        paths = (path for pattern in results for path in root.glob(pattern))
+        unknown = next((path for path in paths if path.name[0] != "."), None)
+        if unknown is not None and not self._path.exists():
+            raise DataError(
+                f"{root} holds {unknown.relative_to(root)} but no {JOURNAL}, so the settings of "
+                "its results are unknown; choose another folder"
+            )
 
     def claim(
         self,
@@ -221,12 +221,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -270,31 +265,6 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _json(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False)
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of the chunks that this process works on.
-
-    Attributes:
-        rank: of this process, from 0.
-        world: number of processes.
-    """
-
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world:
-            raise ValueError(f"`rank` must lie in 0 to {self.world - 1}, got {self.rank}")
-
-    def of(
-        self, entries: Iterable[Item | Failure], size: int
-    ) -> Iterator[tuple[Item | Failure, ...]]:
-        """Yield every ``world``-th chunk; the chunks do not depend on ``world``."""
-        for number, chunk in enumerate(chunks(entries, size)):
-            if number % self.world == self.rank:
-                yield chunk
 
 
 @dataclass(frozen=True)

@@ -80,12 +80,8 @@ class RunContext:
     home: Path = field(default_factory=Path.cwd)
     variables: tuple[tuple[str, str], ...] = ()
 
-    def enter(self, threads: int = 1) -> None:
-        """Prepare this process for the run.
-
-        Raises:
-            CamkitError: it does not see the results folder.
-        """
+    def enter(self, threads: int) -> None:
+        """Prepare this process for the run."""
         torch.set_num_threads(threads)
         cv2.setNumThreads(1)
         os.environ.update(self.variables)
@@ -98,11 +94,7 @@ class RunContext:
             )
 
     def check_images(self) -> None:
-        """Check that this process can open an image of the run.
-
-        Raises:
-            CamkitError: it cannot.
-        """
+        """Check that this process can open an image of the run."""
         try:
             if self.sample is not None:
                 self.sample.open().close()
@@ -112,6 +104,25 @@ class RunContext:
                 "machines of the cluster have at the same path"
             ) from error
 
+    def process(
+        self,
+        row: Mapping[str, bytes],
+        work: Callable[[Message], list[Message]],
+        threads: int = 1,
+    ) -> list[dict[str, Any]]:
+        """Work on the message of a row; an error that ends the run becomes a message too."""
+        message = unpacked(row)
+        if not message.images:
+            return [dict(row)]
+        try:
+            self.enter(threads)
+            messages = work(message)
+        except CamkitError as error:
+            messages = [Message(message.chunk, message.todo, fatal=error)]
+        except torch.OutOfMemoryError:
+            messages = [Message(message.chunk, message.todo, fatal=out_of_memory(message.images))]
+        return [message.packed() for message in messages]
+
 
 @dataclass(frozen=True)
 class ReadChunk:
@@ -120,24 +131,26 @@ class ReadChunk:
     context: RunContext
 
     def __call__(self, row: Mapping[str, bytes]) -> list[dict[str, Any]]:
-        message = unpacked(row)
-        with _fatal_as_message(message) as messages:
-            self.context.enter()
-            self.context.check_images()
-            work = partial(read, loading=self.context.recipe.loading)
-            outcomes = _work_on_each(work, message, message.images, self.context, "read")
-            images = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
-            failures = tuple(outcome for outcome in outcomes if isinstance(outcome, Failure))
-            needed = [
-                batch
-                for batch in batches(images, self.context.recipe)
-                if any(image.key in message.todo for image in batch)
-            ]
-            if failures or not needed:
-                messages.append(replace(message, images=(), outcomes=failures))
-            for number, batch in enumerate(needed):
-                messages.append(replace(message, part=number, images=batch))
-        return [each.packed() for each in messages]
+        return self.context.process(row, self._read)
+
+    def _read(self, message: Message) -> list[Message]:
+        self.context.check_images()
+        recipe = self.context.recipe
+        work = partial(read, loading=recipe.loading)
+        outcomes = _work_on_each(work, message, message.images, self.context.folder, "read")
+        images = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
+        failures = tuple(outcome for outcome in outcomes if isinstance(outcome, Failure))
+        needed = [
+            batch
+            for batch in batches(images, recipe)
+            if any(image.key in message.todo for image in batch)
+        ]
+        messages = [
+            replace(message, part=number, images=batch) for number, batch in enumerate(needed)
+        ]
+        if failures or not needed:
+            messages.append(replace(message, images=(), outcomes=failures))
+        return messages
 
 
 class RunModel:
@@ -161,33 +174,27 @@ class RunModel:
         self._pipeline = context.recipe.pipeline(model.to(device))
 
     def __call__(self, row: Mapping[str, bytes]) -> dict[str, Any]:
-        message = unpacked(row)
-        if not message.images:
-            return dict(row)
-        with _fatal_as_message(message) as messages:
-            self._context.enter(self._threads)
-            outcomes = self._forward(message)
-            maps = tuple(outcome for outcome in outcomes if isinstance(outcome, Maps))
-            failures = tuple(outcome for outcome in outcomes if isinstance(outcome, Failure))
-            messages.append(replace(message, images=maps, outcomes=failures))
-        return messages[0].packed()
+        return self._context.process(row, self._run, self._threads)[0]
 
-    def _forward(self, message: Message) -> list[Maps | Failure]:
+    def _run(self, message: Message) -> list[Message]:
         """Run the model; give up an image that killed the process alone."""
-        recipe, batch = self._context.recipe, message.images
-        mark = _mark(self._context.folder, "model", message)
-        with _count_deaths(mark, self._context.folder) as deaths:
+        recipe, folder = self._context.recipe, self._context.folder
+        mark = _mark(folder, "model", message)
+        outcomes: list[Maps | Failure] = []
+        with _count_deaths(mark, folder) as deaths:
             if deaths < _TRIES:
-                return forward(self._pipeline, recipe, batch)
-            outcomes: list[Maps | Failure] = []
-            for number, image in enumerate(batch):
-                image_mark = mark.with_name(f"{mark.name}-{number}")
-                if image_mark.exists():
-                    outcomes.append(Failure(image.key, "model", DIED))
-                    continue
-                with _count_deaths(image_mark, self._context.folder):
-                    outcomes += forward(self._pipeline, recipe, (image,))
-            return outcomes
+                outcomes = forward(self._pipeline, recipe, message.images)
+            else:
+                for number, image in enumerate(message.images):
+                    image_mark = mark.with_name(f"{mark.name}-{number}")
+                    if image_mark.exists():
+                        outcomes.append(Failure(image.key, "model", DIED))
+                        continue
+                    with _count_deaths(image_mark, folder):
+                        outcomes += forward(self._pipeline, recipe, (image,))
+        maps = tuple(outcome for outcome in outcomes if isinstance(outcome, Maps))
+        failures = tuple(outcome for outcome in outcomes if isinstance(outcome, Failure))
+        return [replace(message, images=maps, outcomes=failures)]
 
 
 @dataclass(frozen=True)
@@ -197,47 +204,28 @@ class FinishBatch:
     context: RunContext
 
     def __call__(self, row: Mapping[str, bytes]) -> dict[str, Any]:
-        message = unpacked(row)
-        if not message.images:
-            return dict(row)
-        with _fatal_as_message(message) as messages:
-            self.context.enter()
-            folder, writing = self.context.folder, self.context.recipe.writing
-            needed = [maps for maps in message.images if maps.image.key in message.todo]
-            work = partial(finish, writing=writing, folder=folder)
-            outcomes = _work_on_each(work, message, needed, self.context, "write")
-            outcomes = (*message.outcomes, *outcomes)
-            messages.append(replace(message, images=(), outcomes=outcomes))
-        return messages[0].packed()
+        return self.context.process(row, self._finish)[0]
 
-
-@contextmanager
-def _fatal_as_message(message: Message) -> Iterator[list[Message]]:
-    """Yield a list for the messages to send on; an error that ends the run becomes the only one."""
-    messages: list[Message] = []
-    fatal: CamkitError | None = None
-    try:
-        yield messages
-    except CamkitError as error:
-        fatal = error
-    except torch.OutOfMemoryError:
-        fatal = out_of_memory(message.images)
-    if fatal is not None:
-        messages[:] = [Message(message.chunk, message.todo, fatal=fatal)]
+    def _finish(self, message: Message) -> list[Message]:
+        folder = self.context.folder
+        needed = [maps for maps in message.images if maps.image.key in message.todo]
+        work = partial(finish, writing=self.context.recipe.writing, folder=folder)
+        outcomes = _work_on_each(work, message, needed, folder, "write")
+        return [replace(message, images=(), outcomes=(*message.outcomes, *outcomes))]
 
 
 def _work_on_each(
     work: Callable[[Any], Any],
     message: Message,
     images: Sequence[Any],
-    context: RunContext,
+    folder: OutFolder,
     stage: str,
 ) -> tuple[Any, ...]:
     """Work on every image and return the outcomes in order.
 
     If the message killed a process before, the work is done in a process that may die.
     """
-    with _count_deaths(_mark(context.folder, stage, message), context.folder) as deaths:
+    with _count_deaths(_mark(folder, stage, message), folder) as deaths:
         pool: WorkerPool[Any, Any] = WorkerPool(
             work, 1 if deaths else 0, tries=2, fatal=(OutputError,)
         )

@@ -1,8 +1,8 @@
 """A bulk run from its first image to its manifest, on either engine."""
 
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from threading import Thread
 
@@ -10,28 +10,36 @@ import torch
 from tqdm import tqdm
 
 from camkit.bulk.finishing import OutFolder
-from camkit.bulk.ledger import ChunkPlan, Journal, Ledger, Share, plan
+from camkit.bulk.items import Failure, Item
+from camkit.bulk.ledger import ChunkPlan, Journal, Ledger, plan
 from camkit.bulk.local import LocalEngine
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Recipe
 from camkit.bulk.sources import Source
+from camkit.bulk.stages import chunks
 from camkit.bulk.workers import progress_bar, usable_cores, worker_count
 from camkit.errors import CamkitError
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One of several processes that work on the same source.
+    """One of several processes that share the chunks of a source.
 
     Attributes:
-        share: its part of the chunks.
-        local: its number on this machine.
-        neighbours: number of processes on this machine.
+        number: of this process, from 0.
+        world: number of processes.
+        local: number of this process among those on this machine.
+        neighbours: number of processes on this machine, which share its cores.
     """
 
-    share: Share = field(default_factory=Share)
+    number: int = 0
+    world: int = 1
     local: int = 0
     neighbours: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.world:
+            raise ValueError(f"`number` must lie in 0 to {self.world - 1}, got {self.number}")
 
     @property
     def device(self) -> str | None:
@@ -39,23 +47,25 @@ class Rank:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return f"cuda:{self.local % count}" if count else None
 
+    def chunks(
+        self, entries: Iterable[Item | Failure], size: int
+    ) -> Iterator[tuple[Item | Failure, ...]]:
+        """Yield every ``world``-th chunk; the chunks do not depend on ``world``."""
+        return islice(chunks(entries, size), self.number, None, self.world)
 
-def rank_of(environment: Mapping[str, str] | None = None) -> Rank:
+
+def rank_of(environment: Mapping[str, str]) -> Rank:
     """Read the variables that torchrun sets; without them this process works alone.
-
-    Args:
-        environment: None uses that of this process.
 
     Raises:
         CamkitError: some variables are missing or not numbers.
     """
-    variables = os.environ if environment is None else environment
-    if "RANK" not in variables and "WORLD_SIZE" not in variables:
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return Rank()
     try:
-        share = Share(int(variables["RANK"]), int(variables["WORLD_SIZE"]))
-        local = int(variables.get("LOCAL_RANK", "0"))
-        return Rank(share, local, max(1, int(variables.get("LOCAL_WORLD_SIZE", "1"))))
+        number, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local = int(environment.get("LOCAL_RANK", "0"))
+        return Rank(number, world, local, max(1, int(environment.get("LOCAL_WORLD_SIZE", "1"))))
     except (KeyError, ValueError) as error:
         raise CamkitError(
             f"RANK and WORLD_SIZE must both be numbers, as torchrun sets them ({error}); unset "
@@ -90,8 +100,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     device: str | None = None,
     workers: int | None = None,
     threads: int | None = None,
-    share: Share | None = None,
-    neighbours: int = 1,
+    rank: Rank | None = None,
     ray: RayEngine | None = None,
     overwrite: bool = False,
     retry: bool = False,
@@ -112,8 +121,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         workers: processes that read and finish images; None uses the cores that the model leaves,
             0 works in this process.
         threads: of the model on a CPU; None uses half of the cores, on a Ray cluster one.
-        share: of the chunks, if several processes work on one source.
-        neighbours: number of those processes on this machine, which share its cores.
+        rank: of this process, if several work on one source.
         ray: a cluster that does the work instead of this machine.
         overwrite: remove earlier results of the folder, and start again.
         retry: try images again that failed in an earlier run.
@@ -124,15 +132,15 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         CamkitError: results cannot be written, or another run works in ``out``.
         ValueError: settings contradict each other.
     """
-    share = Share() if share is None else share
-    if overwrite and share.world > 1:
+    rank = rank or Rank()
+    if overwrite and rank.world > 1:
         raise ValueError("several processes cannot overwrite a folder together; empty it instead")
-    if ray is not None and (share.world > 1 or workers is not None or device is not None):
+    if ray is not None and (rank.world > 1 or workers is not None or device is not None):
         raise ValueError(
             "a Ray cluster distributes the work itself; omit torchrun, `workers` and `device`, and "
             "set `actors` and `gpus` of the RayEngine"
         )
-    cores = max(1, usable_cores() // neighbours)
+    cores = max(1, usable_cores() // rank.neighbours)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if ray is None and device == "cpu" and threads is None:
         threads = max(1, cores // 2)
@@ -140,12 +148,12 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     before = torch.get_num_threads()
     model = recipe.model()
     settings = recipe.settings(model, source)
-    folder = OutFolder(Path(out), share.rank)
+    folder = OutFolder(Path(out), rank.number)
     with Journal(folder) as journal:
         journal.claim(settings, overwrite=overwrite, moved=moved)
         if retry:
             journal.forget_failures()
-        with _Progress(source, recipe.chunk, share) as progress:
+        with _Progress(source, recipe.chunk, rank) as progress:
             by_chunk = recipe.writing.cams == "parquet"
             ledger = Ledger(journal, folder, progress.advance, by_chunk=by_chunk)
             plans = progress.plans(journal)
@@ -172,8 +180,8 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
 class _Progress:
     """A progress bar, and the numbers it counts; a thread counts the images of the source."""
 
-    def __init__(self, source: Source, chunk: int, share: Share) -> None:
-        self._source, self._chunk, self._share = source, chunk, share
+    def __init__(self, source: Source, chunk: int, rank: Rank) -> None:
+        self._source, self._chunk, self._rank = source, chunk, rank
         self.written = self.failed = self.settled = 0
 
     def __enter__(self) -> "_Progress":
@@ -186,7 +194,7 @@ class _Progress:
 
     def plans(self, journal: Journal) -> Iterator[ChunkPlan]:
         """Yield the plans of chunks that are not done yet; move the bar past the others."""
-        for chunk in self._share.of(self._source, self._chunk):
+        for chunk in self._rank.chunks(self._source, self._chunk):
             planned = plan(chunk, journal)
             self.settled += planned.settled
             self._bar.initial += planned.settled  # does not count towards the rate
@@ -203,4 +211,4 @@ class _Progress:
         self._bar.update(done + failed)
 
     def _count(self) -> None:
-        self._bar.total = sum(len(chunk) for chunk in self._share.of(self._source, self._chunk))
+        self._bar.total = sum(len(chunk) for chunk in self._rank.chunks(self._source, self._chunk))

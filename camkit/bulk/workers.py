@@ -33,11 +33,11 @@ _EXPECTED = (CamkitError, ValueError, OSError)
 _start_lock = Lock()
 
 
-class WorkerDiedError(CamkitError):
+class _DiedError(CamkitError):
     """A worker process died while it worked on an item."""
 
 
-class WorkerStartError(CamkitError):
+class _StartError(CamkitError):
     """No worker process can be started."""
 
 
@@ -46,16 +46,13 @@ class _WorkerProcess:
 
     Each worker has a pipe of its own: when the process dies, even in the middle of a message, the
     pipe ends, and no other worker is affected.
-
-    Raises:
-        WorkerStartError: processes die before they are ready.
     """
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
         # The fork server has imported everything and forks workers at once; without it each worker
         # imports for itself. A plain fork would copy locks held by other threads of this process.
         forks = "forkserver" in multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             context.set_forkserver_preload([__name__, "camkit.bulk.finishing"])
         for _ in range(_STARTS):
@@ -72,23 +69,19 @@ class _WorkerProcess:
                 time.sleep(0.1)  # a new fork server starts once the old one is known to be dead
                 continue
             return
-        raise WorkerStartError(
+        raise _StartError(
             f"{_STARTS} worker processes in a row died before they received an item; find out what "
             "kills them, such as too little memory"
         )
 
     def __call__(self, item: Any) -> tuple[Any, BaseException | None]:
-        """Return the result, or the exception that ``work`` raised.
-
-        Raises:
-            WorkerDiedError: the process died.
-        """
+        """Return the result, or the exception that ``work`` raised."""
         try:
             self._pipe.send(item)
             answer: tuple[Any, BaseException | None] = self._pipe.recv()
         except (EOFError, OSError) as error:
             self.close()
-            raise WorkerDiedError(DIED) from error
+            raise _DiedError(DIED) from error
         return answer
 
     def close(self) -> None:
@@ -120,6 +113,7 @@ def _serve(pipe: Connection, environment: Mapping[str, str]) -> None:
         pipe.send(None)
         while True:
             item = pipe.recv()
+            answer: tuple[Any, Exception | None]
             try:
                 answer = work(item), None
             except Exception as error:  # noqa: BLE001 - the pool tells expected errors from bugs
@@ -138,13 +132,12 @@ def _prepare_process(environment: Mapping[str, str]) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
 
+    def exit_with_parent() -> None:
+        wait_for_any([] if parent is None else [parent.sentinel])
+        os._exit(1)
 
-def _exit_with(sentinel: Any) -> None:
-    wait_for_any([sentinel])
-    os._exit(1)
+    Thread(target=exit_with_parent, daemon=True).start()
 
 
 @dataclass(frozen=True)
@@ -179,10 +172,16 @@ class WorkerPool(Generic[Item, Result]):
         tries: int = 1,
         fatal: tuple[type[Exception], ...] = (),
     ) -> None:
-        if count:
-            _check_picklable(work)
+        try:
+            if count:
+                pickle.dumps(work)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"`work` cannot be sent to another process ({error}); define its functions and "
+                "classes at the top level of a module, or pass workers=0"
+            ) from error
         self._work, self._count, self._tries = work, count, tries
-        self._fatal = (WorkerStartError, *fatal)
+        self._fatal: tuple[type[Exception], ...] = (_StartError, *fatal)
         self._waiting, self._suspects = deque[_Task[Item]](), deque[_Task[Item]]()
         self._running: dict[Future[Result], _Task[Item]] = {}
         self._threads = ThreadPoolExecutor(
@@ -246,7 +245,7 @@ class WorkerPool(Generic[Item, Result]):
         self._idle.append(worker)
         if error is not None:
             raise error
-        return result  # type: ignore[no-any-return]  # pickled by the worker
+        return result
 
     def _collect(self) -> list[tuple[Item, Result | Failure]]:
         outcomes: list[tuple[Item, Result | Failure]] = []
@@ -256,10 +255,10 @@ class WorkerPool(Generic[Item, Result]):
             deaths = task.deaths + task.suspect
             if isinstance(error, self._fatal):
                 raise error
-            if isinstance(error, WorkerDiedError) and deaths < self._tries:
+            if isinstance(error, _DiedError) and deaths < self._tries:
                 self._suspects.append(_Task(task.item, task.stage, suspect=True, deaths=deaths))
                 continue
-            self._deaths = self._deaths + 1 if isinstance(error, WorkerDiedError) else 0
+            self._deaths = self._deaths + 1 if isinstance(error, _DiedError) else 0
             if error is not None:
                 reason = " ".join(str(error).split())
                 if not isinstance(error, _EXPECTED):
@@ -281,21 +280,10 @@ def _block_interrupts() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
-def _check_picklable(work: Callable[..., object]) -> None:
-    try:
-        pickle.dumps(work)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"`work` cannot be sent to another process ({error}); define its functions and classes "
-            "at the top level of a module, or pass workers=0"
-        ) from error
-
-
 def usable_cores() -> int:
     """Return how many processor cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    limited = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
 
 
 def worker_count(workers: int | None, default: int) -> int:
@@ -320,12 +308,9 @@ def run_jobs(
 ) -> Iterator[tuple[Item, Result | Failure]]:
     """Work on every item in worker processes, in any order; failures do not stop the rest.
 
-    Each worker is a process with one thread. An item whose worker dies (killed, out of memory,
-    crashed in compiled code) is tried again alone, and is a failure if its worker dies again. On an
-    interrupt, items in progress are finished and the others skipped.
-
-    A script that calls this needs ``if __name__ == "__main__":`` around its own work, as with any
-    pool of processes.
+    Each worker is a process with one thread, see `WorkerPool`. On an interrupt, items in progress
+    are finished and the others skipped. A script that calls this needs
+    ``if __name__ == "__main__":`` around its own work, as with any pool of processes.
 
     Args:
         work: must be picklable, as module-level functions and dataclasses are.

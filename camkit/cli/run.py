@@ -1,6 +1,7 @@
 """Write masks and class maps of any number of images; the same command continues a stopped run."""
 
 import argparse
+import os
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -154,7 +155,7 @@ def execute(options: argparse.Namespace) -> int:
     source, labels = labelled(source, options.labels)
     opened = open_model(options.model, size=options.size)
     recipe = recipe_of(options, opened, source, labels)
-    rank = rank_of()
+    rank = rank_of(os.environ)
     signal.signal(signal.SIGTERM, _interrupt)  # the way clusters end a job
     summary = run(
         recipe,
@@ -163,8 +164,7 @@ def execute(options: argparse.Namespace) -> int:
         device=options.device or (rank.device if cluster is None else None),
         workers=options.workers,
         threads=options.threads,
-        share=rank.share,
-        neighbours=rank.neighbours,
+        rank=rank,
         ray=cluster,
         overwrite=options.overwrite,
         retry=options.retry,
