@@ -37,7 +37,7 @@ from camkit.bulk import (
     run_jobs,
     write_all,
 )
-from camkit.bulk.camfiles import CamItem, read_maps, same_aspect
+from camkit.bulk.camfiles import FileItem, read_maps, same_aspect
 from camkit.capture import Capture
 from camkit.data import read_cam, write_cam
 from camkit.errors import CamkitError, CaptureError, DataError
@@ -299,7 +299,7 @@ def test_files_without_partner_are_told_and_the_others_paired(tmp_path):
 def test_maps_beside_a_background_keep_their_winner_at_one_half(tmp_path):
     maps = torch.rand(3, 5, 6).softmax(0).numpy()
     np.save(tmp_path / "a.npy", {0: maps[0], 3: maps[1], 8: maps[2]})
-    found = read_maps(CamItem("a", tmp_path / "a.npy"))
+    found = read_maps(FileItem("a", tmp_path / "a.npy"))
     assert (found.classes, found.opposed) == ((2, 7), True)
     winner = torch.where(found.cam[0].amax(0) > 0.5, found.cam[0].argmax(0) + 1, 0)
     assert torch.equal(winner, torch.from_numpy(maps).argmax(0))
@@ -308,7 +308,7 @@ def test_maps_beside_a_background_keep_their_winner_at_one_half(tmp_path):
 def test_labels_pick_the_classes_of_logits(tmp_path):
     scores = np.random.default_rng(0).normal(size=(1, 21, 4, 5)).astype(np.float32)
     np.save(tmp_path / "a.npy", {"msc_seg": scores})
-    found = read_maps(CamItem("a", tmp_path / "a.npy", classes=(3, 14)))
+    found = read_maps(FileItem("a", tmp_path / "a.npy", classes=(3, 14)))
     likely = torch.from_numpy(scores[0]).softmax(0)
     assert found.classes == (3, 14)
     torch.testing.assert_close(found.cam[0, 0], likely[4] / (likely[4] + likely[0]))
@@ -318,7 +318,7 @@ def test_labels_pick_the_classes_of_logits(tmp_path):
 def test_labels_that_contradict_a_file_are_told(tmp_path):
     write_cam(tmp_path / "a.npy", [3, 5], torch.ones(2, 2, 2))
     with pytest.raises(DataError, match=r"holds the classes \(3, 5\), but `classes` is \(3,\)"):
-        read_maps(CamItem("a", tmp_path / "a.npy", classes=(3,)))
+        read_maps(FileItem("a", tmp_path / "a.npy", classes=(3,)))
 
 
 def test_labels_of_every_codebase_say_the_same(tmp_path):

@@ -387,7 +387,7 @@ def test_a_run_that_cannot_begin_says_why(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_an_interrupt_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path):
-    shapes = write_shapes(tmp_path / "shapes", 16, size=(120, 160))
+    shapes = write_shapes(tmp_path / "shapes", 12, size=(120, 160))
     cams, out = tmp_path / "cams", tmp_path / "out"
     cams.mkdir()
     photos = shapes.root / "JPEGImages"
@@ -412,11 +412,11 @@ def test_an_interrupt_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path):
     assert "camkit: interrupted; finished results are kept" in error
     assert "Traceback" not in error
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
-    assert 1 <= len(made) < 16
+    assert 1 <= len(made) < 12
     assert not list(out.glob(".*.part"))
     job = RefineCam(read_steps(["par:30"]))
     written = write_all(job, CamFolder(cams, photos), out, workers=2)
-    assert (written.written, written.kept) == (16 - len(made), len(made))
+    assert (written.written, written.kept) == (12 - len(made), len(made))
     assert {name: (out / name).stat().st_mtime_ns for name in made} == made
 
 

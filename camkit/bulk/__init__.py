@@ -2,6 +2,7 @@
 
 from camkit.bulk.camfiles import (
     CamFolder as CamFolder,
+    FileItem as FileItem,
     ImageLabels as ImageLabels,
     read_labels as read_labels,
     read_list as read_list,
@@ -18,7 +19,6 @@ from camkit.bulk.recipe import Loading as Loading, Recipe as Recipe, Writing as 
 from camkit.bulk.running import Rank as Rank, RunSummary as RunSummary, run as run
 from camkit.bulk.scoring import (
     ScoreResult as ScoreResult,
-    TruthItem as TruthItem,
     pair_truth as pair_truth,
     score_cams as score_cams,
     score_masks as score_masks,

@@ -106,19 +106,21 @@ def read_list(path: Path) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class CamItem:
-    """A CAM file with its photo and labels.
+class FileItem:
+    """A CAM file or mask, and what belongs to it by name.
 
     Attributes:
-        name: of the file, without its suffix.
-        cam: the CAM file.
+        name: of the files, without suffix.
+        path: of the CAM file or mask.
         photo: the image file, if photos are needed.
+        truth: the ground truth, if it is scored.
         classes: of the image, if there are labels.
     """
 
     name: str
-    cam: Path
+    path: Path
     photo: Path | None = None
+    truth: Path | None = None
     classes: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
@@ -145,7 +147,7 @@ class CamFolder:
     names: Collection[str] | None = None
     any_aspect: bool = False
 
-    def items(self) -> tuple[list[CamItem], list[Failure]]:
+    def items(self) -> tuple[list[FileItem], list[Failure]]:
         """Match the files; return the items, and a failure for each name that has no match.
 
         Raises:
@@ -163,7 +165,7 @@ class CamFolder:
             except DataError as error:
                 failures.append(Failure(name, "list", str(error)))
             else:
-                items.append(CamItem(name, cam, photo, classes))
+                items.append(FileItem(name, cam, photo, classes=classes))
         return items, failures
 
 
@@ -220,7 +222,7 @@ class ClassMaps:
     opposed: bool
 
 
-def read_maps(item: CamItem) -> ClassMaps:
+def read_maps(item: FileItem) -> ClassMaps:
     """Read a CAM file; with a background map, scores become shares of class + background.
 
     A share of 0.5 means that both are equal. So background score 0.5 draws the same mask as the
@@ -233,19 +235,19 @@ def read_maps(item: CamItem) -> ClassMaps:
     if file.background is None:
         return ClassMaps(file.classes, file.cam[None], opposed=False)
     if file.cam.numel() and min(file.cam.min(), file.background.min()) < 0:
-        raise DataError(f"{item.cam} holds negative maps beside a background map")
+        raise DataError(f"{item.path} holds negative maps beside a background map")
     share = file.cam / (file.cam + file.background).clamp_min(1e-12)  # 0 where both are 0
     return ClassMaps(file.classes, share[None], opposed=True)
 
 
-def _read_with_labels(item: CamItem) -> CamFile:
+def _read_with_labels(item: FileItem) -> CamFile:
     if item.classes is None:
-        return read_cam(item.cam)
+        return read_cam(item.path)
     try:
-        return read_cam(item.cam, classes=item.classes)
+        return read_cam(item.path, classes=item.classes)
     except DataError as error:
         try:
-            file = read_cam(item.cam)
+            file = read_cam(item.path)
         except DataError:
             raise error from None
         if file.form != "logits" or not set(item.classes) <= set(file.classes):
@@ -255,7 +257,7 @@ def _read_with_labels(item: CamItem) -> CamFile:
 
 
 def to_photo_size(
-    maps: ClassMaps, size: tuple[int, int], item: CamItem, *, any_aspect: bool = False
+    maps: ClassMaps, size: tuple[int, int], item: FileItem, *, any_aspect: bool = False
 ) -> Float[Tensor, "1 k H W"]:
     """Resize maps to the size of their photo.
 
@@ -275,7 +277,7 @@ def to_photo_size(
             else "; if the model resized photos to squares, set any_aspect (--any-aspect)"
         )
         raise DataError(
-            f"{item.cam} holds maps of {rows}x{cols} (rows x columns), which do not fit "
+            f"{item.path} holds maps of {rows}x{cols} (rows x columns), which do not fit "
             f"{size[0]}x{size[1]} of {item.photo or 'its photo'}{turned}"
         )
     return resize_cam(maps.cam, size)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from camkit.bulk.camfiles import EVEN, CamFolder, CamItem, ClassMaps, read_maps, to_photo_size
+from camkit.bulk.camfiles import EVEN, CamFolder, ClassMaps, FileItem, read_maps, to_photo_size
 from camkit.bulk.finishing import OutFolder
 from camkit.bulk.items import Failure
 from camkit.bulk.ledger import Journal
@@ -39,7 +40,7 @@ class CamJob(Protocol):
     def stage(self) -> str:
         """Shown by the progress bar and in ``errors.tsv``."""
 
-    def __call__(self, item: CamItem, folder: CamFolder, path: Path) -> None: ...
+    def __call__(self, item: FileItem, folder: CamFolder, path: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,16 @@ class RefineCam:
     suffix: ClassVar[str] = ".npy"
     stage: ClassVar[str] = "refine"
 
-    def __call__(self, item: CamItem, folder: CamFolder, path: Path) -> None:
+    def __call__(self, item: FileItem, folder: CamFolder, path: Path) -> None:
         if item.photo is None:
-            raise DataError(f"{item.cam} has no photo; give the folder of the photos")
+            raise DataError(f"{item.path} has no photo; give the folder of the photos")
         colours = torch.from_numpy(read_picture(item.photo)).permute(2, 0, 1)[None] / 255
         size = (colours.shape[2], colours.shape[3])
         maps = read_maps(item)
         cam = to_photo_size(maps, size, item, any_aspect=folder.any_aspect)
         if maps.classes:
             if not _starts_with_normalize(self.refine):
-                _check_range(cam, f"{item.cam} holds maps", "start with the step normalize")
+                _check_range(cam, f"{item.path} holds maps", "start with the step normalize")
             with torch.no_grad():
                 cam = self.refine(cam, Capture.of_picture(colours))
             _check_range(cam, "the refiners returned maps", "end with the step normalize")
@@ -112,7 +113,7 @@ class DrawMask:
             raise ValueError("a power background needs an exponent: 1 of CLIP-ES, 4 to 24 of PSA")
         self._draw(torch.zeros(1, 1, 1, 1), (0,), EVEN)  # refuses invalid settings
 
-    def __call__(self, item: CamItem, folder: CamFolder, path: Path) -> None:
+    def __call__(self, item: FileItem, folder: CamFolder, path: Path) -> None:
         maps = read_maps(item)
         cam = maps.cam
         if item.photo is not None:
@@ -120,7 +121,7 @@ class DrawMask:
             cam = to_photo_size(maps, (rows, cols), item, any_aspect=folder.any_aspect)
         if 0 in cam.shape[2:]:
             raise DataError(
-                f"{item.cam} is of an image without classes and does not contain its size; give "
+                f"{item.path} is of an image without classes and does not contain its size; give "
                 "the folder of the photos (--images)"
             )
         mask = torch.zeros(cam.shape[2:], dtype=torch.uint8)
@@ -207,7 +208,8 @@ def write_all(
             kept = set()
         journal.forget_failures()
         # workers need neither the names nor the labels of all images
-        work = _WriteInto(job, replace(folder, labels=None, names=None), out)
+        lean = replace(folder, labels=None, names=None)
+        work = partial(_write_file, job=job, folder=lean, out=out)
         left = [item for item in items if item.name not in kept]
         written = 0
         try:
@@ -224,13 +226,5 @@ def write_all(
     return FilesSummary(written, len(kept), tuple(failures))
 
 
-@dataclass(frozen=True)
-class _WriteInto:
-    """Runs a job on an item and writes its file into a folder."""
-
-    job: CamJob
-    folder: CamFolder
-    out: Path
-
-    def __call__(self, item: CamItem) -> None:
-        self.job(item, self.folder, self.out / f"{item.name}{self.job.suffix}")
+def _write_file(item: FileItem, job: CamJob, folder: CamFolder, out: Path) -> None:
+    job(item, folder, out / f"{item.name}{job.suffix}")

@@ -323,7 +323,7 @@ class Ledger:
         journal: of the results folder.
         folder: the same folder.
         advance: called with the numbers of images done and failed, as they come.
-        by_chunk: record a chunk as a whole, because its maps share a Parquet file.
+        by_chunk: record chunks as a whole, because the maps of a chunk share a Parquet file.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Folders of masks or CAM files scored against ground truth."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from camkit.bulk.camfiles import (
     CAM_SUFFIXES,
     MASK_SUFFIXES,
-    CamItem,
+    FileItem,
     FilesByName,
     ImageLabels,
     read_maps,
@@ -29,26 +29,6 @@ from camkit.score import THRESHOLDS, Definition, best_threshold, confusion_matri
 Choice: TypeAlias = Literal["given", "tuned", "oracle"]
 """Where a background score comes from; "oracle" is the best on the images that are scored, which
 overestimates the maps."""
-
-
-@dataclass(frozen=True)
-class TruthItem:
-    """An image to score.
-
-    Attributes:
-        name: of its files, without suffix.
-        predicted: its mask or CAM file.
-        truth: its ground truth.
-        classes: of the image, if there are labels.
-    """
-
-    name: str
-    predicted: Path
-    truth: Path
-    classes: tuple[int, ...] | None = None
-
-    def __str__(self) -> str:
-        return self.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +60,7 @@ def pair_truth(
     names: Collection[str] | None = None,
     labels: ImageLabels | None = None,
     partial: bool = False,
-) -> list[TruthItem]:
+) -> list[FileItem]:
     """Find the mask or CAM file of each ground truth.
 
     Args:
@@ -112,11 +92,11 @@ def pair_truth(
             "list the images of your split (--list), or score those that exist (--partial)"
         )
     return [
-        TruthItem(
+        FileItem(
             name,
             predicted.only(name),
-            true.only(name),
-            None if labels is None else labels.of(name),
+            truth=true.only(name),
+            classes=None if labels is None else labels.of(name),
         )
         for name in names
         if name in predicted.paths
@@ -129,7 +109,7 @@ def _examples(names: Sequence[str], most: int = 5) -> str:
 
 
 def score_masks(
-    items: Sequence[TruthItem],
+    items: Sequence[FileItem],
     *,
     num_classes: int,
     keep_each: bool = False,
@@ -146,15 +126,15 @@ def score_masks(
     Raises:
         DataError: not a single image could be counted.
     """
-    return _count(_CountMask(num_classes), items, keep_each=keep_each, workers=workers).at(0)
+    return _count(_CountMask(num_classes), items, keep_each=keep_each, workers=workers)[0]
 
 
 def score_cams(  # noqa: PLR0913 - each setting is a choice of its own
-    items: Sequence[TruthItem],
+    items: Sequence[FileItem],
     *,
     num_classes: int,
     background_score: float | None = None,
-    tune: Sequence[TruthItem] = (),
+    tune: Sequence[FileItem] = (),
     definition: Definition = "present",
     resize: bool = False,
     keep_each: bool = False,
@@ -191,15 +171,17 @@ def score_cams(  # noqa: PLR0913 - each setting is a choice of its own
     if background_score is None:
         choice = "tuned" if tune else "oracle"
         sweep = _CountCam(num_classes, tuple(THRESHOLDS.tolist()), resize)
-        counts = _count(sweep, tune or items, workers=workers)
-        background_score = best_threshold(counts.total, definition=definition).threshold
+        results = _count(sweep, tune or items, workers=workers)
+        confusions = torch.stack([result.confusion for result in results])
+        background_score = best_threshold(confusions, definition=definition).threshold
         if not tune and not keep_each:  # the sweep contains the result
-            number = sweep.thresholds.index(background_score)
-            return counts.at(number, background_score, choice)
-        lost = counts.failures if tune else ()
+            result = results[sweep.thresholds.index(background_score)]
+            return replace(result, background_score=background_score, choice=choice)
+        lost = results[0].failures if tune else ()
     work = _CountCam(num_classes, (background_score,), resize)
-    counts = _count(work, items, keep_each=keep_each, workers=workers)
-    return counts.at(0, background_score, choice, lost)
+    result = _count(work, items, keep_each=keep_each, workers=workers)[0]
+    failures = (*lost, *result.failures)
+    return replace(result, failures=failures, background_score=background_score, choice=choice)
 
 
 @dataclass(frozen=True)
@@ -209,13 +191,13 @@ class _CountMask:
     num_classes: int
     thresholds: tuple[float, ...] = (0.0,)  # masks need none
 
-    def __call__(self, item: TruthItem) -> Int64[np.ndarray, "1 c c"]:
+    def __call__(self, item: FileItem) -> Int64[np.ndarray, "1 c c"]:
         truth = _read_ids(item.truth, self.num_classes)
-        predicted = _read_ids(item.predicted, self.num_classes)
+        predicted = _read_ids(item.path, self.num_classes)
         if predicted.shape != truth.shape:
             sizes = ["x".join(map(str, mask.shape)) for mask in (predicted, truth)]
             raise DataError(
-                f"{item.predicted} has {sizes[0]} pixels (rows x columns) but {item.truth} has "
+                f"{item.path} has {sizes[0]} pixels (rows x columns) but {item.truth} has "
                 f"{sizes[1]}; draw the mask at the size of its photo"
             )
         return confusion_matrix(truth, predicted, num_classes=self.num_classes)[None].numpy()
@@ -229,16 +211,16 @@ class _CountCam:
     thresholds: tuple[float, ...]
     resize: bool
 
-    def __call__(self, item: TruthItem) -> Int64[np.ndarray, "s c c"]:
+    def __call__(self, item: FileItem) -> Int64[np.ndarray, "s c c"]:
         truth = _read_ids(item.truth, self.num_classes)
-        maps = read_maps(CamItem(item.name, item.predicted, classes=item.classes))
+        maps = read_maps(item)
         size = (truth.shape[0], truth.shape[1])
         cam = maps.cam if maps.classes else torch.zeros(1, 1, *size)
         rows, cols = cam.shape[-2:]
         if (rows, cols) != size:
             if not self.resize:
                 raise DataError(
-                    f"{item.predicted} holds maps of {rows}x{cols} (rows x columns) but "
+                    f"{item.path} holds maps of {rows}x{cols} (rows x columns) but "
                     f"{item.truth} has {size[0]}x{size[1]} pixels; `camkit refine` writes maps at "
                     "the size of the photo, or resize them here (--resize)"
                 )
@@ -252,43 +234,21 @@ class _CountCam:
         ).numpy()
 
 
-def _read_ids(path: Path, num_classes: int) -> Int[Tensor, "H W"]:
+def _read_ids(path: Path | None, num_classes: int) -> Int[Tensor, "H W"]:
+    if path is None:
+        raise DataError("the image has no ground truth; match the files by pair_truth")
     cols, rows = decode(path).size
     return read_mask(path, size=(rows, cols), num_classes=num_classes - 1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Counts:
-    """Confusion matrices of a folder, one for each background score."""
-
-    total: Int[Tensor, "s c c"]
-    each: dict[str, Int[Tensor, "s c c"]]
-    images: int
-    failures: tuple[Failure, ...]
-
-    def at(
-        self,
-        number: int,
-        background_score: float | None = None,
-        choice: Choice = "given",
-        lost: tuple[Failure, ...] = (),
-    ) -> ScoreResult:
-        """Return the result at one of the background scores."""
-        each = {name: confusions[number] for name, confusions in self.each.items()}
-        failures = (*lost, *self.failures)
-        return ScoreResult(
-            self.total[number], each, self.images, failures, background_score, choice
-        )
-
-
 def _count(
     work: _CountMask | _CountCam,
-    items: Sequence[TruthItem],
+    items: Sequence[FileItem],
     *,
     keep_each: bool = False,
     workers: int | None = None,
-) -> _Counts:
-    """Count every image, by many processes."""
+) -> list[ScoreResult]:
+    """Count every image, by many processes; return a result for each background score."""
     size = (len(work.thresholds), work.num_classes, work.num_classes)
     total = torch.zeros(size, dtype=torch.int64)
     each: dict[str, Tensor] = {}
@@ -305,4 +265,13 @@ def _count(
     if len(failures) == len(items):
         reason = f"; {failures[0].key}: {failures[0].reason}" if failures else ""
         raise DataError(f"not a single image could be counted{reason}")
-    return _Counts(total, each, len(items) - len(failures), tuple(failures))
+    images = len(items) - len(failures)
+    return [
+        ScoreResult(
+            confusion,
+            {name: confusions[number] for name, confusions in each.items()},
+            images,
+            tuple(failures),
+        )
+        for number, confusion in enumerate(total)
+    ]

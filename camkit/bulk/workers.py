@@ -154,8 +154,8 @@ class WorkerPool(Generic[Item, Result]):
     """Worker processes, the items they work on, and the items whose worker died.
 
     An item whose worker died (killed, out of memory, crashed in compiled code) is tried again
-    alone, and becomes a failure when ``tries`` workers died of it alone. Each worker has a thread
-    in this process that waits for it.
+    alone, and becomes a failure when ``tries`` workers died of it alone. A thread of this process
+    waits for each worker.
 
     Args:
         work: must be picklable, as module-level functions and dataclasses are.

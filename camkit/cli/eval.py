@@ -14,8 +14,8 @@ import torch
 
 from camkit.atomic import unfinished
 from camkit.bulk import (
+    FileItem,
     ScoreResult,
-    TruthItem,
     pair_truth,
     read_labels,
     read_list,
@@ -145,7 +145,7 @@ def _are_cams(options: argparse.Namespace) -> bool:
 def _score(options: argparse.Namespace, folder: Path, cams: bool, num_classes: int) -> ScoreResult:
     labels = None if options.labels is None else read_labels(options.labels)
 
-    def paired(listing: Path | None) -> list[TruthItem]:
+    def paired(listing: Path | None) -> list[FileItem]:
         return pair_truth(
             folder,
             options.gt,
