@@ -12,7 +12,7 @@ import torch
 from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, finish
 from camkit.bulk.items import Failure, Item
 from camkit.bulk.ledger import ChunkPlan, Ledger
-from camkit.bulk.recipe import Recipe
+from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.stages import Maps, ReadImage, batches, forward, read
 from camkit.bulk.workers import WorkerPool
 from camkit.errors import CamkitError
@@ -25,11 +25,11 @@ Task: TypeAlias = Item | Maps
 Outcome: TypeAlias = ReadImage | ImageResult | Failure
 
 
-def work_on(task: Task, recipe: Recipe, folder: OutFolder) -> ReadImage | ImageResult:
+def work_on(
+    task: Task, loading: Loading, writing: Writing, folder: OutFolder
+) -> ReadImage | ImageResult:
     """Read an image, or finish its maps, in a worker."""
-    if isinstance(task, Item):
-        return read(task, recipe.loading)
-    return finish(task, recipe.writing, folder)
+    return read(task, loading) if isinstance(task, Item) else finish(task, writing, folder)
 
 
 @dataclass(eq=False)
@@ -65,7 +65,8 @@ class LocalEngine:
         threads: int | None = None,
     ) -> None:
         self._recipe, self._pipeline, self._ledger = recipe, pipeline, ledger
-        work = partial(work_on, recipe=recipe, folder=folder)
+        # the whole recipe need not be picklable: the model is opened in this process
+        work = partial(work_on, loading=recipe.loading, writing=recipe.writing, folder=folder)
         self._pool: WorkerPool[Task, ReadImage | ImageResult] = WorkerPool(
             work, workers, tries=_TRIES, fatal=(OutputError,)
         )

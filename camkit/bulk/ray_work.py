@@ -226,17 +226,9 @@ def _work_on_each(
     If the message killed a process before, the work is done in a process that may die.
     """
     with _count_deaths(_mark(folder, stage, message), folder) as deaths:
-        pool: WorkerPool[Any, Any] = WorkerPool(
-            work, 1 if deaths else 0, tries=2, fatal=(OutputError,)
-        )
-        outcomes: dict[str, Any] = {}
-        try:
-            for image in images:
-                pool.add(image, stage)
-            while not pool.idle:
-                outcomes |= {str(image): outcome for image, outcome in pool.receive()}
-        finally:
-            pool.close()
+        count = 1 if deaths else 0
+        pool: WorkerPool[Any, Any] = WorkerPool(work, count, tries=2, fatal=(OutputError,))
+        outcomes = {str(image): result for image, result in pool.work_on_all(images, stage)}
     return tuple(outcomes[str(image)] for image in images)
 
 

@@ -1,6 +1,7 @@
 """A bulk run from its first image to its manifest, on either engine."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -153,7 +154,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         journal.claim(settings, overwrite=overwrite, moved=moved)
         if retry:
             journal.forget_failures()
-        with _Progress(source, recipe.chunk, rank) as progress:
+        with closing(_Progress(source, recipe.chunk, rank)) as progress:
             by_chunk = recipe.writing.cams == "parquet"
             ledger = Ledger(journal, folder, progress.advance, by_chunk=by_chunk)
             plans = progress.plans(journal)
@@ -183,13 +184,10 @@ class _Progress:
     def __init__(self, source: Source, chunk: int, rank: Rank) -> None:
         self._source, self._chunk, self._rank = source, chunk, rank
         self.written = self.failed = self.settled = 0
-
-    def __enter__(self) -> "_Progress":
         self._bar: tqdm[None] = progress_bar(None, "running")
         Thread(target=self._count, daemon=True).start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._bar.close()
 
     def plans(self, journal: Journal) -> Iterator[ChunkPlan]:

@@ -7,9 +7,9 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait as wait_for_any
 from threading import Lock, Thread
@@ -190,10 +190,6 @@ class WorkerPool(Generic[Item, Result]):
         self._idle: deque[_WorkerProcess] = deque()
         self._deaths = 0
 
-    @property
-    def idle(self) -> bool:
-        return not (self._waiting or self._suspects or self._running)
-
     def add(self, item: Item, stage: str, *, urgent: bool = False) -> None:
         """Queue an item; an urgent item goes before the others."""
         task = _Task(item, stage)
@@ -201,6 +197,18 @@ class WorkerPool(Generic[Item, Result]):
             self._waiting.appendleft(task)
         else:
             self._waiting.append(task)
+
+    def work_on_all(
+        self, items: Iterable[Item], stage: str
+    ) -> Generator[tuple[Item, Result | Failure], None, None]:
+        """Work on the items, yield each with its outcome as it comes, and end the workers."""
+        for item in items:
+            self.add(item, stage)
+        try:
+            while self._waiting or self._suspects or self._running:
+                yield from self.receive()
+        finally:
+            self.close()
 
     def receive(self, also: Iterable["Future[Any]"] = ()) -> list[tuple[Item, Result | Failure]]:
         """Keep the workers busy, wait until something is done, and return it.
@@ -327,19 +335,16 @@ def run_jobs(
         CamkitError: workers die on item after item.
     """
     pool = WorkerPool(work, min(worker_count(workers, usable_cores()), len(items)))
-    for item in items:
-        pool.add(item, stage)
     failed = 0
-    try:
-        with progress_bar(len(items) + skipped, stage, skipped) as bar:
-            while not pool.idle:
-                for item, result in pool.receive():
-                    failed += isinstance(result, Failure)
-                    bar.set_postfix(failed=failed, refresh=False)
-                    bar.update()
-                    yield item, result
-    finally:
-        pool.close()
+    with (
+        closing(pool.work_on_all(items, stage)) as outcomes,
+        progress_bar(len(items) + skipped, stage, skipped) as bar,
+    ):
+        for item, result in outcomes:
+            failed += isinstance(result, Failure)
+            bar.set_postfix(failed=failed, refresh=False)
+            bar.update()
+            yield item, result
 
 
 def progress_bar(total: int | None, label: str, done: int = 0) -> "tqdm[None]":
