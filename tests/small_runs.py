@@ -169,11 +169,11 @@ def workers_of(process):
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            told = path.read_text().rpartition(")")[2].split()
+            reported = path.read_text().rpartition(")")[2].split()
         except OSError:  # it ended just now
             continue
-        if told[0] != "Z":
-            parents[int(path.parent.name)] = int(told[1])
+        if reported[0] != "Z":
+            parents[int(path.parent.name)] = int(reported[1])
     return [one for one, parent in parents.items() if parents.get(parent) == process]
 
 

@@ -1,4 +1,4 @@
-"""Work on many files: what fails or dies stays alone, and files find what belongs to them."""
+"""Work on many files: failures and deaths stop nothing else, and files are matched by name."""
 
 import multiprocessing
 import os
@@ -73,7 +73,7 @@ def test_no_items_need_no_process():
     assert outcomes(double, []) == ({}, {})
 
 
-def test_what_fails_is_told_in_one_line_and_the_rest_is_done():
+def test_failures_are_reported_in_one_line_and_the_rest_is_done():
     done, failed = outcomes(pick_on, ["a", "foreseen", "b", "unforeseen", "c"], workers=0)
     assert done == {"a": "A", "b": "B", "c": "C"}
     assert failed == {"foreseen": "not this one", "unforeseen": "KeyError: 'a bug'"}
@@ -233,7 +233,7 @@ def test_what_needs_attention_says_so(ask):
 
 
 @pytest.mark.parametrize(
-    ("rgb", "told"),
+    ("rgb", "reported"),
     [
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "floating-point colours"),
         (torch.zeros(1, 4, 4, 3), r"shape \(1, 4, 4, 3\)"),
@@ -241,12 +241,12 @@ def test_what_needs_attention_says_so(ask):
         (torch.full((1, 3, 4, 4), torch.nan), "must lie in"),
     ],
 )
-def test_a_picture_of_other_numbers_is_refused(rgb, told, no_shape_checks):
-    with pytest.raises(ValueError, match=told):
+def test_a_picture_of_other_numbers_is_refused(rgb, reported, no_shape_checks):
+    with pytest.raises(ValueError, match=reported):
         Capture.of_picture(rgb)
 
 
-# Files that belong together
+# Files matched by name
 
 
 def test_lists_of_every_codebase_name_the_same_images(tmp_path):
@@ -263,11 +263,13 @@ def test_lists_of_every_codebase_name_the_same_images(tmp_path):
     assert read_list(path) == ("my cat", "v1.5")
 
 
-@pytest.mark.parametrize(("text", "told"), [("", "is empty"), ("a\nb\na\n", "'a' stands on lines")])
-def test_a_list_that_says_nothing_or_something_twice_is_refused(tmp_path, text, told):
+@pytest.mark.parametrize(
+    ("text", "reported"), [("", "is empty"), ("a\nb\na\n", "'a' stands on lines")]
+)
+def test_a_list_that_says_nothing_or_something_twice_is_refused(tmp_path, text, reported):
     path = tmp_path / "list.txt"
     path.write_text(text)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=reported):
         read_list(path)
 
 
@@ -282,7 +284,7 @@ def test_maps_of_whole_patches_fit_and_turned_ones_do_not():
     assert not same_aspect((224, 224), (375, 500))
 
 
-def test_files_without_partner_are_told_and_the_others_paired(tmp_path):
+def test_files_without_partner_are_reported_and_the_others_paired(tmp_path):
     cams, photos = tmp_path / "cams", tmp_path / "photos"
     cams.mkdir(), photos.mkdir()
     for name in ("a", "b", "c", "d"):
@@ -291,31 +293,31 @@ def test_files_without_partner_are_told_and_the_others_paired(tmp_path):
         Image.new("RGB", (2, 2)).save(photos / name)
     items, failures = CamFolder(cams, photos).items()
     assert [(item.name, item.photo.name) for item in items] == [("a", "a.JPG"), ("d", "d.webp")]
-    told = {failure.key: failure.reason for failure in failures}
-    assert "b.jpeg and b.png; keep only one" in told["b"]
-    assert "has no file c ending in .jpg" in told["c"]
+    reported = {failure.key: failure.reason for failure in failures}
+    assert "b.jpeg and b.png; keep only one" in reported["b"]
+    assert "has no file c ending in .jpg" in reported["c"]
 
 
 def test_maps_beside_a_background_keep_their_winner_at_one_half(tmp_path):
     maps = torch.rand(3, 5, 6).softmax(0).numpy()
     np.save(tmp_path / "a.npy", {0: maps[0], 3: maps[1], 8: maps[2]})
-    found = read_maps(FileItem("a", tmp_path / "a.npy"))
-    assert (found.classes, found.opposed) == ((2, 7), True)
-    winner = torch.where(found.cam[0].amax(0) > 0.5, found.cam[0].argmax(0) + 1, 0)
+    actual = read_maps(FileItem("a", tmp_path / "a.npy"))
+    assert (actual.classes, actual.opposed) == ((2, 7), True)
+    winner = torch.where(actual.cam[0].amax(0) > 0.5, actual.cam[0].argmax(0) + 1, 0)
     assert torch.equal(winner, torch.from_numpy(maps).argmax(0))
 
 
 def test_labels_pick_the_classes_of_logits(tmp_path):
     scores = np.random.default_rng(0).normal(size=(1, 21, 4, 5)).astype(np.float32)
     np.save(tmp_path / "a.npy", {"msc_seg": scores})
-    found = read_maps(FileItem("a", tmp_path / "a.npy", classes=(3, 14)))
+    actual = read_maps(FileItem("a", tmp_path / "a.npy", classes=(3, 14)))
     likely = torch.from_numpy(scores[0]).softmax(0)
-    assert found.classes == (3, 14)
-    torch.testing.assert_close(found.cam[0, 0], likely[4] / (likely[4] + likely[0]))
-    torch.testing.assert_close(found.cam[0, 1], likely[15] / (likely[15] + likely[0]))
+    assert actual.classes == (3, 14)
+    torch.testing.assert_close(actual.cam[0, 0], likely[4] / (likely[4] + likely[0]))
+    torch.testing.assert_close(actual.cam[0, 1], likely[15] / (likely[15] + likely[0]))
 
 
-def test_labels_that_contradict_a_file_are_told(tmp_path):
+def test_labels_that_contradict_a_file_are_reported(tmp_path):
     write_cam(tmp_path / "a.npy", [3, 5], torch.ones(2, 2, 2))
     with pytest.raises(DataError, match=r"holds the classes \(3, 5\), but `classes` is \(3,\)"):
         read_maps(FileItem("a", tmp_path / "a.npy", classes=(3,)))
@@ -354,7 +356,7 @@ def test_labels_run_no_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "reported"),
     [
         ("a.txt", "", "must end in .npy"),
         ("a.json", "{", "is not JSON"),
@@ -364,13 +366,13 @@ def test_labels_run_no_code(tmp_path, monkeypatch):
         ("a.npy", "none", "is no .npy"),
     ],
 )
-def test_labels_of_another_form_are_refused(tmp_path, name, text, told):
+def test_labels_of_another_form_are_refused(tmp_path, name, text, reported):
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=reported):
         read_labels(tmp_path / name)
 
 
-# A folder refined
+# Refining a folder
 
 
 def test_a_photo_that_kills_its_process_costs_its_own_file_only(tmp_path):

@@ -94,8 +94,8 @@ def by_hand(refiner, cam, photo):
     ],
 )
 def test_steps_are_the_refiners_they_name(texts, refiners):
-    found = read_steps(texts)
-    assert found == (refiners[0] if len(refiners) == 1 else camkit.chain(*refiners))
+    actual = read_steps(texts)
+    assert actual == (refiners[0] if len(refiners) == 1 else camkit.chain(*refiners))
 
 
 def test_any_step_can_be_reduced():
@@ -109,7 +109,7 @@ def test_every_step_can_be_had_without_settings(name):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("kfc", "no refiner is called 'kfc'; .*crf"),
         ("propagate", "no refiner is called 'propagate'"),
@@ -128,8 +128,8 @@ def test_every_step_can_be_had_without_settings(name):
         ("", "no refiner is called ''"),
     ],
 )
-def test_a_step_that_does_not_exist_is_told_with_those_that_do(text, told):
-    with pytest.raises((ValueError, TypeError), match=told):
+def test_a_step_that_does_not_exist_is_reported_with_those_that_do(text, reported):
+    with pytest.raises((ValueError, TypeError), match=reported):
         read_steps([text])
 
 
@@ -138,14 +138,14 @@ def test_a_step_that_does_not_exist_is_told_with_those_that_do(text, told):
 
 def forms(folder, sample):
     """The same maps as five codebases write them."""
-    found, classes = maps(sample), list(sample.classes)
-    quarter = torch.from_numpy(found)[:, ::4, ::4]
+    actual, classes = maps(sample), list(sample.classes)
+    quarter = torch.from_numpy(actual)[:, ::4, ::4]
     return {
-        "psa": (dict(zip(classes, found, strict=True)), []),
-        "irn": ({"keys": torch.tensor(classes), "cam": quarter, "high_res": found}, []),
-        "toco": ({"keys": np.array(classes), "high_res": found}, []),
-        "array": (found, ["--labels", str(folder / "labels.json")]),
-        "clip-es": ({"keys": np.array(classes), "attn_highres": found.astype(np.float16)}, []),
+        "psa": (dict(zip(classes, actual, strict=True)), []),
+        "irn": ({"keys": torch.tensor(classes), "cam": quarter, "high_res": actual}, []),
+        "toco": ({"keys": np.array(classes), "high_res": actual}, []),
+        "array": (actual, ["--labels", str(folder / "labels.json")]),
+        "clip-es": ({"keys": np.array(classes), "attn_highres": actual.astype(np.float16)}, []),
     }
 
 
@@ -158,12 +158,12 @@ def test_the_maps_of_any_codebase_are_refined_as_in_python(shapes, photos, tmp_p
         np.save(folder / f"{sample.name}.npy", content)
     assert refine(folder, photos, tmp_path / "out", "--refine", "par:3,scale=0.5", *options) == 0
     for sample in shapes.split("train"):
-        found = read_cam(tmp_path / "out" / f"{sample.name}.npy")
+        actual = read_cam(tmp_path / "out" / f"{sample.name}.npy")
         cam = torch.from_numpy(maps(sample))
         cam = cam.half().float() if form == "clip-es" else cam
         expected = by_hand(camkit.PixelAdaptive(steps=3, scale=0.5), cam, sample.photo)
-        assert (found.classes, found.form) == (sample.classes, "both")
-        assert torch.equal(found.cam, expected.clamp(0, 1))
+        assert (actual.classes, actual.form) == (sample.classes, "both")
+        assert torch.equal(actual.cam, expected.clamp(0, 1))
 
 
 def test_small_maps_are_refined_at_the_size_of_the_photo(shapes, photos, tmp_path):
@@ -175,8 +175,8 @@ def test_small_maps_are_refined_at_the_size_of_the_photo(shapes, photos, tmp_pat
     steps = ["--refine", "crf:psa,steps=2", "--refine", "blur:3"]
     assert refine(folder, photos, tmp_path / "out", *steps) == 0
     chained = camkit.chain(camkit.DenseCRF(preset="psa", steps=2), camkit.Blur(3.0))
-    found = read_cam(tmp_path / "out" / f"{sample.name}.npy").cam
-    assert torch.equal(found, by_hand(chained, small, sample.photo).clamp(0, 1))
+    actual = read_cam(tmp_path / "out" / f"{sample.name}.npy").cam
+    assert torch.equal(actual, by_hand(chained, small, sample.photo).clamp(0, 1))
 
 
 def test_a_dense_crf_brings_blurred_maps_nearer_to_the_truth(shapes, cams, photos, tmp_path):
@@ -215,11 +215,13 @@ def test_an_image_without_classes_gets_no_maps_at_its_size(photos, tmp_path):
     (tmp_path / "cams").mkdir()
     np.save(tmp_path / "cams" / f"{NAMES[0]}.npy", {})
     assert refine(tmp_path / "cams", photos, tmp_path / "out", "--refine", "crf") == 0
-    found = read_cam(tmp_path / "out" / f"{NAMES[0]}.npy")
-    assert (found.classes, found.cam.shape) == ((), (0, *SIZE))
+    actual = read_cam(tmp_path / "out" / f"{NAMES[0]}.npy")
+    assert (actual.classes, actual.cam.shape) == ((), (0, *SIZE))
 
 
-def test_only_listed_images_are_refined_and_lost_ones_told(cams, photos, tmp_path, capsys):
+def test_only_listed_images_are_refined_and_missing_ones_are_reported(
+    cams, photos, tmp_path, capsys
+):
     (tmp_path / "list.txt").write_text(f"{NAMES[3]}\nlost\n")
     options = ["--refine", "blur", "--list", tmp_path / "list.txt"]
     assert refine(cams, photos, tmp_path / "out", *options) == 1
@@ -230,7 +232,7 @@ def test_only_listed_images_are_refined_and_lost_ones_told(cams, photos, tmp_pat
 # Resuming
 
 
-def test_a_second_run_makes_only_what_is_missing(cams, photos, tmp_path, capsys):
+def test_a_second_run_writes_only_the_missing_files(cams, photos, tmp_path, capsys):
     out = tmp_path / "out"
     refine(cams, photos, out, "--refine", "blur")
     (out / f"{NAMES[2]}.npy").unlink()
@@ -324,21 +326,21 @@ def test_files_that_cannot_be_used_do_not_stop_the_others(
     assert [path.stem for path in (tmp_path / "out").glob("*.npy")] == [NAMES[0]]
     assert not (tmp_path / "ran").exists()
     table = (tmp_path / "out" / "errors.tsv").read_text().splitlines()
-    told = {name: reason for name, _, reason in (line.split("\t") for line in table[1:])}
+    reported = {name: reason for name, _, reason in (line.split("\t") for line in table[1:])}
     assert table[0] == "name\tstage\treason"
-    assert "cannot be read" in told[NAMES[1]] or "damaged" in told[NAMES[1]]
-    assert "which no file of class maps needs and which could run code" in told[NAMES[2]]
-    assert "holds NaN or infinity" in told[NAMES[3]]
-    assert "64x48 (rows x columns), which do not fit 48x64" in told[NAMES[4]]
-    assert "fit the photo turned" in told[NAMES[4]]
-    assert "maps from 7 to 7, expected [0, 1]; start with the step normalize" in told[NAMES[5]]
-    assert "has no file alone ending in" in told["alone"]
+    assert "cannot be read" in reported[NAMES[1]] or "damaged" in reported[NAMES[1]]
+    assert "which no file of class maps needs and which could run code" in reported[NAMES[2]]
+    assert "holds NaN or infinity" in reported[NAMES[3]]
+    assert "64x48 (rows x columns), which do not fit 48x64" in reported[NAMES[4]]
+    assert "fit the photo turned" in reported[NAMES[4]]
+    assert "maps from 7 to 7, expected [0, 1]; start with the step normalize" in reported[NAMES[5]]
+    assert "has no file alone ending in" in reported["alone"]
     error = capsys.readouterr().err
     assert "6 of 7 failed, see out/errors.tsv" in error
-    assert all(f"camkit: {name}: " in error for name in told)
+    assert all(f"camkit: {name}: " in error for name in reported)
 
 
-def test_errors_that_were_mended_leave_no_table(cams, photos, tmp_path):
+def test_corrected_errors_leave_no_table(cams, photos, tmp_path):
     good = (cams / f"{NAMES[1]}.npy").read_bytes()
     (cams / f"{NAMES[1]}.npy").write_bytes(good[:90])
     assert refine(cams, photos, tmp_path / "out", "--refine", "blur") == 1
@@ -360,7 +362,7 @@ def test_maps_of_squashed_photos_are_stretched_when_that_is_said(photos, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reported"),
     [
         ({"cams": "nowhere"}, "nowhere is not a folder; give the folder of the CAM files"),
         ({"photos": "empty"}, "empty holds no photos (.jpg, "),
@@ -369,7 +371,7 @@ def test_maps_of_squashed_photos_are_stretched_when_that_is_said(photos, tmp_pat
     ],
 )
 def test_a_run_that_cannot_begin_says_why(
-    cams, photos, tmp_path, capsys, monkeypatch, change, told
+    cams, photos, tmp_path, capsys, monkeypatch, change, reported
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -380,13 +382,13 @@ def test_a_run_that_cannot_begin_says_why(
     )
     error = capsys.readouterr().err
     assert error.startswith("camkit: ")
-    assert told in error
+    assert reported in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_an_interrupt_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path):
+def test_an_interrupt_keeps_finished_files_and_the_next_run_continues(tmp_path):
     shapes = write_shapes(tmp_path / "shapes", 12, size=(120, 160))
     cams, out = tmp_path / "cams", tmp_path / "out"
     cams.mkdir()
@@ -483,7 +485,7 @@ def test_an_image_without_classes_needs_its_photo(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         (["--alpha", 2], "--alpha needs --background power"),
         (["--background", "power"], "--background power needs --alpha"),
@@ -493,10 +495,10 @@ def test_an_image_without_classes_needs_its_photo(tmp_path, capsys):
     ],
 )
 def test_backgrounds_that_make_no_sense_are_refused_before_anything_is_made(
-    small, tmp_path, capsys, options, told
+    small, tmp_path, capsys, options, reported
 ):
     assert mask(small, tmp_path / "out", *options) == 1
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -517,8 +519,8 @@ def test_no_command_for_files_imports_a_library_of_models():
         "for command in ('refine', 'mask', 'eval'):\n"
         "    try: main([command, '--help'])\n"
         "    except SystemExit: pass\n"
-        "print('found', [name for name in ('timm', 'transformers', 'torchvision')"
+        "print('actual', [name for name in ('timm', 'transformers', 'torchvision')"
         " if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.endswith("found []\n")
+    assert run.stdout.endswith("actual []\n")

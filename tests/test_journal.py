@@ -1,4 +1,4 @@
-"""The journal of a bulk run: what it holds survives, and what is not of it stays out."""
+"""The journal of a results folder: entries survive kills, and other results are refused."""
 
 import multiprocessing
 import signal
@@ -24,9 +24,9 @@ def made(key, **row):
 
 @pytest.fixture
 def journal(tmp_path):
-    with Journal(OutFolder(tmp_path / "out")) as found:
-        found.claim(SETTINGS)
-        yield found
+    with Journal(OutFolder(tmp_path / "out")) as actual:
+        actual.claim(SETTINGS)
+        yield actual
 
 
 def process(target, *arguments):
@@ -37,7 +37,7 @@ def process(target, *arguments):
     return started
 
 
-def test_what_is_recorded_is_known_and_told_in_order(journal):
+def test_recorded_images_are_known_and_listed_in_order(journal):
     journal.record(
         [made("b"), made("é\n")], [Failure("c", "read", "broken"), Failure("a", "write", "x")]
     )
@@ -54,13 +54,13 @@ def test_more_keys_are_asked_for_than_one_statement_holds(journal):
     assert journal.known(keys) == dict.fromkeys(keys[::2])
 
 
-def test_an_image_that_is_done_at_last_is_no_error_any_more(journal):
+def test_an_image_done_at_last_is_no_failure_any_more(journal):
     journal.record([], [Failure("a", "read", "broken")])
     journal.record([made("a")])
     assert (journal.known(["a"]), journal.counts()) == ({"a": None}, (1, 0))
 
 
-def test_errors_can_be_forgotten_and_results_stay(journal):
+def test_failures_can_be_forgotten_and_results_stay(journal):
     journal.record([made("a")], [Failure("b", "read", "broken"), Failure("c", "model", "broken")])
     assert journal.forget_failures() == 2
     assert journal.known(["a", "b", "c"]) == {"a": None}
@@ -118,7 +118,7 @@ def test_images_that_were_moved_are_the_same_if_the_user_says_so(tmp_path):
         claim(tmp_path, SETTINGS | {"model": "b"}, moved=True)
 
 
-def test_beginning_anew_removes_what_the_journal_knows_of_and_nothing_else(tmp_path):
+def test_overwriting_removes_only_the_results_that_the_journal_lists(tmp_path):
     with Journal(OutFolder(tmp_path)) as journal:
         journal.claim(SETTINGS)
         for name in ("masks/a.png", "masks/mine.png", "cams/a.npy"):
@@ -144,11 +144,11 @@ def test_results_of_unknown_settings_are_never_touched(tmp_path):
     assert (tmp_path / "masks" / "a.png").exists()
 
 
-# Being killed
+# Kills
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_half_an_entry_is_none(tmp_path):
+def test_half_a_transaction_is_not_recorded(tmp_path):
     claim(tmp_path)
     killed = process(leave_transaction_open, tmp_path)
     killed.join(120)
@@ -199,14 +199,14 @@ def test_ranks_write_into_one_journal(tmp_path):
     assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 6
 
 
-# What is left
+# Plans
 
 
 def entry(key):
     return Item(key, FilePlace(Path(key)))
 
 
-def test_images_that_are_done_keep_the_others_company(journal):
+def test_a_plan_keeps_finished_images_in_its_batches(journal):
     journal.record([made("a")], [Failure("b", "read", "x"), Failure("c", "write", "x")])
     chunk = (*map(entry, "abcd"), Failure("e", "list", "outside"))
     planned = plan(chunk, journal)

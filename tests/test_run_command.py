@@ -44,7 +44,7 @@ def command(given, out, *more):
     return ["run", str(given), "--out", str(out), *MODEL, "--threads", "1", *more]
 
 
-# What goes in
+# Input
 
 
 def as_list(folder, path):
@@ -69,11 +69,11 @@ def as_parquet(folder, path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    found = photos_of(folder)
+    actual = photos_of(folder)
     table = {
-        "photo": [photo.read_bytes() for photo in found],
-        "name": [str(photo.relative_to(folder).with_suffix("")) for photo in found],
-        "what": [[CAT, DOG]] * len(found),
+        "photo": [photo.read_bytes() for photo in actual],
+        "name": [str(photo.relative_to(folder).with_suffix("")) for photo in actual],
+        "what": [[CAT, DOG]] * len(actual),
     }
     parquet.write_table(pa.table(table), path)
     columns = ["--image-column", "photo", "--key-column", "name", "--label-column", "what"]
@@ -127,7 +127,7 @@ def test_a_shard_that_leads_out_of_the_folder_writes_nothing_outside(tmp_path, c
     assert "points outside the results folder" in (out / "errors.tsv").read_text()
 
 
-def test_an_output_that_cannot_be_a_folder_is_told(tmp_path, capsys):
+def test_an_output_that_cannot_be_a_folder_is_reported(tmp_path, capsys):
     write_photos(tmp_path / "in", 1)
     (tmp_path / "out").write_text("a file")
     assert main(command(tmp_path / "in", tmp_path / "out" / "below", "--workers", "0")) == 1
@@ -136,11 +136,11 @@ def test_an_output_that_cannot_be_a_folder_is_told(tmp_path, capsys):
     )
 
 
-def test_an_output_that_may_only_be_read_is_told():
+def test_an_output_that_may_only_be_read_is_reported():
     with tempfile.TemporaryDirectory() as folder:  # those above `tmp_path` are for their owner
         Path(folder).chmod(0o555)
-        told = r"cannot be written to \(Permission denied\); free disk space or check"
-        with nobody(), pytest.raises(CamkitError, match=told):
+        reported = r"cannot be written to \(Permission denied\); free disk space or check"
+        with nobody(), pytest.raises(CamkitError, match=reported):
             Journal(OutFolder(Path(folder)))
         assert not list(Path(folder).iterdir())
 
@@ -163,14 +163,14 @@ def test_two_processes_of_torchrun_make_the_folder_of_one(tmp_path):
         timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
-    told = sorted(line.partition(": ")[2] for line in ran.stdout.splitlines() if "done" in line)
-    assert told == ["2 images done, 0 failed", "4 images done, 0 failed"]  # chunks of four
+    reported = sorted(line.partition(": ")[2] for line in ran.stdout.splitlines() if "done" in line)
+    assert reported == ["2 images done, 0 failed", "4 images done, 0 failed"]  # chunks of four
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_job_that_is_ended_goes_on_with_what_is_left(tmp_path, capsys):
+def test_a_terminated_job_continues_with_the_images_left(tmp_path, capsys):
     write_photos(tmp_path / "in", 14)
     asked = ["--classes", "cat,dog", "--workers", "1"]
     out = tmp_path / "out"
@@ -193,7 +193,7 @@ def test_a_job_that_is_ended_goes_on_with_what_is_left(tmp_path, capsys):
     assert 1 <= len(lines) <= len(kept) < 14
     asked[-1] = "0"
     assert main(command(tmp_path / "in", out, *asked)) == 0
-    told = f"{14 - len(lines)} images done, 0 failed, {len(lines)} were settled before"
-    assert told in capsys.readouterr().out
+    reported = f"{14 - len(lines)} images done, 0 failed, {len(lines)} were settled before"
+    assert reported in capsys.readouterr().out
     assert main(command(tmp_path / "in", tmp_path / "whole", *asked)) == 0
     assert tree(out) == tree(tmp_path / "whole")

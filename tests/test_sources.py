@@ -1,4 +1,4 @@
-"""Where images come from: every layout gives each image once, and what is no image is told."""
+"""Sources: every layout gives each image once, and entries that are no images are reported."""
 
 import io
 import os
@@ -38,10 +38,10 @@ def put(path, data=None):
 
 def listed(source):
     """Keys with classes, and refusals with reasons."""
-    found = list(source)
-    items = {one.key: one.classes for one in found if isinstance(one, Item)}
-    refused = {one.key: one.reason for one in found if isinstance(one, Failure)}
-    assert len(items) + len(refused) == len(found)
+    actual = list(source)
+    items = {one.key: one.classes for one in actual if isinstance(one, Item)}
+    refused = {one.key: one.reason for one in actual if isinstance(one, Failure)}
+    assert len(items) + len(refused) == len(actual)
     return items, refused
 
 
@@ -75,7 +75,7 @@ def test_photos_that_differ_by_their_ending_alone_keep_it(tmp_path):
     assert [level(source, key) for key in ("a.jpg", "a.png", "c/a")] == [10, 200, 90]
 
 
-def test_links_are_followed_and_loops_told(tmp_path):
+def test_links_are_followed_and_loops_are_reported(tmp_path):
     put(tmp_path / "in" / "a.png")
     put(tmp_path / "elsewhere" / "b.png")
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
@@ -108,7 +108,7 @@ def open_folder():
         yield Path(folder)
 
 
-def test_what_may_not_be_read_is_told(open_folder):
+def test_what_may_not_be_read_is_reported(open_folder):
     put(open_folder / "a.png").chmod(0)
     put(open_folder / "shut" / "b.png")
     (open_folder / "shut").chmod(0)
@@ -223,7 +223,7 @@ def test_files_of_one_image_stand_together_in_a_shard(tmp_path):
     assert [level(source, key) for key in wanted] == [11, 22, 33, 44, 55]
 
 
-def test_what_is_wrong_in_a_shard_costs_its_own_image(tmp_path):
+def test_a_bad_entry_of_a_shard_fails_alone(tmp_path):
     path = shard(
         tmp_path / "s.tar",
         [
@@ -248,7 +248,7 @@ def test_what_is_wrong_in_a_shard_costs_its_own_image(tmp_path):
     assert "has 2 images: f.png, f.jpg" in refused["s/f"]
 
 
-def test_a_shard_cut_short_or_packed_is_told_and_the_others_read(tmp_path):
+def test_a_shard_cut_short_or_packed_is_reported_and_the_others_read(tmp_path):
     whole = shard(tmp_path / "a.tar", [("a.png", picture()), ("b.png", picture())])
     (tmp_path / "b.tar").write_bytes(whole.read_bytes()[:1200])
     (tmp_path / "c.tar").write_bytes(b"\x1f\x8b" + bytes(100))
@@ -259,7 +259,7 @@ def test_a_shard_cut_short_or_packed_is_told_and_the_others_read(tmp_path):
     assert "unpack compressed files first (gunzip)" in refused["c"]
 
 
-def test_a_shard_that_shrank_since_it_was_listed_is_told(tmp_path):
+def test_a_shard_that_shrank_since_it_was_listed_is_reported(tmp_path):
     path = shard(tmp_path / "a.tar", [("a.png", picture())])
     item = next(iter(TarShards((path,))))
     path.write_bytes(path.read_bytes()[:530])
@@ -304,7 +304,7 @@ def test_rows_of_parquet_are_read_group_by_group(tmp_path):
     assert "cannot be read as Parquet" in listed(open_source(tmp_path))[1]["q"]
 
 
-# Which source it is
+# Kinds of sources
 
 
 def test_a_path_tells_what_it_is(tmp_path):
@@ -376,7 +376,7 @@ def bomb(rows, cols):
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "reported"),
     [
         (b"", "cannot be read as an image"),
         (b"GIF of a cat", "cannot be read as an image"),
@@ -387,14 +387,14 @@ def bomb(rows, cols):
     ],
     ids=["empty", "text", "cut webp", "cut jpeg", "bomb", "large"],
 )
-def test_files_that_are_no_usable_image_are_told(tmp_path, data, told):
+def test_files_that_are_no_usable_image_are_reported(tmp_path, data, reported):
     before = Image.MAX_IMAGE_PIXELS
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=reported):
         reads(tmp_path / "a.jpg", data, max_pixels=1000)
     assert before == Image.MAX_IMAGE_PIXELS
 
 
 def test_the_content_counts_not_the_ending(tmp_path):
-    found = reads(tmp_path / "a.jpg", picture(7, "PNG", (40, 20)), size=32)
-    assert (found.size, found.rgb.shape) == ((20, 40), (16, 32, 3))
-    assert np.unique(found.rgb).tolist() == [7]
+    actual = reads(tmp_path / "a.jpg", picture(7, "PNG", (40, 20)), size=32)
+    assert (actual.size, actual.rgb.shape) == ((20, 40), (16, 32, 3))
+    assert np.unique(actual.rgb).tolist() == [7]

@@ -1,4 +1,4 @@
-"""Work for the processes of `camkit.bulk`, which import what they do by name."""
+"""Functions for the worker processes of `camkit.bulk`, which import them by name."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ def double(item):
 
 
 def pick_on(item):
-    """Fail in a way that was foreseen, in one that was not, and by dying."""
+    """Fail with an expected error, with a bug, or by dying."""
     if item == "foreseen":
         raise ValueError("not\nthis one")
     if item == "unforeseen":
