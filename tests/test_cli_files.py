@@ -219,9 +219,7 @@ def test_an_image_without_classes_gets_no_maps_at_its_size(photos, tmp_path):
     assert (actual.classes, actual.cam.shape) == ((), (0, *SIZE))
 
 
-def test_only_listed_images_are_refined_and_missing_ones_are_reported(
-    cams, photos, tmp_path, capsys
-):
+def test_only_listed_images_are_refined_and_lost_ones_reported(cams, photos, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"{NAMES[3]}\nlost\n")
     options = ["--refine", "blur", "--list", tmp_path / "list.txt"]
     assert refine(cams, photos, tmp_path / "out", *options) == 1

@@ -58,7 +58,7 @@ class Journal:
         results: tuple[str, ...] = ("masks/*", "cams/*"),
         exclusive: bool = True,
     ) -> None:
-        self._folder, root = folder, folder.root
+        self.folder, root = folder, folder.root
         self._path = root / JOURNAL
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class Journal:
             on_error.pop_all()
 
     def _refuse_unknown(self, results: tuple[str, ...]) -> None:
-        root = self._folder.root
+        root = self.folder.root
         paths = (path for pattern in results for path in root.glob(pattern))
         unknown = next((path for path in paths if path.name[0] != "."), None)
         if unknown is not None and not self._path.exists():
@@ -107,7 +107,7 @@ class Journal:
         Raises:
             DataError: the folder holds results of other settings.
         """
-        root = self._folder.root
+        root = self.folder.root
         with self._transaction() as file:
             known = dict(file.execute("SELECT name, value FROM settings").fetchall())
             names = [name for name in {**known, **settings} if not (moved and name == "source")]
@@ -183,7 +183,7 @@ class Journal:
 
         Processes that finish together take turns, so that the last one writes everything.
         """
-        root = self._folder.root
+        root = self.folder.root
         with self._transaction():
             if manifest:
                 with (
@@ -215,7 +215,7 @@ class Journal:
     def close(self) -> None:
         self._file.close()
         if self._lock is not None:
-            shutil.rmtree(self._folder.drafts, ignore_errors=True)
+            shutil.rmtree(self.folder.drafts, ignore_errors=True)
             self._lock.close()
 
     def __enter__(self) -> "Journal":
@@ -321,21 +321,15 @@ class Ledger:
 
     Args:
         journal: of the results folder.
-        folder: the same folder.
         advance: called with the numbers of images done and failed, as they come.
         by_chunk: record chunks as a whole, because the maps of a chunk share a Parquet file.
     """
 
     def __init__(
-        self,
-        journal: Journal,
-        folder: OutFolder,
-        advance: Callable[[int, int], None],
-        *,
-        by_chunk: bool,
+        self, journal: Journal, advance: Callable[[int, int], None], *, by_chunk: bool
     ) -> None:
-        self._journal, self._folder, self._by_chunk = journal, folder, by_chunk
-        self._advance = advance
+        self.folder = journal.folder
+        self._journal, self._advance, self._by_chunk = journal, advance, by_chunk
         self._open: dict[int, _OpenChunk] = {}
         self._begun = 0
         self._written = time.monotonic()
@@ -386,7 +380,7 @@ class Ledger:
         for chunk in ready:
             part = chunk.plan.part
             results += (
-                write_part(chunk.results, self._folder, part) if self._by_chunk else chunk.results
+                write_part(chunk.results, self.folder, part) if self._by_chunk else chunk.results
             )
         self._journal.record(results, [failure for chunk in ready for failure in chunk.failures])
         for chunk in ready:

@@ -48,8 +48,7 @@ class LocalEngine:
     Args:
         recipe: of the run.
         pipeline: of the recipe, around the opened model.
-        folder: of the results.
-        ledger: of the same folder.
+        ledger: of the results folder.
         workers: processes that read and finish; 0 uses a thread of this process.
         threads: of the model on a CPU; None leaves the number unchanged.
     """
@@ -58,7 +57,6 @@ class LocalEngine:
         self,
         recipe: Recipe,
         pipeline: Pipeline,
-        folder: OutFolder,
         ledger: Ledger,
         *,
         workers: int,
@@ -66,7 +64,8 @@ class LocalEngine:
     ) -> None:
         self._recipe, self._pipeline, self._ledger = recipe, pipeline, ledger
         # the whole recipe need not be picklable: the model is opened in this process
-        work = partial(work_on, loading=recipe.loading, writing=recipe.writing, folder=folder)
+        loading, writing, folder = recipe.loading, recipe.writing, ledger.folder
+        work = partial(work_on, loading=loading, writing=writing, folder=folder)
         self._pool: WorkerPool[Task, ReadImage | ImageResult] = WorkerPool(
             work, workers, tries=_TRIES, fatal=(OutputError,)
         )

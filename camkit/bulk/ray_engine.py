@@ -58,7 +58,6 @@ class RayEngine:
         self,
         recipe: Recipe,
         weights: str,
-        folder: OutFolder,
         ledger: Ledger,
         plans: Iterator[ChunkPlan],
         *,
@@ -69,8 +68,7 @@ class RayEngine:
         Args:
             recipe: of the run.
             weights: hash that the model's weights must have on all machines.
-            folder: of the results.
-            ledger: of the same folder; only this process writes the journal.
+            ledger: of the results folder; only this process writes the journal.
             plans: see `camkit.bulk.ledger.plan`.
             threads: of each model on a CPU.
 
@@ -84,7 +82,7 @@ class RayEngine:
             cluster = self._plan_cluster(ray.cluster_resources(), threads)
             try:
                 for part in chunks(plans, cluster.actors * _ROUND):
-                    context = _context(recipe, weights, folder, part)
+                    context = _context(recipe, weights, ledger.folder, part)
                     numbered = [(ledger.begin(plan), plan) for plan in part]
                     messages = [
                         Message(number, plan.todo, images=plan.items)

@@ -149,25 +149,22 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     before = torch.get_num_threads()
     model = recipe.model()
     settings = recipe.settings(model, source)
-    folder = OutFolder(Path(out), rank.number)
-    with Journal(folder) as journal:
+    with Journal(OutFolder(Path(out), rank.number)) as journal:
         journal.claim(settings, overwrite=overwrite, moved=moved)
         if retry:
             journal.forget_failures()
         with closing(_Progress(source, recipe.chunk, rank)) as progress:
             by_chunk = recipe.writing.cams == "parquet"
-            ledger = Ledger(journal, folder, progress.advance, by_chunk=by_chunk)
+            ledger = Ledger(journal, progress.advance, by_chunk=by_chunk)
             plans = progress.plans(journal)
             try:
                 if ray is None:
                     pipeline = recipe.pipeline(model.to(device))
-                    engine = LocalEngine(
-                        recipe, pipeline, folder, ledger, workers=workers, threads=threads
-                    )
+                    engine = LocalEngine(recipe, pipeline, ledger, workers=workers, threads=threads)
                     engine.run(plans)
                 else:
                     weights = settings["weights_sha256"]
-                    ray.run(recipe, weights, folder, ledger, plans, threads=threads or 1)
+                    ray.run(recipe, weights, ledger, plans, threads=threads or 1)
             finally:
                 try:
                     ledger.write(everything=True)
