@@ -56,8 +56,8 @@ def opened(model: TimmModel) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class AttentionRecord:
-    """A model that processes find opened when they are forked, so that kills hit the work."""
+class CachedModel:
+    """Opens a model once, so that forked processes share it and kills hit the work."""
 
     model: TimmModel
 
@@ -96,7 +96,7 @@ def kills(photos: list[Path], work: Path, images: int = 500, count: int = 50) ->
     del photos  # drawn ones take less time
     made = recipe(64, crf=False)
     writing = replace(made.writing, cams="npz")
-    made = replace(made, model=AttentionRecord(TimmModel(MODEL, 64)), refine=(), writing=writing)
+    made = replace(made, model=CachedModel(TimmModel(MODEL, 64)), refine=(), writing=writing)
     write_shapes(work / "in", images)
     source = PhotoFolder(work / "in" / "JPEGImages")
     start = time.monotonic()

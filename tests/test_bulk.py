@@ -23,6 +23,7 @@ from workers import (
     double,
     pick_on,
     process_of,
+    returns_a_function,
     start_or_die,
     threads_of,
 )
@@ -77,6 +78,13 @@ def test_failures_are_reported_in_one_line_and_the_rest_is_done():
     done, failed = outcomes(pick_on, ["a", "foreseen", "b", "unforeseen", "c"], workers=0)
     assert done == {"a": "A", "b": "B", "c": "C"}
     assert failed == {"foreseen": "not this one", "unforeseen": "KeyError: 'a bug'"}
+
+
+def test_a_result_that_no_process_can_send_is_a_failure():
+    done, failed = outcomes(returns_a_function, [1, 2], workers=1)
+    assert done == {}
+    assert all("the result cannot be pickled" in reason for reason in failed.values())
+    assert set(failed) == {1, 2}
 
 
 @pytest.mark.parametrize("place", [0, 7])

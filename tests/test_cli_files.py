@@ -14,6 +14,8 @@ from PIL import Image
 
 import camkit
 from camkit.bulk import CamFolder, DrawMask, RefineCam, write_all
+from camkit.bulk.finishing import ImageResult, OutFolder
+from camkit.bulk.ledger import Journal
 from camkit.capture import Capture
 from camkit.cli import main
 from camkit.cli.options import STEPS, read_steps
@@ -293,6 +295,19 @@ def test_folders_of_unknown_origin_are_left_alone(cams, photos, tmp_path, capsys
     assert refine(cams, photos, other, "--refine", "blur") == 1
     assert "holds mine.npy but no journal.sqlite" in capsys.readouterr().err
     assert [path.name for path in other.iterdir()] == ["mine.npy"]
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_the_results_of_a_bulk_run_are_refused_and_kept(cams, photos, tmp_path, capsys, options):
+    mask = tmp_path / "out" / "masks" / "a.png"
+    with Journal(OutFolder(tmp_path / "out")) as journal:
+        journal.claim({"model": "of a run"})
+        mask.parent.mkdir()
+        mask.touch()
+        journal.record([ImageResult("a", {"key": "a", "mask": "masks/a.png"})])
+    assert refine(cams, photos, tmp_path / "out", "--refine", "blur", *options) == 1
+    assert "holds results of other settings (model: of a run there" in capsys.readouterr().err
+    assert mask.exists()
 
 
 # Bad input

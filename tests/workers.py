@@ -60,6 +60,10 @@ def start_or_die(pipe, environment):
     _serve(pipe, environment)
 
 
+def returns_a_function(item):
+    return lambda: item
+
+
 def process_of(item):
     return os.getpid()
 

@@ -148,29 +148,54 @@ def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> l
 
 
 def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> list[Maps]:
+    cams = np.zeros((len(batch), 0, 1, 1), np.float32)
+    slots: list[list[int]] = [[]] * len(batch)
+    outputs, known = None, 0
+    labels = _class_request(recipe, batch)
+    if labels is not None:
+        photos = [recipe.loading.photo(image.rgb, image.rgb.shape[:2]) for image in batch]
+        stages = pipeline.stages(
+            torch.cat([photo.pixels for photo in photos]),
+            rgb=torch.cat([photo.rgb for photo in photos]),
+            classes=labels,
+        )
+        cams, slots = stages.cam.float().cpu().numpy(), stages.classes.tolist()
+        outputs, known = stages.capture.outputs, stages.capture.scores.shape[-1]
+    maps = []
+    for number, image in enumerate(batch):
+        classes = tuple(index for index in slots[number] if index >= 0)
+        vocabulary = recipe.vocabulary
+        names = tuple(
+            str(index) if vocabulary is None else vocabulary.names[index] for index in classes
+        )
+        legend = mask_legend(classes, names, known)
+        row = {
+            "key": image.key,
+            "source": image.source,
+            "size": list(image.size),
+            "model_size": list(image.rgb.shape[:2]),
+            "classes": [
+                {"index": index, "name": name} for index, name in zip(classes, names, strict=True)
+            ],
+            "legend": {str(value): name for value, name in legend.items()},
+            "most_probable_output": None if outputs is None else int(outputs[number].argmax()),
+        }
+        cam = np.ascontiguousarray(cams[number, : len(classes)])
+        maps.append(Maps(image, classes, cam, fits_a_byte(known), row))
+    return maps
+
+
+def _class_request(recipe: Recipe, batch: Sequence[ReadImage]) -> Any:
+    """Return the classes to request from the pipeline; None if no picture has any."""
     rows = [_known_classes(image, recipe) for image in batch]
     if all(row == () for row in rows):
-        return [_maps(image, (), np.zeros((0, 1, 1), np.float32), recipe) for image in batch]
-    labels: Any = recipe.labels
-    if not isinstance(labels, PredictedClasses):
-        if any(row is None for row in rows):
-            raise DataError("the image has no labels; give labels, or let the classifier predict")
-        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-        labels = pad_sequence(tensors, batch_first=True, padding_value=-1)
-    photos = [recipe.loading.photo(image.rgb, image.rgb.shape[:2]) for image in batch]
-    stages = pipeline.stages(
-        torch.cat([photo.pixels for photo in photos]),
-        rgb=torch.cat([photo.rgb for photo in photos]),
-        classes=labels,
-    )
-    cams, outputs = stages.cam.float().cpu(), stages.capture.outputs
-    maps = []
-    for slot, image in enumerate(batch):
-        classes = tuple(index for index in stages.classes[slot].tolist() if index >= 0)
-        cam = cams[slot, : len(classes)].contiguous().numpy()
-        best = None if outputs is None else int(outputs[slot].argmax())
-        maps.append(_maps(image, classes, cam, recipe, stages.capture.scores.shape[-1], best))
-    return maps
+        return None
+    if isinstance(recipe.labels, PredictedClasses):
+        return recipe.labels
+    if any(row is None for row in rows):
+        raise DataError("the image has no labels; give labels, or let the classifier predict")
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=-1)
 
 
 def _known_classes(image: ReadImage, recipe: Recipe) -> tuple[int, ...] | None:
@@ -178,29 +203,3 @@ def _known_classes(image: ReadImage, recipe: Recipe) -> tuple[int, ...] | None:
     if isinstance(recipe.labels, PredictedClasses):
         return None
     return image.classes if recipe.labels is None else recipe.labels
-
-
-def _maps(
-    image: ReadImage,
-    classes: tuple[int, ...],
-    cam: Float[np.ndarray, "k h w"],
-    recipe: Recipe,
-    known: int = 0,
-    best: int | None = None,
-) -> Maps:
-    vocabulary = recipe.vocabulary
-    names = tuple(
-        str(index) if vocabulary is None else vocabulary.names[index] for index in classes
-    )
-    row = {
-        "key": image.key,
-        "source": image.source,
-        "size": list(image.size),
-        "model_size": list(image.rgb.shape[:2]),
-        "classes": [
-            {"index": index, "name": name} for index, name in zip(classes, names, strict=True)
-        ],
-        "legend": {str(value): name for value, name in mask_legend(classes, names, known).items()},
-        "most_probable_output": best,
-    }
-    return Maps(image, classes, cam, fits_a_byte(known), row)
