@@ -39,7 +39,7 @@ def process(target, *arguments):
 
 def test_recorded_images_are_known_and_listed_in_order(journal):
     journal.record(
-        [made("b"), made("é\n")], [Failure("c", "read", "broken"), Failure("a", "write", "x")]
+        [made("b"), made("é\n"), Failure("c", "read", "broken"), Failure("a", "write", "x")]
     )
     known = journal.known(["a", "b", "c", "d", "é\n"])
     assert known == {"a": "write", "b": None, "c": "read", "é\n": None}
@@ -55,13 +55,13 @@ def test_more_keys_are_asked_for_than_one_statement_holds(journal):
 
 
 def test_an_image_done_at_last_is_no_failure_any_more(journal):
-    journal.record([], [Failure("a", "read", "broken")])
+    journal.record([Failure("a", "read", "broken")])
     journal.record([made("a")])
     assert (journal.known(["a"]), journal.counts()) == ({"a": None}, (1, 0))
 
 
 def test_failures_can_be_forgotten_and_results_stay(journal):
-    journal.record([made("a")], [Failure("b", "read", "broken"), Failure("c", "model", "broken")])
+    journal.record([made("a"), Failure("b", "read", "broken"), Failure("c", "model", "broken")])
     assert journal.forget_failures() == 2
     assert journal.known(["a", "b", "c"]) == {"a": None}
 
@@ -77,7 +77,7 @@ def test_a_journal_is_there_when_it_is_opened_again(tmp_path):
 
 def test_tables_are_written_a_line_an_image_whatever_their_names(journal, tmp_path):
     journal.record(
-        [made("b", mask="masks/b.png"), made("a")], [Failure("two\nlines\tx", "list", "y\\n")]
+        [made("b", mask="masks/b.png"), made("a"), Failure("two\nlines\tx", "list", "y\\n")]
     )
     journal.export()
     lines = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
@@ -124,9 +124,7 @@ def test_overwriting_removes_only_the_results_that_the_journal_lists(tmp_path):
         for name in ("masks/a.png", "masks/mine.png", "cams/a.npy"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
-        journal.record(
-            [made("a", mask="masks/a.png", cam="cams/a.npy")], [Failure("b", "read", "x")]
-        )
+        journal.record([made("a", mask="masks/a.png", cam="cams/a.npy"), Failure("b", "read", "x")])
         journal.export()
     assert claim(tmp_path, SETTINGS | {"model": "b"}, overwrite=True) == (0, 0)
     files = {
@@ -207,13 +205,13 @@ def entry(key):
 
 
 def test_a_plan_keeps_finished_images_in_its_batches(journal):
-    journal.record([made("a")], [Failure("b", "read", "x"), Failure("c", "write", "x")])
+    journal.record([made("a"), Failure("b", "read", "x"), Failure("c", "write", "x")])
     chunk = (*map(entry, "abcd"), Failure("e", "list", "outside"))
     planned = plan(chunk, journal)
     assert [item.key for item in planned.items] == ["a", "c", "d"]
     assert planned.todo == {"d"}
     assert (planned.failures, planned.settled) == ((Failure("e", "list", "outside"),), 3)
-    journal.record([made("d")], planned.failures)
+    journal.record([made("d"), *planned.failures])
     planned = plan(chunk, journal)
     assert (planned.items, planned.todo, planned.failures, planned.settled) == (
         (),

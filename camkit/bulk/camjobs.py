@@ -220,7 +220,7 @@ def write_all(
                 else:
                     written += 1
         finally:
-            journal.record([], failures)
+            journal.record(failures)
             journal.export(manifest=False)
     failures.sort(key=lambda failure: failure.key)
     return FilesSummary(written, len(kept), tuple(failures))

@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -144,12 +144,14 @@ class Journal:
                 stages.update(self._file.execute(query, part).fetchall())
         return stages
 
-    def record(self, results: Iterable[ImageResult], failures: Iterable[Failure] = ()) -> None:
+    def record(self, outcomes: Iterable[ImageResult | Failure]) -> None:
         """Record images as done or failed, in one transaction."""
-        rows: list[tuple[Any, ...]] = [
-            (result.key, _json(result.row), None, None) for result in results
+        rows = [
+            (outcome.key, None, outcome.stage, outcome.reason)
+            if isinstance(outcome, Failure)
+            else (outcome.key, _json(outcome.row), None, None)
+            for outcome in outcomes
         ]
-        rows += [(failure.key, None, failure.stage, failure.reason) for failure in failures]
         if rows:
             with self._transaction() as file:
                 file.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?)", rows)
@@ -312,8 +314,7 @@ class _OpenChunk:
 
     plan: ChunkPlan
     pending: set[str]
-    results: list[ImageResult] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
+    outcomes: list[ImageResult | Failure]
 
 
 class Ledger:
@@ -341,8 +342,7 @@ class Ledger:
     def begin(self, planned: ChunkPlan) -> int:
         """Open a chunk and return its number."""
         self._begun += 1
-        chunk = _OpenChunk(planned, set(planned.todo), failures=list(planned.failures))
-        self._open[self._begun] = chunk
+        self._open[self._begun] = _OpenChunk(planned, set(planned.todo), list(planned.failures))
         self._advance(0, len(planned.failures))
         return self._begun
 
@@ -354,12 +354,9 @@ class Ledger:
         for outcome in outcomes:
             if outcome.key in chunk.pending:
                 chunk.pending.remove(outcome.key)
-                if isinstance(outcome, Failure):
-                    chunk.failures.append(outcome)
-                    self._advance(0, 1)
-                else:
-                    chunk.results.append(outcome)
-                    self._advance(1, 0)
+                chunk.outcomes.append(outcome)
+                failed = isinstance(outcome, Failure)
+                self._advance(not failed, failed)
 
     def write(self, *, everything: bool = False) -> None:
         """Write to the journal if a chunk is complete or a second has passed.
@@ -373,18 +370,20 @@ class Ledger:
         complete = [number for number, chunk in self._open.items() if not chunk.pending]
         if not (complete or everything or time.monotonic() > self._written + _PAUSE):
             return
-        ready = [self._open[number] for number in complete]
-        if not self._by_chunk:
+        if self._by_chunk:
+            ready = [self._open[number] for number in complete]
+            recorded = [outcome for chunk in ready for outcome in self._write_part(chunk)]
+        else:
             ready = list(self._open.values())
-        results: list[ImageResult] = []
+            recorded = [outcome for chunk in ready for outcome in chunk.outcomes]
+        self._journal.record(recorded)
         for chunk in ready:
-            part = chunk.plan.part
-            results += (
-                write_part(chunk.results, self.folder, part) if self._by_chunk else chunk.results
-            )
-        self._journal.record(results, [failure for chunk in ready for failure in chunk.failures])
-        for chunk in ready:
-            chunk.results, chunk.failures = [], []
+            chunk.outcomes = []
         for number in complete:
             del self._open[number]
         self._written = time.monotonic()
+
+    def _write_part(self, chunk: _OpenChunk) -> list[ImageResult | Failure]:
+        results = [outcome for outcome in chunk.outcomes if isinstance(outcome, ImageResult)]
+        failures = [outcome for outcome in chunk.outcomes if isinstance(outcome, Failure)]
+        return [*write_part(results, self.folder, chunk.plan.part), *failures]
