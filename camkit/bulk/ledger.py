@@ -1,6 +1,6 @@
-"""What is done in a results folder: a SQLite journal that survives kills, and the chunks in work.
+"""Resumable results folders: a SQLite journal that survives kills, and the chunks in work.
 
-Both engines of bulk runs and the commands for CAM files keep their results folders with it.
+Both engines of bulk runs and the commands for CAM files use the journal.
 """
 
 import json
@@ -19,12 +19,8 @@ from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, write_par
 from camkit.bulk.items import Failure, Item
 from camkit.errors import CamkitError, DataError
 
-JOURNAL, MANIFEST, ERRORS, SETTINGS = (
-    "journal.sqlite",
-    "manifest.jsonl",
-    "errors.tsv",
-    "settings.json",
-)
+JOURNAL, SETTINGS = "journal.sqlite", "settings.json"
+MANIFEST, ERRORS = "manifest.jsonl", "errors.tsv"
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS images (key TEXT PRIMARY KEY, row TEXT, stage TEXT, reason TEXT)"
