@@ -14,10 +14,10 @@ import camkit
 from camkit.bench import Variant
 from camkit.cli.models import DEFAULT_MODEL, open_model
 
-ATTENDED = camkit.ClassAttentionSeed()
+ATTENDED = camkit.seeds.ClassAttentionSeed()
 
 
-def edits(virtual: camkit.VirtualClassTokens) -> dict[str, object]:
+def edits(virtual: camkit.edits.VirtualClassTokens) -> dict[str, object]:
     doei = camkit.DOEI()
     return {
         "DOEI": doei,
@@ -25,29 +25,53 @@ def edits(virtual: camkit.VirtualClassTokens) -> dict[str, object]:
         "DOEI without decoupling": camkit.DOEI(classes=None, patches=None),
         "DOEI, affinity reading": camkit.DOEI(reading="affinity"),
         "DOEI, virtual class tokens": camkit.DOEI(virtual=virtual),
-        "control: output x2": camkit.ScaleOutput(2.0),
-        "control: one more hop": camkit.OneMoreHop(),
-        **{f"control: random gates {s}": camkit.RandomGates(doei, rng_seed=s) for s in range(3)},
+        "control: output x2": camkit.edits.ScaleOutput(2.0),
+        "control: one more hop": camkit.edits.OneMoreHop(),
+        **{
+            f"control: random gates {s}": camkit.edits.RandomGates(doei, rng_seed=s)
+            for s in range(3)
+        },
     }
 
 
-def variants(virtual: camkit.VirtualClassTokens) -> list[Variant]:
-    seed, refined = Variant("gradient", SEED), Variant("gradient + balanced", SEED, CHAIN)
-    attended = Variant("class attention", ATTENDED)
-    aligned = (camkit.HybridPropagate(steps=2), CHAIN[1])
+def variants(virtual: camkit.edits.VirtualClassTokens) -> list[Variant]:
+    seed, refined = (
+        Variant("gradient", camkit.Method(SEED, refine=())),
+        Variant("gradient + balanced", camkit.Method(SEED, refine=CHAIN)),
+    )
+    attended = Variant("class attention", camkit.Method(ATTENDED, refine=()))
+    aligned = (camkit.refiners.HybridPropagate(steps=2), CHAIN[1])
     found = [
         attended,
         seed,
-        Variant("gradient, blur", SEED, (camkit.Blur(1.0),), base=seed),
-        Variant("gradient, Amplify", SEED, (camkit.Amplify(),), base=seed),
+        Variant(
+            "gradient, blur", camkit.Method(SEED, refine=(camkit.refiners.Blur(1.0),)), base=seed
+        ),
+        Variant(
+            "gradient, Amplify", camkit.Method(SEED, refine=(camkit.refiners.Amplify(),)), base=seed
+        ),
         refined,
-        Variant("gradient + HybridPropagate", SEED, aligned, base=refined),
-        Variant("gradient + balanced + Amplify", SEED, (*CHAIN, camkit.Amplify()), base=refined),
+        Variant("gradient + HybridPropagate", camkit.Method(SEED, refine=aligned), base=refined),
+        Variant(
+            "gradient + balanced + Amplify",
+            camkit.Method(SEED, refine=(*CHAIN, camkit.refiners.Amplify())),
+            base=refined,
+        ),
     ]
     for name, edit in edits(virtual).items():
-        found.append(Variant(f"{name}, class attention", ATTENDED, base=attended, edit=edit))
-        found.append(Variant(name, SEED, base=seed, edit=edit))
-        found.append(Variant(f"{name} + balanced", SEED, CHAIN, base=refined, edit=edit))
+        found.append(
+            Variant(
+                f"{name}, class attention",
+                camkit.Method(ATTENDED, edit=edit, refine=()),
+                base=attended,
+            )
+        )
+        found.append(Variant(name, camkit.Method(SEED, edit=edit, refine=()), base=seed))
+        found.append(
+            Variant(
+                f"{name} + balanced", camkit.Method(SEED, edit=edit, refine=CHAIN), base=refined
+            )
+        )
     return found
 
 
@@ -55,7 +79,7 @@ def main() -> None:
     options = table_options(__doc__, coco=True).parse_args()
     found_data()
     opened = open_model(DEFAULT_MODEL)
-    virtual = camkit.VirtualClassTokens.from_classifier(opened.model)
+    virtual = camkit.edits.VirtualClassTokens.from_classifier(opened.model)
     found = measure(variants(virtual), options, opened=opened)
     write(found.report, options, "doei_coco" if options.coco else "doei")
 

@@ -48,18 +48,20 @@ class Halves:
         return samples[start : start + self.images]
 
 
-def variants(virtual: camkit.VirtualClassTokens) -> list[Variant]:
-    seed = Variant("gradient", SEED)
+def variants(virtual: camkit.edits.VirtualClassTokens) -> list[Variant]:
+    seed = Variant("gradient", camkit.Method(SEED, refine=()))
     found = [seed]
 
     def add(name: str, edit: object, blocks: int) -> None:
         label = f"{name}, last {blocks}"
-        found.append(Variant(label, SEED, base=seed, edit=edit, edit_blocks=blocks))
+        found.append(
+            Variant(label, camkit.Method(SEED, edit=edit, edit_blocks=blocks, refine=()), base=seed)
+        )
 
     for blocks in BLOCKS:
         for s in STRENGTHS:
-            add(f"control: output x{1 + s:g}", camkit.ScaleOutput(1 + s), blocks)
-            add(f"control: one more hop x{s:g}", camkit.OneMoreHop(s), blocks)
+            add(f"control: output x{1 + s:g}", camkit.edits.ScaleOutput(1 + s), blocks)
+            add(f"control: one more hop x{s:g}", camkit.edits.OneMoreHop(s), blocks)
             add(f"gate x{s:g}", camkit.DOEI(strength=s), blocks)
             add(f"affinity x{s:g}", camkit.DOEI(reading="affinity", strength=s), blocks)
             add(f"virtual proto x{s:g}", camkit.DOEI(virtual=virtual, strength=s), blocks)
@@ -67,11 +69,11 @@ def variants(virtual: camkit.VirtualClassTokens) -> list[Variant]:
     add("virtual gate x1", gate, 3)
     add("virtual proto x4", camkit.DOEI(virtual=virtual, strength=4.0), 3)
     for reading in ("two_sided", "descriptor"):
-        aligned = camkit.HybridAlignment(reading=reading)
+        aligned = camkit.edits.HybridAlignment(reading=reading)
         add(f"affinity x1, colours {reading}", camkit.DOEI(aligned, reading="affinity"), 3)
-    strong = camkit.HybridAlignment(weight=2.0)
+    strong = camkit.edits.HybridAlignment(weight=2.0)
     add("affinity x1, alignment x4", camkit.DOEI(strong, reading="affinity"), 3)
-    groups = camkit.PatchDecoupling(strength=0.9, rule=TwoMeans())
+    groups = camkit.edits.PatchDecoupling(strength=0.9, rule=TwoMeans())
     add("affinity x1, two means", camkit.DOEI(patches=groups, reading="affinity"), 3)
     add("gate x1, two means", camkit.DOEI(patches=groups), 3)
     return found
@@ -89,7 +91,7 @@ def main() -> None:
         opened.model,
         Halves(open_dataset(folder / "voc12_animals"), "train", options.images),
         vocabulary=opened.vocabulary.subset(CLASSES),
-        variants=variants(camkit.VirtualClassTokens.from_classifier(opened.model)),
+        variants=variants(camkit.edits.VirtualClassTokens.from_classifier(opened.model)),
         split="next",
         tune_split="first",
         photos=opened.photos,

@@ -71,14 +71,14 @@ def refiners(background_score: float) -> dict[str, Refiner]:
     return {
         "none": nothing,
         "DenseCRF": crf,
-        "DenseCRF, half size": camkit.AtReducedSize(crf, scale=0.5),
-        "DenseCRF, quarter size": camkit.AtReducedSize(crf, scale=0.25),
-        "PixelAdaptive, half size": camkit.PixelAdaptive(scale=0.5),
-        "GuidedFilter": camkit.GuidedFilter(),
-        "FastGlobalSmooth": camkit.FastGlobalSmooth(),
-        "Superpixels, SLIC": camkit.Superpixels("slic"),
-        "Superpixels, Felzenszwalb": camkit.Superpixels("felzenszwalb"),
-        "RandomWalk in place of propagation": OnSeed(camkit.RandomWalk()),
+        "DenseCRF, half size": camkit.refiners.AtReducedSize(crf, scale=0.5),
+        "DenseCRF, quarter size": camkit.refiners.AtReducedSize(crf, scale=0.25),
+        "PixelAdaptive, half size": camkit.refiners.PixelAdaptive(scale=0.5),
+        "GuidedFilter": camkit.refiners.GuidedFilter(),
+        "FastGlobalSmooth": camkit.refiners.FastGlobalSmooth(),
+        "Superpixels, SLIC": camkit.refiners.Superpixels("slic"),
+        "Superpixels, Felzenszwalb": camkit.refiners.Superpixels("felzenszwalb"),
+        "RandomWalk in place of propagation": OnSeed(camkit.refiners.RandomWalk()),
     }
 
 
@@ -96,19 +96,28 @@ def candidates(background_score: float) -> dict[str, Refiner]:
     met = {"background_score": (background_score,)}
     found = [
         *grid(camkit.DenseCRF, preset=kernels, temperature=(0.25, 0.5, 1.0), **met),
-        *grid(camkit.GuidedFilter, radius=(4, 8, 16), eps=(1e-4, 1e-3, 1e-2), scale=(0.5,)),
-        *grid(camkit.GuidedFilter, radius=(4, 8), eps=(1e-3,), scale=(0.25,)),
         *grid(
-            camkit.FastGlobalSmooth,
+            camkit.refiners.GuidedFilter, radius=(4, 8, 16), eps=(1e-4, 1e-3, 1e-2), scale=(0.5,)
+        ),
+        *grid(camkit.refiners.GuidedFilter, radius=(4, 8), eps=(1e-3,), scale=(0.25,)),
+        *grid(
+            camkit.refiners.FastGlobalSmooth,
             smoothness=(100.0, 300.0, 1000.0, 3000.0),
             colour_width=(0.01, 0.02, 0.04, 0.08),
         ),
-        *map(OnSeed, grid(camkit.RandomWalk, beta=(1.0, 2.0, 4.0), logt=(1, 2, 3))),
-        *map(OnSeed, grid(camkit.RandomWalk, beta=(1.0, 2.0), logt=(1,), boxes=(0.4,))),
-        *grid(camkit.Superpixels, method=slic, size=(200, 400, 800), coherence=(10.0, 20.0)),
-        *grid(camkit.Superpixels, method=slic, size=(200,), vote=(0.5, 0.6)),
-        *grid(camkit.Superpixels, method=felzenszwalb, size=(50, 200), coherence=(30.0, 100.0)),
-        *grid(camkit.Superpixels, method=felzenszwalb, size=(100,), coherence=(300.0,)),
+        *map(OnSeed, grid(camkit.refiners.RandomWalk, beta=(1.0, 2.0, 4.0), logt=(1, 2, 3))),
+        *map(OnSeed, grid(camkit.refiners.RandomWalk, beta=(1.0, 2.0), logt=(1,), boxes=(0.4,))),
+        *grid(
+            camkit.refiners.Superpixels, method=slic, size=(200, 400, 800), coherence=(10.0, 20.0)
+        ),
+        *grid(camkit.refiners.Superpixels, method=slic, size=(200,), vote=(0.5, 0.6)),
+        *grid(
+            camkit.refiners.Superpixels,
+            method=felzenszwalb,
+            size=(50, 200),
+            coherence=(30.0, 100.0),
+        ),
+        *grid(camkit.refiners.Superpixels, method=felzenszwalb, size=(100,), coherence=(300.0,)),
     ]
     return {"none": nothing, **{repr(refiner): refiner for refiner in found}}
 

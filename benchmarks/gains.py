@@ -27,14 +27,14 @@ def variants() -> tuple[Variant, ...]:
     lines["calibrated"] = seed = replace(seed, base=lines["gradient"])
     controls = tuple(
         replace(best, name=f"control: calibrated + blur {width:g}", refine=(blur, minmax))
-        for width, blur in ((width, camkit.Blur(width)) for width in (1.0, 2.0))
+        for width, blur in ((width, camkit.refiners.Blur(width)) for width in (1.0, 2.0))
     )
     lines[BEST] = best = replace(best, base=seed, controls=controls)
     crf = camkit.DenseCRF(background_score=0.5)
     edges = {
-        "GuidedFilter": camkit.GuidedFilter(),
-        "PixelAdaptive, half size": camkit.PixelAdaptive(scale=0.5),
-        "DenseCRF, half size": camkit.AtReducedSize(crf, scale=0.5),
+        "GuidedFilter": camkit.refiners.GuidedFilter(),
+        "PixelAdaptive, half size": camkit.refiners.PixelAdaptive(scale=0.5),
+        "DenseCRF, half size": camkit.refiners.AtReducedSize(crf, scale=0.5),
     }
     after = (
         replace(best, name=f"{BEST} + {name}", refine=(*CHAIN, refiner), base=best, controls=())

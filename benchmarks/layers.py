@@ -18,21 +18,21 @@ from camkit import bench
 from camkit.data import Sample, read_mask
 from camkit.score import confusion_matrix, mean_iou
 
-LENSES = tuple(camkit.LogitLensSeed(layer) for layer in range(-6, 0))
-PAIR = (camkit.LogitLensSeed(-2), camkit.LogitLensSeed(-1))
+LENSES = tuple(camkit.contrib.LogitLensSeed(layer) for layer in range(-6, 0))
+PAIR = (camkit.contrib.LogitLensSeed(-2), camkit.contrib.LogitLensSeed(-1))
 SEEDS = {
-    "class weight": camkit.ClassWeightSeed(),
+    "class weight": camkit.seeds.ClassWeightSeed(),
     **{f"lens {lens.layer}": lens for lens in LENSES},
-    "lenses -2 and -1, mean": camkit.FusedSeed(PAIR, "mean"),
-    "lenses -2 and -1, maximum": camkit.FusedSeed(PAIR, "max"),
-    "lenses -2 and -1, product": camkit.FusedSeed(PAIR, "product"),
-    "lens that agrees best": camkit.BestAgreementSeed(LENSES),
-    "lens that agrees with the gradient seed": camkit.BestAgreementSeed(
+    "lenses -2 and -1, mean": camkit.seeds.FusedSeed(PAIR, "mean"),
+    "lenses -2 and -1, maximum": camkit.seeds.FusedSeed(PAIR, "max"),
+    "lenses -2 and -1, product": camkit.seeds.FusedSeed(PAIR, "product"),
+    "lens that agrees best": camkit.contrib.BestAgreementSeed(LENSES),
+    "lens that agrees with the gradient seed": camkit.contrib.BestAgreementSeed(
         LENSES, camkit.GradientSeed()
     ),
     "gradient": camkit.GradientSeed(),
-    "gradient, last block": camkit.BlockSeed(camkit.GradientSeed(), (-1,)),
-    "concepts": camkit.CRAFTSeed(),
+    "gradient, last block": camkit.contrib.BlockSeed(camkit.GradientSeed(), (-1,)),
+    "concepts": camkit.contrib.CRAFTSeed(),
 }
 
 
@@ -40,7 +40,11 @@ def chosen_iou(found: Measured, samples: Sequence[Sample]) -> float:
     """Mean IoU of masks whose layer and threshold were chosen photo by photo."""
     opened, dataset, vocabulary = found.opened, found.dataset, found.vocabulary
     choose = bench.SuppressionChoice()
-    candidates = [bench.Variant(name, SEEDS[name]) for name in SEEDS if name.startswith("lens -")]
+    candidates = [
+        bench.Variant(name, camkit.Method(SEEDS[name], refine=()))
+        for name in SEEDS
+        if name.startswith("lens -")
+    ]
     total = torch.zeros(len(CLASSES) + 1, len(CLASSES) + 1, dtype=torch.int64)
     for sample in tqdm(samples, desc="choosing", unit="image"):
         photo = opened.photos.load(sample.photo)
@@ -65,8 +69,11 @@ def chosen_iou(found: Measured, samples: Sequence[Sample]) -> float:
 
 def main() -> None:
     options = table_options(__doc__).parse_args()
-    single = bench.Variant("class weight", SEEDS["class weight"])
-    others = [bench.Variant(name, seed, base=single) for name, seed in SEEDS.items()]
+    single = bench.Variant("class weight", camkit.Method(SEEDS["class weight"], refine=()))
+    others = [
+        bench.Variant(name, camkit.Method(seed, refine=()), base=single)
+        for name, seed in SEEDS.items()
+    ]
     found = measure([single, *others[1:]], options)
     chosen = chosen_iou(found, found.dataset.split("val")[: options.limit])
     told = f"Lens and threshold chosen photo by photo, by suppression: {chosen:.1%}."

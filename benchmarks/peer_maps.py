@@ -208,13 +208,13 @@ PEERS: dict[str, Method] = {
 BALANCED = DEFAULT_REFINE  # balanced propagation, then min-max
 OURS: dict[str, Method] = {
     "gradient": chain(camkit.GradientSeed()),
-    "rollout": chain(camkit.RelevanceSeed()),
-    "class weight": chain(camkit.ClassWeightSeed()),
+    "rollout": chain(camkit.seeds.RelevanceSeed()),
+    "class weight": chain(camkit.seeds.ClassWeightSeed()),
     "gradient + balanced": chain(camkit.GradientSeed(), *BALANCED),
-    "rollout + balanced": chain(camkit.RelevanceSeed(), *BALANCED),
-    "class weight + balanced": chain(camkit.ClassWeightSeed(), *BALANCED),
+    "rollout + balanced": chain(camkit.seeds.RelevanceSeed(), *BALANCED),
+    "class weight + balanced": chain(camkit.seeds.ClassWeightSeed(), *BALANCED),
     "gradient + balanced + PAR": chain(
-        camkit.GradientSeed(), *BALANCED, camkit.PixelAdaptive(scale=0.5)
+        camkit.GradientSeed(), *BALANCED, camkit.refiners.PixelAdaptive(scale=0.5)
     ),
 }
 METHODS = PEERS | OURS

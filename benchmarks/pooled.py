@@ -75,13 +75,13 @@ def lines() -> list[Variant]:
     found: list[Variant] = []
     for name, seed in {
         "gradient": camkit.GradientSeed(),
-        "rollout": camkit.RelevanceSeed(),
-        "class weight": camkit.ClassWeightSeed(),
+        "rollout": camkit.seeds.RelevanceSeed(),
+        "class weight": camkit.seeds.ClassWeightSeed(),
     }.items():
-        alone = Variant(name, seed, base=found[0] if found else None)
+        alone = Variant(name, camkit.Method(seed, refine=()), base=found[0] if found else None)
         found.append(alone)
         base = found[1] if len(found) > 1 else alone
-        found.append(Variant(f"{name}, refined", seed, CHAIN, base=base))
+        found.append(Variant(f"{name}, refined", camkit.Method(seed, refine=CHAIN), base=base))
     return found
 
 

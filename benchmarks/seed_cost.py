@@ -27,6 +27,7 @@ from watching import RESULTS, _peak
 
 import camkit
 from camkit import compat
+from camkit.capture.record import required_by
 from camkit.manifest import environment
 
 MODEL, SIDE, BATCH = "vit_small_patch16_224", 224, 8
@@ -40,12 +41,12 @@ def plain(model: nn.Module) -> Run:
 
 
 def seed(made: camkit.seeds.Seed, classes: Tensor, *, blocks: int | None = 1) -> Callable:
-    """A seed from one watched forward, as `camkit.watch` and `camkit.needs` are meant."""
+    """A seed from one watched forward, watched for what it requires."""
 
     def build(model: nn.Module) -> Run:
         def run(pixels: Tensor) -> object:
-            wanted = camkit.needs(made, class_query=True)
-            with torch.no_grad(), camkit.watch(model, blocks=blocks, **wanted) as seen:
+            options = {"requires": required_by(made), "skip_unused_patches": True}
+            with torch.no_grad(), camkit.watch(model, blocks=blocks, **options) as seen:
                 model(pixels)
             return made(seen.capture, classes[: len(pixels)])
 
@@ -133,15 +134,15 @@ def torch_cam_legrad(model: nn.Module) -> Run:
 OURS = {
     "plain forward": plain,
     "camkit GradCAM, as grad-cam is called": shim("GradCAM"),
-    "camkit GradCAM": seed(camkit.GradCAMSeed(), ONE),
-    "camkit GradCAM, 3 classes": seed(camkit.GradCAMSeed(), THREE),
-    "camkit LayerCAM": seed(camkit.GradCAMSeed("layercam"), ONE),
+    "camkit GradCAM": seed(camkit.seeds.GradCAMSeed(), ONE),
+    "camkit GradCAM, 3 classes": seed(camkit.seeds.GradCAMSeed(), THREE),
+    "camkit LayerCAM": seed(camkit.seeds.GradCAMSeed("layercam"), ONE),
     "camkit EigenCAM, as grad-cam is called": shim("EigenCAM"),
-    "camkit LeGrad, 12 blocks": seed(camkit.LeGradSeed(), ONE, blocks=None),
+    "camkit LeGrad, 12 blocks": seed(camkit.seeds.LeGradSeed(), ONE, blocks=None),
     "camkit LeGrad of the class token, 12 blocks": seed(
-        camkit.LeGradSeed(reading="class"), ONE, blocks=None
+        camkit.seeds.LeGradSeed(token="class"), ONE, blocks=None
     ),
-    "camkit attention rollout": seed(camkit.AttentionRolloutSeed(), ONE, blocks=None),
+    "camkit attention rollout": seed(camkit.seeds.AttentionRolloutSeed(), ONE, blocks=None),
 }
 GRAD_CAM = {
     "grad-cam GradCAM": grad_cam("GradCAM"),

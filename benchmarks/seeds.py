@@ -17,36 +17,34 @@ from tables import CHAIN, found_data, measure, table_options, write
 import camkit
 from camkit.bench import Report, Row, Variant
 from camkit.cli.models import DEFAULT_MODEL, open_model
+from camkit.contrib import BestAgreementSeed, BlockSeed, LogitLensSeed
 from camkit.method import CALIBRATED
 from camkit.seeds import (
     AttentionRolloutSeed,
-    BestAgreementSeed,
-    BlockSeed,
     EigenCAMSeed,
     FusedSeed,
     GradCAMSeed,
     LeGradSeed,
-    LogitLensSeed,
     Seed,
 )
 
 VOC_MODEL = "vit_tiny_patch16_224.voc20_animals_ft"
 METHODS = ("gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "elementwise")
 
-GRADIENT, ATTENTION = camkit.GradientSeed(), camkit.ClassAttentionSeed()
-WEIGHT = camkit.ClassWeightSeed()
+GRADIENT, ATTENTION = camkit.GradientSeed(), camkit.seeds.ClassAttentionSeed()
+WEIGHT = camkit.seeds.ClassWeightSeed()
 LENSES = tuple(LogitLensSeed(layer) for layer in (-4, -3, -2))
 
 SEEDS: dict[str, Seed] = {
     "gradient": GRADIENT,
     "gradient, last block": BlockSeed(GRADIENT, (-1,)),
     "gradient, last three": BlockSeed(GRADIENT, (-3, -2, -1)),
-    "rollout of gradients": camkit.RelevanceSeed(),
+    "rollout of gradients": camkit.seeds.RelevanceSeed(),
     "class attention": ATTENTION,
     "class attention, last three": BlockSeed(ATTENTION, (-3, -2, -1)),
     "rollout of attention": AttentionRolloutSeed(),
     "legrad": LeGradSeed(),
-    "legrad of the class token": LeGradSeed(reading="class"),
+    "legrad of the class token": LeGradSeed(token="class"),
     "class weight": WEIGHT,
     **{method: GradCAMSeed(method) for method in METHODS},
     "layercam, four blocks": GradCAMSeed("layercam", blocks=4),
@@ -56,34 +54,39 @@ SEEDS: dict[str, Seed] = {
     "logit lenses, the one that agrees": BestAgreementSeed(LENSES),
     "gradient and class weight, product": FusedSeed((GRADIENT, WEIGHT), join="product"),
     "gradient and class weight, mean": FusedSeed((GRADIENT, WEIGHT)),
-    "both where they agree": CALIBRATED.seed,
-    "normalised cut (TokenCut)": camkit.TokenCutSeed(),
-    "loneliest patches (LOST)": camkit.LOSTSeed(),
-    "like what is attended to": camkit.PrototypeSeed(),
-    "like what the gradient points at": camkit.PrototypeSeed(GRADIENT),
-    "like what the gradient points at, tokens": camkit.PrototypeSeed(GRADIENT, features="tokens"),
+    "both where they agree": CALIBRATED.method.seed,
+    "normalised cut (TokenCut)": camkit.seeds.TokenCutSeed(),
+    "loneliest patches (LOST)": camkit.seeds.LOSTSeed(),
+    "like what is attended to": camkit.seeds.PrototypeSeed(),
+    "like what the gradient points at": camkit.seeds.PrototypeSeed(GRADIENT),
+    "like what the gradient points at, tokens": camkit.seeds.PrototypeSeed(
+        GRADIENT, features="tokens"
+    ),
 }
-EXCEL = camkit.StaticCalibration()
+EXCEL = camkit.edits.StaticCalibration()
 CALIBRATIONS = {
     "qkv, summed heads (ExCEL)": EXCEL,
-    "qkv, mean head": camkit.StaticCalibration(heads="mean"),
-    "qkv, own heads": camkit.StaticCalibration(heads="own"),
-    "vv (CLIP Surgery)": camkit.StaticCalibration(of="v", heads="own"),
-    "qq": camkit.StaticCalibration(of="q", heads="own"),
-    "kk": camkit.StaticCalibration(of="k", heads="own"),
+    "qkv, mean head": camkit.edits.StaticCalibration(heads="mean"),
+    "qkv, own heads": camkit.edits.StaticCalibration(heads="own"),
+    "vv (CLIP Surgery)": camkit.edits.StaticCalibration(of="v", heads="own"),
+    "qq": camkit.edits.StaticCalibration(of="q", heads="own"),
+    "kk": camkit.edits.StaticCalibration(of="k", heads="own"),
 }
 KEY_EDITS = {
-    "outliers suppressed": camkit.SuppressOutliers(),
-    "outliers from 3 deviations": camkit.SuppressOutliers(threshold=3.0),
-    "fuzzy key pruning": camkit.FuzzyKeyPruning(),
+    "outliers suppressed": camkit.edits.SuppressOutliers(),
+    "outliers from 3 deviations": camkit.edits.SuppressOutliers(threshold=3.0),
+    "fuzzy key pruning": camkit.edits.FuzzyKeyPruning(),
 }
 REFINED = ("gradient", "gradient and class weight, product", "both where they agree")
 KEY_EDITED = ("gradient", "class attention", "class weight")
 
 
 def variants() -> list[Variant]:
-    base = Variant("gradient", GRADIENT)
-    seeds = {name: Variant(name, seed, base=base) for name, seed in SEEDS.items()}
+    base = Variant("gradient", camkit.Method(GRADIENT, refine=()))
+    seeds = {
+        name: Variant(name, camkit.Method(seed, refine=()), base=base)
+        for name, seed in SEEDS.items()
+    }
     seeds["gradient"] = base
     found = list(seeds.values())
     edits = [
@@ -95,13 +98,19 @@ def variants() -> list[Variant]:
     edits += [(name, "qkv, last 4", EXCEL, 4) for name in REFINED[1:]]
     edits += [(name, title, edit, None) for name in KEY_EDITED for title, edit in KEY_EDITS.items()]
     found += [
-        Variant(f"{name} @ {title}", SEEDS[name], base=seeds[name], edit=edit, edit_blocks=blocks)
+        Variant(
+            f"{name} @ {title}",
+            camkit.Method(SEEDS[name], edit=edit, edit_blocks=blocks, refine=()),
+            base=seeds[name],
+        )
         for name, title, edit, blocks in edits
     ]
     last: Variant | None = None
     for variant in [one for one in found if one.name.removesuffix(" @ qkv, last 4") in REFINED]:
-        refined = replace(
-            variant, name=f"{variant.name}, refined", refine=CHAIN, base=last or variant
+        refined = Variant(
+            f"{variant.name}, refined",
+            replace(variant.method, refine=CHAIN),
+            base=last or variant,
         )
         last = last or refined
         found.append(refined)

@@ -18,7 +18,7 @@ from camkit.data import DataSet, Sample, open_dataset
 RESULTS = Path(__file__).parent / "results"
 KEPT = Path(__file__).parent.parent / "out" / "measured.sqlite"  # so that a run can go on
 CLASSES = ["cat", "dog", "horse", "cow", "sheep", "person"]
-CHAIN = (camkit.Propagate(steps=2, blocks=6, balance=3), camkit.Normalize(mode="minmax"))
+CHAIN = (camkit.Propagate(steps=2, blocks=6, balance=3), camkit.refiners.Normalize(mode="minmax"))
 SEED = camkit.GradientSeed()
 
 

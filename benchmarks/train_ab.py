@@ -27,8 +27,8 @@ ARMS = {
     "plain": None,
     "DOEI": camkit.DOEI(),
     "DOEI without alignment": camkit.DOEI(alignment=None),
-    "control: output x2": camkit.ScaleOutput(2.0),
-    "control: one more hop": camkit.OneMoreHop(),
+    "control: output x2": camkit.edits.ScaleOutput(2.0),
+    "control: one more hop": camkit.edits.OneMoreHop(),
 }
 Build = Callable[[argparse.Namespace, int], host.ClassTokenViT]
 

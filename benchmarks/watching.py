@@ -76,7 +76,7 @@ WAYS: dict[str, Callable[[torch.nn.Module], Run]] = {
     "watched, all blocks": watched,
     "watched, then class rows": lambda model: watched(model, camkit.Capture.class_to_patch),
     "watched, class rows only": lambda model: watched(model, class_rows_only=True),
-    "output edit that changes nothing": lambda model: edited(model, camkit.ScaleOutput(1.0)),
+    "output edit that changes nothing": lambda model: edited(model, camkit.edits.ScaleOutput(1.0)),
     "key edit that changes nothing": lambda model: edited(model, SameKeys()),
     "un-fused, maps kept": unfused,
 }

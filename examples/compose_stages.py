@@ -13,7 +13,7 @@ if __name__ == "__main__":
         "vit_tiny_patch16_224", pretrained=False, depth=3, num_classes=3, dynamic_img_size=True
     ).eval()
     confusion = torch.zeros(4, 4, dtype=torch.int64)
-    refine = camkit.chain(camkit.Propagate(steps=2, balance=3), camkit.Normalize("minmax"))
+    refine = camkit.chain(camkit.Propagate(steps=2, balance=3), camkit.refiners.Normalize("minmax"))
     for picture, truth in draw_shapes(4, size=(96, 144)):
         photo = camkit.photo_from_array(picture, size=144)
         present = sorted({int(value) - 1 for value in set(truth.flatten())} - {-1})
@@ -25,4 +25,4 @@ if __name__ == "__main__":
         mask = camkit.to_mask(cam, classes, background_score=0.5)[0]
         confusion += confusion_matrix(torch.from_numpy(truth), mask, num_classes=4)
     print(f"mIoU over background, {', '.join(SHAPE_CLASSES)}: {float(mean_iou(confusion)):.3f}")
-    print("(random weights: this shows how the stages fit together, not how good they are)")
+    print("(random weights: this shows how to combine the stages, not how good they are)")

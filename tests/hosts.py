@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from camkit import ScaleOutput
+from camkit.edits import ScaleOutput
 
 FAMILIES = {
     "vit": ("vit_tiny_patch16_224", {"dynamic_img_size": True}, (64, 96)),

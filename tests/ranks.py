@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from camkit import ScaleOutput, attach, watch
+from camkit import attach, watch
+from camkit.edits import ScaleOutput
 
 FACTOR = 3.0
 CASES = ("before wrapping", "after wrapping", "the wrapped module", "keys before", "keys after")

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import PATCHES, SIDES
 
-from camkit import Amplify, HybridPropagate, Propagate, watch
+from camkit import Propagate, watch
 from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention, FusedAttention
 from camkit.capture.tail import TailCall
@@ -21,6 +21,7 @@ from camkit.errors import CaptureError
 from camkit.grid import Grid
 from camkit.ops.confidence import MeanSplit, TanhAroundMean, TopShare, TwoMeans
 from camkit.ops.similarity import cosine_smooth
+from camkit.refiners import Amplify, HybridPropagate
 
 TEMPERATURE, WIDTH = 0.1, 0.15
 SIZES = [(2, 1), (2, 17), (2, 196), (1, 785), (0, 17)]
@@ -270,7 +271,7 @@ def test_without_a_colour_width_no_colours_are_needed():
     assert torch.equal(align(cam, blind), align(cam, capture))
 
 
-def test_colours_that_were_not_given_are_asked_for():
+def test_missing_colours_are_an_error():
     with pytest.raises(CaptureError, match=r"watch with `rgb=`, or set `colour_width=None`"):
         HybridPropagate()(torch.rand(2, 1, 3, 3), captured(coloured=False))
 

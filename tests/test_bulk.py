@@ -28,7 +28,7 @@ from workers import (
     threads_of,
 )
 
-from camkit import Blur, DenseCRF, GradientSeed, HybridPropagate, PixelAdaptive, Propagate
+from camkit import DenseCRF, GradientSeed, Propagate
 from camkit.bulk import (
     CamFolder,
     Failure,
@@ -42,6 +42,7 @@ from camkit.bulk.camfiles import FileItem, read_maps, same_aspect
 from camkit.capture import Capture
 from camkit.data import read_cam, write_cam
 from camkit.errors import CamkitError, CaptureError, DataError
+from camkit.refiners import Blur, HybridPropagate, PixelAdaptive
 
 
 def outcomes(work, items, **settings):

@@ -8,7 +8,8 @@ import torch
 import zoo
 from hosts import HandMade, shaken, tiny
 
-from camkit import FuzzyKeyPruning, StaticCalibration, SuppressOutliers, attach, watch
+from camkit import attach, watch
+from camkit.edits import FuzzyKeyPruning, StaticCalibration, SuppressOutliers
 from camkit.edits.calibrate import outlying
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds.text import last_tokens

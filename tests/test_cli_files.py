@@ -18,10 +18,10 @@ from camkit.bulk.finishing import ImageResult, OutFolder
 from camkit.bulk.ledger import Journal
 from camkit.capture import Capture
 from camkit.cli import main
-from camkit.cli.options import STEPS, read_steps
 from camkit.data import read_cam, write_cam, write_shapes
 from camkit.errors import DataError
 from camkit.mask import voc_palette
+from camkit.method import PICTURE_REFINERS, read_refiners
 from camkit.photo import read_picture
 
 SIZE = (48, 64)
@@ -78,36 +78,36 @@ def by_hand(refiner, cam, photo):
     [
         (["crf:clip_es"], (camkit.DenseCRF(preset="clip_es"),)),
         (["crf:psa,steps=5"], (camkit.DenseCRF(preset="psa", steps=5),)),
-        (["par:15"], (camkit.PixelAdaptive(steps=15),)),
+        (["par:15"], (camkit.refiners.PixelAdaptive(steps=15),)),
         (
             ["par:scale=0.5,steps=2+normalize:minmax", "blur"],
             (
-                camkit.PixelAdaptive(scale=0.5, steps=2),
-                camkit.Normalize("minmax"),
-                camkit.Blur(),
+                camkit.refiners.PixelAdaptive(scale=0.5, steps=2),
+                camkit.refiners.Normalize("minmax"),
+                camkit.refiners.Blur(),
             ),
         ),
         (
             ["par:size=24x32,dilations=1x2x4"],
-            (camkit.PixelAdaptive(size=(24, 32), dilations=(1, 2, 4)),),
+            (camkit.refiners.PixelAdaptive(size=(24, 32), dilations=(1, 2, 4)),),
         ),
-        (["par:size=none"], (camkit.PixelAdaptive(),)),
-        (["blur:1e+0+blur:2"], (camkit.Blur(1.0), camkit.Blur(2.0))),
+        (["par:size=none"], (camkit.refiners.PixelAdaptive(),)),
+        (["blur:1e+0+blur:2"], (camkit.refiners.Blur(1.0), camkit.refiners.Blur(2.0))),
     ],
 )
 def test_steps_are_the_refiners_they_name(texts, refiners):
-    actual = read_steps(texts)
-    assert actual == (refiners[0] if len(refiners) == 1 else camkit.chain(*refiners))
+    assert read_refiners(texts) == refiners
 
 
 def test_any_step_can_be_reduced():
-    step = read_steps(["crf:psa,reduced=0.5"])
+    (step,) = read_refiners(["crf:psa,reduced=0.5"])
     assert (step.refiner, step.scale) == (camkit.DenseCRF(preset="psa"), 0.5)
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", PICTURE_REFINERS)
 def test_every_step_can_be_had_without_settings(name):
-    assert type(read_steps([name])) is STEPS[name]
+    (step,) = read_refiners([name])
+    assert type(step) is PICTURE_REFINERS[name]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_every_step_can_be_had_without_settings(name):
         ("propagate", "no refiner is called 'propagate'"),
         ("crf:huge", "`preset` must be"),
         ("crf:steps=many", "steps must be INT, got 'many'"),
-        ("crf:stpes=3", "'stpes=3' is no setting of crf; it has preset="),
+        ("crf:stpes=3", "'stpes=3' is no setting of crf; its settings are preset="),
         ("crf:steps=", "'steps=' is no setting"),
         ("crf:steps=1,steps=2", "steps is set twice"),
         ("par:10,10", "'10' is no setting of par"),
@@ -132,7 +132,7 @@ def test_every_step_can_be_had_without_settings(name):
 )
 def test_a_step_that_does_not_exist_is_reported_with_those_that_do(text, reported):
     with pytest.raises((ValueError, TypeError), match=reported):
-        read_steps([text])
+        read_refiners([text])
 
 
 # Refining
@@ -163,7 +163,7 @@ def test_the_maps_of_any_codebase_are_refined_as_in_python(shapes, photos, tmp_p
         actual = read_cam(tmp_path / "out" / f"{sample.name}.npy")
         cam = torch.from_numpy(maps(sample))
         cam = cam.half().float() if form == "clip-es" else cam
-        expected = by_hand(camkit.PixelAdaptive(steps=3, scale=0.5), cam, sample.photo)
+        expected = by_hand(camkit.refiners.PixelAdaptive(steps=3, scale=0.5), cam, sample.photo)
         assert (actual.classes, actual.form) == (sample.classes, "both")
         assert torch.equal(actual.cam, expected.clamp(0, 1))
 
@@ -176,7 +176,7 @@ def test_small_maps_are_refined_at_the_size_of_the_photo(shapes, photos, tmp_pat
     np.save(folder / f"{sample.name}.npy", dict(zip(sample.classes, small.numpy(), strict=True)))
     steps = ["--refine", "crf:psa,steps=2", "--refine", "blur:3"]
     assert refine(folder, photos, tmp_path / "out", *steps) == 0
-    chained = camkit.chain(camkit.DenseCRF(preset="psa", steps=2), camkit.Blur(3.0))
+    chained = camkit.chain(camkit.DenseCRF(preset="psa", steps=2), camkit.refiners.Blur(3.0))
     actual = read_cam(tmp_path / "out" / f"{sample.name}.npy").cam
     assert torch.equal(actual, by_hand(chained, small, sample.photo).clamp(0, 1))
 
@@ -429,7 +429,7 @@ def test_an_interrupt_keeps_finished_files_and_the_next_run_continues(tmp_path):
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     assert 1 <= len(made) < 12
     assert not list(out.glob(".*.part"))
-    job = RefineCam(read_steps(["par:30"]))
+    job = RefineCam(*read_refiners(["par:30"]))
     written = write_all(job, CamFolder(cams, photos), out, workers=2)
     assert (written.written, written.kept) == (12 - len(made), len(made))
     assert {name: (out / name).stat().st_mtime_ns for name in made} == made

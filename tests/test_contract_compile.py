@@ -8,7 +8,8 @@ import pytest
 import torch
 from hosts import EDITS, HandMade, tiny
 
-from camkit import ScaleOutput, attach, watch
+from camkit import attach, watch
+from camkit.edits import ScaleOutput
 from camkit.errors import UnsupportedModelError
 
 # torch's own words while it traces a graph; they say nothing of camkit

@@ -9,7 +9,8 @@ import torch
 from hosts import HandMade
 from torch import multiprocessing, nn
 
-from camkit import ScaleOutput, attach, watch
+from camkit import attach, watch
+from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError, UnsupportedModelError
 
 PATIENCE = 20.0  # seconds until a thread that nobody meets gives up

@@ -16,8 +16,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from camkit import ScaleOutput, attach, watch
+from camkit import attach, watch
 from camkit.capture import find_attention
+from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError
 
 LABELS = torch.tensor([1, 3])

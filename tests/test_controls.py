@@ -10,12 +10,13 @@ import torch
 from hosts import HandMade, OneTokenPerClass, tiny
 from skimage.filters import gaussian
 
-from camkit import DOEI, Blur, OneMoreHop, RandomGates, ScaleOutput, attach
+from camkit import DOEI, attach
 from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention, FusedAttention
-from camkit.edits import BlockContext
+from camkit.edits import BlockContext, OneMoreHop, RandomGates, ScaleOutput
 from camkit.edits.protocol import Picture
 from camkit.grid import Grid
+from camkit.refiners import Blur
 
 NOTHING = Capture((), (), Anatomy(), Grid(1, 1))
 WIDTHS = [(0.3, 1), (0.7, 2), (1.0, 3), (1.5, 4), (2.3, 7)]  # three deviations, rounded

@@ -74,7 +74,7 @@ def test_the_line_to_begin_with_runs():
     found = camkit.diagnose(model, PIXELS)
     with camkit.watch(model) as seen:
         model(PIXELS)
-    assert found.code.endswith("camkit.ClassAttentionSeed()(seen.capture, classes)")
+    assert found.code.endswith("camkit.seeds.ClassAttentionSeed()(seen.capture, classes)")
     cam = eval(found.code.partition("; ")[2], {"camkit": camkit, "seen": seen, "classes": ASKED})
     assert cam.shape == (2, 1, 2, 3)
 

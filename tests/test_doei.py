@@ -8,17 +8,16 @@ import torch
 from hosts import HandMade, OneTokenPerClass, tiny
 
 import camkit
-from camkit import (
-    DOEI,
+from camkit import DOEI, attach
+from camkit.capture.anatomy import Anatomy
+from camkit.capture.attention import ExplicitAttention, FusedAttention
+from camkit.edits import (
+    BlockContext,
     ClassDecoupling,
     HybridAlignment,
     PatchDecoupling,
     VirtualClassTokens,
-    attach,
 )
-from camkit.capture.anatomy import Anatomy
-from camkit.capture.attention import ExplicitAttention, FusedAttention
-from camkit.edits import BlockContext
 from camkit.edits.doei import READINGS, affinity, gate, prototypes
 from camkit.edits.protocol import Picture
 from camkit.errors import CaptureError, UnsupportedModelError
@@ -458,7 +457,7 @@ def test_affinity_never_holds_the_map_of_pairs():
     assert max(largest) <= 4096 * 8
 
 
-@pytest.mark.parametrize("edit", [DOEI(), camkit.OneMoreHop()], ids=["doei", "hop"])
+@pytest.mark.parametrize("edit", [DOEI(), camkit.edits.OneMoreHop()], ids=["doei", "hop"])
 def test_a_watcher_sees_the_blocks_of_an_edited_host_and_nothing_of_the_edit(edit):
     model, pixels = tiny("vit")
     kept = []

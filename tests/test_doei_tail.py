@@ -9,10 +9,10 @@ from hosts import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import camkit
-from camkit import DOEI, ClassDecoupling, HybridAlignment, PatchDecoupling
+from camkit import DOEI
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import FusedAttention
-from camkit.edits import BlockContext
+from camkit.edits import BlockContext, ClassDecoupling, HybridAlignment, PatchDecoupling
 from camkit.edits.interaction import Interaction
 from camkit.edits.protocol import Picture
 from camkit.grid import Grid

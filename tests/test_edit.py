@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hosts import FAMILIES, HandMade, tiny
 from torch import nn
 
-from camkit import ScaleOutput, attach, watch
+from camkit import attach, watch
 from camkit.capture import find_attention
+from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError
 
 

@@ -9,15 +9,16 @@ from forks import FORKS, GRID, MODULES, PrivateCopy, SeCo, attention_of, written
 from hosts import shaken
 from torch import nn
 
-from camkit import Grid, ScaleOutput, attach, watch
+from camkit import attach, watch
+from camkit.contrib import LogitLensSeed
+from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.grid import Grid
 from camkit.seeds import (
     ClassWeightSeed,
     EigenCAMSeed,
     GradientSeed,
-    LogitLensSeed,
     PatchHeadSeed,
-    needs,
 )
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -199,7 +200,7 @@ def test_toco_patches_are_scored_by_the_convolution_behind_its_pooling():
 
 def test_a_teacher_that_does_not_run_hides_nothing_of_its_student():
     model, pixels = shaken(SeCo()), torch.randn(3, 3, 32, 48)
-    with torch.no_grad(), watch(model, **needs(LogitLensSeed())) as seen:
+    with torch.no_grad(), watch(model, requires=LogitLensSeed().requires) as seen:
         model(pixels)
     tokens = model.encoder.forward_features(pixels)[:, 1:]
     expected = torch.einsum("bnd,cd->bnc", tokens, model.classifier.weight[:, :, 0, 0])
@@ -207,12 +208,12 @@ def test_a_teacher_that_does_not_run_hides_nothing_of_its_student():
     assert [call.name for call in seen.capture.leaving] == [f"encoder.{m}" for m in MODULES]
     with pytest.raises(UnsupportedModelError, match=r"6 channels .* scores 5 classes.*ClassWeight"):
         PatchHeadSeed()(seen.capture, ALL)
-    with torch.no_grad(), watch(model, **needs(EigenCAMSeed())) as seen:
+    with torch.no_grad(), watch(model, requires=EigenCAMSeed().requires) as seen:
         model(pixels)
-    with pytest.raises(CaptureError, match=r"teacher's, perhaps.; name what runs"):
+    with pytest.raises(CaptureError, match=r"teacher's, perhaps.; name the attention that runs"):
         EigenCAMSeed()(seen.capture, ALL)
     mine = [f"encoder.{name}" for name in MODULES]
-    with torch.no_grad(), watch(model, modules=mine, **needs(EigenCAMSeed())) as seen:
+    with torch.no_grad(), watch(model, modules=mine, requires=EigenCAMSeed().requires) as seen:
         model(pixels)
     assert EigenCAMSeed()(seen.capture, ALL).amax() > 0
 

@@ -49,7 +49,9 @@ def test_kernels_off_gives_the_same_in_plain_torch(dtype):
         )
 
 
-@pytest.mark.parametrize("edit", [camkit.DOEI(), camkit.ScaleOutput(1.5)], ids=["DOEI", "scaled"])
+@pytest.mark.parametrize(
+    "edit", [camkit.DOEI(), camkit.edits.ScaleOutput(1.5)], ids=["DOEI", "scaled"]
+)
 def test_an_edited_model_gives_on_a_gpu_what_it_gives_on_a_cpu(edit):
     model, pixels = tiny("vit")
     model = model.eval()

@@ -10,7 +10,8 @@ from hosts import Block, HandMade
 from torch import nn
 from zoo import ZOO
 
-from camkit import attach, torch_kernels, watch
+from camkit import attach, watch
+from camkit.capture import torch_kernels
 from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError
 

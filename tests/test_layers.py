@@ -8,9 +8,17 @@ from hosts import HandMade, tiny
 from torch import nn
 
 import camkit
-from camkit import ClassWeightSeed, GradientSeed, RelevanceSeed, Vocabulary
+from camkit import GradientSeed, Vocabulary
 from camkit.bench import SuppressionChoice, Variant
 from camkit.bench.evaluator import variant_maps
+from camkit.capture.record import required_by
+from camkit.contrib import (
+    BestAgreementSeed,
+    BlockSeed,
+    ConceptBank,
+    CRAFTSeed,
+    LogitLensSeed,
+)
 from camkit.contrib.craft import (
     amounts_of,
     least_squares,
@@ -22,23 +30,19 @@ from camkit.contrib.craft import (
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.photo import Photo
 from camkit.seeds import (
-    BestAgreementSeed,
-    BlockSeed,
-    ConceptBank,
-    CRAFTSeed,
+    ClassWeightSeed,
     FusedSeed,
     GatedProductSeed,
-    LogitLensSeed,
+    RelevanceSeed,
     Views,
 )
-from camkit.seeds.protocol import needs
 
 CLASSES = torch.tensor([[1, 4, 0], [3, -1, 2]])
 PICTURE = camkit.Capture.of_picture(torch.zeros(1, 3, 1, 4))
 
 
 def seen_by(model, pixels, *seeds, **options):
-    with torch.no_grad(), camkit.watch(model, **needs(*seeds), **options) as seen:
+    with torch.no_grad(), camkit.watch(model, requires=required_by(*seeds), **options) as seen:
         model(pixels)
     return seen.capture
 
@@ -118,7 +122,7 @@ def test_the_lens_takes_groups_of_outputs():
 def test_the_lens_needs_its_tokens_and_a_classifier():
     model, pixels = tiny("vit")
     seed = LogitLensSeed()
-    with pytest.raises(CaptureError, match=r"LogitLensSeed reads; watch.*camkit.needs\(seed\)"):
+    with pytest.raises(CaptureError, match=r"LogitLensSeed reads; watch.*requires=seed.requires"):
         seed(seen_by(model, pixels), CLASSES)
     with pytest.raises(ValueError, match="must lie in -3 to 2, got 3"):
         LogitLensSeed(3)(seen_by(model, pixels, seed), CLASSES)
@@ -135,7 +139,7 @@ def test_the_lens_needs_its_tokens_and_a_classifier():
 def test_watching_what_leaves_the_blocks_changes_nothing_and_builds_no_graph():
     model, pixels = tiny("vit")
     expected = model(pixels)
-    with camkit.watch(model, **needs(LogitLensSeed())) as seen:
+    with camkit.watch(model, requires=LogitLensSeed().requires) as seen:
         found = model(pixels)
     assert torch.equal(found, expected)
     assert not any(call.node.requires_grad for call in seen.capture.leaving)
@@ -155,8 +159,6 @@ def test_a_seed_of_some_blocks_is_the_seed_with_those_watched_alone():
 
 class Fixed:
     """A seed whose maps are known."""
-
-    gradients = False
 
     def __init__(self, maps):
         self.maps = maps
@@ -236,11 +238,11 @@ def test_seeds_of_seeds_need_what_their_parts_need():
     tops = [part.amax((-2, -1), keepdim=True).clamp_min(1e-8) for part in parts]
     expected = (parts[0] / tops[0] + parts[1] / tops[1]) / 2
     torch.testing.assert_close(fused(capture, CLASSES), expected)
-    assert BestAgreementSeed((fused, GradientSeed())).gradients
-    assert not FusedSeed((ClassWeightSeed(),)).gradients
-    both = needs(BestAgreementSeed((LogitLensSeed(), RelevanceSeed())))
-    assert both["gradients"]
-    assert both["tokens"].leaving
+    assert BestAgreementSeed((fused, GradientSeed())).requires.gradients
+    assert not FusedSeed((ClassWeightSeed(),)).requires.gradients
+    both = BestAgreementSeed((LogitLensSeed(), RelevanceSeed())).requires
+    assert both.gradients
+    assert both.leaving
 
 
 def test_a_fusion_runs_in_a_pipeline():
@@ -361,9 +363,9 @@ def test_the_choice_by_suppression_is_the_best_of_a_slow_loop():
     photo = Photo(torch.randn(1, 3, 64, 96), torch.rand(1, 3, 64, 96), (64, 96))
     names = Vocabulary(tuple("abcde"))
     variants = [
-        Variant("lens", LogitLensSeed(0)),
-        Variant("weight", ClassWeightSeed()),
-        Variant("both ways", ClassWeightSeed(), views=Views(flip=True)),
+        Variant("lens", camkit.Method(LogitLensSeed(0), refine=())),
+        Variant("weight", camkit.Method(ClassWeightSeed(), refine=())),
+        Variant("both ways", camkit.Method(ClassWeightSeed(), views=Views(flip=True), refine=())),
     ]
     with torch.no_grad():
         model.head.bias += 5.0  # scores of which something can be left

@@ -16,10 +16,9 @@ from hosts import shaken
 from PIL import Image
 
 from camkit import (
-    Blur,
     CamkitError,
     GradientSeed,
-    Normalize,
+    Method,
     Propagate,
     Vocabulary,
     load_photo,
@@ -32,14 +31,20 @@ from camkit.bench.figures import error_picture, show_examples
 from camkit.bench.page import to_html
 from camkit.bench.results import Outlines
 from camkit.data import SHAPE_CLASSES, open_dataset, write_shapes
+from camkit.refiners import Blur, Normalize
 from camkit.score import Gain, confusion_matrix, mean_iou
 
 SHAPES = Vocabulary(SHAPE_CLASSES)
 PHOTOS = PhotoSettings(size=96)
-SEED = Variant("seed", GradientSeed())
-BLURRED = Variant("blurred", GradientSeed(), (Blur(width=1.0), Normalize("minmax")), SEED)
+SEED = Variant("seed", Method(GradientSeed(), refine=()))
+BLURRED = Variant(
+    "blurred", Method(GradientSeed(), refine=(Blur(width=1.0), Normalize("minmax"))), base=SEED
+)
 REFINED = Variant(
-    "refined", GradientSeed(), (Propagate(), Normalize("minmax")), SEED, controls=(BLURRED,)
+    "refined",
+    Method(GradientSeed(), refine=(Propagate(), Normalize("minmax"))),
+    base=SEED,
+    controls=(BLURRED,),
 )
 CHOSEN = Choice("chosen", (REFINED, BLURRED), SEED)
 TWICE = Repeats("twice", (SEED, REFINED), SEED)
@@ -311,7 +316,7 @@ def test_masks_are_those_of_the_pipeline(model, shapes, report, examples):
             ("seed", example.base_mask, example.stages[0].cam),
         ):
             row = rows[name]
-            pipeline = wrap(model, seed=row.variant.seed, refine=row.variant.refine)
+            pipeline = wrap(model, seed=row.variant.method.seed, refine=row.variant.method.refine)
             cam = pipeline(photo, classes=asked).cam
             torch.testing.assert_close(maps, cam[0])
             drawn = to_mask(cam, torch.tensor([asked]), background_score=row.background_score)

@@ -21,7 +21,7 @@ import peer_maps
 import peers
 
 SHAPES = camkit.Vocabulary(SHAPE_CLASSES, members=((0, 3), (1,), (2, 4)))
-BALANCED = (camkit.Propagate(steps=2, balance=3), camkit.Normalize("minmax"))
+BALANCED = (camkit.Propagate(steps=2, balance=3), camkit.refiners.Normalize("minmax"))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_figures_are_those_of_the_benchmark(model, tmp_path, monkeypatch):
         model,
         dataset,
         vocabulary=SHAPES,
-        variants=[Variant("ours", camkit.GradientSeed(), BALANCED)],
+        variants=[Variant("ours", camkit.Method(camkit.GradientSeed(), refine=BALANCED))],
         split="val",
         tune_split="train",
         photos=opened.photos,

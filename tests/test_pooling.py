@@ -9,15 +9,10 @@ import zoo
 from hosts import shaken
 from torch.overrides import TorchFunctionMode
 
-from camkit import (
-    ClassAttentionSeed,
-    GradientSeed,
-    HybridPropagate,
-    RelevanceSeed,
-    ScaleOutput,
-    attach,
-    watch,
-)
+from camkit import GradientSeed, attach, watch
+from camkit.edits import ScaleOutput
+from camkit.refiners import HybridPropagate
+from camkit.seeds import ClassAttentionSeed, RelevanceSeed
 
 NAMES = ["timm siglip", "timm cait", "transformers siglip"]
 CLASSES = torch.tensor([[1, 4, 0], [3, 0, 2]])

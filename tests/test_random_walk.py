@@ -7,11 +7,12 @@ import torch
 from hosts import tiny
 from oracles import PRECISIONS, propagate as plain_propagate
 
-from camkit import Propagate, RandomWalk, watch
+from camkit import Propagate, watch
 from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention
 from camkit.grid import Grid
 from camkit.ops.propagation import balance, component_boxes, random_walk
+from camkit.refiners import RandomWalk
 
 
 def dense(scores, affinity, beta, steps):

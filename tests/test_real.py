@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from camkit import GradientSeed, load_photo, normalize_cam, resize_cam, to_mask, wrap
+from camkit import (
+    GradientSeed,
+    load_photo,
+    normalize_cam,
+    resize_cam,
+    to_mask,
+    wrap,
+)
 from camkit.cli.models import DEFAULT_MODEL, open_model
 from camkit.data import VOC_IN_IMAGENET, open_dataset, read_mask
 from camkit.score import confusion_matrix, mean_iou

@@ -7,18 +7,10 @@ import pytest
 import torch
 from coarse import captured, coarse_iou
 
-from camkit import (
-    AtReducedSize,
-    CaptureError,
-    DenseCRF,
-    FastGlobalSmooth,
-    Normalize,
-    PixelAdaptive,
-    chain,
-    resize_cam,
-)
+from camkit import CaptureError, DenseCRF, chain, resize_cam
 from camkit.ops.edge_aware import guided_upsample
 from camkit.ops.mean_field import Kernels
+from camkit.refiners import AtReducedSize, FastGlobalSmooth, Normalize, PixelAdaptive
 
 
 def fitted(cam, capture):
@@ -116,8 +108,8 @@ def test_what_is_no_refiner_is_refused():
         AtReducedSize("clip_es")
 
 
-def test_a_picture_that_was_not_given_is_asked_for():
-    with pytest.raises(CaptureError, match=r"Reduced needs the picture; watch with `rgb="):
+def test_a_missing_picture_is_an_error():
+    with pytest.raises(CaptureError, match=r"AtReducedSize needs the picture; watch with `rgb="):
         AtReducedSize(fitted)(torch.rand(1, 1, 2, 3), captured(None))
 
 

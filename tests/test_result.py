@@ -11,9 +11,11 @@ import torch
 from hosts import HandMade, shaken
 from PIL import Image
 
-from camkit import DataError, GradientSeed, Normalize, Vocabulary, load_photo, wrap
+from camkit import GradientSeed, Vocabulary, load_photo, wrap
 from camkit.atomic import unfinished
+from camkit.errors import DataError
 from camkit.manifest import weights_hash
+from camkit.refiners import Normalize
 
 FILES = ["cam.npy", "manifest.json", "mask.png", "overlay.png"]
 NAMES = Vocabulary(("cat", "dog", "Pferd, Roß", "cow", "sheep"))

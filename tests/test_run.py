@@ -28,7 +28,7 @@ from small_runs import (
     write_photos,
 )
 
-from camkit import PredictedClasses, Vocabulary, load_photo, wrap
+from camkit import Vocabulary, load_photo, wrap
 from camkit.bulk.finishing import OutputError
 from camkit.bulk.recipe import Recipe, Writing
 from camkit.bulk.running import Rank, rank_of, run
@@ -37,6 +37,7 @@ from camkit.cli import main
 from camkit.data import read_cam, write_shapes
 from camkit.errors import CamkitError, DataError
 from camkit.refiners import Blur, Normalize, Propagate
+from camkit.seeds import PredictedClasses
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 

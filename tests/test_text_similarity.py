@@ -11,7 +11,8 @@ import transformers
 from hosts import shaken
 from torch import nn
 
-from camkit import StaticCalibration, attach, watch
+from camkit import attach, watch
+from camkit.edits import StaticCalibration
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds import JointSpace, TextClasses, TextSimilaritySeed
 
@@ -117,10 +118,10 @@ def patch_cosines(model, text, capture, pixels):
     return F.normalize(embedded, dim=-1) @ every.T
 
 
-def expected_scores(reading, cosines, whole, scale):
-    if reading == "softmax":
+def expected_scores(variant, cosines, whole, scale):
+    if variant == "softmax":
         return (scale * cosines).softmax(-1)[..., :3]
-    if reading == "similarity":
+    if variant == "similarity":
         return cosines[..., :3]
     sure = (2 * whole).softmax(-1)
     weights = sure / sure.mean(-1, keepdim=True)
@@ -132,17 +133,17 @@ def expected_scores(reading, cosines, whole, scale):
     return found
 
 
-@pytest.mark.parametrize("reading", ["similarity", "softmax", "surgery"])
-def test_patches_are_compared_with_texts_as_the_class_token_is(opened, reading):
+@pytest.mark.parametrize("variant", ["similarity", "softmax", "surgery"])
+def test_patches_are_compared_with_texts_as_the_class_token_is(opened, variant):
     model, _, text, pixels, capture = opened
     cosines = patch_cosines(model, text, capture, pixels)
     embedded = text.known_space().images(capture)
     whole = embedded @ torch.cat([text.embeddings, text.background]).T
-    expected = expected_scores(reading, cosines, whole, text.scale)
-    seed = TextSimilaritySeed(text, reading=reading)
+    expected = expected_scores(variant, cosines, whole, text.scale)
+    seed = TextSimilaritySeed(text, variant=variant)
     torch.testing.assert_close(seed.scores(capture), expected, rtol=1e-4, atol=1e-4)
     maps = torch.stack([expected[i, :, row].T for i, row in enumerate(CLASSES)])
-    if reading != "softmax":
+    if variant != "softmax":
         maps = (maps - maps.mean(-1, keepdim=True)).clamp_min(0)
     torch.testing.assert_close(seed(capture, CLASSES).flatten(2), maps, rtol=1e-4, atol=1e-4)
 
@@ -158,15 +159,15 @@ def test_surgery_removes_the_products_that_all_texts_share_channel_by_channel(op
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("reading", ["similarity", "softmax", "surgery"])
-def test_permuted_prompts_give_permuted_scores(opened, reading):
+@pytest.mark.parametrize("variant", ["similarity", "softmax", "surgery"])
+def test_permuted_prompts_give_permuted_scores(opened, variant):
     model, tokenize, text, _, capture = opened
     order = [2, 0, 1]
     permuted = TextClasses.from_prompts(
         model, [NAMES[i] for i in order], tokenize=tokenize, background=("road", "sky")
     )
-    found = TextSimilaritySeed(permuted, reading=reading).scores(capture)
-    expected = TextSimilaritySeed(text, reading=reading).scores(capture)[..., order]
+    found = TextSimilaritySeed(permuted, variant=variant).scores(capture)
+    expected = TextSimilaritySeed(text, variant=variant).scores(capture)[..., order]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -225,7 +226,7 @@ def test_timm_towers_of_open_clip_are_embedded_as_their_model_does():
 
 
 def test_a_model_of_another_form_is_refused_with_a_way_out():
-    with pytest.raises(UnsupportedModelError, match=r"camkit.JointSpace\(\(norm.forward"):
+    with pytest.raises(UnsupportedModelError, match=r"camkit.seeds.JointSpace\(\(norm.forward"):
         JointSpace.of(nn.Linear(3, 3))
 
 
@@ -237,12 +238,12 @@ def test_texts_without_a_space_say_what_to_give(opened):
 
 def test_tokens_that_no_block_returned_are_missed_with_words(opened):
     _, _, text, _, capture = opened
-    with pytest.raises(CaptureError, match="tokens that leave the last block were not seen"):
+    with pytest.raises(CaptureError, match="tokens that leave the last block were not recorded"):
         text.known_space().patches(replace(capture, tail=()))
 
 
 @pytest.mark.parametrize(
-    ("build_it", "told"),
+    ("build_it", "message"),
     [
         (lambda: TextClasses((), torch.zeros(0, 4)), "one row for each of the 0 names"),
         (lambda: TextClasses(("a",), torch.ones(2, 4)), "each of the 1 names, got 2"),
@@ -254,18 +255,18 @@ def test_tokens_that_no_block_returned_are_missed_with_words(opened):
             "needs at least two",
         ),
         (
-            lambda: TextSimilaritySeed(TextClasses(("a",), torch.ones(1, 4)), reading="cosine"),
-            '`reading` must be "similarity", "softmax" or "surgery", got .cosine.',
+            lambda: TextSimilaritySeed(TextClasses(("a",), torch.ones(1, 4)), variant="cosine"),
+            '`variant` must be "similarity", "softmax" or "surgery", got .cosine.',
         ),
     ],
 )
-def test_classes_and_settings_that_cannot_be_are_refused(build_it, told, no_shape_checks):
-    with pytest.raises(ValueError, match=told):
+def test_classes_and_settings_that_cannot_be_are_refused(build_it, message, no_shape_checks):
+    with pytest.raises(ValueError, match=message):
         build_it()
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"names": "cat"}, "list of at least one name, got 'cat'"),
         ({"names": []}, "list of at least one name"),
@@ -273,9 +274,9 @@ def test_classes_and_settings_that_cannot_be_are_refused(build_it, told, no_shap
         ({"names": ["cat"], "templates": ["a photo"]}, "in the place of the name, got .'a photo'"),
     ],
 )
-def test_prompts_that_cannot_be_are_refused(opened, options, told, no_shape_checks):
+def test_prompts_that_cannot_be_are_refused(opened, options, message, no_shape_checks):
     model, tokenize, *_ = opened
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         TextClasses.from_prompts(model, tokenize=tokenize, **options)
 
 

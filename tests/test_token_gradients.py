@@ -15,6 +15,7 @@ from torch import nn
 import camkit
 from camkit.capture.class_query import ClassQuery
 from camkit.capture.intercept import EvenRows
+from camkit.capture.record import WatchSpec, required_by
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds.token_gradients import principal_component
 
@@ -22,20 +23,24 @@ CLASSES = torch.tensor([[1, 4], [3, 0]])
 PIXELS = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 METHODS = ["gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "elementwise"]
 SEEDS = [
-    camkit.GradCAMSeed(),
-    camkit.GradCAMSeed("layercam", blocks=2, contrast=camkit.FinerCAMContrast(classes=2)),
-    camkit.GradCAMSeed("gradcam++", noise=camkit.SmoothGrad(samples=2)),
-    camkit.EigenCAMSeed(),
-    camkit.LeGradSeed(),
-    camkit.LeGradSeed(reading="class"),
-    camkit.AttentionRolloutSeed(),
+    camkit.seeds.GradCAMSeed(),
+    camkit.seeds.GradCAMSeed(
+        "layercam", blocks=2, contrast=camkit.seeds.FinerCAMContrast(classes=2)
+    ),
+    camkit.seeds.GradCAMSeed("gradcam++", noise=camkit.seeds.SmoothGrad(samples=2)),
+    camkit.seeds.EigenCAMSeed(),
+    camkit.seeds.LeGradSeed(),
+    camkit.seeds.LeGradSeed(token="class"),
+    camkit.seeds.AttentionRolloutSeed(),
 ]
 
 
 def seen_by(model, pixels, *seeds, class_query=False, **options):
     with (
         torch.no_grad(),
-        camkit.watch(model, **camkit.needs(*seeds, class_query=class_query), **options) as seen,
+        camkit.watch(
+            model, requires=required_by(*seeds), skip_unused_patches=class_query, **options
+        ) as seen,
     ):
         model(pixels)
     return seen.capture
@@ -60,11 +65,11 @@ def slow_tokens(model, pixels, column, block=-1):
 def test_each_method_is_its_formula_written_out_place_by_place(family):
     model, pixels = tiny(family, depth=2)
     model, pixels = model.double(), pixels.double()
-    capture = seen_by(model, pixels, camkit.GradCAMSeed())
+    capture = seen_by(model, pixels, camkit.seeds.GradCAMSeed())
     slow = slow_tokens(model, pixels, CLASSES[:, 0])
     tokens, gradient = (each[:, capture.patches] for each in slow)
     for method in METHODS:
-        maps = camkit.GradCAMSeed(method)(capture, CLASSES[:, :1]).flatten(1).double()
+        maps = camkit.seeds.GradCAMSeed(method)(capture, CLASSES[:, :1]).flatten(1).double()
         expected = oracles.token_cam(method, tokens, gradient)
         np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-7, err_msg=method)
 
@@ -72,12 +77,12 @@ def test_each_method_is_its_formula_written_out_place_by_place(family):
 @pytest.mark.parametrize("family", ["vit", "dinov2 registers", "qk norm", "explicit softmax"])
 def test_the_class_query_alone_gives_the_same_scores_and_maps(family):
     model, pixels = tiny(family)
-    seed = camkit.GradCAMSeed()
+    seed = camkit.seeds.GradCAMSeed()
     whole = seen_by(model, pixels, seed)
     short = seen_by(model, pixels, seed, class_query=True)
     assert (whole.class_query_only, short.class_query_only) == (False, True)
     torch.testing.assert_close(short.outputs, whole.outputs, rtol=1e-5, atol=1e-5)
-    for each in (seed, camkit.GradCAMSeed("layercam")):
+    for each in (seed, camkit.seeds.GradCAMSeed("layercam")):
         torch.testing.assert_close(each(short, CLASSES), each(whole, CLASSES), rtol=1e-4, atol=1e-6)
     for name in ("q", "k"):
         if hasattr(whole.blocks[-1], name):
@@ -103,13 +108,13 @@ class ReadsBoth(nn.Module):
 def test_a_host_that_reads_more_than_its_class_token_is_evaluated_whole(host):
     model, pixels = tiny("vit" if host == "both" else host, depth=2)
     model = ReadsBoth().eval() if host == "both" else model
-    capture = seen_by(model, pixels, camkit.GradCAMSeed(), class_query=True)
+    capture = seen_by(model, pixels, camkit.seeds.GradCAMSeed(), class_query=True)
     assert not capture.class_query_only
     torch.testing.assert_close(capture.outputs, model(pixels))
 
 
 def test_a_host_is_tried_again_when_its_weights_have_changed():
-    model, seed = ReadsBoth().eval(), camkit.EigenCAMSeed()
+    model, seed = ReadsBoth().eval(), camkit.seeds.EigenCAMSeed()
     nn.init.zeros_(model.head.weight)  # now nothing is read at all
     assert seen_by(model, PIXELS, seed, class_query=True).class_query_only
     nn.init.normal_(model.head.weight)
@@ -117,21 +122,21 @@ def test_a_host_is_tried_again_when_its_weights_have_changed():
 
 
 @pytest.mark.parametrize("other", ["training", "hook", "edit"])
-def test_whoever_may_look_at_all_tokens_gets_them(other):
+def test_a_seed_that_reads_all_tokens_gets_them(other):
     model, pixels = tiny("vit")
-    seed, shapes = camkit.EigenCAMSeed(), []
+    seed, shapes = camkit.seeds.EigenCAMSeed(), []
     if other == "training":
         model.train()
     if other == "hook":
         model.norm.register_forward_hook(lambda *call: shapes.append(call[-1].shape))
     if other == "edit":
-        camkit.attach(model, camkit.ScaleOutput(2.0))
+        camkit.attach(model, camkit.edits.ScaleOutput(2.0))
     assert not seen_by(model, pixels, seed, class_query=True).class_query_only
 
 
 def test_patches_behind_the_last_block_are_not_read_when_they_were_not_evaluated():
     model, pixels = tiny("vit")
-    capture = seen_by(model, pixels, camkit.EigenCAMSeed(), class_query=True)
+    capture = seen_by(model, pixels, camkit.seeds.EigenCAMSeed(), class_query=True)
     for read in (capture.patch_embeddings, capture.patch_scores):
         with pytest.raises(CaptureError, match="evaluated for the class token only"):
             read()
@@ -139,8 +144,8 @@ def test_patches_behind_the_last_block_are_not_read_when_they_were_not_evaluated
 
 def test_smooth_maps_average_powers_of_the_gradient_over_noised_images():
     model, pixels = tiny("vit")
-    noise = camkit.SmoothGrad(samples=3, spread=0.2, rng_seed=5)
-    seed = camkit.GradCAMSeed("gradcam++", noise=noise)
+    noise = camkit.seeds.SmoothGrad(samples=3, spread=0.2, rng_seed=5)
+    seed = camkit.seeds.GradCAMSeed("gradcam++", noise=noise)
     before = torch.get_rng_state()
     capture = seen_by(model, pixels, seed)
     assert torch.equal(torch.get_rng_state(), before)
@@ -160,15 +165,17 @@ def test_smooth_maps_average_powers_of_the_gradient_over_noised_images():
 
 def test_a_contrast_of_no_strength_is_the_class_score():
     model, pixels = tiny("vit")
-    plain = camkit.GradCAMSeed("hirescam")
-    weak = camkit.GradCAMSeed("hirescam", contrast=camkit.FinerCAMContrast(strength=0.0))
+    plain = camkit.seeds.GradCAMSeed("hirescam")
+    weak = camkit.seeds.GradCAMSeed(
+        "hirescam", contrast=camkit.seeds.FinerCAMContrast(strength=0.0)
+    )
     capture = seen_by(model, pixels, plain, weak)
     torch.testing.assert_close(weak(capture, CLASSES), plain(capture, CLASSES))
 
 
 def test_a_contrast_is_worked_by_hand():
     scores = torch.tensor([[3.0, 1.0, 2.0, -5.0]])
-    found = camkit.FinerCAMContrast(classes=2, strength=0.5)(scores, torch.tensor([0]))
+    found = camkit.seeds.FinerCAMContrast(classes=2, strength=0.5)(scores, torch.tensor([0]))
     e1, e2 = np.exp(1.0), np.exp(2.0)
     expected = (e1 * (3 - 0.5) + e2 * (3 - 1.0)) / (e1 + e2)
     torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float32))
@@ -197,7 +204,7 @@ def test_the_first_component_is_that_of_a_singular_value_decomposition():
 )
 def test_legrad_is_the_positive_gradient_of_every_blocks_own_score(family, blocks):
     model, pixels = tiny(family)
-    seed = camkit.LeGradSeed(blocks=blocks)
+    seed = camkit.seeds.LeGradSeed(blocks=blocks)
     capture = seen_by(model, pixels, seed)
     found = seed(capture, CLASSES).flatten(2)
     for slot, column in enumerate(CLASSES.T):
@@ -209,7 +216,7 @@ def test_legrad_is_the_positive_gradient_of_every_blocks_own_score(family, block
 @pytest.mark.parametrize("class_query", [False, True])
 def test_legrad_of_the_class_token_is_the_gradient_at_its_row_alone(family, class_query):
     model, pixels = tiny(family)
-    seed = camkit.LeGradSeed(blocks=2, reading="class")
+    seed = camkit.seeds.LeGradSeed(blocks=2, token="class")
     capture = seen_by(model, pixels, seed, class_query=class_query)
     found = seed(capture, CLASSES).flatten(2)
     for slot, column in enumerate(CLASSES.T):
@@ -235,20 +242,20 @@ def test_a_class_token_that_cannot_be_followed_alone_is_refused(host, words):
         model.train()
     if host == "hooked":
         model.blocks[0].norm1.register_forward_hook(lambda *_: None)
-    edit = camkit.ScaleOutput(2.0) if host == "edited" else None
+    edit = camkit.edits.ScaleOutput(2.0) if host == "edited" else None
 
     def watched():
-        with watching(model, camkit.LeGradSeed(reading="class"), edit):
+        with watching(model, camkit.seeds.LeGradSeed(token="class"), edit):
             model(pixels)
 
-    with pytest.raises(UnsupportedModelError, match=rf"{words}.*reading=.mean."):
+    with pytest.raises(UnsupportedModelError, match=rf"{words}.*token=.mean."):
         watched()
 
 
 @contextmanager
 def watching(model, seed, edit):
     """A watched model without gradients, edited only after its hooks are on."""
-    with torch.no_grad(), camkit.watch(model, **camkit.needs(seed)):
+    with torch.no_grad(), camkit.watch(model, requires=seed.requires):
         if edit is not None:
             camkit.attach(model, edit)
         yield
@@ -259,8 +266,8 @@ def test_a_callers_own_graph_keeps_the_gradients_of_its_weights():
     model(pixels).square().sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    for seed in (camkit.LeGradSeed(), camkit.LeGradSeed(reading="class")):
-        with camkit.watch(model, **camkit.needs(seed)):
+    for seed in (camkit.seeds.LeGradSeed(), camkit.seeds.LeGradSeed(token="class")):
+        with camkit.watch(model, requires=seed.requires):
             scores = model(pixels)
         scores.square().sum().backward()
         for name, parameter in model.named_parameters():
@@ -270,12 +277,12 @@ def test_a_callers_own_graph_keeps_the_gradients_of_its_weights():
 
 def test_legrad_of_a_graph_that_others_need_whole_is_the_same():
     model, pixels = tiny("vit")
-    alone = seen_by(model, pixels, camkit.LeGradSeed())
-    beside = seen_by(model, pixels, camkit.LeGradSeed(), camkit.GradientSeed())
-    seed = camkit.LeGradSeed()
+    alone = seen_by(model, pixels, camkit.seeds.LeGradSeed())
+    beside = seen_by(model, pixels, camkit.seeds.LeGradSeed(), camkit.GradientSeed())
+    seed = camkit.seeds.LeGradSeed()
     torch.testing.assert_close(seed(beside, CLASSES), seed(alone, CLASSES))
     with pytest.raises(CaptureError, match="does not hold the tokens that GradCAMSeed"):
-        camkit.GradCAMSeed()(alone, CLASSES)
+        camkit.seeds.GradCAMSeed()(alone, CLASSES)
 
 
 @pytest.mark.parametrize("even", [True, False])
@@ -294,7 +301,7 @@ def test_a_linear_layer_of_even_rows_has_the_gradient_of_any_other(even):
 @pytest.mark.parametrize("residual", [0.5, 0.0])
 def test_attention_rollout_is_the_product_of_all_maps(residual):
     model, pixels = tiny("vit")
-    seed = camkit.AttentionRolloutSeed(residual=residual)
+    seed = camkit.seeds.AttentionRolloutSeed(residual=residual)
     _, maps = oracles.unfused(model, pixels)
     whole = torch.eye(maps[0].shape[-1])
     for attention in maps:
@@ -314,7 +321,7 @@ class Dead(HandMade):
 
 
 def test_a_place_that_no_score_depends_on_is_an_error_with_its_name():
-    model, pixels, seed = Dead(), torch.randn(2, 3, 16, 24), camkit.GradCAMSeed()
+    model, pixels, seed = Dead(), torch.randn(2, 3, 16, 24), camkit.seeds.GradCAMSeed()
     capture = seen_by(model, pixels, seed, scores=lambda output: output)
     with pytest.raises(CaptureError, match=r"no gradients|do not depend on .* enter blocks\.1"):
         seed(capture, CLASSES)
@@ -325,7 +332,7 @@ def test_a_capture_for_another_seed_says_what_to_do():
     with torch.no_grad(), camkit.watch(model) as seen:
         model(pixels)
     for seed in SEEDS[:-1]:  # all but rollout, which reads attention alone
-        with pytest.raises(CaptureError, match=r"camkit\.needs\(seed\)"):
+        with pytest.raises(CaptureError, match=r"requires=seed\.requires"):
             seed(seen.capture, CLASSES)
 
 
@@ -349,7 +356,7 @@ def test_modes_and_frozen_weights_change_nothing_and_nothing_changes(seed):
         model.requires_grad_(mode is not torch.no_grad)
         before = state_of(model)
         with mode():
-            with camkit.watch(model, **camkit.needs(seed, class_query=True)) as seen:
+            with camkit.watch(model, requires=seed.requires, skip_unused_patches=True) as seen:
                 model(pixels)
             found = seed(seen.capture, CLASSES)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -371,7 +378,7 @@ def test_a_compiled_model_makes_the_same_maps():
     model, pixels = tiny("vit", depth=1)
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     compiled(pixels)
-    for seed in (camkit.GradCAMSeed(), camkit.LeGradSeed()):
+    for seed in (camkit.seeds.GradCAMSeed(), camkit.seeds.LeGradSeed()):
         expected = seed(seen_by(model, pixels, seed), CLASSES)
         found = seed(seen_by(compiled, pixels, seed, class_query=True), CLASSES)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -380,10 +387,10 @@ def test_a_compiled_model_makes_the_same_maps():
 
 def test_a_forward_that_breaks_in_the_last_block_leaves_no_trace():
     model, pixels = tiny("vit")
-    seed = camkit.GradCAMSeed()
+    seed = camkit.seeds.GradCAMSeed()
     seen_by(model, pixels, seed, class_query=True)
     before = state_of(model)
-    with torch.no_grad(), camkit.watch(model, **camkit.needs(seed, class_query=True)):
+    with torch.no_grad(), camkit.watch(model, requires=seed.requires, skip_unused_patches=True):
         with pytest.raises(RuntimeError):
             model(pixels[:, :2])
         torch.testing.assert_close(model(pixels[:1]), model(pixels)[:1])
@@ -400,21 +407,21 @@ def test_one_forward_serves_seeds_of_every_kind_as_one_each():
 
 
 def test_noise_that_one_forward_cannot_hold_is_refused():
-    seeds = [camkit.GradCAMSeed(noise=camkit.SmoothGrad(spread=s)) for s in (0.1, 0.2)]
+    seeds = [camkit.seeds.GradCAMSeed(noise=camkit.seeds.SmoothGrad(spread=s)) for s in (0.1, 0.2)]
     with pytest.raises(ValueError, match="one forward cannot hold samples of both"):
-        camkit.needs(*seeds)
+        required_by(*seeds)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: camkit.GradCAMSeed("scorecam"), "must be one of gradcam, .*got 'scorecam'"),
-        (lambda: camkit.GradCAMSeed(blocks=0), "at least 1, got 0"),
-        (lambda: camkit.LeGradSeed(blocks=0), "at least 1 or None, got 0"),
-        (lambda: camkit.LeGradSeed(reading="max"), '"mean" or "class", got \'max\''),
-        (lambda: camkit.AttentionRolloutSeed(residual=2.0), r"in \[0, 1\], got 2.0"),
-        (lambda: camkit.SmoothGrad(samples=0), "at least 1, got 0"),
-        (lambda: camkit.TokenWatch(gradients=True), "at least 1, got 0"),
+        (lambda: camkit.seeds.GradCAMSeed("scorecam"), "must be one of gradcam, .*got 'scorecam'"),
+        (lambda: camkit.seeds.GradCAMSeed(blocks=0), "at least 1, got 0"),
+        (lambda: camkit.seeds.LeGradSeed(blocks=0), "at least 1 or None, got 0"),
+        (lambda: camkit.seeds.LeGradSeed(token="max"), '"mean" or "class", got \'max\''),
+        (lambda: camkit.seeds.AttentionRolloutSeed(residual=2.0), r"in \[0, 1\], got 2.0"),
+        (lambda: camkit.seeds.SmoothGrad(samples=0), "at least 1, got 0"),
+        (lambda: WatchSpec(entering_gradients=True), "at least 1, got 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, words, no_shape_checks):
@@ -423,7 +430,7 @@ def test_settings_that_make_no_sense_are_refused(make, words, no_shape_checks):
 
 
 def test_legrad_refuses_a_classifier_of_other_tokens():
-    seed = camkit.LeGradSeed()
+    seed = camkit.seeds.LeGradSeed()
     capture = seen_by(ReadsBoth(beside=True).eval(), PIXELS, seed)
     with pytest.raises(UnsupportedModelError, match="not those of a linear classifier of one"):
         seed(capture, CLASSES)
@@ -458,8 +465,8 @@ def shown(model, seed, *, refine):
 
 
 def test_a_pipeline_takes_the_short_cut_where_its_refiners_are_content():
-    model, seed = tiny("vit")[0], camkit.GradCAMSeed("layercam")
-    for refine in ((camkit.Propagate(steps=2, balance=3), camkit.Normalize("minmax")), ()):
+    model, seed = tiny("vit")[0], camkit.seeds.GradCAMSeed("layercam")
+    for refine in ((camkit.Propagate(steps=2, balance=3), camkit.refiners.Normalize("minmax")), ()):
         short = shown(model, seed, refine=refine)
         whole = shown(model, seed, refine=(*refine, lambda cam, _: cam))
         assert (short.capture.class_query_only, whole.capture.class_query_only) == (True, False)
@@ -467,10 +474,13 @@ def test_a_pipeline_takes_the_short_cut_where_its_refiners_are_content():
 
 
 def test_a_pipeline_evaluates_all_blocks_where_somebody_reads_behind_them():
-    model, seed = tiny("vit")[0], camkit.GradCAMSeed()
-    for refine in ((camkit.HybridPropagate(),), (camkit.chain(camkit.HybridPropagate()),)):
+    model, seed = tiny("vit")[0], camkit.seeds.GradCAMSeed()
+    for refine in (
+        (camkit.refiners.HybridPropagate(),),
+        (camkit.chain(camkit.refiners.HybridPropagate()),),
+    ):
         assert not shown(model, seed, refine=refine).capture.class_query_only
-    assert not shown(model, camkit.ClassWeightSeed(), refine=()).capture.class_query_only
+    assert not shown(model, camkit.seeds.ClassWeightSeed(), refine=()).capture.class_query_only
 
 
 def test_hooks_of_the_short_cut_are_idle_without_it():

@@ -1,6 +1,5 @@
-"""Views: what is looked at how often, and that joined maps are what they say."""
+"""Views: how often the model runs, and that joined maps are those of the views."""
 
-import gc
 import weakref
 
 import pytest
@@ -10,12 +9,19 @@ import torch.nn.functional as F
 from hosts import OneTokenPerClass, shaken, tiny
 
 import camkit
-from camkit import ClassAttentionSeed, ClassWeightSeed, GradientSeed, ScaleOutput, Vocabulary
+from camkit import GradientSeed, Vocabulary
 from camkit.bench import Variant
 from camkit.bench.evaluator import variant_maps
+from camkit.edits import ScaleOutput
 from camkit.photo import Photo
-from camkit.seeds import ModelRunner, MultiViewReader, Views, views
-from camkit.seeds.protocol import needs
+from camkit.seeds import (
+    ClassAttentionSeed,
+    ClassWeightSeed,
+    ModelRunner,
+    MultiViewReader,
+    Views,
+    views,
+)
 
 CLASSES = torch.tensor([[1, 4], [3, -1]])
 SEED = GradientSeed()
@@ -33,7 +39,7 @@ def pixels():
 
 def alone(model, pixels, classes=CLASSES, seed=SEED, **options):
     """The seed of one view, by the public call."""
-    with camkit.watch(model, **needs(seed), **options) as seen, torch.no_grad():
+    with camkit.watch(model, requires=seed.requires, **options) as seen, torch.no_grad():
         model(pixels)
     return seed(seen.capture, classes).float()
 
@@ -51,10 +57,10 @@ def by_hand(model, pixels, size, *, mirrored=False, seed=SEED):
 
 
 def joined(model, pixels, chosen, classes=CLASSES, seed=SEED, **options):
-    look = ModelRunner(model, (seed,), **options)
+    runner = ModelRunner(model, seed.requires, **options)
     with torch.no_grad():
-        looked = MultiViewReader(look, pixels, None, look(pixels))
-        return looked.seeds(classes, [(seed, chosen)])[seed, chosen]
+        reader = MultiViewReader(runner, pixels, None, runner(pixels))
+        return reader.seeds(classes, [(seed, chosen)])[seed, chosen]
 
 
 def close(found, expected):
@@ -86,7 +92,7 @@ def test_mirror_images_may_be_joined_otherwise_than_scales(model, pixels):
     close(joined(model, pixels, chosen), parts[0] + parts[1])
 
 
-def test_levelled_views_count_alike(model, pixels):
+def test_views_scaled_to_their_maximum_count_alike(model, pixels):
     chosen = Views(scales=(1.0, 0.5), join="max", normalize="before")
     parts = [by_hand(model, pixels, size) for size in [(64, 96), (32, 48)]]
     tops = [part.amax((-2, -1), keepdim=True).clamp_min(1e-12) for part in parts]
@@ -152,14 +158,14 @@ def count_forwards(model):
     return seen
 
 
-def test_each_view_is_looked_at_once_whoever_wants_it(model):
+def test_the_model_runs_once_for_each_view_of_several_variants(model):
     photo = Photo(torch.randn(1, 3, 64, 96), torch.rand(1, 3, 64, 96), (64, 96))
     both, wide = Views(scales=(1.0, 0.5), flip=True), Views(scales=(1.0, 0.5, 1.5))
     variants = [
-        Variant("one", SEED),
-        Variant("two", ClassWeightSeed(), views=both),
-        Variant("three", SEED, views=both),
-        Variant("four", SEED, views=wide),
+        Variant("one", camkit.Method(SEED, refine=())),
+        Variant("two", camkit.Method(ClassWeightSeed(), views=both, refine=())),
+        Variant("three", camkit.Method(SEED, views=both, refine=())),
+        Variant("four", camkit.Method(SEED, views=wide, refine=())),
     ]
     names = Vocabulary(tuple("abcde"))
     classes = torch.tensor([[1, 4]])
@@ -176,17 +182,16 @@ def test_each_view_is_looked_at_once_whoever_wants_it(model):
 def test_a_view_is_let_go_before_the_next(model, pixels):
     alive, most = weakref.WeakSet(), []
 
-    def reading(capture, classes):
-        alive.add(capture)
-        gc.collect()
+    def counting(capture, classes):
+        alive.add(capture)  # freed by its last reference, without a collection of cycles
         most.append(len(alive))
         return SEED(capture, classes)
 
-    look = ModelRunner(model, (SEED,))
+    runner = ModelRunner(model, SEED.requires)
     chosen = Views(scales=(1.0, 0.5), flip=True)
     with torch.no_grad():
-        looked = MultiViewReader(look, pixels, None, look(pixels))
-        looked.seeds(CLASSES, [(reading, chosen)])
+        reader = MultiViewReader(runner, pixels, None, runner(pixels))
+        reader.seeds(CLASSES, [(counting, chosen)])
     assert len(most) == 4
     assert max(most) == 2  # the photo as it is given, and the view at hand
 

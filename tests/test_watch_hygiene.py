@@ -9,8 +9,9 @@ import pytest
 import torch
 from hosts import HandMade
 
-from camkit import ScaleOutput, attach
+from camkit import attach
 from camkit.capture import watch
+from camkit.edits import ScaleOutput
 from camkit.seeds import RelevanceSeed
 
 CLASSES = torch.tensor([[1], [2]])

@@ -7,7 +7,8 @@ import torch
 from test_zoo import opened, plain
 from zoo import ZOO
 
-from camkit import ScaleOutput, UnsupportedModelError, attach
+from camkit import UnsupportedModelError, attach
+from camkit.edits import ScaleOutput
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 KEYS = 40  # more than any host of the zoo has

@@ -109,7 +109,7 @@ class Recipe:
         edit_blocks: the blocks it changes, as in `camkit.attach`.
         refine: refiners that need the model's attention, applied in order where the model runs.
         vocabulary: names the classes, see `camkit.wrap`.
-        labels: classes of every image, a `camkit.PredictedClasses`, or None for the labels of the
+        labels: classes of every image, a `camkit.seeds.PredictedClasses`, or None for the labels of the
             source.
         batch: images of one size that go through the model together.
         chunk: images that are planned together and batched by size. ``batch`` and ``chunk`` change

@@ -6,6 +6,6 @@ from camkit.capture.host import find_attention as find_attention, torch_kernels 
 from camkit.capture.record import (
     Capture as Capture,
     SmoothGrad as SmoothGrad,
-    TokenWatch as TokenWatch,
+    WatchSpec as WatchSpec,
 )
 from camkit.capture.watcher import Watch as Watch, watch as watch

@@ -1,7 +1,7 @@
 """Capture: what one forward of a model showed, as values."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -39,36 +39,91 @@ class SmoothGrad:
 
 
 @dataclass(frozen=True)
-class TokenWatch:
-    """What to keep of the tokens.
+class WatchSpec:
+    """What a forward must be watched for; ``one | other`` serves both.
+
+    Seeds and refiners state theirs as ``requires``. `camkit.watch` takes it as an argument of that
+    name, so that one forward serves everything that is read from its capture.
 
     Attributes:
-        blocks: keep the tokens that enter the attention of so many of the last blocks.
-        gradients: keep them in a graph, which begins there if the caller runs without one.
-        within_blocks: keep, of every block, the attention and the tokens that leave the block, in a
-            graph of their own; between blocks it is cut, unless others need it whole.
+        gradients: keep the attention of the watched blocks in the graph of the class scores.
+        entering: keep the tokens that enter the attention of so many of the last blocks.
+        entering_gradients: keep these tokens in the graph, which begins there if the caller runs
+            the model without one.
+        within_blocks: keep, for every block, its attention and the tokens that leave it, in a graph
+            of the block's own. The graph is cut between blocks unless ``gradients`` or
+            ``entering_gradients`` need it whole.
         leaving: keep the tokens that leave each block, without a graph.
-        class_paths: of every block, follow the class token alone from its row of the attention to
-            the block's end, in a graph of its own.
-        noise: run the images again under noise, and keep the same of these runs.
-        class_query: where the class token alone is pooled, evaluate the last block for its query
-            only. Scores stay exact and so do gradients; what the model makes of its patches behind
-            that block is then unknown. Used where a trial on the model finds it exact.
+        class_paths: for every block, follow the class token alone from its row of the attention to
+            the end of the block, in a graph of its own.
+        noise: run the images again under noise, and keep the same of these forwards.
+        last_patches: need what the last block makes of the patches. If nothing needs it,
+            ``camkit.watch(..., skip_unused_patches=True)`` computes that block for the class token
+            only.
     """
 
-    blocks: int = 0
     gradients: bool = False
+    entering: int = 0
+    entering_gradients: bool = False
     within_blocks: bool = False
     leaving: bool = False
     class_paths: bool = False
     noise: SmoothGrad | None = None
-    class_query: bool = False
+    last_patches: bool = True
 
     def __post_init__(self) -> None:
-        if self.blocks < 0:
-            raise ValueError(f"`blocks` must be at least 0, got {self.blocks}")
-        if self.gradients and not self.blocks:
-            raise ValueError("`gradients` of tokens need `blocks` of at least 1, got 0")
+        if self.entering < 0:
+            raise ValueError(f"`entering` must be at least 0, got {self.entering}")
+        if self.entering_gradients and not self.entering:
+            raise ValueError("`entering_gradients` needs `entering` of at least 1, got 0")
+
+    def __or__(self, other: "WatchSpec") -> "WatchSpec":
+        """Return the spec that serves both.
+
+        Raises:
+            ValueError: the two need samples of different noise.
+        """
+        noise = self.noise or other.noise
+        if self.noise is not None and other.noise is not None:
+            settings = {(each.spread, each.rng_seed) for each in (self.noise, other.noise)}
+            if len(settings) > 1:
+                raise ValueError(
+                    f"one forward cannot hold samples of both {self.noise} and {other.noise}"
+                )
+            # the first samples of the longer run are those of the shorter one
+            noise = max(self.noise, other.noise, key=lambda each: each.samples)
+        return WatchSpec(
+            gradients=self.gradients or other.gradients,
+            entering=max(self.entering, other.entering),
+            entering_gradients=self.entering_gradients or other.entering_gradients,
+            within_blocks=self.within_blocks or other.within_blocks,
+            leaving=self.leaving or other.leaving,
+            class_paths=self.class_paths or other.class_paths,
+            noise=noise,
+            last_patches=self.last_patches or other.last_patches,
+        )
+
+
+ATTENTION = WatchSpec()
+"""What `camkit.watch` keeps unless it is asked for more."""
+
+EVERYTHING = WatchSpec(gradients=True, leaving=True)
+"""What a seed or refiner without ``requires``, such as a plain function, is assumed to read."""
+
+NO_PATCH_TOKENS = WatchSpec(last_patches=False)
+"""What a refiner requires that reads attention, colours or the map, but no patch tokens."""
+
+
+def required_by(*stages: Callable[..., Any]) -> WatchSpec:
+    """Return what a forward must be watched for, so that all of these can be read from it.
+
+    Args:
+        stages: seeds and refiners; a stage without ``requires`` counts as `EVERYTHING`.
+    """
+    spec = NO_PATCH_TOKENS
+    for stage in stages:
+        spec |= getattr(stage, "requires", EVERYTHING)
+    return spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,35 +162,6 @@ class NoisyForward:
 
     entering: tuple[TokenCall, ...]
     outputs: Float[Tensor, "b o"] | None
-
-
-def joined(wanted: Iterable[TokenWatch]) -> TokenWatch | None:
-    """One watch that shows what each of several wants; None where nothing is wanted."""
-    found: TokenWatch | None = None
-    for one in wanted:
-        if found is None:
-            found = one
-            continue
-        found = replace(
-            found,
-            noise=_noisier(found.noise, one.noise),
-            blocks=max(found.blocks, one.blocks),
-            gradients=found.gradients or one.gradients,
-            within_blocks=found.within_blocks or one.within_blocks,
-            leaving=found.leaving or one.leaving,
-            class_paths=found.class_paths or one.class_paths,
-            class_query=found.class_query and one.class_query,
-        )
-    return found
-
-
-def _noisier(one: SmoothGrad | None, other: SmoothGrad | None) -> SmoothGrad | None:
-    """The noise whose first samples are those of the other, too."""
-    if one is None or other is None:
-        return one or other
-    if (one.spread, one.rng_seed) != (other.spread, other.rng_seed):
-        raise ValueError(f"one forward cannot hold samples of both {one} and {other}")
-    return max(one, other, key=lambda noise: noise.samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +255,8 @@ class Capture:
     def of_picture(cls, rgb: RGB) -> "Capture":
         """A capture without a forward, for the refiners that look at colours alone.
 
-        What needs attention (`camkit.Propagate`, `camkit.HybridPropagate`, every seed) refuses it.
+        What needs attention (`camkit.Propagate`, `camkit.refiners.HybridPropagate`, every
+        seed) refuses it.
 
         Args:
             rgb: the pictures with colours in [0, 1]; each pixel counts as a patch of its own.
@@ -352,7 +379,7 @@ class Capture:
         if self.class_query_only:
             raise CaptureError(
                 "the last block was evaluated for the class token only, so nothing is known of its "
-                "patches; watch with `class_query=False`"
+                "patches; watch without `skip_unused_patches=True`, or let a stage state `requires`"
             )
 
     def _grouped(self, outputs: Tensor) -> Tensor:

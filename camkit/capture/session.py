@@ -21,7 +21,7 @@ from camkit.capture.class_query import ClassPath, ClassQuery
 from camkit.capture.hooks import Graph, Hooks
 from camkit.capture.host import Host, head_count
 from camkit.capture.intercept import EvenRows, Tap
-from camkit.capture.record import NoisyForward, PoolingCall, TokenCall, TokenWatch, scores_of
+from camkit.capture.record import NoisyForward, PoolingCall, TokenCall, WatchSpec, scores_of
 from camkit.capture.tail import (
     TailCall,
     block_modules,
@@ -207,7 +207,9 @@ class TokenRecorder:
         cut: between blocks, the graph is cut.
     """
 
-    def __init__(self, host: Host, wanted: TokenWatch, graph: Graph, *, cut: bool) -> None:
+    def __init__(
+        self, host: Host, wanted: WatchSpec, graph: Graph, *, cut: bool, skip_unused_patches: bool
+    ) -> None:
         self._host = host
         self._wanted = wanted
         self._graph = graph
@@ -215,9 +217,9 @@ class TokenRecorder:
         self._listening: Listening | None = None
         self._sampling = False
         self._rows: EvenRows | None = None
-        self._query = ClassQuery(host) if wanted.class_query else None
+        self._query = ClassQuery(host) if skip_unused_patches and not wanted.last_patches else None
         blocks = host.blocks()
-        last = list(blocks)[-wanted.blocks :] if wanted.blocks else []
+        last = list(blocks)[-wanted.entering :] if wanted.entering else []
         self._names = {blocks[name]: name for name in last}
         through = wanted.within_blocks or wanted.leaving or wanted.class_paths
         self._blocks = block_modules(host.model, blocks) if through else {}
@@ -304,9 +306,9 @@ class TokenRecorder:
             raise CaptureError(
                 f"{self._names[module]} is called without (b, t, d) tokens, so none can be watched"
             )
-        kept = self._graph.begin(tokens) if self._wanted.gradients else tokens.detach()
+        kept = self._graph.begin(tokens) if self._wanted.entering_gradients else tokens.detach()
         forward.entering.append(TokenCall(self._names[module], kept, _turned(forward)))
-        if not self._wanted.gradients:
+        if not self._wanted.entering_gradients:
             return None
         # queries, keys and values are often one tensor
         named = {name: kept if v is tokens else v for name, v in kwargs.items()}
@@ -372,25 +374,27 @@ class Recorder:
         host: Host,
         keep: Selection,
         *,
-        gradients: bool,
+        requires: WatchSpec,
         class_rows_only: bool,
+        skip_unused_patches: bool,
         scores: Callable[[Any], Tensor] | None,
-        tokens: TokenWatch | None = None,
     ) -> None:
         self.forward = Forward()
         self.entered = 0
         self._host = host
         self._keep = keep
-        wanted = tokens or TokenWatch()
-        self._gradients = gradients or wanted.within_blocks
+        wanted = requires
+        self._gradients = wanted.gradients or wanted.within_blocks
         self._values = wanted.class_paths
-        drawn = self._gradients or wanted.gradients or wanted.class_paths
+        drawn = self._gradients or wanted.entering_gradients or wanted.class_paths
         self._graph, self._drawn = Graph(), drawn
         self._class_rows_only = class_rows_only
         self._scores = scores
         self._names = {module: name for name, module in host.attention.items()}
         self._hooks = Hooks()
-        whole = not wanted.class_query  # the normaliser of one query is none of the others'
+        whole = (
+            not skip_unused_patches or wanted.last_patches
+        )  # the normaliser of one query is none of the others'
         self._taps = {
             m: Tap(self._on_fused, self._on_explicit, heads=head_count(m), normaliser=whole)
             for m in self._names
@@ -399,8 +403,10 @@ class Recorder:
         self._entrance: nn.Module | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._thread = 0
-        cut = not gradients and not wanted.gradients
-        self._tokens = TokenRecorder(host, wanted, self._graph, cut=cut)
+        cut = not wanted.gradients and not wanted.entering_gradients
+        self._tokens = TokenRecorder(
+            host, wanted, self._graph, cut=cut, skip_unused_patches=skip_unused_patches
+        )
 
     def start(self) -> None:
         """Put the hooks on."""

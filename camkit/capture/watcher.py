@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.host import Host, is_compiled, way_out
-from camkit.capture.record import Capture, TokenWatch
+from camkit.capture.host import Host, way_out
+from camkit.capture.record import Capture, WatchSpec
 from camkit.capture.session import Recorder, Selection, checked_grid
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 from camkit.tensors import RGB
+from camkit.torch_internals import is_compiled
 from camkit.vocabulary import Vocabulary
 
 
@@ -21,9 +23,10 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
     model: nn.Module,
     *,
     blocks: int | Sequence[int] | None = None,
+    requires: WatchSpec | None = None,
     gradients: bool = False,
     class_rows_only: bool = False,
-    tokens: TokenWatch | None = None,
+    skip_unused_patches: bool = False,
     rgb: RGB | None = None,
     vocabulary: Vocabulary | None = None,
     scores: Callable[[Any], Tensor] | None = None,
@@ -39,11 +42,15 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
     Args:
         model: any Vision Transformer; call it inside the block as you always do.
         blocks: attention blocks to keep, in the order they run: None all, n the last n, or indices.
-        gradients: keep what gradient seeds need. Works in no_grad and on frozen models: the graph
-            then begins at the first watched block.
+        requires: what seeds and refiners will read, ``seed.requires | refiner.requires``; None is
+            attention alone.
+        gradients: the same as ``requires=WatchSpec(gradients=True)``, for gradient seeds. Works in
+            no_grad and on frozen models: the graph then begins at the first watched block.
         class_rows_only: keep the rows of the class tokens and nothing else, for large batches: then
             memory hardly grows, and `ClassAttentionSeed` works but no refiner that reads attention.
-        tokens: what to keep of the tokens, as `camkit.seeds.protocol` says for a seed.
+        skip_unused_patches: compute the last block for the class token only, if ``requires`` says
+            that nothing reads the patches behind it and a trial on the model finds its scores
+            exact. The model's other outputs are then unknown.
         rgb: the pictures in [0, 1], for refiners that look at colours.
         vocabulary: names of the classes, and which classifier outputs make up each.
         scores: makes ``(b, classes)`` scores of what the model returns, for hosts that return
@@ -60,18 +67,19 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
         ...     logits = model(pixels)
         >>> seen.capture.class_to_patch()  # doctest: +SKIP
     """
-    through = tokens is not None and (tokens.within_blocks or tokens.class_paths)
-    if (gradients or through) and class_rows_only:
-        raise ValueError("`class_rows_only` lets go of what `gradients` needs; choose one of them")
+    spec = requires or WatchSpec()
+    spec = replace(spec, gradients=spec.gradients or gradients)
+    if (spec.gradients or spec.within_blocks or spec.class_paths) and class_rows_only:
+        raise ValueError("`class_rows_only` drops what `gradients` needs; choose one of them")
     host = Host.of(model, modules=modules, class_tokens=class_tokens, grid=grid)
     return Watch(
         host,
         Selection(blocks),
         rgb=rgb,
         vocabulary=vocabulary,
-        gradients=gradients,
+        requires=spec,
         class_rows_only=class_rows_only,
-        tokens=tokens,
+        skip_unused_patches=skip_unused_patches,
         scores=scores,
     )
 
@@ -86,18 +94,18 @@ class Watch:
         *,
         rgb: RGB | None,
         vocabulary: Vocabulary | None,
-        gradients: bool,
+        requires: WatchSpec,
         class_rows_only: bool,
-        tokens: TokenWatch | None,
+        skip_unused_patches: bool,
         scores: Callable[[Any], Tensor] | None,
     ) -> None:
         self._host = host
         self._keep = keep
         self._rgb = rgb
         self._vocabulary = vocabulary
-        self._gradients = gradients
+        self._requires = requires
         self._class_rows_only = class_rows_only
-        self._tokens = tokens
+        self._skip_unused_patches = skip_unused_patches
         self._scores = scores
         self._recorder: Recorder | None = None
         self._stack = ExitStack()
@@ -107,9 +115,9 @@ class Watch:
         self._recorder = Recorder(
             self._host,
             self._keep,
-            gradients=self._gradients,
+            requires=self._requires,
             class_rows_only=self._class_rows_only,
-            tokens=self._tokens,
+            skip_unused_patches=self._skip_unused_patches,
             scores=self._scores,
         )
         self._stack.callback(self._recorder.stop)

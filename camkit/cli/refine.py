@@ -14,7 +14,9 @@ from camkit.bulk import (
     read_list,
     write_all,
 )
-from camkit.cli.options import GRAMMAR, read_steps, steps_help
+from camkit.cli.options import GRAMMAR, refiners_help
+from camkit.method import read_refiners
+from camkit.refiners import chain
 from camkit.refiners.crf import PRESETS
 
 EXAMPLES = f"""examples:
@@ -28,7 +30,7 @@ continues an interrupted run. OUT also gets settings.json, and errors.tsv if fil
 
 {GRAMMAR}
 
-{steps_help()}
+{refiners_help()}
 
 Presets of crf: {", ".join(PRESETS)}.
 After crf, class and background are equal at 0.5: camkit mask OUT --background-score 0.5"""
@@ -54,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    job = RefineCam(read_steps(options.refine), options.form)
+    steps = read_refiners(options.refine)
+    job = RefineCam(steps[0] if len(steps) == 1 else chain(*steps), options.form)
     workers, overwrite = options.workers, options.overwrite
     folder = read_cam_folder(options)
     summary = write_all(job, folder, options.out, workers=workers, overwrite=overwrite)

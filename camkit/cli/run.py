@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -15,23 +15,18 @@ from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import CamOutput, Loading, Recipe, Writing
 from camkit.bulk.running import RunSummary, rank_of, run
 from camkit.bulk.sources import Labelled, Source, SourceKind, open_source
-from camkit.cli.cam import read_classes
 from camkit.cli.mask import add_background, add_ignore_below, background_score
 from camkit.cli.models import OpenedModel, add_model_arguments, open_model
 from camkit.cli.options import (
-    EDITS,
-    MODEL_STEPS,
-    SEEDS,
-    STEPS,
-    make,
-    preset_of,
-    read_steps,
-    steps_help,
+    add_method_arguments,
+    method_of,
+    read_classes,
+    refiners_help,
+    split_refiners,
 )
 from camkit.data import COCO_CLASSES, VOC_CLASSES
 from camkit.data.labels import read_names
-from camkit.method import DEFAULT_REFINE, GRADIENT, Preset
-from camkit.refiners import AtReducedSize, Chain, DenseCRF, Refiner
+from camkit.method import REFINERS
 from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
 
@@ -50,7 +45,7 @@ INPUT is a folder of photos, a list of paths, a data set in the layout of VOC, C
 folder of WebDataset tar files or of Parquet, or one such file. A journal in OUT records what is
 done: the same command does the rest, however the last one ended.
 
-{steps_help(MODEL_STEPS)}"""
+{refiners_help(REFINERS)}"""
 
 
 @dataclass(frozen=True)
@@ -107,20 +102,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         help="classes that label indices count: voc, coco, or a file of names, one per line "
         "(default: the classes of the data set, else of the model)",
     )
-    add(
-        "--seed",
-        metavar="SPEC",
-        help="source of the first maps (default: the first preset of camkit.method.PRESETS that "
-        "the model supports)",
-    )
-    add("--edit", metavar="SPEC", help="change of the forward, such as doei")
-    add("--edit-blocks", type=int, default=3, metavar="N", help="last blocks to edit; 0 is all")
-    add(
-        "--refine",
-        action="append",
-        metavar="STEP",
-        help="refiners, see below (default: propagate:steps=2,blocks=6,balance=3+normalize)",
-    )
+    add_method_arguments(parser)
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -209,12 +191,11 @@ def recipe_of(
         if options.labels is not None:
             raise ValueError("--classes gives the classes of every image; omit --labels")
         classes = read_classes(vocabulary, options.classes)
-    refine, finish = _split(options.refine)
-    preset = _preset(options, opened)
+    method = method_of(options, opened)
+    refine, finish = split_refiners(method.refine)
     score = background_score(options)
     if score is None:
-        crf = any(isinstance(_inner(refiner), DenseCRF) for refiner in finish)
-        score = 0.5 if crf else preset.background_score
+        score = method.background_score
     photos = opened.photos
     return Recipe(
         model=TimmModel(options.model, options.size),
@@ -227,25 +208,14 @@ def recipe_of(
             not options.no_masks,
             options.cams,
         ),
-        seed=preset.seed,
-        edit=preset.edit,
-        edit_blocks=preset.edit_blocks,
+        seed=method.seed,
+        edit=method.edit,
+        edit_blocks=method.edit_blocks,
         refine=refine,
         vocabulary=vocabulary,
         labels=labels if classes is None else classes,
         batch=options.batch,
         chunk=max(options.chunk, options.batch),
-    )
-
-
-def _preset(options: argparse.Namespace, opened: OpenedModel) -> Preset:
-    if options.seed is None and options.edit is None:
-        return preset_of(opened)
-    return replace(
-        GRADIENT,
-        seed=GRADIENT.seed if options.seed is None else make(options.seed, SEEDS, "seed"),
-        edit=None if options.edit is None else make(options.edit, EDITS, "edit"),
-        edit_blocks=options.edit_blocks or None,
     )
 
 
@@ -256,22 +226,6 @@ def _vocabulary(name: str | None, opened: OpenedModel, source: Source) -> Vocabu
         known = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
         names = known[name] if name in known else tuple(read_names(Path(name)))
     return opened.vocabulary if names is None else opened.vocabulary.subset(list(names))
-
-
-def _split(texts: list[str] | None) -> tuple[tuple[Refiner, ...], tuple[Refiner, ...]]:
-    """Split refiners into those that run with the model and the last ones, which need no model."""
-    refine: tuple[Refiner, ...] = DEFAULT_REFINE
-    if texts:
-        steps = read_steps(texts, MODEL_STEPS)
-        refine = steps.refiners if isinstance(steps, Chain) else (steps,)
-    cut = len(refine)
-    while cut and isinstance(_inner(refine[cut - 1]), tuple(STEPS.values())):
-        cut -= 1
-    return refine[:cut], refine[cut:]
-
-
-def _inner(refiner: Refiner) -> Refiner:
-    return refiner.refiner if isinstance(refiner, AtReducedSize) else refiner
 
 
 def _report(summary: RunSummary, out: Path) -> int:

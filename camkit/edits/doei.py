@@ -314,7 +314,7 @@ class DOEI:
         else:
             raise UnsupportedModelError(
                 "this model has no class token for DOEI to work with; give it class embeddings, "
-                "camkit.DOEI(virtual=camkit.VirtualClassTokens.from_classifier(model))"
+                "camkit.DOEI(virtual=camkit.edits.VirtualClassTokens.from_classifier(model))"
             )
         return found.among(self._labels(site, found.class_to_class.shape[1]))
 
@@ -335,7 +335,7 @@ class DOEI:
         if classes == 1 and self.reading in ("proto", "class"):
             raise UnsupportedModelError(
                 f'`reading="{self.reading}"` gives every patch the same vector where there is one '
-                'class token; use "gate" or "affinity", or camkit.VirtualClassTokens'
+                'class token; use "gate" or "affinity", or camkit.edits.VirtualClassTokens'
             )
         return self.reading
 

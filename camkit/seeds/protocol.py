@@ -1,48 +1,29 @@
-"""What a seed is, and what every seed does with the classes it is asked for."""
+"""Seed: the first class maps of a capture, and what all seeds share."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Protocol, TypedDict, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from camkit.capture.attention import Attention
-from camkit.capture.record import Capture, TokenWatch, joined
-from camkit.tensors import Cam, Classes
+from camkit.capture.record import Capture
+from camkit.tensors import Cam, Classes, Scores
+
+Seed: TypeAlias = Callable[[Capture, Classes], Cam]
+"""``(capture, classes) -> cam``: one map for each class on the patch grid, at least 0, of any
+scale, zero where ``classes`` is -1. Either a frozen dataclass that states what it reads as
+``requires`` (a `camkit.capture.WatchSpec`), or a plain function."""
 
 
-@runtime_checkable
-class Seed(Protocol):
-    """Turns a capture into the first class maps."""
-
-    @property
-    def gradients(self) -> bool:
-        """Whether the forward must be watched with ``gradients=True``."""
-
-    def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        """Maps of ``classes`` on the grid, at least 0, not normalised; zeros where padded."""
-
-
-def check_classes(capture: Capture, classes: Classes, known: int | None) -> None:
-    """Refuse classes that do not fit the capture.
+def check_classes(classes: Classes, images: int, known: int | None) -> None:
+    """Check that ``classes`` fits the batch and names existing classes.
 
     Args:
-        capture: what the model showed.
-        classes: int64, one row an image, padded with -1.
-        known: how many classes there are; None where any number will do.
-    """
-    check_range(classes, capture.images, known)
-
-
-def check_range(classes: Classes, images: int, known: int | None) -> None:
-    """Refuse classes of another batch, or that do not exist.
-
-    Args:
-        classes: int64, one row an image, padded with -1.
-        images: how many the batch has.
-        known: how many classes there are; None where any number will do.
+        classes: int64, one row per image, padded with -1.
+        images: number of images in the batch.
+        known: number of classes; None accepts any index.
     """
     if classes.shape[0] != images:
         raise ValueError(
@@ -57,66 +38,46 @@ def check_range(classes: Classes, images: int, known: int | None) -> None:
         raise ValueError(f"`classes` must lie in 0{top} (or be -1 for none), got {wrong}")
 
 
-def keep_asked(cam: Cam, classes: Classes) -> Cam:
-    """Zero the maps of padded slots."""
-    return cam.masked_fill((classes < 0)[:, :, None, None], 0.0)
+def fold_maps(capture: Capture, maps: Float[Tensor, "b k n"], classes: Classes) -> Cam:
+    """Put patch scores on the grid, with zeros where ``classes`` is -1."""
+    return capture.grid.fold(maps).masked_fill((classes < 0)[:, :, None, None], 0.0)
 
 
 def pick(scores: Float[Tensor, "b n C"], classes: Classes) -> Float[Tensor, "b k n"]:
-    """Scores of the asked classes, class axis first."""
+    """Select the scores of ``classes``, class axis first."""
     index = classes.clamp_min(0)[:, None].expand(-1, scores.shape[1], -1)
     return scores.gather(2, index).mT
+
+
+def above_mean(maps: Float[Tensor, "b k n"]) -> Float[Tensor, "b k n"]:
+    """Subtract each map's mean; scores below it become zero."""
+    return (maps - maps.mean(-1, keepdim=True)).clamp_min(0.0)
+
+
+def scaled_to_max(cam: Float[Tensor, "... h w"]) -> Float[Tensor, "... h w"]:
+    """Divide each map by its maximum; a map without a score above 1e-8 becomes zero, not NaN."""
+    top = cam.amax((-2, -1), keepdim=True)
+    floor = max(1e-8, torch.finfo(cam.dtype).tiny)  # float16 has no 1e-8
+    return cam / top.clamp_min(floor) * (top > floor)
+
+
+def class_score(scores: Scores, column: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+    """Sum the scores of one class per image; -1 adds nothing."""
+    chosen = scores.gather(1, column.clamp_min(0)[:, None])[:, 0]
+    return chosen.masked_fill(column < 0, 0.0).sum()
 
 
 def class_gradients(
     capture: Capture, column: Int[Tensor, " b"], calls: Sequence[Attention]
 ) -> tuple[Tensor, ...]:
-    """Gradient of one class score per image at the given attention calls, and nowhere else.
+    """Differentiate one class score per image with respect to the given attention calls only.
 
     Args:
         capture: a forward watched with ``gradients=True``.
-        column: one class per image, -1 for none (its gradient is zero).
+        column: one class per image; the gradient is zero where it is -1.
         calls: attention calls of the capture.
     """
     with torch.inference_mode(mode=False), torch.enable_grad():
-        chosen = capture.scores.gather(1, column.clamp_min(0)[:, None])[:, 0]
-        total = chosen.masked_fill(column < 0, 0.0).sum()
         watched = [call.watched() for call in calls]
+        total = class_score(capture.scores, column)
         return torch.autograd.grad(total, watched, retain_graph=True)
-
-
-class Needs(TypedDict):
-    """Settings of `camkit.watch`."""
-
-    gradients: bool
-    tokens: TokenWatch | None
-
-
-@runtime_checkable
-class TokenSeed(Seed, Protocol):
-    """A seed that reads tokens, and says which."""
-
-    @property
-    def tokens(self) -> TokenWatch:
-        """What must be kept of them."""
-
-
-def needs(*seeds: Seed, class_query: bool = False) -> Needs:
-    """Settings of `camkit.watch` with which one forward shows what each seed needs.
-
-    Args:
-        seeds: to be read from the capture.
-        class_query: where every seed is content with it, evaluate the last block of a class-token
-            model for the class query only; refiners that read patch embeddings then have none.
-
-    Example:
-        >>> seed = camkit.GradCAMSeed("layercam")  # doctest: +SKIP
-        >>> with camkit.watch(model, **camkit.needs(seed)) as seen:  # doctest: +SKIP
-        ...     model(pixels)
-    """
-    gradients = any(seed.gradients for seed in seeds)
-    tokens = joined(seed.tokens for seed in seeds if isinstance(seed, TokenSeed))
-    if tokens is not None:
-        content = class_query and all(isinstance(seed, TokenSeed) for seed in seeds)
-        tokens = replace(tokens, class_query=tokens.class_query and content)
-    return Needs(gradients=gradients, tokens=tokens)
