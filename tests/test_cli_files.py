@@ -16,10 +16,10 @@ import camkit
 from camkit.bulk import CamFolder, DrawMask, RefineCam, write_all
 from camkit.capture import Capture
 from camkit.cli import main
-from camkit.method import PICTURE_REFINERS, read_refiners
 from camkit.data import read_cam, write_cam, write_shapes
 from camkit.errors import DataError
 from camkit.mask import voc_palette
+from camkit.method import PICTURE_REFINERS, read_refiners
 from camkit.photo import read_picture
 
 SIZE = (48, 64)
