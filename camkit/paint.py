@@ -153,7 +153,8 @@ def contact_sheet(
     heights = [max(picture.height for picture in row) for row in fitted]
     title_font = ImageFont.load_default(size=max(11, cell // 16))
     caption_font = ImageFont.load_default(size=max(10, cell // 19))
-    head, foot = (_line_height(font) + _GAP for font in (title_font, caption_font))
+    boxes = [font.getbbox("\u00c1gj") for font in (title_font, caption_font)]
+    head, foot = (round(bottom - top) + _GAP for _, top, _, bottom in boxes)
     foot = foot if captions else 0
     inner = len(titles) * (cell + _GAP) - _GAP
     between = foot + _GAP + (_GAP // 2 if captions else 0)
@@ -229,11 +230,6 @@ def _fit(picture: _Cell, cell: int) -> Image.Image:
     scale = cell / max(picture.shape[:2])
     height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
     return Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _line_height(font: _Font) -> int:
-    top, bottom = font.getbbox("\u00c1gj")[1::2]
-    return round(bottom - top)
 
 
 def _shorten(text: str, font: _Font, width: int) -> str:

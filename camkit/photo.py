@@ -5,7 +5,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader, BytesIO
 from pathlib import Path
 
@@ -86,8 +86,9 @@ def load_photo(
         DataError: the file is missing or cannot be decoded.
         ValueError: a setting cannot be used.
     """
-    path = Path(path)
-    return _prepare(read_picture(path), path, size=size, mean=mean, std=std, multiple=multiple)
+    path, rgb = Path(path), read_picture(path)
+    photo = photo_from_array(rgb, size=size, mean=mean, std=std, multiple=multiple)
+    return replace(photo, path=path)
 
 
 def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
@@ -123,17 +124,9 @@ def photo_from_array(
     std: float | Sequence[float] = 0.5,
     multiple: int = 16,
 ) -> Photo:
-    """Make a photo from an array; the settings are those of `load_photo`.
+    """Make a photo, without a path, from an array of colours in 0..255.
 
-    Args:
-        rgb: colours in 0..255, red first (OpenCV reads blue first).
-        size: long side, exact rows and columns, or None.
-        mean: is subtracted from the colours, one number or three.
-        std: divides the difference, one number or three.
-        multiple: both sides are rounded to it.
-
-    Returns:
-        The photo, float32, on the CPU, without a path.
+    Red comes first (OpenCV reads blue first). The settings are those of `load_photo`.
 
     Raises:
         ValueError: the array is not a colour picture, or a setting cannot be used.
@@ -143,7 +136,17 @@ def photo_from_array(
             f"`rgb` must be uint8 of shape (rows, cols, 3), got {rgb.dtype} of shape {rgb.shape}; "
             "scale colours to 0..255 and put them on the last axis"
         )
-    return _prepare(rgb, None, size=size, mean=mean, std=std, multiple=multiple)
+    shift, scale = _per_channel("mean", mean), _per_channel("std", std)
+    if not bool((scale > 0).all()):
+        raise ValueError(f"`std` must be positive, got {std}; 0.5 or the ImageNet values are usual")
+    original = (rgb.shape[0], rgb.shape[1])
+    rows, cols = _model_size(original, size, multiple)
+    picture = np.array(rgb, order="C")  # contiguous, and not shared with the caller
+    if (rows, cols) != original:
+        resized = Image.fromarray(picture).resize((cols, rows), Image.Resampling.BICUBIC)
+        picture = np.array(resized)
+    colours = torch.from_numpy(picture).permute(2, 0, 1)[None].contiguous() / 255
+    return Photo(pixels=(colours - shift) / scale, rgb=colours, size=original)
 
 
 def decode(path: Path) -> Image.Image:
@@ -196,27 +199,6 @@ def _upright_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
-
-
-def _prepare(
-    picture: np.ndarray,
-    path: Path | None,
-    *,
-    size: int | tuple[int, int] | None,
-    mean: float | Sequence[float],
-    std: float | Sequence[float],
-    multiple: int,
-) -> Photo:
-    shift, scale = _per_channel("mean", mean), _per_channel("std", std)
-    if not bool((scale > 0).all()):
-        raise ValueError(f"`std` must be positive, got {std}; 0.5 or the ImageNet values are usual")
-    original = (picture.shape[0], picture.shape[1])
-    rows, cols = _model_size(original, size, multiple)
-    if (rows, cols) != original:
-        image = Image.fromarray(np.ascontiguousarray(picture))
-        picture = np.array(image.resize((cols, rows), Image.Resampling.BICUBIC))
-    rgb = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].contiguous() / 255
-    return Photo(pixels=(rgb - shift) / scale, rgb=rgb, size=original, path=path)
 
 
 def _per_channel(name: str, value: float | Sequence[float]) -> torch.Tensor:

@@ -205,9 +205,10 @@ def test_refined_maps_beat_the_seed_at_whatever_background_score_the_seed_is_giv
     assert refined > best + 0.15, (refined, best)  # 0.650 and 0.384 when this was written
 
 
-def test_weights_in_the_data_folder_go_first(nowhere, monkeypatch, no_network):
+@pytest.mark.parametrize("relative", [False, True])
+def test_weights_in_the_data_folder_go_first(nowhere, monkeypatch, no_network, relative):
     path = random_weights(nowhere / "weights" / f"{DEFAULT_MODEL}.safetensors", 3)
-    monkeypatch.setenv("CAMKIT_DATA", str(nowhere))
+    monkeypatch.setenv("CAMKIT_DATA", "." if relative else str(nowhere))
     opened = open_model(DEFAULT_MODEL, or_embedded=True)
     assert (opened.source, opened.embedded, len(opened.vocabulary)) == (str(path), False, 3)
     assert no_network == []

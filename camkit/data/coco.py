@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from camkit.data.labels import VECTOR_FILES, LabelFile, check_split, find_label_vectors, read_text
 from camkit.data.sample import (
+    VOC_FORM,
     MaskForm,
     Sample,
     all_usable,
@@ -115,9 +116,7 @@ class CocoFolder:
     def split(self, name: str) -> tuple[Sample, ...]:
         """List the samples of a split, in the order of ``instances_<split>.json`` or by name.
 
-        Raises:
-            ValueError: there is no such split.
-            DataError: a photo is absent, or its labels or mask cannot be used.
+        Raises the first error of `entries`.
         """
         return all_usable(self.entries(name))
 
@@ -133,11 +132,10 @@ class CocoFolder:
             labels: LabelFile | None = LabelFile(instances, COCO_CLASSES, _instances(instances))
         else:
             labels = find_label_vectors(self.root, COCO_CLASSES)
-        masks, forms = self._masks(name, labels)
+        masks = self._masks(name, labels)
         for stem in labels.labels if labels and labels.path == instances else photos:
-            form = forms if isinstance(forms, MaskForm) else forms.get(stem, MaskForm())
             try:
-                yield self._sample(stem, photos.get(stem), masks.get(stem), form, labels)
+                yield self._sample(stem, photos.get(stem), masks.get(stem), labels)
             except DataError as error:
                 yield error
 
@@ -145,13 +143,13 @@ class CocoFolder:
         self,
         stem: str,
         photo: Path | None,
-        mask: Path | None,
-        form: MaskForm,
+        mask_and_form: tuple[Path, MaskForm] | None,
         labels: LabelFile | None,
     ) -> Sample:
         if photo is None:
             source = self.root if labels is None else labels.path
             raise DataError(f"{source} lists {stem}.jpg, which is not there; add it or remove it")
+        mask, form = mask_and_form or (None, VOC_FORM)
         if labels is not None:
             places = _places(voc=self.voc)
             known = labels.classes_of(stem, str(photo))
@@ -165,20 +163,20 @@ class CocoFolder:
         shown = mask_classes(mask, num_classes=len(self.classes), form=form)
         return Sample(stem, photo, mask, shown, form)
 
-    def _masks(
-        self, name: str, labels: LabelFile | None
-    ) -> tuple[dict[str, Path], MaskForm | dict[str, MaskForm]]:
-        """Find the masks by image, and the form of all or of each."""
+    def _masks(self, name: str, labels: LabelFile | None) -> dict[str, tuple[Path, MaskForm]]:
+        """Find the mask of each image, and its form."""
         for folder in _MASK_FOLDERS:
             if masks := _files(self.root / folder / name, "png"):
                 stuff: CocoIds | None = "stuff" if folder == "stuffthingmaps" else None
                 ids = self.ids or stuff or _recognise_ids(masks, labels)
-                return masks, coco_form(ids, voc=self.voc)
-        folder_of_masks = self.root / "annotations" / f"panoptic_{name}"
-        listing = folder_of_masks.with_name(f"panoptic_{name}.json")
-        if listing.is_file():
-            return _files(folder_of_masks, "png"), _panoptic_forms(listing, voc=self.voc)
-        return {}, MaskForm()
+                form = coco_form(ids, voc=self.voc)
+                return {stem: (path, form) for stem, path in masks.items()}
+        listing = self.root / "annotations" / f"panoptic_{name}.json"
+        if not listing.is_file():
+            return {}
+        forms = _panoptic_forms(listing, voc=self.voc)
+        masks = _files(listing.with_suffix(""), "png")
+        return {stem: (path, forms.get(stem, VOC_FORM)) for stem, path in masks.items()}
 
 
 def open_coco(root: str | Path, *, ids: CocoIds | None = None, voc: bool = False) -> CocoFolder:

@@ -80,12 +80,7 @@ class ImageNetSFolder:
     splits: tuple[str, ...]
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of a split, class by class.
-
-        Raises:
-            ValueError: there is no such split.
-            DataError: a folder of the split is not a class.
-        """
+        """List the samples of a split, class by class; raises the first error of `entries`."""
         return all_usable(self.entries(name))
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:

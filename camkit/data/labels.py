@@ -98,53 +98,40 @@ class LabelFile:
 def find_labels(root: Path, classes: tuple[str, ...]) -> LabelFile | None:
     """Read ``labels.json`` if the folder has it, else the first of `VECTOR_FILES`.
 
-    Args:
-        root: the folder of the data set.
-        classes: the classes of the vectors; ``labels.json`` names its own.
+    ``labels.json`` holds ``{"classes": [names], "labels": {image: [names]}}``; ``classes`` are
+    those of the vectors.
 
     Raises:
         DataError: the file has another form.
     """
-    if (root / "labels.json").is_file():
-        return read_label_names(root / "labels.json")
-    return find_label_vectors(root, classes)
-
-
-def find_label_vectors(root: Path, classes: tuple[str, ...]) -> LabelFile | None:
-    """Read the first of `VECTOR_FILES` that the folder has.
-
-    Raises:
-        DataError: the file has another form, or vectors of another length.
-    """
-    path = next((root / name for name in VECTOR_FILES if (root / name).is_file()), None)
-    if path is None:
-        return None
-    return LabelFile(path, classes, label_vectors(path, length=len(classes)))
-
-
-def read_label_names(path: Path) -> LabelFile:
-    """Read ``{"classes": [names], "labels": {image: [names]}}``.
-
-    Raises:
-        DataError: the file has another form.
-    """
+    path = root / "labels.json"
+    if not path.is_file():
+        return find_label_vectors(root, classes)
     try:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON ({error}); correct it or remove it") from error
-    classes, labels = None, None
+    names, labels = None, None
     if isinstance(content, dict):
-        classes, labels = content.get("classes"), content.get("labels")
+        names, labels = content.get("classes"), content.get("labels")
     if (
-        not classes
+        not names
         or not isinstance(labels, dict)
-        or not all(map(_are_names, (classes, *labels.values())))
+        or not all(map(_are_names, (names, *labels.values())))
     ):
         raise DataError(
             f'{path} must hold {{"classes": [names], "labels": {{image: [names]}}}}; '
             "correct it, or remove it to take the labels from the masks"
         )
-    return LabelFile(path, tuple(classes), labels)
+    return LabelFile(path, tuple(names), labels)
+
+
+def find_label_vectors(root: Path, classes: tuple[str, ...]) -> LabelFile | None:
+    """Read the first of `VECTOR_FILES` that the folder has; errors are those of `label_vectors`."""
+    path = next((root / name for name in VECTOR_FILES if (root / name).is_file()), None)
+    if path is None:
+        return None
+    return LabelFile(path, classes, label_vectors(path, length=len(classes)))
 
 
 def label_vectors(path: Path, *, length: int | None = None) -> dict[str | int, tuple[int, ...]]:

@@ -76,7 +76,12 @@ class DataSet(Protocol):
     def splits(self) -> tuple[str, ...]: ...
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of a split, in the order of its list."""
+        """List the samples of a split, in the order of its list.
+
+        Raises:
+            ValueError: there is no such split.
+            DataError: a photo, label or mask of the split cannot be used.
+        """
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
         """Yield the samples of a split, and an error in place of each that cannot be used."""

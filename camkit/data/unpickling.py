@@ -54,8 +54,8 @@ def unpickle(data: bytes, source: Path) -> object:
             raise pickle.UnpicklingError("bytes follow its end")
     except _ForbiddenNameError as error:
         raise DataError(
-            f"{source} asks for {error}, which no file of arrays needs and which could run code; "
-            "it was not run; do not load this file with numpy or pickle either"
+            f"{source} asks for {error}, which no file of class maps needs and which could run "
+            "code; it was not run; do not load this file with numpy or pickle either"
         ) from error
     except _DAMAGED as error:
         raise DataError(

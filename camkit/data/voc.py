@@ -41,11 +41,7 @@ class VOCFolder:
     def split(self, name: str) -> tuple[Sample, ...]:
         """List the samples of a split, in the order of its list.
 
-        Without a file of labels, every mask of the split is read once.
-
-        Raises:
-            ValueError: there is no such split.
-            DataError: a listed photo is absent, or its labels are unknown.
+        Raises the first error of `entries`. Without a file of labels, every mask is read once.
         """
         return all_usable(self.entries(name))
 
@@ -54,7 +50,10 @@ class VOCFolder:
         check_split(name, self.splits)
         labels = find_labels(self.root, self.classes)
         listing = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
-        lines = {_stem(text): line for text, line in read_names(listing).items()}
+        lines = {
+            Path(text.split()[0]).stem if text.startswith("/JPEGImages/") else text: line
+            for text, line in read_names(listing).items()
+        }
         masks = max(
             (
                 {
@@ -115,7 +114,3 @@ def open_voc(
         raise DataError(f"{root / masks} does not exist; add the folder or leave out `masks`")
     labels = find_labels(root, VOC_CLASSES)
     return VOCFolder(root, VOC_CLASSES if labels is None else labels.classes, splits, masks)
-
-
-def _stem(line: str) -> str:
-    return Path(line.split()[0]).stem if line.startswith("/JPEGImages/") else line

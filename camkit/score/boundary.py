@@ -57,12 +57,7 @@ def boundary_confusion(
     A last class "no outline" is added, so that the row sums do not depend on the prediction: a
     band is hit by its own class or missed, and a band that is wrongly predicted was no outline of
     that class. Leave it out of means: ``mean_iou(matrices.sum(0), classes=range(num_classes))``.
-
-    Args:
-        truth: values below ``num_classes``, or 255.
-        predicted: the same.
-        num_classes: number of classes, the background included.
-        width: width of the band, as a share of the diagonal of the image.
+    The arguments are those of `boundary_overlap`.
 
     Returns:
         int64 counts; row = truth, column = prediction.
