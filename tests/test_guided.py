@@ -166,8 +166,8 @@ def test_maps_of_a_batch_do_not_mix():
 
 
 def test_it_is_linear_and_differentiable_in_the_maps_and_colours_get_no_gradient():
-    maps, low = pictures((3, 4), images=1, maps=2)
-    high = torch.rand(1, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    maps, low = pictures((3, 3), images=1, maps=1)
+    high = torch.rand(1, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     maps.requires_grad_()
 
     def upsampled(values):
@@ -251,7 +251,7 @@ def test_no_images_are_filtered_to_no_images():
     assert found.shape == (0, 2, 20, 30)
 
 
-def test_a_picture_that_was_not_given_is_asked_for():
+def test_a_missing_picture_is_an_error():
     with pytest.raises(CaptureError, match=r"GuidedFilter needs the picture; watch with `rgb="):
         GuidedFilter()(torch.rand(2, 1, 2, 3), captured(None))
 
