@@ -1,7 +1,7 @@
-"""Measure a refiner on masks of your own. Runs on drawn shapes, no download.
+"""Measure a refiner on your own masks. Runs on drawn shapes, no download.
 
-The folder has the layout of PASCAL VOC; COCO, ImageNet-S and a plain folder of images, masks and
-labels.csv are opened by the same function.
+The folder here has the layout of PASCAL VOC. The same function opens COCO, ImageNet-S, and plain
+folders with images/, masks/ and labels.csv.
 """
 
 import tempfile
@@ -32,9 +32,9 @@ if __name__ == "__main__":
                 seed,
                 Variant("refined", camkit.Method(camkit.GradientSeed(), refine=refine), base=seed),
             ],
-            split="val",  # figures come from here
-            tune_split="train",  # and background scores from here
+            split="val",  # figures are measured here
+            tune_split="train",  # background scores are chosen here
             photos=PhotoSettings(size=96),
         )
     print(to_markdown(report))
-    print("(random weights: this shows how it is measured, not how good it is)")
+    print("(random weights: this shows how to measure, not how good the method is)")
