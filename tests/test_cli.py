@@ -240,7 +240,7 @@ def test_bench_ends_with_1_when_images_were_left_out(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tune-split", "val"], "is an oracle: name another split"),
+        (["--tune-split", "val"], "is an oracle; name another split"),
         (["--tune-split", "dev"], "must be a split of the data set, got 'dev'"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--classes", "horze"], 'no class is called "horze"; did you mean "horse"'),

@@ -123,7 +123,7 @@ def test_every_step_can_be_had_without_settings(name):
         ("par:size=wide", "size must be INTxINT.none, got 'wide'"),
         ("normalize:huge", r"mode must be max\|minmax, got 'huge'"),
         ("crf:steps=0", "at least 1, got 0"),
-        ("crf:reduced=half", "reduced must be FLOAT, got 'reduced=half'"),
+        ("crf:reduced=half", "reduced must be FLOAT, got 'half'"),
         ("crf:reduced=2", r"`scale` must lie in \(0, 1\]"),
         ("", "no refiner is called ''"),
     ],
@@ -324,7 +324,7 @@ def test_files_that_cannot_be_used_do_not_stop_the_others(
     told = dict(line.split("\t") for line in table[1:])
     assert table[0] == "name\treason"
     assert "cannot be read" in told[NAMES[1]] or "damaged" in told[NAMES[1]]
-    assert "which no file of class maps needs and which could run code" in told[NAMES[2]]
+    assert "which no file of arrays needs and which could run code" in told[NAMES[2]]
     assert "holds NaN or infinity" in told[NAMES[3]]
     assert "64x48 (rows x columns), which do not fit 48x64" in told[NAMES[4]]
     assert "fits the photo turned" in told[NAMES[4]]

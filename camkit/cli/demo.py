@@ -82,14 +82,14 @@ def execute(options: argparse.Namespace) -> int:
     animals = None if folder is None else folder / "voc12_animals"
     if animals is not None and animals.is_dir():
         dataset = open_dataset(animals)
-        result = _many(opened, dataset, images=options.images, count=options.photos)
+        result = _benchmark(opened, dataset, images=options.images, count=options.photos)
     else:
         print(
             f"{animals or 'CAMKIT_DATA with voc12_animals/'} does not exist; "
             "showing photographs that come with scikit-image",
             file=sys.stderr,
         )
-        result = _few(opened, demo_photos(), count=options.photos)
+        result = _photographs(opened, demo_photos(), count=options.photos)
     options.out.mkdir(parents=True, exist_ok=True)
     sheet = options.out / "sheet.png"
     save_picture(contact_sheet(result.rows, titles=TITLES, captions=result.captions), sheet)
@@ -99,8 +99,8 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
-def _many(opened: OpenedModel, dataset: DataSet, *, images: int, count: int) -> Demo:
-    """Measure with `camkit bench` on two splits, and show a few photos."""
+def _benchmark(opened: OpenedModel, dataset: DataSet, *, images: int, count: int) -> Demo:
+    """Measure with `camkit bench` on two splits, and show photos from all over the second."""
     vocabulary = opened.vocabulary.subset(CLASSES)
     method = default_method(opened)
     base = Variant("seed", replace(method, refine=()))
@@ -114,13 +114,13 @@ def _many(opened: OpenedModel, dataset: DataSet, *, images: int, count: int) -> 
         photos=opened.photos,
         limit=images,
     )
-    pipeline = wrap(
-        opened.model,
-        vocabulary=vocabulary,
-        background_score=report.rows[-1].background_score,
-    )
+    score = report.rows[-1].background_score
+    pipeline = wrap(opened.model, vocabulary=vocabulary, background_score=score)
+    usable = [sample for sample in dataset.split("val") if _present(dataset, sample, CLASSES)]
+    stride = max(1, len(usable) // count)
+    samples = usable[stride // 2 :: stride][:count]
     rows, captions = [], []
-    for sample in tqdm(_chosen(dataset, count), desc="painting", unit="photo", delay=2):
+    for sample in tqdm(samples, desc="painting", unit="photo", delay=2):
         result, truth = _segment(pipeline, opened, dataset, sample, CLASSES)
         rows.append(_row(result, truth))
         captions.append(f"{sample.name}: {', '.join(result.names)}")
@@ -128,9 +128,10 @@ def _many(opened: OpenedModel, dataset: DataSet, *, images: int, count: int) -> 
     return Demo(rows, captions, note + to_markdown(report))
 
 
-def _few(opened: OpenedModel, dataset: DataSet, *, count: int) -> Demo:
+def _photographs(opened: OpenedModel, dataset: DataSet, *, count: int) -> Demo:
     """Show a few photographs, with fixed background scores: they are too few to pick any."""
     names = dataset.classes
+    columns = ("background", *names)
     scores = EMBEDDED_SCORES if opened.embedded else SCORES
     pipeline = wrap(
         opened.model,
@@ -138,63 +139,39 @@ def _few(opened: OpenedModel, dataset: DataSet, *, count: int) -> Demo:
         background_score=scores["refined"],
     )
     samples = dataset.split(dataset.splits[0])[:count]
-    totals = dict.fromkeys(scores, torch.zeros(len(names) + 1, len(names) + 1, dtype=torch.int64))
+    totals = dict.fromkeys(scores, torch.zeros(len(columns), len(columns), dtype=torch.int64))
     rows, captions = [], []
     for sample in samples:
         result, truth = _segment(pipeline, opened, dataset, sample, names)
-        counts = _count(result, truth, scores, len(names) + 1)
-        totals = {name: totals[name] + counts[name] for name in scores}
         rows.append(_row(result, truth))
-        before, after = (100 * float(mean_iou(counts[name])) for name in scores)
-        names_shown = ", ".join(result.names)
-        captions.append(f"{sample.name}: {names_shown}; mIoU {before:.0f} to {after:.0f}")
+        seed = resize_cam(result.seed, result.photo.size).clamp(0, 1)
+        shares = []
+        for (name, score), cam in zip(scores.items(), (seed, result.cam), strict=True):
+            mask = to_mask(cam, torch.tensor([result.classes]), background_score=score)[0].cpu()
+            counts = confusion_matrix(truth, mask.long(), num_classes=len(columns))
+            totals[name] = totals[name] + counts
+            shares.append(f"{100 * float(mean_iou(counts)):.0f}")
+        captions.append(f"{sample.name}: {', '.join(result.names)}; mIoU {' to '.join(shares)}")
     photographs = "One photograph is" if len(samples) == 1 else f"{len(samples)} photographs are"
-    note = _NO_BENCHMARK.format(
-        photographs=photographs,
-        model=_EMBEDDED if opened.embedded else _DEFAULT,
-        names=", ".join(("background", *names)),
-    )
-    return Demo(rows, captions, f"{note}\n{_small_table(totals, scores, names)}")
-
-
-def _count(
-    result: Result, truth: Int[Tensor, "H W"], scores: dict[str, float], values: int
-) -> dict[str, Tensor]:
-    """Return confusion matrices of the seed and of the refined maps."""
-    seed = resize_cam(result.seed, result.photo.size).clamp(0, 1)
-    classes = torch.tensor([result.classes])
-    counts = {}
-    for (name, score), cam in zip(scores.items(), (seed, result.cam), strict=True):
-        mask = to_mask(cam, classes, background_score=score)[0].cpu()
-        counts[name] = confusion_matrix(truth, mask.long(), num_classes=values)
-    return counts
-
-
-def _small_table(
-    totals: dict[str, Tensor], scores: dict[str, float], names: tuple[str, ...]
-) -> str:
-    columns = ("background", *names)
     lines = [
+        _NO_BENCHMARK.format(
+            photographs=photographs,
+            model=_EMBEDDED if opened.embedded else _DEFAULT,
+            names=", ".join(columns),
+        ),
         f"| maps | background score | mIoU | {' | '.join(columns)} |",
         "|---|---|---|" + "---|" * len(columns),
     ]
     for name, total in totals.items():
-        share = (100 * value for value in class_iou(total).tolist())
-        cells = " | ".join("-" if value != value else f"{value:.0f}" for value in share)
+        by_class = [100 * value for value in class_iou(total).tolist()]
+        cells = " | ".join("-" if value != value else f"{value:.0f}" for value in by_class)
         mean = 100 * float(mean_iou(total))
         lines.append(f"| {name} | {scores[name]:.2f} | {mean:.1f} | {cells} |")
-    return "\n".join(lines) + "\n"
+    return Demo(rows, captions, "\n".join(lines) + "\n")
 
 
 def _present(dataset: DataSet, sample: Sample, classes: tuple[str, ...]) -> list[str]:
     return [dataset.classes[i] for i in sample.classes if dataset.classes[i] in classes]
-
-
-def _chosen(dataset: DataSet, count: int) -> list[Sample]:
-    """Return photos spread evenly over the validation split, which is not used for tuning."""
-    usable = [sample for sample in dataset.split("val") if _present(dataset, sample, CLASSES)]
-    stride = max(1, len(usable) // count)
-    return usable[stride // 2 :: stride][:count]
 
 
 def _segment(

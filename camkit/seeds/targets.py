@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from camkit.capture.record import Capture, required_by
 from camkit.seeds.protocol import Seed, check_classes
 from camkit.seeds.text import TextClasses
-from camkit.tensors import Cam, Classes, Scores
+from camkit.tensors import Cam, Classes
 from camkit.vocabulary import Vocabulary
 
 Activation: TypeAlias = Literal["sigmoid", "softmax"]
