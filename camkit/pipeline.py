@@ -299,7 +299,7 @@ class Stages:
     """
 
     seed: Cam
-    cam: Cam
+    cam: Float[Tensor, "b k H W"]
     capture: Capture
     classes: Classes
     names: tuple[tuple[str, ...], ...]

@@ -125,7 +125,7 @@ def test_every_step_can_be_had_without_settings(name):
         ("par:size=wide", "size must be INTxINT.none, got 'wide'"),
         ("normalize:huge", r"mode must be max\|minmax, got 'huge'"),
         ("crf:steps=0", "at least 1, got 0"),
-        ("crf:reduced=half", "reduced must be FLOAT, got 'reduced=half'"),
+        ("crf:reduced=half", "reduced must be FLOAT, got 'half'"),
         ("crf:reduced=2", r"`scale` must lie in \(0, 1\]"),
         ("", "no refiner is called ''"),
     ],

@@ -1,4 +1,4 @@
-"""The command line: demo, cam, run, bench, doctor; data, refine, mask, eval need no model."""
+"""The command line; `data`, `refine`, `mask` and `eval` need no model."""
 
 import argparse
 import sys
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 when all went well, 1 when something could not be done, 2 for a wrong command line.
+        0 on success, 1 after an error, 2 for a wrong command line.
     """
     parser = argparse.ArgumentParser(
         prog="camkit",
@@ -59,13 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.execute(options))
     except (CamkitError, ValueError, OSError) as error:
-        return complain(error)
+        print(f"camkit: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("camkit: interrupted; finished results are kept", file=sys.stderr)
         return 1
-
-
-def complain(error: Exception) -> int:
-    """Say what went wrong in one line."""
-    print(f"camkit: {' '.join(str(error).split())}", file=sys.stderr)
-    return 1
