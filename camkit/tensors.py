@@ -33,3 +33,6 @@ Tokens: TypeAlias = Float[Tensor, "b t d"]
 
 Mask: TypeAlias = Integer[Tensor, "b H W"]
 """0 background, class + 1, 255 ignore."""
+
+IGNORE = 255
+"""Label of pixels that a mask leaves open; losses and scores skip them."""

@@ -21,6 +21,7 @@ from torch.torch_version import TorchVersion
 
 from camkit.errors import CamkitError
 from camkit.native import loader
+from camkit.torch_internals import constant_when_compiled
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDTHS = (32, 48, 64, 80, 96, 128)
@@ -249,6 +250,7 @@ def kernels_off() -> Iterator[None]:
             _off -= 1
 
 
+@constant_when_compiled
 def kernels_ready(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether a compiled kernel exists for heads of this width; built and loaded when first asked.
 
@@ -261,10 +263,6 @@ def kernels_ready(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         return False
     with _loading:
         return _capable(device) and _load() is None
-
-
-# What torch.compiler.assume_constant_result sets; calling that imports the compiler, for 3 seconds.
-kernels_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fits(dtype: torch.dtype, width: int) -> bool:

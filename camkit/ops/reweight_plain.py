@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camkit.torch_internals import ON_CPU, attend, kernel_of
+from camkit.torch_internals import call_with_normaliser, cpu_attention_backward
 
 # Elements of a part. On a CPU all heads together are faster up to the first, and rows of a head
 # stay in the cache up to the second; a GPU wants few and large parts.
@@ -170,6 +170,34 @@ def parts(q: Tensor, k: Tensor, skip: int = 0) -> Iterator[tuple[slice, list[sli
 def wide(dtype: torch.dtype) -> torch.dtype:
     """At least float32: rows of half precision do not sum to one."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output ``(b, a, t, e)`` and normaliser ``(b, a, t)``, by one kernel where torch has one.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: added to the logits, one row for all queries, in at least float32.
+        scale: factor on the dot products.
+    """
+    options = {"dropout_p": 0.0, "is_causal": False, "scale": scale}
+    known = call_with_normaliser(q, k, v, mask, options)
+    if known is not None:
+        return known
+    own = None if mask is None else mask.to(q.dtype)  # cuDNN misreads any other
+    output = F.scaled_dot_product_attention(q, k, v, own, scale=scale)
+    dtype, (images, heads, tokens, _) = wide(q.dtype), q.shape
+    queries, keys = q.to(dtype), k.to(dtype)
+    step = max(1, HELD // max(1, images * heads * k.shape[2]))
+    found = [queries.new_empty(images, heads, 0)]
+    for start in range(0, tokens, step):
+        logits = queries[:, :, start : start + step] * scale @ keys.mT
+        found.append((logits if mask is None else logits + mask.to(dtype)).logsumexp(-1))
+    return output, torch.cat(found, 2)
 
 
 def _attend_tilted(
@@ -352,10 +380,6 @@ def _kernel_backward(  # noqa: PLR0913 - as above
     gated_rows: int,
 ) -> tuple[Tensor, ...] | None:
     """By torch's kernel for the CPU; those of devices want what only their own forward knows."""
-    options = {"dropout_p": 0.0, "is_causal": False, "scale": scale}
-    if q.device.type != "cpu" or kernel_of(q, k, v, None, options) != ON_CPU:
-        return None
-    backward = getattr(torch.ops.aten, f"{ON_CPU}_backward")
     level = lse.masked_fill(lse == -torch.inf, 0.0)  # as the kernel itself has it
     cut = q.shape[2] if log_weights is None or gated_rows < 0 else gated_rows
     found: list[tuple[Tensor, ...]] = []
@@ -364,8 +388,12 @@ def _kernel_backward(  # noqa: PLR0913 - as above
         if queries.numel() == 0:
             continue
         mask = tilt if tilt is None else tilt.unsqueeze(-2).reshape(len(q), -1, 1, k.shape[2])
-        given = (grad_out[:, :, rows], queries, k, v, out[:, :, rows], level[:, :, rows])
-        found.append(backward(*given, 0.0, False, attn_mask=mask, scale=scale))  # noqa: FBT003
+        given = {"out": out[:, :, rows], "logsumexp": level[:, :, rows]}
+        given |= {"attn_mask": mask, "scale": scale}
+        by_kernel = cpu_attention_backward(grad_out[:, :, rows], (queries, k, v), given)
+        if by_kernel is None:
+            return None
+        found.append(by_kernel)
     to_q = torch.cat([each[0] for each in found], 2)
     to_k, to_v = (torch.stack([each[i] for each in found]).sum(0) for i in (1, 2))
     return to_q, to_k, to_v
