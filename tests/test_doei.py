@@ -433,7 +433,7 @@ def test_doubtful_images_of_a_recomputed_block_are_an_error_not_a_guess():
 
 def test_the_repr_is_the_configuration():
     edit = DOEI(reading="gate", patches=PatchDecoupling(rule=TwoMeans(steps=3)))
-    names = {**vars(camkit), **vars(camkit.ops.confidence)}
+    names = vars(camkit) | vars(camkit.edits) | vars(camkit.ops.confidence)
     assert eval(repr(edit), names) == edit
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import camkit
 from camkit.capture.class_query import ClassQuery
-from camkit.capture.intercept import EvenRows
+from camkit.capture.intercept import EvenRows, Intercept
 from camkit.capture.record import WatchSpec, required_by
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds.token_gradients import principal_component
@@ -290,7 +290,7 @@ def test_a_linear_layer_of_even_rows_has_the_gradient_of_any_other(even):
     layer, tokens = nn.Linear(4, 3).double(), torch.randn(2, 5, 4, dtype=torch.float64)
     weights = torch.randn(2, 1 if even else 5, 3, dtype=torch.float64).expand(2, 5, 3)
     found = []
-    for mode in (EvenRows, torch.enable_grad):
+    for mode in (lambda: Intercept(EvenRows()), torch.enable_grad):
         start = tokens.clone().requires_grad_()
         with mode():
             output = layer(start)

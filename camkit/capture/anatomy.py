@@ -110,7 +110,7 @@ def measure_anatomy(
 
         new_args = tuple(paired(value) for value in args)
         new_kwargs = {name: paired(value) for name, value in kwargs.items()}
-        with alone(pixels.device), torch.no_grad():
+        with isolated_rng(pixels.device), torch.no_grad():
             return _first_tokens(model, attention, parameters, new_args, new_kwargs)
 
     plain = tokens_of(probe, {})
@@ -217,8 +217,8 @@ def _moved(before: Tensor, after: Tensor) -> list[int]:
 
 
 @contextmanager
-def alone(device: torch.device) -> Iterator[None]:
-    """Every run draws the same dropout; the caller's generators and our hooks do not notice."""
+def isolated_rng(device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers every time, restore all generators and disable camkit's hooks."""
     devices = [device] if device.type == "cuda" else []
     python_state = random.getstate()
     with torch.random.fork_rng(devices=devices):

@@ -13,15 +13,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from camkit.capture.anatomy import Anatomy, alone, image_batch
+from camkit.capture.anatomy import Anatomy, image_batch, isolated_rng
 from camkit.capture.attention import Attention, FusedAttention
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, head_count
-from camkit.capture.intercept import Tap
-from camkit.capture.mha import multi_head_attention
+from camkit.capture.intercept import Intercept, Tap
 from camkit.capture.record import TokenCall
 from camkit.capture.tail import block_modules, tokens_of
 from camkit.errors import UnsupportedModelError
@@ -46,7 +44,7 @@ class ClassQuery:
         self._foreign = count_hooks(host.model) > 0
         self._hooks_expected = 0
         self._mode: SingleQueryAttention | None = None
-        self._inside = False
+        self._intercept: Intercept | None = None
 
     def start(self, hooks: Hooks) -> None:
         """Put the hooks on; before others that listen to the attention module."""
@@ -100,8 +98,7 @@ class ClassQuery:
 
     def disarm(self) -> None:
         """Be idle again."""
-        if self._inside and self._mode is not None:  # a forward that was interrupted
-            self._after_attention()
+        self._after_attention()  # a forward that was interrupted
         self._mode = None
 
     def _is_exact(
@@ -119,7 +116,7 @@ class ClassQuery:
         def outputs() -> list[Any]:
             one = [_first(value, len(pixels)) for value in args]
             named = {name: _first(value, len(pixels)) for name, value in kwargs.items()}
-            with alone(pixels.device), torch.no_grad():
+            with isolated_rng(pixels.device), torch.no_grad():
                 return tree_leaves(entrance(*one, **named))
 
         late: list[nn.Module] = []
@@ -141,13 +138,13 @@ class ClassQuery:
     def _before_attention(self, *_: Any) -> None:
         if self._mode is not None:
             self._mode.tokens = 0
-            self._mode.__enter__()
-            self._inside = True
+            self._intercept = Intercept(self._mode)
+            self._intercept.__enter__()
 
     def _after_attention(self, *_: Any) -> None:
-        if self._mode is not None and self._inside:
-            self._inside = False
-            self._mode.__exit__(None, None, None)
+        if self._intercept is not None:
+            intercept, self._intercept = self._intercept, None
+            intercept.__exit__(None, None, None)
 
     def _after_block(self, *_: Any) -> None:
         if self._mode is not None:
@@ -162,7 +159,7 @@ class ClassQuery:
         return tuple(map(self._mode.row, args)), {k: self._mode.row(v) for k, v in kwargs.items()}
 
 
-class SingleQueryAttention(TorchFunctionMode):
+class SingleQueryAttention:
     """Attention for one query, repeated for the others.
 
     Attributes:
@@ -171,7 +168,6 @@ class SingleQueryAttention(TorchFunctionMode):
     """
 
     def __init__(self, position: int) -> None:
-        super().__init__()
         self.tokens = 0
         self.ran = False
         self._position = position
@@ -182,22 +178,13 @@ class SingleQueryAttention(TorchFunctionMode):
             return value
         return value.narrow(1, self._position % self.tokens, 1)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "multi_head_attention_forward":
-            with self:
-                return multi_head_attention(*args, **kwargs)
-        if name == "scaled_dot_product_attention":
-            return self._attend(func, *args, **kwargs)
+    def softmax(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         output = func(*args, **kwargs)
-        if name == "softmax" and output.dim() > 2 and output.shape[-1] == output.shape[-2]:
-            self._has_run(output.shape[-1])
+        if output.dim() > 2 and output.shape[-1] == output.shape[-2]:
+            self.tokens, self.ran = output.shape[-1], True
         return output
 
-    def _attend(
+    def fused(
         self,
         func: Callable[..., Tensor],
         query: Tensor,
@@ -216,11 +203,8 @@ class SingleQueryAttention(TorchFunctionMode):
             mask = mask.narrow(-2, position, 1)
         rest, named = rest[1:], {n: v for n, v in named.items() if n != "attn_mask"}
         one = func(query.narrow(-2, position, 1), key, value, mask, *rest, **named)
-        self._has_run(tokens)
-        return one.expand(*query.shape[:-1], one.shape[-1])
-
-    def _has_run(self, tokens: int) -> None:
         self.tokens, self.ran = tokens, True
+        return one.expand(*query.shape[:-1], one.shape[-1])
 
 
 def _first(value: Any, images: int) -> Any:
@@ -299,9 +283,14 @@ class ClassPath:
         entered = next((v for v in (*args, *kwargs.values()) if tokens_of(v) is v), None)
         own = None if entered is None else entered.detach().narrow(axis, place, 1)
         leaf = seen.output.detach()[:, :, place, None].clone().requires_grad_()
-        tap = Tap(lambda *_: leaf, lambda weights: weights, heads=head_count(self._attention))
+        tap = Intercept(
+            Tap(
+                lambda output, call: leaf if isinstance(call, FusedAttention) else output,
+                heads=head_count(self._attention),
+            )
+        )
         try:
-            with alone(left.device), torch.enable_grad(), tap:
+            with isolated_rng(left.device), torch.enable_grad(), tap:
                 again = self._block.forward(
                     *(own if value is entered else value for value in args),
                     **{name: own if v is entered else v for name, v in kwargs.items()},

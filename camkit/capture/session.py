@@ -20,7 +20,7 @@ from camkit.capture.attention import (
 from camkit.capture.class_query import ClassPath, ClassQuery
 from camkit.capture.hooks import Graph, Hooks
 from camkit.capture.host import Host, head_count
-from camkit.capture.intercept import EvenRows, Tap
+from camkit.capture.intercept import EvenRows, Intercept, Tap
 from camkit.capture.record import NoisyForward, PoolingCall, TokenCall, WatchSpec, scores_of
 from camkit.capture.tail import (
     TailCall,
@@ -216,7 +216,7 @@ class TokenRecorder:
         self._cut = cut
         self._listening: Listening | None = None
         self._sampling = False
-        self._rows: EvenRows | None = None
+        self._rows: Intercept | None = None
         self._query = ClassQuery(host) if skip_unused_patches and not wanted.last_patches else None
         blocks = host.blocks()
         last = list(blocks)[-wanted.entering :] if wanted.entering else []
@@ -317,7 +317,7 @@ class TokenRecorder:
     def _even_rows(self, *_: Any) -> None:
         ours = not torch.is_grad_enabled()  # a caller's own graph needs gradients of weights
         if ours and self._listening is not None and self._listening() is not None:
-            self._rows = EvenRows()
+            self._rows = Intercept(EvenRows())
             self._rows.__enter__()
 
     def _end_rows(self) -> None:
@@ -396,10 +396,10 @@ class Recorder:
             not skip_unused_patches or wanted.last_patches
         )  # the normaliser of one query is none of the others'
         self._taps = {
-            m: Tap(self._on_fused, self._on_explicit, heads=head_count(m), normaliser=whole)
+            m: Intercept(Tap(self._on_attention, heads=head_count(m), normaliser=whole))
             for m in self._names
         }
-        self._tap: Tap | None = None
+        self._tap: Intercept | None = None
         self._entrance: nn.Module | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._thread = 0
@@ -534,6 +534,11 @@ class Recorder:
         if self.forward.anatomy is not None and self.forward.anatomy.sequence_first:
             given, left = given.transpose(0, 1), left.transpose(0, 1)
         self.forward.tail.append(TailCall(module, given.detach(), left.detach()))
+
+    def _on_attention(self, output: Tensor, attention: Attention) -> Tensor:
+        if isinstance(attention, FusedAttention):
+            return self._on_fused(output, attention)
+        return self._on_explicit(output)
 
     def _on_fused(self, output: Tensor, attention: FusedAttention) -> Tensor:
         if self._gradients:

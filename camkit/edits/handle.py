@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy, image_batch, measuring
-from camkit.capture.attention import Attention, AttentionInputs, ExplicitAttention, FusedAttention
+from camkit.capture.attention import Attention, AttentionInputs
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, head_count, is_whole_block, way_out
-from camkit.capture.intercept import Tap, aside
+from camkit.capture.intercept import Intercept, Tap, taps_suspended
 from camkit.capture.tail import block_modules
 from camkit.edits.protocol import BlockContext, Edit, KeyEdit, Picture
 from camkit.edits.stream import BlockStream, StreamEdit
@@ -202,12 +202,13 @@ class EditedBlock:
         self._first, self._last = ends
         self._call = _Call()
         weigh = self._on_keys if isinstance(edit, KeyEdit) else None
-        self._tap: Tap | None = Tap(
-            self._on_fused,
-            self._on_explicit,
-            weigh,
-            head_count(module),
-            normaliser=weigh is None,  # edits of outputs read columns
+        self._tap: Intercept | None = Intercept(
+            Tap(
+                self._on_attention,
+                weigh,
+                heads=head_count(module),
+                normaliser=weigh is None,  # edits of outputs read columns
+            )
         )
 
     def listen(self, hooks: Hooks) -> None:
@@ -268,7 +269,7 @@ class EditedBlock:
             )
         turned = _turned(before, seen, passage.anatomy)
         given = (_batch_first(tokens, turned), _batch_first(before, turned))
-        with aside():  # what an edit computes is no attention of the host
+        with taps_suspended():  # what an edit computes is no attention of the host
             after = _batch_first(self._edit(*given, seen, self._site(passage, seen)), turned)
         # hosts that return their map beside the tokens
         changed = (after, *output[1:]) if isinstance(output, tuple) else after
@@ -292,7 +293,7 @@ class EditedBlock:
         side = _batch_first(stream.entered, turned) if self._first else passage.side
         if side is None:
             raise CaptureError("the chosen blocks ran in another order than the model holds them")
-        with aside():
+        with taps_suspended():
             attended = stream.attention(lambda tokens: _batch_first(tokens, turned))
             passage.side = edit.step(side, attended)
             if not self._last:
@@ -316,13 +317,9 @@ class EditedBlock:
         tokens = _batch_first(tokens, _turned(tokens, attention, passage.anatomy))
         return self._edit.log_weights(tokens, attention, self._site(passage, attention))
 
-    def _on_fused(self, output: Tensor, attention: FusedAttention) -> Tensor:
+    def _on_attention(self, output: Tensor, attention: Attention) -> Tensor:
         self._see(attention)
         return output
-
-    def _on_explicit(self, weights: Tensor) -> Tensor:
-        self._see(ExplicitAttention(weights))
-        return weights
 
     def _see(self, attention: Attention) -> None:
         self._check(attention)

@@ -7,17 +7,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from camkit.capture.attention import Attention, FusedAttention
 from camkit.capture.hooks import Hooks
-from camkit.capture.intercept import aside
-from camkit.capture.mha import multi_head_attention
+from camkit.capture.intercept import Intercept, taps_suspended
 from camkit.capture.tail import tokens_of
 from camkit.edits.protocol import BlockContext, Edit
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.tensors import Tokens
-from camkit.torch_internals import KERNELS
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +127,7 @@ class BlockStream:
 
     def _project(self, values: Tensor) -> Tensor:
         module, args, kwargs, _ = self._pass.call
-        with aside(), ReplacedAttention(values):
+        with taps_suspended(), Intercept(ReplacedAttention(values)):
             output = module.forward(*args, **kwargs)
         added: Tensor = output[0] if isinstance(output, tuple) else output
         for scale in self._pass.behind:
@@ -185,23 +182,12 @@ class BlockStream:
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
-class ReplacedAttention(TorchFunctionMode):
+class ReplacedAttention:
     """Attention returns given values, ``(b, a, t, e)``, whatever it is called with."""
 
     def __init__(self, values: Tensor) -> None:
-        super().__init__()
         self._values = values
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in ("scaled_dot_product_attention", *KERNELS):
-            query = args[0] if args else kwargs["query"]
-            values = self._values.to(query.dtype)
-            return values.flatten(0, 1) if query.dim() == 3 else values
-        if name == "multi_head_attention_forward":
-            with self:
-                return multi_head_attention(*args, **kwargs)
-        return func(*args, **kwargs)
+    def fused(self, func: Callable[..., Any], query: Tensor, *_: Any, **__: Any) -> Tensor:
+        values = self._values.to(query.dtype)
+        return values.flatten(0, 1) if query.dim() == 3 else values
