@@ -434,7 +434,7 @@ def test_legrad_refuses_a_classifier_of_other_tokens():
     capture = seen_by(ReadsBoth(beside=True).eval(), PIXELS, seed)
     with pytest.raises(UnsupportedModelError, match="not those of a linear classifier of one"):
         seed(capture, CLASSES)
-    with pytest.raises(UnsupportedModelError, match="no block lies around the attention"):
+    with pytest.raises(UnsupportedModelError, match="lie in no block, so there are no tokens"):
         seen_by(HandMade(), PIXELS, seed)
 
 

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from camkit.capture.hooks import Hooks
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.grid import Grid
 
 CLASS_PARAMETERS = ("cls_token", "class_token", "class_embedding", "cls_embedding")
 DISTILLATION_PARAMETERS = ("dist_token", "distillation_token")
@@ -216,9 +217,30 @@ def _moved(before: Tensor, after: Tensor) -> list[int]:
     return [int(i) for i in (change > 1e-4 * change.max()).nonzero().flatten()]
 
 
+def grid_of_aspect(size: Sequence[int], count: int) -> Grid:
+    """Return the one grid of ``count`` patches that has exactly the image's aspect ratio.
+
+    Args:
+        size: rows and columns of pixels.
+        count: patches.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    if len(size) == 2 and count:
+        height, width = size
+        rows = round((count * height / width) ** 0.5)
+        if rows and count % rows == 0 and rows * width == count // rows * height:
+            return Grid(rows, count // rows)
+    raise UnsupportedModelError(
+        "no patch embedding found (a convolution with 3 input channels, stride = kernel >= 4), "
+        "so the patch grid is unknown; name it with `grid=(rows, cols)`"
+    )
+
+
 @contextmanager
 def isolated_rng(device: torch.device) -> Iterator[None]:
-    """Draw the same random numbers every time, restore all generators and disable camkit's hooks."""
+    """Draw the same random numbers each time, restore all generators, disable camkit's hooks."""
     devices = [device] if device.type == "cuda" else []
     python_state = random.getstate()
     with torch.random.fork_rng(devices=devices):

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from camkit.capture.anatomy import Anatomy, image_batch, isolated_rng
 from camkit.capture.attention import Attention, FusedAttention
 from camkit.capture.hooks import Hooks
-from camkit.capture.host import Host, head_count
+from camkit.capture.host import Host, block_modules, head_count
 from camkit.capture.intercept import Intercept, Tap
 from camkit.capture.record import TokenCall
-from camkit.capture.tail import block_modules, tokens_of
+from camkit.capture.tail import tokens_of
 from camkit.errors import UnsupportedModelError
 from camkit.torch_internals import count_hooks
 

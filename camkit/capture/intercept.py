@@ -246,7 +246,7 @@ class Tap:
     def kernel(
         self, func: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any
     ) -> Any:
-        """The same, called by a tap that wants the normaliser; such calls have four axes."""
+        """Report a call by a tap that wants the normaliser; such calls have four axes."""
         output, normaliser, *others = func(q, k, v, *rest, **named)
         mask, causal, scale = torch_internals.kernel_options(func.__name__, rest, named)
         attention = _described(q, k, mask, {"is_causal": causal, "scale": scale})
@@ -265,7 +265,7 @@ class Tap:
         gated_rows: int,
         *rest: Any,
     ) -> Any:
-        """camkit's own operator, called by another tap or by the host."""
+        """Report a call of camkit's own operator, by another tap or by the host."""
         output, normaliser, rows = func(q, k, v, log_weights, scale, gated_rows, *rest)
         bias = gated_bias(log_weights, gated_rows, q)
         attention = FusedAttention(q, k, scale, bias, v, output, normaliser)

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.anatomy import Anatomy, measuring
+from camkit.capture.anatomy import Anatomy, grid_of_aspect, measuring
 from camkit.capture.class_query import ClassQuery
 from camkit.capture.hooks import Graph, Hooks, borrowed
-from camkit.capture.host import Host
-from camkit.capture.session import grid_of_aspect
-from camkit.capture.tail import block_modules
+from camkit.capture.host import Host, block_modules
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.torch_internals import is_compiled

@@ -18,5 +18,10 @@ from camkit.edits.doei import (
 )
 from camkit.edits.handle import Handle as Handle, attach as attach
 from camkit.edits.interaction import VirtualClassTokens as VirtualClassTokens
-from camkit.edits.protocol import BlockContext as BlockContext, Edit as Edit, KeyEdit as KeyEdit
-from camkit.edits.stream import Attended as Attended, StreamEdit as StreamEdit
+from camkit.edits.protocol import (
+    Attended as Attended,
+    BlockContext as BlockContext,
+    Edit as Edit,
+    KeyEdit as KeyEdit,
+    StreamEdit as StreamEdit,
+)

@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from camkit.capture.attention import Attention, FusedAttention
-from camkit.edits.protocol import BlockContext
-from camkit.edits.stream import Attended
+from camkit.edits.protocol import Attended, BlockContext
 from camkit.errors import UnsupportedModelError
 from camkit.ops.attention import head_mean
 from camkit.tensors import Tokens

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import Attention
-from camkit.capture.host import find_attention
-from camkit.capture.tail import is_classifier, tail_modules
+from camkit.capture.host import find_attention, tail_modules
+from camkit.capture.tail import is_classifier
 from camkit.errors import UnsupportedModelError
 from camkit.ops.attention import take
 from camkit.tensors import Labels, Tokens
