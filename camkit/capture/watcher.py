@@ -342,7 +342,6 @@ class Recorder(Subscriber[Recording]):
                 hooks.after(block, self._end_even_rows)
         if self._query is not None:
             self._query.start(hooks)
-            self._query.started()
 
     def forward_begins(self, context: Recording) -> None:
         self.forward = context
