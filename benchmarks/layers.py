@@ -18,20 +18,20 @@ from camkit import bench
 from camkit.data import Sample, read_mask
 from camkit.score import confusion_matrix, mean_iou
 
-LENSES = tuple(camkit.seeds.LogitLensSeed(layer) for layer in range(-6, 0))
-PAIR = (camkit.seeds.LogitLensSeed(-2), camkit.seeds.LogitLensSeed(-1))
+LENSES = tuple(camkit.contrib.LogitLensSeed(layer) for layer in range(-6, 0))
+PAIR = (camkit.contrib.LogitLensSeed(-2), camkit.contrib.LogitLensSeed(-1))
 SEEDS = {
     "class weight": camkit.seeds.ClassWeightSeed(),
     **{f"lens {lens.layer}": lens for lens in LENSES},
     "lenses -2 and -1, mean": camkit.seeds.FusedSeed(PAIR, "mean"),
     "lenses -2 and -1, maximum": camkit.seeds.FusedSeed(PAIR, "max"),
     "lenses -2 and -1, product": camkit.seeds.FusedSeed(PAIR, "product"),
-    "lens that agrees best": camkit.seeds.BestAgreementSeed(LENSES),
-    "lens that agrees with the gradient seed": camkit.seeds.BestAgreementSeed(
+    "lens that agrees best": camkit.contrib.BestAgreementSeed(LENSES),
+    "lens that agrees with the gradient seed": camkit.contrib.BestAgreementSeed(
         LENSES, camkit.GradientSeed()
     ),
     "gradient": camkit.GradientSeed(),
-    "gradient, last block": camkit.seeds.BlockSeed(camkit.GradientSeed(), (-1,)),
+    "gradient, last block": camkit.contrib.BlockSeed(camkit.GradientSeed(), (-1,)),
     "concepts": camkit.contrib.CRAFTSeed(),
 }
 

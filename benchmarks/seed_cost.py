@@ -140,7 +140,7 @@ OURS = {
     "camkit EigenCAM, as grad-cam is called": shim("EigenCAM"),
     "camkit LeGrad, 12 blocks": seed(camkit.seeds.LeGradSeed(), ONE, blocks=None),
     "camkit LeGrad of the class token, 12 blocks": seed(
-        camkit.seeds.LeGradSeed(reading="class"), ONE, blocks=None
+        camkit.seeds.LeGradSeed(token="class"), ONE, blocks=None
     ),
     "camkit attention rollout": seed(camkit.seeds.AttentionRolloutSeed(), ONE, blocks=None),
 }

@@ -17,16 +17,14 @@ from tables import CHAIN, found_data, measure, table_options, write
 import camkit
 from camkit.bench import Report, Row, Variant
 from camkit.cli.models import DEFAULT_MODEL, open_model
+from camkit.contrib import BestAgreementSeed, BlockSeed, LogitLensSeed
 from camkit.method import CALIBRATED
 from camkit.seeds import (
     AttentionRolloutSeed,
-    BestAgreementSeed,
-    BlockSeed,
     EigenCAMSeed,
     FusedSeed,
     GradCAMSeed,
     LeGradSeed,
-    LogitLensSeed,
     Seed,
 )
 
@@ -46,7 +44,7 @@ SEEDS: dict[str, Seed] = {
     "class attention, last three": BlockSeed(ATTENTION, (-3, -2, -1)),
     "rollout of attention": AttentionRolloutSeed(),
     "legrad": LeGradSeed(),
-    "legrad of the class token": LeGradSeed(reading="class"),
+    "legrad of the class token": LeGradSeed(token="class"),
     "class weight": WEIGHT,
     **{method: GradCAMSeed(method) for method in METHODS},
     "layercam, four blocks": GradCAMSeed("layercam", blocks=4),

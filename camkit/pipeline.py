@@ -24,8 +24,15 @@ from camkit.paint import overlay_mask, save_mask, save_picture
 from camkit.photo import Photo, read_picture
 from camkit.refiners.normalize import normalize_cam
 from camkit.refiners.protocol import Refiner
-from camkit.seeds.protocol import Seed, check_classes
-from camkit.seeds.targets import ClassRequest, Targets, known_classes, name_of, read_targets
+from camkit.seeds.protocol import Seed
+from camkit.seeds.targets import (
+    ClassRequest,
+    Targets,
+    known_classes,
+    name_of,
+    read_targets,
+    with_targets,
+)
 from camkit.seeds.text import TextClasses
 from camkit.seeds.views import ModelRunner, MultiViewReader, Views, check_size
 from camkit.tensors import RGB, Cam, Classes, Pixels
@@ -277,7 +284,7 @@ class Pipeline:
         return targets, self._settled[0]
 
     def _run(self, targets: Targets, pixels: Pixels, rgb: RGB) -> Stages:
-        reading = targets.reading(self._preset.seed)
+        reader = with_targets(self._preset.seed, targets)
         weight = next(self.model.parameters())
         pixels, rgb = pixels.to(weight), rgb.to(weight.device)
         look = ModelRunner(
@@ -291,11 +298,9 @@ class Pipeline:
         views = self.views or Views()
         with borrowed(self.model), torch.no_grad():
             capture = look(pixels, rgb)
-            classes = targets.classes(capture).to(weight.device)
-            known = capture.scores.shape[-1] + len(targets.functions)
-            check_classes(capture, classes, known)
-            seeds = MultiViewReader(look, pixels, rgb, capture).seeds(classes, [(reading, views)])
-            seed = cam = normalize_cam(seeds[reading, views])
+            classes = targets.classes(capture)
+            seeds = MultiViewReader(look, pixels, rgb, capture).seeds(classes, [(reader, views)])
+            seed = cam = normalize_cam(seeds[reader, views])
             for refiner in self.refine:
                 cam = refiner(cam, capture)
         return Stages(seed, cam, capture, classes)

@@ -229,7 +229,7 @@ def test_a_group_of_outputs_shares_what_its_outputs_do():
 )
 def test_a_score_without_exact_shares_is_refused(model, pooling):
     capture = seen_by(model().eval(), torch.randn(2, 3, 64, 64))
-    with pytest.raises(UnsupportedModelError, match="no patch has an exact share"):
+    with pytest.raises(UnsupportedModelError, match="patches have no exact share"):
         ContributionSeed(pooling)(capture, CLASSES)
 
 

@@ -10,6 +10,7 @@ from hosts import shaken
 from torch import nn
 
 from camkit import attach, watch
+from camkit.contrib import LogitLensSeed
 from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
@@ -17,7 +18,6 @@ from camkit.seeds import (
     ClassWeightSeed,
     EigenCAMSeed,
     GradientSeed,
-    LogitLensSeed,
     PatchHeadSeed,
 )
 

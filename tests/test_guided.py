@@ -166,8 +166,8 @@ def test_maps_of_a_batch_do_not_mix():
 
 
 def test_it_is_linear_and_differentiable_in_the_maps_and_colours_get_no_gradient():
-    maps, low = pictures((3, 4), images=1, maps=2)
-    high = torch.rand(1, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    maps, low = pictures((3, 3), images=1, maps=1)
+    high = torch.rand(1, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     maps.requires_grad_()
 
     def upsampled(values):

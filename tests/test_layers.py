@@ -12,7 +12,13 @@ from camkit import GradientSeed, Vocabulary
 from camkit.bench import SuppressionChoice, Variant
 from camkit.bench.evaluator import variant_maps
 from camkit.capture.record import required_by
-from camkit.contrib import ConceptBank, CRAFTSeed
+from camkit.contrib import (
+    BestAgreementSeed,
+    BlockSeed,
+    ConceptBank,
+    CRAFTSeed,
+    LogitLensSeed,
+)
 from camkit.contrib.craft import (
     amounts_of,
     least_squares,
@@ -24,12 +30,9 @@ from camkit.contrib.craft import (
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.photo import Photo
 from camkit.seeds import (
-    BestAgreementSeed,
-    BlockSeed,
     ClassWeightSeed,
     FusedSeed,
     GatedProductSeed,
-    LogitLensSeed,
     RelevanceSeed,
     Views,
 )
@@ -119,7 +122,7 @@ def test_the_lens_takes_groups_of_outputs():
 def test_the_lens_needs_its_tokens_and_a_classifier():
     model, pixels = tiny("vit")
     seed = LogitLensSeed()
-    with pytest.raises(CaptureError, match=r"LogitLensSeed reads; watch.*camkit.needs\(seed\)"):
+    with pytest.raises(CaptureError, match=r"LogitLensSeed reads; watch.*requires=seed.requires"):
         seed(seen_by(model, pixels), CLASSES)
     with pytest.raises(ValueError, match="must lie in -3 to 2, got 3"):
         LogitLensSeed(3)(seen_by(model, pixels, seed), CLASSES)
@@ -156,8 +159,6 @@ def test_a_seed_of_some_blocks_is_the_seed_with_those_watched_alone():
 
 class Fixed:
     """A seed whose maps are known."""
-
-    gradients = False
 
     def __init__(self, maps):
         self.maps = maps

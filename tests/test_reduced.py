@@ -109,7 +109,7 @@ def test_what_is_no_refiner_is_refused():
 
 
 def test_a_picture_that_was_not_given_is_asked_for():
-    with pytest.raises(CaptureError, match=r"Reduced needs the picture; watch with `rgb="):
+    with pytest.raises(CaptureError, match=r"AtReducedSize needs the picture; watch with `rgb="):
         AtReducedSize(fitted)(torch.rand(1, 1, 2, 3), captured(None))
 
 

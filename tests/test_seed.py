@@ -7,9 +7,21 @@ import pytest
 import torch
 from hosts import HandMade, OneTokenPerClass, tiny
 
+import camkit
+from camkit.bench import Variant
+from camkit.bench.evaluator import variant_maps
 from camkit.capture import watch
+from camkit.capture.record import required_by
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seeds import ClassAttentionSeed, ClassWeightSeed, GradientSeed, RelevanceSeed
+from camkit.photo import Photo
+from camkit.seeds import (
+    ClassAttentionSeed,
+    ClassWeightSeed,
+    FusedSeed,
+    GradientSeed,
+    RelevanceSeed,
+    Views,
+)
 from camkit.vocabulary import Vocabulary
 
 SEEDS = [ClassAttentionSeed(), ClassWeightSeed(), GradientSeed(), RelevanceSeed()]
@@ -253,3 +265,51 @@ def test_a_class_with_its_own_token_is_seeded_the_same_under_another_number(seed
     renamed = Vocabulary(("fourth", "second"), members=((3,), (1,)))
     found = seed(seen_by(model, pixels, vocabulary=renamed), torch.tensor([[0, 1]] * 2))
     torch.testing.assert_close(found, seed(seen_by(model, pixels), torch.tensor([[3, 1]] * 2)))
+
+
+def own_seed(capture, classes):
+    """A seed as a user writes it: it may read gradients, and the tokens that leave each block."""
+    assert len(capture.leaving) == len(capture.blocks)
+    return GradientSeed()(capture, classes)
+
+
+@pytest.mark.parametrize("views", [None, Views(flip=True), Views(scales=(1.0, 0.5), tiles=2)])
+def test_a_plain_function_is_a_seed_in_a_pipeline_and_its_views(views):
+    model, pixels = tiny("vit")
+    rgb = torch.rand(2, 3, 64, 96)
+    refine = [camkit.Propagate(), camkit.refiners.Normalize()]
+    own, known = (
+        camkit.wrap(model, seed=seed, views=views, refine=refine).stages(
+            pixels, rgb=rgb, classes=CLASSES
+        )
+        for seed in (own_seed, GradientSeed())
+    )
+    torch.testing.assert_close(own.seed, known.seed)
+    torch.testing.assert_close(own.cam, known.cam)
+
+
+def test_a_plain_function_is_a_seed_of_a_benchmark_and_of_other_seeds():
+    model, _ = tiny("vit")
+    photo = Photo(torch.randn(1, 3, 64, 96), torch.rand(1, 3, 64, 96), (64, 96))
+    pairs = [
+        [Variant("own", own_seed), Variant("known", GradientSeed())],
+        [
+            Variant("own", FusedSeed((own_seed, ClassWeightSeed()))),
+            Variant("known", FusedSeed((GradientSeed(), ClassWeightSeed()))),
+        ],
+    ]
+    for own, known in pairs:
+        maps = variant_maps(model, photo, CLASSES[:1], [own, known], Vocabulary(tuple("abcde")))
+        torch.testing.assert_close(maps[own], maps[known])
+
+
+def test_a_plain_function_goes_before_a_chain():
+    model, pixels = tiny("vit")
+    refine = camkit.chain(camkit.Propagate(), camkit.refiners.Normalize())
+    spec = required_by(own_seed, refine)
+    assert spec.gradients
+    assert spec.leaving
+    with watch(model, requires=spec) as seen:
+        model(pixels)
+    cam = refine(own_seed(seen.capture, CLASSES), seen.capture)
+    torch.testing.assert_close(cam, refine(GradientSeed()(seen.capture, CLASSES), seen.capture))

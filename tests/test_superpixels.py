@@ -7,7 +7,7 @@ from skimage.segmentation import felzenszwalb, slic
 
 from camkit import CaptureError, resize_cam
 from camkit.refiners import Superpixels
-from camkit.refiners.superpixels import segment_means
+from camkit.refiners.edge_aware import segment_means
 
 BOTH = pytest.mark.parametrize("method", ["slic", "felzenszwalb"])
 

@@ -69,7 +69,7 @@ def test_zeros_and_ones_of_whole_numbers_are_indices():
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ([1, 4], r"which of 2 images: one list for each, such as .*got \[1, 4\]"),
+        ([1, 4], r"one list for each of 2 images, such as .*got \[1, 4\]"),
         ([], "name at least one class, got none"),
         ([[1], []], "name at least one class, got none"),
         ([[1], [2], [3]], "one list for each of 2 images, got 3 lists"),
@@ -81,7 +81,7 @@ def test_zeros_and_ones_of_whole_numbers_are_indices():
         (torch.tensor([[1]]), r"one row per image \(2\), got a tensor of shape \(1, 1\)"),
         (torch.tensor([[1], [-2]]), "got -2"),
         (torch.tensor([1, 9]), "got 9"),
-        (torch.zeros(2, 4), "all 5 classes, got 4"),
+        (torch.zeros(2, 4), "5 columns, one per class, got 4"),
         (
             torch.full((2, 5), 0.5),
             "labels must be 0 or 1; for probabilities use camkit.seeds.PredictedClasses",
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_before_the_model_runs(model, pixels, asked
 
 
 @pytest.mark.parametrize("asked", ["cat", 1.5, {1, 2}, [[1.5], [0]], [[True], [0]], [[None], [1]]])
-def test_what_is_no_class_is_a_type_error(asked):
+def test_what_is_no_class_is_a_type_error(asked, no_shape_checks):
     with pytest.raises(TypeError, match="`classes` must"):
         read_targets(asked, images=2)
 
@@ -120,7 +120,7 @@ def test_every_form_gives_the_same_maps(model, pixels):
 @pytest.mark.parametrize(
     "seed", [GradientSeed(), RelevanceSeed(), GradCAMSeed("hirescam")], ids=repr
 )
-def test_a_score_of_ones_own_that_is_a_class_is_that_class(model, pixels, seed):
+def test_a_custom_score_that_is_a_class_is_that_class(model, pixels, seed):
     pipeline = wrap(model, seed=seed, refine=[])
     asked = [[lambda row: row[1], 4], [2, lambda row: row[0]]]
     found = pipeline.stages(pixels, rgb=pixels, classes=asked)
@@ -144,7 +144,7 @@ def test_a_difference_of_scores_explains_the_difference(model, pixels):
     torch.testing.assert_close(found.cam, expected.cam)
 
 
-def test_classes_beside_a_score_of_ones_own_keep_their_own_token():
+def test_classes_beside_a_custom_score_keep_their_own_token():
     host, pixels = OneTokenPerClass(class_tokens=5), torch.randn(2, 3, 16, 24)
     pipeline = wrap(host, refine=[])
     plain = pipeline.stages(pixels, rgb=pixels, classes=[[3], [1]]).cam
@@ -152,7 +152,7 @@ def test_classes_beside_a_score_of_ones_own_keep_their_own_token():
     torch.testing.assert_close(both[:, :1], plain)
 
 
-def test_scores_of_ones_own_go_with_groups_views_and_results(model):
+def test_custom_scores_go_with_groups_views_and_results(model):
     photo = photo_from_array(
         np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8), size=96
     )
@@ -172,8 +172,8 @@ def test_scores_of_ones_own_go_with_groups_views_and_results(model):
 
 
 @pytest.mark.parametrize("seed", [ClassWeightSeed(), ClassAttentionSeed()], ids=repr)
-def test_a_score_of_ones_own_needs_gradients(model, pixels, seed):
-    with pytest.raises(ValueError, match=r"is differentiated, and .*takes no gradients"):
+def test_a_custom_score_needs_gradients(model, pixels, seed):
+    with pytest.raises(ValueError, match=r"is differentiated, but .*takes no gradients"):
         wrap(model, seed=seed).stages(pixels, rgb=pixels, classes=[[torch.sum], [0]])
 
 
@@ -183,7 +183,7 @@ def test_a_score_of_ones_own_needs_gradients(model, pixels, seed):
     ids=["many", "no", "cut"],
 )
 def test_a_score_that_is_no_number_of_the_outputs_is_refused(model, pixels, score):
-    with pytest.raises(ValueError, match="must make one number of the outputs of an image"):
+    with pytest.raises(ValueError, match="must return one number from the outputs of an image"):
         wrap(model).stages(pixels, rgb=pixels, classes=[[score], [0]])
 
 

@@ -67,23 +67,23 @@ def likeness(model, text, token):
     return text.scale * F.normalize(embedded, dim=-1) @ text.embeddings.T
 
 
-@pytest.mark.parametrize("reading", ["mean", "class"])
+@pytest.mark.parametrize("token", ["mean", "class"])
 @pytest.mark.parametrize("name", ["open_clip", "transformers clip"])
-def test_each_block_answers_for_the_likeness_of_its_own_token(name, reading):
+def test_each_block_answers_for_the_likeness_of_its_own_token(name, token):
     model, text, encode = opened(name)
-    seed = camkit.seeds.TextLeGradSeed(text, reading=reading)
+    seed = camkit.seeds.LeGradSeed(token=token, text=text)
     found = seed(seen_by(model, encode, seed), CLASSES).flatten(2)
     expected = torch.zeros(2, 2, 16)
     for block, (tokens, after) in zip(blocks_of(model), passed(model, encode), strict=True):
         left, maps = left_by(block, tokens)
         torch.testing.assert_close(left, after)
-        token = left.mean(1) if reading == "mean" else left[:, 0]
-        scores = likeness(model, text, token)
+        scored = left.mean(1) if token == "mean" else left[:, 0]
+        scores = likeness(model, text, scored)
         for image, row in enumerate(CLASSES):
             for slot, index in enumerate(row):
                 if index >= 0:
                     (slope,) = torch.autograd.grad(scores[image, index], maps, retain_graph=True)
-                    rows = slope[image] if reading == "mean" else slope[image, :, :1]
+                    rows = slope[image] if token == "mean" else slope[image, :, :1]
                     expected[image, slot] += rows.clamp_min(0).mean((0, 1))[1:] / 2
     assert expected[0].amin(1).min() >= 0 < expected[0].amax()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -91,7 +91,7 @@ def test_each_block_answers_for_the_likeness_of_its_own_token(name, reading):
 
 def test_a_pooling_head_answers_for_the_tokens_of_each_block():
     model, text, encode = opened("transformers siglip")
-    seed = camkit.seeds.TextLeGradSeed(text, reading="pool")
+    seed = camkit.seeds.LeGradSeed(token="pool", text=text)
     found = seed(seen_by(model, encode, seed), CLASSES).flatten(2)
     tower = model.vision_model
     head, expected = tower.head, torch.zeros(2, 2, 16)
@@ -116,13 +116,13 @@ def test_a_pooling_head_answers_for_the_tokens_of_each_block():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_reading_that_does_not_fit_the_host_is_refused_at_the_door():
+def test_a_token_that_does_not_fit_the_texts_is_refused_at_once():
     _, clip, _ = opened("open_clip")
     _, siglip, _ = opened("transformers siglip")
-    with pytest.raises(ValueError, match='with these texts use "mean" or "class", got \'pool\''):
-        camkit.seeds.TextLeGradSeed(clip, reading="pool")
-    with pytest.raises(ValueError, match="with these texts use \"pool\", got 'mean'"):
-        camkit.seeds.TextLeGradSeed(siglip)
+    with pytest.raises(ValueError, match=r"this `text` `token` must be .*, got 'pool'"):
+        camkit.seeds.LeGradSeed(token="pool", text=clip)
+    with pytest.raises(ValueError, match="as the head pools by attention, got 'mean'"):
+        camkit.seeds.LeGradSeed(text=siglip)
 
 
 def test_a_forward_that_was_watched_for_less_is_refused():
@@ -130,4 +130,4 @@ def test_a_forward_that_was_watched_for_less_is_refused():
     with torch.no_grad(), camkit.watch(model) as seen:
         encode(PIXELS)
     with pytest.raises(CaptureError, match="does not hold the tokens that leave each block"):
-        camkit.seeds.TextLeGradSeed(text)(seen.capture, CLASSES)
+        camkit.seeds.LeGradSeed(text=text)(seen.capture, CLASSES)

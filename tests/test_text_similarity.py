@@ -118,10 +118,10 @@ def patch_cosines(model, text, capture, pixels):
     return F.normalize(embedded, dim=-1) @ every.T
 
 
-def expected_scores(reading, cosines, whole, scale):
-    if reading == "softmax":
+def expected_scores(variant, cosines, whole, scale):
+    if variant == "softmax":
         return (scale * cosines).softmax(-1)[..., :3]
-    if reading == "similarity":
+    if variant == "similarity":
         return cosines[..., :3]
     sure = (2 * whole).softmax(-1)
     weights = sure / sure.mean(-1, keepdim=True)
@@ -133,17 +133,17 @@ def expected_scores(reading, cosines, whole, scale):
     return found
 
 
-@pytest.mark.parametrize("reading", ["similarity", "softmax", "surgery"])
-def test_patches_are_compared_with_texts_as_the_class_token_is(opened, reading):
+@pytest.mark.parametrize("variant", ["similarity", "softmax", "surgery"])
+def test_patches_are_compared_with_texts_as_the_class_token_is(opened, variant):
     model, _, text, pixels, capture = opened
     cosines = patch_cosines(model, text, capture, pixels)
     embedded = text.known_space().images(capture)
     whole = embedded @ torch.cat([text.embeddings, text.background]).T
-    expected = expected_scores(reading, cosines, whole, text.scale)
-    seed = TextSimilaritySeed(text, reading=reading)
+    expected = expected_scores(variant, cosines, whole, text.scale)
+    seed = TextSimilaritySeed(text, variant=variant)
     torch.testing.assert_close(seed.scores(capture), expected, rtol=1e-4, atol=1e-4)
     maps = torch.stack([expected[i, :, row].T for i, row in enumerate(CLASSES)])
-    if reading != "softmax":
+    if variant != "softmax":
         maps = (maps - maps.mean(-1, keepdim=True)).clamp_min(0)
     torch.testing.assert_close(seed(capture, CLASSES).flatten(2), maps, rtol=1e-4, atol=1e-4)
 
@@ -159,15 +159,15 @@ def test_surgery_removes_the_products_that_all_texts_share_channel_by_channel(op
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("reading", ["similarity", "softmax", "surgery"])
-def test_permuted_prompts_give_permuted_scores(opened, reading):
+@pytest.mark.parametrize("variant", ["similarity", "softmax", "surgery"])
+def test_permuted_prompts_give_permuted_scores(opened, variant):
     model, tokenize, text, _, capture = opened
     order = [2, 0, 1]
     permuted = TextClasses.from_prompts(
         model, [NAMES[i] for i in order], tokenize=tokenize, background=("road", "sky")
     )
-    found = TextSimilaritySeed(permuted, reading=reading).scores(capture)
-    expected = TextSimilaritySeed(text, reading=reading).scores(capture)[..., order]
+    found = TextSimilaritySeed(permuted, variant=variant).scores(capture)
+    expected = TextSimilaritySeed(text, variant=variant).scores(capture)[..., order]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -238,7 +238,7 @@ def test_texts_without_a_space_say_what_to_give(opened):
 
 def test_tokens_that_no_block_returned_are_missed_with_words(opened):
     _, _, text, _, capture = opened
-    with pytest.raises(CaptureError, match="tokens that leave the last block were not seen"):
+    with pytest.raises(CaptureError, match="tokens that leave the last block were not recorded"):
         text.known_space().patches(replace(capture, tail=()))
 
 
@@ -255,8 +255,8 @@ def test_tokens_that_no_block_returned_are_missed_with_words(opened):
             "needs at least two",
         ),
         (
-            lambda: TextSimilaritySeed(TextClasses(("a",), torch.ones(1, 4)), reading="cosine"),
-            '`reading` must be "similarity", "softmax" or "surgery", got .cosine.',
+            lambda: TextSimilaritySeed(TextClasses(("a",), torch.ones(1, 4)), variant="cosine"),
+            '`variant` must be "similarity", "softmax" or "surgery", got .cosine.',
         ),
     ],
 )

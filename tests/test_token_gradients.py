@@ -30,7 +30,7 @@ SEEDS = [
     camkit.seeds.GradCAMSeed("gradcam++", noise=camkit.seeds.SmoothGrad(samples=2)),
     camkit.seeds.EigenCAMSeed(),
     camkit.seeds.LeGradSeed(),
-    camkit.seeds.LeGradSeed(reading="class"),
+    camkit.seeds.LeGradSeed(token="class"),
     camkit.seeds.AttentionRolloutSeed(),
 ]
 
@@ -216,7 +216,7 @@ def test_legrad_is_the_positive_gradient_of_every_blocks_own_score(family, block
 @pytest.mark.parametrize("class_query", [False, True])
 def test_legrad_of_the_class_token_is_the_gradient_at_its_row_alone(family, class_query):
     model, pixels = tiny(family)
-    seed = camkit.seeds.LeGradSeed(blocks=2, reading="class")
+    seed = camkit.seeds.LeGradSeed(blocks=2, token="class")
     capture = seen_by(model, pixels, seed, class_query=class_query)
     found = seed(capture, CLASSES).flatten(2)
     for slot, column in enumerate(CLASSES.T):
@@ -245,10 +245,10 @@ def test_a_class_token_that_cannot_be_followed_alone_is_refused(host, words):
     edit = camkit.edits.ScaleOutput(2.0) if host == "edited" else None
 
     def watched():
-        with watching(model, camkit.seeds.LeGradSeed(reading="class"), edit):
+        with watching(model, camkit.seeds.LeGradSeed(token="class"), edit):
             model(pixels)
 
-    with pytest.raises(UnsupportedModelError, match=rf"{words}.*reading=.mean."):
+    with pytest.raises(UnsupportedModelError, match=rf"{words}.*token=.mean."):
         watched()
 
 
@@ -266,7 +266,7 @@ def test_a_callers_own_graph_keeps_the_gradients_of_its_weights():
     model(pixels).square().sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    for seed in (camkit.seeds.LeGradSeed(), camkit.seeds.LeGradSeed(reading="class")):
+    for seed in (camkit.seeds.LeGradSeed(), camkit.seeds.LeGradSeed(token="class")):
         with camkit.watch(model, requires=seed.requires):
             scores = model(pixels)
         scores.square().sum().backward()
@@ -418,7 +418,7 @@ def test_noise_that_one_forward_cannot_hold_is_refused():
         (lambda: camkit.seeds.GradCAMSeed("scorecam"), "must be one of gradcam, .*got 'scorecam'"),
         (lambda: camkit.seeds.GradCAMSeed(blocks=0), "at least 1, got 0"),
         (lambda: camkit.seeds.LeGradSeed(blocks=0), "at least 1 or None, got 0"),
-        (lambda: camkit.seeds.LeGradSeed(reading="max"), '"mean" or "class", got \'max\''),
+        (lambda: camkit.seeds.LeGradSeed(token="max"), '"mean" or "class", got \'max\''),
         (lambda: camkit.seeds.AttentionRolloutSeed(residual=2.0), r"in \[0, 1\], got 2.0"),
         (lambda: camkit.seeds.SmoothGrad(samples=0), "at least 1, got 0"),
         (lambda: WatchSpec(entering_gradients=True), "at least 1, got 0"),

@@ -1,6 +1,5 @@
-"""Views: what is looked at how often, and that joined maps are what they say."""
+"""Views: how often the model runs, and that joined maps are those of the views."""
 
-import gc
 import weakref
 
 import pytest
@@ -58,10 +57,10 @@ def by_hand(model, pixels, size, *, mirrored=False, seed=SEED):
 
 
 def joined(model, pixels, chosen, classes=CLASSES, seed=SEED, **options):
-    look = ModelRunner(model, (seed,), **options)
+    runner = ModelRunner(model, seed.requires, **options)
     with torch.no_grad():
-        looked = MultiViewReader(look, pixels, None, look(pixels))
-        return looked.seeds(classes, [(seed, chosen)])[seed, chosen]
+        reader = MultiViewReader(runner, pixels, None, runner(pixels))
+        return reader.seeds(classes, [(seed, chosen)])[seed, chosen]
 
 
 def close(found, expected):
@@ -93,7 +92,7 @@ def test_mirror_images_may_be_joined_otherwise_than_scales(model, pixels):
     close(joined(model, pixels, chosen), parts[0] + parts[1])
 
 
-def test_levelled_views_count_alike(model, pixels):
+def test_views_scaled_to_their_maximum_count_alike(model, pixels):
     chosen = Views(scales=(1.0, 0.5), join="max", normalize="before")
     parts = [by_hand(model, pixels, size) for size in [(64, 96), (32, 48)]]
     tops = [part.amax((-2, -1), keepdim=True).clamp_min(1e-12) for part in parts]
@@ -159,7 +158,7 @@ def count_forwards(model):
     return seen
 
 
-def test_each_view_is_looked_at_once_whoever_wants_it(model):
+def test_the_model_runs_once_for_each_view_of_several_variants(model):
     photo = Photo(torch.randn(1, 3, 64, 96), torch.rand(1, 3, 64, 96), (64, 96))
     both, wide = Views(scales=(1.0, 0.5), flip=True), Views(scales=(1.0, 0.5, 1.5))
     variants = [
@@ -183,17 +182,16 @@ def test_each_view_is_looked_at_once_whoever_wants_it(model):
 def test_a_view_is_let_go_before_the_next(model, pixels):
     alive, most = weakref.WeakSet(), []
 
-    def reading(capture, classes):
-        alive.add(capture)
-        gc.collect()
+    def counting(capture, classes):
+        alive.add(capture)  # freed by its last reference, without a collection of cycles
         most.append(len(alive))
         return SEED(capture, classes)
 
-    look = ModelRunner(model, (SEED,))
+    runner = ModelRunner(model, SEED.requires)
     chosen = Views(scales=(1.0, 0.5), flip=True)
     with torch.no_grad():
-        looked = MultiViewReader(look, pixels, None, look(pixels))
-        looked.seeds(CLASSES, [(reading, chosen)])
+        reader = MultiViewReader(runner, pixels, None, runner(pixels))
+        reader.seeds(CLASSES, [(counting, chosen)])
     assert len(most) == 4
     assert max(most) == 2  # the photo as it is given, and the view at hand
 

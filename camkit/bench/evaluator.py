@@ -22,11 +22,12 @@ from camkit.photo import Photo
 from camkit.refiners.normalize import normalize_cam
 from camkit.refiners.protocol import Refiner
 from camkit.score import boundary_confusion, sweep_confusions
-from camkit.seeds.views import ModelRunner, MultiViewReader, Reading, Views
+from camkit.seeds.protocol import Seed
+from camkit.seeds.views import ModelRunner, MultiViewReader, Views
 from camkit.tensors import RGB, Cam, Pixels
 from camkit.vocabulary import Vocabulary
 
-Start: TypeAlias = tuple[Reading, Views]
+Start: TypeAlias = tuple[Seed, Views]
 Stages: TypeAlias = dict[tuple[Start, tuple[Refiner, ...]], Cam]
 
 

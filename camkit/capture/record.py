@@ -110,8 +110,8 @@ ATTENTION = WatchSpec()
 EVERYTHING = WatchSpec(gradients=True, leaving=True)
 """What a seed or refiner without ``requires``, such as a plain function, is assumed to read."""
 
-NO_MODEL = WatchSpec(last_patches=False)
-"""What a refiner requires that reads attention, colours or the map alone."""
+NO_PATCH_TOKENS = WatchSpec(last_patches=False)
+"""What a refiner requires that reads attention, colours or the map, but no patch tokens."""
 
 
 def required_by(*stages: Callable[..., Any]) -> WatchSpec:
@@ -120,7 +120,7 @@ def required_by(*stages: Callable[..., Any]) -> WatchSpec:
     Args:
         stages: seeds and refiners; a stage without ``requires`` counts as `EVERYTHING`.
     """
-    spec = NO_MODEL
+    spec = NO_PATCH_TOKENS
     for stage in stages:
         spec |= getattr(stage, "requires", EVERYTHING)
     return spec

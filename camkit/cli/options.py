@@ -204,7 +204,7 @@ MODEL_STEPS: Kinds = {
 GRAMMAR = """A step is NAME[:SETTINGS], steps are joined by + or by --refine given again. Settings
 stand between commas as key=value; the first may be the value alone of the refiner's
 first setting: crf:clip_es is crf:preset=clip_es. Sizes and lists are joined by x:
-size=240x320. reduced=0.5 on any step refines at half size (camkit.refiners.Reduced)."""
+size=240x320. reduced=0.5 on any step refines at half size (camkit.refiners.AtReducedSize)."""
 
 _REDUCED = "reduced"
 

@@ -1,3 +1,8 @@
 """Methods without a default or a measured gain; names here may change in any version."""
 
 from camkit.contrib.craft import ConceptBank as ConceptBank, CRAFTSeed as CRAFTSeed
+from camkit.contrib.layers import (
+    BestAgreementSeed as BestAgreementSeed,
+    BlockSeed as BlockSeed,
+    LogitLensSeed as LogitLensSeed,
+)

@@ -1,4 +1,4 @@
-"""CRAFT: concepts that recur among patches, weighed by what they do to the class score."""
+"""CRAFT: concepts that recur among patches, weighted by their effect on the class score."""
 
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from camkit.capture.record import Capture, WatchSpec
-from camkit.seeds.patches import leaving_patches, lens_scores
-from camkit.seeds.protocol import check_classes, keep_asked, pick
+from camkit.contrib.layers import leaving_patches, lens_scores
+from camkit.seeds.protocol import check_classes, fold_maps, pick
 from camkit.tensors import Cam, Classes
 
 Data: TypeAlias = Float[Tensor, "b n d"]
@@ -18,24 +18,24 @@ Amounts: TypeAlias = Float[Tensor, "b n r"]
 Directions: TypeAlias = Float[Tensor, "b r d"]
 
 _TINY = 1e-9
-_RIDGE = 1e-6  # a direction that no row holds, or two that are one, still have a solution
+_RIDGE = 1e-6  # keeps unused and duplicate directions solvable
 
 
 def semi_nmf(
     data: Data, rank: int, *, steps: int = 50, rng_seed: int = 0
 ) -> tuple[Amounts, Directions]:
-    """Find ``amounts @ directions`` close to ``data``, with amounts of at least 0.
+    """Factorise ``data`` to ``amounts @ directions``, with amounts of at least 0.
 
     The alternating rule of Ding, Li and Jordan (2010): directions by least squares, amounts by
-    their multiplicative update, which never raises the squared error. It starts from the nearest of
-    some rows drawn far from each other, plus 0.2, as there from k-means; to draw instead of
-    running k-means is ours.
+    their multiplicative update, which never raises the squared error. It starts from cluster
+    membership plus 0.2, as theirs. Their clusters are those of k-means; here each row belongs to
+    the nearest of some rows drawn far from each other, which is ours.
 
     Args:
-        data: rows to be explained, signed.
-        rank: how many directions.
-        steps: how often both are updated.
-        rng_seed: decides the first row drawn.
+        data: signed rows.
+        rank: number of directions.
+        steps: number of updates.
+        rng_seed: of the first row drawn.
     """
     if not 1 <= rank <= data.shape[1]:
         raise ValueError(f"`rank` must lie in 1 to the {data.shape[1]} rows, got {rank}")
@@ -48,12 +48,12 @@ def semi_nmf(
 
 
 def amounts_of(data: Data, directions: Directions, *, steps: int = 50) -> Amounts:
-    """How much of each known direction is in every row; at least 0.
+    """Return the amount of each given direction in every row; at least 0.
 
     Args:
-        data: rows to be explained.
+        data: signed rows.
         directions: of `semi_nmf`, perhaps of other data.
-        steps: multiplicative updates, from equal amounts on.
+        steps: number of multiplicative updates, starting from equal amounts.
     """
     amounts = data.new_ones(*data.shape[:2], directions.shape[1])
     for _ in range(steps):
@@ -62,7 +62,7 @@ def amounts_of(data: Data, directions: Directions, *, steps: int = 50) -> Amount
 
 
 def least_squares(data: Data, amounts: Amounts) -> Directions:
-    """The directions that explain the data best, given the amounts."""
+    """Return the directions with the least squared error, given the amounts."""
     gram = amounts.mT @ amounts
     ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_TINY)[:, None, None]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -77,9 +77,9 @@ def _step(data: Data, amounts: Amounts, directions: Directions) -> Amounts:
 
 
 def _start(data: Data, rank: int, rng_seed: int) -> Amounts:
-    """Each row belongs to the nearest of ``rank`` rows, each drawn farthest from those before."""
-    draw = torch.Generator().manual_seed(rng_seed)
-    first = int(torch.randint(data.shape[1], (1,), generator=draw))
+    """Assign each row to the nearest of ``rank`` rows, each the farthest from those before it."""
+    generator = torch.Generator().manual_seed(rng_seed)
+    first = int(torch.randint(data.shape[1], (1,), generator=generator))
     centre = data[:, first : first + 1]
     distances = [(data - centre).square().sum(-1)]
     for _ in range(rank - 1):
@@ -95,7 +95,7 @@ class ConceptBank:
     """Directions that recur among patches.
 
     Attributes:
-        directions: one row a concept.
+        directions: one row per concept.
     """
 
     directions: Float[Tensor, "r d"]
@@ -106,7 +106,7 @@ class ConceptBank:
 
         Args:
             patches: of images of one class, from the layer that a `CRAFTSeed` reads.
-            rank: how many; 20 is CRAFT's.
+            rank: number of concepts; 20 is CRAFT's.
             steps: of the factorisation.
         """
         return cls(semi_nmf(patches[None].float(), rank, steps=steps)[1][0])
@@ -114,21 +114,21 @@ class ConceptBank:
 
 @dataclass(frozen=True)
 class CRAFTSeed:
-    """The amount of each concept in each patch, times how much it matters to the class.
+    """The amount of each concept in each patch, times the concept's importance to the class.
 
-    After CRAFT (Fel et al. 2023): features are factorised into non-negative amounts of concepts, a
-    concept matters by the total Sobol index of the class score when amounts are scaled by random
-    masks (Jansen's estimator). Ours: ViT tokens are signed, so the factorisation is semi-NMF; masks
-    are Sobol's sequence instead of Halton's; the score is the logit lens of the mean patch; a
-    concept that lowers the score on average counts as zero, as the index has no sign; and without
-    ``concepts`` those of each image alone are taken, where CRAFT learns them from hundreds of crops
-    of one class.
+    After CRAFT (Fel et al. 2023): features are factorised into non-negative amounts of concepts. A
+    concept's importance is the total Sobol index of the class score when amounts are scaled by
+    random masks (Jansen's estimator). Ours: ViT tokens are signed, so the factorisation is
+    semi-NMF; masks are Sobol's sequence instead of Halton's; the score is the logit lens of the
+    mean patch; a concept that lowers the score on average counts as zero, as the index has no sign;
+    and without ``concepts`` each image is factorised by itself, where CRAFT learns concepts from
+    hundreds of crops of one class.
 
     Attributes:
-        concepts: learnt beforehand; None factorises each image alone.
-        rank: how many concepts an image has, where they are its own.
-        layer: the block whose patches are read, as in `camkit.seeds.LogitLensSeed`.
-        designs: masks for each concept; 32 is CRAFT's.
+        concepts: learnt beforehand; None factorises each image by itself.
+        rank: number of concepts of an image, if ``concepts`` is None.
+        layer: the block whose patches are read, as in `camkit.contrib.LogitLensSeed`.
+        designs: number of masks for each concept; 32 is CRAFT's.
     """
 
     concepts: ConceptBank | None = None
@@ -145,7 +145,8 @@ class CRAFTSeed:
             raise ValueError(f"`designs` must be at least 2, got {self.designs}")
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        check_classes(capture, classes, capture.scores.shape[-1])
+        scores = capture.scores
+        check_classes(classes, len(scores), scores.shape[-1])
         patches = leaving_patches(capture, self.layer, self).float()
         if self.concepts is None:
             amounts, directions = semi_nmf(patches, self.rank)
@@ -154,7 +155,7 @@ class CRAFTSeed:
             amounts = amounts_of(patches, directions)
         weights = self._importance(capture, classes, amounts.mean(1), directions)
         maps = torch.einsum("bkr,bnr->bkn", weights, amounts)
-        return keep_asked(capture.grid.fold(maps), classes)
+        return fold_maps(capture, maps, classes)
 
     def _importance(
         self,
@@ -163,7 +164,7 @@ class CRAFTSeed:
         pooled: Float[Tensor, "b r"],
         directions: Float[Tensor, "b r d"],
     ) -> Float[Tensor, "b k r"]:
-        """How much each concept matters to each asked class; 0 where it lowers the score."""
+        """Return the importance of each concept to each class; 0 if it lowers the score."""
         first, second = sobol_pairs(pooled.shape[1], self.designs, pooled)
         masks = torch.cat([first, *swapped(first, second)])
         tokens = torch.einsum("mr,br,brd->bmd", masks, pooled, directions)
@@ -171,31 +172,31 @@ class CRAFTSeed:
         scores = pick(lens_scores(capture, tokens.to(dtype)), classes).float()
         base, others = scores[..., : self.designs], scores[..., self.designs :]
         others = others.unflatten(-1, (-1, self.designs))
-        moved = first.T - second.T  # how much more of the concept the base design holds
+        moved = first.T - second.T  # surplus of the concept in the base design
         lowers = ((base[:, :, None] - others) * moved).mean(-1) < 0
         return total_sobol(base, others).masked_fill(lowers, 0.0)
 
 
 def sobol_pairs(dims: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent sets of points in the unit cube, evenly spread."""
+    """Draw two independent sets of evenly spread points in the unit cube."""
     drawn = SobolEngine(2 * dims).draw(count + 1)[1:].to(like)  # the first point is the origin
     return drawn[:, :dims], drawn[:, dims:]
 
 
 def swapped(first: Float[Tensor, "m r"], second: Float[Tensor, "m r"]) -> list[Tensor]:
-    """For each coordinate, the first set with that coordinate of the second."""
-    found = []
-    for place in range(first.shape[1]):
+    """Return, for each coordinate, the first set with that coordinate of the second."""
+    sets = []
+    for coordinate in range(first.shape[1]):
         changed = first.clone()
-        changed[:, place] = second[:, place]
-        found.append(changed)
-    return found
+        changed[:, coordinate] = second[:, coordinate]
+        sets.append(changed)
+    return sets
 
 
 def total_sobol(
     base: Float[Tensor, "... m"], changed: Float[Tensor, "... r m"]
 ) -> Float[Tensor, "... r"]:
-    """Jansen's estimate of the total Sobol index of each coordinate.
+    """Estimate the total Sobol index of each coordinate (Jansen).
 
     Args:
         base: values at the first set of points.

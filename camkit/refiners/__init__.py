@@ -1,10 +1,12 @@
-"""Class maps made better after the forward."""
+"""Refiners: class maps improved after the forward."""
 
 from camkit.refiners.crf import DenseCRF as DenseCRF
 from camkit.refiners.edge_aware import (
+    AtReducedSize as AtReducedSize,
     FastGlobalSmooth as FastGlobalSmooth,
     GuidedFilter as GuidedFilter,
     PixelAdaptive as PixelAdaptive,
+    Superpixels as Superpixels,
 )
 from camkit.refiners.normalize import (
     Amplify as Amplify,
@@ -18,5 +20,3 @@ from camkit.refiners.propagate import (
     RandomWalk as RandomWalk,
 )
 from camkit.refiners.protocol import Chain as Chain, Refiner as Refiner, chain as chain
-from camkit.refiners.reduced import AtReducedSize as AtReducedSize
-from camkit.refiners.superpixels import Superpixels as Superpixels

@@ -1,7 +1,8 @@
 """Dense CRF: class maps that follow the colours of the picture.
 
-All run 10 updates; ConvCRF runs 5. A name with ``_cam`` turns class maps into labels to train on,
-one with ``_seg``, and those of ToCo, AFA and WeCLIP, refine the output of a segmentation network.
+The presets name the codebases they come from. All run 10 updates; ConvCRF runs 5. A name with
+``_cam`` turns class maps into labels to train on; a name with ``_seg``, and those of ToCo, AFA and
+WeCLIP, refine the output of a segmentation network.
 """
 
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from camkit.capture.record import NO_MODEL, Capture, WatchSpec
-from camkit.errors import CaptureError
+from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.ops.images import resize_cam
 from camkit.ops.mean_field import Backend, Kernels, check_backend, check_kernels, mean_field
-from camkit.tensors import Cam, Mask
+from camkit.refiners.protocol import check_finite, picture_bytes, picture_of
+from camkit.tensors import IGNORE, Cam, Mask
 
 PRESETS: dict[str, Kernels] = {
     "clip_es": Kernels(1, 3, 67, 3, 4),  # CLIP-ES eval_cam_with_crf.py, as deeplab-pytorch
@@ -28,11 +29,8 @@ PRESETS: dict[str, Kernels] = {
     "weclip": Kernels(3, 3, 64, 5, 4),  # WeCLIP test_msc_flip_voc.py
     "mctformer": Kernels(3, 3, 80, 13, 10),  # MCTformer's copy of PSA
     "mctformer_seg": Kernels(4, 3, 83, 5, 3),  # MCTformer seg/tool/imutils.py
-    "convcrf": Kernels(3, 3, 80, 13, 10),  # ConvCRF convcrf/convcrf.py, whose filter is another one
+    "convcrf": Kernels(3, 3, 80, 13, 10),  # ConvCRF convcrf/convcrf.py, which uses another filter
 }
-
-
-IGNORE = 255
 
 
 @dataclass(frozen=True)
@@ -40,17 +38,16 @@ class DenseCRF:
     """Mean-field inference in a fully connected CRF (Kraehenbuehl and Koltun 2011).
 
     The unary is the softmax of background score and class maps over ``temperature``, at the size of
-    the captured picture; maps without any evidence take no part. `camkit.ops.mean_field` is what
-    runs, compiled where a compiler is there and in plain torch elsewhere. No gradient flows through
-    a call; it does through `probabilities`.
+    the captured picture; maps without any evidence take no part. `camkit.ops.mean_field` runs the
+    updates, compiled if a compiler is available and in plain torch otherwise. No gradient flows
+    through a call; it does through `probabilities`.
 
     Attributes:
-        preset: kernels as a codebase of the field uses them, or `camkit.ops.mean_field.Kernels`
-            of one's own.
+        preset: kernels of a codebase of the field, or your own `camkit.ops.mean_field.Kernels`.
         steps: mean-field updates.
         background_score: constant map of the background among the class maps, in (0, 1).
         temperature: small values trust the maps more; our choice.
-        backend: "auto", "native", "torch" or "pydensecrf"; all give the same up to rounding.
+        backend: "auto", "native", "torch" or "pydensecrf"; all agree up to rounding.
 
     Returns, when called, maps of the picture's size in which 0.5 is where class and background are
     equally probable: use ``background_score=0.5`` in `camkit.to_mask` behind it.
@@ -62,7 +59,7 @@ class DenseCRF:
     temperature: float = 0.25
     backend: Backend = "auto"
 
-    requires: ClassVar[WatchSpec] = NO_MODEL
+    requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
     def __post_init__(self) -> None:
         if not isinstance(self.preset, str):
@@ -78,13 +75,8 @@ class DenseCRF:
         check_backend(self.backend)
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
-        if capture.rgb is None:
-            raise CaptureError("DenseCRF needs the picture; watch with `rgb=photo.rgb`")
-        if not cam.isfinite().all():
-            raise ValueError(
-                "`cam` must be finite, got NaN or inf; a CRF would spread it everywhere"
-            )
-        rgb = (capture.rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+        rgb = picture_bytes(picture_of(capture, "DenseCRF"))
+        check_finite(cam)
         if cam.numel() == 0:
             return cam.new_zeros(*cam.shape[:2], *rgb.shape[1:3])
         dtype = torch.promote_types(cam.dtype, torch.float32)
@@ -92,25 +84,24 @@ class DenseCRF:
         present = (maps > 0).flatten(2).any(2)  # the others are padding, or without evidence
         refined = torch.zeros_like(maps)
         counts = present.sum(1)
-        for count in counts.unique().tolist():
+        for count in counts.unique().tolist():  # images with as many classes run together
+            if count == 0:
+                continue
             images = counts == count
-            if count:
-                chosen = present & images[:, None]
-                given = maps[chosen].unflatten(0, (-1, count))
-                refined[chosen] = self._refined(given, rgb[images]).flatten(0, 1)
+            chosen = present & images[:, None]
+            classes = maps[chosen].unflatten(0, (-1, count))
+            background = torch.full_like(classes[:, :1], self.background_score)
+            unary = (torch.cat([background, classes], 1) / self.temperature).softmax(1)
+            likely = self.probabilities(unary, rgb[images])
+            share = likely[:, 1:] / (likely[:, 1:] + likely[:, :1]).clamp_min(1e-12)
+            refined[chosen] = share.flatten(0, 1)
         return refined.to(cam.dtype)
 
-    def _refined(self, maps: Tensor, rgb: Tensor) -> Tensor:
-        background = torch.full_like(maps[:, :1], self.background_score)
-        unary = (torch.cat([background, maps], 1) / self.temperature).softmax(1)
-        likely = self.probabilities(unary, rgb)
-        return likely[:, 1:] / (likely[:, 1:] + likely[:, :1]).clamp_min(1e-12)
-
     def masks(self, masks: Mask, rgb: UInt8[Tensor, "b H W 3"], *, confidence: float = 0.7) -> Mask:
-        """Masks moved to the edges of the picture, as IRN and AFA do with their first labels.
+        """Move the outlines of masks to the edges of the picture, as IRN and AFA do with labels.
 
-        A pixel's own label has the probability ``confidence`` to begin with, the other labels of
-        its image share the rest; where a mask is 255 all are alike, and one of them is found.
+        A pixel's own label starts with the probability ``confidence``; the other labels of its
+        image share the rest. Where a mask is 255, all labels of the image start equal.
 
         Args:
             masks: values as in `camkit.to_mask`.
@@ -118,8 +109,8 @@ class DenseCRF:
             confidence: in (0, 1); 0.7 is IRN's.
 
         Returns:
-            The most probable label of each pixel, in the dtype of the masks; no 255 but in images
-            that hold nothing else.
+            The most probable label of each pixel, in the dtype of the masks. 255 remains only in
+            images that hold nothing else.
         """
         if not 0.0 < confidence < 1.0:
             raise ValueError(f"`confidence` must lie in (0, 1), got {confidence}")
@@ -128,11 +119,12 @@ class DenseCRF:
                 f"`masks` must have the size of `rgb`, got {tuple(masks.shape)} and "
                 f"{tuple(rgb.shape[:3])}"
             )
+        pairs = zip(masks, rgb, strict=True)
         return torch.stack(
-            [self._moved(*pair, confidence) for pair in zip(masks, rgb, strict=True)]
+            [self._refined_mask(mask, colours, confidence) for mask, colours in pairs]
         )
 
-    def _moved(self, mask: Tensor, rgb: Tensor, confidence: float) -> Tensor:
+    def _refined_mask(self, mask: Tensor, rgb: Tensor, confidence: float) -> Tensor:
         present = mask[mask != IGNORE].unique()
         if len(present) < 2:
             return mask if not len(present) else torch.full_like(mask, int(present[0]))
@@ -145,7 +137,7 @@ class DenseCRF:
     def probabilities(
         self, scores: Float[Tensor, "b k H W"], rgb: UInt8[Tensor, "b H W 3"]
     ) -> Float[Tensor, "b k H W"]:
-        """The mean field alone.
+        """Run the mean field alone.
 
         Args:
             scores: probabilities, summing to one over k.

@@ -1,17 +1,22 @@
-"""Class maps that follow the edges of the picture: guided filter, fast global smoothing, PAR."""
+"""Refiners that follow the edges of the picture, without a CRF or around a slow refiner.
+
+Guided filter, fast global smoothing, pixel-adaptive refinement, superpixels, and any refiner at a
+reduced size.
+"""
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from camkit.capture.record import NO_MODEL, Capture, WatchSpec
-from camkit.errors import CamkitError, CaptureError
+from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec, required_by
+from camkit.errors import CamkitError
 from camkit.ops.edge_aware import (
     DILATIONS,
     adapt_to_colours,
@@ -21,25 +26,32 @@ from camkit.ops.edge_aware import (
 )
 from camkit.ops.images import resize_cam
 from camkit.ops.similarity import check_positive
-from camkit.refiners.protocol import check_finite, picture_bytes, picture_of, scaled_size
-from camkit.tensors import Cam
+from camkit.refiners.crf import PRESETS, DenseCRF
+from camkit.refiners.protocol import (
+    Chain,
+    Refiner,
+    check_finite,
+    picture_bytes,
+    picture_of,
+    scaled_size,
+)
+from camkit.tensors import RGB, Cam
 
 
 @dataclass(frozen=True)
 class GuidedFilter:
-    """Make maps, in every window, a linear function of the colours: He et al. 2013.
+    """Make each map, in every window, a linear function of the colours (He et al. 2013).
 
-    The formula (`camkit.ops.edge_aware`) is the paper's; with ``scale`` below 1 the functions are
-    found on a reduced picture, as in the fast guided filter (He and Sun 2015). Ours: the
-    defaults, chosen
-    for maps of patches of 16 pixels (a quarter of the size does no worse than half or all of it),
-    and that results are clipped to the range of each map.
+    The formula (`camkit.ops.edge_aware`) is the paper's. With ``scale`` below 1 the functions are
+    computed on a reduced picture, as in the fast guided filter (He and Sun 2015). Ours: the
+    defaults, chosen for maps of patches of 16 pixels (a quarter of the size is no worse than half
+    or all of it), and clipping the results to the range of each map.
 
     Attributes:
-        radius: windows have 2 radius + 1 pixels on a side, of the size the functions are found at.
+        radius: windows have 2 radius + 1 pixels on a side, at the size of the computation.
         eps: variance of a colour, in [0, 1], below which a window counts as flat; larger values
             smooth more.
-        scale: the functions are found at this share of the picture's size, at most 1.
+        scale: share of the picture's size at which the functions are computed, at most 1.
 
     Returns, when called, maps of the picture's size. They are differentiable in the maps.
     """
@@ -48,7 +60,7 @@ class GuidedFilter:
     eps: float = 1e-3
     scale: float = 0.25
 
-    requires: ClassVar[WatchSpec] = NO_MODEL
+    requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
     def __post_init__(self) -> None:
         check_guided_settings(self.radius, self.eps)
@@ -64,34 +76,97 @@ class GuidedFilter:
         low = rgb if self.scale == 1.0 else resize_cam(rgb, size)
         maps = resize_cam(cam.to(dtype), size)
         filtered = guided_upsample(maps, low, rgb, radius=self.radius, eps=self.eps)
-        return clip_to_range(filtered, cam).to(cam.dtype)
+        return _clip_to_range(filtered, cam).to(cam.dtype)
 
 
-def clip_to_range(maps: Float[Tensor, "b k H W"], cam: Cam) -> Float[Tensor, "b k H W"]:
-    """Keep each map between the smallest and the largest score of another."""
+def _clip_to_range(maps: Float[Tensor, "b k H W"], cam: Cam) -> Float[Tensor, "b k H W"]:
+    """Clip each map to the smallest and the largest score of its map in ``cam``."""
     if cam.numel() == 0:
         return maps
     bounds = cam.detach().to(maps.dtype)
     return maps.clamp(bounds.amin((-2, -1), keepdim=True), bounds.amax((-2, -1), keepdim=True))
 
 
-_MOST_MAPS = 4  # that OpenCV filters in one call
-_MOST_SMOOTHNESS = 1e5  # single precision loses the third digit beyond it
+@dataclass(frozen=True)
+class AtReducedSize:
+    """Refine on a reduced picture, then bring the maps to its full size by guided upsampling.
+
+    For refiners whose cost grows with the pixels of the picture, such as `camkit.DenseCRF`: at half
+    size they take about a quarter of the time. The masks differ from those at full size, but are
+    about as good. The upsampling is the fast guided filter of He and Sun (2015). Applying it to
+    maps refined at a small size is ours, as are the defaults.
+
+    Attributes:
+        refiner: gets a capture with the small picture, and must return maps of that size. The reach
+            of the bilateral kernel of a DenseCRF shrinks with the picture; its Gaussian kernel and
+            the settings of other refiners are in pixels of the small picture.
+        scale: share of the picture's rows and columns that the refiner gets, in (0, 1].
+        radius: of the guided filter, in pixels of the small picture.
+        eps: of the guided filter (`camkit.refiners.GuidedFilter`).
+    """
+
+    refiner: Refiner
+    scale: float = 0.5
+    radius: int = 4
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not callable(self.refiner):
+            raise TypeError(f"`refiner` must be a refiner such as DenseCRF(), got {self.refiner!r}")
+        if not 0.0 < self.scale <= 1.0:
+            raise ValueError(f"`scale` must lie in (0, 1], got {self.scale}")
+        check_guided_settings(self.radius, self.eps)
+
+    @property
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return required_by(self.refiner)
+
+    def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
+        rgb = picture_of(capture, "AtReducedSize")
+        size = scaled_size(rgb, self.scale)
+        if size == (rgb.shape[-2], rgb.shape[-1]):
+            return self.refiner(cam, capture)
+        dtype = torch.promote_types(rgb.dtype, torch.float32)
+        small = resize_cam(rgb.to(dtype), size)
+        refined = _shrunk(self.refiner, self.scale)(cam, replace(capture, rgb=small))
+        if (refined.shape[-2], refined.shape[-1]) != size:
+            raise ValueError(
+                f"`refiner` must return maps of the size of its picture, {size[0]}x{size[1]}, got "
+                f"{refined.shape[-2]}x{refined.shape[-1]}; {self.refiner!r} does not"
+            )
+        large = guided_upsample(refined, small, rgb, radius=self.radius, eps=self.eps)
+        return _clip_to_range(large, refined)
+
+
+def _shrunk(refiner: Refiner, scale: float) -> Refiner:
+    """Return the refiner for a reduced picture, with a shorter reach if it is a DenseCRF."""
+    if isinstance(refiner, Chain):
+        return Chain(tuple(_shrunk(part, scale) for part in refiner.refiners))
+    if isinstance(refiner, DenseCRF):
+        kernels = PRESETS[refiner.preset] if isinstance(refiner.preset, str) else refiner.preset
+        reach = kernels.bilateral_sxy * scale  # a few pixels of the Gaussian one stay a few pixels
+        return replace(refiner, preset=kernels._replace(bilateral_sxy=reach))
+    return refiner
+
+
+_MAPS_PER_CALL = 4  # that OpenCV filters in one call
+_MAX_SMOOTHNESS = 1e5  # single precision loses the third digit beyond it
 
 
 @dataclass(frozen=True)
 class FastGlobalSmooth:
-    """Smooth each map as a whole, less across edges of colour: Min et al. 2014.
+    """Smooth each map globally, less across edges of colour (Min et al. 2014).
 
-    The map sought differs little from the given one, and little between neighbouring pixels of like
-    colour: a weighted least squares problem, solved along rows and columns in turn, three times.
-    Every result is an average of scores, so maps keep their range. By far the fastest refiner here
-    that looks at the picture. Runs in OpenCV, one image at a time on the CPU, in float32; not
-    differentiable.
+    Minimises a weighted least-squares energy: the result stays close to the given map and varies
+    little between neighbouring pixels of similar colour. It is solved along rows and columns in
+    turn, three times. Every result is an average of scores, so maps keep their range. The fastest
+    refiner here that uses the picture. Runs in OpenCV, one image at a time on the CPU, in float32;
+    not differentiable.
 
     Attributes:
-        smoothness: weight of likeness between neighbours against likeness to the given map; the
-            paper's lambda. At most 1e5, where single precision has lost all but three digits.
+        smoothness: weight of the smoothness term, the paper's lambda. At most 1e5, where single
+            precision has lost all but three digits.
         colour_width: distance in RGB, in [0, 1], at which likeness of neighbours fades; the paper's
             sigma over 255.
 
@@ -101,71 +176,66 @@ class FastGlobalSmooth:
     smoothness: float = 1000.0
     colour_width: float = 0.02
 
-    requires: ClassVar[WatchSpec] = NO_MODEL
+    requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.smoothness <= _MOST_SMOOTHNESS:
+        if not 0.0 < self.smoothness <= _MAX_SMOOTHNESS:
             raise ValueError(
-                f"`smoothness` must lie in (0, {_MOST_SMOOTHNESS:g}], got {self.smoothness}"
+                f"`smoothness` must lie in (0, {_MAX_SMOOTHNESS:g}], got {self.smoothness}"
             )
         check_positive("colour_width", self.colour_width)
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         rgb = picture_of(capture, "FastGlobalSmooth")
         check_finite(cam)
-        library = _ximgproc()
+        library: Any = getattr(cv2, "ximgproc", None)
+        if not hasattr(library, "createFastGlobalSmootherFilter"):
+            raise CamkitError(
+                "FastGlobalSmooth needs the extra modules of OpenCV, which this build lacks; "
+                "uninstall every other opencv package, then "
+                "`pip install opencv-contrib-python-headless`"
+            )
         maps = resize_cam(cam.detach().float(), (rgb.shape[-2], rgb.shape[-1]))
         smooth = torch.empty_like(maps, device="cpu")
-        for image, colours in enumerate(picture_bytes(rgb)):
+        for image, colours in enumerate(picture_bytes(rgb).cpu().numpy()):
             smoother = library.createFastGlobalSmootherFilter(
                 colours, self.smoothness, 255.0 * self.colour_width
             )
-            for first in range(0, maps.shape[1], _MOST_MAPS):
-                planes = maps[image, first : first + _MOST_MAPS].cpu().numpy()
-                found = smoother.filter(np.ascontiguousarray(planes.transpose(1, 2, 0)))
-                found = found.reshape(*found.shape[:2], -1).transpose(2, 0, 1)
-                smooth[image, first : first + _MOST_MAPS] = torch.from_numpy(found)
+            for first in range(0, maps.shape[1], _MAPS_PER_CALL):
+                planes = maps[image, first : first + _MAPS_PER_CALL].cpu().numpy()
+                filtered = smoother.filter(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+                filtered = filtered.reshape(*filtered.shape[:2], -1).transpose(2, 0, 1)
+                smooth[image, first : first + _MAPS_PER_CALL] = torch.from_numpy(filtered)
         return smooth.to(cam)
-
-
-def _ximgproc() -> Any:
-    library = getattr(cv2, "ximgproc", None)
-    if not hasattr(library, "createFastGlobalSmootherFilter"):
-        raise CamkitError(
-            "FastGlobalSmooth needs the extra modules of OpenCV, which this build lacks; "
-            "uninstall every other opencv package, then "
-            "`pip install opencv-contrib-python-headless`"
-        )
-    return library
 
 
 @dataclass(frozen=True)
 class PixelAdaptive:
-    """Average scores over neighbouring pixels of like colour, again and again: PAR.
+    """Average scores over neighbouring pixels of similar colour, repeatedly (PAR).
 
     The pixel-adaptive refinement of AFA (Ru et al. 2022), which ToCo and its followers keep. The
-    formula (`camkit.ops.edge_aware`), its dilations, ``colour_width`` and ``position_weight``
-    are AFA's, and so are 10 steps (15 on COCO there). ToCo refines at half size: ``scale=0.5``.
+    formula (`camkit.ops.edge_aware`), its dilations, ``colour_width`` and ``position_weight`` are
+    AFA's, and so are 10 steps (15 on COCO there). ToCo refines at half size: ``scale=0.5``.
 
-    Ours: both are resized by `camkit.resize_cam`, where AFA aligns corners; and maps are divided by
-    ``(1 + position_weight) ** steps``, by which the formula makes them larger, so that scores keep
-    their range and can meet a fixed background score. Where background and classes are compared
-    after the same refinement, as in the papers, this changes nothing.
+    Ours: map and picture are resized by `camkit.resize_cam`, where AFA aligns corners. Maps are
+    divided by ``(1 + position_weight) ** steps``, the growth of the formula, so that scores keep
+    their range and can be compared with a fixed background score. Where background and classes are
+    compared after the same refinement, as in the papers, this changes nothing.
 
-    ``rgb`` must be the colours in [0, 1]. Some repositories feed the normalised picture; that is
-    harmless, as the formula takes out each channel's shift and scale. A picture cast to bytes while
-    it is normalised is not: values wrap around, and edges appear that are not there.
+    ``rgb`` must be the colours in [0, 1]. Some repositories pass the normalised picture; that is
+    harmless, as the formula cancels each channel's shift and scale. Casting the normalised picture
+    to bytes is not harmless: values wrap around, which adds edges that do not exist.
 
     Attributes:
-        steps: how often.
-        scale: the picture is refined at this share of its size, 0.5 being about four times faster.
+        steps: number of steps.
+        scale: share of the picture's size to refine at; 0.5 is about four times faster.
         size: rows and columns to refine at instead, for pictures of any size.
-        dilations: distances of the neighbours, in pixels of the size refined at.
+        dilations: distances of the neighbours, in pixels at the size of refinement.
         colour_width: difference in colour at which likeness fades, in standard deviations of the
             neighbours.
-        position_weight: of nearness beside likeness.
+        position_weight: weight of nearness beside likeness.
 
-    Returns, when called, maps of the size refined at. They are differentiable in the maps.
+    Returns, when called, maps of the size of refinement. They are differentiable in the maps.
     """
 
     steps: int = 10
@@ -175,7 +245,7 @@ class PixelAdaptive:
     colour_width: float = 0.3
     position_weight: float = 0.01
 
-    requires: ClassVar[WatchSpec] = NO_MODEL
+    requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
     def __post_init__(self) -> None:
         check_dilations(self.steps, self.dilations, self.colour_width, self.position_weight)
@@ -187,18 +257,120 @@ class PixelAdaptive:
             raise ValueError(f"`size` must be at least 1x1, got {self.size[0]}x{self.size[1]}")
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
-        if capture.rgb is None:
-            raise CaptureError("PixelAdaptive needs the picture; watch with `rgb=photo.rgb`")
-        rows, cols = capture.rgb.shape[-2:]
-        size = self.size or (max(1, round(rows * self.scale)), max(1, round(cols * self.scale)))
         dtype = torch.promote_types(cam.dtype, torch.float32)  # rounded once, at the end
-        rgb = capture.rgb.detach().to(cam.device, dtype)
+        rgb = picture_of(capture, "PixelAdaptive").to(cam.device, dtype)
+        size = self.size or scaled_size(rgb, self.scale)
         refined = adapt_to_colours(
             resize_cam(cam.to(dtype), size),
-            rgb if size == (rows, cols) else resize_cam(rgb, size),
+            rgb if size == (rgb.shape[-2], rgb.shape[-1]) else resize_cam(rgb, size),
             steps=self.steps,
             dilations=self.dilations,
             colour_width=self.colour_width,
             position_weight=self.position_weight,
         )
         return (refined / (1.0 + self.position_weight) ** self.steps).to(cam.dtype)
+
+
+Segments = Int[Tensor, "b H W"]
+
+SEGMENT_DEFAULTS: dict[str, tuple[int, float, float]] = {
+    "slic": (200, 20.0, 0.0),
+    "felzenszwalb": (50, 100.0, 0.8),
+}
+"""Size, coherence and sigma of each method of `Superpixels`."""
+
+
+@dataclass(frozen=True)
+class Superpixels:
+    """Average each map, or count votes, within segments of similar colour.
+
+    Every pixel of a segment gets the same scores, so masks take the edges of the segments. They
+    come from scikit-image, one image at a time on the CPU: SLIC (Achanta et al. 2012) cuts pieces
+    of about equal size, Felzenszwalb and Huttenlocher (2004) merges pixels into pieces of any size.
+    Averaging, voting and the defaults are ours.
+
+    Attributes:
+        method: ``"slic"`` or ``"felzenszwalb"``.
+        size: pixels of a segment: the average that SLIC aims at, or the minimum that Felzenszwalb
+            leaves. None is the method's default.
+        coherence: SLIC: ``compactness``, weight of nearness against colour. Felzenszwalb:
+            ``scale``, larger values merge more. None is the method's default.
+        sigma: width of the blur before the segmentation, in pixels. None is the method's default.
+        vote: background score with which every pixel votes for its strongest class; the result is
+            each class's share of the votes in a segment. None averages the scores.
+
+    Returns, when called, maps of the picture's size; differentiable in the maps unless voted on.
+    """
+
+    method: Literal["slic", "felzenszwalb"] = "slic"
+    size: int | None = None
+    coherence: float | None = None
+    sigma: float | None = None
+    vote: float | None = None
+
+    requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.method not in SEGMENT_DEFAULTS:
+            known = ", ".join(SEGMENT_DEFAULTS)
+            raise ValueError(f"`method` must be one of {known}, got {self.method!r}")
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"`size` must be at least 1 pixel, got {self.size}")
+        if self.coherence is not None:
+            check_positive("coherence", self.coherence)
+        if self.sigma is not None and not 0.0 <= self.sigma < math.inf:
+            raise ValueError(f"`sigma` must be at least 0 and finite, got {self.sigma}")
+        if self.vote is not None and not 0.0 < self.vote < 1.0:
+            raise ValueError(f"`vote` must lie in (0, 1), got {self.vote}")
+
+    def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
+        rgb = picture_of(capture, "Superpixels")
+        check_finite(cam)
+        dtype = torch.promote_types(cam.dtype, torch.float32)  # sums of many pixels
+        maps = resize_cam(cam.to(dtype), (rgb.shape[-2], rgb.shape[-1]))
+        if self.vote is not None:  # 1 where a map is the strongest and beats the background
+            background = torch.full_like(maps[:, :1], self.vote)
+            winner = torch.cat([background, maps], 1).argmax(1)
+            maps = F.one_hot(winner, maps.shape[1] + 1).movedim(-1, 1)[:, 1:].to(dtype)
+        return segment_means(maps, self.segments(rgb).to(maps.device)).to(cam.dtype)
+
+    def segments(self, rgb: RGB) -> Segments:
+        """Return the segment of every pixel, numbered from 0 in each image."""
+        from skimage.segmentation import felzenszwalb, slic  # takes half a second
+
+        size, coherence, sigma = (
+            default if own is None else own
+            for own, default in zip(
+                (self.size, self.coherence, self.sigma), SEGMENT_DEFAULTS[self.method], strict=True
+            )
+        )
+        segments = torch.zeros(len(rgb), *rgb.shape[-2:], dtype=torch.int64)
+        for image, picture in enumerate(picture_bytes(rgb).cpu().numpy()):
+            if self.method == "slic":
+                count = max(1, round(picture.shape[0] * picture.shape[1] / size))
+                labels = slic(
+                    picture, n_segments=count, compactness=coherence, sigma=sigma, start_label=0
+                )
+            else:
+                labels = felzenszwalb(picture, scale=coherence, sigma=sigma, min_size=size)
+            segments[image] = torch.from_numpy(labels.astype(np.int64))
+        return segments
+
+
+def segment_means(maps: Float[Tensor, "b k H W"], segments: Segments) -> Float[Tensor, "b k H W"]:
+    """Replace every value by the mean of its segment.
+
+    Args:
+        maps: values of any range.
+        segments: the segment of every pixel, from 0.
+    """
+    if maps.numel() == 0:
+        return maps.clone()
+    index = segments.flatten(1)[:, None]
+    count = int(index.max()) + 1
+    pixels = torch.zeros(len(maps), 1, count, dtype=maps.dtype, device=maps.device)
+    pixels.scatter_add_(2, index, torch.ones_like(index, dtype=maps.dtype))
+    index = index.expand(-1, maps.shape[1], -1)
+    sums = torch.zeros(*maps.shape[:2], count, dtype=maps.dtype, device=maps.device)
+    sums = sums.scatter_add(2, index, maps.flatten(2))
+    return (sums / pixels.clamp_min(1)).gather(2, index).view_as(maps)

@@ -1,4 +1,4 @@
-"""Class maps carried along attention, likeness and colour: propagation, hybrid, random walk."""
+"""Refiners that spread scores between patches: along attention, likeness, colour, any affinity."""
 
 import math
 from collections.abc import Callable
@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.capture.attention import Attention
-from camkit.capture.record import NO_MODEL, Capture, WatchSpec
+from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.errors import CaptureError
 from camkit.ops.propagation import balance, check_share, component_boxes, random_walk
 from camkit.ops.similarity import check_positive, colour_smooth, cosine_smooth
@@ -20,24 +19,53 @@ from camkit.tensors import Cam
 Spread: TypeAlias = Float[Tensor, "b k n"]
 
 
+def _patch_attention(capture: Capture, blocks: int | None) -> Float[Tensor, "b n n"]:
+    """Return patch-to-patch attention, summed over the last blocks and averaged over heads."""
+    patches = capture.patches
+    first, *others = capture.blocks if blocks is None else capture.blocks[-blocks:]
+    total = first.head_mean()[:, patches][:, :, patches]
+    for block in others:
+        total = total + block.head_mean()[:, patches][:, :, patches]
+    return total
+
+
+def _attention_step(
+    capture: Capture, blocks: int | None, balance_rounds: int
+) -> Callable[[Spread], Spread]:
+    """Return a function that averages scores over the patches that each patch attends to."""
+    if balance_rounds:
+        affinity = balance(_patch_attention(capture, blocks), rounds=balance_rounds)
+        return lambda scores: scores @ affinity.to(scores.dtype).mT
+    patches = capture.patches
+    used = capture.blocks if blocks is None else capture.blocks[-blocks:]
+    return lambda scores: torch.stack([b.propagate(scores, patches) for b in used]).mean(0)
+
+
+def _check_attention(blocks: int | None, balance_rounds: int) -> None:
+    if blocks is not None and blocks < 1:
+        raise ValueError(f"`blocks` must be at least 1, got {blocks}")
+    if balance_rounds < 0:
+        raise ValueError(f"`balance` must be at least 0, got {balance_rounds}")
+
+
 @dataclass(frozen=True)
 class Propagate:
     """Spread scores along the patch-to-patch attention of the captured blocks.
 
     Each step replaces a patch's score by the average over the patches it attends to, heads and
-    blocks averaged, as MCTformer and TransCAM do with their summed maps; that rows are scaled to
-    sum to one is our choice, it keeps scores within the range of the incoming map.
+    blocks averaged, as MCTformer and TransCAM do with their summed maps. Scaling rows to sum to one
+    is our choice; it keeps scores within the range of the incoming map.
 
     Attributes:
-        steps: how many times the scores are spread.
+        steps: number of steps.
         blocks: use only the last n captured blocks; None uses all.
         mix: share of the spread scores in the result; the rest is the incoming map.
         balance: rounds of Sinkhorn normalisation of the affinity
-            (`camkit.ops.propagation.balance`), as CLIP-ES does with 3. With 0 scores
-            are streamed through fused attention; else one
-            ``(b, n, n)`` affinity, heads and blocks averaged, lives for the length of the call.
-        boxes: only scores within boxes around the parts of a map above this share of its maximum
-            are spread (`camkit.ops.propagation`), as in CLIP-ES at 0.4. None spreads all.
+            (`camkit.ops.propagation.balance`); CLIP-ES uses 3. With 0, scores are streamed through
+            fused attention; otherwise one ``(b, n, n)`` affinity, heads and blocks averaged, exists
+            for the length of the call.
+        boxes: spread only scores within boxes around the parts of a map above this share of its
+            maximum (`camkit.ops.propagation`); CLIP-ES uses 0.4. None spreads all scores.
     """
 
     steps: int = 1
@@ -46,77 +74,44 @@ class Propagate:
     balance: int = 0
     boxes: float | None = None
 
-    requires: ClassVar[WatchSpec] = NO_MODEL
+    requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}")
-        if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"`blocks` must be at least 1, got {self.blocks}")
+        _check_attention(self.blocks, self.balance)
         if not 0.0 <= self.mix <= 1.0:
             raise ValueError(f"`mix` must lie in [0, 1], got {self.mix}")
-        if self.balance < 0:
-            raise ValueError(f"`balance` must be at least 0, got {self.balance}")
         if self.boxes is not None:
             check_share(self.boxes)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
-        spread = self.operator(capture)
+        step = _attention_step(capture, self.blocks, self.balance)
         if self.boxes is not None:
             cam = cam * component_boxes(cam, self.boxes)
         scores = capture.grid.flatten(cam)
         for _ in range(self.steps):
-            scores = torch.lerp(scores, spread(scores), self.mix)
+            scores = torch.lerp(scores, step(scores), self.mix)
         return capture.grid.fold(scores)
-
-    def operator(self, capture: Capture) -> Callable[[Spread], Spread]:
-        """One step of spreading, ready to be taken as often as wanted."""
-        if self.balance:
-            affinity = balance(attention_between_patches(capture, self.blocks), rounds=self.balance)
-            return lambda scores: scores @ affinity.to(scores.dtype).mT
-        blocks = last_blocks(capture, self.blocks)
-        patches = capture.patches
-        return lambda scores: torch.stack([b.propagate(scores, patches) for b in blocks]).mean(0)
-
-
-def attention_between_patches(capture: Capture, blocks: int | None) -> Float[Tensor, "b n n"]:
-    """Attention of patches to patches, summed over the last blocks and averaged over heads.
-
-    Args:
-        capture: what was watched.
-        blocks: use only the last n captured blocks; None uses all.
-    """
-    first, *others = last_blocks(capture, blocks)
-    patches = capture.patches
-    total = first.head_mean()[:, patches][:, :, patches]
-    for block in others:
-        total = total + block.head_mean()[:, patches][:, :, patches]
-    return total
-
-
-def last_blocks(capture: Capture, blocks: int | None) -> tuple[Attention, ...]:
-    """The last n captured blocks, or all."""
-    return capture.blocks if blocks is None else capture.blocks[-blocks:]
 
 
 @dataclass(frozen=True)
 class HybridPropagate:
-    """Average scores over the patches a patch attends to, looks like, and is coloured like.
+    """Average scores over the patches that a patch attends to, resembles, and shares colours with.
 
-    ``cam <- (A cam + weight * K G cam) / (1 + weight)``, the hybrid attention of DOEI
-    (`camkit.edits.HybridAlignment`) between patches and applied to a map: A is the attention
-    of the last
-    blocks, G the row-softmax of the cosines between patch embeddings, K that of the likeness of
-    their mean colours. The map of pairs is not held, except for A where ``balance`` asks for it.
+    ``cam <- (A cam + weight * K G cam) / (1 + weight)``: the hybrid attention of DOEI
+    (`camkit.edits.HybridAlignment`) between patches, applied to a map. A is the attention of the
+    last blocks, G the row-softmax of the cosines between patch embeddings, K that of the likeness
+    of their mean colours. No ``(b, n, n)`` map is held, except for A if ``balance`` is above 0.
     Applying it to a map is our choice, after the propagation of MCTformer and CLIP-ES.
 
     Attributes:
-        steps: how often.
-        weight: of the cues beside attention, at least 0.
+        steps: number of steps.
+        weight: of the likeness beside attention, at least 0.
         temperature: divides the cosines.
         colour_width: distance in RGB, in [0, 1], at which likeness fades; None leaves colours out.
-        blocks: how many of the last watched blocks make A; None is all.
-        balance: Sinkhorn rounds on A (`camkit.Propagate`); 0 takes it as it is.
+        blocks: number of the last watched blocks that make A; None is all.
+        balance: Sinkhorn rounds on A (`camkit.Propagate`); 0 leaves it unchanged.
     """
 
     steps: int = 1
@@ -136,25 +131,31 @@ class HybridPropagate:
         check_positive("temperature", self.temperature)
         if self.colour_width is not None:
             check_positive("colour_width", self.colour_width)
-        self._attention()
+        _check_attention(self.blocks, self.balance)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
-        attend = self._attention().operator(capture)
-        resemble = self._cues(capture) if self.weight > 0 else None
+        attend = _attention_step(capture, self.blocks, self.balance)
+        resemble = self._likeness_step(capture) if self.weight > 0 else None
         scores = capture.grid.flatten(cam)
         for _ in range(self.steps):
-            joined = attend(scores)
+            spread = attend(scores)
             if resemble is not None:
-                joined = torch.lerp(joined, resemble(scores), self.weight / (1.0 + self.weight))
-            scores = joined
+                spread = torch.lerp(spread, resemble(scores), self.weight / (1.0 + self.weight))
+            scores = spread
         return capture.grid.fold(scores)
 
-    def _attention(self) -> Propagate:
-        return Propagate(steps=1, blocks=self.blocks, balance=self.balance)
-
-    def _cues(self, capture: Capture) -> Callable[[Spread], Spread]:
-        """One step along likeness of embeddings, and of colours where they count."""
-        embeddings, colours = capture.patch_embeddings(), self._colours(capture)
+    def _likeness_step(self, capture: Capture) -> Callable[[Spread], Spread]:
+        """Return a function that averages scores along likeness of embeddings, then of colours."""
+        embeddings = capture.patch_embeddings()
+        colours = None
+        if self.colour_width is not None:
+            if capture.rgb is None:
+                raise CaptureError(
+                    "HybridPropagate compares colours; watch with `rgb=`, or set "
+                    "`colour_width=None`"
+                )
+            size = (capture.grid.rows, capture.grid.cols)
+            colours = F.adaptive_avg_pool2d(capture.rgb, size).flatten(2).mT
 
         def resemble(scores: Spread) -> Spread:
             values = scores.mT
@@ -167,41 +168,28 @@ class HybridPropagate:
 
         return resemble
 
-    def _colours(self, capture: Capture) -> Float[Tensor, "b n 3"] | None:
-        if self.colour_width is None:
-            return None
-        if capture.rgb is None:
-            raise CaptureError(
-                "HybridPropagate looks at colours; watch with `rgb=`, or set `colour_width=None`"
-            )
-        size = (capture.grid.rows, capture.grid.cols)
-        return F.adaptive_avg_pool2d(capture.rgb, size).flatten(2).mT
-
-
-Affinity: TypeAlias = Float[Tensor, "b n n"]
-
 
 @dataclass(frozen=True, eq=False)
 class RandomWalk:
     """Walk scores over an affinity between patches: ``cam <- T^(2^logt) cam``.
 
-    As PSA (Ahn and Kwak 2018) and IRN (Ahn et al. 2019) do with affinities that they learn: T is
-    ``affinity ** beta``, its rows scaled to sum to one; there ``beta`` is 8 and 10, ``logt`` 6 and
-    8, for affinities that are 1 between alike pixels and 0 across an edge. Attention is spread much
-    wider, so the defaults here are ours. T is never squared: it is applied 2^logt times to the maps
-    (`camkit.ops.propagation`), which keeps their range.
+    As in PSA (Ahn and Kwak 2018) and IRN (Ahn et al. 2019), with their learned affinities: T is
+    ``affinity ** beta`` with rows scaled to sum to one. Their ``beta`` is 8 and 10, their ``logt``
+    6 and 8, for affinities that are 1 between similar pixels and 0 across an edge. Attention is
+    spread much wider, so the defaults here are ours. T is never squared: it is applied 2^logt times
+    to the maps (`camkit.ops.propagation`), which keeps their range.
 
     Attributes:
-        beta: larger values let only the strongest affinities count.
-        logt: logarithm, to the base of 2, of the number of steps.
-        affinity: ``(b, n, n)``, or a function that takes it from the capture; n is the number of
-            scores in a map, row by row, here of any size. None is the attention between patches,
-            heads and blocks averaged.
-        blocks: use only the last n captured blocks; None uses all. For attention.
+        beta: exponent of the affinity; larger values keep only the strongest affinities.
+        logt: base-2 logarithm of the number of steps.
+        affinity: ``(b, n, n)``, or a function from the capture to it; n is the number of scores in
+            a map, row by row, here of any size. None is the attention between patches, heads and
+            blocks averaged.
+        blocks: use only the last n captured blocks for attention; None uses all.
         balance: rounds of Sinkhorn normalisation of the attention
-            (`camkit.ops.propagation.balance`); 0 takes it as it is.
-        boxes: only scores within boxes around the parts of a map above this share of its maximum
-            set out (`camkit.ops.propagation`), as in CLIP-ES at 0.4. None lets all.
+            (`camkit.ops.propagation.balance`); 0 leaves it unchanged.
+        boxes: walk only scores within boxes around the parts of a map above this share of its
+            maximum (`camkit.ops.propagation`); CLIP-ES uses 0.4. None walks all scores.
     """
 
     beta: float = 1.0
@@ -217,25 +205,21 @@ class RandomWalk:
         check_positive("beta", self.beta)
         if not 0 <= self.logt <= 20:
             raise ValueError(f"`logt` must lie in [0, 20], got {self.logt}: 2^logt steps are taken")
-        if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"`blocks` must be at least 1, got {self.blocks}")
-        if self.balance < 0:
-            raise ValueError(f"`balance` must be at least 0, got {self.balance}")
+        _check_attention(self.blocks, self.balance)
         if self.boxes is not None:
             check_share(self.boxes)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
         if self.boxes is not None:
             cam = cam * component_boxes(cam, self.boxes)
-        affinity = self._affinity(capture).to(cam.device)
-        scores = cam.flatten(-2) if self.affinity is not None else capture.grid.flatten(cam)
+        if self.affinity is None:
+            affinity = _patch_attention(capture, self.blocks)
+            if self.balance:
+                affinity = balance(affinity, rounds=self.balance)
+            scores = capture.grid.flatten(cam)
+        else:
+            affinity = self.affinity(capture) if callable(self.affinity) else self.affinity
+            scores = cam.flatten(-2)
+        affinity = affinity.to(cam.device)
         walked = random_walk(scores, affinity, beta=self.beta, steps=2**self.logt)
         return walked.view_as(cam)
-
-    def _affinity(self, capture: Capture) -> Affinity:
-        if callable(self.affinity):
-            return self.affinity(capture)
-        if self.affinity is not None:
-            return self.affinity
-        attention = attention_between_patches(capture, self.blocks)
-        return balance(attention, rounds=self.balance) if self.balance else attention

@@ -1,10 +1,9 @@
-"""What a refiner is, how refiners are chained, and what they ask of a picture."""
+"""Refiner: what a refiner is, how refiners are chained, and how they read the picture."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -13,18 +12,19 @@ from camkit.errors import CaptureError
 from camkit.tensors import RGB, Cam
 
 Refiner: TypeAlias = Callable[[Cam, Capture], Cam]
-"""``(cam, capture) -> cam``: a frozen dataclass, its repr the settings, or a plain function."""
+"""``(cam, capture) -> cam``: a frozen dataclass, whose repr is its settings and which states what
+it reads as ``requires``, or a plain function."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Refiners one after the other; itself a refiner."""
+    """Refiners applied in order; itself a refiner."""
 
     refiners: tuple[Refiner, ...]
 
     @property
     def requires(self) -> WatchSpec:
-        """What the forward must be watched for, so that all of them can read it."""
+        """What the forward must be watched for."""
         return required_by(*self.refiners)
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
@@ -35,7 +35,7 @@ class Chain:
 
 
 def chain(*refiners: Refiner) -> Chain:
-    """Put refiners in a row.
+    """Apply refiners in order.
 
     >>> chain().refiners
     ()
@@ -44,33 +44,32 @@ def chain(*refiners: Refiner) -> Chain:
 
 
 def picture_of(capture: Capture, refiner: str) -> RGB:
-    """The pictures in [0, 1], apart from any graph.
+    """Return the detached pictures in [0, 1].
 
     Args:
-        capture: what was watched.
-        refiner: who asks, for the message.
+        capture: of the watched model.
+        refiner: name of the refiner, for the error.
 
     Raises:
-        CaptureError: the model was watched without them.
+        CaptureError: the model was watched without pictures.
     """
     if capture.rgb is None:
         raise CaptureError(f"{refiner} needs the picture; watch with `rgb=photo.rgb`")
     return capture.rgb.detach()
 
 
-def picture_bytes(rgb: RGB) -> UInt8[np.ndarray, "b H W 3"]:
-    """The pictures in 0..255, red first, channels last, as libraries outside torch take them."""
-    pixels = (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
-    return np.ascontiguousarray(pixels.cpu().numpy())
+def picture_bytes(rgb: RGB) -> UInt8[Tensor, "b H W 3"]:
+    """Convert pictures to 0..255, channels last."""
+    return (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
 def scaled_size(rgb: RGB, scale: float) -> tuple[int, int]:
-    """Rows and columns of the pictures at a share of their size, at least 1 each."""
+    """Return rows and columns of the pictures times ``scale``, at least 1 each."""
     rows, cols = rgb.shape[-2:]
     return max(1, round(rows * scale)), max(1, round(cols * scale))
 
 
 def check_finite(cam: Cam) -> None:
-    """Refuse maps with NaN or inf."""
+    """Check that maps hold neither NaN nor inf."""
     if not cam.isfinite().all():
         raise ValueError("`cam` must be finite, got NaN or inf; a filter would spread it")

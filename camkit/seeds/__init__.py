@@ -1,4 +1,4 @@
-"""The first class maps, read from a capture."""
+"""Seeds: the first class maps, read from a capture."""
 
 from camkit.capture.record import SmoothGrad as SmoothGrad, WatchSpec as WatchSpec
 from camkit.seeds.attention import (
@@ -8,14 +8,12 @@ from camkit.seeds.attention import (
     RelevanceSeed as RelevanceSeed,
 )
 from camkit.seeds.combined import (
-    BestAgreementSeed as BestAgreementSeed,
-    BlockSeed as BlockSeed,
     FusedSeed as FusedSeed,
     GatedProductSeed as GatedProductSeed,
+    ProductSeed as ProductSeed,
 )
-from camkit.seeds.legrad import LeGradSeed as LeGradSeed, TextLeGradSeed as TextLeGradSeed
+from camkit.seeds.legrad import LeGradSeed as LeGradSeed
 from camkit.seeds.patches import (
-    LogitLensSeed as LogitLensSeed,
     LOSTSeed as LOSTSeed,
     PrototypeSeed as PrototypeSeed,
     TokenCutSeed as TokenCutSeed,
@@ -28,11 +26,11 @@ from camkit.seeds.pooled import (
     MeanPooling as MeanPooling,
     PatchHeadSeed as PatchHeadSeed,
     Pooling as Pooling,
-    ProductSeed as ProductSeed,
     RankPooling as RankPooling,
 )
 from camkit.seeds.protocol import Seed as Seed
 from camkit.seeds.targets import (
+    ClassRequest as ClassRequest,
     PredictedClasses as PredictedClasses,
     Targets as Targets,
     read_targets as read_targets,

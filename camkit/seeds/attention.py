@@ -1,15 +1,12 @@
 """Seeds from attention: class rows, rollout, gradients, and relevance."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from camkit.capture.record import Capture, WatchSpec
-from camkit.seeds.protocol import check_classes, class_gradients, keep_asked
+from camkit.seeds.protocol import check_classes, class_gradients, fold_maps
 from camkit.tensors import Cam, Classes
 
 
@@ -17,25 +14,21 @@ from camkit.tensors import Cam, Classes
 class ClassAttentionSeed:
     """Class-to-patch attention, averaged over heads and watched blocks.
 
-    A host with one class token per class (MCTformer) gives each class its own row; a host with a
-    single one gives every class the same map, which then says where something is, not what.
+    A model with one class token per class (MCTformer) gives each class its own row. A model with a
+    single class token gives every class the same map, which says where something is, not what.
     """
 
     requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         rows = capture.class_to_patch().detach()
-        check_classes(capture, classes, _known(capture, rows.shape[1]))
+        known = None if rows.shape[1] == 1 else rows.shape[1]  # a single token serves any class
+        if known is not None and capture.vocabulary is not None:
+            known = len(capture.vocabulary)
+        check_classes(classes, len(rows), known)
         shares = [capture.class_token_shares(column).to(rows) for column in classes.unbind(1)]
         maps = torch.einsum("bkc,bcn->bkn", torch.stack(shares, 1), rows)
-        return keep_asked(capture.grid.fold(maps), classes)
-
-
-def _known(capture: Capture, tokens: int) -> int | None:
-    """How many classes there are; any number will do for a host whose one token serves them all."""
-    if tokens == 1:
-        return None
-    return tokens if capture.vocabulary is None else len(capture.vocabulary)
+        return fold_maps(capture, maps, classes)
 
 
 @dataclass(frozen=True)
@@ -43,9 +36,9 @@ class AttentionRolloutSeed:
     """Attention rollout; the same map for every class.
 
     The row of the class token in the product of all blocks' ``(1 - residual) * A + residual * I``,
-    A being the attention averaged over heads (Abnar and Zuidema 2020). Only that row is carried, so
-    no product of maps is made. A host without class token starts from the mean of its patches,
-    which is ours. Watch all blocks for the published method.
+    where A is the attention averaged over heads (Abnar and Zuidema 2020). Only that row is carried,
+    so maps are never multiplied with maps. Ours: a model without a class token starts from the mean
+    of its patches. Watch all blocks for the published method.
 
     Attributes:
         residual: share of the residual connection; the paper's is one half.
@@ -60,32 +53,34 @@ class AttentionRolloutSeed:
             raise ValueError(f"`residual` must lie in [0, 1], got {self.residual}")
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        check_classes(capture, classes, None)
-        starts = list(capture.anatomy.class_tokens) or capture.patches
         attention = capture.blocks[-1]
-        relevance = attention.rows([0]).new_zeros(capture.images, 1, attention.shape[2]).detach()
+        images, _, tokens, _ = attention.shape
+        check_classes(classes, images, None)
+        patches = capture.patches
+        starts = list(capture.anatomy.class_tokens) or patches
+        relevance = attention.rows([0]).new_zeros(images, 1, tokens).detach()
         relevance[..., starts] = 1.0 / len(starts)
         for block in reversed(capture.blocks):
             carried = relevance @ block.head_mean().detach().to(relevance)
             relevance = self.residual * relevance + (1 - self.residual) * carried
-        maps = relevance[..., capture.patches].expand(-1, classes.shape[1], -1)
-        return keep_asked(capture.grid.fold(maps), classes)
+        return fold_maps(capture, relevance[..., patches].expand(*classes.shape, -1), classes)
 
 
 @dataclass(frozen=True)
 class GradientSeed:
     """Class-to-patch attention times its gradient, averaged over heads and watched blocks.
 
-    A class with a token of its own (MCTformer) is read from that token's rows alone. Negative
-    products count as zero. The gradient of the attention map is computed from the gradient
-    of the attention output, so no map exists and no parameter gradient is touched. Source:
-    grad-weighted attention of Chefer et al. 2021; the mean over blocks is our choice.
+    A class with its own token (MCTformer) is read from that token's rows alone. Negative products
+    count as zero. The gradient of the attention map is computed from the gradient of the attention
+    output, so no map is built and no parameter gradient is touched. Source: grad-weighted attention
+    of Chefer et al. 2021. The mean over blocks is our choice.
     """
 
     requires: ClassVar[WatchSpec] = WatchSpec(gradients=True)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        check_classes(capture, classes, capture.scores.shape[-1])
+        scores = capture.scores
+        check_classes(classes, len(scores), scores.shape[-1])
         calls = capture.class_calls()
         rows = [call.attention.rows(call.queries).detach() for call in calls]
         maps = []
@@ -98,7 +93,7 @@ class GradientSeed:
                 evidence = product[..., call.patches].clamp_min(0.0).mean(1)
                 weighted.append((evidence * shares[:, :, None].to(evidence)).sum(1))
             maps.append(torch.stack(weighted).mean(0))
-        return keep_asked(capture.grid.fold(torch.stack(maps, 1).detach()), classes)
+        return fold_maps(capture, torch.stack(maps, 1).detach(), classes)
 
 
 @dataclass(frozen=True)
@@ -106,45 +101,34 @@ class RelevanceSeed:
     """Class relevance carried from the class token down through all watched blocks.
 
     Each block adds ``relevance @ mean over heads of relu(A * dA)`` to the relevance above it, where
-    dA is the gradient of the class score (Chefer et al. 2021). Where single queries pool the
-    patches (SigLIP, CaiT), relevance starts from what they weigh; a host with neither class token
-    nor pooling query starts from the mean of its patches, which is our extension. Watch all blocks
-    for the published method.
+    dA is the gradient of the class score (Chefer et al. 2021). Ours: where single queries pool the
+    patches (SigLIP, CaiT), relevance starts from what these queries attend to; a model with neither
+    class token nor pooling query starts from the mean of its patches. Watch all blocks for the
+    published method.
     """
 
     requires: ClassVar[WatchSpec] = WatchSpec(gradients=True)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        check_classes(capture, classes, capture.scores.shape[-1])
-        pooling = () if capture.anatomy.class_tokens else capture.pooling
+        scores = capture.scores
+        check_classes(classes, len(scores), scores.shape[-1])
+        class_tokens, patches = list(capture.anatomy.class_tokens), capture.patches
+        pooling = () if class_tokens else capture.pooling
         calls = [call.attention for call in pooling] + list(capture.blocks)
         maps = []
         for column in classes.unbind(1):
             gradients = class_gradients(capture, column, calls)
-            start = _pooled(capture, gradients) if pooling else _origin(capture, column)
+            start = scores.new_zeros(len(scores), capture.blocks[0].shape[2]).detach()
+            for call, gradient in zip(pooling, gradients, strict=False):  # blocks come behind
+                query = start.new_ones(len(scores), 1)
+                start[:, patches] += call.attention.hop(query, gradient)[:, call.patches]
+            if class_tokens:
+                start[:, class_tokens] = capture.class_token_shares(column).to(start)
+            elif not pooling:
+                start[:, patches] = 1.0 / len(patches)
             relevance = start
             below = zip(capture.blocks, gradients[len(pooling) :], strict=True)
             for block, gradient in reversed(list(below)):
                 relevance = relevance + block.hop(relevance, gradient)
-            maps.append((relevance if pooling else relevance - start)[:, capture.patches])
-        return keep_asked(capture.grid.fold(torch.stack(maps, 1)), classes)
-
-
-def _origin(capture: Capture, column: Int[Tensor, " b"]) -> Float[Tensor, "b t"]:
-    """Relevance of one, at the class tokens that speak for a class, or spread over the patches."""
-    start = capture.scores.new_zeros(capture.images, capture.blocks[0].shape[2]).detach()
-    tokens = list(capture.anatomy.class_tokens)
-    if tokens:
-        start[:, tokens] = capture.class_token_shares(column).to(start)
-    else:
-        start[:, capture.patches] = 1.0 / capture.grid.size
-    return start
-
-
-def _pooled(capture: Capture, gradients: Sequence[Tensor]) -> Float[Tensor, "b t"]:
-    """Relevance that the pooling queries hand to the patches."""
-    start = capture.scores.new_zeros(capture.images, capture.blocks[0].shape[2]).detach()
-    query = start.new_ones(capture.images, 1)
-    for call, gradient in zip(capture.pooling, gradients, strict=False):  # blocks come behind
-        start[:, capture.patches] += call.attention.hop(query, gradient)[:, call.patches]
-    return start
+            maps.append((relevance if pooling else relevance - start)[:, patches])
+        return fold_maps(capture, torch.stack(maps, 1), classes)

@@ -1,4 +1,4 @@
-"""What a seed is, and what every seed does with the classes it is asked for."""
+"""Seed: the first class maps of a capture, and what all seeds share."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -9,32 +9,21 @@ from torch import Tensor
 
 from camkit.capture.attention import Attention
 from camkit.capture.record import Capture
-from camkit.tensors import Cam, Classes
+from camkit.tensors import Cam, Classes, Scores
 
 Seed: TypeAlias = Callable[[Capture, Classes], Cam]
-"""``(capture, classes) -> cam``: maps of ``classes`` on the grid, at least 0, not normalised, zeros
-where ``classes`` is -1. A frozen dataclass that states what it reads as ``requires`` (a
-`camkit.capture.WatchSpec`), or a plain function, which may read everything."""
+"""``(capture, classes) -> cam``: one map for each class on the patch grid, at least 0, of any
+scale, zero where ``classes`` is -1. Either a frozen dataclass that states what it reads as
+``requires`` (a `camkit.capture.WatchSpec`), or a plain function."""
 
 
-def check_classes(capture: Capture, classes: Classes, known: int | None) -> None:
-    """Refuse classes that do not fit the capture.
-
-    Args:
-        capture: what the model showed.
-        classes: int64, one row an image, padded with -1.
-        known: how many classes there are; None where any number will do.
-    """
-    check_range(classes, capture.images, known)
-
-
-def check_range(classes: Classes, images: int, known: int | None) -> None:
-    """Refuse classes of another batch, or that do not exist.
+def check_classes(classes: Classes, images: int, known: int | None) -> None:
+    """Check that ``classes`` fits the batch and names existing classes.
 
     Args:
-        classes: int64, one row an image, padded with -1.
-        images: how many the batch has.
-        known: how many classes there are; None where any number will do.
+        classes: int64, one row per image, padded with -1.
+        images: number of images in the batch.
+        known: number of classes; None accepts any index.
     """
     if classes.shape[0] != images:
         raise ValueError(
@@ -49,29 +38,46 @@ def check_range(classes: Classes, images: int, known: int | None) -> None:
         raise ValueError(f"`classes` must lie in 0{top} (or be -1 for none), got {wrong}")
 
 
-def keep_asked(cam: Cam, classes: Classes) -> Cam:
-    """Zero the maps of padded slots."""
-    return cam.masked_fill((classes < 0)[:, :, None, None], 0.0)
+def fold_maps(capture: Capture, maps: Float[Tensor, "b k n"], classes: Classes) -> Cam:
+    """Put patch scores on the grid, with zeros where ``classes`` is -1."""
+    return capture.grid.fold(maps).masked_fill((classes < 0)[:, :, None, None], 0.0)
 
 
 def pick(scores: Float[Tensor, "b n C"], classes: Classes) -> Float[Tensor, "b k n"]:
-    """Scores of the asked classes, class axis first."""
+    """Select the scores of ``classes``, class axis first."""
     index = classes.clamp_min(0)[:, None].expand(-1, scores.shape[1], -1)
     return scores.gather(2, index).mT
+
+
+def above_mean(maps: Float[Tensor, "b k n"]) -> Float[Tensor, "b k n"]:
+    """Subtract each map's mean; scores below it become zero."""
+    return (maps - maps.mean(-1, keepdim=True)).clamp_min(0.0)
+
+
+def scaled_to_max(cam: Float[Tensor, "... h w"]) -> Float[Tensor, "... h w"]:
+    """Divide each map by its maximum; a map without a score above 1e-8 becomes zero, not NaN."""
+    top = cam.amax((-2, -1), keepdim=True)
+    floor = max(1e-8, torch.finfo(cam.dtype).tiny)  # float16 has no 1e-8
+    return cam / top.clamp_min(floor) * (top > floor)
+
+
+def class_score(scores: Scores, column: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+    """Sum the scores of one class per image; -1 adds nothing."""
+    chosen = scores.gather(1, column.clamp_min(0)[:, None])[:, 0]
+    return chosen.masked_fill(column < 0, 0.0).sum()
 
 
 def class_gradients(
     capture: Capture, column: Int[Tensor, " b"], calls: Sequence[Attention]
 ) -> tuple[Tensor, ...]:
-    """Gradient of one class score per image at the given attention calls, and nowhere else.
+    """Differentiate one class score per image with respect to the given attention calls only.
 
     Args:
         capture: a forward watched with ``gradients=True``.
-        column: one class per image, -1 for none (its gradient is zero).
+        column: one class per image; the gradient is zero where it is -1.
         calls: attention calls of the capture.
     """
     with torch.inference_mode(mode=False), torch.enable_grad():
-        chosen = capture.scores.gather(1, column.clamp_min(0)[:, None])[:, 0]
-        total = chosen.masked_fill(column < 0, 0.0).sum()
         watched = [call.watched() for call in calls]
+        total = class_score(capture.scores, column)
         return torch.autograd.grad(total, watched, retain_graph=True)

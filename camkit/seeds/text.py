@@ -1,4 +1,4 @@
-"""Seeds from words: text classes, the joint space of images and texts, similarity."""
+"""Seeds from texts: text classes, the joint space of images and texts, patch similarity."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,20 +13,19 @@ from torch import Tensor, nn
 from camkit.capture.host import is_attention
 from camkit.capture.record import Capture, WatchSpec
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seeds.protocol import check_classes, keep_asked, pick
+from camkit.seeds.protocol import above_mean, check_classes, fold_maps, pick
 from camkit.tensors import Cam, Classes, Tokens
 
 
 @dataclass(frozen=True, eq=False)
 class JointSpace:
-    """What a model of images and texts does with the tokens that leave its last block.
+    """The steps of a model from the tokens that leave its last block to the space of texts.
 
     Attributes:
-        steps: applied in order to sequences of tokens; norm, pooling head where there is one, and
-            projection.
-        pools: whether a pooling head is among them, so that whole sequences become one embedding.
-        outside: the projection, where the model applies it outside of its image tower, whose
-            output is then of another width (transformers' CLIP).
+        steps: applied in order to sequences of tokens: norm, pooling head if any, projection.
+        pools: whether one of the steps pools a sequence to one embedding.
+        outside: the projection, if the model applies it outside of its image tower, whose output
+            then has another width (transformers' CLIP).
     """
 
     steps: tuple[Callable[[Tensor], Tensor], ...]
@@ -35,13 +34,13 @@ class JointSpace:
 
     @classmethod
     def of(cls, model: nn.Module) -> "JointSpace":
-        """Read from CLIP or SigLIP as OpenAI, open_clip or transformers make them.
+        """Find the steps of a CLIP or SigLIP of OpenAI, open_clip or transformers.
 
         Args:
             model: the whole model, or its image tower.
 
         Raises:
-            UnsupportedModelError: its form is not known.
+            UnsupportedModelError: the model is none of these.
         """
         host: Any = model
         visual = getattr(host, "visual", host)
@@ -58,34 +57,35 @@ class JointSpace:
         if _has(tower, "post_layernorm", "head") and hasattr(tower.head, "probe"):
             return cls((tower.post_layernorm.forward, tower.head.forward), pools=True)
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no CLIP or SigLIP of a known form; say how its tokens are "
-            "compared with texts: camkit.seeds.JointSpace((norm.forward, projection.forward))"
+            f"{type(model).__name__} is not a CLIP or SigLIP of a known form; name the steps from "
+            "its tokens to the space of texts: "
+            "camkit.seeds.JointSpace((norm.forward, projection.forward))"
         )
 
     def embed(self, tokens: Tokens, *, gradients: bool = False) -> Float[Tensor, "b t D"]:
-        """Embed every token alone, each as long as one; a pooling head sees one token at a time."""
+        """Embed every token by itself, scaled to unit length; a pooling head gets one token."""
         with torch.set_grad_enabled(gradients):
-            found = self._run(tokens.flatten(0, 1)[:, None])
-            return F.normalize(found.flatten(1).unflatten(0, tokens.shape[:2]), dim=-1)
+            embedded = self._run(tokens.flatten(0, 1)[:, None])
+            return F.normalize(embedded.flatten(1).unflatten(0, tokens.shape[:2]), dim=-1)
 
     def pooled(self, tokens: Tokens, *, gradients: bool = False) -> Float[Tensor, "b D"]:
-        """Embed whole sequences by the pooling head."""
+        """Embed whole sequences with the pooling head, scaled to unit length."""
         with torch.set_grad_enabled(gradients):
             return F.normalize(self._run(tokens).flatten(1), dim=-1)
 
     def patches(self, capture: Capture) -> Float[Tensor, "b n D"]:
-        """Embeddings of the patches."""
+        """Embed the patches."""
         return self.embed(last_tokens(capture)[:, capture.patches])
 
     def images(self, capture: Capture) -> Float[Tensor, "b D"]:
-        """Embeddings of whole images, as the host makes them: of its class token, or pooled."""
+        """Embed whole images as the model does: by the class token, or pooled."""
         tokens = last_tokens(capture)
         if self.pools:
             return self.pooled(tokens)
         if not capture.anatomy.class_tokens:
             raise CaptureError(
-                "this host has neither a class token nor a pooling head, so its image embedding "
-                "cannot be made of its tokens"
+                "this model has neither a class token nor a pooling head, so its image embedding "
+                "cannot be computed from its tokens"
             )
         return self.embed(tokens[:, list(capture.anatomy.class_tokens[:1])])[:, 0]
 
@@ -96,10 +96,10 @@ class JointSpace:
 
 
 def last_tokens(capture: Capture) -> Tokens:
-    """All tokens as the last block left them, before any norm.
+    """Return all tokens that leave the last block, before any norm.
 
     Raises:
-        CaptureError: no block that holds attention was seen to return them.
+        CaptureError: no recorded module that holds attention returns them.
     """
     count = capture.blocks[-1].shape[2]
     for call in capture.tail:
@@ -107,17 +107,13 @@ def last_tokens(capture: Capture) -> Tokens:
         if (
             tokens.dim() == 3
             and tokens.shape[:2] == (capture.images, count)
-            and _is_block(call.module)
+            and any(map(is_attention, call.module.modules()))  # it is a block
         ):
             return tokens
     raise CaptureError(
-        "the tokens that leave the last block were not seen; its attention lies in no module that "
-        "returns (b, t, d) tokens"
+        "the tokens that leave the last block were not recorded; no module that returns (b, t, d) "
+        "tokens holds its attention"
     )
-
-
-def _is_block(module: nn.Module) -> bool:
-    return any(is_attention(part) for part in module.modules())
 
 
 def _has(module: Any, *names: str) -> bool:
@@ -125,26 +121,26 @@ def _has(module: Any, *names: str) -> bool:
 
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "there is a {} in the scene.")
-"""Prompts whose embeddings are averaged, a handful like those of CLIP (Radford et al. 2021)."""
+"""Prompts whose embeddings are averaged: a few like those of CLIP (Radford et al. 2021)."""
 
 BACKGROUND = (
     "ground", "grass", "tree", "sky", "water", "sea", "road", "street", "building", "wall", "house",
     "floor", "mountain", "cloud", "railway", "bridge",
 )  # fmt: skip
-"""What stands behind things: a list of our own, as CLIP-ES (Lin et al. 2023) uses one."""
+"""Background texts: a list of our own, after the idea of CLIP-ES (Lin et al. 2023)."""
 
 
 @dataclass(frozen=True, eq=False)
 class TextClasses:
-    """Embeddings of class names and of background, in the space of images and texts.
+    """Embeddings of class names and of background texts, in the space of images and texts.
 
     Attributes:
         names: of the classes.
-        embeddings: one row a class; scaled to length one.
-        background: one row a background text; none says nothing.
-        space: how tokens of the host get there.
-        scale: what similarities are multiplied with, the host's logit scale.
-        bias: what is added then (SigLIP).
+        embeddings: one row per class; scaled to unit length.
+        background: one row per background text; None uses no background texts.
+        space: the steps from the model's tokens to this space.
+        scale: factor of the cosines, the model's logit scale.
+        bias: added to the scaled cosines (SigLIP).
     """
 
     names: tuple[str, ...]
@@ -190,16 +186,16 @@ class TextClasses:
     ) -> "TextClasses":
         """Encode prompts with a model's own text tower.
 
-        The embeddings of a class's prompts are scaled to length one and averaged.
+        The embeddings of a class's prompts are scaled to unit length and averaged.
 
         Args:
-            model: CLIP or SigLIP with both towers, as OpenAI, open_clip or transformers make it.
-            names: of the classes; synonyms in one name, separated by commas, are averaged as well.
-            tokenize: what the model's text tower takes, made of a list of prompts:
+            model: CLIP or SigLIP with both towers, of OpenAI, open_clip or transformers.
+            names: of the classes; synonyms, separated by commas within a name, are averaged too.
+            tokenize: turns a list of prompts into the input of the text tower:
                 ``open_clip.get_tokenizer(...)``, or a transformers tokenizer with
                 ``padding=True, return_tensors="pt"`` (SigLIP: ``padding="max_length"``).
             templates: prompts with ``{}`` in the place of the name.
-            background: texts for what is none of the classes; empty for none.
+            background: texts for everything outside the classes; empty for none.
 
         Raises:
             UnsupportedModelError: the model has no text tower of a known form.
@@ -226,7 +222,7 @@ class TextClasses:
         )
 
     def scores(self, output: Any) -> Float[Tensor, "b C"]:
-        """Scores of the classes from a host's image embedding; for ``camkit.watch(scores=...)``."""
+        """Score the classes from a model's output; for ``camkit.watch(scores=...)``."""
         embedding = embedding_of(output)
         width = self.embeddings.shape[1]
         outside = None if self.space is None else self.space.outside
@@ -234,40 +230,40 @@ class TextClasses:
             embedding = outside(embedding)
         if embedding.shape[-1] != width:
             raise ValueError(
-                f"the host returns embeddings {embedding.shape[-1]} wide, but those of the texts "
-                f"have {width} channels; were they made by the same model?"
+                f"the model returns embeddings of {embedding.shape[-1]} channels, but those of the "
+                f"texts have {width}; use texts that were embedded by the same model"
             )
         return self.logits(F.normalize(embedding, dim=-1))
 
     def logits(self, embedded: Float[Tensor, "... D"]) -> Float[Tensor, "... C"]:
-        """The host's scores of embeddings of length one."""
+        """Return the model's scores of embeddings of unit length."""
         return self.scale * self.similarity(embedded) + self.bias
 
     def similarity(
         self, embedded: Float[Tensor, "... D"], *, background: bool = False
     ) -> Float[Tensor, "... C"]:
-        """Cosines with the classes, then with the background texts if asked for."""
+        """Return cosines with the classes, then, if ``background``, with the background texts."""
         rows = self.embeddings
         if background and self.background is not None:
             rows = torch.cat([rows, self.background])
         return embedded @ rows.to(embedded).mT
 
     def known_space(self) -> JointSpace:
-        """The way from the host's tokens to the texts.
+        """Return ``space``.
 
         Raises:
-            ValueError: it was not given.
+            ValueError: it is None.
         """
         if self.space is None:
             raise ValueError(
-                "these TextClasses do not know how tokens are compared with them; give them "
-                "`space=camkit.seeds.JointSpace.of(model)`"
+                "these TextClasses have no `space`, so tokens cannot be compared with them; give "
+                "them `space=camkit.seeds.JointSpace.of(model)`"
             )
         return self.space
 
 
 def embedding_of(output: Any) -> Tensor:
-    """The embedding in what a tower returns: a tensor, the first of a tuple, or a field."""
+    """Find the embedding in a tower's output: a tensor, the first of a tuple, or a field."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -277,7 +273,7 @@ def embedding_of(output: Any) -> Tensor:
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
     raise UnsupportedModelError(
-        f"no embedding was found in a {type(output).__name__}; expected a tensor, a tuple that "
+        f"expected an embedding, got a {type(output).__name__}; return a tensor, a tuple that "
         "begins with one, or an object with image_embeds or pooler_output"
     )
 
@@ -297,75 +293,72 @@ def _ensemble(
     device = next(model.parameters()).device
     with torch.no_grad():
         if isinstance(tokens, Mapping) and hasattr(host, "get_text_features"):
-            told = {key: value.to(device) for key, value in tokens.items()}
-            found = embedding_of(host.get_text_features(**told))
+            inputs = {key: value.to(device) for key, value in tokens.items()}
+            output = host.get_text_features(**inputs)
         elif isinstance(tokens, Tensor) and hasattr(host, "get_text_features"):
-            found = embedding_of(host.get_text_features(tokens.to(device)))
+            output = host.get_text_features(tokens.to(device))
         elif isinstance(tokens, Tensor) and hasattr(host, "encode_text"):
-            found = embedding_of(host.encode_text(tokens.to(device)))
+            output = host.encode_text(tokens.to(device))
         else:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no text tower that takes a "
                 f"{type(tokens).__name__} (encode_text, get_text_features); embed the prompts "
                 "yourself and give camkit.seeds.TextClasses(names, embeddings)"
             )
-    return F.normalize(found.float(), dim=-1).mean(0)
+    return F.normalize(embedding_of(output).float(), dim=-1).mean(0)
 
 
 @dataclass(frozen=True)
 class TextSimilaritySeed:
-    """How alike the embeddings of patches are to those of class texts, for CLIP and its kin.
+    """Similarity of patch embeddings to class texts, for CLIP and similar models.
 
-    A patch goes the way of the class token: last norm and projection; where a head pools (SigLIP),
-    it is run on the patch alone. Attach `camkit.edits.StaticCalibration` for maps of good
-    quality: CLIP's
-    patches look like their opposite without (Li et al. 2023).
+    A patch passes the same steps as the class token: last norm and projection; a pooling head
+    (SigLIP) is run on the patch alone. Attach `camkit.edits.StaticCalibration` for good maps:
+    without it, CLIP's patches resemble the opposite of what they show (Li et al. 2023).
 
     Attributes:
         text: the classes.
-        reading: "similarity" is the cosine. "softmax" is each class's share among all classes and
-            background texts at the host's scale, as CLIP-ES (Lin et al. 2023) scores images; for
-            patches it is ours. "surgery" removes what a patch has in common with all texts, after
-            CLIP Surgery (Li et al. 2023): every class's cosine is weighted by how sure the image
-            embedding is of it (softmax of twice the cosine, over its mean), and the mean over all
-            texts is taken away; background texts count among them, which is ours.
+        variant: "similarity" is the cosine. "softmax" is each class's share among all classes and
+            background texts at the model's scale, as CLIP-ES (Lin et al. 2023) scores images; for
+            patches it is ours. "surgery" removes the part that a patch has in common with all
+            texts, after CLIP Surgery (Li et al. 2023): each class's cosine is weighted by the
+            confidence of the image embedding in it (softmax of twice the cosine, over its mean),
+            and the mean over all texts is subtracted; counting background texts among them is ours.
 
-    What exceeds the image's mean patch is evidence, except for "softmax", whose zero is natural;
-    that is ours.
+    Scores below the image's mean become zero, except for "softmax", which has a natural zero; that
+    is ours.
     """
 
     text: TextClasses
-    reading: Literal["similarity", "softmax", "surgery"] = "surgery"
+    variant: Literal["similarity", "softmax", "surgery"] = "surgery"
 
     requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __post_init__(self) -> None:
-        if self.reading not in ("similarity", "softmax", "surgery"):
+        if self.variant not in ("similarity", "softmax", "surgery"):
             raise ValueError(
-                '`reading` must be "similarity", "softmax" or "surgery", got ' + repr(self.reading)
+                f'`variant` must be "similarity", "softmax" or "surgery", got {self.variant!r}'
             )
-        if self.reading == "surgery" and len(self.text) == 1 and self.text.background is None:
+        if self.variant == "surgery" and len(self.text) == 1 and self.text.background is None:
             raise ValueError(
-                '`reading="surgery"` compares texts and needs at least two; add background texts, '
-                'or use "similarity"'
+                '`variant="surgery"` compares texts and needs at least two, got 1; add background '
+                'texts, or use "similarity"'
             )
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        check_classes(capture, classes, len(self.text))
+        check_classes(classes, capture.images, len(self.text))
         maps = pick(self.scores(capture), classes)
-        if self.reading != "softmax":
-            maps = (maps - maps.mean(-1, keepdim=True)).clamp_min(0.0)
-        return keep_asked(capture.grid.fold(maps), classes)
+        return fold_maps(capture, maps if self.variant == "softmax" else above_mean(maps), classes)
 
     def scores(self, capture: Capture) -> Float[Tensor, "b n C"]:
-        """What every patch has to do with every class, signed."""
+        """Return the signed score of every class at every patch."""
         space = self.text.known_space()
         likeness = self.text.similarity(space.patches(capture), background=True)
-        if self.reading == "softmax":
+        if self.variant == "softmax":
             likeness = (self.text.scale * likeness).softmax(-1)
-        if self.reading == "surgery":
+        if self.variant == "surgery":
             whole = self.text.similarity(space.images(capture), background=True)
-            sure = (2.0 * whole).softmax(-1)
-            likeness = likeness * (sure / sure.mean(-1, keepdim=True))[:, None]
+            confidence = (2.0 * whole).softmax(-1)
+            likeness = likeness * (confidence / confidence.mean(-1, keepdim=True))[:, None]
             likeness = likeness - likeness.mean(-1, keepdim=True)
         return likeness[..., : len(self.text)]
