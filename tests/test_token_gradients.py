@@ -228,11 +228,11 @@ def test_legrad_of_the_class_token_is_the_gradient_at_its_row_alone(family, clas
     ("host", "words"),
     [
         ("explicit softmax", "writes its softmax out"),
-        ("average pooled", "has 0 class tokens, where one is needed"),
+        ("average pooled", "has 0 class tokens, but one is needed"),
         ("learned bias", "cannot be called with the class token alone"),
         ("training", "is in training mode"),
         ("hooked", "carries hooks or edits"),
-        ("edited", "makes something else of the class token"),
+        ("edited", "computes another class token"),
     ],
 )
 def test_a_class_token_that_cannot_be_followed_alone_is_refused(host, words):

@@ -1,4 +1,4 @@
-"""Module hooks, graph mode and evaluation mode that are always put back."""
+"""Module hooks, gradient mode and evaluation mode that are always restored."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

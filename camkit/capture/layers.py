@@ -112,12 +112,7 @@ class Layers:
             if is_compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             pixels = pixels.clone() if pixels.is_inference() else pixels
-            if self._host is not None and self._anatomy is None:
-                try:
-                    self._anatomy = self._host.anatomy(self._host.core, (pixels,), {})
-                except (CaptureError, UnsupportedModelError):
-                    self._host = None
-            query = None if self._host is None else ClassQuery(self._host)
+            query = self._class_query(pixels)
             stack.callback(hooks.remove)
             for layer in self._layers:
                 hooks.after(layer, keep)
@@ -132,3 +127,11 @@ class Layers:
                     f"{name} did not run, or returned no tensor; name a layer that does"
                 )
         return LayerRun(output, tuple(outputs[layer] for layer in self._layers))
+
+    def _class_query(self, pixels: Tensor) -> ClassQuery | None:
+        if self._host is not None and self._anatomy is None:
+            try:
+                self._anatomy = self._host.anatomy(self._host.core, (pixels,), {})
+            except (CaptureError, UnsupportedModelError):
+                self._host = None
+        return None if self._host is None else ClassQuery(self._host)
