@@ -145,7 +145,7 @@ def test_another_number_of_patches_than_were_cut_is_an_error(patches):
 
 
 def test_a_model_that_was_never_given_images_is_an_error():
-    with pytest.raises(CaptureError, match=r"never called with images.*`handle\.rgb = "):
+    with pytest.raises(CaptureError, match=r"not called with images.*`handle\.rgb = "):
         Picture().colours(6)
 
 

@@ -63,7 +63,7 @@ class Anatomy:
 
 
 def measuring() -> bool:
-    """Whether camkit runs the model for itself, in this thread; its hooks then ignore the forward."""
+    """Whether camkit itself runs the model in this thread; its hooks ignore such forwards."""
     return getattr(_HERE, "measuring", False)
 
 
