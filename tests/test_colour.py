@@ -140,7 +140,7 @@ def test_colours_get_no_gradient_from_pictures_or_pixels():
 
 @pytest.mark.parametrize("patches", [5, 7])
 def test_another_number_of_patches_than_were_cut_is_an_error(patches):
-    with pytest.raises(CaptureError, match=f"6 patches were cut from the images, but {patches}"):
+    with pytest.raises(CaptureError, match=f"were cut into 6 patches, but {patches} tokens"):
         Picture(pixels=picture(), grid=Grid(2, 3)).colours(patches)
 
 

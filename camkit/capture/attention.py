@@ -233,34 +233,13 @@ class ClassRows:
 
     def rows(self, queries: Sequence[int]) -> Map:
         if not set(queries) <= set(self.queries):
-            _refuse()
+            self._refuse()
         return self.weights[:, :, [self.queries.index(query) for query in queries]]
 
-    def watched(self) -> Tensor:
-        _refuse()
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise CaptureError(
+            "this watch kept only the class rows of the attention, but more of it is needed; watch "
+            "without `class_rows_only`"
+        )
 
-    def columns(self, keys: Sequence[int]) -> Map:  # noqa: ARG002
-        _refuse()
-
-    def head_mean(self) -> Float[Tensor, "b t s"]:
-        _refuse()
-
-    def propagate(
-        self,
-        values: Float[Tensor, "b k n"],  # noqa: ARG002
-        patches: Sequence[int],  # noqa: ARG002
-    ) -> Float[Tensor, "b k n"]:
-        _refuse()
-
-    def gradient_rows(self, gradient: Tensor, queries: Sequence[int]) -> Map:  # noqa: ARG002
-        _refuse()
-
-    def hop(self, relevance: Float[Tensor, "b t"], gradient: Tensor) -> Float[Tensor, "b s"]:  # noqa: ARG002
-        _refuse()
-
-
-def _refuse() -> NoReturn:
-    raise CaptureError(
-        "this watch kept only the class rows of the attention, but more of it is needed; watch "
-        "without `class_rows_only`"
-    )
+    watched = columns = head_mean = propagate = gradient_rows = hop = _refuse
