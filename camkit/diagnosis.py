@@ -236,7 +236,9 @@ def _code(seeds: dict[str, str | None], capture: Capture, *, takes_images: bool)
     if works is None:
         return "camkit.watch(model, scores=lambda output: ...)"
     if not takes_images or capture.outputs is None:
-        return f"with camkit.watch(model) as seen: ...; camkit.seeds.{works}()(seen.capture, classes)"
+        return (
+            f"with camkit.watch(model) as seen: ...; camkit.seeds.{works}()(seen.capture, classes)"
+        )
     if works == "GradientSeed" or _why_not(ContributionSeed(), capture) is None:
         return "camkit.wrap(model)(photo, classes=[...])"
     return f"camkit.wrap(model, seed=camkit.seeds.{works}())(photo, classes=[...])"

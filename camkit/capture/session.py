@@ -138,25 +138,31 @@ class AttentionInputs:
 
 @dataclass(eq=False)
 class AttentionCall(Generic[C]):
-    """One call of an attention module.
+    """One call of an attention module; its tensors are dropped when the module has returned.
 
     Attributes:
         context: the forward it belongs to.
         module: the module.
         name: of the module.
-        tokens: the first tensor it was called with, as the host lays it out.
         inputs: what its maps are judged by.
-        maps: how many it has made so far.
-        attention: the latest of them, if the subscriber keeps it here until the module returns.
+        args: what the module was called with.
+        kwargs: what it was called with, by name.
+        maps: how many maps it has made so far.
+        attention: the latest of them, if the subscriber keeps it here.
     """
 
     context: C
     module: nn.Module
     name: str
-    tokens: Tensor | None
     inputs: AttentionInputs
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
     maps: int = 0
     attention: Attention | None = None
+
+    def why_unreadable(self, attention: Attention) -> str:
+        """Say why an attention does not relate tokens one to one; empty if it does."""
+        return self.inputs.why_unreadable(attention.shape, self.maps)
 
 
 class Subscriber(Generic[C]):
@@ -194,7 +200,7 @@ class Subscriber(Generic[C]):
         return None
 
     def attention_begins(
-        self, call: AttentionCall[C], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, call: AttentionCall[C]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """An attention module is called; may return other arguments for it."""
 
@@ -205,9 +211,7 @@ class Subscriber(Generic[C]):
         """An attention call ran; returns the output (fused) or weights (softmax) to go on with."""
         raise NotImplementedError
 
-    def attention_ends(
-        self, call: AttentionCall[C], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def attention_ends(self, call: AttentionCall[C], output: Any) -> Any:
         """An attention module returned; may return another output."""
 
     def block_begins(self) -> None:
@@ -343,24 +347,13 @@ class ForwardSession(Generic[C]):
             return None
         values, heads = (*args, *kwargs.values()), self._heads[module]
         measured = self._host.class_tokens is None
-        call = AttentionCall(
-            context,
-            module,
-            self._names[module],
-            next((value for value in values if isinstance(value, Tensor)), None),
-            AttentionInputs.from_call(values, module, context, heads=heads, measured=measured),
-        )
+        inputs = AttentionInputs.from_call(values, module, context, heads=heads, measured=measured)
+        call = AttentionCall(context, module, self._names[module], inputs, args, kwargs)
         context.ran.append(module)
-        changed = subscriber.attention_begins(call, args, kwargs)
+        changed = subscriber.attention_begins(call)
+        report = partial(self._on_attention, call)
         weigh = partial(subscriber.key_log_weights, call) if subscriber.weighs_keys else None
-        tap = Intercept(
-            Tap(
-                partial(self._on_attention, call),
-                weigh,
-                heads=heads,
-                normaliser=subscriber.normaliser,
-            )
-        )
+        tap = Intercept(Tap(report, weigh, heads=heads, normaliser=subscriber.normaliser))
         self._here.calls.append((call, tap))
         tap.__enter__()
         return changed
@@ -377,13 +370,12 @@ class ForwardSession(Generic[C]):
         call, tap = calls.pop()
         tap.__exit__(None, None, None)
         self._here.latest = call
-        args, kwargs, output = rest
+        output = rest[-1]
         try:
-            if output is None:  # the forward raised
-                return None
-            return self._subscriber.attention_ends(call, args, kwargs, output)
+            # None: the forward raised
+            return None if output is None else self._subscriber.attention_ends(call, output)
         finally:
-            call.tokens, call.attention = None, None
+            call.args, call.kwargs, call.attention = (), {}, None
 
     def _close_taps(self) -> None:
         """Leave the modes of interrupted calls, whose hooks never ran."""

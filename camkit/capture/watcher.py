@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -87,16 +88,15 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
     host = Host.of(model, modules=modules, class_tokens=class_tokens, grid=grid)
     selection = Selection(blocks)
 
-    def recorder() -> Recorder:
-        return Recorder(
-            host,
-            selection,
-            spec,
-            class_rows_only=class_rows_only,
-            skip_unused_patches=skip_unused_patches,
-            scores=scores,
-        )
-
+    recorder = partial(
+        Recorder,
+        host,
+        selection,
+        spec,
+        class_rows_only=class_rows_only,
+        skip_unused_patches=skip_unused_patches,
+        scores=scores,
+    )
     return Watch(host, selection, recorder, rgb=rgb, vocabulary=vocabulary)
 
 
@@ -362,11 +362,11 @@ class Recorder(Subscriber[Recording]):
         return self.forward if self.forward.entrance is None else None
 
     def attention_begins(
-        self, call: AttentionCall[Recording], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, call: AttentionCall[Recording]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if call.name not in self._entering:
             return None
-        context = call.context
+        context, args, kwargs = call.context, call.args, call.kwargs
         tokens = next((v for v in (*args, *kwargs.values()) if tokens_of(v) is v), None)
         if tokens is None:
             raise CaptureError(
@@ -403,7 +403,7 @@ class Recorder(Subscriber[Recording]):
             self._store_pooling(call, attention)
             return output
         context.tail.clear()
-        why = call.inputs.why_unreadable(attention.shape, call.maps)
+        why = call.why_unreadable(attention)
         context.kept.append(AttentionRecord(context.count, call.name, attention, why))
         context.count += 1
         self._selection.prune(context.kept)

@@ -274,11 +274,11 @@ class Editor(Subscriber[EditedForward]):
     def key_log_weights(
         self, call: AttentionCall[EditedForward], attention: Attention
     ) -> Tensor | None:
-        if call.tokens is None or not isinstance(self.edit, KeyEdit):
+        tokens = _first_tensor(call)
+        if tokens is None or not isinstance(self.edit, KeyEdit):
             return None
         _check_readable(call, attention)
-        turned = _sequence_first(call.tokens, attention, call.context.anatomy)
-        tokens = _batch_first(call.tokens, turned)
+        tokens = _batch_first(tokens, _sequence_first(tokens, attention, call.context.anatomy))
         return self.edit.log_weights(
             tokens, attention, self._site(call.name, call.context, attention)
         )
@@ -290,14 +290,8 @@ class Editor(Subscriber[EditedForward]):
         call.attention = attention
         return output
 
-    def attention_ends(
-        self,
-        call: AttentionCall[EditedForward],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> Any:
-        tokens, seen, edit = call.tokens, call.attention, self.edit
+    def attention_ends(self, call: AttentionCall[EditedForward], output: Any) -> Any:
+        tokens, seen, edit = _first_tensor(call), call.attention, self.edit
         if tokens is None or seen is None:
             raise CaptureError(
                 f"an edited block ran but its attention was not seen: {way_out(self._host.model)}"
@@ -316,7 +310,7 @@ class Editor(Subscriber[EditedForward]):
         with taps_suspended():  # an edit's own attention is not the host's
             after = _batch_first(edit(*given, seen, site), turned)
         if call.name in self.blocks:
-            self._streams[call.name].follow(call.context, seen, (args, kwargs), after)
+            self._streams[call.name].follow(call.context, seen, (call.args, call.kwargs), after)
         # some hosts return their map beside the tokens
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
@@ -391,9 +385,14 @@ def _chosen(count: int, blocks: int | Sequence[int]) -> list[int]:
     return sorted({place % count for place in places})
 
 
+def _first_tensor(call: AttentionCall[EditedForward]) -> Tensor | None:
+    values = (*call.args, *call.kwargs.values())
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
 def _check_readable(call: AttentionCall[EditedForward], attention: Attention) -> None:
     """Refuse maps that do not relate tokens one to one, before anything is edited by them."""
-    why = call.inputs.why_unreadable(attention.shape, call.maps)
+    why = call.why_unreadable(attention)
     if why and attention.shape[2] > 1:
         raise UnsupportedModelError(f"{why}; name the modules to edit with `modules=`")
 
