@@ -35,24 +35,43 @@ def edits(virtual: camkit.edits.VirtualClassTokens) -> dict[str, object]:
 
 
 def variants(virtual: camkit.edits.VirtualClassTokens) -> list[Variant]:
-    seed, refined = Variant("gradient", SEED), Variant("gradient + balanced", SEED, CHAIN)
-    attended = Variant("class attention", ATTENDED)
+    seed, refined = (
+        Variant("gradient", camkit.Method(SEED, refine=())),
+        Variant("gradient + balanced", camkit.Method(SEED, refine=CHAIN)),
+    )
+    attended = Variant("class attention", camkit.Method(ATTENDED, refine=()))
     aligned = (camkit.refiners.HybridPropagate(steps=2), CHAIN[1])
     found = [
         attended,
         seed,
-        Variant("gradient, blur", SEED, (camkit.refiners.Blur(1.0),), base=seed),
-        Variant("gradient, Amplify", SEED, (camkit.refiners.Amplify(),), base=seed),
-        refined,
-        Variant("gradient + HybridPropagate", SEED, aligned, base=refined),
         Variant(
-            "gradient + balanced + Amplify", SEED, (*CHAIN, camkit.refiners.Amplify()), base=refined
+            "gradient, blur", camkit.Method(SEED, refine=(camkit.refiners.Blur(1.0),)), base=seed
+        ),
+        Variant(
+            "gradient, Amplify", camkit.Method(SEED, refine=(camkit.refiners.Amplify(),)), base=seed
+        ),
+        refined,
+        Variant("gradient + HybridPropagate", camkit.Method(SEED, refine=aligned), base=refined),
+        Variant(
+            "gradient + balanced + Amplify",
+            camkit.Method(SEED, refine=(*CHAIN, camkit.refiners.Amplify())),
+            base=refined,
         ),
     ]
     for name, edit in edits(virtual).items():
-        found.append(Variant(f"{name}, class attention", ATTENDED, base=attended, edit=edit))
-        found.append(Variant(name, SEED, base=seed, edit=edit))
-        found.append(Variant(f"{name} + balanced", SEED, CHAIN, base=refined, edit=edit))
+        found.append(
+            Variant(
+                f"{name}, class attention",
+                camkit.Method(ATTENDED, edit=edit, refine=()),
+                base=attended,
+            )
+        )
+        found.append(Variant(name, camkit.Method(SEED, edit=edit, refine=()), base=seed))
+        found.append(
+            Variant(
+                f"{name} + balanced", camkit.Method(SEED, edit=edit, refine=CHAIN), base=refined
+            )
+        )
     return found
 
 

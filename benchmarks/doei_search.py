@@ -49,12 +49,14 @@ class Halves:
 
 
 def variants(virtual: camkit.edits.VirtualClassTokens) -> list[Variant]:
-    seed = Variant("gradient", SEED)
+    seed = Variant("gradient", camkit.Method(SEED, refine=()))
     found = [seed]
 
     def add(name: str, edit: object, blocks: int) -> None:
         label = f"{name}, last {blocks}"
-        found.append(Variant(label, SEED, base=seed, edit=edit, edit_blocks=blocks))
+        found.append(
+            Variant(label, camkit.Method(SEED, edit=edit, edit_blocks=blocks, refine=()), base=seed)
+        )
 
     for blocks in BLOCKS:
         for s in STRENGTHS:

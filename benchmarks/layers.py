@@ -40,7 +40,11 @@ def chosen_iou(found: Measured, samples: Sequence[Sample]) -> float:
     """Mean IoU of masks whose layer and threshold were chosen photo by photo."""
     opened, dataset, vocabulary = found.opened, found.dataset, found.vocabulary
     choose = bench.SuppressionChoice()
-    candidates = [bench.Variant(name, SEEDS[name]) for name in SEEDS if name.startswith("lens -")]
+    candidates = [
+        bench.Variant(name, camkit.Method(SEEDS[name], refine=()))
+        for name in SEEDS
+        if name.startswith("lens -")
+    ]
     total = torch.zeros(len(CLASSES) + 1, len(CLASSES) + 1, dtype=torch.int64)
     for sample in tqdm(samples, desc="choosing", unit="image"):
         photo = opened.photos.load(sample.photo)
@@ -65,8 +69,11 @@ def chosen_iou(found: Measured, samples: Sequence[Sample]) -> float:
 
 def main() -> None:
     options = table_options(__doc__).parse_args()
-    single = bench.Variant("class weight", SEEDS["class weight"])
-    others = [bench.Variant(name, seed, base=single) for name, seed in SEEDS.items()]
+    single = bench.Variant("class weight", camkit.Method(SEEDS["class weight"], refine=()))
+    others = [
+        bench.Variant(name, camkit.Method(seed, refine=()), base=single)
+        for name, seed in SEEDS.items()
+    ]
     found = measure([single, *others[1:]], options)
     chosen = chosen_iou(found, found.dataset.split("val")[: options.limit])
     told = f"Lens and threshold chosen photo by photo, by suppression: {chosen:.1%}."

@@ -1,9 +1,9 @@
-"""Which models work, measured: writes docs/models.md.
+"""Measure which models camkit can read and edit; writes docs/models.md.
 
     python benchmarks/models.py
 
-Every model of the tests' zoo, every research fork re-created there and every refusal is built tiny,
-with random weights, and diagnosed (`camkit.diagnose`).
+Builds every model of the tests' zoo, every re-created research fork and every refused model in a
+tiny version with random weights, and runs `camkit.diagnose` on it.
 """
 
 import importlib.metadata
@@ -21,21 +21,21 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "timm", "transformers", "open_clip_torch", "torchvision")
 HEAD = """# Which models work
 
-Made by `python benchmarks/models.py`, which builds each model tiny and with random weights and runs
-`camkit.diagnose` on it; the tests hold each against its own un-fused maps, and edits against the
-same change made by hand. {versions}.
+`python benchmarks/models.py` generates this page: it builds a tiny version of each model with
+random weights and runs `camkit.diagnose` on it. The tests compare the captured attention of each
+model with its own un-fused maps, and edits with the same change made by hand. {versions}.
 
-Ask for your own: `camkit doctor TIMM_NAME`, `camkit doctor mymodule:build`, or
+To check your own model, run `camkit doctor TIMM_NAME`, `camkit doctor mymodule:build`, or
 `print(camkit.diagnose(model, images))`.
 
-- **path**: how attention is seen. *sdpa*: computed from the q and k of the fused kernel, which
-  stays. *softmax*: the host makes its map itself. *mha*: `multi_head_attention_forward`, which is
-  opaque and so written out with the same bits.
-- **tokens**: positions of class, distillation and register tokens among the patches.
-- **scores**: what makes the class scores. *said*: the model returns none, so `scores=` has to say
-  (CLIP: image-text similarity).
+- **path**: how camkit reads attention. *sdpa*: from the q and k of the fused kernel, which stays
+  on. *softmax*: the model computes its attention map itself. *mha*: `multi_head_attention_forward`,
+  which is opaque, so camkit computes the same operations explicitly, bit for bit.
+- **tokens**: positions of class, distillation and register tokens in the sequence.
+- **scores**: the layer that computes the class scores. *given*: the model returns none, so you pass
+  `scores=` (for CLIP, the similarity of image and text).
 - **seeds**: G `GradientSeed`, R `RelevanceSeed`, A `ClassAttentionSeed`, W `ClassWeightSeed`.
-- **edit**: largest change of an output under an edit that changes nothing.
+- **edit**: largest change of an output under an edit that should change nothing.
 """
 COLUMNS = ("model", "path", "tokens", "pooling", "scores", "seeds", "edit")
 SEEDS = {
@@ -95,7 +95,7 @@ def row(name: str, found: camkit.diagnosis.Diagnosis) -> tuple[str, ...]:
         ", ".join(seen),
         "; ".join(tokens) or "patches only",
         str(found.pooling or ""),
-        "said" if found.rule.startswith("none") else found.rule.partition(",")[0],
+        "given" if found.rule.startswith("none") else found.rule.partition(",")[0],
         "".join(letter for seed, letter in SEEDS.items() if found.seeds[seed] is None),
         "keys only" if found.edit_drift is None else f"{found.edit_drift:.0e}",
     )

@@ -78,10 +78,10 @@ def lines() -> list[Variant]:
         "rollout": camkit.seeds.RelevanceSeed(),
         "class weight": camkit.seeds.ClassWeightSeed(),
     }.items():
-        alone = Variant(name, seed, base=found[0] if found else None)
+        alone = Variant(name, camkit.Method(seed, refine=()), base=found[0] if found else None)
         found.append(alone)
         base = found[1] if len(found) > 1 else alone
-        found.append(Variant(f"{name}, refined", seed, CHAIN, base=base))
+        found.append(Variant(f"{name}, refined", camkit.Method(seed, refine=CHAIN), base=base))
     return found
 
 

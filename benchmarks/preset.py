@@ -7,6 +7,8 @@ All on the same images of `train`, background scores as well, which the table sa
 choose, not to report. What the choice is worth elsewhere is in gains.py.
 """
 
+from dataclasses import replace
+
 import torch
 from tables import CLASSES, KEPT, found_data, table_options, write
 
@@ -50,17 +52,18 @@ CHAINS = {
 
 
 def variants() -> list[Variant]:
-    plain = Variant("gradient", GRADIENT)
-    found = [plain, Variant("gradient, refined", GRADIENT, DEFAULT_REFINE, base=plain)]
+    plain = Variant("gradient", camkit.Method(GRADIENT, refine=()))
+    found = [plain, Variant("gradient, refined", camkit.Method(GRADIENT), base=plain)]
     read = [(name, seed, 4) for name, seed in SEEDS.items()]
     read += [("as far as they agree", AGREED, blocks) for blocks in (5, 6)]
     for name, seed, blocks in read:
-        edited = {"base": plain, "edit": EDIT, "edit_blocks": blocks}
+        method = camkit.Method(seed, edit=EDIT, edit_blocks=blocks)
         title = f"{name}, {blocks} blocks calibrated"
-        found.append(Variant(title, seed, **edited))
-        found.append(Variant(f"{title}, refined", seed, DEFAULT_REFINE, **edited))
-    edited = {"base": plain, "edit": EDIT, "edit_blocks": 4}
-    found += [Variant(f"agreed, 4: {name}", AGREED, c, **edited) for name, c in CHAINS.items()]
+        found.append(Variant(title, replace(method, refine=()), base=plain))
+        found.append(Variant(f"{title}, refined", method, base=plain))
+    agreed = camkit.Method(AGREED, edit=EDIT, edit_blocks=4)
+    for name, chain in CHAINS.items():
+        found.append(Variant(f"agreed, 4: {name}", replace(agreed, refine=chain), base=plain))
     return found
 
 

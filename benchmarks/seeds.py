@@ -54,7 +54,7 @@ SEEDS: dict[str, Seed] = {
     "logit lenses, the one that agrees": BestAgreementSeed(LENSES),
     "gradient and class weight, product": FusedSeed((GRADIENT, WEIGHT), join="product"),
     "gradient and class weight, mean": FusedSeed((GRADIENT, WEIGHT)),
-    "both where they agree": CALIBRATED.seed,
+    "both where they agree": CALIBRATED.method.seed,
     "normalised cut (TokenCut)": camkit.seeds.TokenCutSeed(),
     "loneliest patches (LOST)": camkit.seeds.LOSTSeed(),
     "like what is attended to": camkit.seeds.PrototypeSeed(),
@@ -82,8 +82,11 @@ KEY_EDITED = ("gradient", "class attention", "class weight")
 
 
 def variants() -> list[Variant]:
-    base = Variant("gradient", GRADIENT)
-    seeds = {name: Variant(name, seed, base=base) for name, seed in SEEDS.items()}
+    base = Variant("gradient", camkit.Method(GRADIENT, refine=()))
+    seeds = {
+        name: Variant(name, camkit.Method(seed, refine=()), base=base)
+        for name, seed in SEEDS.items()
+    }
     seeds["gradient"] = base
     found = list(seeds.values())
     edits = [
@@ -95,13 +98,19 @@ def variants() -> list[Variant]:
     edits += [(name, "qkv, last 4", EXCEL, 4) for name in REFINED[1:]]
     edits += [(name, title, edit, None) for name in KEY_EDITED for title, edit in KEY_EDITS.items()]
     found += [
-        Variant(f"{name} @ {title}", SEEDS[name], base=seeds[name], edit=edit, edit_blocks=blocks)
+        Variant(
+            f"{name} @ {title}",
+            camkit.Method(SEEDS[name], edit=edit, edit_blocks=blocks, refine=()),
+            base=seeds[name],
+        )
         for name, title, edit, blocks in edits
     ]
     last: Variant | None = None
     for variant in [one for one in found if one.name.removesuffix(" @ qkv, last 4") in REFINED]:
-        refined = replace(
-            variant, name=f"{variant.name}, refined", refine=CHAIN, base=last or variant
+        refined = Variant(
+            f"{variant.name}, refined",
+            replace(variant.method, refine=CHAIN),
+            base=last or variant,
         )
         last = last or refined
         found.append(refined)

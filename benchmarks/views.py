@@ -41,11 +41,15 @@ def lines() -> list[bench.Variant]:
     found = []
     for name, seed in SEEDS.items():
         for refine, words in ((), ""), (DEFAULT_REFINE, ", refined"):
-            single = bench.Variant(f"{name}{words}", seed, refine)
+            single = bench.Variant(f"{name}{words}", camkit.Method(seed, refine=refine))
             found.append(single)
             for label, views in VIEWS.items():
                 line = f"{name}{words}: {label}"
-                found.append(bench.Variant(line, seed, refine, single, views=views))
+                found.append(
+                    bench.Variant(
+                        line, camkit.Method(seed, views=views, refine=refine), base=single
+                    )
+                )
     return found
 
 
@@ -65,7 +69,9 @@ def main() -> None:
     options = table_options(__doc__).parse_args()
     found = measure(lines(), options)
     timed = found.dataset.split("val")[:3]
-    seconds = {v.name: seconds_per_image(found.opened, timed, v) for v in lines() if not v.refine}
+    seconds = {
+        v.name: seconds_per_image(found.opened, timed, v) for v in lines() if not v.method.refine
+    }
     told = "\n".join(f"- {name}: {value:.2f} s of CPU an image" for name, value in seconds.items())
     write(found.report, options, "views", told=told, cpu_seconds_per_image=seconds)
 

@@ -14,6 +14,7 @@ from camkit.errors import (
     UnsupportedModelError as UnsupportedModelError,
 )
 from camkit.mask import to_mask as to_mask
+from camkit.method import Method as Method
 from camkit.ops.images import resize_cam as resize_cam
 from camkit.photo import (
     Photo as Photo,

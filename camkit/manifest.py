@@ -36,8 +36,13 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def provenance(model: nn.Module) -> dict[str, Any]:
+    """Return the hash of a model's weights, versions and machine, JSON-ready."""
+    return {"weights_sha256": weights_hash(model), "environment": environment()}
+
+
 def environment() -> dict[str, Any]:
-    """Versions and machine, as JSON-ready values."""
+    """Return versions and machine, JSON-ready."""
     return {
         "camkit": version("camkit"),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Class maps turned into pseudo masks, and the palette that masks are drawn in."""
+"""Pseudo masks from class maps, and the palette that masks are drawn in."""
 
 from typing import Literal
 
@@ -6,28 +6,24 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from camkit.tensors import Cam, Classes
+from camkit.tensors import IGNORE, Cam, Classes
+
+_TOLERANCE = 1e-4  # what resizing and half precision may add to a normalised map
 
 
 def voc_palette() -> list[int]:
-    """Compute the VOC colour map as PIL wants it: 256 colours, red, green, blue, one after another.
+    """Return the VOC colour map as PIL wants it: red, green, blue of 256 colours in one list.
 
-    The bits of a class id are dealt out in turn to red, green and blue, highest colour bit first.
+    The bits of a class id are assigned in turn to red, green and blue, highest colour bit first.
 
     >>> voc_palette()[12 * 3 : 13 * 3]  # dog
     [64, 0, 128]
     """
-    return [_component(class_id, channel) for class_id in range(256) for channel in range(3)]
-
-
-def _component(class_id: int, channel: int) -> int:
-    return sum((class_id >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
-
-
-IGNORE = 255
-"""The mask value of a pixel that no score counts."""
-
-_TOLERANCE = 1e-4  # what resizing and half precision may add to a normalised map
+    return [
+        sum((class_id >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
+        for class_id in range(256)
+        for channel in range(3)
+    ]
 
 
 def to_mask(
@@ -41,19 +37,19 @@ def to_mask(
     """Give each pixel its strongest class, or the background.
 
     With a constant background a class must beat ``background_score``; a tie goes to the
-    background, a tie between classes to the one asked first. With a power background it must beat
+    background, a tie between classes to the first of them. With a power background it must beat
     ``(1 - max) ** background_score``, the background plane of PSA and its followers. The strongest
     class m beats that plane exactly where it beats the root of ``m = (1 - m) ** alpha``, so for a
-    mask both are one threshold: `power_threshold` gives it.
+    mask both are one threshold, which `power_threshold` computes.
 
     Args:
-        cam: maps of the asked classes in [0, 1], already at image size.
-        classes: the classes asked, 0 to 253; -1 is padding and never wins. None numbers the mask
-            by slot, for class lists that do not fit 8 bits: keep ``classes`` as the legend.
+        cam: maps of the requested classes in [0, 1], already at image size.
+        classes: the classes of the maps, 0 to 253; -1 is padding and never wins. None numbers the
+            mask by slot, for class lists that do not fit 8 bits: keep ``classes`` as the legend.
         background_score: score to beat, in [0, 1]; the exponent (above 0) of a power background.
             0.45 is the fixed value of several published evaluations; `sweep_confusions` finds
             the best one on a split of its own.
-        background: a constant score, or a power of what the strongest class leaves.
+        background: a constant score, or a power of one minus the highest score.
         ignore_below: pixels that lose to the background, yet score more than this, become 255;
             None ignores nothing.
 
@@ -61,19 +57,26 @@ def to_mask(
         0 for background, class + 1 (slot + 1 without ``classes``) elsewhere, 255 where ignored.
 
     Raises:
-        ValueError: a score or a class is out of range, or maps and classes do not fit.
+        ValueError: a score or a class is out of range, or maps and classes do not match.
     """
-    threshold = _threshold(background_score, background)
+    threshold = background_score
+    if background == "power":
+        threshold = power_threshold(background_score)
+    elif background != "constant":
+        raise ValueError(f'`background` must be "constant" or "power", got "{background}"')
+    elif not 0.0 <= background_score <= 1.0:
+        raise ValueError(
+            f"a constant `background_score` must lie in [0, 1], got {background_score}; "
+            'use background="power" for an exponent'
+        )
     if ignore_below is not None and not 0.0 <= ignore_below < threshold:
         raise ValueError(
             f"`ignore_below` must lie in [0, {threshold:.4g}), below the score a class must beat, "
             f"got {ignore_below}"
         )
     score, slot = strongest(cam, classes)
-    if classes is None:
-        winner = slot
-        highest = cam.shape[1] - 1
-    else:
+    winner, highest = slot, cam.shape[1] - 1
+    if classes is not None:
         winner = classes.long().gather(1, slot.flatten(1)).view_as(slot)
         highest = int(classes.max()) if classes.numel() else -1
     if highest >= IGNORE - 1:
@@ -88,7 +91,7 @@ def to_mask(
 
 
 def power_threshold(alpha: float) -> float:
-    """The constant score that draws the same mask as the background ``(1 - max) ** alpha``.
+    """Return the constant score that draws the same mask as the background ``(1 - max) ** alpha``.
 
     It is the root of ``m = (1 - m) ** alpha``, between 0 and 1.
 
@@ -114,8 +117,8 @@ def gate(cam: Cam, classes: Classes) -> Cam:
     """Zero the maps of padded slots, so that they never win.
 
     Args:
-        cam: maps of the asked classes.
-        classes: the classes asked, -1 where a slot is padding.
+        cam: maps of the requested classes.
+        classes: the classes of the maps, -1 where a slot is padding.
 
     Returns:
         The same maps, with zeros where ``classes`` is -1.
@@ -130,18 +133,18 @@ def gate(cam: Cam, classes: Classes) -> Cam:
             f"`classes` must hold indices from 0, or -1 for padding, got {int(classes.min())}"
         )
     padding = classes < 0
-    # most images of a data set fill their slots, and a copy of every map takes longer than asking
+    # most images of a data set fill their slots, and copying every map takes longer than this test
     return cam.masked_fill(padding[:, :, None, None], 0.0) if padding.any() else cam
 
 
 def strongest(
     cam: Cam, classes: Classes | None = None
 ) -> tuple[Float[Tensor, "b h w"], Int[Tensor, "b h w"]]:
-    """The score and the slot of each pixel's strongest class.
+    """Find the score and the slot of each pixel's strongest class.
 
     Args:
-        cam: maps of the asked classes in [0, 1].
-        classes: the classes asked, -1 where a slot is padding; None if no slot is.
+        cam: maps of the requested classes in [0, 1].
+        classes: the classes of the maps, -1 where a slot is padding; None if no slot is.
 
     Returns:
         Scores, and slots counted from 0.
@@ -157,16 +160,3 @@ def strongest(
             )
     score, slot = (cam if classes is None else gate(cam, classes)).max(dim=1)
     return score, slot
-
-
-def _threshold(background_score: float, background: str) -> float:
-    if background == "power":
-        return power_threshold(background_score)
-    if background != "constant":
-        raise ValueError(f'`background` must be "constant" or "power", got "{background}"')
-    if not 0.0 <= background_score <= 1.0:
-        raise ValueError(
-            f"a constant `background_score` must lie in [0, 1], got {background_score}; "
-            'an exponent goes with background="power"'
-        )
-    return background_score

@@ -1,28 +1,110 @@
-"""Method: how class maps are made, and the presets that are used when nothing is said."""
+"""Method: all settings between a photo and its maps; presets, and methods in words."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib import import_module
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
 from camkit.capture.hooks import borrowed
 from camkit.capture.host import find_attention
 from camkit.capture.record import WatchSpec, required_by
-from camkit.edits.calibrate import StaticCalibration
+from camkit.edits import (
+    DOEI,
+    FuzzyKeyPruning,
+    OneMoreHop,
+    RandomGates,
+    ScaleOutput,
+    StaticCalibration,
+    SuppressOutliers,
+)
 from camkit.edits.protocol import Edit, KeyEdit
-from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.refiners.normalize import Normalize
-from camkit.refiners.propagate import Propagate
-from camkit.refiners.protocol import Refiner
-from camkit.seeds.attention import GradientSeed
-from camkit.seeds.combined import GatedProductSeed
-from camkit.seeds.pooled import ClassWeightSeed, ContributionSeed
-from camkit.seeds.protocol import Seed
-from camkit.seeds.views import ModelRunner
+from camkit.errors import CaptureError, UnsupportedModelError, closest
+from camkit.refiners import (
+    Amplify,
+    AtReducedSize,
+    Blur,
+    DenseCRF,
+    FastGlobalSmooth,
+    GuidedFilter,
+    HybridPropagate,
+    Normalize,
+    PixelAdaptive,
+    Propagate,
+    RandomWalk,
+    Refiner,
+    Superpixels,
+)
+from camkit.seeds import (
+    AttentionRolloutSeed,
+    ClassAttentionSeed,
+    ClassWeightSeed,
+    ContributionSeed,
+    EigenCAMSeed,
+    GatedProductSeed,
+    GradCAMSeed,
+    GradientSeed,
+    LeGradSeed,
+    LOSTSeed,
+    ModelRunner,
+    PrototypeSeed,
+    RelevanceSeed,
+    Seed,
+    TokenCutSeed,
+    Views,
+)
 from camkit.tensors import RGB, Pixels
 
 _LOG = logging.getLogger("camkit")
+
+Names = Mapping[str, type]
+"""Short names, and the dataclass that each stands for."""
+
+SEEDS: Names = {
+    "gradient": GradientSeed,
+    "relevance": RelevanceSeed,
+    "attention": ClassAttentionSeed,
+    "attention_rollout": AttentionRolloutSeed,
+    "weight": ClassWeightSeed,
+    "contribution": ContributionSeed,
+    "gradcam": GradCAMSeed,
+    "eigencam": EigenCAMSeed,
+    "legrad": LeGradSeed,
+    "tokencut": TokenCutSeed,
+    "lost": LOSTSeed,
+    "prototype": PrototypeSeed,
+}
+EDITS: Names = {
+    "doei": DOEI,
+    "hop": OneMoreHop,
+    "scale": ScaleOutput,
+    "calibrate": StaticCalibration,
+    "outliers": SuppressOutliers,
+    "fuzzy": FuzzyKeyPruning,
+}
+PICTURE_REFINERS: Names = {
+    "crf": DenseCRF,
+    "par": PixelAdaptive,
+    "guided": GuidedFilter,
+    "fgs": FastGlobalSmooth,
+    "superpixels": Superpixels,
+    "blur": Blur,
+    "normalize": Normalize,
+    "amplify": Amplify,
+}
+"""Refiners that need only class maps and the photo."""
+
+REFINERS: Names = {
+    **PICTURE_REFINERS,
+    "propagate": Propagate,
+    "align": HybridPropagate,
+    "walk": RandomWalk,
+}
+"""All refiners; the last three need the attention of a model."""
 
 DEFAULT_REFINE: tuple[Refiner, ...] = (
     Propagate(steps=2, blocks=6, balance=3),
@@ -31,90 +113,344 @@ DEFAULT_REFINE: tuple[Refiner, ...] = (
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A seed, what the forward is edited with for it, and what a class must beat to own a pixel.
+class Method:
+    """How class maps and masks are made: the settings of every stage.
+
+    The same `Method` serves one photo (`Pipeline(model, method)`), a benchmark (`bench.Variant`)
+    and a bulk run.
 
     Attributes:
-        seed: where the first maps come from.
-        background_score: for what `DEFAULT_REFINE` makes of these maps.
-        edit: changes attention blocks during the forward.
-        edit_blocks: which, as in `camkit.attach`.
-        depth: blocks that a model must have; fewer than the edit was made for are not calibrated.
-        classifier: whether the seed reads the model's own classifier, so that it has nothing to say
-            of texts and of scores of one's own.
-        proof: a seed that can be read only where the preset is meant to be.
+        seed: makes the first maps.
+        edit: changes attention blocks while the model runs, and only then.
+        edit_blocks: the blocks to change, as in `camkit.attach`; the last three are what
+            docs/methods.md recommends for models that were not trained with the edit.
+        views: other sizes and mirror images to read the seed from; None reads the photo as given,
+            which is also what refiners see.
+        refine: refiners, applied in order.
+        background_score: score that a class must exceed to own a pixel, in [0, 1].
     """
 
-    seed: Seed
-    background_score: float
+    seed: Seed = field(default_factory=GradientSeed)
     edit: Edit | KeyEdit | None = None
     edit_blocks: int | tuple[int, ...] | None = 3
+    views: Views | None = None
+    refine: tuple[Refiner, ...] = DEFAULT_REFINE
+    background_score: float = 0.55
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "refine", tuple(self.refine))
+        for name, stage in (("seed", self.seed), *(("refine", each) for each in self.refine)):
+            if isinstance(stage, type) or not callable(stage):
+                raise TypeError(
+                    f"`{name}` must be an instance or a function, such as GradientSeed() or "
+                    f"Propagate(), got {stage!r}"
+                )
+        if not 0.0 <= self.background_score <= 1.0:
+            raise ValueError(f"`background_score` must lie in [0, 1], got {self.background_score}")
+
+    @classmethod
+    def from_words(
+        cls,
+        *,
+        seed: str = "gradient",
+        edit: str | None = None,
+        edit_blocks: int | None = 3,
+        refine: Sequence[str] | None = None,
+    ) -> "Method":
+        """Read a method from short names with settings, as the command line takes them.
+
+        Args:
+            seed: ``NAME[:SETTINGS]``, a name of `SEEDS` or the dotted path of a seed.
+            edit: the same for `EDITS`; ``gates:EDIT`` are random gates of the strength of an edit.
+            edit_blocks: number of last blocks to edit; None edits all.
+            refine: each ``STEP`` or ``STEP+STEP``, see `read_refiners`; None is `DEFAULT_REFINE`.
+
+        Raises:
+            ValueError: a name, a setting or a value does not exist.
+
+        >>> Method.from_words(seed="gradcam:variant=layercam", refine=["blur:2"]).refine
+        (Blur(width=2.0),)
+        """
+        return cls(
+            seed=build(seed, SEEDS, "seed"),
+            edit=None if edit is None else _read_edit(edit),
+            edit_blocks=edit_blocks,
+            refine=DEFAULT_REFINE if refine is None else read_refiners(refine, REFINERS),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting, JSON-ready: each stage as its repr."""
+        return {
+            "seed": repr(self.seed),
+            "edit": repr(self.edit),
+            "edit_blocks": self.edit_blocks,
+            "views": repr(self.views),
+            "refine": [repr(refiner) for refiner in self.refine],
+            "background_score": self.background_score,
+        }
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method, and what it requires of a model.
+
+    Attributes:
+        method: with a background score that suits `DEFAULT_REFINE`.
+        depth: number of attention blocks that the model needs at least: edits of the last blocks
+            were not tuned for shallower models.
+        classifier: whether the seed reads the model's own classifier, and so cannot explain texts
+            or custom scores.
+        also_requires: a second seed that the model must support, though the method does not use it.
+    """
+
+    method: Method
     depth: int = 1
     classifier: bool = False
-    proof: Seed | None = None
+    also_requires: Seed | None = None
 
 
 CALIBRATED = Preset(
-    GatedProductSeed(GradientSeed(), ClassWeightSeed()),
-    background_score=0.54,
-    edit=StaticCalibration(),
-    edit_blocks=4,
+    Method(
+        GatedProductSeed(GradientSeed(), ClassWeightSeed()),
+        edit=StaticCalibration(),
+        edit_blocks=4,
+        background_score=0.54,
+    ),
     depth=6,
     classifier=True,
 )
-"""Where the class token looks, sharpened by what the classifier makes of each patch."""
+"""For classifiers on a class token: the gradient of its attention, gated by the class score of each
+patch."""
 
-GRADIENT = Preset(GradientSeed(), background_score=0.55)
-"""For others with a class token or a pooling query; it asks least of a model."""
+GRADIENT = Preset(Method(GradientSeed(), background_score=0.55))
+"""For other models with a class token or a pooling query; it requires least of a model."""
 
-POOLED = Preset(ClassWeightSeed(), background_score=0.64, classifier=True, proof=ContributionSeed())
-"""For classifiers of pooled patches where nothing else looks at all of them: patches are scored by
-the layer that scores the image. The background score is that of the same seed for a class token."""
+POOLED = Preset(
+    Method(ClassWeightSeed(), background_score=0.64),
+    classifier=True,
+    also_requires=ContributionSeed(),
+)
+"""For classifiers on pooled patches without a pooling query: the classifier scores each patch. The
+background score is that of the same seed on a class token."""
 
 PRESETS: tuple[Preset, ...] = (CALIBRATED, GRADIENT, POOLED)
 
 
-def suitable(presets: Sequence[Preset], look: ModelRunner, pixels: Pixels, rgb: RGB) -> Preset:
-    """The first preset that a model bears; where it bears none `GRADIENT`, whose errors tell why.
+def first_supported(
+    presets: Sequence[Preset], runner: ModelRunner, pixels: Pixels, rgb: RGB
+) -> Preset:
+    """Return the first preset the model supports.
+
+    If it supports none, return the first that requires no classifier, whose errors explain why.
 
     Args:
-        presets: what may be taken.
-        look: how the model is looked at.
-        pixels: ``(b, 3, H, W)`` as the model wants them, on any device.
+        presets: candidates in order of preference.
+        runner: runs the model, without an edit.
+        pixels: ``(b, 3, H, W)`` as the model takes them, on any device.
         rgb: the same pictures in [0, 1].
     """
-    return next((one for one in presets if bears(one, look, pixels, rgb)), GRADIENT)
+    for preset in presets:
+        if supports(preset, runner, pixels, rgb):
+            return preset
+    return next(preset for preset in presets if not preset.classifier)
 
 
-def bears(preset: Preset, look: ModelRunner, pixels: Pixels, rgb: RGB) -> bool:
-    """Whether a model bears a preset, tried on a batch.
+def supports(preset: Preset, runner: ModelRunner, pixels: Pixels, rgb: RGB) -> bool:
+    """Return whether a model supports a preset, by a trial on one batch.
 
-    The edit must be possible, seed and proof readable, and the class scores must stay what they are
-    without the edit: where patches are pooled they would be those of another model.
+    The edit must be possible and the seeds readable. The edit must also leave the class scores as
+    they are: where patches are pooled, it would change what the classifier sees.
 
     Args:
-        preset: what is tried.
-        look: how the model is looked at.
-        pixels: ``(b, 3, H, W)`` as the model wants them, on any device.
+        preset: the candidate.
+        runner: runs the model, without an edit.
+        pixels: ``(b, 3, H, W)`` as the model takes them, on any device.
         rgb: the same pictures in [0, 1].
     """
-    if len(find_attention(look.model)) < preset.depth:
+    if len(find_attention(runner.model)) < preset.depth:
         return False
-    seeds = (preset.seed,) if preset.proof is None else (preset.seed, preset.proof)
-    look = replace(look, requires=WatchSpec() | required_by(*seeds), edit=None)
-    edited = replace(look, edit=preset.edit, edit_blocks=preset.edit_blocks)
-    weight = next(look.model.parameters())
+    method = preset.method
+    seeds = [seed for seed in (method.seed, preset.also_requires) if seed is not None]
+    runner = replace(runner, requires=WatchSpec() | required_by(*seeds))
+    edited = replace(runner, edit=method.edit, edit_blocks=method.edit_blocks)
+    weight = next(runner.model.parameters())
     pixels, rgb = pixels.to(weight), rgb.to(weight.device)
     try:
-        with borrowed(look.model), torch.no_grad():
-            plain = look(pixels, rgb)
-            seen = plain if preset.edit is None else edited(pixels, rgb)
+        with borrowed(runner.model), torch.no_grad():
+            plain = runner(pixels, rgb)
+            capture = plain if method.edit is None else edited(pixels, rgb)
             for seed in seeds:
-                seed(seen, torch.zeros(len(pixels), 1, dtype=torch.int64, device=pixels.device))
+                seed(capture, torch.zeros(len(pixels), 1, dtype=torch.int64, device=pixels.device))
     except torch.OutOfMemoryError:
         raise
     except (UnsupportedModelError, CaptureError, RuntimeError) as error:
-        words = type(look.model).__name__, preset.seed, preset.edit, str(error)
-        _LOG.info("%s is not read by %s under %s: %s", *words)
+        reason = type(runner.model).__name__, method.seed, method.edit, str(error)
+        _LOG.info("%s does not support %s under %s: %s", *reason)
         return False
-    return torch.allclose(plain.scores, seen.scores, rtol=1e-3, atol=1e-4)
+    return torch.allclose(plain.scores, capture.scores, rtol=1e-3, atol=1e-4)
+
+
+def read_refiners(texts: Sequence[str], names: Names = PICTURE_REFINERS) -> tuple[Refiner, ...]:
+    """Read refiners from words.
+
+    Args:
+        texts: each ``STEP`` or ``STEP+STEP``; a step is ``NAME[:SETTINGS]``, and any step may set
+            ``reduced=SCALE`` to refine at reduced size (`camkit.refiners.AtReducedSize`).
+        names: the short names allowed.
+
+    Raises:
+        ValueError: a name, a setting or a value does not exist.
+    """
+    refiners: list[Refiner] = []
+    for step in (step for text in texts for step in re.split(r"\+(?=\D)", text)):  # 1e+3 is one
+        kind, settings, unknown = _read_spec(step, names, "refiner")
+        scale = unknown.pop("reduced", None)
+        if unknown:
+            raise _unknown_setting(step, kind, unknown, "reduced=FLOAT")
+        refiner: Refiner = kind(**settings) if isinstance(kind, type) else kind
+        if scale is not None:
+            try:
+                refiner = AtReducedSize(refiner, scale=float(scale.partition("=")[2]))
+            except ValueError as error:
+                raise ValueError(f"{step}: reduced must be FLOAT, got {scale!r}") from error
+        refiners.append(refiner)
+    return tuple(refiners)
+
+
+def build(text: str, names: Names, what: str) -> Any:
+    """Make the object that ``name`` or ``name:key=value,key=value`` describes.
+
+    Args:
+        text: the key of the first setting may be left out.
+        names: the short names allowed; besides them any dotted path, such as
+            ``camkit.contrib.LogitLensSeed``.
+        what: the kind of object, for error texts.
+
+    Raises:
+        ValueError: a name, a setting or a value does not exist.
+    """
+    kind, settings, unknown = _read_spec(text, names, what)
+    if unknown:
+        raise _unknown_setting(text, kind, unknown)
+    return kind(**settings) if isinstance(kind, type) else kind
+
+
+def settings_of(kind: Any) -> dict[str, Any]:
+    """Return the settings of a dataclass that can be written in words, with their types."""
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return {}
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind) if f.init and _is_plain(hints[f.name])}
+
+
+def show_value(value: Any) -> str:
+    """Return a value as it is written in words."""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
+
+
+_PLAIN = (NoneType, bool, int, float, str)  # in the order in which a union tries them
+
+
+def _read_edit(text: str) -> Any:
+    name, _, edit = text.partition(":")
+    if name == "gates":
+        return RandomGates(_read_edit(edit or "doei"))
+    return build(text, EDITS, "edit")
+
+
+def _read_spec(text: str, names: Names, what: str) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """Return the class (or function), its settings, and the parts that are none, by key."""
+    name, _, written = text.strip().partition(":")
+    kind: Any = names.get(name)
+    if kind is None and "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            kind = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{name}: cannot import this {what} ({error})") from error
+    if kind is None:
+        raise ValueError(f"no {what} is called {name!r}; {closest(name, names)}")
+    known = settings_of(kind)
+    settings: dict[str, Any] = {}
+    unknown: dict[str, str] = {}
+    for number, part in enumerate(written.split(",") if written else []):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals and number == 0 and known:
+            key, value = next(iter(known)), key
+        if key in settings or key in unknown:
+            raise ValueError(f"{text}: {key} is set twice")
+        if key in known and value:
+            settings[key] = _read_value(value, known[key], text, key)
+        else:
+            unknown[key] = part.strip()
+    return kind, settings, unknown
+
+
+def _unknown_setting(
+    text: str, kind: Any, unknown: Mapping[str, str], extra: str = ""
+) -> ValueError:
+    known = [f"{key}={_show_type(hint)}" for key, hint in settings_of(kind).items()]
+    listed = ", ".join([*known, *([extra] if extra else [])]) or "none"
+    name = text.strip().partition(":")[0]
+    written = next(iter(unknown.values()))
+    return ValueError(f"{text}: {written!r} is no setting of {name}; its settings are {listed}")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is_plain(hint: Any) -> bool:
+    return any(
+        set(get_args(kind)) <= {int, ...}
+        if get_origin(kind) is tuple
+        else get_origin(kind) is Literal or kind in _PLAIN
+        for kind in _alternatives(hint)
+    )
+
+
+def _show_type(hint: Any) -> str:
+    """Return how values of a type are written: INT, FLOAT, slic|felzenszwalb, INTxINT."""
+    shown: list[str] = []
+    for kind in filter(_is_plain, _alternatives(hint)):
+        if get_origin(kind) is Literal:
+            shown += map(str, get_args(kind))
+        elif get_origin(kind) is tuple:
+            pair = len(get_args(kind)) == 2 and ... not in get_args(kind)
+            shown.append("INTxINT" if pair else "INTxINTx..")
+        else:
+            shown.append("none" if kind is NoneType else str(kind.__name__).upper())
+    return "|".join(shown)
+
+
+def _read_value(text: str, hint: Any, spec: str, key: str) -> Any:
+    """Read a value as the first type of a union that accepts it."""
+    kinds = _alternatives(hint)
+    for kind in [
+        *(kind for kind in kinds if kind not in _PLAIN),
+        *(kind for kind in _PLAIN if kind in kinds),
+    ]:
+        try:
+            return _read_as(text, kind)
+        except ValueError:
+            continue
+    raise ValueError(f"{spec}: {key} must be {_show_type(hint)}, got {text!r}")
+
+
+def _read_as(text: str, kind: Any) -> Any:
+    if get_origin(kind) is tuple:
+        sides = tuple(int(side) for side in text.split("x"))
+        if ... not in get_args(kind) and len(sides) != len(get_args(kind)):
+            raise ValueError(text)
+        return sides
+    if get_origin(kind) is Literal or kind in (NoneType, bool):
+        values = (True, False) if kind is bool else get_args(kind) or (None,)
+        by_name = {str(value).lower(): value for value in values}
+        if text.lower() not in by_name:
+            raise ValueError(text)
+        return by_name[text.lower()]
+    if kind in (int, float, str):
+        return kind(text)
+    raise ValueError(text)

@@ -1,4 +1,4 @@
-"""Pictures to look at: palette PNGs, overlays and contact sheets."""
+"""Pictures of results: palette PNGs, overlays and contact sheets."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,35 +6,35 @@ from typing import TypeAlias
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, Integer, UInt8
+from jaxtyping import Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from camkit.atomic import unfinished
 from camkit.errors import DataError
 from camkit.mask import voc_palette
+from camkit.tensors import IGNORE
 
 Picture: TypeAlias = UInt8[np.ndarray, "H W 3"]
 """Colours in 0..255, red first."""
 
-_Cell: TypeAlias = UInt8[np.ndarray, "_ _ 3"]  # of a table: each may have its own size
+_Cell: TypeAlias = UInt8[np.ndarray, "_ _ 3"]  # in a table, each picture may have its own size
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-_IGNORE = 255
-_FULLY_PAINTED = 0.6  # evidence from here on has the full opacity
+_FULLY_PAINTED = 0.6  # from this evidence on, the paint has its full opacity
 _LIGHT_GREY = (224, 224, 224)
 _PAPER, _INK, _FAINT_INK = (248, 248, 246), (34, 34, 34), (96, 96, 96)
 _GAP, _MARGIN = 10, 20
 
 
 def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: str | Path) -> None:
-    """Write a mask as a PNG in the colours of PASCAL VOC, whose pixel values are the ids.
+    """Write a mask as a PNG whose pixel values are the ids, in the colours of PASCAL VOC.
 
-    The file appears complete or not at all: it is written under another name and then renamed.
+    The write is atomic: the file is written under another name and then renamed.
 
     Args:
         mask: ids in 0..255.
-        path: where to; it must end in ``.png``, and its folder must exist.
+        path: must end in ``.png``, and its folder must exist.
 
     Raises:
         ValueError: the mask has other ids, or the path another ending.
@@ -44,7 +44,7 @@ def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: s
     if path.suffix.lower() != ".png":
         raise ValueError(f"`path` must end in .png, which keeps ids exact, got {path.name}")
     if not path.parent.is_dir():
-        raise DataError(f"{path} cannot be written: {path.parent} is not a folder; make it first")
+        raise DataError(f"{path} cannot be written: {path.parent} is not a folder; create it first")
     image = Image.fromarray(_ids(mask))
     image.putpalette(voc_palette())
     with unfinished(path) as draft:
@@ -52,7 +52,7 @@ def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: s
 
 
 def save_picture(rgb: Picture, path: str | Path) -> None:
-    """Write a picture as a PNG, complete or not at all."""
+    """Write a picture as a PNG; the write is atomic."""
     with unfinished(Path(path)) as draft:
         Image.fromarray(rgb).save(draft, format="PNG")
 
@@ -63,7 +63,7 @@ def overlay_mask(
     *,
     opacity: float = 0.55,
 ) -> Picture:
-    """Lay a mask over a photo in the colours of PASCAL VOC, with a line along each border.
+    """Paint a mask over a photo in the colours of PASCAL VOC, with a line along each border.
 
     Args:
         rgb: the photo.
@@ -79,11 +79,15 @@ def overlay_mask(
     ids = _ids(mask)
     _check(rgb, ids, opacity)
     palette = np.array(voc_palette()).reshape(256, 3)
-    palette[_IGNORE] = _LIGHT_GREY
+    palette[IGNORE] = _LIGHT_GREY
     colours = palette[ids]
     painted = np.where(ids[:, :, None] > 0, _mix(rgb, colours, opacity), rgb)
-    edge = _borders(ids)[:, :, None]
-    return np.where(edge, _mix(colours, 255, 0.45), painted).round().astype(np.uint8)
+    reach = 1 + 2 * max(1, round(max(ids.shape) / 500))  # the line is thicker on larger photos
+    square = np.ones((reach, reach), np.uint8)
+    edge = (cv2.erode(ids, square) != ids) | (cv2.dilate(ids, square) != ids)
+    edge &= (ids > 0) & (ids < IGNORE)
+    painted = np.where(edge[:, :, None], _mix(colours, 255, 0.45), painted)
+    return painted.round().astype(np.uint8)
 
 
 def overlay_cam(
@@ -92,13 +96,13 @@ def overlay_cam(
     *,
     opacity: float = 0.5,
 ) -> Picture:
-    """Lay a class map over a photo, in a colour map whose steps look equally large.
+    """Paint a class map over a photo, in a perceptually uniform colour map (inferno).
 
     Args:
         rgb: the photo.
         cam: evidence in [0, 1] at photo size.
-        opacity: of evidence above 0.6, in [0, 1]; weaker evidence is more transparent, and none at
-            all leaves the photo as it is. At 0.5 paint and photo are equally visible.
+        opacity: of evidence above 0.6, in [0, 1]; weaker evidence is more transparent, and zero
+            evidence leaves the photo as it is. At 0.5 paint and photo are equally visible.
 
     Returns:
         The painted photo.
@@ -127,29 +131,31 @@ def contact_sheet(
     captions: Sequence[str] = (),
     cell: int = 260,
 ) -> Picture:
-    """Lay pictures out in a table.
+    """Arrange pictures in a table.
 
-    Columns are equally wide, a row is as high as its highest picture; pictures keep their aspect.
+    Columns have equal widths, a row is as high as its highest picture; pictures keep their aspect.
 
     Args:
-        rows: the pictures, as many in each row as there are titles.
+        rows: the pictures, one per title in each row.
         titles: one for each column.
-        captions: one for each row, written above it, or none.
+        captions: one for each row, written above it; or none.
         cell: width of a cell in pixels and its greatest height; 260 puts five columns on a screen.
 
     Returns:
         The sheet.
 
     Raises:
-        ValueError: rows, titles and captions do not fit together, or cells are below 32 pixels.
+        ValueError: the numbers of rows, titles and captions do not match, or cells are below 32
+            pixels.
     """
     _check_table(rows, titles, captions, cell)
     fitted = [[_fit(picture, cell) for picture in row] for row in rows]
     heights = [max(picture.height for picture in row) for row in fitted]
     title_font = ImageFont.load_default(size=max(11, cell // 16))
     caption_font = ImageFont.load_default(size=max(10, cell // 19))
-    head = _line_height(title_font) + _GAP
-    foot = _line_height(caption_font) + _GAP if captions else 0
+    boxes = [font.getbbox("\u00c1gj") for font in (title_font, caption_font)]
+    head, foot = (round(bottom - top) + _GAP for _, top, _, bottom in boxes)
+    foot = foot if captions else 0
     inner = len(titles) * (cell + _GAP) - _GAP
     between = foot + _GAP + (_GAP // 2 if captions else 0)
     size = (inner + 2 * _MARGIN, head + sum(heights) + len(rows) * between + 2 * _MARGIN - _GAP)
@@ -176,9 +182,9 @@ def _ids(mask: Tensor | np.ndarray) -> UInt8[np.ndarray, "H W"]:
     if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise ValueError(
             f"`mask` must hold integer ids in rows and columns, got {ids.dtype} of shape "
-            f"{ids.shape}; take one image of a batch"
+            f"{ids.shape}; pass one image of a batch"
         )
-    if ids.min() < 0 or ids.max() > _IGNORE:
+    if ids.min() < 0 or ids.max() > IGNORE:
         raise ValueError(f"`mask` must hold ids in 0..255, got {ids.min()} to {ids.max()}")
     return np.ascontiguousarray(ids.astype(np.uint8))
 
@@ -190,7 +196,7 @@ def _check(rgb: np.ndarray, layer: np.ndarray, opacity: float) -> None:
         )
     if layer.shape != rgb.shape[:2]:
         raise ValueError(
-            f"the photo has {rgb.shape[0]}x{rgb.shape[1]} pixels (rows x columns) but what to lay "
+            f"the photo has {rgb.shape[0]}x{rgb.shape[1]} pixels (rows x columns) but the layer "
             f"over it has shape {layer.shape}; resize it to the photo first"
         )
     if not 0 <= opacity <= 1:
@@ -201,17 +207,6 @@ def _mix(
     below: np.ndarray, above: np.ndarray | int, opacity: float | np.ndarray
 ) -> Float[np.ndarray, "H W 3"]:
     return below + opacity * (np.asarray(above, dtype=np.float64) - below)
-
-
-def _borders(ids: UInt8[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
-    """Mark the pixels of a class that another id lies within reach of, thicker on larger photos."""
-    reach = 1 + 2 * max(1, round(max(ids.shape) / 500))
-    kernel = np.ones((reach, reach), np.uint8)
-    return (
-        (ids > 0)
-        & (ids < _IGNORE)
-        & ((cv2.erode(ids, kernel) != ids) | (cv2.dilate(ids, kernel) != ids))
-    )
 
 
 def _check_table(
@@ -235,11 +230,6 @@ def _fit(picture: _Cell, cell: int) -> Image.Image:
     scale = cell / max(picture.shape[:2])
     height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
     return Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _line_height(font: _Font) -> int:
-    top, bottom = font.getbbox("\u00c1gj")[1::2]
-    return round(bottom - top)
 
 
 def _shorten(text: str, font: _Font, width: int) -> str:

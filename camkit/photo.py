@@ -1,11 +1,11 @@
-"""Photo: an image file becomes normalised pixels, colours in [0, 1] and its original size."""
+"""Photos: image files become normalised pixels, colours in [0, 1] and their original size."""
 
 import math
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader, BytesIO
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from camkit.errors import DataError
 from camkit.tensors import RGB, Pixels
 
-# Where a file breaks decides which of these PIL lets through.
+# The exceptions that PIL raises for a broken file, depending on where it breaks.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -30,14 +30,30 @@ class Photo:
     Attributes:
         pixels: the model's input, normalised, one image.
         rgb: the same picture with colours in [0, 1].
-        size: rows and columns of the original, upright as its EXIF orientation asks.
-        path: the file it came from, if it came from one.
+        size: rows and columns of the original, after EXIF rotation.
+        path: the file it came from, if any.
     """
 
     pixels: Pixels
     rgb: RGB
     size: tuple[int, int]
     path: Path | None = None
+
+
+@dataclass(frozen=True)
+class PhotoSettings:
+    """How photos are prepared for a model; the settings are those of `load_photo`."""
+
+    size: int | tuple[int, int] = 384
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    multiple: int = 16
+
+    def load(self, path: str | Path) -> Photo:
+        """Read one photo from a file, as `load_photo` does."""
+        return load_photo(
+            path, size=self.size, mean=self.mean, std=self.std, multiple=self.multiple
+        )
 
 
 def load_photo(
@@ -50,17 +66,17 @@ def load_photo(
 ) -> Photo:
     """Read an image file for a model.
 
-    The picture is turned upright, laid over white where it is transparent, and resized by PIL's
-    antialiased bicubic filter: the one timm evaluates with, and it cannot overshoot [0, 1].
+    The picture is rotated upright, put over white where it is transparent, and resized by PIL's
+    antialiased bicubic filter, which timm evaluates with and which cannot overshoot [0, 1].
 
     Args:
-        path: an image of any kind PIL reads, 8 or 16 bits a channel.
+        path: an image in any format that PIL reads, 8 or 16 bits per channel.
         size: the long side, aspect kept and both sides rounded to ``multiple``; or exact rows and
             columns; or None for the original size rounded to ``multiple``. 384 keeps small objects
             a few patches wide and is what most ViTs were fine-tuned at.
-        mean: subtracted from the colours, one number or three; 0.5 is what the augreg and
-            other "inception"-normalised checkpoints were trained with.
-        std: what the difference is divided by, one number or three.
+        mean: is subtracted from the colours, one number or three; 0.5 is the value that the
+            augreg and other "inception"-normalised checkpoints were trained with.
+        std: divides the difference, one number or three.
         multiple: the patch size of the model, or any multiple of it.
 
     Returns:
@@ -70,9 +86,9 @@ def load_photo(
         DataError: the file is missing or cannot be decoded.
         ValueError: a setting cannot be used.
     """
-    path = Path(path)
-    image = Image.fromarray(read_picture(path))
-    return _prepare(image, path, size=size, mean=mean, std=std, multiple=multiple)
+    path, rgb = Path(path), read_picture(path)
+    photo = photo_from_array(rgb, size=size, mean=mean, std=std, multiple=multiple)
+    return replace(photo, path=path)
 
 
 def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
@@ -82,21 +98,22 @@ def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
         DataError: the file is missing or cannot be decoded.
     """
     path = Path(path)
-    with _explained(path):
-        return np.array(_to_rgb(ImageOps.exif_transpose(decode(path))))
+    image = decode(path)
+    with _decoding_errors(path):
+        return _upright_rgb(image)
 
 
 def picture_from_file(
     file: BufferedReader | BytesIO, name: str | Path
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Read an open image file as `read_picture` reads a path; errors call it by its name.
+    """Read an open image file as `read_picture` does; errors call it ``name``.
 
     Raises:
         DataError: it cannot be decoded.
     """
-    with _explained(name), Image.open(file) as image:
+    with _decoding_errors(name), Image.open(file) as image:
         image.load()
-        return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+        return _upright_rgb(image)
 
 
 def photo_from_array(
@@ -107,41 +124,43 @@ def photo_from_array(
     std: float | Sequence[float] = 0.5,
     multiple: int = 16,
 ) -> Photo:
-    """Make a photo of an array; the settings are those of `load_photo`.
+    """Make a photo, without a path, from an array of colours in 0..255.
 
-    Args:
-        rgb: colours in 0..255, red first (OpenCV reads blue first).
-        size: long side, exact rows and columns, or None.
-        mean: subtracted from the colours, one number or three.
-        std: what the difference is divided by, one number or three.
-        multiple: what both sides are rounded to.
-
-    Returns:
-        The photo, float32, on the CPU, without a path.
+    Red comes first (OpenCV reads blue first). The settings are those of `load_photo`.
 
     Raises:
-        ValueError: the array is no colour picture, or a setting cannot be used.
+        ValueError: the array is not a colour picture, or a setting cannot be used.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.size == 0:
         raise ValueError(
             f"`rgb` must be uint8 of shape (rows, cols, 3), got {rgb.dtype} of shape {rgb.shape}; "
             "scale colours to 0..255 and put them on the last axis"
         )
-    image = Image.fromarray(np.ascontiguousarray(rgb))
-    return _prepare(image, None, size=size, mean=mean, std=std, multiple=multiple)
+    shift, scale = _per_channel("mean", mean), _per_channel("std", std)
+    if not bool((scale > 0).all()):
+        raise ValueError(f"`std` must be positive, got {std}; 0.5 or the ImageNet values are usual")
+    original = (rgb.shape[0], rgb.shape[1])
+    rows, cols = _model_size(original, size, multiple)
+    picture = np.array(rgb, order="C")  # contiguous, and not shared with the caller
+    if (rows, cols) != original:
+        resized = Image.fromarray(picture).resize((cols, rows), Image.Resampling.BICUBIC)
+        picture = np.array(resized)
+    colours = torch.from_numpy(picture).permute(2, 0, 1)[None].contiguous() / 255
+    return Photo(pixels=(colours - shift) / scale, rgb=colours, size=original)
 
 
 def decode(path: Path) -> Image.Image:
-    """Read an image file as it is stored: no rotation, no change of mode.
+    """Read an image file as it is stored, without rotation or change of mode.
 
     Raises:
-        DataError: the file is missing, a folder, broken, of no known kind, or too large to trust.
+        DataError: the file is missing, a folder, broken, of an unknown format, or suspiciously
+            large.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
     if path.is_dir():
         raise DataError(f"{path} is a folder, expected an image file; name a file in it")
-    with _explained(path):
+    with _decoding_errors(path):
         image = Image.open(path)
         with image:
             image.load()
@@ -149,7 +168,7 @@ def decode(path: Path) -> Image.Image:
 
 
 @contextmanager
-def _explained(path: str | Path) -> Iterator[None]:
+def _decoding_errors(path: str | Path) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata does not matter to the pixels
@@ -157,8 +176,8 @@ def _explained(path: str | Path) -> Iterator[None]:
             yield
     except _BOMB as error:
         raise DataError(
-            f"{path} holds more than the {Image.MAX_IMAGE_PIXELS} pixels PIL trusts; make it "
-            "smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you know where it comes from"
+            f"{path} holds more than the {Image.MAX_IMAGE_PIXELS} pixels PIL trusts; reduce it, "
+            "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust its source"
         ) from error
     except _BROKEN as error:
         raise DataError(
@@ -167,43 +186,19 @@ def _explained(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    image = ImageOps.exif_transpose(image)
     if image.mode in _SIXTEEN_BIT:
-        image = _to_eight_bit(image)
+        levels = np.asarray(image).astype(np.int64)  # PIL's own conversion clips at 255
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"values {levels.min()} to {levels.max()}, expected 0 to 65535")
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("mode F, floats of unknown range")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _to_eight_bit(image: Image.Image) -> Image.Image:
-    levels = np.asarray(image).astype(np.int64)  # PIL's own conversion clips at 255
-    if levels.min() < 0 or levels.max() > 65535:
-        raise ValueError(f"values {levels.min()} to {levels.max()}, expected 0 to 65535")
-    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-
-
-def _prepare(
-    image: Image.Image,
-    path: Path | None,
-    *,
-    size: int | tuple[int, int] | None,
-    mean: float | Sequence[float],
-    std: float | Sequence[float],
-    multiple: int,
-) -> Photo:
-    shift, scale = _per_channel("mean", mean), _per_channel("std", std)
-    if not bool((scale > 0).all()):
-        raise ValueError(f"`std` must be positive, got {std}; 0.5 or the ImageNet values are usual")
-    original = (image.height, image.width)
-    rows, cols = _model_size(original, size, multiple)
-    if (rows, cols) != original:
-        image = image.resize((cols, rows), Image.Resampling.BICUBIC)
-    rgb = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous() / 255
-    return Photo(pixels=(rgb - shift) / scale, rgb=rgb, size=original, path=path)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
 
 
 def _per_channel(name: str, value: float | Sequence[float]) -> torch.Tensor:

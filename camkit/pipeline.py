@@ -1,8 +1,8 @@
-"""wrap(model, ...): a photo goes in; seed, refined maps, mask and logits come out."""
+"""wrap(model): a photo goes in; seed, refined maps, mask and class scores come out."""
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,19 @@ from camkit.capture.hooks import borrowed
 from camkit.capture.host import find_attention
 from camkit.capture.record import Capture, required_by
 from camkit.edits.protocol import Edit, KeyEdit
-from camkit.manifest import environment, weights_hash
+from camkit.errors import CamkitError
+from camkit.manifest import provenance
 from camkit.mask import to_mask
-from camkit.method import DEFAULT_REFINE, GRADIENT, PRESETS, Preset, suitable
+from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset, first_supported
 from camkit.ops.images import resize_cam
 from camkit.paint import overlay_mask, save_mask, save_picture
 from camkit.photo import Photo, read_picture
 from camkit.refiners.normalize import normalize_cam
 from camkit.refiners.protocol import Refiner
+from camkit.seeds.attention import GradientSeed
 from camkit.seeds.protocol import Seed
 from camkit.seeds.targets import (
     ClassRequest,
-    Targets,
     known_classes,
     name_of,
     read_targets,
@@ -39,20 +40,287 @@ from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
 
 
+def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tell
+    model: nn.Module,
+    *,
+    seed: Seed | None = None,
+    edit: Edit | KeyEdit | None = None,
+    edit_blocks: int | Sequence[int] | None = 3,
+    views: Views | None = None,
+    refine: Sequence[Refiner] = DEFAULT_REFINE,
+    background_score: float | None = None,
+    vocabulary: Vocabulary | None = None,
+    scores: Callable[[Any], Tensor] | None = None,
+) -> "Pipeline":
+    """Make a pipeline around a model; the model itself stays as it is.
+
+    Args:
+        model: a Vision Transformer that returns class scores.
+        seed: makes the first maps. Without seed and edit, the pipeline takes both from the first of
+            `camkit.method.PRESETS` that the model supports: `CALIBRATED`, `GRADIENT` or `POOLED`.
+            With an edit alone, the seed is `GradientSeed`.
+        edit: see `Method`, as for the next four.
+        edit_blocks: which attention blocks to edit.
+        views: other sizes and mirror images to read the seed from.
+        refine: refiners, applied in order.
+        background_score: score that a class must exceed to own a pixel, in [0, 1]; None takes that
+            of the preset, or 0.55 with a seed or edit of your own.
+        vocabulary: class names, and the classifier outputs behind each; without it, classes are
+            output indices.
+        scores: computes ``(b, classes)`` scores from the model's output, as in `camkit.watch`.
+
+    Raises:
+        UnsupportedModelError: the model has no attention.
+        ValueError: the background score lies outside [0, 1].
+    """
+    shared: dict[str, Any] = {"views": views, "refine": tuple(refine)}
+    if background_score is not None:
+        shared["background_score"] = background_score
+    method: Method | tuple[Preset, ...]
+    if seed is None and edit is None:
+        method = tuple(replace(p, method=replace(p.method, **shared)) for p in PRESETS)
+    else:
+        blocks = edit_blocks if isinstance(edit_blocks, int | None) else tuple(edit_blocks)
+        method = Method(seed or GradientSeed(), edit=edit, edit_blocks=blocks, **shared)
+    return Pipeline(model, method, vocabulary=vocabulary, scores=scores)
+
+
+class Pipeline:
+    """A model and the method that segments photos with it; printing it shows the method.
+
+    Attributes:
+        model: borrowed: its weights, hooks, modes and gradients stay as they are.
+        vocabulary: class names, and the classifier outputs behind each; may be None.
+        scores: computes class scores from the model's output; may be None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | Sequence[Preset] = PRESETS,
+        *,
+        vocabulary: Vocabulary | None = None,
+        scores: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        """Wrap a model; `camkit.wrap` is the short way.
+
+        Args:
+            model: a Vision Transformer.
+            method: how maps are made; or presets, of which the first one that the model supports
+                is used. Presets are tried on the first photo.
+            vocabulary: class names, and the classifier outputs behind each.
+            scores: computes ``(b, classes)`` scores from the model's output.
+
+        Raises:
+            UnsupportedModelError: the model has no attention.
+        """
+        find_attention(model)  # refuse a model without attention here, not at the first photo
+        self.model = model
+        self.vocabulary = vocabulary
+        self.scores = scores
+        self._presets = (Preset(method),) if isinstance(method, Method) else tuple(method)
+        self._method = method if isinstance(method, Method) else None
+
+    def __call__(self, photo: Photo, *, classes: ClassRequest = None) -> "Result":
+        """Segment one photo.
+
+        Args:
+            photo: see `camkit.load_photo`.
+            classes: the classes in the picture, by name or index; None takes the most probable one.
+                docs/views.md lists the other forms, such as labels,
+                `camkit.seeds.PredictedClasses` and `camkit.seeds.TextClasses`.
+
+        Raises:
+            ValueError: a class is unknown, or the size does not fit the model's patches.
+            UnsupportedModelError: the model's attention cannot be read.
+        """
+        stages = self.stages(photo.pixels, rgb=photo.rgb, classes=classes)
+        slots = [slot for slot, index in enumerate(stages.classes[0].tolist()) if index >= 0]
+        chosen = tuple(int(index) for index in stages.classes[0, slots])
+        method, outputs = stages.method, stages.capture.outputs
+        cam = resize_cam(stages.cam, photo.size).clamp(0, 1)
+        values = stages.classes if fits_a_byte(stages.known) else None
+        return Result(
+            photo=photo,
+            classes=chosen,
+            names=stages.names[0],
+            seed=stages.seed[:, slots],
+            cam=cam[:, slots],
+            mask=to_mask(cam, values, background_score=method.background_score)[0],
+            legend=mask_legend(chosen, stages.names[0], stages.known),
+            logits=stages.seed.new_zeros(1, 0) if outputs is None else outputs.detach(),
+            settings=self._settings(method),
+        )
+
+    def stages(self, pixels: Pixels, *, rgb: RGB, classes: ClassRequest = None) -> "Stages":
+        """Compute the maps of a batch.
+
+        Args:
+            pixels: normalised images of one size.
+            rgb: the same pictures in [0, 1].
+            classes: classes of each image, padded with -1, or any other form that
+                `camkit.seeds.read_targets` takes; None takes the most probable class of each.
+
+        Raises:
+            ValueError: a class is unknown, or the size does not fit the model's patches.
+            UnsupportedModelError: the model's attention cannot be read.
+        """
+        # 1. The classes, checked before the model runs. Texts bring their own names and scores.
+        vocabulary, scores = self.vocabulary, self.scores
+        if isinstance(classes, TextClasses):
+            if scores is not None or vocabulary is not None:
+                raise ValueError(
+                    "texts bring their own scores and names; wrap the model without `scores` and "
+                    "`vocabulary`"
+                )
+            vocabulary, scores = Vocabulary(classes.names), classes.scores
+            classes = [list(range(len(classes)))] * len(pixels)
+        targets = read_targets(
+            classes,
+            images=len(pixels),
+            known=known_classes(self.model) if scores is None else None,
+            vocabulary=vocabulary,
+        )
+        check_size(self.model, pixels)
+
+        # 2. The method. The model's classifier cannot explain texts and custom scores.
+        if len(self._presets) > 1 and (scores is not self.scores or targets.functions):
+            method = next(preset.method for preset in self._presets if not preset.classifier)
+        else:
+            method = self.decide(pixels, rgb)
+        seed = with_targets(method.seed, targets)
+
+        # 3. One forward, watched for what the seed and the refiners read.
+        weight = next(self.model.parameters())
+        pixels, rgb = pixels.to(weight), rgb.to(weight.device)
+        runner = ModelRunner(
+            self.model,
+            requires=required_by(method.seed, *method.refine),
+            edit=method.edit,
+            edit_blocks=method.edit_blocks,
+            vocabulary=vocabulary,
+            scores=scores,
+        )
+        with borrowed(self.model), torch.no_grad():
+            capture = runner(pixels, rgb)
+            indices = targets.classes(capture)
+
+            # 4. The seed: maps on the patch grid, from this view or from several.
+            if method.views is None:
+                maps = seed(capture, indices).float()
+            else:
+                reader = MultiViewReader(runner, pixels, rgb, capture)
+                maps = reader.seeds(indices, [(seed, method.views)])[seed, method.views]
+            first = cam = normalize_cam(maps)
+
+            # 5. The refiners.
+            for refiner in method.refine:
+                cam = refiner(cam, capture)
+
+        known = int(capture.scores.shape[-1])
+
+        def name(index: int) -> str:
+            if index >= known:
+                return name_of(targets.functions[index - known])
+            return str(index) if vocabulary is None else vocabulary.names[index]
+
+        return Stages(
+            seed=first,
+            cam=cam,
+            capture=capture,
+            classes=indices,
+            names=tuple(
+                tuple(name(index) for index in row if index >= 0) for row in indices.tolist()
+            ),
+            known=known + len(targets.functions),
+            method=method,
+        )
+
+    def decide(self, pixels: Pixels, rgb: RGB) -> Method:
+        """Return the method for this model; the first call decides it, by trying the presets.
+
+        Args:
+            pixels: normalised images of one size.
+            rgb: the same pictures in [0, 1].
+        """
+        if self._method is None:
+            runner = ModelRunner(self.model, vocabulary=self.vocabulary, scores=self.scores)
+            if self.scores is None:  # otherwise `scores` may depend on the batch size
+                pixels, rgb = pixels[:1], rgb[:1]
+            self._method = first_supported(self._presets, runner, pixels, rgb).method
+        return self._method
+
+    @property
+    def method(self) -> Method:
+        """The method in use.
+
+        Raises:
+            CamkitError: it is decided at the first photo.
+        """
+        if self._method is None:
+            raise CamkitError(
+                "the method is decided at the first photo; call the pipeline on a photo first, or "
+                "`decide(pixels, rgb)`"
+            )
+        return self._method
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting, versions and the hash of the weights, JSON-ready; see `method`."""
+        return self._settings(self.method)
+
+    def _settings(self, method: Method) -> dict[str, Any]:
+        model = {"model": type(self.model).__name__}
+        return method.settings() | model | provenance(self.model)
+
+    def __repr__(self) -> str:
+        name = type(self.model).__name__
+        if self._method is not None:
+            return f"Pipeline({name}, {self._method})"
+        candidates = "\n  ".join(repr(preset.method) for preset in self._presets)
+        return (
+            f"Pipeline({name}, method decided at the first photo: the first of these that the "
+            f"model supports\n  {candidates})"
+        )
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The maps of one batch in [0, 1], and everything they were made from.
+
+    Attributes:
+        seed: the first maps, on the patch grid.
+        cam: the refined maps, on the patch grid or finer.
+        capture: of the photos as given.
+        classes: index of each map, padded with -1.
+        names: names of the classes of each image, without padding.
+        known: number of classes of the model or vocabulary, custom scores included.
+        method: the method used.
+    """
+
+    seed: Cam
+    cam: Cam
+    capture: Capture
+    classes: Classes
+    names: tuple[tuple[str, ...], ...]
+    known: int
+    method: Method
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """Maps and mask of one photo.
 
     Attributes:
-        photo: what went in.
-        classes: the K classes asked, as vocabulary indices.
+        photo: the photo that was segmented.
+        classes: vocabulary indices of the K classes.
         names: their names.
         seed: the first maps, on the patch grid, in [0, 1].
         cam: the refined maps at the photo's own size, in [0, 1].
         mask: 0 background, else the value that ``legend`` names.
         legend: name of each mask value.
-        logits: what the classifier returned.
-        settings: every setting that led here, JSON-ready.
+        logits: outputs of the classifier.
+        settings: every setting that led to the result, JSON-ready.
     """
 
     photo: Photo
@@ -66,7 +334,7 @@ class Result:
     settings: dict[str, Any]
 
     def picture(self) -> UInt8[np.ndarray, "H W 3"]:
-        """The photo at its own size, read again from its file where there is one."""
+        """Return the photo at its own size, read again from its file if it has one."""
         if self.photo.path is not None:
             return read_picture(self.photo.path)
         colours = resize_cam(self.photo.rgb, self.photo.size)[0].clamp(0, 1)
@@ -75,10 +343,11 @@ class Result:
     def save(self, folder: str | Path) -> Path:
         """Write ``mask.png``, ``overlay.png``, ``cam.npy`` (float32, K maps) and ``manifest.json``.
 
-        Each file appears complete or not at all, the manifest last: where it is, the rest is too.
+        Each file appears complete or not at all, and the manifest last: if it exists, so do the
+        others.
 
         Returns:
-            The folder, made when needed.
+            The folder, created if needed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +361,7 @@ class Result:
         return folder
 
     def manifest(self) -> dict[str, Any]:
-        """Everything but the pixels, JSON-ready."""
+        """Return everything but the pixels, JSON-ready."""
         probabilities = self.logits[0].float().softmax(-1)
         return {
             "photo": None if self.photo.path is None else str(self.photo.path),
@@ -109,7 +378,9 @@ class Result:
 
 
 def mask_legend(classes: tuple[int, ...], names: tuple[str, ...], known: int) -> dict[int, str]:
-    """Name of each mask value: class + 1 where all known classes fit in a byte, else the slot + 1.
+    """Return the name of each mask value.
+
+    Values are class + 1 if all known classes fit in a byte, else slot + 1.
 
     >>> mask_legend((281, 207), ("tabby", "golden retriever"), 1000)
     {1: 'tabby', 2: 'golden retriever'}
@@ -119,215 +390,5 @@ def mask_legend(classes: tuple[int, ...], names: tuple[str, ...], known: int) ->
 
 
 def fits_a_byte(known: int) -> bool:
-    """Whether class + 1 of every known class stays below 255, the value that means ignore."""
+    """Return whether class + 1 of every known class stays below 255, the value that is ignored."""
     return known <= 254
-
-
-def wrap(  # noqa: PLR0913 - the stages, and what cannot be found in the model
-    model: nn.Module,
-    *,
-    seed: Seed | None = None,
-    edit: Edit | KeyEdit | None = None,
-    edit_blocks: int | Sequence[int] | None = 3,
-    views: Views | None = None,
-    refine: Sequence[Refiner] = DEFAULT_REFINE,
-    background_score: float | None = None,
-    vocabulary: Vocabulary | None = None,
-    scores: Callable[[Any], Tensor] | None = None,
-) -> "Pipeline":
-    """Make a pipeline around a model; the model itself stays as it is.
-
-    Args:
-        model: a Vision Transformer that returns class scores.
-        seed: where the first maps come from. Without seed and edit, the first of
-            `camkit.method.PRESETS` that the model bears, which the first photo tells:
-            `CALIBRATED`, `GRADIENT` or `POOLED`. With an edit of your own, `GradientSeed`.
-        edit: changes attention blocks while the pipeline runs the model, and only then.
-        edit_blocks: which, as in `camkit.attach`; the last three are the choice of
-            docs/methods.md for models that were not trained with the edit.
-        views: other sizes of the photo and their mirror images that the seed is read from as well;
-            None is the photo as it is given, which is also what refiners see.
-        refine: refiners, applied in order.
-        background_score: what a class must beat to own a pixel, in [0, 1]; None is the preset's.
-        vocabulary: class names, and which classifier outputs stand behind each; without it classes
-            are asked by output index.
-        scores: makes ``(b, classes)`` scores of what the model returns, as in `camkit.watch`.
-    """
-    find_attention(model)  # a model without attention is refused here, not at the first photo
-    own = seed is not None or edit is not None
-    presets = PRESETS
-    if own:
-        blocks = edit_blocks if isinstance(edit_blocks, int | None) else tuple(edit_blocks)
-        seed = GRADIENT.seed if seed is None else seed
-        presets = (replace(GRADIENT, seed=seed, edit=edit, edit_blocks=blocks),)
-    return Pipeline(
-        model=model,
-        presets=presets,
-        views=views,
-        refine=tuple(refine),
-        background_score=background_score,
-        vocabulary=vocabulary,
-        scores=scores,
-    )
-
-
-@dataclass(frozen=True)
-class Stages:
-    """Maps of one batch in [0, 1], on the patch grid or finer, with what led there."""
-
-    seed: Cam
-    cam: Cam
-    capture: Capture
-    classes: Classes
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """A model, a seed, refiners and a background score; its repr is its configuration.
-
-    `wrap` makes it, and tells what each setting means.
-
-    Attributes:
-        presets: seeds, and edits they are read under; the first that the model bears is taken.
-    """
-
-    model: nn.Module = field(repr=False)
-    presets: tuple[Preset, ...]
-    refine: tuple[Refiner, ...]
-    background_score: float | None = None
-    vocabulary: Vocabulary | None = field(default=None, repr=False)
-    scores: Callable[[Any], Tensor] | None = field(default=None, repr=False)
-    views: Views | None = None
-    _settled: list["Pipeline"] = field(default_factory=list, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        score = self.background_score
-        if score is not None and not 0.0 <= score <= 1.0:
-            raise ValueError(f"`background_score` must lie in [0, 1], got {score}")
-
-    def __call__(self, photo: Photo, *, classes: ClassRequest = None) -> Result:
-        """Segment one photo.
-
-        Args:
-            photo: see `camkit.load_photo`.
-            classes: what is in the picture, by name or index; None takes the classifier's first
-                guess. docs/views.md lists the other forms, such as labels,
-                `camkit.seeds.PredictedClasses` and `camkit.seeds.TextClasses`.
-
-        Raises:
-            ValueError: a class is unknown, or the size does not fit the model's patches.
-            UnsupportedModelError: the model's attention cannot be read.
-        """
-        targets, spoken = self._targets(classes, photo.pixels, photo.rgb)
-        stages = spoken._run(targets, photo.pixels, photo.rgb)
-        known = int(stages.capture.scores.shape[-1])
-        slots = [slot for slot, index in enumerate(stages.classes[0].tolist()) if index >= 0]
-        chosen = tuple(int(index) for index in stages.classes[0, slots])
-        names = tuple(
-            spoken._name(index) if index < known else name_of(targets.functions[index - known])
-            for index in chosen
-        )
-        known += len(targets.functions)
-        cam = resize_cam(stages.cam, photo.size).clamp(0, 1)
-        values = stages.classes if fits_a_byte(known) else None
-        mask = to_mask(cam, values, background_score=spoken._background_score)[0]
-        outputs = stages.capture.outputs
-        return Result(
-            photo=photo,
-            classes=chosen,
-            names=names,
-            seed=stages.seed[:, slots],
-            cam=cam[:, slots],
-            mask=mask,
-            legend=mask_legend(chosen, names, known),
-            logits=stages.seed.new_zeros(1, 0) if outputs is None else outputs.detach(),
-            settings=spoken.settings,
-        )
-
-    def stages(self, pixels: Pixels, *, rgb: RGB, classes: ClassRequest = None) -> Stages:
-        """Run a batch; the host's modes, flags and gradients are as before when it returns.
-
-        Args:
-            pixels: normalised images, of one size.
-            rgb: the same pictures in [0, 1].
-            classes: classes of each image, padded with -1, or any other form that
-                `camkit.seeds.read_targets` takes, such as a function of the
-                capture; None takes the classifier's first guess.
-        """
-        targets, spoken = self._targets(classes, pixels, rgb)
-        return spoken._run(targets, pixels, rgb)
-
-    def _targets(self, asked: ClassRequest, pixels: Pixels, rgb: RGB) -> "tuple[Targets, Pipeline]":
-        """What is asked, and the pipeline that understands it: texts bring scores of their own."""
-        spoken, images = self, len(pixels)
-        if isinstance(asked, TextClasses):
-            if self.scores is not None or self.vocabulary is not None:
-                raise ValueError(
-                    "texts bring scores and names of their own; wrap the model without `scores` "
-                    "and `vocabulary`"
-                )
-            spoken = replace(self, scores=asked.scores, vocabulary=Vocabulary(asked.names))
-            asked = [list(range(len(asked)))] * images
-        known = known_classes(self.model) if spoken.scores is None else None
-        targets = read_targets(asked, images=images, known=known, vocabulary=spoken.vocabulary)
-        check_size(self.model, pixels)
-        if len(self.presets) == 1:
-            return targets, spoken
-        if spoken is not self or targets.functions:
-            others = tuple(one for one in self.presets if not one.classifier)
-            return targets, replace(spoken, presets=others)
-        if not self._settled:
-            look = ModelRunner(self.model, vocabulary=self.vocabulary, scores=self.scores)
-            images = 1 if self.scores is None else len(pixels)  # scores may know how many there are
-            preset = suitable(self.presets, look, pixels[:images], rgb[:images])
-            self._settled.append(replace(self, presets=(preset,)))
-        return targets, self._settled[0]
-
-    def _run(self, targets: Targets, pixels: Pixels, rgb: RGB) -> Stages:
-        reader = with_targets(self._preset.seed, targets)
-        weight = next(self.model.parameters())
-        pixels, rgb = pixels.to(weight), rgb.to(weight.device)
-        look = ModelRunner(
-            self.model,
-            requires=required_by(self._preset.seed, *self.refine),
-            edit=self._preset.edit,
-            edit_blocks=self._preset.edit_blocks,
-            vocabulary=self.vocabulary,
-            scores=self.scores,
-        )
-        views = self.views or Views()
-        with borrowed(self.model), torch.no_grad():
-            capture = look(pixels, rgb)
-            classes = targets.classes(capture)
-            seeds = MultiViewReader(look, pixels, rgb, capture).seeds(classes, [(reader, views)])
-            seed = cam = normalize_cam(seeds[reader, views])
-            for refiner in self.refine:
-                cam = refiner(cam, capture)
-        return Stages(seed, cam, capture, classes)
-
-    @property
-    def _preset(self) -> Preset:
-        return self.presets[0]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Every setting, versions and the hash of the weights, JSON-ready."""
-        return {
-            "seed": repr(self._preset.seed),
-            "edit": repr(self._preset.edit),
-            "edit_blocks": self._preset.edit_blocks,
-            "views": repr(self.views),
-            "refine": [repr(refiner) for refiner in self.refine],
-            "background_score": self._background_score,
-            "model": type(self.model).__name__,
-            "weights_sha256": weights_hash(self.model),
-            "environment": environment(),
-        }
-
-    @property
-    def _background_score(self) -> float:
-        own = self.background_score
-        return self._preset.background_score if own is None else own
-
-    def _name(self, index: int) -> str:
-        return str(index) if self.vocabulary is None else self.vocabulary.names[index]

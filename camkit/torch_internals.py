@@ -6,7 +6,7 @@ functions, more slowly or without an optimisation.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-# -- Fused attention. scaled_dot_product_attention chooses one of these kernels. Each computes the
-# log-sum-exp of every row, the normaliser, and returns it beside the output when called by name.
+# scaled_dot_product_attention chooses one of these kernels. Each computes the log-sum-exp of every
+# row, the normaliser, and returns it with the output when called by name.
 
 CPU_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
 _CUDA_KERNELS = {
@@ -130,28 +130,33 @@ def trim_normaliser(normaliser: Tensor, q: Tensor) -> Tensor:
 
 
 def cpu_attention_backward(
-    gradient: Tensor, heads: tuple[Tensor, Tensor, Tensor], given: dict[str, Any]
+    gradient: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
+    forward: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Run the backward of the CPU kernel.
 
     Args:
         gradient: at the output.
         heads: queries, keys and values.
-        given: ``out``, ``logsumexp``, ``attn_mask`` and ``scale`` of the forward.
+        forward: output and normaliser.
+        mask: as ``attn_mask``.
+        scale: factor on the dot products.
 
     Returns:
         Gradients at queries, keys and values; None if torch would run another kernel. Kernels of
-        other devices need values that only their own forward keeps.
+        other devices need values that only their own forward stores.
     """
     backward = _operator(_CPU_BACKWARD)
-    options = {"dropout_p": 0.0, "is_causal": False, "scale": given["scale"]}
+    options = {"dropout_p": 0.0, "is_causal": False, "scale": scale}
     if backward is None or chosen_kernel(*heads, None, options) != CPU_KERNEL:
         return None
-    found: tuple[Tensor, Tensor, Tensor] = backward(gradient, *heads, **given | options)
-    return found
+    result: tuple[Tensor, Tensor, Tensor]
+    result = backward(gradient, *heads, *forward, attn_mask=mask, **options)
+    return result
 
-
-# -- Compilation.
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -190,12 +195,9 @@ def constant_when_compiled(function: _Function) -> _Function:
     As `torch.compiler.assume_constant_result`, which would import the compiler: that takes 3 s.
     """
     if "torch._dynamo" in sys.modules:
-        return torch.compiler.assume_constant_result(function)  # type: ignore[no-any-return]
+        return torch.compiler.assume_constant_result(function)
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-# -- Hooks.
 
 
 def count_hooks(module: nn.Module) -> int:
@@ -211,7 +213,28 @@ def _hooks_of(module: nn.Module) -> int:
     count = 0
     for register in (module.register_forward_hook, module.register_forward_pre_hook):
         handle = register(lambda *_: None)
-        hooks = handle.hooks_dict_ref()  # the dictionary of all hooks of this kind
+        # refers to the dictionary of all hooks of this kind; if it is gone, assume there is a hook
+        hooks = getattr(handle, "hooks_dict_ref", lambda: ("unknown",))()
         handle.remove()
         count += len(hooks or ())
     return count
+
+
+def tensor_version(tensor: Tensor) -> object:
+    """Return a value that changes when a tensor is written to; a new one each time if unknown."""
+    version = getattr(tensor, "_version", None)
+    return object() if version is None else version
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """List the values in nested tuples, lists, dictionaries and outputs registered with torch."""
+    try:
+        from torch.utils import _pytree
+
+        leaves: list[Any] = _pytree.tree_leaves(tree)
+    except (ImportError, AttributeError):
+        parts = tree.values() if isinstance(tree, Mapping) else tree
+        if not isinstance(parts, Iterable) or isinstance(parts, Tensor | str):
+            return [tree]
+        leaves = [leaf for part in parts for leaf in tree_leaves(part)]
+    return leaves

@@ -1,4 +1,4 @@
-"""Class names, and the classifier outputs that stand behind each."""
+"""Class names, and the classifier outputs that belong to each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The classes a user speaks of, over the outputs a classifier has.
+    """The user's class names, mapped to the outputs of a classifier.
 
-    A name may list synonyms, separated by commas. ``members`` tells which outputs count as each
-    class; without it, name i is output i.
+    A name may list synonyms, separated by commas. ``members`` lists the outputs of each class;
+    without it, name i is output i.
 
     >>> animals = Vocabulary(("cat", "dog"), members=((281, 282), (151,)))
     >>> animals.index("Dog")
@@ -45,19 +45,16 @@ class Vocabulary:
         return len(self.names)
 
     def index(self, name_or_index: str | int) -> int:
-        """Find a class.
+        """Return the index of a class.
 
         Args:
-            name_or_index: an index, a whole name, or one of the synonyms within a name; upper and
-                lower case are the same. A whole name goes before another class's synonym.
-
-        Returns:
-            The index of the class.
+            name_or_index: an index, a whole name, or one of the synonyms within a name, in upper or
+                lower case. A whole name takes precedence over another class's synonym.
         """
         if isinstance(name_or_index, int):
             if not 0 <= name_or_index < len(self):
                 raise ValueError(
-                    f"a class index lies in 0 to {len(self) - 1} here, got {name_or_index}"
+                    f"a class index must lie in 0 to {len(self) - 1}, got {name_or_index}"
                 )
             return name_or_index
         wanted = _plain(name_or_index)
@@ -68,47 +65,49 @@ class Vocabulary:
             raise ValueError(
                 f'"{name_or_index}" names {len(matches)} classes: {listed}; use an index'
             )
-        if not matches:
-            raise ValueError(f'no class is called "{name_or_index}"{self._suggestion(wanted)}')
-        return matches[0]
+        if matches:
+            return matches[0]
+        known = {word: None for name in self.names for word in (_plain(name), *_synonyms(name))}
+        close = get_close_matches(wanted, known, n=3)
+        hint = f"there are {len(self)}, such as {', '.join(self.names[:3])}"
+        if close:
+            hint = "did you mean " + " or ".join(f'"{word}"' for word in close) + "?"
+        raise ValueError(f'no class is called "{name_or_index}"; {hint}')
 
     def resolve(self, items: Sequence[str | int]) -> tuple[int, ...]:
-        """Find several classes, keeping their order.
+        """Return the indices of several classes, in the given order.
 
         Args:
-            items: names or indices; none may come twice, under whatever name.
-
-        Returns:
-            Their indices.
+            items: names or indices; no class may come twice, under whatever name.
         """
         if not items:
             raise ValueError("name at least one class, got none")
-        found = tuple(self.index(item) for item in items)
-        for position, index in enumerate(found):
-            if index in found[:position]:
-                earlier = items[found.index(index)]
+        indices = tuple(self.index(item) for item in items)
+        for position, index in enumerate(indices):
+            if index in indices[:position]:
+                earlier = items[indices.index(index)]
                 raise ValueError(
                     f"{earlier!r} and {items[position]!r} are the same class, {index} "
                     f'"{self.names[index]}"; name each class once'
                 )
-        return found
+        return indices
 
     def subset(self, items: Sequence[str | int]) -> "Vocabulary":
-        """Keep some classes, named as asked, in the order asked.
+        """Keep some classes, under the given names and in the given order.
 
         Args:
-            items: names or indices; none may come twice.
+            items: names or indices; no class may come twice.
 
         Returns:
             A vocabulary over the same classifier outputs.
         """
-        found = self.resolve(items)
+        indices = self.resolve(items)
         names = tuple(
             item if isinstance(item, str) else self.names[index]
-            for item, index in zip(items, found, strict=True)
+            for item, index in zip(items, indices, strict=True)
         )
         members = self.members or tuple((index,) for index in range(len(self)))
-        return Vocabulary(names, tuple(members[index] for index in found))
+        return Vocabulary(names, tuple(members[index] for index in indices))
 
     def score(self, outputs: Float[Tensor, "... o"]) -> Float[Tensor, "... C"]:
         """Join the outputs of each class into one score.
@@ -134,23 +133,16 @@ class Vocabulary:
         if count <= largest:
             raise ValueError(
                 f"`outputs` must hold at least {largest + 1} scores, as output {largest} is a "
-                f"member, got {count}; is this the classifier the vocabulary was made for?"
+                f"member, got {count}; use the classifier that the vocabulary was made for"
             )
-        alone = [place for place, member in enumerate(self.members) if len(member) == 1]
+        single = [place for place, member in enumerate(self.members) if len(member) == 1]
         joined = [place for place, member in enumerate(self.members) if len(member) > 1]
         parts = [  # a thousand classes of one output each are picked at once
-            outputs[..., [self.members[place][0] for place in alone]],
-            *(outputs[..., list(self.members[one])].logsumexp(-1)[..., None] for one in joined),
+            outputs[..., [self.members[place][0] for place in single]],
+            *(outputs[..., list(self.members[i])].logsumexp(-1, keepdim=True) for i in joined),
         ]
-        order = sorted(range(len(self)), key=[*alone, *joined].__getitem__)
+        order = sorted(range(len(self)), key=[*single, *joined].__getitem__)
         return torch.cat(parts, dim=-1)[..., order]
-
-    def _suggestion(self, wanted: str) -> str:
-        known = {word: None for name in self.names for word in (_plain(name), *_synonyms(name))}
-        close = get_close_matches(wanted, known, n=3)
-        if not close:
-            return f"; there are {len(self)}, such as {', '.join(self.names[:3])}"
-        return "; did you mean " + " or ".join(f'"{word}"' for word in close) + "?"
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Pages that the site makes of the code itself: the API, the command line, the tour."""
+"""Pages of the site that are generated from the code: API, command line, examples, tour."""
 
 import ast
 import io
@@ -16,14 +16,14 @@ CELLS = ROOT / "examples" / "tour.ipynb"
 TABLE = re.compile(r"\]\(\.\./benchmarks/results/(\w+)\.md\)")
 FETCHED = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=["']?(https?:[^"' >]+)""")
 
-SHAPES = """Shapes stand in the signatures: `Float[Tensor, "b c n"]` is a tensor of floats with
-three axes. b images, k classes asked of an image, C classes of a data set or classifier, h and w
-rows and columns of patches, H and W rows and columns of pixels, t tokens, n patches, c class
-tokens, a heads, d channels. Short names such as `Cam` are told at the end of the page."""
+SHAPES = """Signatures state shapes: `Float[Tensor, "b c n"]` is a tensor of floats with three
+axes. b images, k requested classes of an image, C classes of a data set or classifier, h and w rows
+and columns of patches, H and W rows and columns of pixels, t tokens, n patches, c class tokens, a
+heads, d channels. The end of the page defines short names such as `Cam`."""
 
-TABLES = """Written by the scripts of `benchmarks/`, shown as they are; `benchmarks/README.md` says
-what each measures and with which command. Beside each lies a JSON file with all numbers, settings,
-versions and the hash of the weights."""
+TABLES = """The scripts in `benchmarks/` wrote these tables; `benchmarks/README.md` states what each
+script measures and the command to run it. Next to each table is a JSON file with all numbers,
+settings, versions and the hash of the weights."""
 
 EXAMPLES = {
     "One call": "one_call",
@@ -37,24 +37,28 @@ EXAMPLES = {
     "A host with one token for each class": "train_class_tokens",
     "Losses of published systems": "train_with_losses",
 }
-"""Headings of the page of examples, and the script that stands below each."""
+"""Headings of the page of examples, and the script shown below each."""
 
 ROOMS = {
-    "From photo to mask": ("photo", "pipeline", "result", "mask", "vocabulary", "grid"),
-    "Watching a model": ("capture", "diagnosis"),
-    "Seeds": ("seed",),
-    "Edits": ("edit",),
-    "Refiners": ("refine", "ops/resampling"),
+    "From photo to mask": (
+        *("photo", "pipeline", "method", "mask", "mask.power_threshold"),
+        *("ops/images", "vocabulary", "grid"),
+    ),
+    "Watching a model": ("capture", "diagnosis", "diagnosis.Diagnosis"),
+    "Seeds": ("seeds",),
+    "Edits": ("edits",),
+    "Refiners": ("refiners",),
     "Losses": ("losses",),
     "Data": ("data",),
     "Scores": ("score",),
     "Benchmark": ("bench",),
     "Folders and runs": ("bulk",),
     "In place of grad-cam": ("compat",),
+    "Outside the promise of stability": ("contrib",),
     "Pictures": ("paint",),
     "Errors and shapes": ("errors", "tensors"),
 }
-"""Headings of the reference, and the modules of camkit whose public names stand below each."""
+"""Headings of the reference, and the packages, modules or single names shown below each."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -72,25 +76,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Tables that pages link to in benchmarks/results stand on a page of the site."""
+    """Point links to benchmarks/results at the page of all tables."""
     return TABLE.sub(r"](results.md#\1)", markdown)
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Refuse a site that would fetch something from elsewhere, or that leads nowhere."""
+    """Fail if a page would load anything from the network or has a link to a missing page."""
     site = Path(config.site_dir)
     for page in site.glob("*.html"):
         text = page.read_text(encoding="utf-8")
         fetched = FETCHED.search(text)
         if fetched:
-            raise PluginError(f"{page.name} would fetch {fetched[1]}; put the file into docs/")
+            raise PluginError(f"{page.name} would load {fetched[1]}; put the file into docs/")
         for target in re.findall(r'<a [^>]*?href="([^":#]+)["#]', text):
             if page.name != "404.html" and not (site / target).exists():
-                raise PluginError(f"{page.name} leads to {target}, which is not there")
+                raise PluginError(f"{page.name} links to {target}, which does not exist")
 
 
 def reference() -> str:
-    """One heading for each room, and below it every public name of it."""
+    """Write one heading for each entry of `ROOMS`, and below it its public names."""
     parts = ["# API", SHAPES]
     for title, rooms in ROOMS.items():
         parts.append(f"## {title}")
@@ -99,13 +103,18 @@ def reference() -> str:
 
 
 def public_names(room: str) -> list[str]:
-    """What `camkit/ROOM` exports, by the place where it is defined, in the order of the file."""
-    package = ROOT / "camkit" / room / "__init__.py"
+    """List the names that an entry of `ROOMS` stands for, in the order of the file.
+
+    A package stands for what it exports, a module for what `camkit` exports of it (everything
+    public if that is nothing), and ``module.name`` for this name.
+    """
     module = f"camkit.{room.replace('/', '.')}"
-    if package.is_file():
-        return [name for name in _imported(package) if name.startswith(f"{module}.")]
-    above = ROOT / "camkit" / "__init__.py"
-    return [name for name in _imported(above) if name.startswith(f"{module}.")] or _own(room)
+    if "." in room:
+        return [module]
+    package = ROOT / "camkit" / room / "__init__.py"
+    exporter = package if package.is_file() else ROOT / "camkit" / "__init__.py"
+    exported = [name for name in _imported(exporter) if name.startswith(f"{module}.")]
+    return exported if exported or package.is_file() else _own(room)
 
 
 def _imported(path: Path) -> list[str]:
@@ -126,28 +135,32 @@ def _own(room: str) -> list[str]:
 
 
 def command_line() -> str:
-    """Every command as its `--help` tells it."""
+    """Write the `--help` of every command."""
     from camkit.cli import COMMANDS
 
-    asked = [*([name] for name in COMMANDS), ["data", "check"]]
-    told = [f"## camkit {' '.join(one)}\n\n```text\n{help_of(one)}\n```" for one in asked]
-    intro = "# Command line\n\n`camkit COMMAND --help` prints what stands here."
-    return "\n\n".join([intro, *told])
+    commands = [*([name] for name in COMMANDS), ["data", "check"]]
+    sections = [
+        f"## camkit {' '.join(words)}\n\n```text\n{help_of(words)}\n```" for words in commands
+    ]
+    intro = "# Command line\n\nThis page shows the output of `camkit COMMAND --help`."
+    return "\n\n".join([intro, *sections])
 
 
 def help_of(words: list[str]) -> str:
-    """What a command prints when asked for help."""
+    """Return what a command prints for `--help`."""
     from camkit.cli import main
 
-    told = io.StringIO()
-    with redirect_stdout(told), suppress(SystemExit):
+    printed = io.StringIO()
+    with redirect_stdout(printed), suppress(SystemExit):
         main([*words, "--help"])
-    return told.getvalue().strip()
+    return printed.getvalue().strip()
 
 
 def examples() -> str:
-    """Every script of examples/."""
-    intro = "# Examples\n\n`python examples/NAME.py`; the tests run all of them, on a CPU."
+    """Show every script in `EXAMPLES`."""
+    intro = (
+        "# Examples\n\nTo run one: `python examples/NAME.py`. The tests run all of them on a CPU."
+    )
     scripts = {title: ROOT / "examples" / f"{name}.py" for title, name in EXAMPLES.items()}
     shown = [
         f"## {title}\n\n`examples/{path.name}`\n\n```python\n{path.read_text(encoding='utf-8')}```"
@@ -157,7 +170,7 @@ def examples() -> str:
 
 
 def results() -> str:
-    """Every table that the benchmarks wrote."""
+    """Show every table in benchmarks/results."""
     tables = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
     shown = [
         f"## {table.stem} {{ #{table.stem} }}\n\n{table.read_text(encoding='utf-8')}"
@@ -167,7 +180,7 @@ def results() -> str:
 
 
 def tour() -> dict[str, str | bytes]:
-    """The notebook, run, as a page with its pictures; only its cells where there are no weights."""
+    """Run the notebook and return it as a page with its images; without weights only its cells."""
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
@@ -182,9 +195,9 @@ def tour() -> dict[str, str | bytes]:
             raise
         notebook = nbformat.read(CELLS, as_version=4)
         notebook.cells[0].source += f"\n\nBuilt without pictures: {error.evalue}"
-    for cell in notebook.cells:  # what libraries print beside is no part of the tour
+    for cell in notebook.cells:  # warnings and logs of libraries do not belong on the page
         if "outputs" in cell:
-            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     text, resources = MarkdownExporter().from_notebook_node(
         notebook, resources={"output_files_dir": "tour_files"}
     )

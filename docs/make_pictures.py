@@ -1,8 +1,8 @@
-"""The pictures of README and docs: photographs that scikit-image ships, and the flow of camkit.
+"""Make the images of README and docs: two photographs of scikit-image, and the flow of camkit.
 
     CAMKIT_DATA=folder python docs/make_pictures.py
 
-Writes docs/images/photos_to_masks.jpg and flow.svg; for the weights see `camkit demo`.
+Writes docs/images/photos_to_masks.jpg and flow.svg; finds weights as `camkit demo` does.
 """
 
 from html import escape
@@ -16,16 +16,16 @@ from camkit.cli.models import DEFAULT_MODEL, open_model
 from camkit.paint import contact_sheet, overlay_cam, overlay_mask
 
 IMAGES = Path(__file__).parent / "images"
-SHOWN = ((skimage.data.astronaut(), "person"), (skimage.data.chelsea(), "cat"))  # no rights held
+SHOWN = ((skimage.data.astronaut(), "person"), (skimage.data.chelsea(), "cat"))  # free of rights
 TITLES = ("photo", "seed", "refined", "mask")
 
-BOXES = {  # name: column, row, what flows out of it
+BOXES = {  # name: column, row, label of its outgoing arrow
     "Photo": (0, 1, "pixels"),
-    "your model": (1, 1, "watched"),
+    "your model": (1, 1, "recorded"),
     "Capture": (2, 1, ""),
     "Seed": (3, 1, "first maps"),
-    "Refiner, Refiner, ...": (4, 1, "better maps"),
-    "to_mask": (5, 1, "pixels' classes"),
+    "Refiner, Refiner, ...": (4, 1, "refined maps"),
+    "to_mask": (5, 1, "mask"),
     "scores": (6, 1, ""),
     "Edit": (1, 0, ""),
     "classes": (3, 0, ""),
@@ -35,7 +35,7 @@ WIDTH, HEIGHT, STEP, LIFT = 128, 40, 168, 92
 
 
 def photos_to_masks(width: int = 320) -> Image.Image:
-    """Each photo as it is, its seed, its refined map and its mask, by the defaults of `wrap`."""
+    """Show each photo with its seed, refined map and mask, with the defaults of `wrap`."""
     opened = open_model(DEFAULT_MODEL)
     settings = {"size": opened.photos.size, "mean": opened.photos.mean, "std": opened.photos.std}
     pipeline = camkit.wrap(opened.model, vocabulary=opened.vocabulary)
@@ -50,7 +50,7 @@ def photos_to_masks(width: int = 320) -> Image.Image:
 
 
 def flow() -> str:
-    """The sentence of the house as a drawing."""
+    """Draw the stages from photo to scores as SVG."""
     parts = []
     for name, (column, row, out) in BOXES.items():
         left, top = 8 + column * STEP, 8 + row * LIFT
@@ -68,7 +68,7 @@ def flow() -> str:
             )
     size = f'viewBox="0 0 {6 * STEP + WIDTH + 16} {LIFT + HEIGHT + 36}"'
     return f"""<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">
-<title>A photo runs through your model; a seed is read, refined, drawn and scored</title>
+<title>From photo to scores: model, capture, seed, refiners, mask; an edit acts in the model</title>
 <style>
 rect {{ fill: #e0f2f1; stroke: #00796b }}
 text {{ font: 13px sans-serif; text-anchor: middle; fill: #102a27 }}

@@ -1,7 +1,7 @@
-"""One line adds an edit to a training loop that exists already. Runs on drawn shapes, no download.
+"""Add an edit to an existing training loop with one line. Runs on drawn shapes, no download.
 
-The network is a small one in the manner of ToCo (Ru et al. 2023), written anew: one class token,
-attention that is returned, and an encoder that is entered by `forward_features`.
+The small network, written for this example, follows ToCo (Ru et al. 2023): it has one class token,
+returns its attention, and calls its encoder through `forward_features`.
 """
 
 import torch
@@ -27,7 +27,7 @@ class Attention(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, dim: int = 48, depth: int = 4, patch: int = 8, patches: int = 64) -> None:
         super().__init__()
-        self.cut = nn.Conv2d(3, dim, patch, patch)
+        self.patch_embed = nn.Conv2d(3, dim, patch, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, dim))
         self.attention = nn.ModuleList(Attention(dim, 3) for _ in range(depth))
@@ -38,15 +38,15 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward_features(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        cut, maps = self.cut(pixels), []
-        x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), cut.flatten(2).mT], 1)
+        patches, maps = self.patch_embed(pixels), []
+        x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches.flatten(2).mT], 1)
         x = x + self.pos_embed
         for attention, mlp in zip(self.attention, self.mlp, strict=True):
             added, weights = attention(F.layer_norm(x, x.shape[-1:]))
             x = x + added
             x = x + mlp(x)
             maps.append(weights)
-        return self.norm(x[:, 1:]).mT.unflatten(2, cut.shape[2:]), maps
+        return self.norm(x[:, 1:]).mT.unflatten(2, patches.shape[2:]), maps
 
 
 class Network(nn.Module):
@@ -74,16 +74,16 @@ if __name__ == "__main__":
     for step in range(1, 31):
         rows = torch.randint(len(images), (8,))
         pixels, labels = images[rows], shown[rows]
-        handle.labels = labels  # only for edits that look at them
+        handle.labels = labels  # only for edits that read labels
         loss = F.multilabel_soft_margin_loss(network(pixels), labels.float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step % 10 == 0:
-            with torch.no_grad():  # the same weights with the edit and without, in one run
+            with torch.no_grad():  # compare the same weights with and without the edit
                 cam = network(pixels, cam_only=True)
                 handle.enabled = False
                 change = (network(pixels, cam_only=True) - cam).abs().mean() / cam.mean()
                 handle.enabled = True
-            print(f"step {step}  loss {loss.item():.3f}  the edit moves the maps by {change:.1%}")
+            print(f"step {step}  loss {loss.item():.3f}  the edit changes the maps by {change:.1%}")
     handle.remove()

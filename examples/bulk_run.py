@@ -1,6 +1,6 @@
-"""Masks of a whole folder, resumable. Runs on drawn pictures with random weights, no download.
+"""Segment a folder of photos in a resumable run. Drawn pictures, random weights, no download.
 
-The same from the shell, with trained weights: camkit run photos --classes cat,dog --out masks
+From the shell, with trained weights: camkit run photos --classes cat,dog --out masks
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from camkit.data import SHAPE_CLASSES, draw_shapes
 
 
 def open_model() -> torch.nn.Module:
-    """Called where the model runs; your own, with its weights."""
+    """Open the model; camkit calls this in the process that runs it. Load your weights here."""
     torch.manual_seed(0)
     return timm.create_model(
         "vit_tiny_patch16_224", pretrained=False, depth=3, num_classes=3, dynamic_img_size=True
@@ -34,10 +34,10 @@ if __name__ == "__main__":  # worker processes import this file again
             reading=Reading(size=96),
             writing=Writing(finish=(camkit.refiners.GuidedFilter(),), cams="both"),
             vocabulary=camkit.Vocabulary(SHAPE_CLASSES),
-            labels=(0, 2),  # in every photo; or those of a data set, or the classifier's guess
+            labels=(0, 2),  # classes of every photo; or those of a data set, or predictions
         )
         out = Path(home) / "out"
-        for _ in range(2):  # the second run finds all of it done
+        for _ in range(2):  # the second run has nothing left to do
             ran = run(recipe, PhotoFolder(photos), out, workers=0, threads=1)
             print(f"{ran.written} done now, {ran.settled} before, {ran.errors} failed")
         print(", ".join(sorted(path.name for path in out.iterdir())))

@@ -25,4 +25,4 @@ if __name__ == "__main__":
         mask = camkit.to_mask(cam, classes, background_score=0.5)[0]
         confusion += confusion_matrix(torch.from_numpy(truth), mask, num_classes=4)
     print(f"mIoU over background, {', '.join(SHAPE_CLASSES)}: {float(mean_iou(confusion)):.3f}")
-    print("(random weights: this shows how the stages fit together, not how good they are)")
+    print("(random weights: this shows how to combine the stages, not how good they are)")

@@ -1,4 +1,4 @@
-"""A photo in, a mask out, in one call. Runs on a drawn picture with random weights, no download."""
+"""Segment a photo in one call. Runs on a drawn picture with random weights, no download."""
 
 import timm
 import torch
@@ -8,7 +8,7 @@ from camkit.data import SHAPE_CLASSES, draw_shapes
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    model = timm.create_model(  # with trained weights: pretrained=True, and no depth or num_classes
+    model = timm.create_model(  # for trained weights: pretrained=True, and no depth or num_classes
         "vit_tiny_patch16_224", pretrained=False, depth=3, num_classes=3, dynamic_img_size=True
     )
     pipeline = camkit.wrap(model, vocabulary=camkit.Vocabulary(SHAPE_CLASSES))
@@ -18,4 +18,4 @@ if __name__ == "__main__":
     result = pipeline(photo, classes=["circle", "triangle"])
     folder = result.save("out/one_call")
     print(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
-    print("(random weights: the shapes of the values are right, the maps mean nothing)")
+    print("(random weights: this shows the calls and the array shapes; the maps are noise)")

@@ -1,7 +1,7 @@
-"""Measure a refiner on masks of your own. Runs on drawn shapes, no download.
+"""Measure a refiner on your own masks. Runs on drawn shapes, no download.
 
-The folder has the layout of PASCAL VOC; COCO, ImageNet-S and a plain folder of images, masks and
-labels.csv are opened by the same function.
+The folder here has the layout of PASCAL VOC. The same function opens COCO, ImageNet-S, and plain
+folders with images/, masks/ and labels.csv.
 """
 
 import tempfile
@@ -22,16 +22,19 @@ if __name__ == "__main__":
         model = timm.create_model(
             "vit_tiny_patch16_224", pretrained=False, depth=3, num_classes=3, dynamic_img_size=True
         ).eval()
-        seed = Variant("gradient", camkit.GradientSeed())
+        seed = Variant("gradient", camkit.Method(camkit.GradientSeed(), refine=()))
         refine = (camkit.Propagate(steps=2, balance=3), camkit.refiners.Normalize("minmax"))
         report = run(
             model,
             dataset,
             vocabulary=camkit.Vocabulary(dataset.classes),  # outputs of the model, by name
-            variants=[seed, Variant("refined", seed.seed, refine, base=seed)],
-            split="val",  # figures come from here
-            tune_split="train",  # and background scores from here
+            variants=[
+                seed,
+                Variant("refined", camkit.Method(camkit.GradientSeed(), refine=refine), base=seed),
+            ],
+            split="val",  # figures are measured here
+            tune_split="train",  # background scores are chosen here
             photos=PhotoSettings(size=96),
         )
     print(to_markdown(report))
-    print("(random weights: this shows how it is measured, not how good it is)")
+    print("(random weights: this shows how to measure, not how good the method is)")

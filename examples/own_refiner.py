@@ -1,4 +1,4 @@
-"""A refiner of your own: any function (cam, capture) -> cam. Runs on drawn shapes, no download."""
+"""Use any function (cam, capture) -> cam as a refiner. Runs on drawn shapes, no download."""
 
 import timm
 import torch
@@ -8,7 +8,7 @@ from camkit.data import draw_shapes
 
 
 def keep_the_strongest_fifth(cam: torch.Tensor, capture: camkit.Capture) -> torch.Tensor:
-    """Zero what lies below the 80th percentile of its own map."""
+    """Set scores below the 80th percentile of their map to zero."""
     scores = capture.grid.flatten(cam)
     floor = scores.quantile(0.8, dim=-1, keepdim=True)
     return capture.grid.fold(scores * (scores >= floor))
@@ -23,4 +23,4 @@ if __name__ == "__main__":
     (picture, _), *_ = draw_shapes(1, size=(96, 144))
     result = pipeline(camkit.photo_from_array(picture, size=144), classes=[0, 2])
     print(f"maps {tuple(result.cam.shape)}, mask values {result.mask.unique().tolist()}")
-    print("(random weights: the shapes of the values are right, the maps mean nothing)")
+    print("(random weights: this shows the calls and the array shapes; the maps are noise)")

@@ -1,7 +1,7 @@
 """Refine, draw and score the CAM files of another codebase. Runs on drawn shapes, no download.
 
-The files are those of MCTformer and PSA here, {class: map}; any form of the field is read. The same
-from the shell: camkit refine, camkit mask, camkit eval.
+The files here have the form of MCTformer and PSA, {class: map}; camkit reads the other forms of the
+field as well. The commands camkit refine, camkit mask and camkit eval do the same from the shell.
 """
 
 import tempfile
@@ -15,13 +15,13 @@ from camkit.data import read_mask, write_cam, write_shapes
 
 
 def write_weak_maps(home: Path) -> None:
-    """What another codebase left: each class as a coarse and noisy map."""
+    """Write what another codebase might produce: a coarse and noisy map of each class."""
     (home / "cams").mkdir()
     dataset = write_shapes(home / "VOC2012", 8, size=(64, 96))
     for sample in (*dataset.split("train"), *dataset.split("val")):
         mask = read_mask(sample.mask, size=(64, 96), num_classes=3)
-        there = torch.stack([mask == index + 1 for index in sample.classes])[None].float()
-        coarse = torch.nn.functional.adaptive_avg_pool2d(there, (8, 12))
+        present = torch.stack([mask == index + 1 for index in sample.classes])[None].float()
+        coarse = torch.nn.functional.adaptive_avg_pool2d(present, (8, 12))
         noisy = (0.7 * coarse + 0.3 * torch.rand_like(coarse)).clamp(0, 1)
         maps = camkit.resize_cam(noisy, (64, 96))[0]
         write_cam(home / "cams" / f"{sample.name}.npy", sample.classes, maps, form="psa")
@@ -33,7 +33,7 @@ if __name__ == "__main__":  # worker processes import this file again
         home = Path(folder)
         write_weak_maps(home)
         cams = CamFolder(home / "cams", home / "VOC2012" / "JPEGImages")
-        refiner = camkit.DenseCRF(backend="torch")  # the compiled one is faster, but compiles first
+        refiner = camkit.DenseCRF(backend="torch")  # "native" is faster, but compiles C++ once
         written = write_all(RefineCam(refiner, "psa"), cams, home / "refined", workers=0)
         print(f"{written.written} files refined, {len(written.failures)} failed")
         for name in ("cams", "refined"):

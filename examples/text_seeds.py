@@ -1,7 +1,7 @@
-"""Class maps from words, with a CLIP of open_clip. Runs with random weights, no download.
+"""Compute class maps from text prompts with an open_clip CLIP. Random weights, no download.
 
-For real maps: open_clip.create_model("ViT-B-16", pretrained="openai") and its photos at mean
-(0.481, 0.458, 0.408) and std (0.269, 0.261, 0.276).
+For real maps, use open_clip.create_model("ViT-B-16", pretrained="openai"), and load photos with
+mean (0.481, 0.458, 0.408) and std (0.269, 0.261, 0.276).
 """
 
 import open_clip
@@ -10,7 +10,7 @@ import torch
 import camkit
 from camkit.data import draw_shapes
 
-CLASSES = ["circle, disk", "triangle"]  # synonyms in one name are averaged
+CLASSES = ["circle, disk", "triangle"]  # the embeddings of synonyms are averaged
 
 
 def tiny_clip() -> torch.nn.Module:
@@ -27,13 +27,13 @@ if __name__ == "__main__":
     (picture, _), *_ = draw_shapes(1, size=(96, 96))
     photo = camkit.photo_from_array(picture, size=(96, 96))
 
-    similar = camkit.wrap(  # patches compared with texts, in the calibrated last blocks
+    similarity = camkit.wrap(  # compares patches with texts, in the calibrated last blocks
         model.visual,
         seed=camkit.seeds.TextSimilaritySeed(texts),
         edit=camkit.edits.StaticCalibration(),
     )
-    print("likeness", tuple(similar(photo, classes=texts).cam.shape))
+    print("similarity", tuple(similarity(photo, classes=texts).cam.shape))
 
-    weighed = camkit.wrap(model.visual, seed=camkit.GradientSeed())  # attention, by the same texts
-    print("gradient", tuple(weighed(photo, classes=texts).cam.shape))
-    print("(random weights: the shapes of the values are right, the maps mean nothing)")
+    gradient = camkit.wrap(model.visual, seed=camkit.GradientSeed())  # attention times its gradient
+    print("gradient", tuple(gradient(photo, classes=texts).cam.shape))
+    print("(random weights: this shows the calls and the array shapes; the maps are noise)")

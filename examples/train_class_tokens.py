@@ -1,12 +1,12 @@
-"""Train a ViT with one token per class from image-level labels, and read class maps off it.
+"""Train a ViT with one token per class from image-level labels, and measure its class maps.
 
-A compact host in the manner of MCTformer (Xu et al. 2022), written anew. `--doei` trains it with
-camkit's edit attached; nothing else changes. Without a folder it trains on drawn shapes:
+The compact model, written for this example, follows MCTformer (Xu et al. 2022). `--doei` attaches
+camkit's edit during training and changes nothing else. Without `--data` it trains on drawn shapes:
 
     python examples/train_class_tokens.py --steps 200 --doei
     python examples/train_class_tokens.py --data VOC2012 --size 224 --weights vit_tiny.safetensors
 
-The folder of --out gets log.jsonl and checkpoint.pt; --resume goes on from there.
+The script writes log.jsonl and checkpoint.pt to the folder of --out; --resume continues from there.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class ClassTokenViT(nn.Module):
-    """Gives the scores of the class tokens, (b, C), and class maps of the patches, (b, C, h, w)."""
+    """Returns the scores of the class tokens, (b, C), and class maps of patches, (b, C, h, w)."""
 
     def __init__(self, classes: int, *, size: int, patch: int, dim: int, depth: int) -> None:
         super().__init__()
@@ -72,11 +72,11 @@ class ClassTokenViT(nn.Module):
         tokens = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches], 1)
         tokens = self.blocks(tokens + self.pos_embed)
         patches = self.norm(tokens[:, self.classes :]).mT.unflatten(2, (self.side, self.side))
-        # scores before the norm: behind a fresh one every token has mean 0 and nothing is learnt
+        # scores before the norm: after a fresh norm every token has mean 0, so nothing is learned
         return tokens[:, : self.classes].mean(-1), self.head(patches)
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Take a timm ViT's weights; class tokens are its one class token plus small noise."""
+        """Load a timm ViT's weights; each class token is its class token plus small noise."""
         held = {name: w.float() for name, w in weights.items() if not name.startswith("head.")}
         first, grid = held["pos_embed"][:, :1], held["pos_embed"][:, 1:].mT
         grid = grid.unflatten(2, (math.isqrt(grid.shape[2]), -1))
@@ -87,21 +87,21 @@ class ClassTokenViT(nn.Module):
 
 
 class Batches(Dataset):
-    """The batch of each step: rng seed and step alone decide it, so a run can go on anywhere."""
+    """The batch of each step; it depends on seed and step alone, so a run can resume anywhere."""
 
     def __init__(self, samples: Samples, classes: int, args: argparse.Namespace) -> None:
         self.samples, self.classes, self.args = samples, classes, args
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        args, count, room = self.args, len(self.samples), self.args.size // 7
-        chance = np.random.default_rng((args.rng_seed, step, 1))
+        args, count, margin = self.args, len(self.samples), self.args.size // 7
+        rng = np.random.default_rng((args.rng_seed, step, 1))
         pixels, labels = [], torch.zeros(args.batch, self.classes)
         for row in range(args.batch):
             epoch, place = divmod(step * args.batch + row, count)
             order = np.random.default_rng((args.rng_seed, epoch)).permutation(count)
             sample = self.samples[order[place]]
-            photo = camkit.load_photo(sample.photo, size=(args.size + room,) * 2, multiple=1)
-            top, left, mirrored = chance.integers(0, (room + 1, room + 1, 2))
+            photo = camkit.load_photo(sample.photo, size=(args.size + margin,) * 2, multiple=1)
+            top, left, mirrored = rng.integers(0, (margin + 1, margin + 1, 2))
             crop = photo.pixels[..., top : top + args.size, left : left + args.size]
             pixels.append(crop.flip(-1) if mirrored else crop)
             labels[row, list(sample.classes)] = 1
@@ -109,7 +109,7 @@ class Batches(Dataset):
 
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
-    """The mean over classes that some image shows."""
+    """Return the mean over the classes that occur in at least one image."""
     hits = labels.gather(0, scores.argsort(0, descending=True)).double()
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)[:, None]
     return float(((hits * precision).sum(0) / hits.sum(0)).nanmean())
@@ -119,7 +119,7 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
 def measure(
     model: ClassTokenViT, samples: Samples, background_scores: Tensor, *, fuse: bool
 ) -> tuple[float, Tensor]:
-    """Classification mAP, and one confusion matrix of the class maps for each background score."""
+    """Return classification mAP, and a confusion matrix of the maps for each background score."""
     scores, labels = torch.zeros(2, len(samples), model.classes)
     confusions = torch.tensor(0)
     for row, sample in enumerate(samples):
@@ -128,9 +128,7 @@ def measure(
             logits, patch_maps = model(photo.pixels.to(model.cls_token.device))
         scores[row], labels[row, list(sample.classes)] = logits[0].cpu(), 1
         classes = torch.tensor([sample.classes or (-1,)], device=logits.device)
-        seed = camkit.seeds.ClassAttentionSeed()(
-            seen.capture, classes
-        )  # each class from its own token
+        seed = camkit.seeds.ClassAttentionSeed()(seen.capture, classes)  # each class has its token
         seed = seed * patch_maps[:, classes[0]].relu() if fuse else seed
         cam = camkit.resize_cam(camkit.normalize_cam(seed, mode="minmax"), photo.size)[0].cpu()
         truth = read_mask(sample.mask, size=photo.size, num_classes=model.classes)
@@ -140,7 +138,7 @@ def measure(
 
 
 def evaluate(model: ClassTokenViT, tune: Samples, held_out: Samples, *, fuse: bool) -> dict:
-    """The background score is picked on ``tune``; the figures are of ``held_out``, in [0, 1]."""
+    """Choose the background score on ``tune`` and return figures on ``held_out``, in [0, 1]."""
     model.eval()
     best = best_threshold(measure(model, tune, THRESHOLDS, fuse=fuse)[1]).threshold
     precision, confusions = measure(model, held_out, torch.tensor([best]), fuse=fuse)
@@ -149,7 +147,7 @@ def evaluate(model: ClassTokenViT, tune: Samples, held_out: Samples, *, fuse: bo
 
 def build(args: argparse.Namespace, classes: int) -> ClassTokenViT:
     weights = load_file(args.weights) if args.weights else {}
-    if weights:  # the file says how large the model is
+    if weights:  # the size of the model follows from the file
         args.dim, _, args.patch, _ = weights["patch_embed.proj.weight"].shape
         args.depth = sum(name.endswith("norm1.weight") for name in weights)
     model = ClassTokenViT(classes, size=args.size, patch=args.patch, dim=args.dim, depth=args.depth)
@@ -168,8 +166,8 @@ def load_model(checkpoint: Path) -> ClassTokenViT:
     return model.eval()
 
 
-def go_on(checkpoint: Path, settings: dict, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
-    """Put everything back to where a run stood; gives the number of steps it had made."""
+def resume(checkpoint: Path, settings: dict, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
+    """Restore the state of a run and return the number of steps it has made."""
     saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
     if saved["settings"] != settings:
         raise SystemExit(f"{checkpoint} was made with other settings: {saved['settings']}")
@@ -189,13 +187,13 @@ def train(args: argparse.Namespace) -> None:
     model = build(args, len(data.classes))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    free = ["out", "resume", "stop_at", "workers", "device", "fuse", "save", "eval", "eval_images"]
-    settings = {name: value for name, value in vars(args).items() if name not in free}
-    start = go_on(checkpoint, settings, model, optimizer) if args.resume else 0
+    skip = ["out", "resume", "stop_at", "workers", "device", "fuse", "save", "eval", "eval_images"]
+    settings = {name: value for name, value in vars(args).items() if name not in skip}
+    start = resume(checkpoint, settings, model, optimizer) if args.resume else 0
     lines = log.read_text().splitlines(keepends=True) if start else []
     log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
     last = min(args.steps, args.stop_at or args.steps)
-    own = torch.Generator()  # the loader draws from it, so torch's own goes on where it was
+    own = torch.Generator()  # the loader uses this generator, so that torch's own stays in place
     order = {"batch_size": None, "sampler": range(start, last), "generator": own}
     for at, (pixels, labels) in enumerate(DataLoader(samples, num_workers=args.workers, **order)):
         step, fall = start + at + 1, math.cos(math.pi * (start + at) / args.steps) / 2 + 0.5
@@ -203,7 +201,7 @@ def train(args: argparse.Namespace) -> None:
         model.train()
         with torch.autocast(model.cls_token.device.type, torch.bfloat16, enabled=args.amp):
             scores, patch_maps = model(pixels.to(args.device))
-        both = torch.cat([scores, patch_maps.mean((2, 3))]).float()  # one loss, the mean of two
+        both = torch.cat([scores, patch_maps.mean((2, 3))]).float()  # one loss: the mean of both
         loss = F.multilabel_soft_margin_loss(both, labels.to(args.device).repeat(2, 1))
         optimizer.zero_grad()
         loss.backward()
@@ -225,22 +223,27 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--data", help="a folder in the VOC layout, or a plain one; drawn shapes without it")
-    add("--train-split", default="train", help="list of the images trained on, such as trainaug")
+    add("--data", help="folder in the VOC layout or a plain layout; default: drawn shapes")
+    add("--train-split", default="train", help="image list to train on, such as trainaug")
     add("--out", type=Path, default=Path("out/class_tokens"), help="folder for log and checkpoint")
-    add("--weights", help="a timm ViT as safetensors, which also sets --dim, --depth and --patch")
+    add("--weights", help="timm ViT as safetensors; also sets --dim, --depth and --patch")
     add("--doei", action="store_true", help="attach camkit.DOEI() to the model")
-    add("--fuse", action="store_true", help="measure attention times the patches' own class maps")
-    add("--lr", type=float, default=1e-3, help="reached after a tenth of the steps, then falling")
-    add("--size", type=int, default=96, help="rows and columns that photos are squeezed to")
-    add("--amp", action="store_true", help="train in bfloat16 where torch holds it safe")
+    add("--fuse", action="store_true", help="measure attention times the class maps of the patches")
+    add(
+        "--lr",
+        type=float,
+        default=1e-3,
+        help="peak learning rate, after a tenth of the steps",
+    )
+    add("--size", type=int, default=96, help="rows and columns that photos are resized to")
+    add("--amp", action="store_true", help="train with torch.autocast in bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=int, default=0, help="processes that read photos")
-    add("--eval", type=int, default=100, help="measure every so many steps")
-    add("--eval-images", type=int, default=200, help="at most so many of train and of val")
-    add("--save", type=int, default=100, help="write a checkpoint every so many steps")
-    add("--stop-at", type=int, help="end after this step, as if interrupted")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--workers", type=int, default=0, help="worker processes that load photos")
+    add("--eval", type=int, default=100, help="measure every N steps")
+    add("--eval-images", type=int, default=200, help="use at most N images of train and of val")
+    add("--save", type=int, default=100, help="write a checkpoint every N steps")
+    add("--stop-at", type=int, help="stop after this step, as if interrupted")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out")
     numbers = {"steps": 200, "batch": 16, "patch": 12, "dim": 128, "depth": 4, "rng-seed": 0}
     for name, default in numbers.items():
         add(f"--{name}", type=int, default=default, help=f"default: {default}")

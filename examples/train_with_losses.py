@@ -1,7 +1,7 @@
-"""The losses of camkit in a training loop: plain, ToCo's two, BAS, and alignment with texts.
+"""Train with the losses of camkit: none, ToCo's two, BAS, and alignment with texts.
 
-A small ViT with two heads learns drawn shapes from image-level labels alone, once for each system,
-and tells how good its class maps are on shapes it has not seen. No download; a minute in all:
+For each system, the script trains a small ViT with two heads on drawn shapes, from image-level
+labels alone, and prints the mIoU of its class maps on held-out shapes. No download; about a minute:
 
     python examples/train_with_losses.py
 """
@@ -32,7 +32,7 @@ SYSTEMS = ("plain", "ptc", "ptc+ctc", "bas", "text")
 
 
 class Tail(nn.Module):
-    """The last block and the classifier: what BAS runs a second time without the object."""
+    """The last block and the classifier, which BAS runs again with the object removed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,26 +47,26 @@ class Tail(nn.Module):
 
 
 class Network(nn.Module):
-    """Final tokens, class maps of the last and of an inner layer, as ``(b, C, h, w)``."""
+    """Returns inner and final tokens, and the class maps of the last and an inner layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cut = nn.Conv2d(3, DIM, 8, 8)
+        self.patch_embed = nn.Conv2d(3, DIM, 8, 8)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, DIM))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, DIM, 8, 8))
         self.inner = nn.Sequential(*(copy.deepcopy(Tail().block) for _ in range(2)))
         self.tail, self.inner_head = Tail(), nn.Linear(DIM, CLASSES)
         self.mask_head = nn.Conv2d(DIM, CLASSES, 3, padding=1)  # BAS
-        self.project = nn.Linear(DIM, 32)  # into the space of the teacher, or of the texts
+        self.project = nn.Linear(DIM, 32)  # into the space of the teacher or the texts
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        cut = self.cut(pixels)
-        place = F.interpolate(self.pos_embed, cut.shape[2:], mode="bilinear", align_corners=False)
-        patches = (cut + place).flatten(2).mT
+        patches = self.patch_embed(pixels)
+        grid = tuple(patches.shape[2:])
+        position = F.interpolate(self.pos_embed, grid, mode="bilinear", align_corners=False)
+        patches = (patches + position).flatten(2).mT
         tokens = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches], 1)
         tokens = self.inner(tokens)
         final, scores = self.tail(tokens)
-        grid = tuple(cut.shape[2:])
         inner = self.inner_head(tokens[:, 1:])
         return tokens, final, on_grid(scores, grid), on_grid(inner, grid)
 
@@ -90,20 +90,21 @@ def losses_of(
     tokens, final, maps, inner = network(pixels)
     loss = classification(maps, labels)
     if system in ("ptc", "ptc+ctc"):
-        sure = camkit.normalize_cam(inner.detach().relu(), mode="minmax")
-        named = patch_labels(sure, labels)
-        loss = loss + classification(inner, labels) + 0.2 * patch_contrast_loss(final[:, 1:], named)
+        confident = camkit.normalize_cam(inner.detach().relu(), mode="minmax")
+        targets = patch_labels(confident, labels)
+        loss = loss + classification(inner, labels)
+        loss = loss + 0.2 * patch_contrast_loss(final[:, 1:], targets)
     if system == "ptc+ctc":
-        whole = camkit.resize_cam(sure, (SIDE, SIDE))
-        crops, positive = uncertain_crops(pixels, whole, labels, count=4, size=24)
+        large = camkit.resize_cam(confident, (SIDE, SIDE))
+        crops, positive = uncertain_crops(pixels, large, labels, count=4, size=24)
         views = torch.cat([final[:, :1], local_tokens(network, crops)], 1)
         with torch.no_grad():
-            known = teacher.project(teacher(pixels)[1][:, :1])
-        shown = torch.cat([torch.ones(len(labels), 1, dtype=torch.bool), positive], 1)
-        said = [F.normalize(v, dim=-1) for v in (network.project(views), known)]
-        loss = loss + 0.5 * class_contrast_loss(said[0], said[1], shown)
+            teacher_view = F.normalize(teacher.project(teacher(pixels)[1][:, :1]), dim=-1)
+        student_views = F.normalize(network.project(views), dim=-1)
+        positive = torch.cat([torch.ones(len(labels), 1, dtype=torch.bool), positive], 1)
+        loss = loss + 0.5 * class_contrast_loss(student_views, teacher_view, positive)
     if system == "bas":
-        chosen = torch.multinomial(labels.float(), 1)[:, 0]  # one present class an image
+        chosen = torch.multinomial(labels.float(), 1)[:, 0]  # one present class per image
         features = on_grid(tokens[:, 1:], (8, 8))
         mask = network.mask_head(features).sigmoid()[torch.arange(len(chosen)), chosen]
         kept = (1 - mask).flatten(1)[..., None] * tokens[:, 1:].detach()
@@ -117,34 +118,36 @@ def losses_of(
         )
         loss = loss + terms.total()
     if system == "text":
-        spoken = network.project(final)
-        sure = camkit.normalize_cam(maps.detach().relu(), mode="minmax")
-        named = patch_labels(sure, labels)
+        projected = network.project(final)
+        confident = camkit.normalize_cam(maps.detach().relu(), mode="minmax")
+        targets = patch_labels(confident, labels)
         classes, background = texts[:CLASSES], texts[CLASSES:]
-        loss = loss + 0.1 * text_alignment_loss(spoken[:, 0], classes, background, labels)
-        loss = loss + 0.1 * patch_text_loss(spoken[:, 1:], classes, background, named)
+        loss = loss + 0.1 * text_alignment_loss(projected[:, 0], classes, background, labels)
+        loss = loss + 0.1 * patch_text_loss(projected[:, 1:], classes, background, targets)
     return loss
 
 
 def local_tokens(network: Network, crops: Tensor) -> Tensor:
-    """Class tokens of the crops, ``(b, v, d)``."""
+    """Return the class tokens of the crops, ``(b, v, d)``."""
     final = network(crops.flatten(0, 1))[1]
     return final[:, 0].unflatten(0, crops.shape[:2])
 
 
 @torch.no_grad()
 def mean_iou_of_maps(network: Network, system: str, pixels: Tensor, truths: list[Tensor]) -> float:
-    """Of the class maps, at the background score that is best for them."""
+    """Return the mIoU of the class maps at their best background score."""
     tokens, _, maps, _ = network(pixels)
     if system == "bas":
         maps = network.mask_head(on_grid(tokens[:, 1:], (8, 8))).sigmoid()
-    counted = torch.tensor(0)
+    confusions = torch.tensor(0)
     for cam, truth in zip(maps, truths, strict=True):
-        shown = torch.tensor([[c for c in range(CLASSES) if bool((truth == c + 1).any())]])
-        seed = camkit.normalize_cam(cam[shown[0]][None].relu(), mode="minmax")
+        present = torch.tensor([[c for c in range(CLASSES) if bool((truth == c + 1).any())]])
+        seed = camkit.normalize_cam(cam[present[0]][None].relu(), mode="minmax")
         large = camkit.resize_cam(seed, (SIDE, SIDE))[0]
-        counted = counted + sweep_confusions(large, shown[0], truth, num_classes=CLASSES + 1)
-    return float(best_threshold(counted, THRESHOLDS).mean_iou)
+        confusions = confusions + sweep_confusions(
+            large, present[0], truth, num_classes=CLASSES + 1
+        )
+    return float(best_threshold(confusions, THRESHOLDS).mean_iou)
 
 
 def train(system: str, steps: int) -> float:
@@ -154,11 +157,11 @@ def train(system: str, steps: int) -> float:
     masks = [torch.as_tensor(mask).long() for _, mask in drawn]
     labels = torch.stack([torch.stack([(m == c + 1).any() for c in range(CLASSES)]) for m in masks])
     network = Network()
-    teacher = copy.deepcopy(network)  # ToCo's: the mean of what the student was
-    texts = torch.randn(CLASSES + 2, 32)  # stands for a text encoder's embeddings
+    teacher = copy.deepcopy(network)  # ToCo's: a moving average of the student
+    texts = torch.randn(CLASSES + 2, 32)  # in place of a text encoder's embeddings
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for _ in range(steps):
-        rows = torch.randint(72, (12,))  # the last 24 are not trained on
+        rows = torch.randint(72, (12,))  # the last 24 images are held out
         loss = losses_of(system, network, teacher, texts, images[rows], labels[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -167,7 +170,7 @@ def train(system: str, steps: int) -> float:
             for mean, new in zip(teacher.parameters(), network.parameters(), strict=True):
                 mean.lerp_(new, 0.1)
     score = mean_iou_of_maps(network.eval(), system, images[72:], masks[72:])
-    print(f"{system:8} loss {loss.item():6.3f}  mIoU of its maps {score:.1%}", flush=True)
+    print(f"{system:8} loss {loss.item():6.3f}  mIoU of its class maps {score:.1%}", flush=True)
     return score
 
 

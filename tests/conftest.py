@@ -23,6 +23,8 @@ def _allow_torchvision_without_its_kernels():
 
 
 _allow_torchvision_without_its_kernels()
+if os.environ.get("CAMKIT_DATA"):  # tests and their child processes change the working directory
+    os.environ["CAMKIT_DATA"] = str(Path(os.environ["CAMKIT_DATA"]).absolute())
 torch.set_num_threads(1)  # on tiny models a second thread is waited for longer than it works
 
 

@@ -271,7 +271,7 @@ def test_without_a_colour_width_no_colours_are_needed():
     assert torch.equal(align(cam, blind), align(cam, capture))
 
 
-def test_colours_that_were_not_given_are_asked_for():
+def test_missing_colours_are_an_error():
     with pytest.raises(CaptureError, match=r"watch with `rgb=`, or set `colour_width=None`"):
         HybridPropagate()(torch.rand(2, 1, 3, 3), captured(coloured=False))
 

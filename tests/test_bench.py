@@ -12,6 +12,7 @@ from PIL import Image
 
 from camkit import (
     GradientSeed,
+    Method,
     Propagate,
     Vocabulary,
     load_photo,
@@ -28,8 +29,10 @@ from camkit.seeds import ClassWeightSeed
 
 SHAPES = Vocabulary(SHAPE_CLASSES)
 PHOTOS = PhotoSettings(size=96)
-SEED = Variant("seed", GradientSeed())
-REFINED = Variant("refined", GradientSeed(), (Propagate(), Normalize("minmax")), SEED)
+SEED = Variant("seed", Method(GradientSeed(), refine=()))
+REFINED = Variant(
+    "refined", Method(GradientSeed(), refine=(Propagate(), Normalize("minmax"))), base=SEED
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,9 @@ def repaint(path, change):
 
 def by_hand(model, dataset, split, variant, score, names=SHAPE_CLASSES):
     """Confusion matrices, one image at a time, through the public calls."""
-    pipeline = wrap(model, seed=variant.seed, refine=variant.refine, vocabulary=SHAPES)
+    pipeline = wrap(
+        model, seed=variant.method.seed, refine=variant.method.refine, vocabulary=SHAPES
+    )
     found = []
     for sample in dataset.split(split):
         photo = load_photo(sample.photo, size=96)
@@ -249,7 +254,7 @@ def test_variants_measured_together_are_as_alone(model, shapes):
     together = standard_variants(calibrated=False)
     rows = {row.variant: row for row in measured(model, shapes, variants=together).rows}
     for variant in (together[0], together[5], together[7], together[9]):
-        alone = Variant(variant.name, variant.seed, variant.refine)
+        alone = Variant(variant.name, Method(variant.method.seed, refine=variant.method.refine))
         (row,) = measured(model, shapes, variants=(alone,)).rows
         assert row.mean_iou == pytest.approx(rows[variant].mean_iou, abs=1e-9)
         assert row.background_score == rows[variant].background_score
@@ -296,13 +301,15 @@ def test_the_report_tells_what_it_was_made_of(model, shapes):
     assert (data["dataset"], data["split"], data["tune_split"]) == ("shapes", "val", "train")
     assert data["photos"] == repr(PHOTOS)
     assert [row["variant"]["name"] for row in data["rows"]] == ["seed", "refined"]
-    assert data["rows"][1]["variant"]["refine"] == [repr(r) for r in REFINED.refine]
+    assert data["rows"][1]["variant"]["refine"] == [repr(r) for r in REFINED.method.refine]
     assert data["weights_sha256"] == wrap(model).settings["weights_sha256"]
     assert data["environment"]["torch"] == torch.__version__
 
 
 def test_seeds_without_gradients_are_measured_too(model, shapes):
-    (row,) = measured(model, shapes, variants=(Variant("weights", ClassWeightSeed()),)).rows
+    (row,) = measured(
+        model, shapes, variants=(Variant("weights", Method(ClassWeightSeed(), refine=())),)
+    ).rows
     held_out = by_hand(model, shapes, "val", row.variant, row.background_score)
     assert row.mean_iou == pytest.approx(float(mean_iou(held_out.sum(0))), abs=1e-9)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hosts import shaken
 from camkit import (
     DOEI,
     GradientSeed,
+    Method,
     Propagate,
     Vocabulary,
     attach,
@@ -29,7 +31,7 @@ from camkit.seeds import ClassAttentionSeed, ClassWeightSeed
 
 SHAPES = Vocabulary(SHAPE_CLASSES)
 PHOTOS = PhotoSettings(size=64)
-PLAIN = Variant("plain", GradientSeed())
+PLAIN = Variant("plain", Method(GradientSeed(), refine=()))
 
 
 @pytest.fixture
@@ -113,7 +115,9 @@ def test_maps_of_an_edited_variant_are_those_of_a_model_edited_by_hand(
     model, shapes, seed, blocks, chosen
 ):
     kept = AttentionRecord()
-    edited = Variant("edited", seed, (kept,), edit=ScaleOutput(2.0), edit_blocks=blocks)
+    edited = Variant(
+        "edited", Method(seed, edit=ScaleOutput(2.0), edit_blocks=blocks, refine=(kept,))
+    )
     measured(model, shapes, edited)
     twin = scaled_by_hand(model, dict.fromkeys(chosen, 2.0))
     assert len(kept.maps) == len(samples(shapes)) == 4
@@ -127,8 +131,10 @@ def test_maps_of_an_edited_variant_are_those_of_a_model_edited_by_hand(
 
 def test_figures_of_an_edited_variant_are_those_of_a_model_edited_by_hand(model, shapes):
     refine = (Propagate(blocks=2), Normalize("minmax"))
-    edited = Variant("same", GradientSeed(), refine, edit=ScaleOutput(2.0), edit_blocks=2)
-    plain = Variant("same", GradientSeed(), refine)
+    edited = Variant(
+        "same", Method(GradientSeed(), edit=ScaleOutput(2.0), edit_blocks=2, refine=refine)
+    )
+    plain = Variant("same", Method(GradientSeed(), refine=refine))
     (row,) = measured(model, shapes, edited).rows
     twin = scaled_by_hand(model, {1: 2.0, 2: 2.0})
     (expected,) = measured(twin, shapes, plain).rows
@@ -141,13 +147,13 @@ def several():
     """Variants in four kinds of forward, those of one kind apart from each other."""
     twice, hop = ScaleOutput(2.0), OneMoreHop()
     return (
-        Variant("plain", GradientSeed()),
-        Variant("twice", GradientSeed(), edit=twice),
-        Variant("hop", GradientSeed(), edit=hop),
-        Variant("plain, weights", ClassWeightSeed()),
-        Variant("twice, attention", ClassAttentionSeed(), edit=ScaleOutput(2.0)),
-        Variant("twice in the last", GradientSeed(), edit=twice, edit_blocks=1),
-        Variant("hop, spread", GradientSeed(), (Propagate(),), edit=hop),
+        Variant("plain", Method(GradientSeed(), refine=())),
+        Variant("twice", Method(GradientSeed(), edit=twice, refine=())),
+        Variant("hop", Method(GradientSeed(), edit=hop, refine=())),
+        Variant("plain, weights", Method(ClassWeightSeed(), refine=())),
+        Variant("twice, attention", Method(ClassAttentionSeed(), edit=ScaleOutput(2.0), refine=())),
+        Variant("twice in the last", Method(GradientSeed(), edit=twice, edit_blocks=1, refine=())),
+        Variant("hop, spread", Method(GradientSeed(), edit=hop, refine=(Propagate(),))),
     )
 
 
@@ -155,13 +161,8 @@ def test_edited_variants_measured_together_are_as_alone(model, shapes):
     together = []
     for variant in several():
         kept = AttentionRecord()
-        again = Variant(
-            variant.name,
-            variant.seed,
-            (*variant.refine, kept),
-            edit=variant.edit,
-            edit_blocks=variant.edit_blocks,
-        )
+        refine = (*variant.method.refine, kept)
+        again = Variant(variant.name, replace(variant.method, refine=refine))
         together.append((again, kept))
     rows = measured(model, shapes, *(variant for variant, _ in together)).rows
     for (variant, kept), row in zip(together, rows, strict=True):
@@ -181,9 +182,17 @@ def test_edited_variants_measured_together_are_as_alone(model, shapes):
     ("variants", "forwards"),
     [
         ((PLAIN,), 1),
-        ((Variant("edited", GradientSeed(), edit=ScaleOutput(2.0)),), 1),
+        ((Variant("edited", Method(GradientSeed(), edit=ScaleOutput(2.0), refine=())),), 1),
         (several(), 4),
-        ((PLAIN, Variant("plain, blocks told", ClassWeightSeed(), edit_blocks=None)), 1),
+        (
+            (
+                PLAIN,
+                Variant(
+                    "plain, blocks told", Method(ClassWeightSeed(), edit_blocks=None, refine=())
+                ),
+            ),
+            1,
+        ),
     ],
     ids=["plain", "edited", "four kinds", "blocks of no edit"],
 )
@@ -195,7 +204,7 @@ def test_each_image_is_run_once_for_each_edit(model, shapes, variants, forwards)
 
 
 def test_the_gain_of_an_edit_is_over_its_base(model, shapes):
-    twice = Variant("twice", GradientSeed(), base=PLAIN, edit=ScaleOutput(2.0))
+    twice = Variant("twice", Method(GradientSeed(), edit=ScaleOutput(2.0), refine=()), base=PLAIN)
     plain, edited = measured(model, shapes, PLAIN, twice).rows
     assert plain.gain is None
     assert edited.gain.gain == pytest.approx(edited.mean_iou - plain.mean_iou)
@@ -210,7 +219,9 @@ def test_an_edit_is_told_the_colours_of_each_photo(model, shapes):
 
     # pixels normalised so oddly that their colours cannot be read off them
     odd = PhotoSettings(size=64, mean=(0.1, 0.2, 0.3), std=(0.01, 5.0, 0.7))
-    listening = Variant("listening", ClassWeightSeed(), edit=listen, edit_blocks=1)
+    listening = Variant(
+        "listening", Method(ClassWeightSeed(), edit=listen, edit_blocks=1, refine=())
+    )
     measured(model, shapes, listening, photos=odd)
     for sample, colours in zip(samples(shapes), found, strict=True):
         rgb = load_photo(sample.photo, size=64).rgb
@@ -233,7 +244,7 @@ REPORTED = [
 
 def test_the_report_names_each_edit_and_its_blocks(model, shapes):
     variants = [
-        Variant(f"number {place}", GradientSeed(), edit=edit, edit_blocks=blocks)
+        Variant(f"number {place}", Method(GradientSeed(), edit=edit, edit_blocks=blocks, refine=()))
         for place, (edit, blocks, _) in enumerate(REPORTED)
     ]
     rows = json.loads(to_json(measured(model, shapes, *variants)))["rows"]
@@ -263,7 +274,9 @@ def test_an_edit_that_raises_in_the_benchmark_leaves_the_model_as_it_was(model, 
 
     before = state_of(model)
     with pytest.raises(type(error), match="mine"):
-        measured(model, shapes, PLAIN, Variant("broken", GradientSeed(), edit=broken))
+        measured(
+            model, shapes, PLAIN, Variant("broken", Method(GradientSeed(), edit=broken, refine=()))
+        )
     assert state_of(model) == before
 
 

@@ -13,6 +13,7 @@ from camkit import (
     DOEI,
     CamkitError,
     GradientSeed,
+    Method,
     Propagate,
     Vocabulary,
     load_photo,
@@ -23,7 +24,6 @@ from camkit import (
 from camkit.bench import (
     Choice,
     PhotoSettings,
-    PredictedLabels,
     Quality,
     Repeats,
     Variant,
@@ -34,6 +34,7 @@ from camkit.bench import (
     to_markdown,
 )
 from camkit.bench.cache import ResultCache, fingerprint
+from camkit.bench.evaluator import Evaluator
 from camkit.data import SHAPE_CLASSES, open_dataset, read_mask, write_shapes
 from camkit.edits import RandomGates, VirtualClassTokens
 from camkit.refiners import Normalize
@@ -46,12 +47,12 @@ from camkit.score import (
     mean_iou,
     sweep_confusions,
 )
-from camkit.seeds import ClassAttentionSeed
+from camkit.seeds import ClassAttentionSeed, PredictedClasses
 
 SHAPES = Vocabulary(SHAPE_CLASSES)
-SEED = Variant("seed", GradientSeed())
-SPREAD = Variant("spread", GradientSeed(), (Propagate(),), SEED)
-FURTHER = Variant("further", GradientSeed(), (Propagate(steps=3),), SEED)
+SEED = Variant("seed", Method(GradientSeed(), refine=()))
+SPREAD = Variant("spread", Method(GradientSeed(), refine=(Propagate(),)), base=SEED)
+FURTHER = Variant("further", Method(GradientSeed(), refine=(Propagate(steps=3),)), base=SEED)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,10 @@ def test_a_choice_does_not_see_the_reported_masks(model, shapes):
 
 def test_repeats_report_their_mean_and_their_spread(model, shapes):
     gates = tuple(
-        Variant(f"gates {s}", GradientSeed(), edit=RandomGates(DOEI(), rng_seed=s), edit_blocks=1)
+        Variant(
+            f"gates {s}",
+            Method(GradientSeed(), edit=RandomGates(DOEI(), rng_seed=s), edit_blocks=1, refine=()),
+        )
         for s in range(3)
     )
     alone = [measured(model, shapes, variant).rows[0] for variant in gates]
@@ -114,7 +118,7 @@ def test_repeats_report_their_mean_and_their_spread(model, shapes):
 
 def test_gains_over_controls_are_those_over_a_base(model, shapes):
     over_base = measured(model, shapes, SEED, SPREAD).rows[1].gain
-    controlled = Variant("spread", GradientSeed(), (Propagate(),), controls=(SEED,))
+    controlled = Variant("spread", Method(GradientSeed(), refine=(Propagate(),)), controls=(SEED,))
     report = measured(model, shapes, SEED, controlled)
     (found,) = report.rows[1].over_controls
     assert (found.name, found.gain) == ("seed", over_base)
@@ -129,19 +133,25 @@ def test_p_values_are_corrected_for_all_gains(model, shapes):
 
 
 def test_stages_are_based_on_one_another():
-    whole = Variant("all", GradientSeed(), (Propagate(), Normalize("minmax")))
+    whole = Variant("all", Method(GradientSeed(), refine=(Propagate(), Normalize("minmax"))))
     found = stages(whole)
     assert [v.name for v in found] == ["all: seed", "all: Propagate", "all"]
-    assert [v.refine for v in found] == [(), whole.refine[:1], whole.refine]
+    assert [v.method.refine for v in found] == [(), whole.method.refine[:1], whole.method.refine]
     assert [v.base for v in found] == [None, *found[:2]]
 
 
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ((SEED, Variant("seed", ClassAttentionSeed())), r"got twice: \['seed'\]"),
+        (
+            (SEED, Variant("seed", Method(ClassAttentionSeed(), refine=()))),
+            r"got twice: \['seed'\]",
+        ),
         ((Choice("both", (SEED, SPREAD), base=FURTHER),), r"lacks further \(for both\)"),
-        ((Variant("a", GradientSeed(), controls=(SEED,)),), r"lacks seed \(for a\)"),
+        (
+            (Variant("a", Method(GradientSeed(), refine=()), controls=(SEED,)),),
+            r"lacks seed \(for a\)",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_made_is_refused(model, shapes, entries, words):
@@ -155,18 +165,20 @@ def test_several_are_at_least_two(kind):
         kind("one", (SEED, SEED))
 
 
-def test_predicted_labels_are_the_likely_classes(model, shapes):
-    labels = PredictedLabels(threshold=0.3)
+@pytest.mark.parametrize(
+    ("activation", "threshold"), [("softmax", 0.3), ("sigmoid", 0.6), ("softmax", 0.99)]
+)
+def test_predicted_labels_are_the_likely_classes(model, shapes, activation, threshold):
+    labels = PredictedClasses(threshold, activation, least=0)
     report = measured(model, shapes, SEED, labels=labels)
-    assert "threshold=0.3" in report.labels
-    assert "threshold=0.3" in to_markdown(report)
-    photo = load_photo(shapes.split("val")[0].photo, size=64)
-    probability = model(photo.pixels).softmax(-1)[0]
-    expected = [c for c in range(3) if probability[c] >= 0.3]
-    assert list(labels(model, photo, SHAPES)) == expected
-    single = PredictedLabels(threshold=0.6, activation="sigmoid")
-    expected = [c for c in range(3) if model(photo.pixels).sigmoid()[0, c] >= 0.6]
-    assert list(single(model, photo, SHAPES)) == expected
+    assert f"threshold={threshold}" in report.labels
+    assert f"threshold={threshold}" in to_markdown(report)
+    sample = shapes.split("val")[0]
+    reader = Evaluator(model, shapes, SHAPES, PhotoSettings(size=64), labels)
+    scores = model(load_photo(sample.photo, size=64).pixels)[0]
+    chance = scores.softmax(-1) if activation == "softmax" else scores.sigmoid()
+    expected = tuple(c for c in range(3) if chance[c] >= threshold)
+    assert reader.load(sample).classes == expected
 
 
 @pytest.fixture
@@ -199,17 +211,18 @@ def test_what_was_measured_is_not_measured_again(model, shapes, tmp_path, counte
 def test_a_run_that_died_goes_on(model, shapes, tmp_path, counted, monkeypatch):
     file = tmp_path / "kept.sqlite"
     expected = to_json(measured(model, shapes, SEED))
-    real, seen = evaluator._capture, []
+    counting, calls = evaluator.variant_maps, []
 
     def dying(*args):
-        seen.append(args)
-        if len(seen) == 5:
+        calls.append(args)
+        if len(calls) == 5:
             raise KeyboardInterrupt
-        return real(*args)
+        return counting(*args)
 
-    monkeypatch.setattr(evaluator, "_capture", dying)
+    monkeypatch.setattr(evaluator, "variant_maps", dying)
     with pytest.raises(KeyboardInterrupt):
         measured(model, shapes, SEED, cache=file)
+    monkeypatch.setattr(evaluator, "variant_maps", counting)
     counted.clear()
     assert to_json(measured(model, shapes, SEED, cache=file)) == expected
     assert len(counted) == 4
@@ -220,7 +233,11 @@ def test_other_weights_photos_or_settings_are_measured(model, shapes, tmp_path, 
     measured(model, shapes, SEED, cache=file)
     with torch.no_grad():
         model.head.bias += 1
-    for options in ({}, {"photos": PhotoSettings(size=48)}, {"labels": PredictedLabels()}):
+    for options in (
+        {},
+        {"photos": PhotoSettings(size=48)},
+        {"labels": PredictedClasses(0.1, "softmax", least=0)},
+    ):
         counted.clear()
         measured(model, shapes, SEED, cache=file, **options)
         assert len(counted) >= 1
@@ -230,7 +247,7 @@ def test_settings_without_a_fingerprint_are_measured_every_time(model, shapes, t
     def halve(cam, capture):
         return cam / 2
 
-    variant = Variant("halved", GradientSeed(), (halve,))
+    variant = Variant("halved", Method(GradientSeed(), refine=(halve,)))
     for _ in range(2):
         measured(model, shapes, variant, cache=tmp_path / "kept.sqlite")
     assert counted == [1] * 16
@@ -249,7 +266,7 @@ def test_a_fingerprint_tells_settings_and_tensors_apart():
 def test_a_file_that_is_no_store_is_told(tmp_path):
     path = tmp_path / "results.sqlite"
     path.write_text("a table of results " * 100)
-    with pytest.raises(CamkitError, match=r"results\.sqlite is no store"):
+    with pytest.raises(CamkitError, match=r"results\.sqlite is no cache of measurements"):
         ResultCache(path)
     assert path.read_text().startswith("a table")
 
@@ -269,7 +286,7 @@ def test_quality_is_the_mean_over_asked_maps(model, shapes):
     (row,) = measured(model, shapes, SEED, quality=quality).rows
     sample = shapes.split("val")[0]
     photo = load_photo(sample.photo, size=64)
-    cam = wrap(model, seed=SEED.seed, refine=(), vocabulary=SHAPES)(
+    cam = wrap(model, seed=SEED.method.seed, refine=(), vocabulary=SHAPES)(
         photo, classes=sample.classes
     ).cam
     cam = resize_cam(cam, photo.pixels.shape[-2:])
@@ -290,7 +307,9 @@ def test_outlines_are_those_of_the_masks_at_the_picked_score(model, shapes, tmp_
     bands = []
     for sample in shapes.split("val"):
         photo = load_photo(sample.photo, size=64)
-        pipeline = wrap(model, seed=row.variant.seed, refine=row.variant.refine, vocabulary=SHAPES)
+        pipeline = wrap(
+            model, seed=row.variant.method.seed, refine=row.variant.method.refine, vocabulary=SHAPES
+        )
         cam = pipeline(photo, classes=sample.classes).cam
         mask = to_mask(cam, torch.tensor([sample.classes]), background_score=row.background_score)
         truth = read_mask(sample.mask, size=photo.size, num_classes=3)
@@ -310,7 +329,7 @@ def test_average_precision_and_area_are_those_of_the_whole_sweep(model, shapes):
     (other,) = measured(model, shapes, SEED, split="train", tune_split="val").rows
     assert max(other.curve) == pytest.approx(other.tuned_mean_iou)
     swept = 0
-    pipeline = wrap(model, seed=SEED.seed, refine=(), vocabulary=SHAPES)
+    pipeline = wrap(model, seed=SEED.method.seed, refine=(), vocabulary=SHAPES)
     for sample in shapes.split("val"):
         photo = load_photo(sample.photo, size=64)
         cam = pipeline(photo, classes=sample.classes).cam[0]

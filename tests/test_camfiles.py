@@ -306,8 +306,8 @@ def test_what_is_written_is_read_back(classes, size, form):
         ([1], torch.full((1, 2, 2), math.inf), r"\[0, 1\], got inf to inf"),
         ([1, 2], torch.zeros(1, 2, 2), r"each of the 2 classes, got shape \(1, 2, 2\)"),
         ([1], torch.zeros(1, 1, 2, 2), r"each of the 1 classes, got shape \(1, 1, 2, 2\)"),
-        ([1, 1], torch.zeros(2, 2, 2), r"different indices from 0, got \[1, 1\]"),
-        ([-1], torch.zeros(1, 2, 2), r"different indices from 0, got \[-1\]"),
+        ([1, 1], torch.zeros(2, 2, 2), r"distinct indices from 0, got \[1, 1\]"),
+        ([-1], torch.zeros(1, 2, 2), r"distinct indices from 0, got \[-1\]"),
         ([1], torch.zeros(1, 2, 2, dtype=torch.int64), "floating-point pixels, got torch.int64"),
         ([1], torch.zeros(1, 0, 2), r"pixels, got torch.float32 of shape \(1, 0, 2\)"),
     ],
@@ -343,7 +343,7 @@ KEYS = np.array([3])
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({-1: LOW}, r"032\.npy: keys must be different class indices from 0, got \[-1\]"),
+        ({-1: LOW}, r"032\.npy: keys must be distinct class indices from 0, got \[-1\]"),
         ({1: LOW, 2: LOW.T}, r"map 2 has shape \(3, 1\), map 1 has \(1, 3\); all maps of an"),
         ({1: LOW.astype(np.complex64)}, r"map 1 must hold floating-point numbers, got complex64"),
         ({1: LOW.astype(object)}, r"map 1 must hold floating-point numbers, got object of"),
@@ -355,23 +355,23 @@ KEYS = np.array([3])
         ({1: LOW + math.inf}, "map 1 holds NaN or infinity"),
         ({1: LOW + np.float64(1e300)}, "map 1 holds NaN or infinity"),
         ({"keys": KEYS, "high_res": LOW}, "high_res must be maps x rows x columns, got float32 of"),
-        ({"keys": KEYS, "high_res": np.stack([LOW, LOW])}, "has 2 maps, but there must be 1"),
-        ({"keys": KEYS[:0], "high_res": MAP}, "has 1 maps, but there must be 0"),
-        ({"keys": -KEYS, "high_res": MAP}, r"keys must be different class .*, got \[-3\]"),
-        ({"keys": [3, 3], "high_res": MAP}, r"keys must be different class .*, got \[3, 3\]"),
+        ({"keys": KEYS, "high_res": np.stack([LOW, LOW])}, "has 2 maps; expected 1"),
+        ({"keys": KEYS[:0], "high_res": MAP}, "has 1 maps; expected 0"),
+        ({"keys": -KEYS, "high_res": MAP}, r"keys must be distinct class .*, got \[-3\]"),
+        ({"keys": [3, 3], "high_res": MAP}, r"keys must be distinct class .*, got \[3, 3\]"),
         ({"keys": KEYS / 2, "attn_highres": MAP}, "keys must be whole numbers, got float64"),
-        ({"keys": 3, "attn_highres": MAP}, "keys must be a row of class indices, got a int"),
+        ({"keys": 3, "attn_highres": MAP}, "keys must be a list of class indices, got a int"),
         ({"keys": KEYS.astype(object), "high_res": MAP}, "must be whole numbers, got object"),
-        ({"valid_lam": MAP, "keys_gt": KEYS}, "valid_lam has 1 maps, but there must be 2"),
+        ({"valid_lam": MAP, "keys_gt": KEYS}, "valid_lam has 1 maps; expected 2"),
         ({"msc_seg": MAP[None]}, "msc_seg has 1 maps; expected the background and each class"),
         ({"msc_seg": np.stack([MAP, MAP])}, r"msc_seg must be maps .*, got float32 of shape \(2,"),
         ({"keys": KEYS, "cam": MAP}, r"has the entries 'keys', 'cam'; expected \{class index: map"),
         ({"a": 1, 2: LOW}, "has the entries 'a', 2; expected"),
         ({True: LOW}, "has the entries True; expected"),
-        ([LOW], "holds an array of shape .* and no classes"),
-        (MAP, r"holds an array of shape \(1, 1, 3\) and no classes; pass `classes`, one for each"),
+        ([LOW], "holds an array of shape .* without classes"),
+        (MAP, r"holds an array of shape \(1, 1, 3\) without classes; pass `classes`, one for each"),
         (np.array(None, dtype=object), "holds a NoneType; expected a dict of maps"),
-        ({1: np.array(["a"])}, "of arrays .it holds an array of dtype U1.; write it again"),
+        ({1: np.array(["a"])}, "other than arrays .it holds an array of dtype U1.; write it again"),
     ],
 )
 def test_a_file_without_usable_maps_is_named_with_the_reason(npy, content, words):
@@ -532,7 +532,7 @@ def test_the_hostile_pickles_do_run_where_nothing_stops_them(tmp_path, name):
 def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(npy, tmp_path, name, place):
     folder = tmp_path / "canary"
     save_pickle(npy, place(make_folder(str(folder))[name]))
-    with pytest.raises(DataError, match=rf"032\.npy asks for {name}, .* nothing of it was run"):
+    with pytest.raises(DataError, match=rf"032\.npy asks for {name}, .* it was not run"):
         read_cam(npy)
     assert not folder.exists()
 

@@ -154,7 +154,7 @@ def test_classes_are_found_by_name_synonym_group_and_index(tmp_path, tag, asked,
     ("asked", "words"),
     [
         ("hrose", 'no class is called "hrose"; did you mean "horse"'),
-        ("20", "a class index lies in 0 to 19 here, got 20"),
+        ("20", "a class index must lie in 0 to 19, got 20"),
         ("cat,cat", "are the same class"),
         (" , ", "name at least one class, got none"),
     ],

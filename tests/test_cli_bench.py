@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from camkit import DOEI, DenseCRF, GradientSeed, Propagate, Vocabulary
 from camkit.bench import Choice, Variant
 from camkit.cli import main
-from camkit.cli.options import Plan
+from camkit.cli.bench import Plan
 from camkit.data import write_shapes
 from camkit.edits import OneMoreHop, RandomGates
 from camkit.refiners import Blur, Normalize
@@ -23,28 +23,29 @@ NAME = "vit_tiny_patch16_224"
 def test_seeds_and_chains_become_lines():
     plan = Plan(seeds=("gradient", "attention"), refine=("propagate:steps=2+normalize:minmax",))
     first, chain, second, other = plan.entries()
-    assert (first.seed, second.seed) == (GradientSeed(), ClassAttentionSeed())
-    assert chain.refine == (Propagate(steps=2), Normalize("minmax"))
+    assert (first.method.seed, second.method.seed) == (GradientSeed(), ClassAttentionSeed())
+    assert chain.method.refine == (Propagate(steps=2), Normalize("minmax"))
     assert (chain.base, other.base) == (first, second)
     assert chain.name == "gradient > propagate:steps=2+normalize:minmax"
 
 
 def test_controls_stand_beside_every_chain_of_their_seed():
     seed, control, chain = Plan(refine=("propagate",), controls=("blur:2",)).entries()
-    assert control.refine == (Blur(2.0),)
+    assert control.method.refine == (Blur(2.0),)
     assert (control.base, chain.controls) == (seed, (control,))
 
 
 def test_candidates_become_a_choice():
     _, choice = Plan(refine=("crf:psa | crf:clip_es",)).entries()
     assert isinstance(choice, Choice)
-    assert [v.refine for v in choice.variants] == [(DenseCRF("psa"),), (DenseCRF("clip_es"),)]
+    first, second = (v.method.refine for v in choice.variants)
+    assert (first, second) == ((DenseCRF("psa"),), (DenseCRF("clip_es"),))
 
 
 def test_stages_are_lines_of_their_own():
     plan = Plan(refine=("propagate+normalize+blur",), controls=("blur",), stages=True)
     seed, _, first, second, last = plan.entries()
-    assert [len(v.refine) for v in (first, second, last)] == [1, 2, 3]
+    assert [len(v.method.refine) for v in (first, second, last)] == [1, 2, 3]
     assert [first.base, second.base, last.base] == [seed, first, second]
     assert (first.controls, len(last.controls)) == ((), 1)
 
@@ -52,12 +53,13 @@ def test_stages_are_lines_of_their_own():
 def test_edits_are_compared_with_the_same_chain_without_them():
     plan = Plan(edits=("doei:strength=2", "hop", "gates:doei"), refine=("propagate",))
     seed, chain, *edited = plan.entries()
-    assert [v.edit for v in edited[::2]] == [DOEI(strength=2.0), OneMoreHop(), RandomGates(DOEI())]
+    edits = [v.method.edit for v in edited[::2]]
+    assert edits == [DOEI(strength=2.0), OneMoreHop(), RandomGates(DOEI())]
     assert [v.base for v in edited] == [seed, chain] * 3
-    assert all(v.edit_blocks == 3 for v in edited)
+    assert all(v.method.edit_blocks == 3 for v in edited)
     (_, _, alone, both) = Plan(edits=("hop",), refine=("blur | blur:2",)).entries()
     assert isinstance(alone, Variant)
-    assert [v.edit for v in both.variants] == [OneMoreHop()] * 2
+    assert [v.method.edit for v in both.variants] == [OneMoreHop()] * 2
 
 
 @pytest.mark.parametrize(
@@ -125,8 +127,8 @@ def test_flags_go_before_the_file(bench, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("seed = [", "plan.toml is no TOML"),
-        ("sead = []", "sets sead; it may set .*seed"),
+        ("seed = [", "plan.toml is not valid TOML"),
+        ("sead = []", "sets sead; its options may be .*seed"),
         ('limit = "few"', "limit must be int, got 'few'"),
         ("classes = 3", "classes must be str, got 3"),
         ("stages = 1", "stages must be bool, got 1"),

@@ -16,10 +16,10 @@ import camkit
 from camkit.bulk import CamFolder, DrawMask, RefineCam, write_all
 from camkit.capture import Capture
 from camkit.cli import main
-from camkit.cli.options import STEPS, read_steps
 from camkit.data import read_cam, write_cam, write_shapes
 from camkit.errors import DataError
 from camkit.mask import voc_palette
+from camkit.method import PICTURE_REFINERS, read_refiners
 from camkit.photo import read_picture
 
 SIZE = (48, 64)
@@ -94,18 +94,18 @@ def by_hand(refiner, cam, photo):
     ],
 )
 def test_steps_are_the_refiners_they_name(texts, refiners):
-    found = read_steps(texts)
-    assert found == (refiners[0] if len(refiners) == 1 else camkit.chain(*refiners))
+    assert read_refiners(texts) == refiners
 
 
 def test_any_step_can_be_reduced():
-    step = read_steps(["crf:psa,reduced=0.5"])
+    (step,) = read_refiners(["crf:psa,reduced=0.5"])
     assert (step.refiner, step.scale) == (camkit.DenseCRF(preset="psa"), 0.5)
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", PICTURE_REFINERS)
 def test_every_step_can_be_had_without_settings(name):
-    assert type(read_steps([name])) is STEPS[name]
+    (step,) = read_refiners([name])
+    assert type(step) is PICTURE_REFINERS[name]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_every_step_can_be_had_without_settings(name):
         ("propagate", "no refiner is called 'propagate'"),
         ("crf:huge", "`preset` must be"),
         ("crf:steps=many", "steps must be INT, got 'many'"),
-        ("crf:stpes=3", "'stpes=3' is no setting of crf; it has preset="),
+        ("crf:stpes=3", "'stpes=3' is no setting of crf; its settings are preset="),
         ("crf:steps=", "'steps=' is no setting"),
         ("crf:steps=1,steps=2", "steps is set twice"),
         ("par:10,10", "'10' is no setting of par"),
@@ -130,7 +130,7 @@ def test_every_step_can_be_had_without_settings(name):
 )
 def test_a_step_that_does_not_exist_is_told_with_those_that_do(text, told):
     with pytest.raises((ValueError, TypeError), match=told):
-        read_steps([text])
+        read_refiners([text])
 
 
 # Refining
@@ -411,7 +411,7 @@ def test_an_interrupt_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path):
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     assert 1 <= len(made) < 16
     assert not list(out.glob(".*.part"))
-    job = RefineCam(read_steps(["par:30"]))
+    job = RefineCam(*read_refiners(["par:30"]))
     written = write_all(job, CamFolder(cams, photos), out, workers=2)
     assert (written.written, written.kept) == (16 - len(made), len(made))
     assert {name: (out / name).stat().st_mtime_ns for name in made} == made

@@ -142,8 +142,8 @@ def test_an_unknown_split_is_refused_with_the_likely_one(voc):
             "a\n\nc\n",
             r"val\.txt, line 3: .*c\.jpg does not exist",
         ),
-        ("ImageSets/Segmentation/val.txt", "a\nb\na\n", r"line 3: 'a' stands on line 1 already"),
-        ("ImageSets/Segmentation/val.txt", "\n", r"val\.txt is empty; expected one name a line"),
+        ("ImageSets/Segmentation/val.txt", "a\nb\na\n", r"line 3: 'a' is already on line 1"),
+        ("ImageSets/Segmentation/val.txt", "\n", r"val\.txt is empty; expected one name per line"),
         ("labels.json", "{", r"labels\.json is not JSON"),
         ("labels.json", '{"classes": ["cat"]}', r"labels\.json must hold"),
         ("labels.json", '{"classes": ["cat"], "labels": {"a": "cat"}}', r"labels\.json must hold"),
@@ -189,11 +189,15 @@ def test_split_lists_choose_among_the_images(plain):
         ("labels.csv", "image,labels\n", r"labels\.csv has no rows"),
         ("labels.csv", "image,labels\none,cat,dog\n", "line 2: expected 2 columns, got 3; put ;"),
         ("labels.csv", "image,labels\n\none, ;\n", "line 3: 'one' has no labels"),
-        ("labels.csv", "image,labels\nthree,cat\n", "line 2: no image 'three' in"),
+        (
+            "labels.csv",
+            "image,labels\nthree,cat\n",
+            "line 2: images/ holds no 'three'; add the file",
+        ),
         (
             "labels.csv",
             "image,labels\none,cat\ntwo,cat\none.jpg,dog\n",
-            "line 4: 'one' stands on line 2 already",
+            "line 4: 'one' is already on line 2; put all",
         ),
         ("labels.csv", 'image,labels\none,"cat\n', r"labels\.csv, line 2: .*check the quotes"),
         (
@@ -201,7 +205,7 @@ def test_split_lists_choose_among_the_images(plain):
             "Dog\ncat\n",
             r"labels\.csv, line 2: 'dog' is not a class; did you .*'Dog'",
         ),
-        ("classes.txt", "cat\ndog\ncat\n", r"classes\.txt, line 3: 'cat' stands on line 1"),
+        ("classes.txt", "cat\ndog\ncat\n", r"classes\.txt, line 3: 'cat' is already on line 1"),
         ("splits/val.txt", "one\ntow\n", r"val\.txt, line 2: 'tow' has no row .* mean 'two'"),
         ("images/one.png", "", r"holds both one\.jpg and one\.png"),
     ],
@@ -230,6 +234,32 @@ def test_the_layout_is_told_by_the_folders(plain, tmp_path_factory):
     assert open_dataset(plain) == open_folder(plain)
     assert open_dataset(drawn.root) == open_voc(drawn.root)
     assert isinstance(open_dataset(plain), DataSet)
+
+
+@pytest.mark.parametrize("layout", ["voc", "plain"])
+def test_a_relative_folder_stays_readable_when_the_working_directory_changes(
+    layout, request, tmp_path_factory, monkeypatch
+):
+    root, elsewhere = request.getfixturevalue(layout), tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "link").symlink_to(root)
+    for start, path in ((root.parent, root.name), (elsewhere, "link"), (root / "..", root.name)):
+        monkeypatch.chdir(start)
+        data = open_dataset(path)
+        monkeypatch.chdir(elsewhere)
+        samples = [sample for split in data.splits for sample in data.split(split)]
+        assert {sample.name for sample in samples} in ({"a", "b"}, {"one", "two"})
+        for sample in samples:
+            assert load_photo(sample.photo).size == (2, 2)
+            if sample.mask is not None:
+                read_mask(sample.mask, size=(2, 2), num_classes=20)
+
+
+def test_shapes_written_to_a_relative_folder_stay_readable(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_shapes("drawn", 2)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_photo(data.split("val")[0].photo).size == (64, 96)
 
 
 def test_an_unknown_layout_says_what_is_known_and_what_was_found(tmp_path):
@@ -295,7 +325,7 @@ def test_shapes_that_cannot_be_written_are_refused(tmp_path, count, size, words)
 
 def test_real_splits_have_their_published_counts(real_data):
     data = open_dataset(real_data / "voc12_animals")
-    counts = {name: len(data.split(name)) for name in data.splits}
+    counts = {name: len(data.split(name)) for name in ("train", "trainaug", "val")}
     assert counts == {"train": 457, "trainaug": 757, "val": 226}
     assert data.classes == VOC_CLASSES
 

@@ -11,20 +11,18 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from camkit.data import (
     COCO_CLASSES,
-    COCO_IDS,
     VOC_CLASSES,
-    VOC_IN_COCO,
     CocoFolder,
     DataSet,
     ImageNetSFolder,
-    coco_form,
     open_coco,
     open_dataset,
     open_imagenet_s,
     open_voc,
-    read_label_vectors,
     read_mask,
 )
+from camkit.data.coco import COCO_IDS, VOC_IN_COCO, coco_form
+from camkit.data.labels import label_vectors
 from camkit.errors import DataError
 
 PERSON, CAR, TRUCK, ELEPHANT, TOOTHBRUSH = 0, 2, 7, 20, 79  # places among the 80 of COCO
@@ -156,7 +154,7 @@ def test_label_names_go_before_vectors(voc):
 def test_wrong_label_vectors_are_told(tmp_path, content, words):
     write_vectors(tmp_path / "cls_labels.npy", content)
     with pytest.raises(DataError, match=words):
-        read_label_vectors(tmp_path / "cls_labels.npy", VOC_CLASSES)
+        label_vectors(tmp_path / "cls_labels.npy", length=20)
 
 
 class Touch:
@@ -172,7 +170,7 @@ class Touch:
 def test_label_vectors_run_no_code(tmp_path):
     write_vectors(tmp_path / "cls_labels.npy", {"a": Touch(tmp_path / "trap")})
     with pytest.raises(DataError, match="could run code"):
-        read_label_vectors(tmp_path / "cls_labels.npy", VOC_CLASSES)
+        label_vectors(tmp_path / "cls_labels.npy", length=20)
     assert not (tmp_path / "trap").exists()
 
 
@@ -354,6 +352,20 @@ def test_a_folder_without_photos_of_coco_is_refused(tmp_path):
         open_coco(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("layout", "split"), [("voc", "train"), ("coco", "val2017"), ("imagenet_s", "validation")]
+)
+def test_a_relative_folder_stays_readable_when_the_working_directory_changes(
+    layout, split, request, tmp_path, monkeypatch
+):
+    request.getfixturevalue(layout)
+    monkeypatch.chdir(tmp_path)
+    data = open_dataset(".")
+    monkeypatch.chdir("/")
+    assert all(sample.photo.is_file() for sample in data.split(split))
+    assert all(sample.mask.is_file() for sample in data.split(split) if sample.mask)
+
+
 # ImageNet-S
 
 
@@ -406,7 +418,7 @@ def test_ids_beyond_255_and_the_id_255_itself_are_classes(tmp_path):
     assert len(data.classes) == 919
     assert truth(data, "validation", classes=[254, 299]) == [[2, 1], [255, 0]]
     assert truth(data, "validation", classes=[918]) == [[0, 0], [255, 1]]
-    with pytest.raises(ValueError, match="room for 254 classes, got 919; name those of interest"):
+    with pytest.raises(ValueError, match="room for 254 classes, got 919; pass the classes of"):
         truth(data, "validation")
 
 

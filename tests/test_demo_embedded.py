@@ -18,15 +18,14 @@ from camkit.cli import main
 from camkit.cli.demo import EMBEDDED_SCORES
 from camkit.cli.models import DEFAULT_MODEL, open_model
 from camkit.data import (
-    DEMO_CLASSES,
     demo_model,
     demo_photos,
     embedded,
     imagenet_vocabulary,
-    mask_classes,
     read_mask,
 )
-from camkit.data.embedded import DEMO_WEIGHTS, blank_model, expand_rows, round_rows
+from camkit.data.embedded import DEMO_CLASSES, DEMO_WEIGHTS, blank_model, expand_rows, round_rows
+from camkit.data.sample import mask_classes
 from camkit.errors import DataError
 from camkit.manifest import weights_hash
 from camkit.method import DEFAULT_REFINE
@@ -206,9 +205,10 @@ def test_refined_maps_beat_the_seed_at_whatever_background_score_the_seed_is_giv
     assert refined > best + 0.15, (refined, best)  # 0.650 and 0.384 when this was written
 
 
-def test_weights_in_the_data_folder_go_first(nowhere, monkeypatch, no_network):
+@pytest.mark.parametrize("relative", [False, True])
+def test_weights_in_the_data_folder_go_first(nowhere, monkeypatch, no_network, relative):
     path = random_weights(nowhere / "weights" / f"{DEFAULT_MODEL}.safetensors", 3)
-    monkeypatch.setenv("CAMKIT_DATA", str(nowhere))
+    monkeypatch.setenv("CAMKIT_DATA", "." if relative else str(nowhere))
     opened = open_model(DEFAULT_MODEL, or_embedded=True)
     assert (opened.source, opened.embedded, len(opened.vocabulary)) == (str(path), False, 3)
     assert no_network == []
@@ -240,7 +240,7 @@ def test_without_data_and_hub_the_model_in_the_package_is_taken_and_said_so(
     opened = open_model(DEFAULT_MODEL, or_embedded=True)
     assert opened.embedded
     assert opened.source.endswith("(a small student of the default model)")
-    told = "timm's hub does not answer\ntaking the small model that comes with camkit instead\n"
+    told = "timm's hub does not answer\nusing the small model that comes with camkit instead\n"
     assert told in capsys.readouterr().err
     for name, weight in model.state_dict().items():
         assert torch.equal(opened.model.state_dict()[name], weight), name

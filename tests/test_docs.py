@@ -1,4 +1,4 @@
-"""The docs say what is true: their Python runs, their links lead somewhere, all names are told."""
+"""The docs are correct: their Python runs, their links resolve, every public name is described."""
 
 import ast
 import copy
@@ -42,12 +42,12 @@ HOSTS = {
     "WeCLIP": "clip-es",
     "Your fork": "own",
 }
-"""Headings of docs/plug_in.md, and the small re-creation that their Python is run on."""
+"""Headings of docs/plug_in.md, and the small re-creation that runs the Python below each."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Python of a page, the line it begins at, and the heading it stands below."""
+    """A Python block of a page, its first line, and the heading above it."""
 
     code: str
     line: int
@@ -57,14 +57,14 @@ class Block:
 
 def blocks(page):
     text = page.read_text(encoding="utf-8")
-    return [_block(text, found) for found in FENCE.finditer(text)]
+    return [_block(text, match) for match in FENCE.finditer(text)]
 
 
-def _block(text, found):
-    before = text[: found.start("code")]
+def _block(text, match):
+    before = text[: match.start("code")]
     headings = re.findall(r"^## (.+)$", before, re.MULTILINE)
-    code = textwrap.dedent(found["code"])
-    return Block(code, before.count("\n"), headings[-1] if headings else "", found["why"])
+    code = textwrap.dedent(match["code"])
+    return Block(code, before.count("\n"), headings[-1] if headings else "", match["why"])
 
 
 QUOTED = re.compile(r"`([^`]+)`")
@@ -73,7 +73,7 @@ WITH_PYTHON = [page for page in PAGES if blocks(page)]
 
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory):
-    """A folder with what the pages speak of: a photo, a data set, CAM files of another codebase."""
+    """A folder with the files that pages use: a photo, a data set, CAM files."""
     home = tmp_path_factory.mktemp("page")
     data = write_shapes(home / "VOC2012", 8, size=(48, 64))
     (home / "photos").mkdir()
@@ -96,12 +96,12 @@ def tiny_clip(*_, **__):
 
 @pytest.fixture
 def world(page, stand_ins, monkeypatch, tmp_path):
-    """The names that pages take for granted; pretrained models are tiny and random here."""
-    made = timm.create_model
+    """The names that pages assume to exist; pretrained models are tiny and random here."""
+    create_model = timm.create_model
 
     def tiny(name, *, pretrained=False, **options):
         small = {"depth": 3, "embed_dim": 48, "num_heads": 3} if pretrained else {}
-        return made(name, pretrained=False, **(small | options)).eval()
+        return create_model(name, pretrained=False, **(small | options)).eval()
 
     for place in stand_ins.iterdir():
         (tmp_path / place.name).symlink_to(place)
@@ -142,7 +142,7 @@ def world(page, stand_ins, monkeypatch, tmp_path):
         "scores": torch.rand(1, 3, 64, 96).softmax(1),
         "seed": seed,
         "reshape": lambda tokens: tokens[:, 1:].mT.unflatten(-1, (4, 6)),
-        "variants": [bench.Variant("refined", seed, refine)],
+        "variants": [bench.Variant("refined", camkit.Method(seed, refine=refine))],
         "dataset": open_dataset("VOC2012"),
         "vocabulary": camkit.Vocabulary(SHAPE_CLASSES),
         "photos": bench.PhotoSettings(size=96),
@@ -150,7 +150,7 @@ def world(page, stand_ins, monkeypatch, tmp_path):
 
 
 def names_of_host(heading):
-    """What the scripts of that codebase call their things, around a re-creation of their model."""
+    """The variables of that codebase's scripts, around a re-creation of their model."""
     fork = FORKS[HOSTS[heading]]
     model, images = fork.build()
     if heading in ("CLIP-ES", "WeCLIP"):
@@ -166,7 +166,7 @@ def names_of_host(heading):
         "resized_cam": torch.rand(1, 5, 32, 48),
         "name": ["2007_000032"],
         "img_name": "2007_000032",
-        "w_orig": 32,  # rows: their names are swapped
+        "w_orig": 32,  # rows; the two names are swapped there
         "h_orig": 48,
     }
 
@@ -184,17 +184,17 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, world):
 
 
 def test_blocks_that_are_not_run_are_rare():
-    every = [block for page in WITH_PYTHON for block in blocks(page)]
-    assert sum(block.why_not is not None for block in every) <= 0.05 * len(every)
+    all_blocks = [block for page in WITH_PYTHON for block in blocks(page)]
+    assert sum(block.why_not is not None for block in all_blocks) <= 0.05 * len(all_blocks)
 
 
-def test_included_files_are_there():
+def test_included_files_exist():
     for page in PAGES:
         for place in re.findall(r'^ *--8<-- "([^"]+)"$', page.read_text("utf-8"), re.MULTILINE):
             assert (ROOT / place).is_file(), f"{page.name} includes {place}"
 
 
-def test_links_have_the_form_of_links():
+def test_links_are_well_formed():
     for page in PAGES:
         text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.DOTALL)
         for target in re.findall(r"\]\(([^)]*)\)", text):
@@ -204,44 +204,44 @@ def test_links_have_the_form_of_links():
                 assert re.fullmatch(r"[a-z0-9.-]+\.[a-z]{2,}", parts.netloc), (
                     f"{page.name}: {target}"
                 )
-            elif page.name == "README.md" and parts.path:  # mkdocs looks at those of docs/
+            elif page.name == "README.md" and parts.path:  # mkdocs checks links in docs/
                 assert (ROOT / parts.path).exists(), f"README.md: {target}"
 
 
-def test_messages_told_as_symptoms_are_those_of_the_code():
+def test_error_messages_in_gotchas_occur_in_the_code():
     text = (ROOT / "docs" / "gotchas.md").read_text("utf-8")
     (section,) = re.findall(r"^## Errors\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)
-    told = [
+    quotes = [
         quote
         for row in section.splitlines()[4:]
         for quote in QUOTED.findall(row[: row.find("|", 1)])
     ]
-    said = {
+    strings = {
         node.value
         for path in (ROOT / "camkit").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    assert len(told) > 5
-    assert [quote for quote in told if not any(quote in one for one in said)] == []
+    assert len(quotes) > 5
+    assert [quote for quote in quotes if not any(quote in text for text in strings)] == []
 
 
 def modules():
-    found = pkgutil.walk_packages(camkit.__path__, "camkit.")
-    return [name for _, name, _ in found if not name.endswith("__main__")]
+    walked = pkgutil.walk_packages(camkit.__path__, "camkit.")
+    return [name for _, name, _ in walked if not name.endswith("__main__")]
 
 
 def exported():
-    """Every name that a package of camkit hands out, with the object behind it."""
+    """Every class and function that a package of camkit exports, by its full name."""
     packages = ["camkit", *(name for name in modules() if is_package(name))]
-    pairs = {}
+    objects = {}
     for name in packages:
         module = importlib.import_module(name)
         for public in public_names(module):
-            thing = getattr(module, public)
-            if inspect.isclass(thing) or inspect.isfunction(thing):
-                pairs.setdefault(f"{thing.__module__}.{thing.__qualname__}", thing)
-    return pairs
+            value = getattr(module, public)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                objects.setdefault(f"{value.__module__}.{value.__qualname__}", value)
+    return objects
 
 
 def is_package(name):
@@ -257,32 +257,35 @@ def public_names(module):
 
 
 def test_every_public_name_and_method_has_a_docstring():
-    things = exported()
-    told = {name for thing in things.values() if is_protocol(thing) for name in vars(thing)}
-    silent = [name for name, thing in things.items() if not own_docstring(thing)]
-    for name, thing in things.items():
-        if inspect.isclass(thing) and not is_protocol(thing):
-            silent += [
+    objects = exported()
+    documented_by_protocol = {
+        name for value in objects.values() if is_protocol(value) for name in vars(value)
+    }
+    missing = [name for name, value in objects.items() if not own_docstring(value)]
+    for name, value in objects.items():
+        if inspect.isclass(value) and not is_protocol(value):
+            missing += [
                 f"{name}.{method}"
-                for method, value in vars(thing).items()
-                if not (method.startswith("_") or method in told or not is_called(value))
-                and not value.__doc__
+                for method, member in vars(value).items()
+                if not (method.startswith("_") or method in documented_by_protocol)
+                and is_method(member)
+                and not member.__doc__
             ]
-    assert not silent
+    assert not missing
 
 
-def own_docstring(thing):
-    """Its docstring, but not the signature that dataclasses put where there is none."""
-    text = vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__
-    return text and not text.startswith(f"{thing.__name__}(")
+def own_docstring(value):
+    """Its docstring, but not the signature that dataclasses generate without one."""
+    text = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+    return text and not text.startswith(f"{value.__name__}(")
 
 
-def is_protocol(thing):
-    return getattr(thing, "_is_protocol", False)
+def is_protocol(value):
+    return getattr(value, "_is_protocol", False)
 
 
-def is_called(value):
-    return inspect.isfunction(value) or isinstance(value, property)
+def is_method(member):
+    return inspect.isfunction(member) or isinstance(member, property)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

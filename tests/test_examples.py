@@ -1,4 +1,4 @@
-"""The examples do what they say, as a newcomer would run them."""
+"""The examples run as a newcomer would run them, and do what they say."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def example():
 
 @pytest.fixture(scope="module")
 def train(example, tmp_path_factory):
-    """Train in a folder of that name and give the folder; no run is made twice."""
+    """Train in a folder of that name and return the folder; equal runs are cached."""
     home = tmp_path_factory.mktemp("runs")
     write_shapes(home / "shapes", 32, size=(48, 48))
     done = set()
@@ -72,7 +72,7 @@ def test_training_makes_the_loss_fall(train, flag):
 
 
 @needs_doei
-def test_the_flag_is_the_only_difference_and_it_makes_one(train):
+def test_the_flag_is_the_only_difference_and_has_an_effect(train):
     plain, edited = train("run"), train("run--doei", "--doei")
     settings = [saved_by(out)["settings"] for out in (plain, edited)]
     assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"doei"}
@@ -84,27 +84,27 @@ def test_the_flag_is_the_only_difference_and_it_makes_one(train):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train, flag):
     whole = train(f"run{flag}", flag)
     train(f"parts{flag}", "--stop-at", "4", flag)
-    torch.manual_seed(99)  # whatever came between
+    torch.manual_seed(99)  # another state in between
     parts = train(f"parts{flag}", "--resume", flag)
     assert log_of(parts) == log_of(whole)
-    one, other = saved_by(whole), saved_by(parts)
+    expected, resumed = saved_by(whole), saved_by(parts)
     for part in ("model", "optimizer", "rng"):
-        torch.testing.assert_close(other[part], one[part], rtol=0, atol=0)
+        torch.testing.assert_close(resumed[part], expected[part], rtol=0, atol=0)
 
 
-def test_a_run_cut_off_after_its_checkpoint_logs_no_step_twice(train):
+def test_a_run_killed_after_its_checkpoint_logs_no_step_twice(train):
     with (train("cut", "--stop-at", "3") / "log.jsonl").open("a") as file:
-        file.write('{"step": 4, "loss": 0.0}\n')  # done, but never saved
+        file.write('{"step": 4, "loss": 0.0}\n')  # trained, but never saved
     assert log_of(train("cut", "--resume")) == log_of(train("run"))
 
 
-def test_other_settings_cannot_go_on_from_a_checkpoint(train):
+def test_other_settings_cannot_resume_from_a_checkpoint(train):
     train("run")
     with pytest.raises(SystemExit, match="made with other settings"):
         train("run", "--resume", "--batch", "4")
 
 
-def test_an_rng_seed_stands_for_one_run(train):
+def test_an_rng_seed_determines_the_run(train):
     first, again, other = train("run"), train("again"), train("other", "--rng-seed", "1")
     assert log_of(first) == log_of(again)
     assert log_of(first)[0]["loss"] != log_of(other)[0]["loss"]
@@ -115,8 +115,8 @@ def test_the_logged_figures_are_those_of_the_saved_checkpoint(example, train, fl
     out = train(f"long{flag}", *LONG, flag)
     logged, data = log_of(out)[-1], open_dataset(out.parent / "shapes")
     tune, held_out = data.split("train")[:4], data.split("val")[:4]
-    anew = example.evaluate(example.load_model(out / "checkpoint.pt"), tune, held_out, fuse=False)
-    assert {name: logged[name] for name in anew} == anew
+    again = example.evaluate(example.load_model(out / "checkpoint.pt"), tune, held_out, fuse=False)
+    assert {name: logged[name] for name in again} == again
     assert 0 < logged["map"] <= 1
     assert 0 < logged["miou"] <= 1
 
@@ -131,7 +131,10 @@ def test_the_benchmark_finds_the_same_miou_in_the_checkpoint(example, train, fla
         vocabulary=camkit.Vocabulary(data.classes),
         variants=[
             bench.Variant(
-                "seed", camkit.seeds.ClassAttentionSeed(), (camkit.refiners.Normalize("minmax"),)
+                "seed",
+                camkit.Method(
+                    camkit.seeds.ClassAttentionSeed(), refine=(camkit.refiners.Normalize("minmax"),)
+                ),
             )
         ],
         split="val",
@@ -152,13 +155,13 @@ def test_map_of_a_ranking_worked_by_hand(example):
     assert example.mean_average_precision(scores, labels) == pytest.approx((first + second) / 2)
 
 
-def test_timm_weights_are_taken_by_name_and_the_position_grid_is_resized(example, tmp_path):
+def test_timm_weights_are_loaded_by_name_and_the_position_grid_is_resized(example, tmp_path):
     donor = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=4).eval()
     save_file(donor.state_dict(), tmp_path / "vit.safetensors")
     settings = ["--weights", str(tmp_path / "vit.safetensors"), "--size", "224", "--device", "cpu"]
     model = example.build(example.read_arguments(settings), classes=3).eval()
     pixels = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():  # with one class token only, ours is the donor
+    with torch.no_grad():  # with a single class token, our model is the donor
         model.cls_token.data, model.classes = donor.cls_token.data, 1
         model.pos_embed.data = model.pos_embed.data[:, 2:]
         seen = []
@@ -176,8 +179,8 @@ def run(name, *arguments, monkeypatch):
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
-def test_the_training_example_takes_all_of_its_flags(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)  # the default output folder lies where the command is run
+def test_the_training_example_accepts_all_of_its_flags(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # the default output folder is relative to the current folder
     write_shapes(tmp_path / "shapes", 8, size=(48, 48))
     short = [*TINY, "--steps", "1", "--data", "shapes", "--doei", "--fuse", "--amp"]
     run("train_class_tokens", *short, monkeypatch=monkeypatch)
@@ -185,7 +188,7 @@ def test_the_training_example_takes_all_of_its_flags(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected"),
     {
         "one_call": "cam.npy, manifest.json, mask.png, overlay.png in out/one_call",
         "compose_stages": "mIoU over background, circle, square, triangle",
@@ -197,10 +200,10 @@ def test_the_training_example_takes_all_of_its_flags(tmp_path, monkeypatch, caps
         "bulk_run": "0 done now, 6 before, 0 failed",
     }.items(),
 )
-def test_an_example_says_what_its_page_promises(name, said, tmp_path, monkeypatch, capsys):
+def test_an_example_prints_what_its_page_promises(name, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run(name, monkeypatch=monkeypatch)
-    assert said in capsys.readouterr().out
+    assert expected in capsys.readouterr().out
 
 
 def test_refined_files_of_another_codebase_are_better_than_they_were(monkeypatch, capsys):
@@ -215,9 +218,9 @@ def test_the_cells_of_the_tour_run_in_order(real_data, capsys):
     cells = json.loads((EXAMPLES / "tour.ipynb").read_text("utf-8"))["cells"]
     world = {}
     for cell in cells:
-        assert not cell.get("outputs")  # the site makes them anew
+        assert not cell.get("outputs")  # the site regenerates them
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), world)
-    said = capsys.readouterr().out
-    overlap = float(re.search(r"IoU of both masks of the person: (\d\.\d+)", said)[1])
+    printed = capsys.readouterr().out
+    overlap = float(re.search(r"IoU of both masks of the person: (\d\.\d+)", printed)[1])
     assert 0.7 < overlap < 1.0  # the CRF moves the border, not the person

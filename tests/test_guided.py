@@ -251,7 +251,7 @@ def test_no_images_are_filtered_to_no_images():
     assert found.shape == (0, 2, 20, 30)
 
 
-def test_a_picture_that_was_not_given_is_asked_for():
+def test_a_missing_picture_is_an_error():
     with pytest.raises(CaptureError, match=r"GuidedFilter needs the picture; watch with `rgb="):
         GuidedFilter()(torch.rand(2, 1, 2, 3), captured(None))
 

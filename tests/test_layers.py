@@ -363,9 +363,9 @@ def test_the_choice_by_suppression_is_the_best_of_a_slow_loop():
     photo = Photo(torch.randn(1, 3, 64, 96), torch.rand(1, 3, 64, 96), (64, 96))
     names = Vocabulary(tuple("abcde"))
     variants = [
-        Variant("lens", LogitLensSeed(0)),
-        Variant("weight", ClassWeightSeed()),
-        Variant("both ways", ClassWeightSeed(), views=Views(flip=True)),
+        Variant("lens", camkit.Method(LogitLensSeed(0), refine=())),
+        Variant("weight", camkit.Method(ClassWeightSeed(), refine=())),
+        Variant("both ways", camkit.Method(ClassWeightSeed(), views=Views(flip=True), refine=())),
     ]
     with torch.no_grad():
         model.head.bias += 5.0  # scores of which something can be left

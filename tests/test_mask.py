@@ -126,7 +126,7 @@ def test_an_unknown_background_is_refused():
 
 
 def test_an_exponent_is_no_constant_background_score():
-    with pytest.raises(ValueError, match=r"lie in \[0, 1\], got 2.0; an exponent goes with"):
+    with pytest.raises(ValueError, match=r"lie in \[0, 1\], got 2.0; use background=.power"):
         to_mask(row([0.5]), background_score=2.0)
 
 

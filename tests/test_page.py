@@ -18,6 +18,7 @@ from PIL import Image
 from camkit import (
     CamkitError,
     GradientSeed,
+    Method,
     Propagate,
     Vocabulary,
     load_photo,
@@ -35,10 +36,15 @@ from camkit.score import Gain, confusion_matrix, mean_iou
 
 SHAPES = Vocabulary(SHAPE_CLASSES)
 PHOTOS = PhotoSettings(size=96)
-SEED = Variant("seed", GradientSeed())
-BLURRED = Variant("blurred", GradientSeed(), (Blur(width=1.0), Normalize("minmax")), SEED)
+SEED = Variant("seed", Method(GradientSeed(), refine=()))
+BLURRED = Variant(
+    "blurred", Method(GradientSeed(), refine=(Blur(width=1.0), Normalize("minmax"))), base=SEED
+)
 REFINED = Variant(
-    "refined", GradientSeed(), (Propagate(), Normalize("minmax")), SEED, controls=(BLURRED,)
+    "refined",
+    Method(GradientSeed(), refine=(Propagate(), Normalize("minmax"))),
+    base=SEED,
+    controls=(BLURRED,),
 )
 CHOSEN = Choice("chosen", (REFINED, BLURRED), SEED)
 TWICE = Repeats("twice", (SEED, REFINED), SEED)
@@ -310,7 +316,7 @@ def test_masks_are_those_of_the_pipeline(model, shapes, report, examples):
             ("seed", example.base_mask, example.stages[0].cam),
         ):
             row = rows[name]
-            pipeline = wrap(model, seed=row.variant.seed, refine=row.variant.refine)
+            pipeline = wrap(model, seed=row.variant.method.seed, refine=row.variant.method.refine)
             cam = pipeline(photo, classes=asked).cam
             torch.testing.assert_close(maps, cam[0])
             drawn = to_mask(cam, torch.tensor([asked]), background_score=row.background_score)

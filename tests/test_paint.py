@@ -79,7 +79,7 @@ def test_a_mask_is_not_saved_as_jpeg(tmp_path):
 
 
 def test_a_mask_is_not_saved_into_a_missing_folder(tmp_path):
-    with pytest.raises(DataError, match="gone is not a folder; make it first"):
+    with pytest.raises(DataError, match="gone is not a folder; create it first"):
         save_mask(np.zeros((2, 2), np.uint8), tmp_path / "gone" / "mask.png")
 
 

@@ -54,7 +54,7 @@ def test_figures_are_those_of_the_benchmark(model, tmp_path, monkeypatch):
         model,
         dataset,
         vocabulary=SHAPES,
-        variants=[Variant("ours", camkit.GradientSeed(), BALANCED)],
+        variants=[Variant("ours", camkit.Method(camkit.GradientSeed(), refine=BALANCED))],
         split="val",
         tune_split="train",
         photos=opened.photos,

@@ -156,8 +156,8 @@ def test_without_classes_the_likeliest_output_is_taken(model, photo):
     [
         (NAMES, ["hrose"], 'no class is called "hrose"; did you mean "horse"'),
         (NAMES, [], "name at least one class, got none"),
-        (NAMES, [5], "a class index lies in 0 to 4 here, got 5"),
-        (NAMES, [-1], "a class index lies in 0 to 4 here, got -1"),
+        (NAMES, [5], "a class index must lie in 0 to 4, got 5"),
+        (NAMES, [-1], "a class index must lie in 0 to 4, got -1"),
         (NAMES, ["dog", 1], "are the same class"),
         (None, [], "name at least one class, got none"),
         (None, ["cat"], "'cat' is a name, but the pipeline has no vocabulary"),
@@ -364,16 +364,33 @@ def test_every_public_name_says_what_it_is(name):
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
-def test_a_file_is_short_and_says_what_is_in_it(path):
+def test_a_file_is_no_longer_than_700_lines_and_says_what_is_in_it(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 250
+    assert len(text.splitlines()) <= 700
     assert ast.get_docstring(ast.parse(text)), f"{path} opens with no docstring"
 
 
-def test_importing_camkit_does_not_import_model_zoos():
-    code = (
-        "import sys, camkit; heavy = {'timm', 'torchvision', 'transformers', 'skimage', 'ray'};"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
+def test_at_most_24_names_are_at_top_level():
+    modules = {name for name in vars(camkit) if inspect.ismodule(getattr(camkit, name))}
+    public = [n for n in vars(camkit) if n[0] != "_" and n not in modules | {"TYPE_CHECKING"}]
+    ours = [n for n in public if getattr(camkit, n).__module__.startswith("camkit.")]
+    assert len(ours) <= 24, sorted(ours)
+
+
+HEAVY = ("timm", "torchvision", "transformers", "skimage", "ray", "matplotlib")
+
+
+def test_importing_camkit_imports_no_model_zoo_and_no_plots():
+    code = f"import sys, camkit; print(sorted(set({HEAVY}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_importing_camkit_takes_at_most_a_second_beyond_torch():
+    code = (
+        "import time, torch, torch._dynamo; start = time.process_time(); import camkit;"
+        "print(time.process_time() - start)"
+    )
+    run = [sys.executable, "-c", code]
+    times = [subprocess.run(run, capture_output=True, text=True, check=True) for _ in range(2)]
+    assert min(float(done.stdout) for done in times) < 1.0

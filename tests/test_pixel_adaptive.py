@@ -336,7 +336,7 @@ def test_no_images_are_refined_to_no_images(settings):
     assert found.shape[:2] == (0, 2)
 
 
-def test_a_picture_that_was_not_given_is_asked_for():
+def test_a_missing_picture_is_an_error():
     with pytest.raises(CaptureError, match=r"needs the picture; watch with `rgb=photo.rgb`"):
         PixelAdaptive()(torch.rand(2, 1, 2, 3), captured(None))
 

@@ -66,7 +66,7 @@ def test_others_are_read_by_their_gradients(options, photo):
     asked = wrap(model, seed=GradientSeed())(photo, classes=[1, 3])
     assert same(found, asked)
     assert found.settings == asked.settings
-    assert found.settings["background_score"] == GRADIENT.background_score
+    assert found.settings["background_score"] == GRADIENT.method.background_score
 
 
 POOLED_VIT = {"class_token": False, "global_pool": "avg", "fc_norm": True}
@@ -84,7 +84,7 @@ POOLED_VIT = {"class_token": False, "global_pool": "avg", "fc_norm": True}
 def test_pooled_patches_are_scored_by_the_classifier(options, depth, photo):
     model = vit(depth, **options)
     found = wrap(model)(photo, classes=[1, 3])
-    asked = wrap(model, seed=ClassWeightSeed(), background_score=POOLED.background_score)
+    asked = wrap(model, seed=ClassWeightSeed(), background_score=POOLED.method.background_score)
     assert same(found, asked(photo, classes=[1, 3]))
     assert found.settings == asked.settings
 
@@ -130,7 +130,7 @@ def test_why_a_model_is_not_calibrated_is_told(photo, caplog):
     with caplog.at_level(logging.INFO, "camkit"):
         found = wrap(model)(photo, classes=[2])
     assert found.settings["seed"] == "GradientSeed()"
-    assert "VisionTransformer is not read by GatedProductSeed" in caplog.text
+    assert "VisionTransformer does not support GatedProductSeed" in caplog.text
     assert "the host writes its attention out" in caplog.text
 
 
@@ -152,8 +152,8 @@ def test_a_score_of_ones_own_is_read_by_gradients(deep, photo):
     assert same(found, wrap(deep, seed=GradientSeed())(photo, classes=own))
     pipeline = wrap(deep)
     pipeline(photo, classes=[1])
-    assert "Gradient" in pipeline(photo, classes=own).settings["seed"]
-    assert "Agreed" in pipeline(photo, classes=[1]).settings["seed"]
+    assert pipeline(photo, classes=own).settings["seed"] == "GradientSeed()"
+    assert "GatedProduct" in pipeline(photo, classes=[1]).settings["seed"]
 
 
 def test_a_batch_is_what_its_photos_are(deep, photo):
@@ -161,7 +161,7 @@ def test_a_batch_is_what_its_photos_are(deep, photo):
     rgb = torch.cat([photo.rgb, photo.rgb.flip(-1)])
     both = wrap(deep).stages(pixels, rgb=rgb, classes=torch.tensor([[1], [3]]))
     one = wrap(deep).stages(pixels[1:], rgb=rgb[1:], classes=torch.tensor([[3]]))
-    assert torch.allclose(both.cam[1:], one.cam, atol=1e-5)
+    assert torch.allclose(both.cam[1:], one.cam, rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_asked_for_is_kept(deep, photo):
@@ -172,7 +172,7 @@ def test_what_is_asked_for_is_kept(deep, photo):
     assert (edited["seed"], edited["edit_blocks"]) == ("GradientSeed()", 3)
     weighed = wrap(deep, seed=ClassWeightSeed())(photo).settings
     assert (weighed["seed"], weighed["edit"]) == ("ClassWeightSeed()", "None")
-    assert CALIBRATED.background_score == 0.54
+    assert CALIBRATED.method.background_score == 0.54
 
 
 def test_grouped_outputs_are_read_together(deep, photo):

@@ -108,7 +108,7 @@ def test_what_is_no_refiner_is_refused():
         AtReducedSize("clip_es")
 
 
-def test_a_picture_that_was_not_given_is_asked_for():
+def test_a_missing_picture_is_an_error():
     with pytest.raises(CaptureError, match=r"AtReducedSize needs the picture; watch with `rgb="):
         AtReducedSize(fitted)(torch.rand(1, 1, 2, 3), captured(None))
 

@@ -251,7 +251,7 @@ def test_every_seed_says_whether_it_needs_gradients():
     assert [one.requires.gradients for one in SEEDS] == [False, False, True, True]
 
 
-def test_a_class_of_several_outputs_is_spoken_for_by_all_their_tokens():
+def test_a_class_of_several_outputs_is_read_from_all_their_tokens():
     model, pixels = OneTokenPerClass(class_tokens=5), torch.randn(2, 3, 16, 24)
     both = Vocabulary(("both",), members=((1, 3),))
     grouped = ClassAttentionSeed()(seen_by(model, pixels, vocabulary=both), CLASSES[:, :1] * 0)
@@ -292,13 +292,11 @@ def test_a_plain_function_is_a_seed_of_a_benchmark_and_of_other_seeds():
     model, _ = tiny("vit")
     photo = Photo(torch.randn(1, 3, 64, 96), torch.rand(1, 3, 64, 96), (64, 96))
     pairs = [
-        [Variant("own", own_seed), Variant("known", GradientSeed())],
-        [
-            Variant("own", FusedSeed((own_seed, ClassWeightSeed()))),
-            Variant("known", FusedSeed((GradientSeed(), ClassWeightSeed()))),
-        ],
+        (own_seed, GradientSeed()),
+        (FusedSeed((own_seed, ClassWeightSeed())), FusedSeed((GradientSeed(), ClassWeightSeed()))),
     ]
-    for own, known in pairs:
+    for seeds in pairs:
+        own, known = (Variant(repr(seed), camkit.Method(seed, refine=())) for seed in seeds)
         maps = variant_maps(model, photo, CLASSES[:1], [own, known], Vocabulary(tuple("abcde")))
         torch.testing.assert_close(maps[own], maps[known])
 

@@ -102,7 +102,7 @@ def test_settings_out_of_range_are_refused(settings, words):
         FastGlobalSmooth(**settings)
 
 
-def test_a_picture_that_was_not_given_is_asked_for():
+def test_a_missing_picture_is_an_error():
     with pytest.raises(CaptureError, match=r"FastGlobalSmooth needs the picture; watch with `rgb="):
         FastGlobalSmooth()(torch.rand(1, 1, 2, 3), captured(None))
 

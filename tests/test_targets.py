@@ -253,7 +253,7 @@ def test_texts_are_classes_by_the_cosine_of_their_embeddings():
 
 def test_texts_and_scores_of_the_pipeline_are_one_too_many(pixels):
     texts = TextClasses(("x",), torch.randn(1, 24))
-    with pytest.raises(ValueError, match="texts bring scores and names of their own"):
+    with pytest.raises(ValueError, match="texts bring their own scores and names"):
         wrap(Embedding(), vocabulary=NAMES).stages(pixels, rgb=pixels, classes=texts)
 
 

@@ -243,7 +243,7 @@ def test_tokens_that_no_block_returned_are_missed_with_words(opened):
 
 
 @pytest.mark.parametrize(
-    ("build_it", "told"),
+    ("build_it", "message"),
     [
         (lambda: TextClasses((), torch.zeros(0, 4)), "one row for each of the 0 names"),
         (lambda: TextClasses(("a",), torch.ones(2, 4)), "each of the 1 names, got 2"),
@@ -260,13 +260,13 @@ def test_tokens_that_no_block_returned_are_missed_with_words(opened):
         ),
     ],
 )
-def test_classes_and_settings_that_cannot_be_are_refused(build_it, told, no_shape_checks):
-    with pytest.raises(ValueError, match=told):
+def test_classes_and_settings_that_cannot_be_are_refused(build_it, message, no_shape_checks):
+    with pytest.raises(ValueError, match=message):
         build_it()
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"names": "cat"}, "list of at least one name, got 'cat'"),
         ({"names": []}, "list of at least one name"),
@@ -274,9 +274,9 @@ def test_classes_and_settings_that_cannot_be_are_refused(build_it, told, no_shap
         ({"names": ["cat"], "templates": ["a photo"]}, "in the place of the name, got .'a photo'"),
     ],
 )
-def test_prompts_that_cannot_be_are_refused(opened, options, told, no_shape_checks):
+def test_prompts_that_cannot_be_are_refused(opened, options, message, no_shape_checks):
     model, tokenize, *_ = opened
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         TextClasses.from_prompts(model, tokenize=tokenize, **options)
 
 

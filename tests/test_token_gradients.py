@@ -122,7 +122,7 @@ def test_a_host_is_tried_again_when_its_weights_have_changed():
 
 
 @pytest.mark.parametrize("other", ["training", "hook", "edit"])
-def test_whoever_may_look_at_all_tokens_gets_them(other):
+def test_a_seed_that_reads_all_tokens_gets_them(other):
     model, pixels = tiny("vit")
     seed, shapes = camkit.seeds.EigenCAMSeed(), []
     if other == "training":

@@ -162,10 +162,10 @@ def test_the_model_runs_once_for_each_view_of_several_variants(model):
     photo = Photo(torch.randn(1, 3, 64, 96), torch.rand(1, 3, 64, 96), (64, 96))
     both, wide = Views(scales=(1.0, 0.5), flip=True), Views(scales=(1.0, 0.5, 1.5))
     variants = [
-        Variant("one", SEED),
-        Variant("two", ClassWeightSeed(), views=both),
-        Variant("three", SEED, views=both),
-        Variant("four", SEED, views=wide),
+        Variant("one", camkit.Method(SEED, refine=())),
+        Variant("two", camkit.Method(ClassWeightSeed(), views=both, refine=())),
+        Variant("three", camkit.Method(SEED, views=both, refine=())),
+        Variant("four", camkit.Method(SEED, views=wide, refine=())),
     ]
     names = Vocabulary(tuple("abcde"))
     classes = torch.tensor([[1, 4]])

@@ -43,7 +43,7 @@ def test_a_name_like_no_other_is_answered_with_examples():
 
 @pytest.mark.parametrize("index", [-1, 2])
 def test_an_index_out_of_range_is_refused(index):
-    with pytest.raises(ValueError, match=f"lies in 0 to 1 here, got {index}"):
+    with pytest.raises(ValueError, match=f"must lie in 0 to 1, got {index}"):
         ANIMALS.index(index)
 
 

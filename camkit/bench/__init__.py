@@ -6,8 +6,6 @@ from camkit.bench.page import to_html as to_html
 from camkit.bench.protocol import (
     Choice as Choice,
     Entry as Entry,
-    PhotoSettings as PhotoSettings,
-    PredictedLabels as PredictedLabels,
     Repeats as Repeats,
     Variant as Variant,
     stages as stages,
@@ -27,3 +25,4 @@ from camkit.bench.results import (
     to_json as to_json,
     to_markdown as to_markdown,
 )
+from camkit.photo import PhotoSettings as PhotoSettings

@@ -1,4 +1,4 @@
-"""Measured images kept on disk, so that an interrupted benchmark goes on."""
+"""Measurements kept on disk, so that an interrupted benchmark continues."""
 
 import hashlib
 import sqlite3
@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 def fingerprint(value: Any) -> str | None:
-    """A hash of settings: equal for equal ones, in any process.
+    """Return a hash of settings that is the same for equal settings in every process.
 
-    Dataclasses are told by their name and fields, tensors by their bytes. Other objects and
-    functions cannot be told from changed ones: their settings have no fingerprint, None.
+    Dataclasses are hashed by name and fields, tensors by their bytes. Other objects and functions
+    may change without a trace: settings that contain one have no fingerprint, None.
     """
     digest = hashlib.sha256()
     return digest.hexdigest() if _feed(digest, value) else None
@@ -52,37 +51,35 @@ def _feed(digest: Any, value: Any) -> bool:
     return False
 
 
-_COUNTING = (
-    *("ops", "native", "capture", "edit", "seed", "refine", "data", "*.py", "bench/maps.py"),
-    *("bench/meter.py", "score/sweep.py", "score/boundary.py", "score/confusion.py"),
+_IRRELEVANT = (
+    *("bulk", "cli", "compat", "losses", "bench/examples.py", "bench/figures.py"),
+    *("bench/markup.py", "bench/page.py", "bench/quality.py", "bench/results.py"),
 )
+_SOURCES = (".py", ".cpp", ".hpp", ".cu", ".cuh")
 
 
 @cache
 def code_fingerprint() -> str:
-    """A hash of the source that makes maps and counts pixels: other code may measure otherwise."""
-    folder = Path(__file__).parents[1]
+    """Return a hash of the source that makes maps and counts pixels: other code may differ."""
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for pattern in _COUNTING:
-        for path in sorted(folder.glob(pattern)):
-            files = [path] if path.is_file() else sorted(path.rglob("*.*"))
-            for file in files:
-                if file.suffix in (".py", ".cpp", ".hpp", ".cu", ".cuh"):
-                    digest.update(file.relative_to(folder).as_posix().encode())
-                    digest.update(file.read_bytes())
+    for path in sorted(package.rglob("*")):
+        name = path.relative_to(package).as_posix()
+        if path.suffix in _SOURCES and not name.startswith(_IRRELEVANT):
+            digest.update(name.encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 class ResultCache:
-    """Bytes by key, in one file, safe against being killed and against a second run beside it.
+    """Bytes by key in one SQLite file, safe against being killed and against concurrent runs.
 
     Raises:
-        CamkitError: the file is there, but is no store.
+        CamkitError: the file exists, but is no cache.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
         self._file = sqlite3.connect(path, timeout=60, isolation_level=None)
         try:
             self._file.execute("PRAGMA journal_mode=WAL")
@@ -90,23 +87,23 @@ class ResultCache:
         except sqlite3.DatabaseError as error:
             self._file.close()
             raise CamkitError(
-                f"{path} is no store of measured images ({error}); delete it or name another file"
+                f"{path} is no cache of measurements ({error}); delete it or name another file"
             ) from error
 
     def get(self, key: str) -> bytes | None:
-        with closing(self._file.execute("SELECT value FROM kept WHERE key = ?", (key,))) as found:
-            row = found.fetchone()
+        with closing(self._file.execute("SELECT value FROM kept WHERE key = ?", (key,))) as rows:
+            row = rows.fetchone()
         return None if row is None else row[0]
 
     def put(self, key: str, value: bytes) -> None:
         self._file.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (key, value))
 
     def get_counts(self, key: str, values: int) -> Int[Tensor, "s v v"] | None:
-        """Confusion matrices of so many mask values, if they are kept."""
-        kept = self.get(key)
-        if kept is None:
+        """Return confusion matrices of this many mask values, if they are cached."""
+        value = self.get(key)
+        if value is None:
             return None
-        counts = np.frombuffer(zlib.decompress(kept), dtype=np.int64)
+        counts = np.frombuffer(zlib.decompress(value), dtype=np.int64)
         return torch.from_numpy(counts.reshape(-1, values, values).copy())
 
     def put_counts(self, key: str, counts: Int[Tensor, "..."]) -> None:
@@ -115,10 +112,5 @@ class ResultCache:
     def __enter__(self) -> "ResultCache":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()

@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -11,24 +11,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from camkit.bench.cache import ResultCache, code_fingerprint, fingerprint
-from camkit.bench.protocol import PhotoSettings, PredictedLabels, Variant
-from camkit.capture.record import Capture, WatchSpec, required_by
+from camkit.bench.protocol import Variant
+from camkit.capture.hooks import borrowed
+from camkit.capture.record import WatchSpec, required_by
 from camkit.data import DataSet, Sample, read_mask
 from camkit.errors import DataError
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
-from camkit.photo import Photo
+from camkit.photo import Photo, PhotoSettings
 from camkit.refiners.normalize import normalize_cam
-from camkit.refiners.protocol import Refiner
 from camkit.score import boundary_confusion, sweep_confusions
-from camkit.seeds.protocol import Seed
+from camkit.seeds.targets import PredictedClasses
 from camkit.seeds.views import ModelRunner, MultiViewReader, Views
-from camkit.tensors import RGB, Cam, Pixels
+from camkit.tensors import Cam
 from camkit.vocabulary import Vocabulary
-
-Start: TypeAlias = tuple[Seed, Views]
-Stages: TypeAlias = dict[tuple[Start, tuple[Refiner, ...]], Cam]
 
 
 def variant_maps(
@@ -38,60 +35,56 @@ def variant_maps(
     variants: Sequence[Variant],
     vocabulary: Vocabulary,
 ) -> dict[Variant, Cam]:
-    """Maps of the asked classes by every variant, in the sizes their last refiners return."""
-    forwards: dict[Any, list[Variant]] = {}
+    """Return the maps of every variant, in the sizes that their last refiners return.
+
+    Variants of the same edit and noise share one forward of each view, and what they have in common
+    beyond that is computed once.
+
+    Args:
+        model: borrowed, in evaluation mode.
+        photo: the picture.
+        classes: of the vocabulary.
+        variants: the methods to apply.
+        vocabulary: joins classifier outputs to classes.
+    """
+    groups: dict[Any, list[Variant]] = {}
     for variant in variants:
-        blocks = None if variant.edit is None else variant.edit_blocks
-        noise = required_by(variant.seed).noise
-        forwards.setdefault((variant.edit, blocks, noise), []).append(variant)
+        method = variant.method
+        blocks = None if method.edit is None else method.edit_blocks
+        noise = required_by(method.seed).noise
+        groups.setdefault((method.edit, blocks, noise), []).append(variant)
+    weight = next(model.parameters())
+    pixels, rgb = photo.pixels.to(weight), photo.rgb.to(weight.device)
     maps: dict[Variant, Cam] = {}
-    with torch.no_grad():
-        for group in forwards.values():
-            maps |= _group_maps(model, photo, classes, group, vocabulary)
+    for (edit, blocks, _), group in groups.items():
+        seeds = [variant.method.seed for variant in group]
+        runner = ModelRunner(
+            model,
+            requires=WatchSpec() | required_by(*seeds),
+            edit=edit,
+            edit_blocks=blocks,
+            vocabulary=vocabulary,
+        )
+        with torch.no_grad():
+            capture = runner(pixels, rgb)  # the forward that all refiners of the group see
+            requests = [(v.method.seed, v.method.views or Views()) for v in group]
+            reader = MultiViewReader(runner, pixels, rgb, capture)
+            first = reader.seeds(classes.to(weight.device), requests)
+            refined: dict[Any, Cam] = {
+                (request, ()): normalize_cam(cam) for request, cam in first.items()
+            }
+            for variant, request in zip(group, requests, strict=True):
+                chain = variant.method.refine
+                for count, refiner in enumerate(chain, start=1):
+                    if (request, chain[:count]) not in refined:
+                        before = refined[request, chain[: count - 1]]
+                        refined[request, chain[:count]] = refiner(before, capture)
+                maps[variant] = refined[request, chain]
     return maps
 
 
-def _group_maps(
-    model: nn.Module,
-    photo: Photo,
-    classes: Int[Tensor, "1 k"],
-    variants: Sequence[Variant],
-    vocabulary: Vocabulary,
-) -> dict[Variant, Cam]:
-    """Maps of variants that share an edit and noise: one forward for each of their views."""
-    weight = next(model.parameters())
-    pixels, rgb = photo.pixels.to(weight), photo.rgb.to(weight.device)
-    look = ModelRunner(
-        model,
-        requires=WatchSpec() | required_by(*(variant.seed for variant in variants)),
-        edit=variants[0].edit,
-        edit_blocks=variants[0].edit_blocks,
-        vocabulary=vocabulary,
-    )
-    capture = _capture(look, pixels, rgb)
-    starts = {variant: (variant.seed, variant.views or Views()) for variant in variants}
-    looked = MultiViewReader(look, pixels, rgb, capture)
-    seeds = looked.seeds(classes.to(weight.device), list(starts.values()))
-    known: Stages = {(start, ()): normalize_cam(cam) for start, cam in seeds.items()}
-    return {
-        variant: _stage(starts[variant], variant.refine, capture, known) for variant in variants
-    }
-
-
-def _capture(look: ModelRunner, pixels: Pixels, rgb: RGB) -> Capture:
-    """The forward that all refiners of a group see."""
-    return look(pixels, rgb)
-
-
-def _stage(start: Start, refine: tuple[Refiner, ...], capture: Capture, known: Stages) -> Cam:
-    """Maps after some refiners; what variants share is computed once."""
-    if (start, refine) not in known:
-        before = _stage(start, refine[:-1], capture, known)
-        known[start, refine] = refine[-1](before, capture)
-    return known[start, refine]
-
-
-LabelSource = Literal["dataset"] | PredictedLabels
+LabelSource = Literal["dataset"] | PredictedClasses
+"""Where image-level labels come from: the data set, or the classifier's own prediction."""
 
 
 class Counts(NamedTuple):
@@ -99,81 +92,98 @@ class Counts(NamedTuple):
 
     Attributes:
         swept: one matrix for each of `camkit.score.THRESHOLDS`.
-        outline: `camkit.score.boundary_confusion` at one background score, where it is wanted.
+        outline: `camkit.score.boundary_confusion` at one background score, if requested.
     """
 
     swept: Int[Tensor, "s c c"]
     outline: Int[Tensor, "d d"] | None
 
 
-Wanted = Mapping[Variant, float | None]
-"""Variants to measure, and the background score at which outlines are wanted, if they are."""
+Requests = Mapping[Variant, float | None]
+"""Variants to measure, and the background score to measure outlines at, if any."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A photo, its truth in the classes measured, and the classes its maps are made of."""
+class LabelledPhoto:
+    """A photo, its true mask in the measured classes, and the classes to make maps of."""
 
     photo: Photo
     truth: Int[Tensor, "H W"]
-    asked: tuple[int, ...]
+    classes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class Evaluator:
     """Measures variants on images.
 
-    Attributes:
+    Args:
         model: borrowed, in evaluation mode.
-        dataset: where the images come from.
-        vocabulary: the classes measured.
-        photos: how photos are read.
+        dataset: images with masks.
+        vocabulary: the measured classes.
+        photos: how photos are prepared.
         labels: where image-level labels come from.
-        store: keeps what was measured; None measures anew.
+        cache: keeps measurements; None measures everything again.
     """
 
-    model: nn.Module
-    dataset: DataSet
-    vocabulary: Vocabulary
-    photos: PhotoSettings
-    labels: LabelSource = "dataset"
-    store: ResultCache | None = None
-    _known: dict[Variant | Literal["setup"], str | None] = field(default_factory=dict)
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: DataSet,
+        vocabulary: Vocabulary,
+        photos: PhotoSettings,
+        labels: LabelSource = "dataset",
+        cache: ResultCache | None = None,
+    ) -> None:
+        self.model = model
+        self.dataset = dataset
+        self.vocabulary = vocabulary
+        self.photos = photos
+        self.labels = labels
+        self._cache = cache
+        self._fingerprints: dict[Variant, str | None] = {}
+        weight = next(model.parameters())
+        self._setup = cache and fingerprint(
+            (
+                *(code_fingerprint(), torch.__version__, weights_hash(model)),
+                *(repr(model), str(weight.dtype), weight.device.type),
+                *(vocabulary, photos, labels, dataset.classes),
+            )
+        )
 
-    def each(
-        self, samples: Sequence[Sample], wanted: Wanted, title: str, skipped: list[str]
+    def measure_all(
+        self, samples: Sequence[Sample], requests: Requests, title: str, skipped: list[str]
     ) -> Iterator[tuple[str, dict[Variant, Counts]]]:
-        """Name and counts of each image; those that cannot be used are listed instead."""
-        done = 0
+        """Yield name and counts of each image; append errors of unusable images to ``skipped``."""
+        usable = 0
         for sample in tqdm(samples, desc=title, unit="image", delay=2, mininterval=0.5):
             try:
-                found = self.measure(sample, wanted)
-            except DataError as error:  # that image is lost and listed; the others are not
+                counts = self.measure(sample, requests)
+            except DataError as error:
                 skipped.append(str(error))
                 continue
-            done += 1
-            yield sample.name, found
-        if not done:
+            usable += 1
+            yield sample.name, counts
+        if not usable:
             raise DataError(f"no usable image among {len(samples)} ({'; '.join(skipped[:3])})")
 
-    def measure(self, sample: Sample, wanted: Wanted) -> dict[Variant, Counts]:
-        """Counts of one image by each variant.
+    def measure(self, sample: Sample, requests: Requests) -> dict[Variant, Counts]:
+        """Return the counts of one image by each variant.
 
         Raises:
             DataError: the photo or its mask cannot be used.
         """
-        keys = {variant: self._key(sample, variant) for variant in wanted}
-        found = {variant: self._recall(keys[variant], wanted[variant]) for variant in wanted}
-        missing = [variant for variant, known in found.items() if known is None]
+        keys = {variant: self._key(sample, variant) for variant in requests}
+        cached = {v: self._read_cache(keys[v], score) for v, score in requests.items()}
+        counts = {variant: known for variant, known in cached.items() if known is not None}
+        missing = [variant for variant in requests if variant not in counts]
         if missing:
-            picture = self.load(sample)
-            for variant, cam in self.maps(picture, missing).items():
-                found[variant] = counts = self._count(picture, cam, wanted[variant])
-                self._remember(keys[variant], wanted[variant], counts)
-        return {variant: counts for variant, counts in found.items() if counts is not None}
+            labelled = self.load(sample)
+            for variant, cam in self.maps(labelled, missing).items():
+                counts[variant] = self._count(labelled, cam, requests[variant])
+                self._write_cache(keys[variant], requests[variant], counts[variant])
+        return {variant: counts[variant] for variant in requests}
 
-    def load(self, sample: Sample) -> Picture:
-        """Read one image.
+    def load(self, sample: Sample) -> LabelledPhoto:
+        """Read one image, its mask and its labels.
 
         Raises:
             DataError: the photo or its mask cannot be used.
@@ -191,74 +201,66 @@ class Evaluator:
         if self.labels == "dataset":
             present = [self.dataset.classes[index] for index in sample.classes]
             names = self.vocabulary.names
-            asked = tuple(index for index, name in enumerate(names) if name in present)
+            classes = tuple(index for index, name in enumerate(names) if name in present)
         else:
-            asked = self.labels(self.model, photo, self.vocabulary)
-        return Picture(photo, truth, asked)
+            runner = ModelRunner(self.model, WatchSpec(), vocabulary=self.vocabulary)
+            with borrowed(self.model), torch.no_grad():
+                predicted = self.labels(runner(photo.pixels.to(next(self.model.parameters()))))
+            classes = tuple(sorted(index for index in predicted[0].tolist() if index >= 0))
+        return LabelledPhoto(photo, truth, classes)
 
-    def maps(self, picture: Picture, variants: Sequence[Variant]) -> dict[Variant, Cam]:
-        """Maps at the size of the truth, in [0, 1]; one empty map where no class is asked."""
-        if not picture.asked:
-            return dict.fromkeys(variants, torch.zeros(1, 1, *picture.photo.size))
-        classes = torch.tensor([picture.asked], dtype=torch.int64)
-        found = variant_maps(self.model, picture.photo, classes, variants, self.vocabulary)
-        size = picture.photo.size
-        return {variant: resize_cam(found[variant], size).clamp(0, 1).cpu() for variant in variants}
+    def maps(self, labelled: LabelledPhoto, variants: Sequence[Variant]) -> dict[Variant, Cam]:
+        """Return maps at the size of the photo, in [0, 1]; one empty map without classes."""
+        size = labelled.photo.size
+        if not labelled.classes:
+            return dict.fromkeys(variants, torch.zeros(1, 1, *size))
+        classes = torch.tensor([labelled.classes], dtype=torch.int64)
+        maps = variant_maps(self.model, labelled.photo, classes, variants, self.vocabulary)
+        return {variant: resize_cam(cam, size).clamp(0, 1).cpu() for variant, cam in maps.items()}
 
-    def _count(self, picture: Picture, cam: Cam, score: float | None) -> Counts:
-        classes = torch.tensor([picture.asked or (-1,)], dtype=torch.int64)
+    def _count(self, labelled: LabelledPhoto, cam: Cam, score: float | None) -> Counts:
+        classes = torch.tensor([labelled.classes or (-1,)], dtype=torch.int64)
         values = len(self.vocabulary) + 1
-        swept = sweep_confusions(cam[0], classes[0], picture.truth, num_classes=values)
+        swept = sweep_confusions(cam[0], classes[0], labelled.truth, num_classes=values)
         if score is None:
             return Counts(swept, None)
         mask = to_mask(cam, classes, background_score=score)[0]
-        return Counts(swept, boundary_confusion(picture.truth, mask, num_classes=values))
+        return Counts(swept, boundary_confusion(labelled.truth, mask, num_classes=values))
 
     def _key(self, sample: Sample, variant: Variant) -> str | None:
-        """Names all that a measurement depends on; None where that cannot be told."""
-        if self.store is None or sample.mask is None:
+        """Return the cache key of a measurement; None if it cannot be cached."""
+        if self._setup is None or sample.mask is None:
             return None
-        if "setup" not in self._known:
-            self._known["setup"] = self._setup()
-        if variant not in self._known:
-            edit = None if variant.edit is None else (variant.edit, variant.edit_blocks)
-            self._known[variant] = fingerprint((variant.seed, variant.views, variant.refine, edit))
-        setup, settings = self._known["setup"], self._known[variant]
-        if setup is None or settings is None:
+        if variant not in self._fingerprints:
+            method = variant.method
+            edit = None if method.edit is None else (method.edit, method.edit_blocks)
+            self._fingerprints[variant] = fingerprint(
+                (method.seed, method.views, method.refine, edit)
+            )
+        settings = self._fingerprints[variant]
+        if settings is None:
             return None
         try:
             photo = hashlib.sha256(sample.photo.read_bytes()).hexdigest()
             mask = hashlib.sha256(sample.mask.read_bytes()).hexdigest()
         except OSError:
-            return None  # reading it for the measurement will say what is wrong
-        parts = (setup, settings, photo, mask, sample.form, sample.classes)
+            return None  # the measurement will raise the error
+        parts = (self._setup, settings, photo, mask, sample.form, sample.classes)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def _setup(self) -> str | None:
-        weight = next(self.model.parameters())
-        return fingerprint(
-            (
-                *(code_fingerprint(), torch.__version__, weights_hash(self.model)),
-                *(repr(self.model), str(weight.dtype), weight.device.type),
-                *(self.vocabulary, self.photos, self.labels, self.dataset.classes),
-            )
-        )
-
-    def _recall(self, key: str | None, score: float | None) -> Counts | None:
-        if key is None or self.store is None:
+    def _read_cache(self, key: str | None, score: float | None) -> Counts | None:
+        if key is None or self._cache is None:
             return None
         values = len(self.vocabulary) + 1
-        swept = self.store.get_counts(key, values)
-        outline = None
-        if score is not None:
-            outline = self.store.get_counts(f"{key} outline {score}", values + 1)
-        if swept is None or (score is not None and outline is None):
-            return None
-        return Counts(swept, None if outline is None else outline[0])
+        swept = self._cache.get_counts(key, values)
+        if swept is None or score is None:
+            return None if swept is None else Counts(swept, None)
+        outline = self._cache.get_counts(f"{key} outline {score}", values + 1)
+        return None if outline is None else Counts(swept, outline[0])
 
-    def _remember(self, key: str | None, score: float | None, counts: Counts) -> None:
-        if key is None or self.store is None:
+    def _write_cache(self, key: str | None, score: float | None, counts: Counts) -> None:
+        if key is None or self._cache is None:
             return
-        self.store.put_counts(key, counts.swept)
+        self._cache.put_counts(key, counts.swept)
         if counts.outline is not None:
-            self.store.put_counts(f"{key} outline {score}", counts.outline)
+            self._cache.put_counts(f"{key} outline {score}", counts.outline)

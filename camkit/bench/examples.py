@@ -1,4 +1,4 @@
-"""Images of a finished benchmark to look at: the best, the worst and a random draw."""
+"""Example images of a finished benchmark: the best, the worst and a random draw."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor, nn
 
 from camkit.bench.evaluator import Evaluator, LabelSource
-from camkit.bench.protocol import PhotoSettings, Variant, stages
+from camkit.bench.protocol import Variant, stages
 from camkit.bench.results import Report, Row
 from camkit.data import DataSet, Sample
 from camkit.manifest import weights_hash
-from camkit.mask import IGNORE, to_mask
-from camkit.photo import read_picture
-from camkit.tensors import Cam
+from camkit.mask import to_mask
+from camkit.photo import PhotoSettings, read_picture
+from camkit.tensors import IGNORE, Cam
 from camkit.vocabulary import Vocabulary
 
 Group: TypeAlias = Literal["random", "best", "worst"]
@@ -24,7 +24,7 @@ Group: TypeAlias = Literal["random", "best", "worst"]
 
 HIT, MISSED, FALSE, WRONG = 1, 2, 3, 4
 """Values of an error map: object found, object taken for background, background taken for an
-object, object of another class; 0 is background found, 255 is ignored."""
+object, wrong class; 0 is background found, 255 is ignored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +37,16 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One image as a row of the report sees it.
+    """One image, by the method of one row of the report.
 
     Attributes:
-        name: of the image.
-        line: the row it was chosen for.
-        base: the row that the gain is over; None where the row has none.
-        groups: why it was chosen; an image may be drawn that is among the best too.
+        name: name of the image.
+        line: name of the row.
+        base: name of the row that the gain is over, if any.
+        groups: why the image was chosen; a random image may be one of the best, too.
         iou: mean IoU of this image alone, by the row.
         base_iou: the same by the base.
-        classes: present in the ground truth, as mask values from 1.
+        classes: classes in the ground truth, as mask values from 1.
         photo: at its own size.
         truth: 0 background, class + 1, 255 ignored.
         stages: the row's maps, from its seed to its last refiner.
@@ -71,7 +71,7 @@ class Example:
 
     @property
     def gain(self) -> float:
-        """Over the base; without one the mean IoU itself."""
+        """Gain over the base; without a base, the mean IoU itself."""
         return self.iou - (self.base_iou or 0.0)
 
 
@@ -89,61 +89,58 @@ def collect_examples(  # noqa: PLR0913 - each setting is a choice of its own
 ) -> Iterator[Example]:
     """Run the model again on a few images of a finished benchmark.
 
-    Images are ordered by how much their own mean IoU gains over the base of a row. Best and worst
-    ones never overlap; the random ones are drawn from all, so they show what is usual. Give what
-    `run` was given.
+    Images are ranked by the gain of their own mean IoU over the base of a row. The best and the
+    worst never overlap; the random ones are drawn from all images, so they show what is usual. The
+    arguments must be those given to `run`.
 
     Args:
-        model: the one that was measured.
-        dataset: the one it was measured on.
-        report: of the benchmark.
-        vocabulary: the classes measured.
-        photos: how photos were read.
+        model: the measured model.
+        dataset: the data set it was measured on.
+        report: the report of the benchmark.
+        vocabulary: the measured classes.
+        photos: how photos were prepared.
         labels: where image-level labels came from.
-        line: name of the row to show; None takes the one that was best on the tuning split, of
-            those with a base if there are any.
-        count: of the best, of the worst and of the random images; fewer where there are not as
-            many.
-        rng_seed: fixes the random draw.
+        line: name of the row to show; None takes the best row on the tuning split, among those with
+            a base if there are any.
+        count: number of best, of worst and of random images, or fewer if there are not as many.
+        rng_seed: seed of the random draw.
 
     Returns:
-        Examples in the order of the report, made one at a time: they are as large as the photos.
+        Examples in the order of the report, made one at a time: each is as large as its photo.
 
     Raises:
-        ValueError: the report has no such row, or is of another model, data set or setting.
+        ValueError: the report has no such row, or was made with another model, data set or setting.
     """
     if count < 1:
         raise ValueError(f"`count` must be at least 1, got {count}")
-    meter = Evaluator(model, dataset, vocabulary, photos or PhotoSettings(), labels)
-    _check_same(meter, report)
+    evaluator = Evaluator(model, dataset, vocabulary, photos or PhotoSettings(), labels)
+    _check_same(evaluator, report)
     row = _find(report, line)
     base = None if row.entry.base is None else _find(report, row.entry.base.name)
     groups = _choose(row, base, count, rng_seed)
-    found = (entry for entry in dataset.entries(report.split) if isinstance(entry, Sample))
-    samples = {sample.name: sample for sample in found}
-    lost = [report.names[index] for index in groups if report.names[index] not in samples]
-    if lost:
+    entries = (entry for entry in dataset.entries(report.split) if isinstance(entry, Sample))
+    samples = {sample.name: sample for sample in entries}
+    missing = [report.names[index] for index in groups if report.names[index] not in samples]
+    if missing:
         raise ValueError(
-            f"split {report.split!r} no longer holds {', '.join(lost[:3])}; the report was made of "
-            "other files: measure again"
+            f"split {report.split!r} no longer holds {', '.join(missing[:3])}; the files have "
+            "changed since the report was made: measure again"
         )
-
-    def each() -> Iterator[Example]:
-        for index, reasons in sorted(groups.items()):
-            yield _example(meter, samples[report.names[index]], row, base, (index, reasons))
-
-    return each()
+    return (
+        _example(evaluator, samples[report.names[index]], row, base, (index, reasons))
+        for index, reasons in sorted(groups.items())
+    )
 
 
 def error_map(truth: Integer[Tensor, "H W"], mask: Integer[Tensor, "H W"]) -> UInt8[Tensor, "H W"]:
-    """Tell how each pixel of a mask is right or wrong.
+    """Return how each pixel of a mask is right or wrong.
 
     Args:
         truth: 0 background, class + 1, 255 ignored.
         mask: the same; 255 counts as background, as in every score.
 
     Returns:
-        0 background found, 1 hit, 2 missed, 3 false, 4 wrong class, 255 ignored.
+        0 correct background, 1 hit, 2 missed, 3 false, 4 wrong class, 255 ignored.
     """
     claimed = (mask != 0) & (mask != IGNORE)
     true = truth != 0
@@ -156,20 +153,20 @@ def error_map(truth: Integer[Tensor, "H W"], mask: Integer[Tensor, "H W"]) -> UI
     return errors
 
 
-def _check_same(meter: Evaluator, report: Report) -> None:
-    labels = "those of the data set" if meter.labels == "dataset" else repr(meter.labels)
+def _check_same(evaluator: Evaluator, report: Report) -> None:
+    labels = "those of the data set" if evaluator.labels == "dataset" else repr(evaluator.labels)
     facts = {
-        "data set": (report.dataset, meter.dataset.root.name),
-        "classes": (report.classes, ("background", *meter.vocabulary.names)),
-        "photos": (report.photos, repr(meter.photos)),
+        "data set": (report.dataset, evaluator.dataset.root.name),
+        "classes": (report.classes, ("background", *evaluator.vocabulary.names)),
+        "photos": (report.photos, repr(evaluator.photos)),
         "labels": (report.labels, labels),
-        "weights": (report.weights_sha256, weights_hash(meter.model)),
+        "weights": (report.weights_sha256, weights_hash(evaluator.model)),
     }
     for name, (measured, given) in facts.items():
         if measured != given:
             raise ValueError(
                 f"the report was made with other {name}: {measured}, got {given}; "
-                "give what the benchmark was given"
+                "pass the arguments of the benchmark"
             )
 
 
@@ -186,7 +183,7 @@ def _find(report: Report, line: str | None) -> Row:
 
 
 def _choose(row: Row, base: Row | None, count: int, rng_seed: int) -> dict[int, tuple[Group, ...]]:
-    """Places in the report, with the reasons to show each."""
+    """Return the places of the chosen images in the report, and why each was chosen."""
     gains = np.array(row.image_iou) - (0.0 if base is None else np.array(base.image_iou))
     ranked = np.argsort(-gains, kind="stable").tolist()  # images without a counted pixel come last
     ranked = [index for index in ranked if not np.isnan(gains[index])]
@@ -202,19 +199,19 @@ def _choose(row: Row, base: Row | None, count: int, rng_seed: int) -> dict[int, 
 
 
 def _example(
-    meter: Evaluator,
+    evaluator: Evaluator,
     sample: Sample,
     row: Row,
     base: Row | None,
     chosen: tuple[int, tuple[Group, ...]],
 ) -> Example:
     index, groups = chosen
-    picture = meter.load(sample)
+    labelled = evaluator.load(sample)
     steps = stages(row.variant)
-    asked = steps if base is None else (*steps, base.variant)
-    maps = meter.maps(picture, tuple(dict.fromkeys(asked)))
-    mask = _mask(maps[steps[-1]], picture.asked, row)
-    present = [value for value in picture.truth.unique().tolist() if value not in (0, IGNORE)]
+    variants = steps if base is None else (*steps, base.variant)
+    maps = evaluator.maps(labelled, tuple(dict.fromkeys(variants)))
+    mask = _mask(maps[steps[-1]], labelled.classes, row)
+    present = [value for value in labelled.truth.unique().tolist() if value not in (0, IGNORE)]
     return Example(
         name=sample.name,
         line=row.name,
@@ -224,22 +221,22 @@ def _example(
         base_iou=None if base is None else base.image_iou[index],
         classes=tuple(present),
         photo=read_picture(sample.photo),
-        truth=picture.truth,
+        truth=labelled.truth,
         stages=tuple(Stage(_step_name(step), maps[step][0]) for step in steps),
         mask=mask,
-        base_mask=None if base is None else _mask(maps[base.variant], picture.asked, base),
-        errors=error_map(picture.truth, mask),
+        base_mask=None if base is None else _mask(maps[base.variant], labelled.classes, base),
+        errors=error_map(labelled.truth, mask),
     )
 
 
-def _mask(cam: Cam, asked: tuple[int, ...], row: Row) -> UInt8[Tensor, "H W"]:
-    classes = torch.tensor([asked or (-1,)], dtype=torch.int64)
+def _mask(cam: Cam, present: tuple[int, ...], row: Row) -> UInt8[Tensor, "H W"]:
+    classes = torch.tensor([present or (-1,)], dtype=torch.int64)
     return to_mask(cam, classes, background_score=row.background_score)[0]
 
 
 def _step_name(step: Variant) -> str:
-    """The seed, or the refiner that was applied last."""
-    if not step.refine:
+    """Return "seed", or the name of the last refiner."""
+    if not step.method.refine:
         return "seed"
-    last = step.refine[-1]
+    last = step.method.refine[-1]
     return getattr(last, "__name__", type(last).__name__)

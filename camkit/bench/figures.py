@@ -1,4 +1,4 @@
-"""Plots and small pictures of a report, for light and dark screens."""
+"""Plots and example pictures of a report, for light and dark screens."""
 
 import base64
 import io
@@ -18,25 +18,26 @@ from camkit.bench.examples import FALSE, HIT, MISSED, WRONG, Example
 from camkit.bench.markup import points, printable, select, text
 from camkit.bench.results import Report, Row
 from camkit.errors import CamkitError
-from camkit.mask import IGNORE, voc_palette
+from camkit.mask import voc_palette
 from camkit.paint import Picture, overlay_cam, overlay_mask
 from camkit.score import THRESHOLDS
+from camkit.tensors import IGNORE
 
 COLOURS = (
     *("#1f77b4", "#e0701a", "#2ca02c", "#d94f4f", "#9467bd"),
     *("#a0705f", "#d467b0", "#808080", "#a3a51d", "#17a5b8"),
 )
-"""Of lines, in turn: dark enough for white paper, light enough for a dark screen."""
+"""Line colours, in turn: dark enough for white paper, light enough for a dark screen."""
 
 STROKES = ("solid", "dashed", "dotted")
-"""Of lines, in turn: neighbours differ by more than colour."""
+"""Line styles, in turn: neighbours differ by more than colour."""
 
-_INK = "#010203"  # stands in a drawing for the colour of its text, which the screen decides
+_INK = "#010203"  # placeholder for the text colour, which differs between light and dark
 _ON_LIGHT, _ON_DARK = "#3a3a3a", "#d0d0d0"
 _SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: in the browser's fonts, which know every script
+    "svg.fonttype": "none",  # text stays text, in the fonts of the browser, which has every script
     "svg.hashsalt": "camkit",
-    "text.parse_math": False,  # a name with $ in it is no formula
+    "text.parse_math": False,  # a name that contains $ is no formula
     "font.size": 10,
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
@@ -48,37 +49,37 @@ _SETTINGS: dict[Any, Any] = {
 
 
 def curves_plot(report: Report) -> str:
-    """Mean IoU of every row over background scores on the tuning split, with the picked ones."""
-    told = []
+    """Plot mean IoU over background scores on the tuning split, with the picked scores."""
+    picked = []
     with _drawing(7.0, 4.2) as (figure, axes):
         for index, row in enumerate(report.rows):
-            colour, stroke = look(index)
+            colour, stroke = line_style(index)
             heights = [value * 100 for value in row.curve]
             axes.plot(THRESHOLDS.tolist(), heights, color=colour, linestyle=stroke, linewidth=1.6)
             best = max(row.curve)  # of repeats both the curve and the score are the first one's
             axes.plot(row.background_score, best * 100, "o", color=colour)
-            told.append(f"{row.name}: {best * 100:.1f} at {row.background_score:.2f}")
+            picked.append(f"{row.name}: {best * 100:.1f} at {row.background_score:.2f}")
         axes.set_xlabel("background score")
         axes.set_ylabel(f"mIoU on {printable(report.tune_split)} (%)")
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0)
         axes.grid(visible=True)
-        alt = f"mIoU over background scores on {report.tune_split}. Picked: {'; '.join(told)}"
+        alt = f"mIoU over background scores on {report.tune_split}. Picked: {'; '.join(picked)}"
         return _picture(figure, alt)
 
 
 def classes_plot(report: Report, row: Row, base: Row | None) -> str:
-    """IoU of each class by a row, beside its base."""
+    """Plot the IoU of each class by a row, beside its base."""
     shown = [row] if base is None else [row, base]
     thickness = 0.8 / len(shown)
     places = range(len(report.classes))
     with _drawing(5.6, 0.9 + 0.42 * len(report.classes)) as (figure, axes):
-        for index, one in enumerate(shown):
-            values = [0.0 if math.isnan(iou) else iou * 100 for iou in one.class_iou]
+        for index, each in enumerate(shown):
+            values = [0.0 if math.isnan(iou) else iou * 100 for iou in each.class_iou]
             middles = [place - 0.4 + thickness * (index + 0.5) for place in places]
-            colour, _ = look(_place(report, one))
+            colour, _ = line_style(_place(report, each))
             bars = axes.barh(middles, values, thickness * 0.92, color=colour)
-            labels = ["-" if math.isnan(iou) else f"{iou * 100:.1f}" for iou in one.class_iou]
+            labels = ["-" if math.isnan(iou) else f"{iou * 100:.1f}" for iou in each.class_iou]
             axes.bar_label(bars, labels, padding=3, fontsize=8)
         axes.set_yticks(list(places), [printable(name) for name in report.classes])
         axes.set_xlim(0, 105)
@@ -89,27 +90,27 @@ def classes_plot(report: Report, row: Row, base: Row | None) -> str:
 
 
 def legend(report: Report, rows: Sequence[Row]) -> str:
-    """Which line or bar is which row's: in the page, where names of any length have room."""
+    """Return the legend as HTML, outside the plot, where long names have room."""
     items = []
     for row in rows:
-        colour, stroke = look(_place(report, row))
+        colour, stroke = line_style(_place(report, row))
         line = f'<span class="line" style="border-top:3px {stroke} {colour}"></span>'
         items.append(f"<li>{line}{text(row.name)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def look(index: int) -> tuple[str, str]:
-    """Colour and stroke of a row."""
+def line_style(index: int) -> tuple[str, str]:
+    """Return colour and stroke of a row."""
     return COLOURS[index % len(COLOURS)], STROKES[index % len(STROKES)]
 
 
 def _place(report: Report, row: Row) -> int:
-    return [one.name for one in report.rows].index(row.name)
+    return [each.name for each in report.rows].index(row.name)
 
 
 @contextmanager
 def _drawing(width: float, height: float) -> Iterator[tuple[Any, Any]]:
-    """A figure with axes, and our settings for as long as it is drawn."""
+    """Yield a figure with axes, under our settings of matplotlib."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -119,7 +120,7 @@ def _drawing(width: float, height: float) -> Iterator[tuple[Any, Any]]:
             '`pip install "camkit[report]"`, or write Markdown or JSON'
         ) from error
     with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser will have it
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has it
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots()
 
@@ -140,7 +141,7 @@ def _svg_uri(svg: str) -> str:
 
 
 SIDE = 240
-"""Pixels of the long side of a picture: 36 examples of eight stay below 5 MB."""
+"""Long side of a picture in pixels: 36 examples of eight pictures stay below 5 MB."""
 
 ERRORS = {
     HIT: ("hit", (0, 158, 115)),
@@ -149,7 +150,7 @@ ERRORS = {
     WRONG: ("wrong class", (240, 228, 66)),
     IGNORE: ("ignored", (200, 200, 200)),
 }
-"""Names and colours of an error map; the colours of Okabe and Ito, told apart by everybody."""
+"""Names and colours of an error map; colours of Okabe and Ito, safe for the colour-blind."""
 
 _ORDERS = {
     "random": "random draw",
@@ -157,12 +158,12 @@ _ORDERS = {
     "worst": "worst gains",
     "all": "all, best first",
 }
-_QUALITY = 74  # of WebP: no blocks to be seen at this size, about 8 kB a picture
+_QUALITY = 74  # of WebP: no visible blocks at this size, about 8 kB per picture
 _STRENGTH = 0.75  # of error colours over the grey photo
 
 
 def show_examples(report: Report, examples: Iterable[Example]) -> str:
-    """All examples with what chooses among them; empty without any."""
+    """Return all examples with the controls that filter them; empty without examples."""
     articles: list[str] = []
     compared: dict[str, None] = {}
     present = dict.fromkeys(range(1, len(report.classes)), 0)
@@ -180,7 +181,7 @@ def show_examples(report: Report, examples: Iterable[Example]) -> str:
     }
     return (
         f"<p>{text('; '.join(compared))}. Best and worst by the mIoU of each image alone, "
-        "which sorts pictures and makes no figure. Class maps show the strongest class of each "
+        "which only ranks the pictures. Class maps show the strongest class of each "
         "pixel, from the lowest value in the map to the highest.</p>"
         f'<p>Errors: {_error_key()}</p><form class="controls">'
         f"<label>Show {select('order', _ORDERS)}</label> "
@@ -192,7 +193,7 @@ def show_examples(report: Report, examples: Iterable[Example]) -> str:
 
 
 def error_picture(rgb: Picture, errors: UInt8[np.ndarray, "H W"]) -> Picture:
-    """Paint an error map over the photo in grey."""
+    """Paint an error map over the grey photo."""
     grey = cv2.cvtColor(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     painted = grey.copy()
     for value, (_, colour) in ERRORS.items():
@@ -205,9 +206,9 @@ def error_picture(rgb: Picture, errors: UInt8[np.ndarray, "H W"]) -> Picture:
 def _article(report: Report, example: Example) -> str:
     names = ", ".join(report.classes[value] for value in example.classes) or "no class"
     keys = "".join(_swatch(_colour(v), report.classes[v]) for v in example.classes)
-    told = f"{example.line} {example.iou * 100:.1f}"
+    summary = f"{example.line} {example.iou * 100:.1f}"
     if example.base is not None and example.base_iou is not None:
-        told += f", {example.base} {example.base_iou * 100:.1f}: {points(example.gain)}"
+        summary += f", {example.base} {example.base_iou * 100:.1f}: {points(example.gain)}"
     values = " ".join(map(str, example.classes))
     figures = "".join(
         f'<figure><img src="{_png_uri(picture)}" width="{picture.shape[1]}" '
@@ -218,13 +219,13 @@ def _article(report: Report, example: Example) -> str:
     return (
         f'<article data-gain="{example.gain!r}" data-groups="{" ".join(example.groups)}" '
         f'data-classes="{values}"><h3>{text(example.name)}</h3>'
-        f"<p>{text(told)} <small>({text(', '.join(example.groups))})</small> {keys}</p>"
+        f"<p>{text(summary)} <small>({text(', '.join(example.groups))})</small> {keys}</p>"
         f'<div class="strip">{figures}</div></article>\n'
     )
 
 
 def _pictures(example: Example, names: str) -> Iterable[tuple[str, str, Picture]]:
-    """Titles, descriptions and pictures, from the photo to the errors."""
+    """Yield title, description and picture, from the photo to the errors."""
     rgb = _reduced(example.photo)
     size = (rgb.shape[1], rgb.shape[0])
     yield "photo", f"photo of {names}: {example.name}", rgb
@@ -250,7 +251,7 @@ def _reduced(rgb: Picture) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _stretched(cam: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
-    """From 0 to 1: maps between two refiners may be anything within that; a flat one is 0."""
+    """Stretch a map to [0, 1]; a flat map becomes 0."""
     low, high = cam.min(), cam.max()
     return ((cam - low) / max(high - low, 1e-6)).clip(0, 1)
 

@@ -1,4 +1,4 @@
-"""Small pieces of HTML with every outside text escaped, and the tables made of them."""
+"""HTML pieces with all text escaped, and the tables of a report made of them."""
 
 import html
 import math
@@ -19,7 +19,7 @@ class Cell:
 
     Attributes:
         shown: its text.
-        value: what it is sorted by, if not its text; NaN and None come last.
+        value: its sort key, if not the text; NaN and None come last.
         note: smaller text below.
     """
 
@@ -32,35 +32,35 @@ NO_CELL = Cell("-", math.nan)
 
 
 def text(value: object) -> str:
-    """Escape a text for HTML, inside and outside of attributes; what no file can hold becomes ?."""
+    """Escape a text for HTML, inside and outside of attributes."""
     return html.escape(printable(value), quote=True)
 
 
 def printable(value: object) -> str:
-    """Replace control characters and halves of characters, as undecodable file names have them."""
+    """Replace control characters and lone surrogates, as in undecodable file names."""
     whole = str(value).encode("utf-8", "replace").decode()
     return "".join("\ufffd" if unicodedata.category(char) == "Cc" else char for char in whole)
 
 
 def percent(share: float | None) -> Cell:
-    """A share in %, one digit behind the point; - where there is none."""
+    """Return a cell with a share in %, or a dash for None and NaN."""
     if share is None or math.isnan(share):
         return NO_CELL
     return Cell(f"{share * 100:.1f}", share)
 
 
 def points(difference: float) -> str:
-    """A difference of shares in %, with its sign."""
+    """Return a difference of shares in %, with its sign."""
     return f"{difference * 100:+.1f}"
 
 
 def table(caption: str, heads: Sequence[str], lines: Iterable[Sequence[Cell]]) -> str:
-    """A table that sorts by any of its columns; the first one holds names."""
+    """Return a table that can be sorted by any column; the first column holds names."""
     columns = "".join(
         f'<th scope="col"><button type="button">{text(head)}</button></th>' for head in heads
     )
     body = "\n".join(
-        f"<tr>{_first(line[0])}{''.join(map(_other, line[1:]))}</tr>" for line in lines
+        f"<tr>{_cell(line[0], first=True)}{''.join(map(_cell, line[1:]))}</tr>" for line in lines
     )
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{text(caption)}">'
@@ -70,18 +70,18 @@ def table(caption: str, heads: Sequence[str], lines: Iterable[Sequence[Cell]]) -
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """A list of names and what they are."""
+    """Return a list of names and values."""
     items = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in pairs)
     return f"<dl>{items}</dl>"
 
 
 def bullets(items: Iterable[object]) -> str:
-    """A plain list."""
+    """Return a bulleted list."""
     return f"<ul>{''.join(f'<li>{text(item)}</li>' for item in items)}</ul>"
 
 
 def select(key: str, options: Mapping[str, str], chosen: str = "") -> str:
-    """A list to choose from: what each value is called."""
+    """Return a drop-down list from values and their labels."""
     items = ""
     for value, name in options.items():
         marked = " selected" if value == chosen else ""
@@ -90,28 +90,23 @@ def select(key: str, options: Mapping[str, str], chosen: str = "") -> str:
 
 
 def section(key: str, title: str, content: str) -> str:
-    """A part of the page under its heading."""
+    """Return a section of the page with its heading."""
     heading = f'<h2 id="{key}-title">{text(title)}</h2>'
     return f'<section id="{key}" aria-labelledby="{key}-title">{heading}\n{content}</section>'
 
 
-def _first(cell: Cell) -> str:
-    return f'<th scope="row">{_inside(cell)}</th>'
-
-
-def _other(cell: Cell) -> str:
+def _cell(cell: Cell, *, first: bool = False) -> str:
+    content = text(cell.shown) + (f"<small>{text(cell.note)}</small>" if cell.note else "")
+    if first:
+        return f'<th scope="row">{content}</th>'
     if cell.value is None:
-        return f"<td>{_inside(cell)}</td>"
+        return f"<td>{content}</td>"
     value = "" if math.isnan(cell.value) else repr(cell.value)
-    return f'<td data-value="{value}">{_inside(cell)}</td>'
-
-
-def _inside(cell: Cell) -> str:
-    return text(cell.shown) + (f"<small>{text(cell.note)}</small>" if cell.note else "")
+    return f'<td data-value="{value}">{content}</td>'
 
 
 def gain_cells(gain: Gain | None) -> tuple[Cell, Cell]:
-    """A gain and its interval; dashes where there is none."""
+    """Return cells with a gain and its interval, or dashes."""
     if gain is None:
         return NO_CELL, NO_CELL
     interval = f"{points(gain.low)} to {points(gain.high)}"
@@ -119,7 +114,7 @@ def gain_cells(gain: Gain | None) -> tuple[Cell, Cell]:
 
 
 def controls(report: Report) -> str:
-    """Gains over controls."""
+    """Return the table of gains over controls, if there are any."""
     lines = [
         (Cell(row.name), Cell(other.name), *gain_cells(other.gain))
         for row in report.rows
@@ -132,7 +127,7 @@ def controls(report: Report) -> str:
 
 
 def definitions(report: Report) -> str:
-    """Mean IoU by each definition, where they do not agree."""
+    """Return mean IoU by each definition, for rows where the definitions differ."""
     names = get_args(Definition)
     lines = [
         [Cell(row.name), *(percent(row.definitions[name]) for name in names)]
@@ -146,25 +141,25 @@ def definitions(report: Report) -> str:
 
 
 def quality(report: Report) -> str:
-    """What the classifier says of the maps."""
-    found = [(row, row.quality) for row in report.rows if row.quality is not None]
-    if not found:
+    """Return insertion, deletion and the score left behind, if they were requested."""
+    pairs = [(row, row.quality) for row in report.rows if row.quality is not None]
+    if not pairs:
         return ""
     lines = []
-    for row, quality in found:
-        pairs = zip(astuple(quality.means), astuple(quality.errors), strict=True)
-        cells = [Cell(f"{mean:.3f} ± {error:.3f}", mean) for mean, error in pairs]
+    for row, quality in pairs:
+        figures = zip(astuple(quality.means), astuple(quality.errors), strict=True)
+        cells = [Cell(f"{mean:.3f} ± {error:.3f}", mean) for mean, error in figures]
         lines.append([Cell(row.name), *cells])
     heads = ["variant", "insertion", "deletion", "left behind"]
-    told = (
-        f"<p>What the classifier says of {found[0][1].maps} maps, with standard errors. Insertion: "
-        "higher is better; deletion and what is left behind: lower is better.</p>"
+    note = (
+        f"<p>By the classifier's scores, over {pairs[0][1].maps} maps, with standard errors. "
+        "Higher insertion is better; lower deletion and a lower score left behind are better.</p>"
     )
-    return section("quality", "By the classifier", told + table("Without masks", heads, lines))
+    return section("quality", "By the classifier", note + table("Without masks", heads, lines))
 
 
 def outlines(report: Report) -> str:
-    """Boundary IoU, where it was asked for."""
+    """Return the table of boundary IoU, if it was requested."""
     lines = [
         [Cell(row.name), percent(row.outlines.mean_iou), *gain_cells(row.outlines.gain)]
         for row in report.rows
@@ -177,7 +172,7 @@ def outlines(report: Report) -> str:
 
 
 def by_class(report: Report, row: Row) -> str:
-    """Every class of one row."""
+    """Return the table of all classes of one row."""
     pixel_ap = (float("nan"), *row.class_precision)  # the background has no map to rank
     lines = [
         [

@@ -1,4 +1,4 @@
-"""Seeds and refiners measured on held-out masks: tuned on one split, reported on another."""
+"""Measure methods on held-out masks: tuned on one split, reported on another."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from camkit.bench.cache import ResultCache
 from camkit.bench.evaluator import Evaluator, LabelSource
-from camkit.bench.protocol import Entry, PhotoSettings, Repeats, Variant, check_entries
+from camkit.bench.protocol import Entry, Repeats, Variant, check_entries
 from camkit.bench.quality import MeanQuality, Quality, measure_quality
 from camkit.bench.results import Comparison, Outlines, Report, Row
 from camkit.data import DataSet, Sample, shared_images
-from camkit.manifest import environment, weights_hash
+from camkit.manifest import provenance
+from camkit.photo import PhotoSettings
 from camkit.score import (
     THRESHOLDS,
     Best,
@@ -34,12 +35,12 @@ from camkit.score import (
 from camkit.vocabulary import Vocabulary
 
 Chosen = Mapping[str, tuple[Variant, ...]]
-"""The variants reported for each line of the table."""
+"""The variants reported for each row, by its name."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the tuning split says of a variant."""
+    """Results of a variant on the tuning split."""
 
     curve: Curve
     best: Best
@@ -47,12 +48,12 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Reported:
-    """What was counted of a variant on the reported split.
+    """Confusion matrices of a variant on the reported split.
 
     Attributes:
-        swept: all images at each background score.
-        images: each image at the score picked.
-        outlines: the same of their outlines, where asked for.
+        swept: of all images, one for each background score.
+        images: of each image, at the background score picked.
+        outlines: the same for outlines, if requested.
     """
 
     swept: Int[Tensor, "s c c"]
@@ -67,13 +68,17 @@ def make_rows(
     reported: Mapping[Variant, Reported],
     qualities: Mapping[Variant, MeanQuality],
 ) -> tuple[Row, ...]:
-    """A row for each line, p-values corrected for all their gains."""
+    """Return one row for each entry, with p-values corrected for all gains of the table."""
     rows = [_row(entry, chosen, tuned, reported) for entry in entries]
-    rows = [replace(row, quality=qualities.get(row.variant)) for row in rows]
-    gained = [(index, row.gain) for index, row in enumerate(rows) if row.gain is not None]
-    corrected = holm([gain.p_value for _, gain in gained])
-    found = dict(zip((index for index, _ in gained), corrected, strict=True))
-    return tuple(replace(row, p_value=found.get(index)) for index, row in enumerate(rows))
+    p_values = iter(holm([row.gain.p_value for row in rows if row.gain is not None]))
+    return tuple(
+        replace(
+            row,
+            quality=qualities.get(row.variant),
+            p_value=None if row.gain is None else next(p_values),
+        )
+        for row in rows
+    )
 
 
 def _row(
@@ -83,7 +88,7 @@ def _row(
     reported: Mapping[Variant, Reported],
 ) -> Row:
     picked = chosen[entry.name]
-    images = {variant: found.images for variant, found in reported.items()}
+    images = {variant: counts.images for variant, counts in reported.items()}
     whole = _pooled(picked, images).sum(0)
     means = [float(mean_iou(images[variant].sum(0))) for variant in picked]
     first = tuned[picked[0]]
@@ -117,7 +122,7 @@ def _row(
 def _outlines(
     entry: Entry, chosen: Chosen, reported: Mapping[Variant, Reported]
 ) -> Outlines | None:
-    bands = {v: found.outlines for v, found in reported.items() if found.outlines is not None}
+    bands = {v: counts.outlines for v, counts in reported.items() if counts.outlines is not None}
     if not bands:
         return None
     whole = _pooled(chosen[entry.name], bands).sum(0)
@@ -133,7 +138,7 @@ def _gain(
     images: Mapping[Variant, Int[Tensor, "n c c"]],
     classes: Sequence[int] | None = None,
 ) -> Gain:
-    """Repeats are pooled, and the other side counts as often."""
+    """Pool the repeats of each side, and weight the other side by their number."""
     first, second = chosen[base.name], chosen[other.name]
     before = _pooled(first, images) * len(second)
     after = _pooled(second, images) * len(first)
@@ -164,25 +169,26 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
 ) -> Report:
     """Measure variants: background scores and choices from ``tune_split``, figures from ``split``.
 
-    Pixels of classes outside the vocabulary count as background. One forward of each image serves
-    all variants of one edit.
+    Pixels of classes outside the vocabulary count as background. Variants of the same edit share
+    one forward of each image.
 
     Args:
         model: a Vision Transformer with a classifier, in evaluation mode.
         dataset: images with masks.
-        vocabulary: the classes measured, each a class of the data set.
-        variants: lines of the table; `Choice` and `Repeats` hold several variants.
-        split: where the figures come from.
-        tune_split: where everything that is picked is picked.
-        photos: how photos are read.
-        labels: image-level labels of the data set, or `PredictedLabels` of the model.
+        vocabulary: the measured classes, each a class of the data set.
+        variants: rows of the table; `Choice` and `Repeats` hold several variants.
+        split: the figures come from this split.
+        tune_split: background scores and choices are picked on this split.
+        photos: how photos are prepared.
+        labels: "dataset" takes image-level labels from the data set,
+            `camkit.seeds.PredictedClasses` from the classifier.
         limit: use only the first images of each split.
-        oracle_threshold: allow the splits to share images; the report is marked so.
-        cache: a file that keeps what was measured, image by image, under a hash of weights, files,
-            settings and code: a killed run goes on, a changed variant costs only itself.
+        oracle_threshold: allow the splits to share images; the report is then marked ORACLE.
+        cache: file that keeps measurements, image by image, under a hash of weights, files,
+            settings and code: a killed run continues, and a changed variant costs only itself.
         outlines: also measure boundary IoU (`camkit.score.boundary_overlap`), at the same
             background scores.
-        quality: also measure how well the maps explain the classifier; many forwards an image.
+        quality: also measure how well the maps explain the classifier, by many forwards per image.
 
     Raises:
         ValueError: the splits share images without ``oracle_threshold``, or a class is not in the
@@ -197,24 +203,25 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         raise ValueError(
             f"splits {tune_split!r} and {split!r} share {len(shared)} images "
             f"({shared[0][0]}, ...): the same name or the same content; "
-            "a background score picked on the images it is reported on is an oracle: name another "
-            "split, or ask for it with --oracle-threshold"
+            "a background score picked on the images it is reported on is an oracle; name another "
+            "split, or allow it with --oracle-threshold"
         )
     skipped: list[str] = []
     with ExitStack() as stack:
-        store = None if cache is None else stack.enter_context(ResultCache(cache))
-        meter = Evaluator(model, dataset, vocabulary, photos or PhotoSettings(), labels, store)
-        tuned = _tune(meter, tuning, entries, f"tuning on {tune_split}", skipped)
+        results = None if cache is None else stack.enter_context(ResultCache(cache))
+        photos = photos or PhotoSettings()
+        evaluator = Evaluator(model, dataset, vocabulary, photos, labels, results)
+        tuned = _tune(evaluator, tuning, entries, f"tuning on {tune_split}", skipped)
         tune_images = len(tuning) - len(skipped)
         best = {variant: curve.best for variant, curve in tuned.items()}
         chosen = {entry.name: entry.reported(best) for entry in entries}
         scores = {v: best[v].threshold for picked in chosen.values() for v in picked}
         title = f"measuring on {split}"
         names, reported = _report_on(
-            meter, held_out, scores, skipped, title=title, outlines=outlines
+            evaluator, held_out, scores, skipped, title=title, outlines=outlines
         )
-        asked = () if quality is None else tuple({picked[0]: None for picked in chosen.values()})
-        qualities = measure_quality(meter, held_out, asked, quality or Quality())
+        explained = () if quality is None else dict.fromkeys(v[0] for v in chosen.values())
+        qualities = measure_quality(evaluator, held_out, tuple(explained), quality or Quality())
     return Report(
         dataset=dataset.root.name,
         split=split,
@@ -224,10 +231,9 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         skipped=tuple(skipped),
         classes=("background", *vocabulary.names),
         labels="those of the data set" if labels == "dataset" else repr(labels),
-        photos=repr(meter.photos),
+        photos=repr(photos),
         oracle=bool(shared),
-        weights_sha256=weights_hash(model),
-        environment=environment(),
+        **provenance(model),
         rows=make_rows(entries, chosen, tuned, reported, qualities),
     )
 
@@ -244,7 +250,7 @@ def _check(
 
 
 def _tune(
-    meter: Evaluator,
+    evaluator: Evaluator,
     samples: Sequence[Sample],
     entries: Sequence[Entry],
     title: str,
@@ -252,10 +258,9 @@ def _tune(
 ) -> dict[Variant, Tuned]:
     variants = tuple(dict.fromkeys(v for entry in entries for v in entry.variants))
     totals: dict[Variant, Tensor] = {}
-    for _, counted in meter.each(samples, dict.fromkeys(variants), title, skipped):
-        for variant, counts in counted.items():
-            before = totals.get(variant)
-            totals[variant] = counts.swept if before is None else before + counts.swept
+    for _, by_variant in evaluator.measure_all(samples, dict.fromkeys(variants), title, skipped):
+        for variant, counts in by_variant.items():
+            totals[variant] = counts.swept + totals.get(variant, 0)
     return {
         variant: Tuned(threshold_curve(total, THRESHOLDS), best_threshold(total, THRESHOLDS))
         for variant, total in totals.items()
@@ -263,7 +268,7 @@ def _tune(
 
 
 def _report_on(
-    meter: Evaluator,
+    evaluator: Evaluator,
     samples: Sequence[Sample],
     scores: Mapping[Variant, float],
     skipped: list[str],
@@ -271,21 +276,20 @@ def _report_on(
     title: str,
     outlines: bool,
 ) -> tuple[tuple[str, ...], dict[Variant, Reported]]:
-    """Names of the images that could be used, and what was counted on them."""
+    """Return the names of the usable images, and the counts on them."""
     steps = {v: int((THRESHOLDS - score).abs().argmin()) for v, score in scores.items()}
-    wanted = {variant: score if outlines else None for variant, score in scores.items()}
+    requests = {variant: score if outlines else None for variant, score in scores.items()}
     names = []
     swept: dict[Variant, Tensor] = {}
-    kept: dict[Variant, list[Tensor]] = {variant: [] for variant in scores}
+    images: dict[Variant, list[Tensor]] = {variant: [] for variant in scores}
     bands: dict[Variant, list[Tensor]] = {variant: [] for variant in scores}
-    for name, counted in meter.each(samples, wanted, title, skipped):
+    for name, by_variant in evaluator.measure_all(samples, requests, title, skipped):
         names.append(name)
-        for variant, counts in counted.items():
-            before = swept.get(variant)
-            swept[variant] = counts.swept if before is None else before + counts.swept
-            kept[variant].append(counts.swept[steps[variant]].clone())  # not its whole sweep
+        for variant, counts in by_variant.items():
+            swept[variant] = counts.swept + swept.get(variant, 0)
+            images[variant].append(counts.swept[steps[variant]].clone())  # not the whole sweep
             bands[variant] += [] if counts.outline is None else [counts.outline]
     return tuple(names), {
-        v: Reported(swept[v], torch.stack(kept[v]), torch.stack(bands[v]) if outlines else None)
+        v: Reported(swept[v], torch.stack(images[v]), torch.stack(bands[v]) if outlines else None)
         for v in scores
     }

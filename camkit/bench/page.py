@@ -1,4 +1,4 @@
-"""A report as one HTML file: figures, plots and pictures, without a network."""
+"""A report as one HTML file with tables, plots and pictures that needs no network."""
 
 import base64
 import hashlib
@@ -26,15 +26,15 @@ from camkit.bench.markup import (
     text,
 )
 from camkit.bench.protocol import Variant
-from camkit.bench.results import Report, Row
+from camkit.bench.results import Report
 
 
 def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
-    """One page with all of a report, to be opened from disk.
+    """Return a report as one HTML page that opens from disk.
 
     Args:
         report: of a finished benchmark.
-        examples: images to show, see `collect_examples`; they are drawn one at a time.
+        examples: images to show, see `collect_examples`; taken one at a time.
 
     Raises:
         CamkitError: matplotlib is not installed.
@@ -58,14 +58,14 @@ def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
         "script_hash": _script_hash(template),
         "content": "\n".join(filter(None, content)),
     }
-    # in one go: what a name contains is never looked at again
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    # in one pass, so that braces within a name are not replaced
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
 def _about(report: Report) -> str:
     oracle = (
         '<p class="oracle"><strong>ORACLE</strong> Background scores were picked on images that '
-        "are reported. These figures are not what a user will get.</p>"
+        "are also reported, so these figures are too high for new images.</p>"
         if report.oracle
         else ""
     )
@@ -77,7 +77,7 @@ def _about(report: Report) -> str:
     )
     return (
         f"<header><h1>{text(report.dataset)}</h1>"
-        f"<p>What {len(report.rows)} variants find on {report.images} images.</p></header>"
+        f"<p>{len(report.rows)} variants measured on {report.images} images.</p></header>"
         + oracle
         + facts(
             [
@@ -107,35 +107,36 @@ def _about(report: Report) -> str:
 def _summary(report: Report) -> str:
     heads = ["variant", "mIoU", "gain", "95% interval", "p", "chance of a loss"]
     heads += ["background score", f"mIoU on {report.tune_split}", "mean over all scores"]
-    return table("mIoU and gains", heads, [_summary_line(row) for row in report.rows])
-
-
-def _summary_line(row: Row) -> list[Cell]:
-    notes = []
-    if row.spread is not None:
-        low, high = row.spread
-        notes.append(f"{low * 100:.1f} to {high * 100:.1f}")
-    elif row.name != row.variant.name:
-        notes.append(f"picked: {row.variant.name}")
-    if row.entry.base is not None:
-        notes.append(f"over {row.entry.base.name}")
-    return [
-        Cell(row.name, note=", ".join(notes)),
-        percent(row.mean_iou),
-        *gain_cells(row.gain),
-        NO_CELL if row.p_value is None else Cell(f"{row.p_value:.2g}", row.p_value),
-        percent(None if row.gain is None else row.gain.chance_below_zero),
-        Cell(f"{row.background_score:.2f}", row.background_score),
-        percent(row.tuned_mean_iou),
-        percent(row.area),
-    ]
+    lines = []
+    for row in report.rows:
+        notes = []
+        if row.spread is not None:
+            notes.append("{:.1f} to {:.1f}".format(*(100 * share for share in row.spread)))
+        elif row.name != row.variant.name:
+            notes.append(f"picked: {row.variant.name}")
+        if row.entry.base is not None:
+            notes.append(f"over {row.entry.base.name}")
+        lines.append(
+            [
+                Cell(row.name, note=", ".join(notes)),
+                percent(row.mean_iou),
+                *gain_cells(row.gain),
+                NO_CELL if row.p_value is None else Cell(f"{row.p_value:.2g}", row.p_value),
+                percent(None if row.gain is None else row.gain.chance_below_zero),
+                Cell(f"{row.background_score:.2f}", row.background_score),
+                percent(row.tuned_mean_iou),
+                percent(row.area),
+            ]
+        )
+    return table("mIoU and gains", heads, lines)
 
 
 def _curves(report: Report) -> str:
-    told = f"<p>mIoU on {text(report.tune_split)}; a dot marks the score that was picked.</p>"
-    named = 'role="region" tabindex="0" aria-label="Plot over background scores"'
-    plot = f'<div class="scroll" {named}>{curves_plot(report)}</div>'
-    return told + plot + legend(report, report.rows)
+    label = 'role="region" tabindex="0" aria-label="Plot over background scores"'
+    return (
+        f"<p>mIoU on {text(report.tune_split)}; a dot marks the score that was picked.</p>"
+        f'<div class="scroll" {label}>{curves_plot(report)}</div>{legend(report, report.rows)}'
+    )
 
 
 def _classes(report: Report) -> str:
@@ -166,13 +167,14 @@ def _settings(report: Report) -> str:
 
 
 def _configuration(variant: Variant) -> str:
-    edit = "" if variant.edit is None else f"{variant.edit!r} (blocks: {variant.edit_blocks}), "
-    views = "" if variant.views is None else f"{variant.views!r}, "
-    steps = " → ".join(repr(step) for step in (variant.seed, *variant.refine))
+    method = variant.method
+    edit = "" if method.edit is None else f"{method.edit!r} (blocks: {method.edit_blocks}), "
+    views = "" if method.views is None else f"{method.views!r}, "
+    steps = " → ".join(repr(stage) for stage in (method.seed, *method.refine))
     return f"{variant.name}: {edit}{views}{steps}"
 
 
 def _script_hash(template: str) -> str:
-    """The browser runs this script and no other, whatever a name may hold."""
+    """Return the hash that allows the browser to run this script and no other."""
     script = template.partition("<script>")[2].partition("</script>")[0]
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,6 +1,7 @@
-"""Judgements without masks: insertion, deletion, and the seed or threshold that suits one photo.
+"""Quality of maps without masks: insertion, deletion, and the variant that suits one photo.
 
-They say whether a map holds what the classifier needs, not whether its edges are right.
+These figures show whether a map contains what the classifier needs, not whether its outline is
+right.
 """
 
 import math
@@ -24,12 +25,39 @@ from camkit.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class Quality:
-    """Measures maps by what the classifier says of altered photos.
+class QualityScores:
+    """Scores of one map of one photo, each in [0, 1].
 
     Attributes:
-        steps: pictures along each curve, the last one included.
-        images: at most so many of the reported images are measured; None takes all.
+        insertion: area under the class's probability while the pixels that score highest are shown
+            first over a blurred picture (RISE, Petsiuk et al. 2018); higher is better.
+        deletion: the same while they are replaced by the mean colour; lower is better.
+        background: the part of the class's score that remains when the map's pixels are faded out,
+            after BAS (Wu et al. 2022), on pixels instead of features (ours); lower is better, and 0
+            for a map that covers everything: read it together with the mask.
+    """
+
+    insertion: float
+    deletion: float
+    background: float
+
+
+@dataclass(frozen=True)
+class MeanQuality:
+    """Means over all maps of all images, their standard errors, and the number of maps."""
+
+    means: QualityScores
+    errors: QualityScores
+    maps: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Measures maps by the classifier's scores of altered photos.
+
+    Attributes:
+        steps: number of pictures along each curve, both ends included.
+        images: measure at most this many of the reported images; None measures all.
         blur_width: standard deviation in pixels of the blurred picture that insertion starts from.
         batch: pictures per forward.
     """
@@ -56,126 +84,100 @@ class Quality:
         cam: Cam,
         classes: tuple[int, ...],
         vocabulary: Vocabulary,
-    ) -> list["QualityScores"]:
-        """Measure each class of one photo.
+    ) -> list[QualityScores]:
+        """Measure the map of each class of one photo.
 
         Args:
             model: borrowed, in evaluation mode.
-            photo: as the maps were made of it.
-            cam: one map for each class, in [0, 1], of the size the model sees.
+            photo: the photo that the maps were made of.
+            cam: one map for each class, in [0, 1], at the size of the model's input.
             classes: of the vocabulary.
-            vocabulary: joins classifier outputs.
+            vocabulary: joins classifier outputs to classes.
         """
         pixels = photo.pixels
         blurred = gaussian_blur(pixels, self.blur_width)
         removed = pixels.mean((-2, -1), keepdim=True).expand_as(pixels)
-        found = []
-        for one, index in zip(cam[0], classes, strict=True):
-            kept = _kept_first(one, self.steps).to(pixels.dtype)
+        results = []
+        for heat, index in zip(cam[0], classes, strict=True):
+            # masks of the pixels that score highest: none of them, more in equal steps, all
+            order = heat.flatten().argsort(descending=True, stable=True)
+            rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+            shares = torch.linspace(0, 1, self.steps)[:, None]
+            highest = rank[None] < (shares * len(order)).round()
+            highest = highest.view(self.steps, 1, *heat.shape)
             pictures = torch.cat(
                 [
-                    torch.where(kept > 0, pixels, blurred),  # more and more is shown
-                    torch.where(kept > 0, removed, pixels),  # more and more is removed
-                    pixels * (1 - one.to(pixels.dtype)),
+                    torch.where(highest, pixels, blurred),
+                    torch.where(highest, removed, pixels),
+                    pixels * (1 - heat.to(pixels.dtype)),
                     pixels,
                 ]
             )
-            logits, chance = self.ask(model, pictures, index, vocabulary)
+            logits, chance = class_scores(model, pictures, index, vocabulary, self.batch)
             insertion, deletion = chance[: self.steps], chance[self.steps : 2 * self.steps]
-            found.append(
+            results.append(
                 QualityScores(
                     insertion=float(torch.trapezoid(insertion) / (self.steps - 1)),
                     deletion=float(torch.trapezoid(deletion) / (self.steps - 1)),
-                    background=float(left_behind(logits[-2], logits[-1])),
+                    background=float(_remaining(logits[-2], logits[-1])),
                 )
             )
-        return found
-
-    def ask(
-        self, model: nn.Module, pictures: Pixels, index: int, vocabulary: Vocabulary
-    ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-        """Score and probability of a class in each picture."""
-        weight = next(model.parameters())
-        outputs = []
-        with torch.no_grad():
-            for part in pictures.split(self.batch):
-                scores = scores_of(model(part.to(weight)))
-                if scores is None:
-                    raise CamkitError("the quality of maps needs a model that returns class scores")
-                outputs.append(scores.float().cpu())
-        scores = torch.cat(outputs)
-        logits = vocabulary.score(scores)[:, index]
-        return logits, (logits - scores.logsumexp(-1)).exp()
+        return results
 
 
-@dataclass(frozen=True)
-class QualityScores:
-    """Of one class in one photo, each in [0, 1].
+def class_scores(
+    model: nn.Module, pictures: Pixels, index: int, vocabulary: Vocabulary, batch: int
+) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
+    """Return score and probability of a class in each picture."""
+    weight = next(model.parameters())
+    outputs = []
+    with torch.no_grad():
+        for part in pictures.split(batch):
+            scores = scores_of(model(part.to(weight)))
+            if scores is None:
+                raise CamkitError("the quality of maps needs a model that returns class scores")
+            outputs.append(scores.float().cpu())
+    scores = torch.cat(outputs)
+    logits = vocabulary.score(scores)[:, index]
+    return logits, (logits - scores.logsumexp(-1)).exp()
 
-    Attributes:
-        insertion: area under the class's probability while the pixels that score highest are shown
-            first over a blurred picture (RISE, Petsiuk et al. 2018); higher is better.
-        deletion: the same while they are replaced by the mean colour; lower is better.
-        background: what remains of the class's score when the map's pixels are faded out, after
-            BAS (Wu et al. 2022), on pixels instead of features (ours); lower is better, and 0 for
-            a map that covers everything: read it beside the mask.
-    """
 
-    insertion: float
-    deletion: float
-    background: float
-
-
-def left_behind(faded: Float[Tensor, "..."], whole: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """What remains of a class's score once the pixels of its map are faded out, in [0, 1]."""
+def _remaining(faded: Float[Tensor, "..."], whole: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return the part of a class's score that remains without the pixels of its map, in [0, 1]."""
     return (faded.clamp_min(0) / whole.clamp_min(0).clamp_min(1e-8)).clamp_max(1.0)
 
 
-def _kept_first(one: Float[Tensor, "H W"], steps: int) -> Float[Tensor, "s 1 H W"]:
-    """Masks of the pixels that score highest: none of them, more in equal steps, all."""
-    order = one.flatten().argsort(descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    shares = torch.linspace(0, 1, steps)[:, None]
-    return (rank[None] < (shares * len(order)).round()).float().view(steps, 1, *one.shape)
-
-
-@dataclass(frozen=True)
-class MeanQuality:
-    """Means over every asked class of every image, their standard errors, and how many maps."""
-
-    means: QualityScores
-    errors: QualityScores
-    maps: int
-
-
 def measure_quality(
-    meter: Evaluator, samples: Sequence[Sample], variants: Sequence[Variant], settings: Quality
+    evaluator: Evaluator, samples: Sequence[Sample], variants: Sequence[Variant], settings: Quality
 ) -> Mapping[Variant, MeanQuality]:
-    """Measure the maps of variants on the first images that have an asked class and can be used."""
-    found: dict[Variant, list[QualityScores]] = {variant: [] for variant in variants}
-    done = 0
+    """Measure the maps of variants on the first usable images that have a class."""
+    scores: dict[Variant, list[QualityScores]] = {variant: [] for variant in variants}
+    measured = 0
     for sample in samples if variants else ():
-        if settings.images is not None and done == settings.images:
+        if settings.images is not None and measured == settings.images:
             break
         try:
-            picture = meter.load(sample)
-        except DataError:  # listed by the measurement of the masks
+            labelled = evaluator.load(sample)
+        except DataError:  # already in the report's list of skipped images
             continue
-        if not picture.asked:
+        if not labelled.classes:
             continue
-        done += 1
-        photo = picture.photo
-        seen = (photo.pixels.shape[-2], photo.pixels.shape[-1])
-        for variant, cam in meter.maps(picture, variants).items():
-            scored = settings(
-                meter.model, photo, resize_cam(cam, seen), picture.asked, meter.vocabulary
+        measured += 1
+        photo = labelled.photo
+        size = (photo.pixels.shape[-2], photo.pixels.shape[-1])
+        for variant, cam in evaluator.maps(labelled, variants).items():
+            scores[variant] += settings(
+                evaluator.model,
+                photo,
+                resize_cam(cam, size),
+                labelled.classes,
+                evaluator.vocabulary,
             )
-            found[variant] += scored
-    return {variant: _mean(scores) for variant, scores in found.items() if scores}
+    return {variant: _mean(each) for variant, each in scores.items() if each}
 
 
 def _mean(scores: Sequence[QualityScores]) -> MeanQuality:
-    columns = {f.name: [getattr(one, f.name) for one in scores] for f in fields(QualityScores)}
+    columns = {f.name: [getattr(each, f.name) for each in scores] for f in fields(QualityScores)}
     means = {name: statistics.fmean(values) for name, values in columns.items()}
     errors = {
         name: statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -189,12 +191,12 @@ class Picked:
     """The best candidate for one class of one photo.
 
     Attributes:
-        variant: it made the map.
-        threshold: from where on a pixel belongs to the class.
-        left: share of the class's score that is left without those pixels.
+        variant: the candidate.
+        threshold: a pixel belongs to the class from this value of the map.
+        left: the part of the class's score that remains without those pixels.
         area: their share of the picture.
-        cam: the map, at the size the model sees, bent so that the threshold lies at 0.5: one
-            background score then suits all classes and photos.
+        cam: the map, at the size of the model's input, raised to the power that takes the threshold
+            to 0.5: one background score then suits all classes and photos.
     """
 
     variant: Variant
@@ -206,14 +208,14 @@ class Picked:
 
 @dataclass(frozen=True)
 class SuppressionChoice:
-    """Takes the candidate that leaves least of the class's score outside a small area.
+    """Chooses the candidate that leaves least of the class's score outside a small area.
 
-    After BAS (Wu et al. 2022), which trains with the sum of both; to choose by it, among binary
-    maps and on faded pixels instead of features, is ours.
+    After BAS (Wu et al. 2022), which trains with the sum of both; choosing by it, among binary maps
+    and on faded pixels instead of features, is ours.
 
     Attributes:
-        thresholds: tried on each map, in (0, 1).
-        area_weight: how much area counts beside what is left; 1.2 is what BAS trains with.
+        thresholds: thresholds to try on each map, in (0, 1).
+        area_weight: weight of the area in the sum; 1.2 is what BAS trains with.
         batch: pictures per forward.
     """
 
@@ -237,55 +239,41 @@ class SuppressionChoice:
         variants: Sequence[Variant],
         vocabulary: Vocabulary,
     ) -> list[Picked]:
-        """Choose for each class.
+        """Choose a candidate for each class.
 
         Args:
             model: borrowed, in evaluation mode.
-            photo: what the maps are made of.
-            classes: of the vocabulary, present in the photo.
+            photo: the photo to make maps of.
+            classes: classes of the vocabulary that the photo shows.
             variants: candidates: seeds, layers, views, refiners.
-            vocabulary: joins classifier outputs.
+            vocabulary: joins classifier outputs to classes.
         """
         if not variants or not classes:
             raise ValueError("name at least one variant and one class to choose for")
-        asked = torch.tensor([list(classes)], dtype=torch.int64)
+        indices = torch.tensor([list(classes)], dtype=torch.int64)
         size = (photo.pixels.shape[-2], photo.pixels.shape[-1])
-        found = variant_maps(model, photo, asked, variants, vocabulary)
-        maps = [resize_cam(found[v], size).clamp(0, 1).cpu().float() for v in variants]
-        return [
-            self._pick(model, photo, index, [cam[0, slot] for cam in maps], variants, vocabulary)
-            for slot, index in enumerate(classes)
-        ]
-
-    def _pick(
-        self,
-        model: nn.Module,
-        photo: Photo,
-        index: int,
-        maps: Sequence[Tensor],
-        variants: Sequence[Variant],
-        vocabulary: Vocabulary,
-    ) -> Picked:
+        cams = variant_maps(model, photo, indices, variants, vocabulary)
+        maps = [resize_cam(cams[v], size).clamp(0, 1).cpu().float() for v in variants]
         pairs = [(v, t) for v in range(len(variants)) for t in self.thresholds]
-        shown = torch.stack([(maps[v] > t).float() for v, t in pairs])[:, None]
-        pictures = torch.cat([photo.pixels, photo.pixels * (1 - shown)])
-        scores, _ = Quality(batch=self.batch).ask(model, pictures, index, vocabulary)
-        left, area = left_behind(scores[1:], scores[0]), shown.mean((1, 2, 3))
-        best = int((left + self.area_weight * area).argmin())
-        variant, threshold = pairs[best]
-        return Picked(
-            variants[variant],
-            threshold,
-            float(left[best]),
-            float(area[best]),
-            bent(maps[variant], threshold),
-        )
+        choices = []
+        for slot, index in enumerate(classes):
+            shown = torch.stack([(maps[v][0, slot] > t).float() for v, t in pairs])[:, None]
+            pictures = torch.cat([photo.pixels, photo.pixels * (1 - shown)])
+            scores, _ = class_scores(model, pictures, index, vocabulary, self.batch)
+            left, area = _remaining(scores[1:], scores[0]), shown.mean((1, 2, 3))
+            best = int((left + self.area_weight * area).argmin())
+            place, threshold = pairs[best]
+            cam = gamma_to_half(maps[place][0, slot], threshold)
+            choices.append(
+                Picked(variants[place], threshold, float(left[best]), float(area[best]), cam)
+            )
+        return choices
 
 
-def bent(cam: Cam | Float[Tensor, "H W"], threshold: float) -> Tensor:
-    """A map in [0, 1] to the power that takes the threshold to 0.5.
+def gamma_to_half(cam: Float[Tensor, "H W"], threshold: float) -> Float[Tensor, "H W"]:
+    """Raise a map in [0, 1] to the power that takes the threshold to 0.5.
 
-    >>> bent(torch.tensor([[0.0, 0.25, 1.0]]), 0.25)
+    >>> gamma_to_half(torch.tensor([[0.0, 0.25, 1.0]]), 0.25)
     tensor([[0.0000, 0.5000, 1.0000]])
     """
     return cam.pow(math.log(0.5) / math.log(threshold))

@@ -1,4 +1,4 @@
-"""What a benchmark says: rows, comparisons, report; as Markdown for people, JSON for programs."""
+"""The report of a benchmark, as Markdown for people and as JSON for programs."""
 
 import json
 from dataclasses import asdict, astuple, dataclass
@@ -14,8 +14,8 @@ class Comparison:
     """A gain over a control.
 
     Attributes:
-        name: of the control.
-        gain: over it, with its interval.
+        name: name of the control.
+        gain: the gain over it, with its interval.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Outlines:
-    """Boundary IoU, the mean over classes, and the gain over the base."""
+    """Boundary IoU, mean over classes, and the gain over the base."""
 
     mean_iou: float
     gain: Gain | None
@@ -32,29 +32,29 @@ class Outlines:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one line of the table; IoU in [0, 1].
+    """One row of the table; IoU in [0, 1].
 
     Attributes:
-        entry: the line.
-        variant: what was measured; of a choice the one picked, of repeats the first.
+        entry: the entry measured.
+        variant: the variant measured; of a choice the one picked, of repeats the first.
         background_score: picked on the tuning split.
-        tuned_mean_iou: mean IoU there.
+        tuned_mean_iou: mean IoU on the tuning split.
         mean_iou: mean IoU on the reported split; of repeats their mean.
-        definitions: the same by each definition of the field.
-        spread: lowest and highest mean IoU of repeats; None for others.
-        class_iou: by class, background first; NaN where a class is absent.
+        definitions: the same by each definition used in the field.
+        spread: lowest and highest mean IoU of repeats; None for other entries.
+        class_iou: IoU of each class, background first; NaN for absent classes.
         class_precision: pixel average precision of each class on the reported split, without the
-            background; no background score is needed for it.
-        confusion: of the reported split, rows are the truth; of repeats their sum.
-        image_iou: mean IoU of each reported image by itself, in the order of `Report.names`; no
-            figure is made of them, they only sort pictures.
+            background; it needs no background score.
+        confusion: confusion matrix of the reported split, rows are the truth; of repeats the sum.
+        image_iou: mean IoU of each reported image alone, in the order of `Report.names`; it only
+            ranks the example pictures.
         curve: mean IoU on the tuning split at each background score of `camkit.score.THRESHOLDS`.
-        area: under that curve, the mean over background scores.
-        gain: over the base, with its interval; None for a line without one.
+        area: mean of the curve.
+        gain: gain over the base, with its interval; None without a base.
         over_controls: gains over the controls.
         p_value: of the gain, corrected for all gains over bases in the report (Holm 1979).
-        outlines: boundary IoU; None where it was not asked for.
-        quality: what the classifier says of the maps; None where it was not asked for.
+        outlines: boundary IoU, if requested.
+        quality: insertion and deletion, if requested.
     """
 
     entry: Entry
@@ -78,28 +78,28 @@ class Row:
 
     @property
     def name(self) -> str:
-        """That of the entry."""
+        """Name of the entry."""
         return self.entry.name
 
 
 @dataclass(frozen=True)
 class Report:
-    """A finished benchmark, with all that is needed to make it again.
+    """A finished benchmark, with everything needed to reproduce it.
 
     Attributes:
-        dataset: name of its folder.
-        split: where the figures come from.
-        tune_split: where background scores and choices were picked.
-        names: the images the figures come from.
-        tune_images: how many images were picked on.
-        skipped: why each of the others could not be used.
+        dataset: name of the data set's folder.
+        split: split that the figures come from.
+        tune_split: split that background scores and choices were picked on.
+        names: images that the figures come from.
+        tune_images: number of images of the tuning split.
+        skipped: the error of each unusable image.
         classes: in the order of mask values, the background first.
         labels: where image-level labels came from.
-        photos: how photos were read.
-        oracle: the splits share images.
-        weights_sha256: of the model.
+        photos: how photos were prepared.
+        oracle: whether the splits share images.
+        weights_sha256: hash of the model's weights.
         environment: versions and machine.
-        rows: one for each line of the table.
+        rows: one for each entry.
     """
 
     dataset: str
@@ -118,12 +118,12 @@ class Report:
 
     @property
     def images(self) -> int:
-        """How many images were measured."""
+        """Number of reported images."""
         return len(self.names)
 
 
 def to_markdown(report: Report) -> str:
-    """A table of the rows and what they mean."""
+    """Return the report as Markdown tables with an explanation."""
     splits = f"{report.split} ({report.images} images)"
     tuned = f"{report.tune_split} ({report.tune_images} images)"
     lines = [
@@ -152,7 +152,7 @@ def to_markdown(report: Report) -> str:
 
 
 def to_json(report: Report) -> str:
-    """All of the report; stages as their settings."""
+    """Return the whole report as JSON; stages as their settings."""
     data = {name: getattr(report, name) for name in Report.__dataclass_fields__}
     data["images"] = report.images
     data["rows"] = [_row(row) for row in report.rows]
@@ -172,7 +172,7 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: what has no figure is null."""
+    """Replace NaN, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -181,14 +181,9 @@ def _without_nan(value: Any) -> Any:
 
 
 def _variant(variant: Variant) -> dict[str, Any]:
-    return {
-        "name": variant.name,
-        "seed": repr(variant.seed),
-        "edit": repr(variant.edit),
-        "edit_blocks": variant.edit_blocks,
-        "views": repr(variant.views),
-        "refine": [repr(refiner) for refiner in variant.refine],
-    }
+    settings = variant.method.settings()
+    del settings["background_score"]  # the row has the one that was picked
+    return {"name": variant.name} | settings
 
 
 def _line(row: Row) -> str:
@@ -208,15 +203,15 @@ def _gain(gain: Gain) -> str:
 
 
 def _against_controls(report: Report) -> list[str]:
-    found = [(row, other) for row in report.rows for other in row.over_controls]
-    if not found:
+    pairs = [(row, other) for row in report.rows for other in row.over_controls]
+    if not pairs:
         return []
     lines = ["", "| against its controls | control | gain (95% interval) |", "|---|---|---|"]
-    return lines + [f"| {row.name} | {o.name} | {_gain(o.gain)} |" for row, o in found]
+    return lines + [f"| {row.name} | {o.name} | {_gain(o.gain)} |" for row, o in pairs]
 
 
 def _other_definitions(report: Report) -> list[str]:
-    """The other definitions of mean IoU, where they say something else."""
+    """Return mean IoU by each definition, for rows where the definitions differ."""
     differing = [
         row
         for row in report.rows
@@ -233,33 +228,33 @@ def _other_definitions(report: Report) -> list[str]:
 
 
 def _outlines(report: Report) -> list[str]:
-    """Boundary IoU, where it was asked for."""
-    found = [(row, row.outlines) for row in report.rows if row.outlines is not None]
-    if not found:
+    """Return boundary IoU, if it was requested."""
+    pairs = [(row, row.outlines) for row in report.rows if row.outlines is not None]
+    if not pairs:
         return []
     lines = ["", "| outlines | boundary IoU | gain (95% interval) |", "|---|---|---|"]
-    for row, outlines in found:
+    for row, outlines in pairs:
         gain = "" if outlines.gain is None else _gain(outlines.gain)
         lines.append(f"| {row.name} | {outlines.mean_iou * 100:.1f} | {gain} |")
     return lines
 
 
 def _qualities(report: Report) -> list[str]:
-    """What the classifier says of the maps."""
-    found = [(row, row.quality) for row in report.rows if row.quality is not None]
-    if not found:
+    """Return insertion, deletion and the score left behind, if they were requested."""
+    pairs = [(row, row.quality) for row in report.rows if row.quality is not None]
+    if not pairs:
         return []
     lines = [
         "",
-        f"By the classifier, over {found[0][1].maps} maps, with standard errors: insertion (higher",
+        f"By the classifier, over {pairs[0][1].maps} maps, with standard errors: insertion (higher",
         "is better), deletion and what is left behind (lower is better).",
         "",
         "| variant | insertion | deletion | left behind |",
         "|---|---|---|---|",
     ]
-    for row, quality in found:
-        pairs = zip(astuple(quality.means), astuple(quality.errors), strict=True)
-        lines.append(f"| {row.name} | {' | '.join(f'{m:.3f} ± {e:.3f}' for m, e in pairs)} |")
+    for row, quality in pairs:
+        figures = zip(astuple(quality.means), astuple(quality.errors), strict=True)
+        lines.append(f"| {row.name} | {' | '.join(f'{m:.3f} ± {e:.3f}' for m, e in figures)} |")
     return lines
 
 

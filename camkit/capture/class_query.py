@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from camkit.capture.anatomy import Anatomy, image_batch, isolated_rng
 from camkit.capture.attention import Attention, FusedAttention
@@ -21,7 +20,7 @@ from camkit.capture.intercept import Intercept, Tap
 from camkit.capture.record import TokenCall
 from camkit.capture.tail import tokens_of
 from camkit.errors import UnsupportedModelError
-from camkit.torch_internals import count_hooks
+from camkit.torch_internals import count_hooks, tensor_version, tree_leaves
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _EXACT: "WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]]" = WeakKeyDictionary()
@@ -88,7 +87,8 @@ class ClassQuery:
         if any(parameter.is_inference() for parameter in self._model.parameters()):
             return False
         query = SingleQueryAttention(anatomy.class_tokens[0])
-        weights = hash(tuple((id(p), p._version, p.dtype) for p in self._model.parameters()))
+        parameters = self._model.parameters()
+        weights = hash(tuple((id(p), tensor_version(p), p.dtype) for p in parameters))
         state = (weights, *map(id, early))
         if state not in _EXACT.setdefault(entrance, {}):
             exact = self._is_exact(query, entrance, args, kwargs, early)

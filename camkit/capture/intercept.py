@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from camkit import torch_internals
 from camkit.capture.anatomy import isolated_rng
@@ -35,6 +34,7 @@ from camkit.capture.attention import (
 from camkit.capture.mha import multi_head_attention
 from camkit.errors import UnsupportedModelError
 from camkit.ops.reweight import compiled_for, reweighted_attention
+from camkit.torch_internals import tree_leaves
 
 _HERE = local()
 
@@ -219,7 +219,7 @@ class Tap:
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         attention = _described(q, k, self._unfolded(attn_mask, query), options)
-        log_weights = self._asked(attention)
+        log_weights = None if self._key_log_weights is None else self._asked(attention)
         normaliser = None
         if log_weights is not None:
             keys = key_bias(log_weights, query.dtype)
@@ -241,7 +241,8 @@ class Tap:
             output, normaliser = known or (func(*call, **options), None)
         unfolded = self._unfolded(output)
         attention = replace(attention, v=v, output=unfolded, normaliser=normaliser)
-        return _folded_as(query, self._on_attention(unfolded, attention))
+        output = self._on_attention(unfolded, attention)
+        return output.flatten(0, 1) if query.dim() == 3 else output
 
     def kernel(
         self, func: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any
@@ -284,11 +285,12 @@ class Tap:
             log_weights = self._asked(ExplicitAttention(self._unfolded(plain)))
         if log_weights is not None:
             biased = self._unfolded(logits) + key_bias(log_weights, logits.dtype)
-            args = (_folded_as(logits, biased), *args[1:])
+            args = (biased.flatten(0, 1) if logits.dim() == 3 else biased, *args[1:])
             kwargs = {name: value for name, value in kwargs.items() if name != "input"}
         weights = func(*args, **kwargs)
         unfolded = self._unfolded(weights)
-        return _folded_as(weights, self._on_attention(unfolded, ExplicitAttention(unfolded)))
+        used = self._on_attention(unfolded, ExplicitAttention(unfolded))
+        return used.flatten(0, 1) if weights.dim() == 3 else used
 
     def _asked(self, attention: Attention) -> Tensor | None:
         if self._key_log_weights is None:
@@ -320,11 +322,6 @@ def _compiled(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
     bare = not (options["dropout_p"] or options["is_causal"] or options["enable_gqa"])
     four_axes = query.dim() == 4 and key.shape == query.shape
     return bare and four_axes and compiled_for(query, key, value)
-
-
-def _folded_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """Heads folded into the batch where ``like`` has them there."""
-    return tensor.flatten(0, 1) if like.dim() == 3 else tensor
 
 
 def scaled_weights(factor: float, leaves: list[Tensor], heads: int) -> Intercept:

@@ -4,7 +4,7 @@ A session puts hooks on a host, keeps the state of the forwards that run, and re
 to one subscriber: `camkit.watch` stores what it is told, `camkit.attach` edits it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident, local
@@ -52,90 +52,6 @@ class ForwardContext:
 C = TypeVar("C", bound=ForwardContext)
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What one call of an attention module was given, to judge its maps by.
-
-    Attributes:
-        images: how many the forward has; None where it is not known.
-        lengths: sequence lengths that its tokens may have; none where no tensor came in.
-        head_dim: channels of a head, for modules whose name tells of attention between channels; 0
-            for all others.
-    """
-
-    images: int | None = None
-    lengths: tuple[int, ...] = ()
-    head_dim: int = 0
-
-    @classmethod
-    def from_call(
-        cls,
-        values: Iterable[object],
-        module: nn.Module,
-        context: ForwardContext,
-        *,
-        heads: int,
-        measured: bool,
-    ) -> "AttentionInputs":
-        """Read what a module is called with.
-
-        Args:
-            values: its arguments.
-            module: which is called.
-            context: the forward it is called in.
-            heads: of the module.
-            measured: whether the anatomy is measured, and with it the order of batch and sequence.
-        """
-        lengths: list[int] = []
-        width = 0
-        for value in values:
-            if not isinstance(value, Tensor) or value.dim() < 2:
-                continue
-            if value.dim() == 4:  # tokens on their grid, channels last or first
-                lengths += [value.shape[1] * value.shape[2], value.shape[2] * value.shape[3]]
-                continue
-            width = width or value.shape[-1]
-            first = value.dim() == 2 or context.anatomy.sequence_first
-            lengths += [value.shape[0 if first else 1]] if measured else value.shape[:2]
-        name = type(module).__name__.lower()
-        between_channels = "xca" in name or "channel" in name
-        return cls(context.images, tuple(lengths), width // heads if between_channels else 0)
-
-    def why_unreadable(self, shape: tuple[int, int, int, int], earlier: int) -> str:
-        """Say why a map does not relate tokens one to one; empty if it does.
-
-        Args:
-            shape: images, heads, queries and keys of the map.
-            earlier: maps that the same call has made before.
-        """
-        images, _, tokens, keys = shape
-        if earlier:
-            return (
-                "one attention module makes several maps in a call and mixes them in its own way "
-                "(differential attention, ConViT's gates), so none of them is the one it uses"
-            )
-        if self.images is not None and images != self.images:
-            return WINDOWS.format(windows=images, images=self.images)
-        if tokens != keys:
-            return (
-                f"{tokens} queries attend to {keys} keys: spatially reduced attention (PVT, MiT) "
-                "does not relate patches one to one"
-            )
-        if self.lengths and tokens not in self.lengths:
-            return (
-                f"an attention map of {tokens}x{keys} belongs to no sequence of that length: "
-                "attention between channels (XCiT) or inside windows (Swin) does not relate "
-                "patches one to one"
-            )
-        if tokens == self.head_dim:
-            return (
-                f"the sequence has {tokens} tokens and a head has {tokens} channels, so a map "
-                "between tokens cannot be told from one between channels (XCiT); call the model "
-                "with another image size"
-            )
-        return ""
-
-
 @dataclass(eq=False)
 class AttentionCall(Generic[C]):
     """One call of an attention module; its tensors are dropped when the module has returned.
@@ -144,25 +60,69 @@ class AttentionCall(Generic[C]):
         context: the forward it belongs to.
         module: the module.
         name: of the module.
-        inputs: what its maps are judged by.
+        heads: of the module.
+        order_known: whether the order of batch and sequence is measured.
         args: what the module was called with.
         kwargs: what it was called with, by name.
-        maps: how many maps it has made so far.
+        maps: how many attention maps it has made so far.
         attention: the latest of them, if the subscriber keeps it here.
     """
 
     context: C
     module: nn.Module
     name: str
-    inputs: AttentionInputs
+    heads: int
+    order_known: bool
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     maps: int = 0
     attention: Attention | None = None
 
     def why_unreadable(self, attention: Attention) -> str:
-        """Say why an attention does not relate tokens one to one; empty if it does."""
-        return self.inputs.why_unreadable(attention.shape, self.maps)
+        """Say why a map of this call does not relate tokens one to one; empty if it does."""
+        images, _, tokens, keys = attention.shape
+        if self.maps:
+            return (
+                "one attention module makes several maps in a call and mixes them in its own way "
+                "(differential attention, ConViT's gates), so none of them is the one it uses"
+            )
+        if self.context.images is not None and images != self.context.images:
+            return WINDOWS.format(windows=images, images=self.context.images)
+        if tokens != keys:
+            return (
+                f"{tokens} queries attend to {keys} keys: spatially reduced attention (PVT, MiT) "
+                "does not relate patches one to one"
+            )
+        lengths, width = self._lengths()
+        if lengths and tokens not in lengths:
+            return (
+                f"an attention map of {tokens}x{keys} belongs to no sequence of that length: "
+                "attention between channels (XCiT) or inside windows (Swin) does not relate "
+                "patches one to one"
+            )
+        kind = type(self.module).__name__.lower()
+        if ("xca" in kind or "channel" in kind) and tokens == width // self.heads:
+            return (
+                f"the sequence has {tokens} tokens and a head has {tokens} channels, so a map "
+                "between tokens cannot be told from one between channels (XCiT); call the model "
+                "with another image size"
+            )
+        return ""
+
+    def _lengths(self) -> tuple[list[int], int]:
+        """Return the sequence lengths that the module's arguments may have, and their channels."""
+        lengths: list[int] = []
+        width = 0
+        for value in (*self.args, *self.kwargs.values()):
+            if not isinstance(value, Tensor) or value.dim() < 2:
+                continue
+            if value.dim() == 4:  # tokens on their grid, channels last or first
+                lengths += [value.shape[1] * value.shape[2], value.shape[2] * value.shape[3]]
+                continue
+            width = width or value.shape[-1]
+            first = value.dim() == 2 or self.context.anatomy.sequence_first
+            lengths += [value.shape[0 if first else 1]] if self.order_known else value.shape[:2]
+        return lengths, width
 
 
 class Subscriber(Generic[C]):
@@ -262,8 +222,7 @@ class ForwardSession(Generic[C]):
         self._hooks = Hooks()
         self._here: _Here[C] = _Here()
         self._thread: int | None = None
-        self._names = {module: name for name, module in subscriber.attention_modules.items()}
-        self._heads = {module: head_count(module) for module in self._names}
+        self._modules: dict[nn.Module, tuple[str, int]] = {}
 
     def start(self) -> None:
         """Put the hooks on."""
@@ -271,7 +230,8 @@ class ForwardSession(Generic[C]):
         for entrance in self._host.entrances:
             hooks.before(entrance, self._enter)
             hooks.after(entrance, self._leave)
-        for module in self._names:
+        for attention, module in self._subscriber.attention_modules.items():
+            self._modules[module] = (attention, head_count(module))
             hooks.before(module, self._before_attention, outermost=outermost)
             hooks.after(module, self._after_attention, outermost=outermost)
         for embedding in self._host.embeddings:
@@ -345,10 +305,9 @@ class ForwardSession(Generic[C]):
         context, subscriber = self._current(), self._subscriber
         if context is None:
             return None
-        values, heads = (*args, *kwargs.values()), self._heads[module]
-        measured = self._host.class_tokens is None
-        inputs = AttentionInputs.from_call(values, module, context, heads=heads, measured=measured)
-        call = AttentionCall(context, module, self._names[module], inputs, args, kwargs)
+        name, heads = self._modules[module]
+        order_known = self._host.class_tokens is None
+        call = AttentionCall(context, module, name, heads, order_known, args, kwargs)
         context.ran.append(module)
         changed = subscriber.attention_begins(call)
         report = partial(self._on_attention, call)

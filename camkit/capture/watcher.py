@@ -20,6 +20,7 @@ from camkit.capture.record import (
     Capture,
     NoisyForward,
     PoolingCall,
+    SmoothGrad,
     TokenCall,
     WatchSpec,
     scores_of,
@@ -330,8 +331,9 @@ class Recorder(Subscriber[Recording]):
                 "the attention modules of this model lie in no block, so there are no tokens that "
                 "leave one; use GradientSeed or RelevanceSeed"
             )
-        paths = around if spec.class_paths else {}
-        self._paths = {n: ClassPath(n, host.attention[n], block) for n, block in paths.items()}
+        self._paths: dict[str, ClassPath] = {}
+        for name, block in around.items() if spec.class_paths else ():
+            self._paths[name] = ClassPath(name, host.attention[name], block)
         # the normaliser of a single query does not hold for the others
         self.normaliser = not skip_unused_patches or spec.last_patches
         self._query = None if self.normaliser else ClassQuery(host)
@@ -492,14 +494,15 @@ class Recorder(Subscriber[Recording]):
         if output is None:  # the forward raised
             return None
         _COUNTS[self._host.model] = context.count
-        self._run_noisy(context)
+        if self._spec.noise is not None and not self._sampling:
+            self._run_noisy(context, self._spec.noise)
         # a caller without gradients gets a tensor without; the graph is camkit's
         return output.detach() if began and isinstance(output, Tensor) else None
 
-    def _run_noisy(self, clean: Recording) -> None:
-        """Run the same images under noise, and keep what `SmoothGrad` reads of each forward."""
-        noise, pixels = self._spec.noise, image_batch(clean.args, clean.kwargs)
-        if noise is None or pixels is None or clean.entrance is None or self._sampling:
+    def _run_noisy(self, clean: Recording, noise: SmoothGrad) -> None:
+        """Run the same images under noise, and keep what seeds read of each forward."""
+        pixels = image_batch(clean.args, clean.kwargs)
+        if pixels is None or clean.entrance is None:
             return
         generator = torch.Generator().manual_seed(noise.rng_seed)
         self._sampling = True

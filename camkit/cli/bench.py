@@ -1,82 +1,159 @@
-"""Measure seeds and refiners on a data set with masks, tuned on one split, reported on another."""
+"""Measure methods on a data set with masks, tuned on one split, reported on another."""
 
 import argparse
 import json
 import os
 import sys
 import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from camkit.atomic import unfinished
 from camkit.bench import (
+    Choice,
     Entry,
-    PredictedLabels,
     Quality,
     Report,
+    Variant,
     collect_examples,
     measure,
+    stages,
     standard_variants,
     to_html,
     to_json,
     to_markdown,
 )
-from camkit.cli.models import OpenedModel, add_model_arguments, open_model
-from camkit.cli.options import MODEL_STEPS, VARIANT_GRAMMAR, Plan, preset_of, steps_help
-from camkit.data import DataSet, open_dataset
+from camkit.cli.models import add_model_arguments, open_model
+from camkit.cli.options import GRAMMAR, METHOD_GRAMMAR, default_method, refiners_help
+from camkit.data import open_dataset
 from camkit.errors import CamkitError
-from camkit.method import CALIBRATED
-from camkit.vocabulary import Vocabulary
+from camkit.method import CALIBRATED, REFINERS, Method
+from camkit.seeds import PredictedClasses
 
 EXAMPLES = f"""examples:
   camkit bench VOC2012 --split val --tune-split train
   camkit bench VOC2012 --seed gradient --refine propagate:balance=3+normalize:minmax --control blur
   camkit bench VOC2012 --seed gradient --refine "crf:psa | crf:clip_es" --html report.html
   camkit bench VOC2012 --seed gradient --edit doei --edit hop --out results.json
-  camkit bench --config results.toml        the same once more
+  camkit bench --config results.toml        repeat a benchmark
 
 DATASET is a folder in the layout of VOC, COCO or ImageNet-S, or a plain one (images, masks,
-labels.csv). Everything that is picked is picked on --tune-split only. Without --seed, the standard
-seeds are measured, each alone and after propagation.
+labels.csv). Background scores and choices are picked on --tune-split only. Without --seed, the
+standard seeds are measured, each alone and after propagation. Chains joined by | are candidates, of
+which the best on the tuning split is reported.
 
-{VARIANT_GRAMMAR}
+{METHOD_GRAMMAR}
 
-{steps_help(MODEL_STEPS)}"""
+{GRAMMAR}
+
+{refiners_help(REFINERS)}"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of a benchmark in words.
+
+    Attributes:
+        seeds: seeds, each a row of its own.
+        edits: edits, each measured with every seed and chain.
+        refine: chains of refiners; the gain of each is over its seed.
+        controls: chains that every other chain is compared with as well.
+        edit_blocks: number of last blocks to edit; None edits all.
+        stages: measure each chain step by step.
+    """
+
+    seeds: tuple[str, ...] = ("gradient",)
+    edits: tuple[str, ...] = ()
+    refine: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+    edit_blocks: int | None = 3
+    stages: bool = False
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Return the rows.
+
+        Raises:
+            ValueError: a name or a setting does not exist, or there is no seed.
+        """
+        if not self.seeds:
+            raise ValueError("a benchmark needs at least one seed")
+        entries: list[Entry] = []
+        for seed in self.seeds:
+            base = Variant(seed, Method.from_words(seed=seed, refine=()))
+            controls = [self._row(base, chain, base) for chain in self.controls]
+            rows = [self._row(base, chain, base, controls) for chain in self.refine]
+            entries += [base, *controls]
+            for row in rows:
+                if self.stages and isinstance(row, Variant):
+                    _, first, *others = stages(row)  # the seed is a row already
+                    entries += [replace(first, base=base), *others]
+                else:
+                    entries.append(row)
+            for edit in self.edits:
+                method = Method.from_words(
+                    seed=seed, edit=edit, edit_blocks=self.edit_blocks, refine=()
+                )
+                edited = Variant(f"{seed} @ {edit}", method, base)
+                entries.append(edited)
+                for chain, row in zip(self.refine, rows, strict=True):
+                    entries.append(self._row(edited, chain, row, controls))
+        return tuple(entries)
+
+    def _row(
+        self, seed: Variant, chains: str, base: Entry, controls: Sequence[Entry] = ()
+    ) -> Entry:
+        """Return the variant of one chain, or the choice among several."""
+        variants = []
+        for chain in (part.strip() for part in chains.split("|")):
+            refine = Method.from_words(refine=[chain]).refine
+            method = replace(seed.method, refine=refine)
+            variants.append(Variant(f"{seed.name} > {chain}", method, base, tuple(controls)))
+        if len(variants) == 1:
+            return variants[0]
+        name = f"{seed.name} > best of {len(variants)}"
+        return Choice(name, tuple(variants), base, tuple(controls))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("dataset", type=Path, nargs="?", metavar="DATASET", help="folder of the data set")
-    add("--config", type=Path, help="a TOML file with options by their long names; flags go first")
+    add("--config", type=Path, help="TOML file of options by their long names; flags override it")
     add("--split", default="val", help="split that is reported (default: val)")
-    add("--tune-split", default="train", help="split for what is picked (default: train)")
+    add(
+        "--tune-split", default="train", help="split to pick scores and choices on (default: train)"
+    )
     add("--classes", help="classes to measure, by commas (default: all of the set)")
-    add("--limit", type=int, help="only the first N images of each")
+    add("--limit", type=int, help="only the first N images of each split")
     add("--labels", default="dataset", help="image-level labels: dataset, or predicted[:THRESHOLD]")
     for name, what in (
-        ("seed", "where the maps come from"),
-        ("edit", "change of the forward"),
+        ("seed", "makes the first maps"),
+        ("edit", "changes attention blocks during the forward"),
         ("refine", "chain of refiners"),
-        ("control", "chain that the others must beat"),
+        ("control", "chain that a real gain must exceed"),
     ):
         add(f"--{name}", action="append", default=[], metavar="SPEC", help=f"{what}; repeatable")
-    add("--edit-blocks", type=int, default=3, metavar="N", help="last blocks edited; 0 is all")
+    add("--edit-blocks", type=int, default=3, metavar="N", help="last blocks to edit; 0 edits all")
     add("--stages", action="store_true", help="measure every chain step by step")
-    add("--outlines", action="store_true", help="boundary IoU too")
-    add("--quality", action="store_true", help="insertion and deletion too; many forwards")
+    add("--outlines", action="store_true", help="measure boundary IoU, too")
+    add("--quality", action="store_true", help="measure insertion and deletion, too; slow")
     add(
         "--oracle-threshold",
         action="store_true",
         help="allow both splits to be the same; the table is marked ORACLE",
     )
-    add("--out", type=Path, help="write JSON there, and .md and .toml beside it")
-    add("--html", type=Path, help="write a page with plots and pictures there")
-    add("--examples", type=int, default=12, help="best, worst, random images on it (default: 12)")
+    add("--out", type=Path, help="JSON file to write; .md and .toml are written beside it")
+    add("--html", type=Path, help="HTML file to write, with plots and pictures")
     add(
-        "--cache", type=Path, help="file that keeps what was measured (default: in ~/.cache/camkit)"
+        "--examples",
+        type=int,
+        default=12,
+        help="best, worst, random images in the HTML file (default: 12)",
     )
-    add("--no-cache", action="store_true", help="measure everything anew")
+    add("--cache", type=Path, help="file to keep measurements in (default: in ~/.cache/camkit)")
+    add("--no-cache", action="store_true", help="measure everything again")
     add_model_arguments(parser)
 
 
@@ -87,16 +164,28 @@ def execute(options: argparse.Namespace) -> int:
     dataset = open_dataset(Path(settings["dataset"]))
     listed = settings["classes"]
     names = dataset.classes if listed is None else [name.strip() for name in listed.split(",")]
-    asked = _asked(settings)
+    labels = _labels(settings["labels"])
+    variants: tuple[Entry, ...] = ()
+    words = {key: tuple(settings[key]) for key in ("seed", "edit", "refine", "control")}
+    if any(words.values()):
+        variants = Plan(
+            seeds=words["seed"] or ("gradient",),
+            edits=words["edit"],
+            refine=words["refine"],
+            controls=words["control"],
+            edit_blocks=settings["edit-blocks"] or None,
+            stages=settings["stages"],
+        ).entries()
     opened = open_model(settings["model"], size=settings["size"])
     print(f"model {settings['model']} from {opened.source}", file=sys.stderr)
     vocabulary = opened.vocabulary.subset(list(names))
-    labels = _labels(settings["labels"])
+    if not variants:
+        variants = standard_variants(calibrated=default_method(opened) == CALIBRATED.method)
     report = measure.run(
         opened.model,
         dataset,
         vocabulary=vocabulary,
-        variants=asked or standard_variants(calibrated=preset_of(opened) == CALIBRATED),
+        variants=variants,
         split=settings["split"],
         tune_split=settings["tune-split"],
         photos=opened.photos,
@@ -111,60 +200,57 @@ def execute(options: argparse.Namespace) -> int:
     if options.out is not None:
         _write(options.out, report, settings)
     if options.html is not None:
-        _write_page(options, report, opened, dataset, vocabulary)
+        examples = collect_examples(
+            opened.model,
+            dataset,
+            report,
+            vocabulary=vocabulary,
+            photos=opened.photos,
+            labels=labels,
+            count=options.examples,
+        )
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished(options.html) as draft:
+            draft.write_text(to_html(report, examples), encoding="utf-8")
     return 1 if report.skipped else 0
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What to measure, by long option: as flagged, else as the file says, else by default."""
-    found = {key.replace("_", "-"): value for key, value in vars(options).items()}
+    """Return the settings by long option: from flags, else from the file, else the defaults."""
+    settings = {key.replace("_", "-"): value for key, value in vars(options).items()}
     for key in ("execute", "config", "out", "html", "examples", "cache", "no-cache"):
-        found.pop(key, None)
+        settings.pop(key, None)
     if options.config is not None:
-        found = _with_file(found, options.config)
-    if found["dataset"] is None:
+        settings = _with_file(settings, options.config)
+    if settings["dataset"] is None:
         raise ValueError("name the folder of a data set, or a --config that does")
-    if found["limit"] is not None and found["limit"] < 1:
-        raise ValueError(f"--limit must be at least 1, got {found['limit']}")
-    found["dataset"] = str(found["dataset"])
-    return found
+    if settings["limit"] is not None and settings["limit"] < 1:
+        raise ValueError(f"--limit must be at least 1, got {settings['limit']}")
+    settings["dataset"] = str(settings["dataset"])
+    return settings
 
 
 def _with_file(flagged: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CamkitError(f"{path} is no TOML ({error}); correct it") from error
+        raise CamkitError(f"{path} is not valid TOML: {error}") from error
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     defaults = {k.replace("_", "-"): v for k, v in vars(parser.parse_args([])).items()}
     unknown = sorted(set(content) - set(flagged))
     if unknown:
-        raise CamkitError(f"{path} sets {', '.join(unknown)}; it may set {', '.join(flagged)}")
+        raise CamkitError(
+            f"{path} sets {', '.join(unknown)}; its options may be {', '.join(flagged)}"
+        )
     for key, value in content.items():
         default = defaults[key]
-        wanted = str if default is None and key != "limit" else int if key == "limit" else None
-        wanted = wanted or type(default)
-        if type(value) is not wanted:
-            raise CamkitError(f"{path}: {key} must be {wanted.__name__}, got {value!r}")
+        kind = int if key == "limit" else str if default is None else type(default)
+        if type(value) is not kind:
+            raise CamkitError(f"{path}: {key} must be {kind.__name__}, got {value!r}")
         if flagged[key] == default:
             flagged[key] = value
     return flagged
-
-
-def _asked(settings: dict[str, Any]) -> tuple[Entry, ...]:
-    """The lines that are asked for, if any."""
-    asked = {key: tuple(settings[key]) for key in ("seed", "edit", "refine", "control")}
-    if not any(asked.values()):
-        return ()
-    return Plan(
-        seeds=asked["seed"] or ("gradient",),
-        edits=asked["edit"],
-        refine=asked["refine"],
-        controls=asked["control"],
-        edit_blocks=settings["edit-blocks"] or None,
-        stages=settings["stages"],
-    ).entries()
 
 
 def _labels(text: str) -> Any:
@@ -173,7 +259,7 @@ def _labels(text: str) -> Any:
         return "dataset"
     try:
         if kind == "predicted":
-            return PredictedLabels(float(threshold)) if threshold else PredictedLabels()
+            return PredictedClasses(float(threshold or 0.1), "softmax", least=0)
     except ValueError as error:
         raise ValueError(f"--labels {text}: {error}") from error
     raise ValueError(f"--labels must be dataset or predicted[:THRESHOLD], got {text!r}")
@@ -186,11 +272,14 @@ def _cache() -> Path:
 
 
 def _write(out: Path, report: Report, settings: dict[str, Any]) -> None:
-    """JSON, table, and the settings as a file for --config; each whole or not at all."""
+    """Write JSON, table, and the settings as a file for --config; each complete or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in settings.items() if value is not None}
-    # strings, numbers, booleans and lists of strings are written alike in JSON and TOML
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in kept.items()]
+    # strings, numbers, booleans and lists of strings look the same in JSON and TOML
+    lines = [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+        for key, value in settings.items()
+        if value is not None
+    ]
     for suffix, text in (
         (".json", to_json(report)),
         (".md", to_markdown(report)),
@@ -198,24 +287,3 @@ def _write(out: Path, report: Report, settings: dict[str, Any]) -> None:
     ):
         with unfinished(out.with_suffix(suffix)) as draft:
             draft.write_text(text, encoding="utf-8")
-
-
-def _write_page(
-    options: argparse.Namespace,
-    report: Report,
-    opened: OpenedModel,
-    dataset: DataSet,
-    vocabulary: Vocabulary,
-) -> None:
-    examples = collect_examples(
-        opened.model,
-        dataset,
-        report,
-        vocabulary=vocabulary,
-        photos=opened.photos,
-        labels=_labels(_settings(options)["labels"]),
-        count=options.examples,
-    )
-    options.html.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished(options.html) as draft:
-        draft.write_text(to_html(report, examples), encoding="utf-8")

@@ -11,15 +11,15 @@ EXAMPLES = """examples:
   camkit data check my_photos
 
 PATH is a folder in the layout of VOC, COCO or ImageNet-S, or a plain one (images, labels.csv).
-The exit status is 1 if anything is wrong; notes are no errors."""
+The exit status is 1 if there are errors; notes are not errors."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     check = actions.add_parser(
         "check",
-        help="read every photo and mask, and tell what is wrong with which file",
-        description="Read every photo and mask, and tell what is wrong with which file.",
+        help="read every photo and mask, and report the faults of each file",
+        description="Read every photo and mask, and report the faults of each file.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -28,16 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split",
         action="append",
         metavar="NAME",
-        help="only this split; may be given again (default: all)",
+        help="check only this split; may be repeated (default: all)",
     )
-    check.set_defaults(data_action=execute_check)
 
 
 def execute(options: argparse.Namespace) -> int:
-    return int(options.data_action(options))
-
-
-def execute_check(options: argparse.Namespace) -> int:
     dataset = open_dataset(options.path)
     splits = dataset.splits if options.split is None else tuple(dict.fromkeys(options.split))
     findings = check_dataset(dataset, splits=splits)

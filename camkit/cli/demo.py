@@ -19,10 +19,9 @@ from camkit.cli.models import (
     data_folder,
     open_model,
 )
-from camkit.cli.options import preset_of
+from camkit.cli.options import default_method
 from camkit.data import DataSet, Sample, demo_photos, open_dataset, read_mask
 from camkit.mask import to_mask
-from camkit.method import DEFAULT_REFINE
 from camkit.ops.images import resize_cam
 from camkit.paint import contact_sheet, overlay_cam, overlay_mask, save_picture
 from camkit.pipeline import Pipeline, Result, wrap
@@ -103,13 +102,13 @@ def execute(options: argparse.Namespace) -> int:
 def _many(opened: OpenedModel, dataset: DataSet, *, images: int, count: int) -> Shown:
     """Background scores and figures by the rules of `camkit bench`, on two splits."""
     vocabulary = opened.vocabulary.subset(CLASSES)
-    preset = preset_of(opened)
-    base = Variant("seed", preset.seed, edit=preset.edit, edit_blocks=preset.edit_blocks)
+    method = default_method(opened)
+    base = Variant("seed", replace(method, refine=()))
     report = measure.run(
         opened.model,
         dataset,
         vocabulary=vocabulary,
-        variants=(base, replace(base, name="refined", refine=DEFAULT_REFINE, base=base)),
+        variants=(base, Variant("refined", method, base)),
         split="val",
         tune_split="train",
         photos=opened.photos,

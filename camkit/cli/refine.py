@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 from camkit.bulk import CamFolder, Failure, FileResult, RefineCam, read_labels, read_list, write_all
-from camkit.cli.options import GRAMMAR, read_steps, steps_help
+from camkit.cli.options import GRAMMAR, refiners_help
+from camkit.method import read_refiners
+from camkit.refiners import chain
 from camkit.refiners.crf import PRESETS
 
 EXAMPLES = f"""examples:
@@ -19,7 +21,7 @@ goes on where it was interrupted. Where each file came from and what failed stan
 
 {GRAMMAR}
 
-{steps_help()}
+{refiners_help()}
 
 Presets of crf: {", ".join(PRESETS)}.
 Behind crf, class and background are even at 0.5: camkit mask OUT --background-score 0.5"""
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="STEP",
-        help="refiner and its settings, as told below; give it again for steps one after another",
+        help="refiner and its settings, see below; give it again for steps one after another",
     )
     parser.add_argument(
         "--form",
@@ -45,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    job = RefineCam(read_steps(options.refine), options.form)
+    steps = read_refiners(options.refine)
+    job = RefineCam(steps[0] if len(steps) == 1 else chain(*steps), options.form)
     written = write_all(
         job,
         opened_folder(options),

@@ -3,7 +3,7 @@
 import argparse
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -14,23 +14,18 @@ from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Reading, Recipe, Writing
 from camkit.bulk.running import RunSummary, rank_of, run
 from camkit.bulk.sources import Labelled, Source
-from camkit.cli.cam import read_classes
 from camkit.cli.mask import add_background, background_score
 from camkit.cli.models import OpenedModel, add_model_arguments, open_model
 from camkit.cli.options import (
-    EDITS,
-    MODEL_STEPS,
-    SEEDS,
-    STEPS,
-    make,
-    preset_of,
-    read_steps,
-    steps_help,
+    add_method_arguments,
+    method_of,
+    read_classes,
+    refiners_help,
+    split_refiners,
 )
 from camkit.data import COCO_CLASSES, VOC_CLASSES
 from camkit.data.labels import read_names
-from camkit.method import DEFAULT_REFINE, GRADIENT, Preset
-from camkit.refiners import AtReducedSize, Chain, DenseCRF, Refiner
+from camkit.method import REFINERS
 from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
 
@@ -82,12 +77,11 @@ def recipe_of(
         if options.labels is not None:
             raise ValueError("--classes says what is in every image; leave --labels away")
         chosen = read_classes(vocabulary, options.classes)
-    refine, finish = _parts(DEFAULT_REFINE if not options.refine else _steps(options.refine))
-    preset = _preset(options, opened)
+    method = method_of(options, opened)
+    refine, finish = split_refiners(method.refine)
     score = background_score(options)
     if score is None:
-        crf = any(isinstance(_inner(one), DenseCRF) for one in finish)
-        score = 0.5 if crf else preset.background_score
+        score = method.background_score
     photos = opened.photos
     return Recipe(
         model=TimmModel(options.model, options.size),
@@ -100,25 +94,14 @@ def recipe_of(
             not options.no_masks,
             options.cams,
         ),
-        seed=preset.seed,
-        edit=preset.edit,
-        edit_blocks=preset.edit_blocks,
+        seed=method.seed,
+        edit=method.edit,
+        edit_blocks=method.edit_blocks,
         refine=refine,
         vocabulary=vocabulary,
         labels=labels if chosen is None else chosen,
         batch=options.batch,
         chunk=max(options.chunk, options.batch),
-    )
-
-
-def _preset(options: argparse.Namespace, opened: OpenedModel) -> Preset:
-    if options.seed is None and options.edit is None:
-        return preset_of(opened)
-    return replace(
-        GRADIENT,
-        seed=GRADIENT.seed if options.seed is None else make(options.seed, SEEDS, "seed"),
-        edit=None if options.edit is None else make(options.edit, EDITS, "edit"),
-        edit_blocks=options.edit_blocks or None,
     )
 
 
@@ -129,23 +112,6 @@ def _vocabulary(named: str | None, opened: OpenedModel, source: Source) -> Vocab
         known = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
         names = known[named] if named in known else tuple(read_names(Path(named)))
     return opened.vocabulary if names is None else opened.vocabulary.subset(list(names))
-
-
-def _steps(texts: list[str]) -> tuple[Refiner, ...]:
-    found = read_steps(texts, MODEL_STEPS)
-    return found.refiners if isinstance(found, Chain) else (found,)
-
-
-def _parts(refine: tuple[Refiner, ...]) -> tuple[tuple[Refiner, ...], tuple[Refiner, ...]]:
-    """Refiners that run beside the model, and those behind it that need only the picture."""
-    cut = len(refine)
-    while cut and isinstance(_inner(refine[cut - 1]), tuple(STEPS.values())):
-        cut -= 1
-    return refine[:cut], refine[cut:]
-
-
-def _inner(refiner: Refiner) -> Refiner:
-    return refiner.refiner if isinstance(refiner, AtReducedSize) else refiner
 
 
 EXAMPLES = f"""examples:
@@ -161,7 +127,7 @@ INPUT is a folder of photos, a list of paths, a data set in the layout of VOC, C
 folder of WebDataset tar files or of Parquet, or one such file. What is done is kept in a journal in
 OUT: the same command does the rest, however the last one ended.
 
-{steps_help(MODEL_STEPS)}"""
+{refiners_help(REFINERS)}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -212,20 +178,7 @@ def _add_asked(parser: argparse.ArgumentParser) -> None:
         help="what label indices count: voc, coco, or a file of names, one a line (default: the "
         "classes of the data set, else of the model)",
     )
-    add(
-        "--seed",
-        metavar="SPEC",
-        help="where maps come from (default: the first of camkit.method.PRESETS that the model "
-        "bears)",
-    )
-    add("--edit", metavar="SPEC", help="change of the forward, such as doei")
-    add("--edit-blocks", type=int, default=3, metavar="N", help="last blocks edited; 0 is all")
-    add(
-        "--refine",
-        action="append",
-        metavar="STEP",
-        help="refiners, as told below (default: propagate:steps=2,blocks=6,balance=3+normalize)",
-    )
+    add_method_arguments(parser)
 
 
 def _add_written(parser: argparse.ArgumentParser) -> None:

@@ -7,133 +7,66 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from camkit.data.labels import VECTOR_FILES, LabelFile, check_split, read_label_vectors, read_text
-from camkit.data.sample import MaskForm, Sample, all_usable, mask_classes, mask_values, present
+from camkit.data.labels import VECTOR_FILES, LabelFile, check_split, find_label_vectors, read_text
+from camkit.data.sample import (
+    VOC_FORM,
+    MaskForm,
+    Sample,
+    all_usable,
+    mask_classes,
+    mask_values,
+    unique_values,
+)
+from camkit.data.voc import VOC_CLASSES
 from camkit.errors import DataError
+from camkit.tensors import IGNORE
 
 CocoIds: TypeAlias = Literal["contiguous", "original", "stuff"]
-"""What a mask holds: 1 to 80, the category ids 1 to 90, or those of COCO-Stuff, one lower."""
+"""The ids in a mask: 1 to 80, the category ids 1 to 90, or COCO-Stuff's, which are 1 less."""
 
-COCO_IDS: dict[str, int] = {
-    "person": 1,
-    "bicycle": 2,
-    "car": 3,
-    "motorcycle": 4,
-    "airplane": 5,
-    "bus": 6,
-    "train": 7,
-    "truck": 8,
-    "boat": 9,
-    "traffic light": 10,
-    "fire hydrant": 11,
-    "stop sign": 13,
-    "parking meter": 14,
-    "bench": 15,
-    "bird": 16,
-    "cat": 17,
-    "dog": 18,
-    "horse": 19,
-    "sheep": 20,
-    "cow": 21,
-    "elephant": 22,
-    "bear": 23,
-    "zebra": 24,
-    "giraffe": 25,
-    "backpack": 27,
-    "umbrella": 28,
-    "handbag": 31,
-    "tie": 32,
-    "suitcase": 33,
-    "frisbee": 34,
-    "skis": 35,
-    "snowboard": 36,
-    "sports ball": 37,
-    "kite": 38,
-    "baseball bat": 39,
-    "baseball glove": 40,
-    "skateboard": 41,
-    "surfboard": 42,
-    "tennis racket": 43,
-    "bottle": 44,
-    "wine glass": 46,
-    "cup": 47,
-    "fork": 48,
-    "knife": 49,
-    "spoon": 50,
-    "bowl": 51,
-    "banana": 52,
-    "apple": 53,
-    "sandwich": 54,
-    "orange": 55,
-    "broccoli": 56,
-    "carrot": 57,
-    "hot dog": 58,
-    "pizza": 59,
-    "donut": 60,
-    "cake": 61,
-    "chair": 62,
-    "couch": 63,
-    "potted plant": 64,
-    "bed": 65,
-    "dining table": 67,
-    "toilet": 70,
-    "tv": 72,
-    "laptop": 73,
-    "mouse": 74,
-    "remote": 75,
-    "keyboard": 76,
-    "cell phone": 77,
-    "microwave": 78,
-    "oven": 79,
-    "toaster": 80,
-    "sink": 81,
-    "refrigerator": 82,
-    "book": 84,
-    "clock": 85,
-    "vase": 86,
-    "scissors": 87,
-    "teddy bear": 88,
-    "hair drier": 89,
-    "toothbrush": 90,
-}
-"""The category ids, which leave out 10 of the numbers to 90."""
+_NAMES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball,
+kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup,
+fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
+cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
+hair drier, toothbrush"""
+_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
-COCO_CLASSES = tuple(COCO_IDS)
+COCO_CLASSES = tuple(name.strip() for name in _NAMES.split(","))
 """The 80 classes in the order of their ids; the contiguous ids 1 to 80 are their places."""
 
-VOC_IN_COCO: dict[str, str] = {
+COCO_IDS: dict[str, int] = dict(
+    zip(COCO_CLASSES, (id_ for id_ in range(1, 91) if id_ not in _UNUSED_IDS), strict=True)
+)
+"""The category id of each class; 10 of the numbers up to 90 are unused."""
+
+_RENAMED = {
     "aeroplane": "airplane",
-    "bicycle": "bicycle",
-    "bird": "bird",
-    "boat": "boat",
-    "bottle": "bottle",
-    "bus": "bus",
-    "car": "car",
-    "cat": "cat",
-    "chair": "chair",
-    "cow": "cow",
     "diningtable": "dining table",
-    "dog": "dog",
-    "horse": "horse",
     "motorbike": "motorcycle",
-    "person": "person",
     "pottedplant": "potted plant",
-    "sheep": "sheep",
     "sofa": "couch",
-    "train": "train",
     "tvmonitor": "tv",
 }
-"""What COCO calls the classes of VOC, in the order of VOC."""
+VOC_IN_COCO: dict[str, str] = {name: _RENAMED.get(name, name) for name in VOC_CLASSES}
+"""COCO's names of the classes of VOC, in the order of VOC."""
+
+_SPLIT = re.compile(r"(train|val|test)(20\d\d)?")
+_PHOTO_FOLDERS = ("", "images", "JPEGImages")
+_MASK_FOLDERS = ("SegmentationClass", "masks", "annotations", "stuffthingmaps")
+_EVIDENCE = 100  # masks that are read to recognise their ids; a few are nearly always enough
 
 
 def coco_form(ids: CocoIds, *, voc: bool = False) -> MaskForm:
-    """How the masks of COCO are read.
+    """Return the form of COCO's masks.
 
     Args:
-        ids: what they hold.
+        ids: the ids in the masks.
         voc: read them as the 20 classes of VOC.
     """
-    places = coco_places(voc=voc)
+    places = _places(voc=voc)
     if ids == "contiguous":
         return MaskForm(ids={0: 0} | {index + 1: place for index, place in enumerate(places)})
     category = dict(zip(COCO_IDS.values(), places, strict=True))
@@ -143,18 +76,12 @@ def coco_form(ids: CocoIds, *, voc: bool = False) -> MaskForm:
     return MaskForm(ids={number - 1: category.get(number, 0) for number in range(1, 183)})
 
 
-def coco_places(*, voc: bool) -> list[int]:
-    """The id of each COCO class, in the order of COCO; 0 for those that are background."""
+def _places(*, voc: bool) -> list[int]:
+    """Map each COCO class, in the order of COCO, to its id among the classes; 0 is background."""
     if not voc:
         return list(range(1, len(COCO_CLASSES) + 1))
     order = list(VOC_IN_COCO.values())
     return [order.index(name) + 1 if name in order else 0 for name in COCO_CLASSES]
-
-
-_SPLIT = re.compile(r"(train|val|test)(20\d\d)?")
-_PHOTO_FOLDERS = ("", "images", "JPEGImages")
-_MASK_FOLDERS = ("SegmentationClass", "masks", "annotations", "stuffthingmaps")
-_EVIDENCE = 100  # masks that are read to tell their ids; a few are nearly always enough
 
 
 @dataclass(frozen=True)
@@ -171,10 +98,10 @@ class CocoFolder:
     Attributes:
         root: the folder of the data set.
         splits: such as train2017.
-        ids: what masks hold. With None the labels decide: of "contiguous" and "original", the one
-            by which the first 100 masks show the classes that the labels name. Without labels, or
-            where both fit, masks are contiguous. Those in ``stuffthingmaps`` are "stuff".
-        voc: speak of the 20 classes of VOC by VOC's names; all others are background then.
+        ids: the ids in the masks. None takes "contiguous" or "original", whichever makes more of
+            the first 100 masks agree with the labels; without labels, or where both agree, masks
+            are contiguous. Masks in ``stuffthingmaps`` are "stuff".
+        voc: use the 20 classes of VOC, by VOC's names; all others become background.
     """
 
     root: Path
@@ -187,24 +114,28 @@ class CocoFolder:
         return tuple(VOC_IN_COCO) if self.voc else COCO_CLASSES
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of one split, in the order of ``instances_<split>.json`` or by name.
+        """List the samples of a split, in the order of ``instances_<split>.json`` or by name.
 
-        Raises:
-            ValueError: there is no such split.
-            DataError: a photo is absent, or its labels or mask cannot be used.
+        Raises the first error of `entries`.
         """
         return all_usable(self.entries(name))
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
-        """Go through one split; an entry that cannot be used is given as what is wrong with it."""
+        """Yield the samples of a split, and an error in place of each that cannot be used."""
         check_split(name, self.splits)
-        photos, labels = _photos(self.root, name), _labels(self.root, name)
-        masks, forms = self._masks(name, labels)
-        listed = photos if labels is None or labels.path.suffix == ".npy" else labels.vectors or {}
-        for stem in map(str, listed):
-            form = forms if isinstance(forms, MaskForm) else forms.get(stem, MaskForm())
+        folders = (_files(self.root / folder / name, "jpg") for folder in _PHOTO_FOLDERS)
+        photos = next(filter(None, folders), None)
+        if photos is None:
+            raise DataError(f"{self.root} no longer holds photos of {name}; open it again")
+        instances = self.root / "annotations" / f"instances_{name}.json"
+        if instances.is_file():
+            labels: LabelFile | None = LabelFile(instances, COCO_CLASSES, _instances(instances))
+        else:
+            labels = find_label_vectors(self.root, COCO_CLASSES)
+        masks = self._masks(name, labels)
+        for stem in labels.labels if labels and labels.path == instances else photos:
             try:
-                yield self._sample(stem, photos.get(stem), masks.get(stem), form, labels)
+                yield self._sample(stem, photos.get(stem), masks.get(stem), labels)
             except DataError as error:
                 yield error
 
@@ -212,15 +143,15 @@ class CocoFolder:
         self,
         stem: str,
         photo: Path | None,
-        mask: Path | None,
-        form: MaskForm,
+        mask_and_form: tuple[Path, MaskForm] | None,
         labels: LabelFile | None,
     ) -> Sample:
         if photo is None:
             source = self.root if labels is None else labels.path
             raise DataError(f"{source} lists {stem}.jpg, which is not there; add it or remove it")
+        mask, form = mask_and_form or (None, VOC_FORM)
         if labels is not None:
-            places = coco_places(voc=self.voc)
+            places = _places(voc=self.voc)
             known = labels.classes_of(stem, str(photo))
             classes = sorted(places[index] - 1 for index in known if places[index])
             return Sample(stem, photo, mask, tuple(classes), form)
@@ -229,25 +160,23 @@ class CocoFolder:
                 f"{photo} has neither labels nor a mask; add the mask, "
                 f"annotations/instances_*.json or {VECTOR_FILES[0]}"
             )
-        found = mask_classes(mask, num_classes=len(self.classes), form=form)
-        return Sample(stem, photo, mask, found, form)
+        shown = mask_classes(mask, num_classes=len(self.classes), form=form)
+        return Sample(stem, photo, mask, shown, form)
 
-    def _masks(
-        self, name: str, labels: LabelFile | None
-    ) -> tuple[dict[str, Path], MaskForm | dict[str, MaskForm]]:
-        """Masks by image, and the form of all or of each."""
+    def _masks(self, name: str, labels: LabelFile | None) -> dict[str, tuple[Path, MaskForm]]:
+        """Find the mask of each image, and its form."""
         for folder in _MASK_FOLDERS:
-            masks = {path.stem: path for path in sorted((self.root / folder / name).glob("*.png"))}
-            if masks:
+            if masks := _files(self.root / folder / name, "png"):
                 stuff: CocoIds | None = "stuff" if folder == "stuffthingmaps" else None
-                ids = self.ids or stuff or _tell_ids(masks, labels)
-                return masks, coco_form(ids, voc=self.voc)
+                ids = self.ids or stuff or _recognise_ids(masks, labels)
+                form = coco_form(ids, voc=self.voc)
+                return {stem: (path, form) for stem, path in masks.items()}
         listing = self.root / "annotations" / f"panoptic_{name}.json"
-        if listing.is_file():
-            folder_of = self.root / "annotations" / f"panoptic_{name}"
-            masks = {path.stem: path for path in sorted(folder_of.glob("*.png"))}
-            return masks, _panoptic_forms(listing, voc=self.voc)
-        return {}, MaskForm()
+        if not listing.is_file():
+            return {}
+        forms = _panoptic_forms(listing, voc=self.voc)
+        masks = _files(listing.with_suffix(""), "png")
+        return {stem: (path, forms.get(stem, VOC_FORM)) for stem, path in masks.items()}
 
 
 def open_coco(root: str | Path, *, ids: CocoIds | None = None, voc: bool = False) -> CocoFolder:
@@ -255,16 +184,17 @@ def open_coco(root: str | Path, *, ids: CocoIds | None = None, voc: bool = False
 
     Args:
         root: the folder that holds the folders of photos, such as train2017 and val2017.
-        ids: what the masks hold; None tells it from the labels, see `CocoFolder`.
-        voc: speak of the 20 classes of VOC.
+        ids: the ids in the masks; None recognises them by the labels, see `CocoFolder`.
+        voc: use the 20 classes of VOC.
 
     Returns:
         The data set, with 80 or 20 classes.
 
     Raises:
         DataError: the folder holds no photos.
+        ValueError: there are no such ids.
     """
-    root = Path(root)
+    root = Path(root).absolute()
     if ids not in (None, "contiguous", "original", "stuff"):
         raise ValueError(f'`ids` must be "contiguous", "original" or "stuff", got "{ids}"')
     splits = coco_splits(root)
@@ -277,68 +207,52 @@ def open_coco(root: str | Path, *, ids: CocoIds | None = None, voc: bool = False
 
 
 def coco_splits(root: Path) -> tuple[str, ...]:
-    """Name the folders of photos."""
-    found = {
+    """List the names of the folders of photos."""
+    names = {
         path.name
         for folder in _PHOTO_FOLDERS
         for path in (root / folder).glob("*/")
         if _SPLIT.fullmatch(path.name) and next(path.glob("*.jpg"), None)
     }
-    return tuple(sorted(found))
+    return tuple(sorted(names))
 
 
-def _photos(root: Path, name: str) -> dict[str, Path]:
-    for folder in _PHOTO_FOLDERS:
-        found = {path.stem: path for path in sorted((root / folder / name).glob("*.jpg"))}
-        if found:
-            return found
-    raise DataError(f"{root} holds no photos of {name} any more; open it again")
+def _files(folder: Path, ending: str) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(folder.glob(f"*.{ending}"))}
 
 
-def _labels(root: Path, name: str) -> LabelFile | None:
-    """Indices of COCO classes by image."""
-    path = root / "annotations" / f"instances_{name}.json"
-    if path.is_file():
-        return LabelFile(path, COCO_CLASSES, vectors=_instances(path))
-    vectors = [root / file for file in VECTOR_FILES if (root / file).is_file()]
-    return read_label_vectors(vectors[0], COCO_CLASSES) if vectors else None
-
-
-def _instances(path: Path) -> dict[str | int, tuple[int, ...]]:
+def _instances(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the indices of COCO classes by image."""
     index = {number: place for place, number in enumerate(COCO_IDS.values())}
     content = _read_json(path)
     try:
         stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
-        found: dict[str, set[int]] = {stem: set() for stem in stems.values()}
+        present: dict[str, set[int]] = {stem: set() for stem in stems.values()}
         for annotation in content["annotations"]:
-            found[stems[annotation["image_id"]]].add(index[annotation["category_id"]])
+            present[stems[annotation["image_id"]]].add(index[annotation["category_id"]])
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path} is no list of COCO instances ({type(error).__name__}: {error}); expected "
             "images, and annotations with their image_id and category_id"
         ) from error
-    return {stem: tuple(sorted(classes)) for stem, classes in found.items()}
+    return {stem: tuple(sorted(classes)) for stem, classes in present.items()}
 
 
 def _panoptic_forms(path: Path, *, voc: bool) -> dict[str, MaskForm]:
-    category = dict(zip(COCO_IDS.values(), coco_places(voc=voc), strict=True))
+    category = dict(zip(COCO_IDS.values(), _places(voc=voc), strict=True))
     content = _read_json(path)
+    forms = {}
     try:
-        return {
-            Path(image["file_name"]).stem: MaskForm(
-                colours=True,
-                ids={
-                    one["id"]: category.get(one["category_id"], 0) for one in image["segments_info"]
-                },
-                ignored=(0,),
-            )
-            for image in content["annotations"]
-        }
+        for image in content["annotations"]:
+            ids = {s["id"]: category.get(s["category_id"], 0) for s in image["segments_info"]}
+            form = MaskForm(colours=True, ids=ids, ignored=(0,))
+            forms[Path(image["file_name"]).stem] = form
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path} is no list of COCO panoptic masks ({type(error).__name__}: {error}); expected "
             "annotations with file_name and segments_info"
         ) from error
+    return forms
 
 
 def _read_json(path: Path) -> Any:
@@ -348,20 +262,20 @@ def _read_json(path: Path) -> Any:
         raise DataError(f"{path} is not JSON ({error}); copy it again") from error
 
 
-def _tell_ids(masks: Mapping[str, Path], labels: LabelFile | None) -> CocoIds:
-    """Count the masks that show no class but those of their labels, under either reading."""
-    readings = {
+def _recognise_ids(masks: Mapping[str, Path], labels: LabelFile | None) -> CocoIds:
+    """Count, for either kind of ids, the masks that show only classes of their labels."""
+    kinds = {
         "contiguous": coco_form("contiguous").ids or {},
         "original": coco_form("original").ids or {},
     }
-    fits = dict.fromkeys(readings, 0)
+    fits = dict.fromkeys(kinds, 0)
     for stem, path in list(masks.items())[:_EVIDENCE]:
         try:
             known = () if labels is None else labels.classes_of(stem, str(path))
-            values = present(mask_values(path)).tolist()
+            values = unique_values(mask_values(path)).tolist()
         except DataError:
-            continue  # it is told of where it is used
-        named = {index + 1 for index in known} | {0}
-        for reading, ids in readings.items():
-            fits[reading] += {ids.get(value, -1) for value in values if value != 255} <= named
+            continue  # the error is reported where the mask or label is used
+        allowed = {index + 1 for index in known} | {0}
+        for kind, ids in kinds.items():
+            fits[kind] += {ids.get(value, -1) for value in values if value != IGNORE} <= allowed
     return "original" if fits["original"] > fits["contiguous"] else "contiguous"

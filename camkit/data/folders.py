@@ -1,20 +1,64 @@
-"""A plain folder as a data set, and which data set any folder is."""
+"""Plain folders as data sets, and the function that opens a folder of any layout."""
 
 import csv
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from camkit.data.coco import coco_splits, open_coco
 from camkit.data.imagenet import open_imagenet_s
-from camkit.data.labels import check_split, closest, read_names, read_text
+from camkit.data.labels import check_split, read_names, read_text
 from camkit.data.sample import DataSet, Sample
 from camkit.data.voc import open_voc
-from camkit.errors import DataError
+from camkit.errors import DataError, closest
 
 _HEADER = ["image", "labels"]
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ALL = "all"
+_MOST_SHOWN = 8
+
+
+def open_dataset(path: str | Path) -> DataSet:
+    """Open a folder in the layout of PASCAL VOC, MS COCO or ImageNet-S, or a plain folder.
+
+    Args:
+        path: a folder with ``JPEGImages/`` and ``ImageSets/Segmentation/`` (VOC), ``images/`` and
+            ``labels.csv`` (plain), ``validation-segmentation/`` or ``train-semi-segmentation/``
+            (ImageNet-S), or photos in folders such as ``train2017/`` (COCO). `open_voc` and
+            `open_coco` have settings.
+
+    Returns:
+        The data set; its paths are absolute.
+
+    Raises:
+        DataError: the folder has none of these layouts, or a file in it cannot be used.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; name the folder that holds the data set")
+    opener = find_layout(root)
+    if opener is not None:
+        return opener(root)
+    entries = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
+    shown = ", ".join(entries[:_MOST_SHOWN]) or "nothing"
+    more = ", ..." if len(entries) > _MOST_SHOWN else ""
+    raise DataError(
+        f"{root} is no known data set: expected JPEGImages/ and ImageSets/Segmentation/ (VOC), or "
+        "images/ and labels.csv (plain folder), or train2017/ and the like (COCO), or validation/ "
+        f"and validation-segmentation/ (ImageNet-S), found {shown}{more}; name the folder above "
+        "these"
+    )
+
+
+def find_layout(root: Path) -> Callable[[Path], DataSet] | None:
+    """Return the function that opens this folder, or None for an unknown layout."""
+    if (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation").is_dir():
+        return open_voc
+    if (root / "images").is_dir() and (root / "labels.csv").is_file():
+        return open_folder
+    if any((root / f"{split}-segmentation").is_dir() for split in ("validation", "train-semi")):
+        return open_imagenet_s
+    return open_coco if coco_splits(root) else None
 
 
 @dataclass(frozen=True)
@@ -23,10 +67,10 @@ class PlainFolder:
 
     ``labels.csv`` starts with the line ``image,labels``; each row names a file in ``images/``, with
     or without its ending, and its classes with ``;`` between them: ``cat1.jpg,cat;sofa``. Images
-    without a row are left out. ``classes.txt`` gives the classes in the order of their mask ids,
-    one a line; without it they are the names in ``labels.csv``, sorted. Masks are
-    ``masks/<name>.png``, for as many images as there are. Each file ``splits/<split>.txt`` lists
-    names, one a line; without any there is one split, "all".
+    without a row are left out. ``classes.txt`` lists the classes in the order of their mask ids,
+    one per line; without it they are the names in ``labels.csv``, sorted. Masks are
+    ``masks/<name>.png``; an image may lack one. Each file ``splits/<split>.txt`` lists names, one
+    per line; without any there is one split, "all".
     """
 
     root: Path
@@ -34,17 +78,24 @@ class PlainFolder:
     splits: tuple[str, ...] = (_ALL,)
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of one split, in the order of its list.
+        """List the samples of a split, in the order of its list.
 
         Raises:
             ValueError: there is no such split.
             DataError: a line of ``labels.csv`` or of the split's list cannot be used.
         """
         check_split(name, self.splits)
-        samples = {
-            stem: self._sample(photo, labels, line)
-            for stem, (photo, labels, line) in _read_rows(self.root).items()
-        }
+        samples = {}
+        for stem, (photo, labels, line) in _read_rows(self.root).items():
+            for label in labels:
+                if label not in self.classes:
+                    raise DataError(
+                        f"{self.root / 'labels.csv'}, line {line}: {label!r} is not a class; "
+                        f"{closest(label, self.classes)}"
+                    )
+            mask = self.root / "masks" / f"{stem}.png"
+            classes = tuple(sorted({self.classes.index(label) for label in labels}))
+            samples[stem] = Sample(stem, photo, mask if mask.is_file() else None, classes)
         listing = self.root / "splits" / f"{name}.txt"
         if name == _ALL and not listing.is_file():
             return tuple(samples.values())
@@ -58,19 +109,8 @@ class PlainFolder:
         return tuple(samples[stem] for stem in stems)
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
-        """Go through one split; `open_folder` has refused what cannot be used."""
+        """Yield the samples of a split; `open_folder` has refused unusable rows."""
         yield from self.split(name)
-
-    def _sample(self, photo: Path, labels: list[str], line: int) -> Sample:
-        for label in labels:
-            if label not in self.classes:
-                raise DataError(
-                    f"{self.root / 'labels.csv'}, line {line}: {label!r} is not a class; "
-                    f"{closest(label, self.classes)}"
-                )
-        mask = self.root / "masks" / f"{photo.stem}.png"
-        classes = tuple(sorted({self.classes.index(label) for label in labels}))
-        return Sample(photo.stem, photo, mask if mask.is_file() else None, classes)
 
 
 def open_folder(root: str | Path) -> PlainFolder:
@@ -83,9 +123,9 @@ def open_folder(root: str | Path) -> PlainFolder:
         The data set.
 
     Raises:
-        DataError: the folder is empty, or a file in it is of another form.
+        DataError: the folder is empty, or a file in it has another form.
     """
-    root = Path(root)
+    root = Path(root).absolute()
     rows = _read_rows(root)
     names = root / "classes.txt"
     if names.is_file():
@@ -95,12 +135,12 @@ def open_folder(root: str | Path) -> PlainFolder:
     splits = tuple(sorted(path.stem for path in (root / "splits").glob("*.txt")))
     data = PlainFolder(root, classes, splits or (_ALL,))
     for name in data.splits:
-        data.split(name)  # a wrong line shows now, not hours into a run
+        data.split(name)  # report a wrong line now, not hours into a run
     return data
 
 
 def _read_rows(root: Path) -> dict[str, tuple[Path, list[str], int]]:
-    """Give the photo, the labels and the line of each image in ``labels.csv``."""
+    """Map each image name in ``labels.csv`` to its photo, labels and line number."""
     path = root / "labels.csv"
     images = _find_images(root / "images")
     reader = csv.reader(read_text(path).splitlines(), skipinitialspace=True, strict=True)
@@ -110,14 +150,14 @@ def _read_rows(root: Path) -> dict[str, tuple[Path, list[str], int]]:
         if header != _HEADER:
             raise DataError(f"{path}, line 1: expected image,labels, got {','.join(header)}")
         for cells in filter(None, reader):
-            row = _read_row(cells, reader.line_num, path, images)
-            stem = row[0].stem
-            if stem in rows:
+            line = reader.line_num
+            photo, labels = _read_row(cells, f"{path}, line {line}", images)
+            if photo.stem in rows:
                 raise DataError(
-                    f"{path}, line {row[2]}: {stem!r} stands on line {rows[stem][2]} already; "
-                    "put all its labels in one row"
+                    f"{path}, line {line}: {photo.stem!r} is already on line "
+                    f"{rows[photo.stem][2]}; put all its labels in one row"
                 )
-            rows[stem] = row
+            rows[photo.stem] = (photo, labels, line)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}; check the quotes") from error
     if not rows:
@@ -125,27 +165,20 @@ def _read_rows(root: Path) -> dict[str, tuple[Path, list[str], int]]:
     return rows
 
 
-def _read_row(
-    cells: list[str], line: int, path: Path, images: Mapping[str, Path]
-) -> tuple[Path, list[str], int]:
+def _read_row(cells: list[str], source: str, images: dict[str, Path]) -> tuple[Path, list[str]]:
     if len(cells) != len(_HEADER):
-        raise DataError(
-            f"{path}, line {line}: expected 2 columns, got {len(cells)}; put ; between labels"
-        )
+        raise DataError(f"{source}: expected 2 columns, got {len(cells)}; put ; between labels")
     image = cells[0].strip()
     if image not in images:
-        raise DataError(
-            f"{path}, line {line}: no image {image!r} in {path.parent / 'images'}; "
-            "add the file or remove the row"
-        )
+        raise DataError(f"{source}: images/ holds no {image!r}; add the file or remove the row")
     labels = [label.strip() for label in cells[1].split(";") if label.strip()]
     if not labels:
-        raise DataError(f"{path}, line {line}: {image!r} has no labels; name at least one class")
-    return images[image], labels, line
+        raise DataError(f"{source}: {image!r} has no labels; name at least one class")
+    return images[image], labels
 
 
 def _find_images(folder: Path) -> dict[str, Path]:
-    """Look images up by file name and by stem."""
+    """Map file names and stems to images."""
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _ENDINGS)
     if not paths:
         raise DataError(f"{folder} holds no images; expected files ending in {' '.join(_ENDINGS)}")
@@ -158,49 +191,3 @@ def _find_images(folder: Path) -> dict[str, Path]:
             )
         by_stem[path.stem] = path
     return by_stem | {path.name: path for path in paths}
-
-
-_MOST_SHOWN = 8
-
-
-def open_dataset(path: str | Path) -> DataSet:
-    """Open a folder in the layout of PASCAL VOC, MS COCO or ImageNet-S, or a plain folder.
-
-    Args:
-        path: a folder with ``JPEGImages/`` and ``ImageSets/Segmentation/`` (VOC), ``images/`` and
-            ``labels.csv`` (plain), ``validation-segmentation/`` or ``train-semi-segmentation/``
-            (ImageNet-S), or photos in folders such as ``train2017/`` (COCO). `open_voc`,
-            `open_coco` and their like have settings.
-
-    Returns:
-        The data set.
-
-    Raises:
-        DataError: the folder has none of these layouts, or a file in it cannot be used.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; name the folder that holds the data set")
-    opener = find_layout(root)
-    if opener is not None:
-        return opener(root)
-    found = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
-    shown = ", ".join(found[:_MOST_SHOWN]) or "nothing"
-    more = ", ..." if len(found) > _MOST_SHOWN else ""
-    raise DataError(
-        f"{root} is no known data set: expected JPEGImages/ and ImageSets/Segmentation/ (VOC), or "
-        "images/ and labels.csv (plain folder), or train2017/ and the like (COCO), or validation/ "
-        "and validation-segmentation/ (ImageNet-S), "
-        f"found {shown}{more}; name the folder above these"
-    )
-
-
-def find_layout(root: Path) -> Callable[[Path], DataSet] | None:
-    """What opens a folder of a known layout; None for others."""
-    if (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation").is_dir():
-        return open_voc
-    if (root / "images").is_dir() and (root / "labels.csv").is_file():
-        return open_folder
-    if any((root / f"{split}-segmentation").is_dir() for split in ("validation", "train-semi")):
-        return open_imagenet_s
-    return open_coco if coco_splits(root) else None

@@ -25,32 +25,37 @@ VOC_IN_IMAGENET: dict[str, tuple[int, ...]] = {
     "dog": tuple(range(151, 269)),  # the domestic dogs
     "horse": (339,),  # sorrel
     "motorbike": (665, 670),  # moped, motor scooter
-    "person": (981, 982, 983),  # ballplayer, groom, scuba diver: all the people there are
+    "person": (981, 982, 983),  # ballplayer, groom, scuba diver: the only people
     "pottedplant": (738,),
     "sheep": (348, 349),  # ram, bighorn
     "sofa": (831,),  # studio couch
     "train": (466, 547, 705, 820),  # bullet train, electric and steam locomotive, passenger car
     "tvmonitor": (664, 782, 851),  # monitor, screen, television
 }
-"""Output indices by VOC class, after the WordNet names of the outputs; a class's score is the
-logsumexp of its outputs. Close relatives stand in where VOC's own animal is missing."""
+"""Output indices by VOC class, chosen by the WordNet names of the outputs; the score of a class is
+the logsumexp of its outputs. Close relatives replace animals of VOC that ImageNet lacks."""
 
 
 def imagenet_vocabulary() -> Vocabulary:
-    """Name the 1000 outputs of an ImageNet-1k classifier, and behind them the 20 classes of VOC.
+    """Name the 1000 outputs of an ImageNet-1k classifier, followed by the 20 classes of VOC.
 
-    Names of outputs are timm's, in the order of the outputs; ``camkit.wrap(model,
+    The names of outputs are timm's, in the order of the outputs; ``camkit.wrap(model,
     vocabulary=imagenet_vocabulary())`` understands "tabby" as well as "cat".
     """
-    from timm.data.imagenet_info import ImageNetInfo
-
-    names = tuple(ImageNetInfo("imagenet-1k").label_descriptions())
+    names = tuple(_wordnet_names().values())
     single = tuple((index,) for index in range(len(names)))
     return Vocabulary((*names, *VOC_IN_IMAGENET), (*single, *VOC_IN_IMAGENET.values()))
 
 
+def _wordnet_names() -> dict[str, str]:
+    from timm.data.imagenet_info import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    return dict(zip(info.label_names(), info.label_descriptions(), strict=True))
+
+
 IMAGENET_S_FORM = MaskForm(colours=True, ignored=(1000,))
-"""An id is red + 256 * green; 0 is any other category, 1000 counts nowhere."""
+"""An id is red + 256 * green; 0 is any other category, pixels of 1000 are not scored."""
 
 _SPLITS = ("train", "train-semi", "validation", "test")
 _CLASS_FOLDER = re.compile(r"n\d{8}")
@@ -62,12 +67,11 @@ _SIZES = (50, 300, 919)
 class ImageNetSFolder:
     """ImageNet-S with 50, 300 or 919 classes; `open_imagenet_s` finds its classes and splits.
 
-    Photos are ``<split>/<WordNet id>/*.JPEG``, masks ``<split>-segmentation/<WordNet id>/*.png``;
-    train-semi and validation have them. The label of an image is its folder. Classes bear
-    ImageNet's names, as the vocabulary of an ImageNet classifier does.
-
-    In the set of 919, five classes stand for two ImageNet classes each (sunglasses and sunglass,
-    such twins); their names are those of the twin that names the folder.
+    Photos are ``<split>/<WordNet id>/*.JPEG``, masks ``<split>-segmentation/<WordNet id>/*.png``,
+    for train-semi and validation. The label of an image is its folder. Classes have ImageNet's
+    names, as in the vocabulary of an ImageNet classifier. In the set of 919, five classes join two
+    ImageNet classes each (such as sunglasses and sunglass); their names are those of the class
+    that names the folder.
     """
 
     root: Path
@@ -76,34 +80,29 @@ class ImageNetSFolder:
     splits: tuple[str, ...]
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of one split, class by class.
-
-        Raises:
-            ValueError: there is no such split.
-            DataError: a folder of the split is no class.
-        """
+        """List the samples of a split, class by class; raises the first error of `entries`."""
         return all_usable(self.entries(name))
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
-        """Go through one split; a folder that is no class is given as an error."""
+        """Yield the samples of a split, and an error for each folder that is not a class."""
         check_split(name, self.splits)
         for folder in sorted((self.root / name).glob("n*/")):
             if folder.name not in self.folders:
                 yield DataError(f"{folder} is none of the {len(self.folders)} classes; remove it")
                 continue
             masks = self.root / f"{name}-segmentation" / folder.name
-            known = {path.stem: path for path in masks.glob("*.png")}
-            index = self.folders.index(folder.name)
+            mask_of = {path.stem: path for path in masks.glob("*.png")}
+            classes = (self.folders.index(folder.name),)
             for photo in sorted(folder.iterdir()):
                 if photo.suffix.lower() in _PHOTOS:
-                    mask = known.get(photo.stem)
-                    yield Sample(photo.stem, photo, mask, (index,), IMAGENET_S_FORM)
+                    mask = mask_of.get(photo.stem)
+                    yield Sample(photo.stem, photo, mask, classes, IMAGENET_S_FORM)
 
 
 def open_imagenet_s(root: str | Path) -> ImageNetSFolder:
     """Find the classes and splits of a folder of ImageNet-S.
 
-    Ids follow the sorted WordNet ids of all classes, so all must be known: from the official
+    Mask ids follow the sorted WordNet ids of all classes, so all must be known: from the official
     ``ImageNetS_categories_im*.txt`` in the folder, or else from its class folders.
 
     Args:
@@ -115,7 +114,7 @@ def open_imagenet_s(root: str | Path) -> ImageNetSFolder:
     Raises:
         DataError: the folder has no split, or some of its classes are missing and not listed.
     """
-    root = Path(root)
+    root = Path(root).absolute()
     splits = tuple(name for name in _SPLITS if next((root / name).glob("n*/"), None))
     if not splits:
         raise DataError(
@@ -126,24 +125,17 @@ def open_imagenet_s(root: str | Path) -> ImageNetSFolder:
     if lists:
         folders = tuple(sorted(read_names(lists[0])))
     else:
-        found = {path.name for name in splits for path in (root / name).glob("n*/")}
-        folders = tuple(sorted(name for name in found if _CLASS_FOLDER.fullmatch(name)))
+        present = {path.name for name in splits for path in (root / name).glob("n*/")}
+        folders = tuple(sorted(name for name in present if _CLASS_FOLDER.fullmatch(name)))
         if len(folders) not in _SIZES:
             raise DataError(
                 f"{root} has {len(folders)} class folders, expected 50, 300 or 919; ids count all "
                 f"classes, so put ImageNetS_categories_im50.txt (or 300, 919) of ImageNet-S there"
             )
-    return ImageNetSFolder(root, folders, _names(folders), splits)
-
-
-def _names(folders: tuple[str, ...]) -> tuple[str, ...]:
-    """ImageNet's names, with the WordNet id behind a name that two classes bear."""
-    from timm.data.imagenet_info import ImageNetInfo
-
-    info = ImageNetInfo("imagenet-1k")
-    known = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
+    known = _wordnet_names()
     names = [known.get(folder, folder) for folder in folders]
-    return tuple(
-        name if names.count(name) == 1 else f"{name} ({folder})"
+    classes = tuple(
+        name if names.count(name) == 1 else f"{name} ({folder})"  # two classes share the name
         for name, folder in zip(names, folders, strict=True)
     )
+    return ImageNetSFolder(root, folders, classes, splits)

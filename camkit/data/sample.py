@@ -1,4 +1,4 @@
-"""What a data set is made of: samples with image-level labels, and masks with class ids."""
+"""The parts of a data set: samples with image-level labels, and masks with class ids."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,31 +12,30 @@ from torch import Tensor
 
 from camkit.errors import DataError
 from camkit.photo import decode
+from camkit.tensors import IGNORE
 
-_IGNORE = 255
-_MOST_CLASSES = 254  # 255 is ignore
-_FEW = 2**16
+_COUNTABLE = 2**16  # up to here, counting every value is far faster than sorting
 
 
 @dataclass(frozen=True)
 class MaskForm:
-    """How the pixel values of a mask file stand for classes.
+    """How the pixel values of a mask file encode classes.
 
     Attributes:
         colours: a value is red + 256 * green + 65536 * blue of an RGB image; else it is an index
             into a palette or an 8-bit grey level.
         ids: the id (0 for background, else class index + 1) of each value; None where values are
             ids already.
-        ignored: values of pixels that count nowhere.
+        ignored: values of pixels that are not scored.
     """
 
     colours: bool = False
     ids: Mapping[int, int] | None = None
-    ignored: tuple[int, ...] = (_IGNORE,)
+    ignored: tuple[int, ...] = (IGNORE,)
 
 
 VOC_FORM = MaskForm()
-"""Ids in a palette or grey levels, 255 for ignore: most of the field."""
+"""Ids in a palette or in grey levels, 255 for ignore: the form of most data sets."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ class Sample:
     Attributes:
         name: the file name without its ending.
         photo: the image file.
-        mask: the ground truth, where there is one.
-        classes: indices of the classes present, from 0, ascending; the background is no class.
-        form: how the mask is to be read.
+        mask: the ground truth, if there is one.
+        classes: indices of the classes present, from 0, ascending; the background is not a class.
+        form: how the mask encodes classes.
     """
 
     name: str
@@ -62,8 +61,9 @@ class Sample:
 class DataSet(Protocol):
     """Images with image-level labels, in named splits.
 
-    A mask holds 0 for background, the index in ``classes`` plus one, and 255 for ignore, or it is
-    of the `MaskForm` that its sample names.
+    A mask holds 0 for background, the index in ``classes`` plus one, and 255 for ignore, unless its
+    sample names another `MaskForm`. The openers make ``root`` and all paths of samples absolute, so
+    that they stay valid when the working directory changes.
     """
 
     @property
@@ -76,10 +76,15 @@ class DataSet(Protocol):
     def splits(self) -> tuple[str, ...]: ...
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of one split, in the order of its list."""
+        """List the samples of a split, in the order of its list.
+
+        Raises:
+            ValueError: there is no such split.
+            DataError: a photo, label or mask of the split cannot be used.
+        """
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
-        """Go through one split; an entry that cannot be used is given as what is wrong with it."""
+        """Yield the samples of a split, and an error in place of each that cannot be used."""
 
 
 def all_usable(entries: Iterable[Sample | DataError]) -> tuple[Sample, ...]:
@@ -105,10 +110,9 @@ def read_mask(
     Args:
         path: a PNG.
         size: rows and columns of the image it belongs to.
-        num_classes: how many classes the data set has, background not counted.
-        form: how its values stand for classes, as the sample says.
-        classes: the classes of interest; all others become background. None takes all, of which
-            there may be 254.
+        num_classes: number of classes of the data set, background not counted.
+        form: how its values encode classes, as the sample says.
+        classes: the classes to keep, at most 254; all others become background. None keeps all.
 
     Returns:
         0 for background, class index + 1 (with ``classes``: place in it + 1), 255 for ignore;
@@ -116,28 +120,33 @@ def read_mask(
 
     Raises:
         DataError: the file holds no ids, ids of no class, or another size than the image.
+        ValueError: there are more classes than a mask can hold.
     """
-    asked = range(num_classes) if classes is None else classes
-    if len(asked) > _MOST_CLASSES:
+    kept = range(num_classes) if classes is None else classes
+    if len(kept) >= IGNORE:
         raise ValueError(
-            f"a mask has room for {_MOST_CLASSES} classes, got {len(asked)}; name those of "
+            f"a mask has room for {IGNORE - 1} classes, got {len(kept)}; pass the classes of "
             "interest as `classes`"
         )
     ids = mask_ids(path, size=size, num_classes=num_classes, form=form)
     values = np.zeros(num_classes + 2, np.int64)
-    values[[index + 1 for index in asked]] = range(1, len(asked) + 1)
-    values[-1] = _IGNORE  # ignored pixels have the id -1
+    values[[index + 1 for index in kept]] = range(1, len(kept) + 1)
+    values[-1] = IGNORE  # ignored pixels have the id -1
     return torch.from_numpy(values[ids])
 
 
 def mask_classes(path: Path, *, num_classes: int, form: MaskForm = VOC_FORM) -> tuple[int, ...]:
-    """List the classes a mask shows, from 0, ascending; background and ignore are none.
+    """List the classes in a mask, from 0, ascending, without background and ignore.
 
     Raises:
         DataError: the file holds no ids, or ids of no class.
     """
-    ids = mask_ids(path, size=None, num_classes=num_classes, form=form)
-    return tuple(value - 2 for value in present(ids + 1).tolist() if value > 1)
+    return classes_in(mask_ids(path, size=None, num_classes=num_classes, form=form))
+
+
+def classes_in(ids: Int[np.ndarray, "H W"]) -> tuple[int, ...]:
+    """List the classes in the ids of `mask_ids`, from 0, ascending."""
+    return tuple(value - 2 for value in unique_values(ids + 1).tolist() if value > 1)
 
 
 def mask_ids(
@@ -152,27 +161,26 @@ def mask_ids(
     if size is not None and values.shape != size:
         raise DataError(
             f"{path} has {values.shape[0]}x{values.shape[1]} pixels (rows x columns) but its image "
-            f"has {size[0]}x{size[1]}; save the mask at image size, or turn it as EXIF turns the "
-            "photo"
+            f"has {size[0]}x{size[1]}; save the mask at image size, or rotate it as EXIF rotates "
+            "the photo"
         )
-    known = form.ids or {value: value for value in range(num_classes + 1)}
-    known = dict(known) | dict.fromkeys(form.ignored, -1)
-    held = present(values)
-    unknown = [value for value in held.tolist() if value not in known]
+    known = dict(form.ids or {value: value for value in range(num_classes + 1)})
+    id_of = known | dict.fromkeys(form.ignored, -1)
+    held = unique_values(values)
+    unknown = [value for value in held.tolist() if value not in id_of]
     if unknown:
-        named = range(num_classes + 1) if form.ids is None else form.ids
-        some = "" if form.ids is None else f"{len(named)} from "
+        count = "" if form.ids is None else f"{len(known)} from "
         raise DataError(
             f"{path} holds the ids {', '.join(map(str, unknown))}; allowed are "
-            f"{some}{min(named, default=0)} to {max(named, default=0)} for {num_classes} classes "
-            f"and {', '.join(map(str, form.ignored))} for ignore"
+            f"{count}{min(known)} to {max(known)} for {num_classes} classes and "
+            f"{', '.join(map(str, form.ignored))} for ignore"
         )
-    ids = np.array([known[value] for value in held.tolist()], np.int64)
+    ids = np.array([id_of[value] for value in held.tolist()], np.int64)
     return ids[np.searchsorted(held, values)]
 
 
 def mask_values(path: Path, *, form: MaskForm = VOC_FORM) -> Integer[np.ndarray, "H W"]:
-    """Read the pixel values of a mask file, whatever they stand for.
+    """Read the pixel values of a mask file, before they are mapped to classes.
 
     Raises:
         DataError: the file holds no values of this form.
@@ -186,7 +194,7 @@ def mask_values(path: Path, *, form: MaskForm = VOC_FORM) -> Integer[np.ndarray,
             )
         red, green, blue = np.moveaxis(np.array(image).astype(np.int32), -1, 0)
         return red + 256 * green + 65536 * blue
-    # PIL stretches 2- and 4-bit grey levels to 0..255, so only 8-bit ones are still ids.
+    # PIL stretches 2- and 4-bit grey levels to 0..255, so only 8-bit levels are still ids.
     stretched = image.mode == "L" and _png_bits(path) != 8
     if image.format != "PNG" or image.mode not in ("P", "L") or stretched:
         raise DataError(
@@ -196,10 +204,10 @@ def mask_values(path: Path, *, form: MaskForm = VOC_FORM) -> Integer[np.ndarray,
     return np.array(image)
 
 
-def present(values: Integer[np.ndarray, "H W"]) -> Integer[np.ndarray, "n"]:
-    """Values from 0 that occur, ascending."""
-    if values.size and values.max() < _FEW:
-        return np.flatnonzero(np.bincount(values.ravel()))  # far faster than sorting
+def unique_values(values: Integer[np.ndarray, "H W"]) -> Integer[np.ndarray, "n"]:
+    """List the distinct values, all at least 0, in ascending order."""
+    if values.size and values.max() < _COUNTABLE:
+        return np.flatnonzero(np.bincount(values.ravel()))
     return np.unique(values)
 
 

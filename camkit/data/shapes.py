@@ -15,7 +15,7 @@ SHAPE_CLASSES = ("circle", "square", "triangle")
 """The classes of the drawn images; circles are red, squares blue, triangles yellow."""
 
 _COLOURS = ((214, 48, 49), (41, 98, 200), (243, 190, 38))
-_SMALLEST = 16  # pixels; below that a shape has too few pixels to be told apart
+_SMALLEST = 16  # pixels; smaller shapes have too few pixels to be told apart
 
 
 def draw_shapes(
@@ -28,15 +28,15 @@ def draw_shapes(
     the image. The same arguments always draw the same images.
 
     Args:
-        count: how many images.
-        size: rows and columns; 64 x 96 is 4 x 6 patches of 16, the least a map can be read on.
+        count: number of images.
+        size: rows and columns; 64 x 96 is 4 x 6 patches of 16, the least that a map can resolve.
         rng_seed: another seed draws other images.
 
     Returns:
         Pictures with their masks: 0 background, 1 circle, 2 square, 3 triangle.
 
     Raises:
-        ValueError: no image is asked for, or its sides are below 16.
+        ValueError: ``count`` is below 1, or a side is below 16.
     """
     if count < 1:
         raise ValueError(f"`count` must be at least 1, got {count}")
@@ -52,8 +52,8 @@ def write_shapes(
     """Write drawn images as a folder in the layout of PASCAL VOC.
 
     Args:
-        folder: made if it is not there.
-        count: how many images; the last quarter, at least one, is "val", the rest is "train".
+        folder: is created if it does not exist.
+        count: number of images; the last quarter, at least one, is "val", the rest is "train".
         size: rows and columns of each image.
         rng_seed: another seed draws other images.
 
@@ -61,14 +61,14 @@ def write_shapes(
         The data set as `open_voc` would open it.
 
     Raises:
-        ValueError: there are too few images for two splits, or their sides are below 16.
+        ValueError: there are too few images for two splits, or a side is below 16.
     """
     if count < 2:
         raise ValueError(f"`count` must be at least 2, one image for each split, got {count}")
-    root = Path(folder)
+    root = Path(folder).absolute()
     lists = root / "ImageSets" / "Segmentation"
-    for made in (root / "JPEGImages", root / "SegmentationClass", lists):
-        made.mkdir(parents=True, exist_ok=True)
+    for path in (root / "JPEGImages", root / "SegmentationClass", lists):
+        path.mkdir(parents=True, exist_ok=True)
     labels: dict[str, list[str]] = {}
     for index, (rgb, mask) in enumerate(draw_shapes(count, size=size, rng_seed=rng_seed)):
         name = f"shapes_{index:04d}"
@@ -94,10 +94,13 @@ def _draw(
     rows, cols = size
     picture = _ground(rng, size)
     mask = np.zeros(size, dtype=np.int64)
-    boxes = [(0, 0, rows, cols)]
+    boxes = [(0, 0, rows, cols)]  # top, left, bottom, right
     classes = [first]
     if rng.random() < 0.5:
-        boxes = _halves(rows, cols)
+        if cols >= rows:
+            boxes = [(0, 0, rows, cols // 2), (0, cols // 2, rows, cols)]
+        else:
+            boxes = [(0, 0, rows // 2, cols), (rows // 2, 0, rows, cols)]
         rng.shuffle(boxes)
         classes.append((first + int(rng.integers(1, len(SHAPE_CLASSES)))) % len(SHAPE_CLASSES))
     for index, box in zip(classes, boxes, strict=False):
@@ -106,13 +109,6 @@ def _draw(
         picture[inside] = shade + 0.25 * (picture[inside] - picture[inside].mean())
         mask[inside] = index + 1
     return picture.clip(0, 255).round().astype(np.uint8), mask
-
-
-def _halves(rows: int, cols: int) -> list[tuple[int, int, int, int]]:
-    """Cut the image across its long side: top, left, bottom, right of both halves."""
-    if cols >= rows:
-        return [(0, 0, rows, cols // 2), (0, cols // 2, rows, cols)]
-    return [(0, 0, rows // 2, cols), (rows // 2, 0, rows, cols)]
 
 
 def _ground(rng: np.random.Generator, size: tuple[int, int]) -> Float[np.ndarray, "H W 3"]:
@@ -128,8 +124,7 @@ def _shape(
     rng: np.random.Generator, size: tuple[int, int], index: int, box: tuple[int, int, int, int]
 ) -> Bool[np.ndarray, "H W"]:
     top, left, bottom, right = box
-    room = min(bottom - top, right - left) / 2
-    radius = rng.uniform(0.55, 0.9) * room
+    radius = rng.uniform(0.55, 0.9) * (min(bottom - top, right - left) / 2)
     y = rng.uniform(top + radius, bottom - radius)
     x = rng.uniform(left + radius, right - radius)
     down, across = np.mgrid[: size[0], : size[1]] + 0.5  # pixel centres

@@ -1,4 +1,4 @@
-"""Pickles of arrays, read without running anything that they name."""
+"""Read pickles of arrays without running anything that they name."""
 
 import io
 import math
@@ -32,59 +32,61 @@ _TORCH_MAGIC, _TORCH_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 def unpickle(data: bytes, source: Path) -> object:
     """Read what `numpy.save` pickles: an array of objects, such as one dict of arrays.
 
-    Nothing that the pickle names is imported or called. The few names that such files need stand
-    for functions of this module, which build numpy arrays from bytes; every other name is refused.
+    Nothing that the pickle names is imported or called. The few names that such files need are
+    mapped to functions of this module, which build numpy arrays from bytes; every other name is
+    refused.
 
     Args:
         data: the pickle.
-        source: the file it comes from, for messages.
+        source: the file that it comes from, for error messages.
 
     Returns:
-        The one object of a 0-d array, else what was pickled. Arrays and torch tensors in a dict
-        are numpy arrays, numpy scalars are Python numbers.
+        The single object of a 0-d array, else the pickled object. Arrays and torch tensors in a
+        dict become numpy arrays, numpy scalars become Python numbers.
 
     Raises:
         DataError: the pickle asks for another name, or is damaged.
     """
     try:
         file = io.BytesIO(data)
-        content = _plain(_load(file, _NAMES))
-        if file.read(1):  # damage may end it early, and it looks like one with less in it
+        content = _to_plain(_load(file, _NAMES))
+        if file.read(1):  # a damaged pickle may end early and then looks like a shorter one
             raise pickle.UnpicklingError("bytes follow its end")
     except _ForbiddenNameError as error:
         raise DataError(
             f"{source} asks for {error}, which no file of class maps needs and which could run "
-            "code; nothing of it was run, do not open it with numpy or pickle either"
+            "code; it was not run; do not load this file with numpy or pickle either"
         ) from error
     except _DAMAGED as error:
         raise DataError(
-            f"{source} holds a damaged pickle, or another than of arrays ({error}); write it again"
+            f"{source} holds a damaged pickle or objects other than arrays ({error}); "
+            "write it again"
         ) from error
     return content
 
 
 class _ForbiddenNameError(Exception):
-    """A pickle named something beyond the few names it may use."""
+    """A pickle named something other than the few names it may use."""
 
 
-class _Maker:
-    """A function that a pickle may call; nothing else can be done to it."""
+class _Constructor:
+    """A function that a pickle may call and cannot change."""
 
-    __slots__ = ("_make",)
+    __slots__ = ("_function",)
 
-    def __init__(self, make: Callable[..., object]) -> None:
-        self._make = make
+    def __init__(self, function: Callable[..., object]) -> None:
+        self._function = function
 
     def __call__(self, *args: object) -> object:
-        return self._make(*args)
+        return self._function(*args)
 
     def __setstate__(self, state: object) -> None:
-        # Without this, a pickle could set attributes that outlive it.
+        # Without this method, a pickle could set attributes that outlive it.
         raise pickle.UnpicklingError("it changes a function")
 
 
 class _Dtype:
-    """What a pickle says of a dtype; numpy never sees a state it would trust blindly."""
+    """A pickled dtype; numpy never receives a state that it would trust blindly."""
 
     def __init__(self, code: str, *_: object) -> None:
         if code != _OBJECTS and not _NUMBERS.fullmatch(code):
@@ -103,7 +105,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array that is known only once the pickle has given its state."""
+    """A pickled array; its content is known once the pickle has given its state."""
 
     def __init__(self, array: np.ndarray | None = None) -> None:
         self._array = array
@@ -114,8 +116,8 @@ class _Array:
             self._array = _numbers(content, dtype, shape, "F" if is_fortran else "C")
             return
         objects = np.empty(len(content), dtype=object)
-        for index, one in enumerate(content):
-            objects[index] = one
+        for index, value in enumerate(content):
+            objects[index] = value
         self._array = objects.reshape(shape, order="F" if is_fortran else "C")
 
     def array(self) -> np.ndarray:
@@ -125,7 +127,7 @@ class _Array:
 
 
 class _Storage(NamedTuple):
-    """What a pickled tensor says of its bytes, which follow after the pickle."""
+    """A pickled tensor's reference to its bytes, which follow after the pickle."""
 
     dtype: np.dtype[Any]
     key: str
@@ -156,20 +158,20 @@ def _load(file: io.BytesIO, names: Mapping[tuple[str, str], object]) -> Any:
     start = file.tell()
     end = len(file.getbuffer())
     for opcode, argument, _ in pickletools.genops(file):
-        # The unpickler makes room for every slot below the highest, wanted or not.
+        # The unpickler allocates every slot below the highest one, whether it is used or not.
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > end:
             raise pickle.UnpicklingError("its memory slots do not fit its length")
     file.seek(start)
     return _Reader(file, names).load()
 
 
-def _plain(value: object) -> object:
+def _to_plain(value: object) -> object:
     if isinstance(value, _Array):
         array = value.array()
         value = array.item() if array.dtype == object and array.shape == () else array
     if isinstance(value, dict):
-        # One level is all that maps need; deeper ones may share parts and grow without end.
-        return {key: one.array() if isinstance(one, _Array) else one for key, one in value.items()}
+        # Class maps need one level; deeper ones may share parts and grow without end.
+        return {key: v.array() if isinstance(v, _Array) else v for key, v in value.items()}
     return value
 
 
@@ -178,20 +180,10 @@ def _numbers(
 ) -> np.ndarray:
     if isinstance(raw, str):
         raw = raw.encode("latin1")
-    wanted = dtype.numbers()
-    if len(raw) != math.prod(shape) * wanted.itemsize:
+    number = dtype.numbers()
+    if len(raw) != math.prod(shape) * number.itemsize:
         raise pickle.UnpicklingError(f"{len(raw)} bytes are no array of shape {shape}")
-    return np.ndarray(shape, wanted, buffer=raw, order=order)
-
-
-def _scalar(dtype: _Dtype, raw: bytes | str) -> object:
-    return _numbers(raw, dtype, (), "C").item()
-
-
-def _from_buffer(
-    raw: bytes | bytearray, dtype: _Dtype, shape: tuple[int, ...], order: str
-) -> _Array:
-    return _Array(_numbers(raw, dtype, shape, order))
+    return np.ndarray(shape, number, buffer=raw, order=order)
 
 
 def _encode(text: str, codec: str) -> bytes:
@@ -220,14 +212,14 @@ def _rebuild_tensor(
     storage: _Array, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> _Array:
     values = storage.array()
-    steps = [(length - 1) * step for length, step in zip(size, stride, strict=True)]
+    reach = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     count = math.prod(size)
     if min((offset, *size, *stride)) < 0 or count > values.size:
         raise pickle.UnpicklingError("a tensor is larger than its storage")
-    if count and offset + sum(steps) >= values.size:
-        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
     if not count:
         return _Array(np.empty(size, values.dtype))
+    if reach >= values.size:
+        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
     strides = [step * values.itemsize for step in stride]
     return _Array(np.lib.stride_tricks.as_strided(values[offset:], size, strides))
 
@@ -236,15 +228,19 @@ _TORCH_CODES = {"Half": "<f2", "Float": "<f4", "Double": "<f8", "Byte": "u1", "C
 _TORCH_CODES |= {"Short": "<i2", "Int": "<i4", "Long": "<i8"}
 _STORAGES = {("torch", f"{name}Storage"): np.dtype(code) for name, code in _TORCH_CODES.items()}
 _NAMES: dict[tuple[str, str], object] = {
-    ("numpy", "ndarray"): _Maker(_Array),
-    ("numpy", "dtype"): _Maker(_Dtype),
-    ("_codecs", "encode"): _Maker(_encode),
-    ("__builtin__", "bytes"): _Maker(lambda: b""),  # how old protocols write no bytes at all
-    ("collections", "OrderedDict"): _Maker(dict),
-    ("torch.storage", "_load_from_bytes"): _Maker(_read_storage),
-    ("torch._utils", "_rebuild_tensor_v2"): _Maker(_rebuild_tensor),
+    ("numpy", "ndarray"): _Constructor(_Array),
+    ("numpy", "dtype"): _Constructor(_Dtype),
+    ("_codecs", "encode"): _Constructor(_encode),
+    ("__builtin__", "bytes"): _Constructor(lambda: b""),  # old protocols write empty bytes so
+    ("collections", "OrderedDict"): _Constructor(dict),
+    ("torch.storage", "_load_from_bytes"): _Constructor(_read_storage),
+    ("torch._utils", "_rebuild_tensor_v2"): _Constructor(_rebuild_tensor),
 }
 for _package in ("numpy.core", "numpy._core"):  # before and since numpy 2
-    _NAMES[f"{_package}.multiarray", "_reconstruct"] = _Maker(lambda *_: _Array())
-    _NAMES[f"{_package}.multiarray", "scalar"] = _Maker(_scalar)
-    _NAMES[f"{_package}.numeric", "_frombuffer"] = _Maker(_from_buffer)
+    _NAMES[f"{_package}.multiarray", "_reconstruct"] = _Constructor(lambda *_: _Array())
+    _NAMES[f"{_package}.multiarray", "scalar"] = _Constructor(
+        lambda dtype, raw: _numbers(raw, dtype, (), "C").item()
+    )
+    _NAMES[f"{_package}.numeric", "_frombuffer"] = _Constructor(
+        lambda raw, dtype, shape, order: _Array(_numbers(raw, dtype, shape, order))
+    )

@@ -1,6 +1,6 @@
 """The folder layout of PASCAL VOC: photos, palette masks and lists of names."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,30 +9,11 @@ from camkit.data.labels import LabelFile, check_split, find_labels, read_names
 from camkit.data.sample import Sample, all_usable, mask_classes
 from camkit.errors import DataError
 
-VOC_CLASSES = (
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-)
-"""The 20 classes of PASCAL VOC in the order of their mask ids, which start at 1."""
+_NAMES = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
+motorbike person pottedplant sheep sofa train tvmonitor"""
 
+VOC_CLASSES = tuple(_NAMES.split())
+"""The 20 classes of PASCAL VOC in the order of their mask ids, which start at 1."""
 
 _MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
 
@@ -42,11 +23,10 @@ class VOCFolder:
     """A data set laid out like PASCAL VOC; `open_voc` finds its classes and splits.
 
     Photos are ``JPEGImages/*.jpg``, masks ``SegmentationClass/*.png``, and each file
-    ``ImageSets/Segmentation/<split>.txt`` lists names, one a line; lines of PSA's lists,
-    ``/JPEGImages/a.jpg /SegmentationClassAug/a.png``, count as the name a. Labels come from
-    ``labels.json``, ``{"classes": [...], "labels": {name: [class names]}}``, or where there is none
-    from ``cls_labels.npy`` or ``cls_labels_onehot.npy``, {name: 0/1 vector}, or else from the
-    masks.
+    ``ImageSets/Segmentation/<split>.txt`` lists names, one per line; a line of PSA's lists,
+    ``/JPEGImages/a.jpg /SegmentationClassAug/a.png``, is read as the name a. Labels come from
+    ``labels.json``, ``{"classes": [...], "labels": {name: [class names]}}``, else from
+    ``cls_labels.npy`` or ``cls_labels_onehot.npy``, {name: 0/1 vector}, else from the masks.
 
     ``SegmentationClassAug`` holds the coarser masks of SBD for the 10 582 names of train_aug. With
     ``masks=None`` a split is read from whichever folder has more masks of it, from
@@ -59,36 +39,37 @@ class VOCFolder:
     masks: Literal["SegmentationClass", "SegmentationClassAug"] | None = None
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of one split, in the order of its list.
+        """List the samples of a split, in the order of its list.
 
-        Without a file of labels every mask of the split is read once.
-
-        Raises:
-            ValueError: there is no such split.
-            DataError: a listed photo is absent, or its labels are unknown.
+        Raises the first error of `entries`. Without a file of labels, every mask is read once.
         """
         return all_usable(self.entries(name))
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
-        """Go through one split; an entry that cannot be used is given as what is wrong with it."""
+        """Yield the samples of a split, and an error in place of each that cannot be used."""
         check_split(name, self.splits)
         labels = find_labels(self.root, self.classes)
         listing = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
-        lines = {_stem(text): line for text, line in read_names(listing).items()}
-        masks = self._masks_of(lines)
+        lines = {
+            Path(text.split()[0]).stem if text.startswith("/JPEGImages/") else text: line
+            for text, line in read_names(listing).items()
+        }
+        masks = max(
+            (
+                {
+                    path.stem: path
+                    for path in (self.root / folder).glob("*.png")
+                    if path.stem in lines
+                }
+                for folder in (_MASK_FOLDERS if self.masks is None else (self.masks,))
+            ),
+            key=len,
+        )
         for stem, line in lines.items():
             try:
                 yield self._sample(stem, masks.get(stem), labels, f"{listing}, line {line}")
             except DataError as error:
                 yield error
-
-    def _masks_of(self, stems: Mapping[str, int]) -> dict[str, Path]:
-        folders = _MASK_FOLDERS if self.masks is None else (self.masks,)
-        found = [
-            {path.stem: path for path in (self.root / folder).glob("*.png") if path.stem in stems}
-            for folder in folders
-        ]
-        return max(found, key=len)
 
     def _sample(
         self, stem: str, mask: Path | None, labels: LabelFile | None, source: str
@@ -122,18 +103,14 @@ def open_voc(
         The data set, with the classes of ``labels.json`` or the 20 of VOC.
 
     Raises:
-        DataError: the folder lists no split, has no such masks, or its labels are of another form.
+        DataError: the folder lists no split, has no such masks, or its labels have another form.
     """
-    root = Path(root)
+    root = Path(root).absolute()
     lists = root / "ImageSets" / "Segmentation"
     splits = tuple(sorted(path.stem for path in lists.glob("*.txt")))
     if not splits:
         raise DataError(f"{lists} holds no list of names; add one, such as train.txt")
     if masks is not None and not (root / masks).is_dir():
-        raise DataError(f"{root / masks} does not exist; add the folder or leave `masks` away")
+        raise DataError(f"{root / masks} does not exist; add the folder or leave out `masks`")
     labels = find_labels(root, VOC_CLASSES)
     return VOCFolder(root, VOC_CLASSES if labels is None else labels.classes, splits, masks)
-
-
-def _stem(line: str) -> str:
-    return Path(line.split()[0]).stem if line.startswith("/JPEGImages/") else line

@@ -1,4 +1,4 @@
-"""Losses for hosts that are trained: small functions of tensors, whatever the host."""
+"""Losses of published systems as functions of tensors, for any training script."""
 
 from camkit.losses.text import (
     Suppression as Suppression,

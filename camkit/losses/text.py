@@ -1,4 +1,4 @@
-"""Losses with texts (after DALNet) and background suppression."""
+"""Losses with texts (after DALNet) and background suppression (BAS)."""
 
 from typing import NamedTuple
 
@@ -6,16 +6,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from camkit.losses.toco import IGNORE
-from camkit.tensors import Labels, Scores
+from camkit.tensors import IGNORE, Labels, Scores
+
+_TINY = 1e-6  # keeps the logarithm of a similarity of 0 finite
 
 
 class Suppression(NamedTuple):
     """The three terms of BAS, each a mean over the images.
 
     Attributes:
-        background: what is left of the class's score outside the map.
-        area: how much of the image the map covers.
+        background: the share of the class's score that remains outside the map.
+        area: the share of the image that the map covers.
         foreground: cross-entropy of the class inside the map.
     """
 
@@ -26,9 +27,8 @@ class Suppression(NamedTuple):
     def total(
         self, *, background: float = 1.0, area: float = 1.2, foreground: float = 0.2
     ) -> Tensor:
-        """The weighted sum; the defaults are those of the code for VOC segmentation."""
-        parts = (background * self.background, area * self.area, foreground * self.foreground)
-        return parts[0] + parts[1] + parts[2]
+        """Return the weighted sum; the defaults are those of the code for VOC segmentation."""
+        return background * self.background + area * self.area + foreground * self.foreground
 
 
 def background_suppression_loss(
@@ -38,33 +38,31 @@ def background_suppression_loss(
     inside: Scores,
     classes: Int[Tensor, " b"],
 ) -> Suppression:
-    """BAS for one class of each image (Wu et al. 2022), as its segmentation code computes it.
+    """Compute BAS for one class of each image (Wu et al. 2022), as its segmentation code does.
 
-    The host makes the scores: ``outside`` from detached features times one minus the map, through
-    a copy of its tail that takes no gradient; ``inside`` from detached features times the map. The
-    ratio is set to 1, without gradient, where the score outside exceeds that of the whole; the
-    classification code of the same authors sets 0 there.
+    The host computes the scores: ``outside`` from detached features times one minus the map,
+    through a copy of its tail that takes no gradient; ``inside`` from detached features times the
+    map. The ratio is set to 1, without gradient, where the score outside exceeds that of the whole;
+    the classification code of the same authors sets it to 0.
 
     Args:
-        maps: of the chosen class, in [0, 1].
+        maps: maps of the chosen classes, in [0, 1].
         whole: class scores of the image; no gradient flows back.
-        outside: class scores without what the map covers.
-        inside: class scores of what the map covers.
-        classes: one present class an image; the code draws it at random.
+        outside: class scores without the part that the map covers.
+        inside: class scores of the part that the map covers.
+        classes: one present class per image; the code draws it at random.
 
     Raises:
         ValueError: maps, scores and classes are not of the same images.
     """
-    if not len(maps) == len(whole) == len(outside) == len(inside) == len(classes):
-        raise ValueError("maps, scores and classes must be of the same images")
+    sizes = [len(part) for part in (maps, whole, outside, inside, classes)]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"maps, scores and classes must be of the same images, got {sizes}")
     rows = classes[:, None]
     kept = whole.detach().gather(1, rows)[:, 0].relu()
     left = outside.gather(1, rows)[:, 0].relu()
     ratio = (left / (kept + 1e-8)).masked_fill(left > kept, 1.0)
     return Suppression(ratio.mean(), maps.mean(), F.cross_entropy(inside, classes))
-
-
-TINY = 1e-6  # keeps the logarithm of a similarity of 0 finite
 
 
 def text_alignment_loss(
@@ -73,7 +71,7 @@ def text_alignment_loss(
     background: Float[Tensor, "m d"],
     labels: Labels,
 ) -> Float[Tensor, ""]:
-    """Pull an image to the texts of its classes, and away from texts of background.
+    """Pull an image to the texts of its classes, and push it away from texts of background.
 
     The global alignment of DALNet (2024): ``-sum_c y_c log s(v, t_c) - log(1 - s(v, t_bg))``, mean
     over images. How it maps a cosine to a similarity s in (0, 1) is not published: (1 + cos) / 2 is
@@ -86,11 +84,11 @@ def text_alignment_loss(
         labels: classes present in each image.
 
     Raises:
-        ValueError: the labels are not one for each text and image.
+        ValueError: there is not one label for each text and image.
     """
     if labels.shape != (len(image), len(texts)):
         raise ValueError(
-            f"`labels` must tell of {len(texts)} texts in {len(image)} images, got "
+            f"`labels` must hold {len(texts)} texts for each of {len(image)} images, got "
             f"{tuple(labels.shape)}"
         )
     near = _similarity(image, texts).log()
@@ -106,8 +104,8 @@ def patch_text_loss(
 ) -> Float[Tensor, ""]:
     """Pull patches of objects to the text of their class, and away from texts of background.
 
-    After the local alignment of DALNet (2024), of which only this much is published; the formula,
-    that of `text_alignment_loss` for each patch of an object, and the mean over these are ours.
+    After the local alignment of DALNet (2024), whose description is all that is published; the
+    formula, `text_alignment_loss` for each patch of an object, and the mean over these are ours.
 
     Args:
         patches: embeddings of patches in the space of the texts.
@@ -116,22 +114,24 @@ def patch_text_loss(
         labels: 0 background, class + 1, 255 unknown (`camkit.losses.patch_labels`).
 
     Raises:
-        ValueError: the labels are not one for each patch, or name no text.
+        ValueError: there is not one label for each patch, or a label has no text.
     """
     if labels.shape != patches.shape[:2]:
         raise ValueError(
-            f"`labels` must name each of the {patches.shape[1]} patches of {len(patches)} images, "
-            f"got {tuple(labels.shape)}"
+            f"`labels` must hold one label for each of the {patches.shape[1]} patches of "
+            f"{len(patches)} images, got {tuple(labels.shape)}"
         )
     shown = (labels != 0) & (labels != IGNORE)
-    if int(labels[shown].max() if shown.any() else 0) > len(texts):
-        raise ValueError(f"`labels` must lie in 0 to {len(texts)} (or be {IGNORE})")
     objects, own = patches[shown], labels[shown].long() - 1
+    if len(own) and int(own.max()) >= len(texts):
+        raise ValueError(
+            f"`labels` must lie in 0 to {len(texts)} (or be {IGNORE}), got {int(own.max()) + 1}"
+        )
     near = _similarity(objects, texts).gather(1, own[:, None])[:, 0].log()
     far = (1 - _similarity(objects, background)).log().mean(1)
     return -(near + far).sum() / max(1, len(objects))
 
 
-def _similarity(one: Tensor, other: Tensor) -> Tensor:
-    cosine = F.normalize(one, dim=-1) @ F.normalize(other, dim=-1).mT
-    return ((1 + cosine) / 2).clamp(TINY, 1 - TINY)
+def _similarity(first: Tensor, second: Tensor) -> Tensor:
+    cosine = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).mT
+    return ((1 + cosine) / 2).clamp(_TINY, 1 - _TINY)

@@ -1,53 +1,33 @@
-"""Scores against true masks: confusion matrices, mean IoU, sweeps and how sure a gain is."""
+"""Scores against true masks: confusion matrices, mean IoU, sweeps and significance of a gain."""
 
-from camkit.score.bootstrap import Gain, holm, paired_gain
-from camkit.score.boundary import boundary_confusion, boundary_overlap
-from camkit.score.boxes import BoxAccuracy, box_accuracy, box_hits, resize_boxes
+from camkit.score.bootstrap import Gain as Gain, holm as holm, paired_gain as paired_gain
+from camkit.score.boundary import (
+    boundary_confusion as boundary_confusion,
+    boundary_overlap as boundary_overlap,
+)
+from camkit.score.boxes import (
+    BoxAccuracy as BoxAccuracy,
+    box_accuracy as box_accuracy,
+    box_hits as box_hits,
+    resize_boxes as resize_boxes,
+)
 from camkit.score.confusion import (
-    ClassScore,
-    Definition,
-    class_iou,
-    class_scores,
-    class_table,
-    confusion_matrix,
-    mean_iou,
-    percent,
-    pixel_accuracy,
+    ClassScore as ClassScore,
+    Definition as Definition,
+    class_iou as class_iou,
+    class_scores as class_scores,
+    class_table as class_table,
+    confusion_matrix as confusion_matrix,
+    mean_iou as mean_iou,
+    percent as percent,
+    pixel_accuracy as pixel_accuracy,
 )
 from camkit.score.sweep import (
-    THRESHOLDS,
-    Best,
-    Curve,
-    average_precision,
-    best_threshold,
-    sweep_confusions,
-    threshold_curve,
+    THRESHOLDS as THRESHOLDS,
+    Best as Best,
+    Curve as Curve,
+    average_precision as average_precision,
+    best_threshold as best_threshold,
+    sweep_confusions as sweep_confusions,
+    threshold_curve as threshold_curve,
 )
-
-__all__ = [
-    "THRESHOLDS",
-    "Best",
-    "BoxAccuracy",
-    "ClassScore",
-    "Curve",
-    "Definition",
-    "Gain",
-    "average_precision",
-    "best_threshold",
-    "boundary_confusion",
-    "boundary_overlap",
-    "box_accuracy",
-    "box_hits",
-    "class_iou",
-    "class_scores",
-    "class_table",
-    "confusion_matrix",
-    "holm",
-    "mean_iou",
-    "paired_gain",
-    "percent",
-    "pixel_accuracy",
-    "resize_boxes",
-    "sweep_confusions",
-    "threshold_curve",
-]

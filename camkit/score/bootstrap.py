@@ -1,10 +1,10 @@
-"""How sure a gain in mean IoU is: a paired bootstrap over images."""
+"""Significance of a gain in mean IoU: a paired bootstrap over images."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from camkit.score.confusion import Definition, Overlap
@@ -14,7 +14,7 @@ _CHUNK_BYTES = 100 * 2**20  # of working memory, whatever the size of the set
 
 @dataclass(frozen=True)
 class Gain:
-    """What ``other`` gains over ``base``, all in [0, 1] units of mean IoU.
+    """What ``other`` gains over ``base``, in units of mean IoU, which lies in [0, 1].
 
     ``low`` to ``high`` is the percentile interval of the gain; ``chance_below_zero`` and
     ``chance_above_zero`` are the shares of resampled sets on which ``other`` is strictly worse or
@@ -32,7 +32,7 @@ class Gain:
 
     @property
     def p_value(self) -> float:
-        """Two-sided: how often a gain of this sign is lost, doubled; never below one draw."""
+        """Two-sided: twice the share of sets without a gain of this sign, at least one set."""
         lost = min(1.0 - self.chance_below_zero, 1.0 - self.chance_above_zero)
         return min(1.0, 2.0 * max(lost, 1.0 / (self.resamples + 1)))
 
@@ -47,9 +47,9 @@ def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its
     rng_seed: int = 0,
     level: float = 0.95,
 ) -> Gain:
-    """Compare two methods on the same images, with the interval that the choice of images leaves.
+    """Compare two methods on the same images, with the interval due to the choice of images.
 
-    Images are drawn with replacement, the same ones for both methods, and the mean IoU of each
+    Images are drawn with replacement, the same images for both methods, and the mean IoU of each
     drawn set is taken from its summed confusion. A drawn set without any of ``classes`` has no
     mean IoU and is left out.
 
@@ -58,12 +58,12 @@ def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its
         other: the same images, in the same order.
         definition: which classes count, see `mean_iou`.
         classes: mask values to average over, 0 being the background; None takes all.
-        resamples: how many sets are drawn; 10 000 settle a 95 % interval to about its second digit.
-        rng_seed: fixes the draw.
+        resamples: number of drawn sets; 10 000 fix a 95 % interval to about its second digit.
+        rng_seed: seed of the draw.
         level: share of the resampled gains that the interval holds.
 
     Returns:
-        Mean IoU of both on the images as given, their difference, and its interval.
+        Mean IoU of both on the given images, their difference, and its interval.
 
     Raises:
         ValueError: the matrices are not of the same images, or a setting is out of range.
@@ -73,28 +73,24 @@ def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its
         raise ValueError(
             f"`resamples` must be at least 1 and `level` lie in (0, 1), got {resamples} and {level}"
         )
-    means = [
-        Overlap.of(side.sum(0)).mean_iou(definition=definition, classes=classes)
-        for side in (base, other)
-    ]
-    if any(bool(mean.isnan()) for mean in means):
+
+    def mean(overlap: Overlap) -> Tensor:
+        return overlap.mean_iou(definition=definition, classes=classes)
+
+    mean_base, mean_other = (mean(Overlap.of(side.sum(0))) for side in (base, other))
+    if mean_base.isnan() or mean_other.isnan():
         raise ValueError("the images hold no pixel of the chosen classes, so no mean IoU exists")
-    gains = torch.cat(
-        [
-            other_set.mean_iou(definition=definition, classes=classes)
-            - base_set.mean_iou(definition=definition, classes=classes)
-            for base_set, other_set in _resampled(base, other, resamples, rng_seed)
-        ]
-    )
+    drawn = _resampled(base, other, resamples, rng_seed)
+    gains = torch.cat([mean(other_set) - mean(base_set) for base_set, other_set in drawn])
     gains = gains[~gains.isnan()]
     if not len(gains):
         raise ValueError("no resampled set holds a pixel of the chosen classes; draw more sets")
     edges = gains.new_tensor([(1.0 - level) / 2, (1.0 + level) / 2])
     low, high = torch.quantile(gains, edges).tolist()
     return Gain(
-        mean_iou_base=float(means[0]),
-        mean_iou_other=float(means[1]),
-        gain=float(means[1] - means[0]),
+        mean_iou_base=float(mean_base),
+        mean_iou_other=float(mean_other),
+        gain=float(mean_other - mean_base),
         low=low,
         high=high,
         chance_below_zero=float((gains < 0).double().mean()),
@@ -104,7 +100,7 @@ def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct for the number of comparisons (Holm 1979); the order is kept.
+    """Correct p values for the number of comparisons (Holm 1979), in the given order.
 
     The chance that any of them falsely stays below a level is at most that level.
 
@@ -123,7 +119,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _resampled(
     base: Tensor, other: Tensor, resamples: int, rng_seed: int
 ) -> Iterator[tuple[Overlap, Overlap]]:
-    """Both methods' overlaps on drawn sets, some sets at a time."""
+    """Yield the overlaps of both methods on drawn sets, in chunks of sets."""
     sides = [Overlap.of(side.cpu()) for side in (base, other)]
     parts = [part for side in sides for part in (side.hit, side.true, side.predicted)]
     # float64 sums are exact up to 2**53 pixels, and a matrix product is far faster than int64
@@ -132,16 +128,13 @@ def _resampled(
     generator = torch.Generator().manual_seed(rng_seed)
     chunk = max(1, _CHUNK_BYTES // (8 * (4 * images + 24 * num_classes)))
     for start in range(0, resamples, chunk):
-        times = _draw(min(chunk, resamples - start), images, generator)
-        sums = (times @ per_image.flatten(1)).long().view(-1, 6, num_classes).unbind(1)
-        yield Overlap(*sums[:3]), Overlap(*sums[3:])
-
-
-def _draw(sets: int, images: int, generator: torch.Generator) -> Float[Tensor, "r n"]:
-    """How often each image is in each drawn set."""
-    drawn = torch.randint(images, (sets, images), generator=generator)
-    drawn += images * torch.arange(sets)[:, None]
-    return torch.bincount(drawn.flatten(), minlength=sets * images).view(sets, images).double()
+        sets = min(chunk, resamples - start)
+        drawn = torch.randint(images, (sets, images), generator=generator)
+        drawn += images * torch.arange(sets)[:, None]
+        times = torch.bincount(drawn.flatten(), minlength=sets * images).view(sets, images)
+        sums = times.double() @ per_image.flatten(1)
+        counts = sums.long().view(-1, 6, num_classes).unbind(1)
+        yield Overlap(*counts[:3]), Overlap(*counts[3:])
 
 
 def _check_pairs(base: Tensor, other: Tensor) -> None:
@@ -156,5 +149,5 @@ def _check_pairs(base: Tensor, other: Tensor) -> None:
     if differs.any():
         raise ValueError(
             "`base` and `other` must be scored on the same truth, image by image; "
-            f"image {int(differs.nonzero()[0])} differs: score both in one order"
+            f"image {int(differs.nonzero()[0])} differs: score both in the same order"
         )

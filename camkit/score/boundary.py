@@ -1,4 +1,4 @@
-"""Boundary IoU: how well the outlines of masks agree, whatever the size of their insides."""
+"""Boundary IoU: agreement of the outlines of masks, independent of the area inside them."""
 
 import math
 
@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int, Integer, UInt8
 from torch import Tensor
 
-from camkit.mask import IGNORE
-from camkit.score.confusion import Overlap, mask_values
+from camkit.score.confusion import Overlap, checked_mask
+from camkit.tensors import IGNORE
 
 
 def boundary_overlap(
@@ -21,21 +21,21 @@ def boundary_overlap(
 ) -> Overlap:
     """Count one image's pixels near the outline of each class: hit, true and predicted.
 
-    Boundary IoU (Cheng et al. 2021): of each class only the pixels count that lie within a band
-    inside its own outline, in the truth and in the prediction, each with its own. The edge of the
-    image is an outline too. These steps are the paper's; it measures single objects, we take all
-    pixels of a class for one, the background included.
+    Boundary IoU (Cheng et al. 2021): only the pixels of a class count that lie within a band
+    inside its outline, in the truth and in the prediction, each with its own outline. The edge of
+    the image is an outline too. These steps are the paper's; it measures single objects, we treat
+    all pixels of a class as one object, the background included.
 
-    What lies under an ignored pixel is unknown, so the outline there is too. Our choice: before
-    bands are drawn, ignored pixels take the value of the nearest counted pixel, in both masks, and
-    then count nowhere. So a prediction may do there what it likes, and the ignored line around the
-    objects of VOC is no outline of its own. A predicted 255 is background elsewhere.
+    The class of an ignored pixel is unknown, and so is the outline there. Our choice: before bands
+    are drawn, ignored pixels take the value of the nearest counted pixel, in both masks, and are
+    then left out. So the prediction there does not matter, and the ignored line around the objects
+    of VOC is not an outline. A predicted 255 is background elsewhere.
 
     Args:
         truth: values below ``num_classes``, or 255.
         predicted: the same.
-        num_classes: how many classes there are, the background included.
-        width: how wide the band is, as a share of the diagonal of the image; the paper's 2 % are
+        num_classes: number of classes, the background included.
+        width: width of the band, as a share of the diagonal of the image; the paper's 2 % are
             at least one pixel.
 
     Returns:
@@ -54,15 +54,10 @@ def boundary_confusion(
 ) -> Int[Tensor, "d d"]:
     """Write `boundary_overlap` as a matrix that `mean_iou` and `paired_gain` take.
 
-    A last class "no outline" is added, so that each row adds up to the same for any prediction:
-    a band is hit by its own class or missed, and what a band claims wrongly was no outline of that
-    class. Leave it out of means: ``mean_iou(matrices.sum(0), classes=range(num_classes))``.
-
-    Args:
-        truth: values below ``num_classes``, or 255.
-        predicted: the same.
-        num_classes: how many classes there are, the background included.
-        width: how wide the band is, as a share of the diagonal of the image.
+    A last class "no outline" is added, so that the row sums do not depend on the prediction: a
+    band is hit by its own class or missed, and a band that is wrongly predicted was no outline of
+    that class. Leave it out of means: ``mean_iou(matrices.sum(0), classes=range(num_classes))``.
+    The arguments are those of `boundary_overlap`.
 
     Returns:
         int64 counts; row = truth, column = prediction.
@@ -79,7 +74,7 @@ def boundary_confusion(
 def _counts(
     truth: Tensor, predicted: Tensor, num_classes: int, width: float
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Hit, true and predicted pixels of each class, and how many pixels are not ignored."""
+    """Count the hit, true and predicted pixels of each class, and all that are not ignored."""
     if not 0.0 < width <= 1.0:
         raise ValueError(
             f"`width` must be a share of the image diagonal in (0, 1], got {width}; 0.02 is usual"
@@ -93,39 +88,31 @@ def _counts(
     if not counted.any():
         nothing = torch.zeros(num_classes, dtype=torch.int64)
         return nothing, nothing, nothing, 0
-    classes = {}
-    bands = {}
+    pixels = max(1, round(width * math.hypot(*counted.shape)))
+    classes, bands = [], []
     for name, mask in (("truth", truth), ("predicted", predicted)):
-        values = mask_values(mask, num_classes=num_classes, name=name, ignored=0)
-        classes[name] = _filled(values.cpu().numpy().astype(np.uint8), counted)
-        bands[name] = _band(classes[name], _pixels(width, counted.shape)) & counted
-    agreed = bands["truth"] & bands["predicted"] & (classes["truth"] == classes["predicted"])
+        values = checked_mask(mask, num_classes=num_classes, name=name, ignored=0)
+        classes.append(_fill_ignored(values.cpu().numpy().astype(np.uint8), counted))
+        bands.append(_band(classes[-1], pixels) & counted)
+    agreed = bands[0] & bands[1] & (classes[0] == classes[1])
     hit, true, claimed = (
-        torch.from_numpy(np.bincount(classes[name][chosen], minlength=num_classes))
-        for name, chosen in (
-            ("truth", agreed),
-            ("truth", bands["truth"]),
-            ("predicted", bands["predicted"]),
-        )
+        torch.from_numpy(np.bincount(values[chosen], minlength=num_classes))
+        for values, chosen in zip([classes[0], *classes], [agreed, *bands], strict=True)
     )
     return hit, true, claimed, int(counted.sum())
 
 
-def _pixels(width: float, size: tuple[int, ...]) -> int:
-    return max(1, round(width * math.hypot(*size)))
-
-
 def _band(classes: UInt8[np.ndarray, "H W"], pixels: int) -> np.ndarray:
-    """Pixels with another class, or none, within a square of some pixels around them."""
+    """Select pixels that have another class, or the image's edge, within a square around them."""
     square = np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)
-    shifted = classes + 1  # 0 stands outside of the image; the highest class is 254
+    shifted = classes + 1  # 0 is outside the image; the highest class is 254
     lowest = cv2.erode(shifted, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     highest = cv2.dilate(shifted, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return np.asarray(lowest != highest)
 
 
-def _filled(classes: np.ndarray, counted: np.ndarray) -> UInt8[np.ndarray, "H W"]:
-    """Give each pixel that does not count the class of the nearest one that does."""
+def _fill_ignored(classes: np.ndarray, counted: np.ndarray) -> UInt8[np.ndarray, "H W"]:
+    """Give each ignored pixel the class of the nearest counted pixel."""
     if counted.all():
         return classes
     _, nearest = cv2.distanceTransformWithLabels(

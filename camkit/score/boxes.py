@@ -11,18 +11,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BOX_IOUS = (0.3, 0.5, 0.7)
-"""The overlaps with a true box that MaxBoxAccV2 asks for in turn."""
+"""The overlaps with a true box that MaxBoxAccV2 averages over."""
 BOX_THRESHOLDS = torch.from_numpy(np.arange(0, 1, 0.001))
 """0.000 to 0.999: the paper's own."""
 
 
 @dataclass(frozen=True)
 class BoxAccuracy:
-    """Share of images with a right box, in [0, 1].
+    """Share of images with a correct box, in [0, 1].
 
     Attributes:
-        mean: over the asked overlaps; with the defaults, MaxBoxAccV2.
-        by_iou: at each overlap, with the threshold that is best for it.
+        mean: over the overlaps; with the defaults, MaxBoxAccV2.
+        by_iou: the share at each overlap, with the threshold that is best for it.
         thresholds: those thresholds; the lowest one where several tie.
     """
 
@@ -39,24 +39,25 @@ def box_hits(
     thresholds: Float[Tensor, "s"] = BOX_THRESHOLDS,
     components: Literal["all", "largest"] = "all",
 ) -> Bool[Tensor, "i s"]:
-    """Tell at which thresholds a map finds one of the true boxes of its class.
+    """Test at which thresholds a map yields one of the true boxes of its class.
 
     MaxBoxAccV2 (Choe et al. 2020), step by step as in the code of the paper: the map is rounded
-    down to 256 levels; what lies above a share of its highest level falls into parts; each outline,
-    that of a hole too, gives a box, which is one pixel wider and higher than the outline where the
-    image has room; a box counts its last row and column in. The paper has maps at 224x224.
+    down to 256 levels; the pixels above a share of its highest level form components; each
+    outline, also that of a hole, gives a box, which is one pixel wider and higher than the outline
+    where the image has room; the last row and column of a box belong to it. The paper has maps at
+    224x224.
 
     Args:
-        cam: the map of the true class in [0, 1], lowest 0 and highest 1 by custom.
+        cam: the map of the true class in [0, 1], usually with lowest value 0 and highest 1.
         boxes: left, top, right, bottom of each true object in pixels of the map, the last ones
             included; see `resize_boxes`.
-        ious: overlaps that count as found, each on its own.
+        ious: overlaps from which a box is correct, each counted separately.
         thresholds: shares of the highest level, in [0, 1).
-        components: "all" takes the best box of all parts, as MaxBoxAccV2 does; "largest" only the
-            part with the largest area, as the older MaxBoxAcc (with ``ious=(0.5,)``).
+        components: "all" takes the best box of all components, as MaxBoxAccV2 does; "largest" only
+            the component with the largest area, as the older MaxBoxAcc (with ``ious=(0.5,)``).
 
     Returns:
-        For each overlap and threshold, whether a box was found.
+        For each overlap and threshold, whether a box is correct.
 
     Raises:
         ValueError: map, boxes, overlaps or thresholds are out of range.
@@ -74,13 +75,13 @@ def box_hits(
 def box_accuracy(
     hits: Bool[Tensor, "n i s"], thresholds: Float[Tensor, "s"] = BOX_THRESHOLDS
 ) -> BoxAccuracy:
-    """Share of images whose box is found, at the best threshold for each overlap.
+    """Compute the share of images with a correct box, at the best threshold for each overlap.
 
-    The threshold is picked on the images that are counted, as the paper defines it: the figure is
-    an upper bound, fair only beside others of the same kind.
+    The threshold is picked on the scored images, as the paper defines it: the figure is an upper
+    bound, comparable only with others of the same kind.
 
     Args:
-        hits: those of `box_hits`, stacked over images.
+        hits: results of `box_hits`, stacked over images.
         thresholds: as given to `box_hits`.
 
     Raises:
@@ -100,7 +101,7 @@ def box_accuracy(
 def resize_boxes(
     boxes: Float[Tensor, "n 4"], *, size: tuple[int, int], new_size: tuple[int, int] = (224, 224)
 ) -> Int[Tensor, "n 4"]:
-    """Move boxes to a map of another size, rounding down as the code of the paper does.
+    """Scale boxes to a map of another size, rounding down as the code of the paper does.
 
     Args:
         boxes: left, top, right, bottom in pixels of the image.
@@ -112,27 +113,21 @@ def resize_boxes(
 
 
 def _best_iou(above: np.ndarray, truth: np.ndarray, components: str) -> float:
-    """Highest IoU of any estimated box with any true one."""
+    """Return the highest IoU of any estimated box with any true one."""
     outlines = cv2.findContours(above.astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
     if components == "largest" and outlines:
         outlines = [max(outlines, key=cv2.contourArea)]
     rows, cols = above.shape
-    found = np.zeros((1, 4), np.int64)  # nothing above: the paper's code takes the first pixel
+    boxes = np.zeros((1, 4), np.int64)  # without outlines, the paper's code takes the first pixel
     if outlines:
         corners = np.array([cv2.boundingRect(outline) for outline in outlines], np.int64)
         corners[:, 2:] += corners[:, :2]
-        found = np.minimum(corners, [cols, rows, cols - 1, rows - 1])
-    return float(_box_iou(found, truth).max())
-
-
-def _box_iou(
-    first: Int[np.ndarray, "a 4"], second: Int[np.ndarray, "b 4"]
-) -> Float[np.ndarray, "a b"]:
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+        boxes = np.minimum(corners, [cols, rows, cols - 1, rows - 1])
+    low = np.maximum(boxes[:, None, :2], truth[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], truth[None, :, 2:])
     shared = (high - low + 1).clip(0).prod(-1)
-    areas = [(side[:, 2:] - side[:, :2] + 1).prod(-1) for side in (first, second)]
-    return np.asarray(shared / (areas[0][:, None] + areas[1][None] - shared))
+    areas = [(side[:, 2:] - side[:, :2] + 1).prod(-1) for side in (boxes, truth)]
+    return float((shared / (areas[0][:, None] + areas[1][None] - shared)).max())
 
 
 def _check(cam: Tensor, boxes: Tensor, ious: Sequence[float], thresholds: Tensor) -> None:

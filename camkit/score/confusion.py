@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from camkit.mask import IGNORE
+from camkit.tensors import IGNORE
 
 Definition: TypeAlias = Literal["present", "union", "psa"]
 """Which classes a mean IoU averages over: see `mean_iou`."""
@@ -20,44 +20,45 @@ def confusion_matrix(
 ) -> Int[Tensor, "c c"]:
     """Count the pixels of each true class by the class predicted there.
 
-    Pixels whose truth is 255 are left out. A predicted 255 counts as background: no class claimed
-    that pixel. Leaving it out instead would let a mask gain by ignoring what is hard. So a missed
-    object pixel costs its class and the background alike, and the ignore band of `to_mask` moves
-    no score. Add the matrices of all images before taking an IoU.
+    Pixels whose truth is 255 are left out. A predicted 255 counts as background, because no class
+    was predicted there; leaving it out would reward a mask for ignoring what is hard. So a missed
+    object pixel lowers the IoU of its class and of the background alike, and the ignore band of
+    `to_mask` changes no score. Add the matrices of all images before taking an IoU.
 
     Args:
         truth: values below ``num_classes``, or 255.
         predicted: the same.
-        num_classes: how many classes there are, the background included.
+        num_classes: number of classes, the background included.
 
     Returns:
         int64 counts; row = truth, column = prediction.
 
     Raises:
-        ValueError: the masks differ in size, or hold a value that is no class.
+        ValueError: the masks differ in size, or hold a value that is not a class.
     """
     if truth.shape != predicted.shape:
+        sizes = " and ".join("x".join(map(str, mask.shape)) for mask in (truth, predicted))
         raise ValueError(
-            f"`truth` and `predicted` must have one size, got {_by(truth)} and {_by(predicted)}; "
+            f"`truth` and `predicted` must have one size, got {sizes}; "
             "resize the class maps to the size of the truth before drawing the mask"
         )
-    rows = mask_values(truth, num_classes=num_classes, name="truth", ignored=num_classes)
-    columns = mask_values(predicted, num_classes=num_classes, name="predicted", ignored=0)
+    rows = checked_mask(truth, num_classes=num_classes, name="truth", ignored=num_classes)
+    columns = checked_mask(predicted, num_classes=num_classes, name="predicted", ignored=0)
     cells = (rows * num_classes + columns).flatten()
     counts = torch.bincount(cells, minlength=(num_classes + 1) * num_classes)
     return counts.view(num_classes + 1, num_classes)[:-1]  # the last row held the ignored pixels
 
 
-def mask_values(
+def checked_mask(
     mask: Integer[Tensor, "*b H W"], *, num_classes: int, name: str, ignored: int
 ) -> Int[Tensor, "*b H W"]:
-    """Check a mask and put ``ignored`` where it holds 255.
+    """Check a mask and replace 255 by ``ignored``.
 
     Args:
         mask: values below ``num_classes``, or 255.
-        num_classes: how many classes there are, the background included.
-        name: what to call the mask in an error.
-        ignored: the value that stands for 255.
+        num_classes: number of classes, the background included.
+        name: the name of the mask in an error.
+        ignored: the value that replaces 255.
 
     Returns:
         The mask in int64.
@@ -78,7 +79,7 @@ def mask_values(
 
 @dataclass(frozen=True)
 class Overlap:
-    """All that an IoU needs to know: each class's pixels that are hit, true, and predicted."""
+    """Pixel counts of each class that an IoU is made of: hit, true and predicted."""
 
     hit: Int[Tensor, "*n c"]
     true: Int[Tensor, "*n c"]
@@ -90,13 +91,13 @@ class Overlap:
         return cls(counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2))
 
     def class_iou(self) -> Float[Tensor, "*n c"]:
-        """IoU of each class, NaN where it is neither true nor predicted."""
+        """Compute the IoU of each class, NaN where it is neither true nor predicted."""
         return self.hit.double() / (self.true + self.predicted - self.hit)
 
     def mean_iou(
         self, *, definition: Definition = "present", classes: Sequence[int] | None = None
     ) -> Float[Tensor, "*n"]:
-        """Mean IoU, as `mean_iou` tells it."""
+        """Compute the mean IoU; see the function `mean_iou`."""
         iou = self.class_iou()
         if definition == "present":
             iou = iou.masked_fill(self.true == 0, torch.nan)
@@ -106,11 +107,20 @@ class Overlap:
             raise ValueError(
                 f'`definition` must be "present", "union" or "psa", got "{definition}"'
             )
-        return (iou if classes is None else iou[..., _columns(classes, iou.shape[-1])]).nanmean(-1)
+        if classes is None:
+            return iou.nanmean(-1)
+        chosen, last = list(classes), iou.shape[-1] - 1
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise ValueError(f"`classes` must name at least one class, none twice, got {chosen}")
+        if min(chosen) < 0 or max(chosen) > last:
+            raise ValueError(
+                f"`classes` are mask values from 0 (background) to {last}, got {chosen}"
+            )
+        return iou[..., chosen].nanmean(-1)
 
 
 def class_iou(confusion: Int[Tensor, "*n c c"]) -> Float[Tensor, "*n c"]:
-    """IoU of each class.
+    """Compute the IoU of each class.
 
     Args:
         confusion: row = truth, column = prediction; leading axes are kept.
@@ -127,9 +137,9 @@ def mean_iou(
     definition: Definition = "present",
     classes: Sequence[int] | None = None,
 ) -> Float[Tensor, "*n"]:
-    """Mean IoU over classes, from one confusion matrix of a whole set.
+    """Compute the mean IoU over classes, from one confusion matrix of a whole set.
 
-    The definitions differ in what a class without a true pixel does:
+    The definitions differ in how a class without a true pixel counts:
 
     - ``"present"`` leaves it out, predicted or not (AFA, ToCo, CLIP-ES and most others);
     - ``"union"`` leaves it out unless it is predicted, which scores 0 (IRN);
@@ -148,37 +158,19 @@ def mean_iou(
     return Overlap.of(confusion).mean_iou(definition=definition, classes=classes)
 
 
-def _columns(classes: Sequence[int], num_classes: int) -> list[int]:
-    chosen = list(classes)
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"`classes` must name at least one class, none twice, got {chosen}")
-    if min(chosen) < 0 or max(chosen) >= num_classes:
-        raise ValueError(
-            f"`classes` are mask values from 0 (background) to {num_classes - 1}, got {chosen}"
-        )
-    return chosen
-
-
-def _by(mask: Tensor) -> str:
-    return "x".join(str(side) for side in mask.shape)
-
-
-_HEADS = ("IoU", "precision", "recall", "FP", "FN")
-
-
 @dataclass(frozen=True)
 class ClassScore:
-    """How well one class was found, in [0, 1]; NaN where there is nothing to divide by.
+    """Scores of one class in [0, 1]; NaN where the divisor is 0.
 
     Attributes:
-        name: of the class.
+        name: the name of the class.
         iou: intersection over union.
-        precision: share of what was predicted that is true.
-        recall: share of what is true that was predicted.
-        false_positives: share of the union that was predicted and is not true.
-        false_negatives: share of the union that is true and was not predicted; with ``iou`` and
-            ``false_positives`` it adds up to 1, as the evaluators of PSA and SEAM tell it.
-        pixels: how many are true.
+        precision: share of the predicted pixels that are true.
+        recall: share of the true pixels that are predicted.
+        false_positives: share of the union that is predicted and not true.
+        false_negatives: share of the union that is true and not predicted; with ``iou`` and
+            ``false_positives`` it adds up to 1, as the evaluators of PSA and SEAM report it.
+        pixels: number of true pixels.
     """
 
     name: str
@@ -195,7 +187,7 @@ def class_scores(confusion: Int[Tensor, "c c"], names: Sequence[str]) -> tuple[C
 
     Args:
         confusion: row = truth, column = prediction, summed over a set.
-        names: of the classes, the background's first.
+        names: the names of the classes, the background's first.
 
     Raises:
         ValueError: there is not one name for each class.
@@ -208,51 +200,44 @@ def class_scores(confusion: Int[Tensor, "c c"], names: Sequence[str]) -> tuple[C
     counts = zip(
         names, overlap.hit.tolist(), overlap.true.tolist(), overlap.predicted.tolist(), strict=True
     )
-    return tuple(_score(name, hit, true, predicted) for name, hit, true, predicted in counts)
+    return tuple(
+        ClassScore(
+            name=name,
+            iou=_share(hit, true + predicted - hit),
+            precision=_share(hit, predicted),
+            recall=_share(hit, true),
+            false_positives=_share(predicted - hit, true + predicted - hit),
+            false_negatives=_share(true - hit, true + predicted - hit),
+            pixels=true,
+        )
+        for name, hit, true, predicted in counts
+    )
 
 
 def pixel_accuracy(confusion: Int[Tensor, "c c"]) -> float:
-    """Share of the pixels whose class was found; NaN without pixels."""
+    """Compute the share of pixels with the correct class; NaN without pixels."""
     return _share(int(confusion.diagonal().sum()), int(confusion.sum()))
 
 
 def class_table(scores: Sequence[ClassScore]) -> str:
-    """A table in %, one class a line; - where there is nothing to divide by."""
+    """Format scores as a table in %, one class per line; "-" stands for NaN."""
     width = max(len("class"), *(len(score.name) for score in scores))
-    lines = [f"{'class':<{width}}  " + "  ".join(f"{head:>9}" for head in (*_HEADS, "pixels"))]
-    for score in scores:
-        shares = (
-            score.iou,
-            score.precision,
-            score.recall,
-            score.false_positives,
-            score.false_negatives,
-        )
-        cells = [*(percent(share) for share in shares), str(score.pixels)]
-        lines.append(f"{score.name:<{width}}  " + "  ".join(f"{cell:>9}" for cell in cells))
-    return "\n".join(lines)
+    rows = [("class", ["IoU", "precision", "recall", "FP", "FN", "pixels"])]
+    for s in scores:
+        shares = (s.iou, s.precision, s.recall, s.false_positives, s.false_negatives)
+        rows.append((s.name, [*map(percent, shares), str(s.pixels)]))
+    return "\n".join(
+        f"{name:<{width}}  " + "  ".join(f"{cell:>9}" for cell in cells) for name, cells in rows
+    )
 
 
 def percent(share: float) -> str:
-    """A share in %, two digits behind the point.
+    """Format a share in %, with two decimal places.
 
     >>> percent(0.12345), percent(float("nan"))
     ('12.35', '-')
     """
     return "-" if math.isnan(share) else f"{100 * share:.2f}"
-
-
-def _score(name: str, hit: int, true: int, predicted: int) -> ClassScore:
-    union = true + predicted - hit
-    return ClassScore(
-        name=name,
-        iou=_share(hit, union),
-        precision=_share(hit, predicted),
-        recall=_share(hit, true),
-        false_positives=_share(predicted - hit, union),
-        false_negatives=_share(true - hit, union),
-        pixels=true,
-    )
 
 
 def _share(part: int, whole: int) -> float:

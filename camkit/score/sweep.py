@@ -1,4 +1,4 @@
-"""Every background score of a sweep counted in one pass, and the whole curve over them."""
+"""Sweeps over background scores: all of them counted in one pass, and the curve over them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from camkit.mask import strongest
-from camkit.score.confusion import Definition, mask_values, mean_iou
+from camkit.score.confusion import Definition, checked_mask, mean_iou
 
 THRESHOLDS = torch.arange(96, dtype=torch.float64) / 100
 """0.00 to 0.95 in steps of 0.01: the field's step, and past the 0.60 where its sweeps end."""
@@ -22,6 +22,25 @@ class Best:
     mean_iou: float
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Mean IoU at each background score, both in [0, 1]."""
+
+    thresholds: tuple[float, ...]
+    mean_iou: tuple[float, ...]
+
+    @property
+    def area(self) -> float:
+        """Mean height of the curve, by trapezoids: the mean IoU of a randomly picked threshold.
+
+        Curves over different ranges of background scores have no comparable area.
+        """
+        x, y = (
+            torch.tensor(side, dtype=torch.float64) for side in (self.thresholds, self.mean_iou)
+        )
+        return float(torch.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else self.mean_iou[0]
+
+
 def sweep_confusions(
     cam: Float[Tensor, "k H W"],
     classes: Int[Tensor, "k"],
@@ -32,16 +51,17 @@ def sweep_confusions(
 ) -> Int[Tensor, "s c c"]:
     """Count one image's confusion matrix for every background score.
 
-    Equal to `to_mask` and `confusion_matrix` at each score, ties included. A pixel's winner does
-    not depend on the background score, only whether it wins: so winners are counted by the score
-    interval they fall in, and a running sum over the intervals gives every matrix.
+    Equal to `to_mask` and `confusion_matrix` at each score, ties included. The strongest class of
+    a pixel does not depend on the background score, only whether it wins does. So winners are
+    counted by the score interval they fall in, and a running sum over the intervals gives every
+    matrix.
 
     Args:
-        cam: maps of the asked classes in [0, 1], at the size of the truth.
-        classes: the classes asked, -1 where a slot is padding.
+        cam: maps of the requested classes in [0, 1], at the size of the truth.
+        classes: the classes of the maps, -1 where a slot is padding.
         truth: 0 for background, class + 1, 255 where ignored.
         thresholds: background scores in [0, 1], ascending.
-        num_classes: how many classes there are, the background included.
+        num_classes: number of classes, the background included.
 
     Returns:
         One matrix per background score; add them over the images of a set.
@@ -49,7 +69,14 @@ def sweep_confusions(
     Raises:
         ValueError: maps and truth differ in size, or a class or threshold is out of range.
     """
-    _check_thresholds(thresholds)
+    if not len(thresholds):
+        raise ValueError("`thresholds` must hold at least one background score, got none")
+    inside = ((thresholds >= 0.0) & (thresholds <= 1.0)).all()
+    if not inside or (thresholds.diff() <= 0).any():
+        raise ValueError(
+            "`thresholds` must ascend within [0, 1], each score once, "
+            f"got {[round(float(value), 4) for value in thresholds[:5]]}...; use torch.unique"
+        )
     if cam.shape[1:] != truth.shape:
         raise ValueError(
             f"`cam` must have the size of `truth`, {truth.shape[0]}x{truth.shape[1]}, "
@@ -61,10 +88,10 @@ def sweep_confusions(
             f"got {num_classes}; the background counts too"
         )
     score, slot = strongest(cam[None], classes[None])
-    rows = mask_values(truth, num_classes=num_classes, name="truth", ignored=num_classes)
+    rows = checked_mask(truth, num_classes=num_classes, name="truth", ignored=num_classes)
     # scores are compared in the dtype of the maps, as `to_mask` compares them
     steps = thresholds.to(cam.device, cam.dtype).contiguous()
-    beaten = torch.bucketize(score[0].detach(), steps)  # how many thresholds lie below the score
+    beaten = torch.bucketize(score[0].detach(), steps)  # number of thresholds below the score
     shape = (len(steps) + 1, num_classes + 1, len(classes))
     cells = slot[0].add(rows.add(beaten, alpha=shape[1]), alpha=shape[2])
     counts = torch.bincount(cells.flatten(), minlength=shape[0] * shape[1] * shape[2])
@@ -72,7 +99,7 @@ def sweep_confusions(
 
     total = counts.sum(0)
     wins = total - counts.cumsum(0)[:-1]  # at threshold j the pixels win that beat more than j
-    # a padded slot only ever loses, so it may stand in the background column
+    # a padded slot never wins, so its column may be that of the background
     columns = (classes.long() + 1).clamp_min(0)
     confusions = counts.new_zeros(len(steps), num_classes, num_classes)
     confusions.index_add_(2, columns, wins)
@@ -87,7 +114,7 @@ def best_threshold(
     definition: Definition = "present",
     classes: Sequence[int] | None = None,
 ) -> Best:
-    """The background score with the highest mean IoU; the lowest one where several tie.
+    """Find the background score with the highest mean IoU; the lowest one where several tie.
 
     A score chosen on the set it is reported on flatters the maps: choose on one split, report on
     another.
@@ -104,46 +131,12 @@ def best_threshold(
     Raises:
         ValueError: there is not one score for each matrix, or no pixel to score.
     """
-    if len(thresholds) != len(confusions):
-        raise ValueError(
-            f"`thresholds` must hold one score for each of the {len(confusions)} matrices, "
-            f"got {len(thresholds)}; pass those of sweep_confusions"
-        )
+    _check_same_sweep(confusions, thresholds)
     means = mean_iou(confusions, definition=definition, classes=classes)
     if means.isnan().all():
         raise ValueError("`confusions` hold no pixel of the chosen classes, so no mean IoU exists")
-    at = int(means.nan_to_num(-1.0).argmax())
-    return Best(threshold=float(thresholds[at]), mean_iou=float(means[at]))
-
-
-def _check_thresholds(thresholds: Tensor) -> None:
-    if not len(thresholds):
-        raise ValueError("`thresholds` must hold at least one background score, got none")
-    inside = ((thresholds >= 0.0) & (thresholds <= 1.0)).all()
-    if not inside or (thresholds.diff() <= 0).any():
-        raise ValueError(
-            "`thresholds` must ascend within [0, 1], each score once, "
-            f"got {[round(float(value), 4) for value in thresholds[:5]]}...; use torch.unique"
-        )
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Mean IoU at each background score, both in [0, 1]."""
-
-    thresholds: tuple[float, ...]
-    mean_iou: tuple[float, ...]
-
-    @property
-    def area(self) -> float:
-        """Mean height of the curve, by trapezoids: what a background score picked blindly gives.
-
-        Curves over different ranges of background scores have no comparable area.
-        """
-        x, y = (
-            torch.tensor(side, dtype=torch.float64) for side in (self.thresholds, self.mean_iou)
-        )
-        return float(torch.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else self.mean_iou[0]
+    step = int(means.nan_to_num(-1.0).argmax())
+    return Best(threshold=float(thresholds[step]), mean_iou=float(means[step]))
 
 
 def threshold_curve(
@@ -153,18 +146,11 @@ def threshold_curve(
     definition: Definition = "present",
     classes: Sequence[int] | None = None,
 ) -> Curve:
-    """Mean IoU over background scores.
+    """Compute the mean IoU at every background score.
 
-    Args:
-        confusions: one matrix per background score, as by `sweep_confusions`, summed over a set.
-        thresholds: the background scores, as given to `sweep_confusions`.
-        definition: which classes count, see `mean_iou`.
-        classes: mask values to average over, 0 being the background; None takes all.
-
-    Returns:
-        The curve; NaN where no class counts.
+    The arguments are those of `best_threshold`; the mean is NaN where no class counts.
     """
-    _check(confusions, thresholds)
+    _check_same_sweep(confusions, thresholds)
     means = mean_iou(confusions, definition=definition, classes=classes)
     return Curve(tuple(thresholds.tolist()), tuple(means.tolist()))
 
@@ -172,7 +158,7 @@ def threshold_curve(
 def average_precision(
     confusions: Int[Tensor, "s c c"], thresholds: Float[Tensor, "s"] = THRESHOLDS
 ) -> Float[Tensor, "c-1"]:
-    """Pixel average precision of each class, without choosing a background score.
+    """Compute the pixel average precision of each class, without choosing a background score.
 
     Pixels are ranked by the score with which the class wins them; pixels that another class wins
     come last. As in information retrieval, precision is summed over the gains of recall, without
@@ -187,13 +173,13 @@ def average_precision(
         float64 in [0, 1], one for each class, without the background (which has no score of its
         own); NaN for a class without a true pixel.
     """
-    _check(confusions, thresholds)
+    _check_same_sweep(confusions, thresholds)
     counts = confusions.long()
     hit = counts.diagonal(dim1=-2, dim2=-1)[:, 1:]
     claimed = counts.sum(-2)[:, 1:]
     true = counts[0].sum(-1)[1:]
     everything = counts[0].sum().expand(1, len(true))
-    # from the highest background score to the lowest, then all that was never claimed
+    # from the highest background score to the lowest, then all pixels that were never claimed
     hit = torch.cat([hit.flip(0), true[None]]).double()
     claimed = torch.cat([claimed.flip(0), everything]).double()
     precision = (hit / claimed).nan_to_num(0.0)  # no pixel claimed: recall has not moved yet
@@ -201,9 +187,9 @@ def average_precision(
     return (precision * gained).sum(0)
 
 
-def _check(confusions: Tensor, thresholds: Tensor) -> None:
+def _check_same_sweep(confusions: Tensor, thresholds: Tensor) -> None:
     if len(thresholds) != len(confusions) or not len(thresholds):
         raise ValueError(
-            f"`thresholds` must hold one score for each of the {len(confusions)} matrices, and at "
-            f"least one, got {len(thresholds)}; pass those of sweep_confusions"
+            f"`thresholds` must hold one score, at least one, for each of the {len(confusions)} "
+            f"matrices, got {len(thresholds)}; pass those of sweep_confusions"
         )

@@ -18,11 +18,7 @@ Features: TypeAlias = Literal["keys", "tokens"]
 
 
 def _features(capture: Capture, features: Features) -> Float[Tensor, "b n d"]:
-    """Return the embeddings of the patches in float32.
-
-    Raises:
-        CaptureError: keys are needed, but the attention hides them.
-    """
+    """Return the embeddings of the patches in float32."""
     if features == "tokens":
         return capture.patch_embeddings().detach().float()
     keys: Tensor | None = getattr(capture.blocks[-1], "k", None)

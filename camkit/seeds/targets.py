@@ -11,34 +11,13 @@ from torch import Tensor, nn
 from camkit.capture.record import Capture, required_by
 from camkit.seeds.protocol import Seed, check_classes
 from camkit.seeds.text import TextClasses
-from camkit.tensors import Cam, Classes, Scores
+from camkit.tensors import Cam, Classes
 from camkit.vocabulary import Vocabulary
 
 Activation: TypeAlias = Literal["sigmoid", "softmax"]
 """How scores become probabilities: "sigmoid" of each class, for a classifier trained with several
 classes per image; "softmax" over all classifier outputs, summed within a class, for a classifier
 trained with one class per image."""
-
-
-def chances(scores: Scores, outputs: Tensor, activation: Activation) -> Scores:
-    """Return the probability of every class.
-
-    Args:
-        scores: of the classes.
-        outputs: all outputs of the classifier; a class may stand for several of them.
-        activation: see `Activation`.
-    """
-    if activation == "sigmoid":
-        return scores.sigmoid()
-    return (scores - outputs.logsumexp(1, keepdim=True)).exp()
-
-
-def check_chance(threshold: float, activation: str) -> None:
-    """Check the settings of a choice by probability."""
-    if not 0.0 < threshold < 1.0:
-        raise ValueError(f"`threshold` must lie in (0, 1), got {threshold}")
-    if activation not in get_args(Activation):
-        raise ValueError(f'`activation` must be "sigmoid" or "softmax", got {activation}')
 
 
 @dataclass(frozen=True)
@@ -57,16 +36,22 @@ class PredictedClasses:
     least: int = 1
 
     def __post_init__(self) -> None:
-        check_chance(self.threshold, self.activation)
+        if not 0.0 < self.threshold < 1.0:
+            raise ValueError(f"`threshold` must lie in (0, 1), got {self.threshold}")
+        if self.activation not in get_args(Activation):
+            raise ValueError(f'`activation` must be "sigmoid" or "softmax", got {self.activation}')
         if self.least < 0:
             raise ValueError(f"`least` must be at least 0, got {self.least}")
 
     def __call__(self, capture: Capture) -> Classes:
         """Return the classes of each image, most probable first, padded with -1."""
         scores = capture.scores.detach().float()
-        outputs = scores if capture.outputs is None else capture.outputs.detach().float()
-        chance = chances(scores, outputs, self.activation)
-        ordered, order = chance.sort(dim=1, descending=True, stable=True)
+        if self.activation == "sigmoid":
+            probabilities = scores.sigmoid()
+        else:
+            outputs = scores if capture.outputs is None else capture.outputs.detach().float()
+            probabilities = (scores - outputs.logsumexp(1, keepdim=True)).exp()
+        ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
         first = torch.arange(order.shape[1], device=order.device) < self.least
         present = (ordered >= self.threshold) | first
         return order.masked_fill(~present, -1)[:, : max(1, int(present.sum(1).max()))]

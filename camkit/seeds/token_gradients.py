@@ -243,11 +243,7 @@ class EigenCAMSeed:
 def _entering(
     capture: Capture, blocks: int, seed: "GradCAMSeed | EigenCAMSeed"
 ) -> tuple[TokenCall, ...]:
-    """Return the tokens that enter the attention of the last blocks.
-
-    Raises:
-        CaptureError: they, or the forwards under noise, were not recorded.
-    """
+    """Return the tokens that enter the attention of the last blocks."""
     noise = seed.noise if isinstance(seed, GradCAMSeed) else None
     short = noise is not None and len(capture.samples) < noise.samples
     if len(capture.entering) < blocks or short:

@@ -97,9 +97,7 @@ class Views:
         return tuple(dict.fromkeys((size, *rounded)))
 
 
-def join_maps(how: Join, a: Cam, b: Cam) -> Cam:
-    """Return the sum or the maximum of two maps."""
-    return a + b if how == "sum" else torch.maximum(a, b)
+_JOINED: dict[Join, Callable[[Cam, Cam], Cam]] = {"sum": torch.add, "max": torch.maximum}
 
 
 def tile_spans(patches: int, tiles: int) -> list[tuple[int, int]]:
@@ -220,8 +218,10 @@ class MultiViewReader:
         """
         requests = list(dict.fromkeys(requests))
         if all(views.single for _, views in requests):
-            maps = self._read(self.capture, classes, [seed for seed, _ in requests])
-            return {(seed, views): _scaled(maps[seed], views) for seed, views in requests}
+            return {
+                (seed, views): _scaled(self._read(self.capture, classes, seed), views)
+                for seed, views in requests
+            }
         base: Size = (self.pixels.shape[-2], self.pixels.shape[-1])
         sizes = {
             views: (base,) if views.scales == (1.0,) else views.sizes(base, self._patch())
@@ -232,13 +232,14 @@ class MultiViewReader:
             here = [request for request in requests if size in sizes[request[1]]]
             for request, cam in self._at_size(size, classes, here).items():
                 before = joined.get(request)
-                joined[request] = cam if before is None else join_maps(request[1].join, before, cam)
+                join = _JOINED[request[1].join]
+                joined[request] = cam if before is None else join(before, cam)
         for tiles in dict.fromkeys(views.tiles for _, views in requests if views.tiles > 1):
             here = [request for request in requests if request[1].tiles == tiles]
             maps = self._of_tiles(tiles, classes, dict.fromkeys(seed for seed, _ in here))
             for seed, views in here:
                 cam = _scaled(maps[seed], views)
-                joined[seed, views] = join_maps(views.join, joined[seed, views], cam)
+                joined[seed, views] = _JOINED[views.join](joined[seed, views], cam)
         return joined
 
     def _at_size(
@@ -248,23 +249,25 @@ class MultiViewReader:
         seeds = dict.fromkeys(seed for seed, _ in requests)
         flipped = dict.fromkeys(seed for seed, views in requests if views.flip)
         as_given = size == (self.pixels.shape[-2], self.pixels.shape[-1])
-        mirrored: dict[Seed, Cam] = {}
         if not as_given and flipped == seeds and all(views.paired for _, views in requests):
-            both = self._read(self._run(size, (False, True)), classes.repeat(2, 1), seeds)
+            capture = self._run(size, (False, True))
+            both = {seed: self._read(capture, classes.repeat(2, 1), seed) for seed in seeds}
             upright = {seed: cam[: len(classes)] for seed, cam in both.items()}
             mirrored = {seed: cam[len(classes) :] for seed, cam in both.items()}
         else:
             capture = self.capture if as_given else self._run(size, (False,))
-            upright = self._read(capture, classes, seeds)
+            upright = {seed: self._read(capture, classes, seed) for seed in seeds}
             del capture  # before the next forward
+            mirrored = {}
             if flipped:
-                mirrored = self._read(self._run(size, (True,)), classes, flipped)
+                capture = self._run(size, (True,))
+                mirrored = {seed: self._read(capture, classes, seed) for seed in flipped}
         joined = {}
         for seed, views in requests:
             cam = _scaled(upright[seed], views)
             if views.flip:
                 twin = _scaled(mirrored[seed], views).flip(-1)
-                cam = join_maps(views.join_flip or views.join, cam, twin)
+                cam = _JOINED[views.join_flip or views.join](cam, twin)
             joined[seed, views] = cam
         return joined
 
@@ -291,14 +294,11 @@ class MultiViewReader:
 
         return self.runner(view(self.pixels), None if self.rgb is None else view(self.rgb))
 
-    def _read(self, capture: Capture, classes: Classes, seeds: Iterable[Seed]) -> dict[Seed, Cam]:
-        """Return maps of one view, resized to the grid of the batch as given."""
+    def _read(self, capture: Capture, classes: Classes, seed: Seed) -> Cam:
+        """Return the maps of one view, resized to the grid of the batch as given."""
+        cam = seed(capture, classes).float()
         grid = (self.capture.grid.rows, self.capture.grid.cols)
-        maps = {seed: seed(capture, classes).float() for seed in seeds}
-        return {
-            seed: cam if cam.shape[-2:] == grid else resize_cam(cam, grid)
-            for seed, cam in maps.items()
-        }
+        return cam if cam.shape[-2:] == grid else resize_cam(cam, grid)
 
     def _patch(self) -> Size:
         patch = self.runner.patch

@@ -18,6 +18,15 @@ DEMO_DEPTH = 9
 
 DEMO_WEIGHTS = Path(__file__).parent / "vit_tiny_9_blocks_distilled.safetensors"
 
+DEMO_CLASSES = ("cat", "person", "cup", "tripod")
+"""Classes of the masks, by names that an ImageNet classifier's vocabulary knows."""
+
+_CONTENT = {  # public domain (NASA), or CC0 by their photographers: see THIRD_PARTY.md
+    "astronaut.png": ("person",),
+    "camera.png": ("person", "tripod"),
+    "coffee.png": ("cup",),
+    "chelsea.png": ("cat",),
+}
 _SCALE = ".scale"
 _LARGEST = 127.0
 
@@ -26,10 +35,10 @@ def demo_model() -> Any:
     """Make the model that comes with camkit; nothing is downloaded.
 
     It is a ViT of width 192, patch 16 and nine blocks with 1000 ImageNet outputs, trained by
-    ``benchmarks/train_demo_model.py`` to do what timm's twelve-block ViT-Ti/16 of "How to train
-    your ViT?" (Steiner et al., 2021) does. It is there to try camkit with: its maps come near the
-    teacher's, but it often takes one thing for another; ``benchmarks/results/demo_model.json``
-    says how often. Colours are normalised with mean and standard deviation 0.5, the defaults of
+    ``benchmarks/train_demo_model.py`` to imitate timm's twelve-block ViT-Ti/16 of "How to train
+    your ViT?" (Steiner et al., 2021). It is meant for trying camkit: its maps come near the
+    teacher's, but it often confuses classes; ``benchmarks/results/demo_model.json`` says how
+    often. Colours are normalised with mean and standard deviation 0.5, the defaults of
     `camkit.load_photo`; `imagenet_vocabulary` names the outputs.
 
     Returns:
@@ -51,14 +60,14 @@ def demo_model() -> Any:
 
 
 def blank_model() -> Any:
-    """Make the model that comes with camkit with random weights, to be trained or filled."""
+    """Make the model that comes with camkit, with random weights."""
     import timm
 
     return timm.create_model("vit_tiny_patch16_224", depth=DEMO_DEPTH, dynamic_img_size=True)
 
 
 def round_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Round matrices and kernels to 8 bits with one scale a row, all else to half precision.
+    """Round matrices and kernels to 8 bits with one scale per row, all else to half precision.
 
     Args:
         weights: a state dict of floats.
@@ -81,11 +90,7 @@ def round_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def expand_rows(packed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `round_rows`, but for the rounding.
-
-    Returns:
-        A state dict, float32.
-    """
+    """Undo `round_rows`, except for the rounding; returns a float32 state dict."""
     weights = {}
     for name, values in packed.items():
         if name.endswith(_SCALE):
@@ -97,56 +102,44 @@ def expand_rows(packed: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-DEMO_CLASSES = ("cat", "person", "cup", "tripod")
-"""Classes of the masks: names that an ImageNet classifier's vocabulary knows."""
-
-_CONTENT = {  # public domain (NASA), or CC0 by their photographers: see THIRD_PARTY.md
-    "astronaut.png": ("person",),
-    "camera.png": ("person", "tripod"),
-    "coffee.png": ("cup",),
-    "chelsea.png": ("cat",),
-}
-_SPLITS = ("all",)
-
-
 @dataclass(frozen=True)
 class DemoPhotos:
-    """Four photographs to look at and to try things on; far too few to measure with.
+    """Four photographs for trying camkit; far too few to measure with.
 
     They are the photographs in scikit-image's wheel that may be redistributed and show an object
-    that ImageNet has a name for, but for the rocket: it is thinner than one patch at 384 pixels.
-    Masks are drawn by hand; the video camera, blurred fur at the cat's chin and a line along each
-    border are 255, ignore.
+    that ImageNet has a name for, except for the rocket, which is thinner than one patch at 384
+    pixels. Masks are drawn by hand; the video camera, blurred fur at the cat's chin and a line
+    along each border are 255, ignore.
     """
 
     root: Path
     photos: Path
     classes: tuple[str, ...] = DEMO_CLASSES
-    splits: tuple[str, ...] = _SPLITS
+    splits: tuple[str, ...] = ("all",)
 
     def split(self, name: str = "all") -> tuple[Sample, ...]:
         """List the photographs; there is one split, "all".
 
         Raises:
             ValueError: there is no such split.
-            DataError: this scikit-image does not bring a photograph along.
+            DataError: this version of scikit-image lacks a photograph.
         """
         check_split(name, self.splits)
-        return tuple(self._sample(file, present) for file, present in _CONTENT.items())
+        samples = []
+        for file, shown in _CONTENT.items():
+            photo = self.photos / file
+            if not photo.is_file():
+                raise DataError(
+                    f"{photo} does not exist, though scikit-image 0.24 to 0.26 contain it; "
+                    "install one of these versions"
+                )
+            classes = tuple(sorted(self.classes.index(label) for label in shown))
+            samples.append(Sample(photo.stem, photo, self.root / "masks" / file, classes))
+        return tuple(samples)
 
     def entries(self, name: str = "all") -> Iterator[Sample | DataError]:
-        """Go through the photographs."""
+        """Yield the photographs."""
         yield from self.split(name)
-
-    def _sample(self, file: str, present: tuple[str, ...]) -> Sample:
-        photo = self.photos / file
-        if not photo.is_file():
-            raise DataError(
-                f"{photo} is not there, though scikit-image 0.24 to 0.26 bring it along; "
-                "install one of these"
-            )
-        classes = tuple(sorted(self.classes.index(name) for name in present))
-        return Sample(photo.stem, photo, self.root / "masks" / file, classes)
 
 
 def demo_photos() -> DemoPhotos:
@@ -158,7 +151,10 @@ def demo_photos() -> DemoPhotos:
     Raises:
         DataError: scikit-image, which holds the photographs, is not installed.
     """
-    found = find_spec("skimage")  # where it lies; importing it would take a second
-    if found is None or not found.submodule_search_locations:
-        raise DataError("the photographs are scikit-image's; install it: pip install scikit-image")
-    return DemoPhotos(Path(__file__).parent, Path(found.submodule_search_locations[0]) / "data")
+    spec = find_spec("skimage")  # importing it would take a second
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            "the demo photographs are part of scikit-image; install it: pip install scikit-image"
+        )
+    photos = Path(spec.submodule_search_locations[0]).absolute() / "data"
+    return DemoPhotos(Path(__file__).parent, photos)
