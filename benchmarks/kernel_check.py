@@ -242,10 +242,13 @@ def check_normalisers(device: str) -> dict[str, float]:
             q, k, v = heads_of(case, device)
             options: dict[str, Any] = {"dropout_p": 0.0, "is_causal": False, "scale": None}
             with sdpa_kernel([backend, SDPBackend.MATH]):
-                name = torch_internals.kernel_of(q, k, v, None, options)
+                name = torch_internals.chosen_kernel(q, k, v, None, options)
                 if name is None:
                     continue
-                found, normaliser = torch_internals.run(name, q, k, v, None, options)
+                known = torch_internals.call_with_normaliser(q, k, v, None, options)
+                if known is None:
+                    continue
+                found, normaliser = known
                 own = F.scaled_dot_product_attention(q, k, v)
             right = exact(case, q, k, None)[1]
             title = f"{name} {dtype}"

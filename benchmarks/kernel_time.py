@@ -49,11 +49,8 @@ def layer_ways(  # noqa: C901 - one function for each way
         return weights @ v, weights[:, :, :classes], weights[..., :classes]
 
     def separate(*, whole: bool) -> object:
-        name = torch_internals.kernel_of(q, k, v, None, OPTIONS)
-        if name is None:
-            output, lse = F.scaled_dot_product_attention(q, k, v), None
-        else:
-            output, lse = torch_internals.run(name, q, k, v, None, OPTIONS)
+        known = torch_internals.call_with_normaliser(q, k, v, None, OPTIONS)
+        output, lse = known or (F.scaled_dot_product_attention(q, k, v), None)
         rows = attention_rows(q, k, first, scale=scale)
         columns = attention_columns(q, k, first, scale=scale, normaliser=lse)
         if whole:

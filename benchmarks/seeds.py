@@ -107,8 +107,10 @@ def variants() -> list[Variant]:
     ]
     last: Variant | None = None
     for variant in [one for one in found if one.name.removesuffix(" @ qkv, last 4") in REFINED]:
-        refined = replace(
-            variant, name=f"{variant.name}, refined", refine=CHAIN, base=last or variant
+        refined = Variant(
+            f"{variant.name}, refined",
+            replace(variant.method, refine=CHAIN),
+            base=last or variant,
         )
         last = last or refined
         found.append(refined)

@@ -5,19 +5,19 @@ from collections.abc import Iterable
 
 
 class CamkitError(Exception):
-    """Anything camkit refuses to guess about."""
+    """Base of camkit's own errors: something it would have to guess."""
 
 
 class UnsupportedModelError(CamkitError):
-    """The model has no attention that can be watched, or no rule that fits what was asked."""
+    """The model has no attention camkit can watch, or does not support the requested method."""
 
 
 class CaptureError(CamkitError):
-    """Something was asked of a capture that it did not see."""
+    """A capture does not hold what was requested."""
 
 
 class DataError(CamkitError):
-    """A file cannot be used; the message names it."""
+    """A file cannot be used; the message says which and why."""
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The patch grid: pixels, patches and tokens turned into each other."""
+"""The grid of patches, and maps on it."""
 
 from dataclasses import dataclass
 
@@ -25,11 +25,11 @@ class Grid:
 
     @property
     def size(self) -> int:
-        """How many patches."""
+        """Number of patches."""
         return self.rows * self.cols
 
     def fold(self, scores: Float[Tensor, "b k n"]) -> Cam:
-        """Lay one value per patch out on the grid, row by row."""
+        """Arrange one value per patch on the grid, row by row."""
         if scores.shape[-1] != self.size:
             raise ValueError(
                 f"a {self.rows}x{self.cols} grid holds {self.size} patches, got {scores.shape[-1]}"
@@ -37,7 +37,7 @@ class Grid:
         return scores.unflatten(-1, (self.rows, self.cols))
 
     def flatten(self, cam: Cam) -> Float[Tensor, "b k n"]:
-        """Read a map off the grid, row by row."""
+        """Return the values of a map, row by row."""
         rows, cols = cam.shape[-2:]
         if (rows, cols) != (self.rows, self.cols):
             raise ValueError(

@@ -1,7 +1,7 @@
-"""One alias per kind of tensor, and the axis legend.
+"""One alias per kind of tensor, and the names of axes.
 
-Axes: b images, k classes asked of an image, C classes of a data set or classifier, h and w rows and
-columns of patches, H and W rows and columns of pixels, t tokens, n patches, c class tokens,
+Axes: b images, k requested classes of an image, C classes of a data set or classifier, h and w rows
+and columns of patches, H and W rows and columns of pixels, t tokens, n patches, c class tokens,
 a heads, d channels.
 """
 
@@ -11,16 +11,16 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 Pixels: TypeAlias = Float[Tensor, "b 3 H W"]
-"""Images as the model takes them, normalised."""
+"""Normalised images, the input of the model."""
 
 RGB: TypeAlias = Float[Tensor, "b 3 H W"]
 """The same pictures with colours in [0, 1]."""
 
 Cam: TypeAlias = Float[Tensor, "b k h w"]
-"""Class maps of the asked classes; in [0, 1] once normalised."""
+"""Maps of the requested classes; in [0, 1] once normalised."""
 
 Classes: TypeAlias = Int[Tensor, "b k"]
-"""The K classes asked of each image, int64, padded with -1."""
+"""The k requested classes of each image, int64, padded with -1."""
 
 Labels: TypeAlias = Bool[Tensor, "b C"]
 """Image-level labels over the classes of a data set."""
@@ -35,4 +35,4 @@ Mask: TypeAlias = Integer[Tensor, "b H W"]
 """0 background, class + 1, 255 ignore."""
 
 IGNORE = 255
-"""Label of pixels that a mask leaves open; losses and scores skip them."""
+"""Mask value of pixels without a label; losses and scores skip them."""

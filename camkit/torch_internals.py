@@ -1,111 +1,240 @@
-"""Every private part of torch that camkit uses.
+"""Every private part of torch that camkit uses, each with a public fallback.
 
-`torch.nn.functional.scaled_dot_product_attention` chooses among these kernels; each computes the
-log of every row's summed exponentials, and some of them hand it out.
+A release of torch may rename or change these parts without notice. Each is looked up here, and only
+used if it still has the form camkit knows; otherwise camkit gets the same values from public
+functions, more slowly or without an optimisation.
 """
 
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
-ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
-ON_DEVICE = {  # by what torch answers when it chooses a kernel
-    1: "_scaled_dot_product_flash_attention",
-    2: "_scaled_dot_product_efficient_attention",
-    3: "_scaled_dot_product_cudnn_attention",
+# scaled_dot_product_attention chooses one of these kernels. Each computes the log-sum-exp of every
+# row, the normaliser, and returns it with the output when called by name.
+
+CPU_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
+_CUDA_KERNELS = {
+    SDPBackend.FLASH_ATTENTION.value: "_scaled_dot_product_flash_attention",
+    SDPBackend.EFFICIENT_ATTENTION.value: "_scaled_dot_product_efficient_attention",
+    SDPBackend.CUDNN_ATTENTION.value: "_scaled_dot_product_cudnn_attention",
 }
-KERNELS = (ON_CPU, *ON_DEVICE.values())
-_FLASH = 1
-_CHUNK = 1 << 23  # logits held at a time where no kernel tells
+KERNELS = (CPU_KERNEL, *_CUDA_KERNELS.values())
+_CHOICE, _CPU_BACKWARD = "_fused_sdp_choice", f"{CPU_KERNEL}_backward"
+_OPTIONS = ("dropout_p", "is_causal", "scale")
+_MASKED = ("attn_bias", "compute_log_sumexp", "dropout_p", "is_causal", "scale")
+_ARGUMENTS = {  # behind query, key and value, in order
+    _CHOICE: ("attn_mask", *_OPTIONS),
+    _CPU_BACKWARD: ("out", "logsumexp", "dropout_p", "is_causal", "attn_mask", "scale"),
+    CPU_KERNEL: ("dropout_p", "is_causal", "attn_mask", "scale"),
+    KERNELS[1]: _OPTIONS,
+    KERNELS[2]: _MASKED,
+    KERNELS[3]: _MASKED,
+}
 
 
-def kernel_of(
+@cache
+def _operator(name: str) -> Callable[..., Any] | None:
+    """Return an operator of torch if it accepts the arguments camkit passes, else None."""
+    operator = getattr(torch.ops.aten, name, None)
+    schema = getattr(getattr(operator, "default", None), "_schema", None)
+    if schema is None:
+        return None
+    passed = {"query", "key", "value", *_ARGUMENTS[name]}
+    if name == _CPU_BACKWARD:
+        passed.add("grad_out")
+    accepted = {argument.name for argument in schema.arguments}
+    required = {a.name for a in schema.arguments if not a.has_default_value()}
+    return operator if required <= passed <= accepted else None
+
+
+def chosen_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> str | None:
-    """The kernel that scaled_dot_product_attention would run, if it can be asked for more.
-
-    Running it by name then gives the same bits, and the normaliser beside them.
-    """
-    device = q.device.type
-    plain = q.dim() == 4 and not options.get("enable_gqa") and device in ("cpu", "cuda")
-    if not plain or torch.is_autocast_enabled(device) or not q.numel() or not k.shape[2]:
-        return None
-    if mask is not None and (device != "cpu" or mask.dtype == torch.bool):
-        return None  # a device kernel wants a whole mask, padded in its own way
-    choice: int = torch._fused_sdp_choice(
-        q,
-        k,
-        v,
-        mask,
-        options["dropout_p"],
-        options["is_causal"],
-        scale=options["scale"],
-    )
-    if device == "cpu":
-        return ON_CPU if choice == _FLASH else None
-    # torch pads other widths before it runs one of these
-    return ON_DEVICE.get(choice) if q.shape[-1] % 8 == 0 == v.shape[-1] % 8 else None
-
-
-def run(
-    name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Output ``(b, a, t, e)`` and normaliser ``(b, a, t)`` of a kernel that was chosen."""
-    kernel = getattr(torch.ops.aten, name)
-    dropout, causal, scale = options["dropout_p"], options["is_causal"], options["scale"]
-    if name == ON_CPU:
-        output, normaliser = kernel(q, k, v, dropout, causal, attn_mask=mask, scale=scale)
-    elif name == ON_DEVICE[_FLASH]:
-        output, normaliser, *_ = kernel(q, k, v, dropout, causal, scale=scale)
-    else:
-        output, normaliser, *_ = kernel(q, k, v, None, True, dropout, causal, scale=scale)  # noqa: FBT003
-    return output, normaliser_of(normaliser, q)
-
-
-def asked(
-    name: str, rest: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[Tensor | None, bool, float | None]:
-    """Mask, causality and scale of a call of a kernel, behind its first three arguments."""
-    first = 0 if name in (ON_CPU, ON_DEVICE[_FLASH]) else 2  # others take a mask and a flag first
-    given = dict(zip(("dropout_p", "is_causal"), rest[first:], strict=False)) | named
-    mask = rest[0] if first and rest else named.get("attn_mask", named.get("attn_bias"))
-    return mask, bool(given.get("is_causal")), named.get("scale")
-
-
-def normaliser_of(found: Tensor, q: Tensor) -> Tensor:
-    """A kernel's normaliser as ``(b, a, t)``: some give it an axis more or rows to spare."""
-    return found.reshape(*q.shape[:2], -1)[..., : q.shape[2]]
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output ``(b, a, t, e)`` and normaliser ``(b, a, t)`` by the shortest way there is.
+    """Name the kernel scaled_dot_product_attention would run, if it can return its normaliser.
 
     Args:
         q: queries.
         k: keys.
         v: values.
-        mask: added to the logits, one row for all queries, in at least float32.
-        scale: factor on the dot products.
+        mask: as ``attn_mask``.
+        options: ``dropout_p``, ``is_causal``, ``scale`` and, if given, ``enable_gqa``.
     """
+    device, choose = q.device.type, _operator(_CHOICE)
+    plain = q.dim() == 4 and not options.get("enable_gqa") and device in ("cpu", "cuda")
+    if choose is None or not plain or torch.is_autocast_enabled(device):
+        return None
+    if not q.numel() or not k.shape[2]:
+        return None
+    if mask is not None and (device != "cpu" or mask.dtype == torch.bool):
+        return None  # CUDA kernels need a full mask with padding of their own
+    choice = choose(q, k, v, attn_mask=mask, **{name: options[name] for name in _OPTIONS})
+    if device == "cpu":
+        name = CPU_KERNEL if choice == SDPBackend.FLASH_ATTENTION.value else None
+    else:  # torch pads other widths before it runs a kernel
+        name = _CUDA_KERNELS.get(choice) if q.shape[-1] % 8 == 0 == v.shape[-1] % 8 else None
+    return None if name is None or _operator(name) is None else name
+
+
+def call_with_normaliser(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Run the kernel scaled_dot_product_attention would run, by name.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: as ``attn_mask``.
+        options: as in `chosen_kernel`.
+
+    Returns:
+        The same bits as scaled_dot_product_attention, ``(b, a, t, e)``, and the normaliser
+        ``(b, a, t)``; None if no such kernel would run.
+    """
+    name = chosen_kernel(q, k, v, mask, options)
+    kernel = None if name is None else _operator(name)
+    if kernel is None:
+        return None
+    given = {option: options[option] for option in _OPTIONS}
+    if name == CPU_KERNEL:
+        given["attn_mask"] = mask
+    elif "attn_bias" in _ARGUMENTS[str(name)]:
+        given |= {"attn_bias": None, "compute_log_sumexp": True}
+    output, normaliser, *_ = kernel(q, k, v, **given)
+    return output, trim_normaliser(normaliser, q)
+
+
+def kernel_options(
+    name: str, args: Iterable[Any], kwargs: dict[str, Any]
+) -> tuple[Tensor | None, bool, float | None]:
+    """Read the mask, causality and scale of a call of a kernel.
+
+    Args:
+        name: one of `KERNELS`.
+        args: positional arguments behind query, key and value.
+        kwargs: arguments by name.
+    """
+    given = dict(zip(_ARGUMENTS[name], args, strict=False)) | kwargs
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    return mask, bool(given.get("is_causal")), kwargs.get("scale")
+
+
+def trim_normaliser(normaliser: Tensor, q: Tensor) -> Tensor:
+    """Return a kernel's normaliser as ``(b, a, t)``: some kernels add an axis or pad the rows."""
+    return normaliser.reshape(*q.shape[:2], -1)[..., : q.shape[2]]
+
+
+def cpu_attention_backward(
+    gradient: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
+    forward: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Run the backward of the CPU kernel.
+
+    Args:
+        gradient: at the output.
+        heads: queries, keys and values.
+        forward: output and normaliser.
+        mask: as ``attn_mask``.
+        scale: factor on the dot products.
+
+    Returns:
+        Gradients at queries, keys and values; None if torch would run another kernel. Kernels of
+        other devices need values that only their own forward stores.
+    """
+    backward = _operator(_CPU_BACKWARD)
     options = {"dropout_p": 0.0, "is_causal": False, "scale": scale}
-    name = kernel_of(q, k, v, mask, options)
-    if name is not None:
-        return run(name, q, k, v, mask, options)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    own = None if mask is None else mask.to(q.dtype)  # cuDNN misreads any other
-    output = F.scaled_dot_product_attention(q, k, v, own, scale=scale)
-    return output, _normaliser(q.to(dtype), k.to(dtype), mask, scale)
+    if backward is None or chosen_kernel(*heads, None, options) != CPU_KERNEL:
+        return None
+    result: tuple[Tensor, Tensor, Tensor]
+    result = backward(gradient, *heads, *forward, attn_mask=mask, **options)
+    return result
 
 
-def _normaliser(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    images, heads, tokens, _ = q.shape
-    step = max(1, _CHUNK // max(1, images * heads * k.shape[2]))
-    found = [q.new_empty(images, heads, 0)]
-    for start in range(0, tokens, step):
-        logits = q[:, :, start : start + step] * scale @ k.mT
-        found.append((logits if mask is None else logits + mask.to(q.dtype)).logsumexp(-1))
-    return torch.cat(found, 2)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def compiled_original(module: nn.Module) -> nn.Module | None:
+    """Return the module that `torch.compile` wrapped in ``module``; None for other modules."""
+    original = getattr(module, "_orig_mod", None)
+    if isinstance(original, nn.Module):
+        return original
+    if type(module).__module__.startswith("torch._dynamo"):  # its attribute was renamed
+        return next(module.children(), None)
+    return None
+
+
+def has_compiled_forward(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called: its hooks and forward run as compiled code."""
+    if hasattr(nn.Module, "_compiled_call_impl"):
+        return module._compiled_call_impl is not None
+    return any(  # a function that the compiler made is kept under another name
+        str(getattr(value, "__globals__", {}).get("__name__")).startswith("torch._dynamo")
+        for value in vars(module).values()
+    )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a module of the model was compiled, so that new hooks might not run."""
+    return any(
+        has_compiled_forward(module) or compiled_original(module) is not None
+        for module in model.modules()
+    )
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Let compiled code call a function once, while it is compiled, and keep the result.
+
+    As `torch.compiler.assume_constant_result`, which would import the compiler: that takes 3 s.
+    """
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.assume_constant_result(function)
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def count_hooks(module: nn.Module) -> int:
+    """Count the forward hooks and forward pre-hooks of a module and all modules in it."""
+    return sum(_hooks_of(part) for part in module.modules())
+
+
+def _hooks_of(module: nn.Module) -> int:
+    try:
+        return len(module._forward_hooks) + len(module._forward_pre_hooks)
+    except AttributeError:
+        pass
+    count = 0
+    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+        handle = register(lambda *_: None)
+        # refers to the dictionary of all hooks of this kind; if it is gone, assume there is a hook
+        hooks = getattr(handle, "hooks_dict_ref", lambda: ("unknown",))()
+        handle.remove()
+        count += len(hooks or ())
+    return count
+
+
+def tensor_version(tensor: Tensor) -> object:
+    """Return a value that changes when a tensor is written to; a new one each time if unknown."""
+    version = getattr(tensor, "_version", None)
+    return object() if version is None else version
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """List the values in nested tuples, lists, dictionaries and outputs registered with torch."""
+    try:
+        from torch.utils import _pytree
+
+        leaves: list[Any] = _pytree.tree_leaves(tree)
+    except (ImportError, AttributeError):
+        parts = tree.values() if isinstance(tree, Mapping) else tree
+        if not isinstance(parts, Iterable) or isinstance(parts, Tensor | str):
+            return [tree]
+        leaves = [leaf for part in parts for leaf in tree_leaves(part)]
+    return leaves

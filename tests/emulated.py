@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,24 +14,39 @@ EMULATION = Path(__file__).with_name("emulation")
 SCHEDULES = (4, 2, 1, 5, 0, 3)  # whose turn it is, and when copies land; see emulation.h
 
 
-def load(folder, namespace, widths, dtypes, sources=kernels.SOURCES):
-    """Operators that run ``sources`` under emulation, and the library that holds them."""
+def load(cache, namespace, widths, dtypes, sources=kernels.SOURCES):
+    """Operators that run ``sources`` under emulation, and the library that holds them.
+
+    A library stays in the folder ``cache`` and serves until a source, a flag or torch changes.
+    """
     selection = kernels.Selection(widths, dtypes)
-    include = [f"-I{sources}", f"-I{EMULATION}"]
     flags = ["-std=c++20", "-O1", "-fPIC", "-DCAMKIT_EMULATION", "-Wno-unknown-pragmas"]
     # four tiles are many here: small inputs then reach the kernels for large ones
-    flags_of_kernels = [*loader.compiler_command(), *flags, *include, *selection.flags]
-    flags_of_kernels += ["-DCAMKIT_MANY_BLOCKS=4", "-c", str(EMULATION / "emulation.cpp")]
+    flags += [*selection.flags, "-DCAMKIT_MANY_BLOCKS=4"]
     names = [f"-DCAMKIT_NAMESPACE={namespace}", "-DCAMKIT_KEY=CPU", "-DCAMKIT_EMULATION", "-O0"]
-    objects = [f"{folder}/kernels.o", f"{folder}/binding.o"]
-    commands = [[*flags_of_kernels, "-o", objects[0]], kernels.binding_command(objects[1], *names)]
-    for process in [subprocess.Popen(command) for command in commands]:
-        assert process.wait() == 0
-    path = f"{folder}/{namespace}.so"
-    link = [*loader.compiler_command(), "-shared", *objects, "-o", path]
-    subprocess.run([*link, *kernels.torch_library()], check=True)
+    files = sorted(p for p in (*sources.iterdir(), *EMULATION.iterdir()) if p.is_file())
+    settings = [*loader.compiler_command(), *flags, *names, torch.__version__]
+    key = loader.digest(*(path.read_bytes() for path in files), " ".join(settings).encode())
+    path = Path(cache) / f"{namespace}-{key}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            compile_library(folder, flags, names, sources).replace(path)
     schemas = kernel_ops.SCHEMAS | {"doei_scores": doei_tail.SCHEMA}
     for name, schema in schemas.items():
         torch.library.define(f"{namespace}::{name}", schema)
-    torch.ops.load_library(path)
-    return getattr(torch.ops, namespace), ctypes.CDLL(path)
+    torch.ops.load_library(str(path))
+    return getattr(torch.ops, namespace), ctypes.CDLL(str(path))
+
+
+def compile_library(folder, flags, names, sources):
+    objects = [f"{folder}/kernels.o", f"{folder}/binding.o"]
+    include = [f"-I{sources}", f"-I{EMULATION}"]
+    of_kernels = [*loader.compiler_command(), *flags, *include, "-c"]
+    of_kernels += [str(EMULATION / "emulation.cpp"), "-o", objects[0]]
+    commands = [of_kernels, kernels.binding_command(objects[1], *names)]
+    for process in [subprocess.Popen(command) for command in commands]:
+        assert process.wait() == 0
+    path = Path(folder) / "library.so"
+    link = [*loader.compiler_command(), "-shared", *objects, "-o", str(path)]
+    subprocess.run([*link, *kernels.torch_library()], check=True)
+    return path

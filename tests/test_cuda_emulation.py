@@ -133,16 +133,19 @@ def faults_backward(operators, case):
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulated")
-    return emulated.load(folder, "camkit_emulated", (64, 128), (HALF, FLOAT))
+def cache(request):
+    return request.config.cache.mkdir("emulated")
 
 
 @pytest.fixture(scope="module")
-def mutated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mutated")
-    sources = mutants.write(folder)
-    return emulated.load(folder, "camkit_mutants", (48,), (BFLOAT,), sources)
+def library(cache):
+    return emulated.load(cache, "camkit_emulated", (64, 128), (HALF, FLOAT))
+
+
+@pytest.fixture(scope="module")
+def mutated(cache, tmp_path_factory):
+    sources = mutants.write(tmp_path_factory.mktemp("mutated"))
+    return emulated.load(cache, "camkit_mutants", (48,), (BFLOAT,), sources)
 
 
 CASES = [

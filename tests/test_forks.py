@@ -210,7 +210,7 @@ def test_a_teacher_that_does_not_run_hides_nothing_of_its_student():
         PatchHeadSeed()(seen.capture, ALL)
     with torch.no_grad(), watch(model, requires=EigenCAMSeed().requires) as seen:
         model(pixels)
-    with pytest.raises(CaptureError, match=r"teacher's, perhaps.; name what runs"):
+    with pytest.raises(CaptureError, match=r"teacher's, perhaps.; name the attention that runs"):
         EigenCAMSeed()(seen.capture, ALL)
     mine = [f"encoder.{name}" for name in MODULES]
     with torch.no_grad(), watch(model, modules=mine, requires=EigenCAMSeed().requires) as seen:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from camkit import CamkitError, load_photo
 from camkit.native import load
-from camkit.ops import mean_field as crf_backends
+from camkit.ops import mean_field as mean_fields
 from camkit.ops.mean_field import Kernels, mean_field
 from camkit.ops.permutohedral import lattice
 from camkit.refiners.crf import PRESETS
@@ -235,7 +235,7 @@ def test_the_plain_one_is_differentiable_in_the_scores():
 
 
 def test_a_lattice_kept_from_inference_serves_a_gradient():
-    crf_backends._kept_gauss.cache_clear()
+    mean_fields._cached_gauss.cache_clear()
     scores, rgb = picture(9, 11)
     with torch.inference_mode():
         mean_field(scores, rgb, PSA, steps=1, backend="torch")
@@ -249,7 +249,7 @@ def test_a_lattice_kept_from_inference_serves_a_gradient():
 def test_a_gradient_that_would_be_lost_is_refused(backend):
     scores, rgb = picture(4, 5)
     scores.requires_grad_()
-    with pytest.raises(ValueError, match=rf"{backend}' gives no gradient.*backend='torch'"):
+    with pytest.raises(ValueError, match=rf"{backend}' has no gradient.*backend='torch'"):
         mean_field(scores, rgb, PSA, steps=1, backend=backend)
     with torch.no_grad():
         assert mean_field(scores, rgb, PSA, steps=1).shape == (1, 3, 4, 5)

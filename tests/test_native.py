@@ -1,16 +1,13 @@
 """Sources are compiled once, by whatever compiler there is, and never stand in the way."""
 
 import logging
+import multiprocessing
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from camkit.native import loader
 
-LOADER = Path(loader.__file__).read_text()
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
@@ -157,15 +154,20 @@ def test_the_cache_is_where_the_system_keeps_such_files(cache, compiler, monkeyp
     assert len(list(folder.iterdir())) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside threads
 def test_processes_that_build_at_once_agree(cache, compiler):
-    copy = cache.parent / "library.py"  # alone, as a process with nothing loaded yet
-    copy.write_text(LOADER)
-    code = f"import runpy; print(runpy.run_path({str(copy)!r})['load']('tiny').answer())"
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert [process.communicate(timeout=120)[0].strip() for process in running] == ["42"] * 2
+    context = multiprocessing.get_context("fork")
+    start, answers = context.Barrier(2), context.SimpleQueue()
+
+    def build():
+        start.wait()
+        answers.put(loader.load("tiny").answer())
+
+    processes = [context.Process(target=build) for _ in range(2)]
+    for process in processes:
+        process.start()
+    assert [answers.get() for _ in processes] == [42, 42]
+    for process in processes:
+        process.join()
     built = [path for path in cache.iterdir() if path.suffix == ".so"]
     assert len(built) == len(list(cache.iterdir())) >= 1

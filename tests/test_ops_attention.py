@@ -4,7 +4,7 @@ import oracles
 import pytest
 import torch
 
-from camkit.ops import attention as normaliser
+from camkit.ops import reweight_plain
 from camkit.ops.attention import (
     attention_columns,
     attention_rows,
@@ -110,7 +110,7 @@ def test_half_precision_rows_come_back_in_the_dtype_of_the_queries(dtype):
 
 def test_streamed_chunks_equal_one_chunk(biased, monkeypatch):
     q, k, v, bias = biased
-    monkeypatch.setattr(normaliser, "CHUNK_ELEMENTS", 5 * 2 * 3 * 19)  # 5 queries at a time
+    monkeypatch.setattr(reweight_plain, "HELD", 5 * 2 * 3 * 19)  # 5 queries at a time
     assert_all_equal_oracle(q, k, v, bias)
 
 
@@ -192,7 +192,7 @@ def test_a_query_that_may_attend_to_nothing_attends_to_nothing():
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_columns_have_the_gradients_of_the_whole_map(monkeypatch, biased):
-    monkeypatch.setattr(normaliser, "CHUNK_ELEMENTS", 3 * 2 * 2 * 10)
+    monkeypatch.setattr(reweight_plain, "HELD", 3 * 2 * 2 * 10)
     q, k = torch.randn(2, 2, 2, 10, 4, dtype=torch.float64).requires_grad_().unbind(0)
     bias = torch.randn(1, 2, 10, 10, dtype=torch.float64) if biased else None
 

@@ -343,34 +343,39 @@ def test_neither_forward_nor_backward_hold_a_map(monkeypatch):
     assert largest.elements <= 2 * 120 * 2 * 4 * 3
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's checker asks for it
+def check_operator(operator, args, *, compiled):
+    """Torch's own checks; compiling for any shape takes most of the time."""
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    checks += ["test_aot_dispatch_dynamic"] * compiled
+    torch.library.opcheck(operator, args, test_utils=checks)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's checker reads it
 @pytest.mark.parametrize(
     ("kind", "namespace"),
     [("none", "camkit"), ("keys", "camkit_plain"), ("keys of heads", "camkit")],
 )
-def test_torch_accepts_the_operators(kind, namespace):
-    ops = getattr(torch.ops, namespace)
+def test_torch_accepts_the_operators(kind, namespace, no_shape_checks):
+    ops, compiled = getattr(torch.ops, namespace), {"compiled": kind == "keys of heads"}
     q, k, v = (x.clone().requires_grad_() for x in heads(2, 2, 6, 8, torch.float32))
     tilt = tilt_of(kind, q)
     tilt = tilt if tilt is None else tilt.requires_grad_()
     lse, cam = torch.randn(2, 2, 6, requires_grad=True), torch.rand(2, 1, 5, requires_grad=True)
     settings = (tilt, 0.5, 2)
-    torch.library.opcheck(ops.reweighted_attention, (q, k, v, *settings, 2))
-    torch.library.opcheck(ops.class_columns, (q, k, lse, *settings, 1))
-    torch.library.opcheck(ops.affinity_mean, (q, k, lse, *settings, 1))
-    torch.library.opcheck(ops.propagate_mean, (q, k, lse, cam, *settings, 1))
+    check_operator(ops.reweighted_attention, (q, k, v, *settings, 2), **compiled)
+    check_operator(ops.class_columns, (q, k, lse, *settings, 1), **compiled)
+    check_operator(ops.affinity_mean, (q, k, lse, *settings, 1), **compiled)
+    check_operator(ops.propagate_mean, (q, k, lse, cam, *settings, 1), **compiled)
     with torch.no_grad():
         given = [x.detach() for x in (q, k, lse)]
         still = (None if tilt is None else tilt.detach(), 0.5, 2)
-        torch.library.opcheck(
-            ops.affinity_mean_, (torch.zeros(2, 5, 5), *given, *still, 1, 1.0, 0.5)
-        )
+        total = torch.zeros(2, 5, 5)
+        check_operator(ops.affinity_mean_, (total, *given, *still, 1, 1.0, 0.5), **compiled)
         out, lse, rows = ops.reweighted_attention(*given[:2], v.detach(), *still, 2)
         pulls = (torch.ones_like(out), None, torch.ones_like(rows))
         forward = (*given[:2], v.detach(), out, lse, rows, *still)
-        torch.library.opcheck(
-            ops.reweighted_attention_backward, (*pulls, *forward, tilt is not None)
-        )
+        backward = ops.reweighted_attention_backward
+        check_operator(backward, (*pulls, *forward, tilt is not None), **compiled)
 
 
 class Block(torch.nn.Module):
@@ -420,9 +425,10 @@ def test_nothing_is_read_back_from_a_device():
         q, k = torch.randn(2, 50, 2, 4, 64, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
         lse, tilt = torch.randn(2, 4, 50), torch.randn(2, 50)
         cam = torch.rand(2, 3, 49)
-        assert reweight_plain.class_columns(q, k, lse, tilt, 0.1, 3, 2).shape == (2, 4, 50, 2)
-        assert reweight_plain.affinity_mean(q, k, lse, tilt, 0.1, 3, 1).shape == (2, 49, 49)
-        assert reweight_plain.propagate_mean(q, k, lse, cam, tilt, 0.1, 3, 1).shape == cam.shape
+        given = reweight_plain.AttentionMap(q, k, lse, tilt, 0.1, 3)
+        assert reweight_plain.class_columns(given, 2).shape == (2, 4, 50, 2)
+        assert reweight_plain.affinity_mean(given, 1).shape == (2, 49, 49)
+        assert reweight_plain.propagate_mean(given, cam, 1).shape == cam.shape
 
 
 @pytest.mark.parametrize(

@@ -292,13 +292,11 @@ def test_a_plain_function_is_a_seed_of_a_benchmark_and_of_other_seeds():
     model, _ = tiny("vit")
     photo = Photo(torch.randn(1, 3, 64, 96), torch.rand(1, 3, 64, 96), (64, 96))
     pairs = [
-        [Variant("own", own_seed), Variant("known", GradientSeed())],
-        [
-            Variant("own", FusedSeed((own_seed, ClassWeightSeed()))),
-            Variant("known", FusedSeed((GradientSeed(), ClassWeightSeed()))),
-        ],
+        (own_seed, GradientSeed()),
+        (FusedSeed((own_seed, ClassWeightSeed())), FusedSeed((GradientSeed(), ClassWeightSeed()))),
     ]
-    for own, known in pairs:
+    for seeds in pairs:
+        own, known = (Variant(repr(seed), camkit.Method(seed, refine=())) for seed in seeds)
         maps = variant_maps(model, photo, CLASSES[:1], [own, known], Vocabulary(tuple("abcde")))
         torch.testing.assert_close(maps[own], maps[known])
 

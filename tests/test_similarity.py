@@ -9,13 +9,21 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from camkit.ops import similarity
-from camkit.ops.similarity import colour_smooth, cosine_columns, cosine_rows
+from camkit.ops import reweight_plain
+from camkit.ops.similarity import colour_smooth, cosine_rows_and_columns
 
 SIZES = [(2, 1), (2, 17), (2, 196), (1, 785), (0, 17)]
 CASES = [(size, dtype) for size in SIZES for dtype in (torch.float64, torch.float32)]
 CASES += [((2, 17), dtype) for dtype in (torch.float16, torch.bfloat16)]
 TEMPERATURE, WIDTH = 0.1, 0.15
+
+
+def cosine_rows(tokens, places, *, temperature):
+    return cosine_rows_and_columns(tokens, places, temperature=temperature)[0]
+
+
+def cosine_columns(tokens, places, *, temperature):
+    return cosine_rows_and_columns(tokens, places, temperature=temperature)[1]
 
 
 def likeness(tokens, temperature=TEMPERATURE):
@@ -107,7 +115,7 @@ def test_smoothing_equals_the_whole_kernel(case, maps):
 
 
 def test_streamed_columns_equal_the_whole_map(monkeypatch):
-    monkeypatch.setattr(similarity, "CHUNK_ELEMENTS", 2 * 5 * 17)  # 5 tokens at a time
+    monkeypatch.setattr(reweight_plain, "HELD", 2 * 5 * 17)  # 5 tokens at a time
     tokens = tokens_of(2, 17).double()
     columns = cosine_columns(tokens, [3, -2], temperature=TEMPERATURE)
     assert_near(columns, likeness(tokens)[..., [3, -2]], torch.float64)
@@ -207,7 +215,7 @@ def test_small_widths_on_a_bright_picture_lose_few_digits(width, error):
 
 
 def test_rows_and_columns_are_differentiable(monkeypatch):
-    monkeypatch.setattr(similarity, "CHUNK_ELEMENTS", 2 * 2 * 5)  # 2 tokens at a time
+    monkeypatch.setattr(reweight_plain, "HELD", 2 * 2 * 5)  # 2 tokens at a time
     tokens = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     for form in (cosine_rows, cosine_columns):
         assert torch.autograd.gradcheck(lambda x, f=form: f(x, [0, -1, 0], temperature=0.3), tokens)
@@ -237,7 +245,7 @@ def test_the_gradient_of_columns_is_that_of_the_whole_map(size):
 
 def test_columns_hold_no_map_of_all_pairs(monkeypatch):
     images, tokens, width = 2, 785, 16
-    monkeypatch.setattr(similarity, "CHUNK_ELEMENTS", 50 * images * tokens)
+    monkeypatch.setattr(reweight_plain, "HELD", 50 * images * tokens)
     x = tokens_of(images, tokens, width=width).requires_grad_()
     made, kept = largest_made_and_kept(
         lambda: cosine_columns(x, [0, 1, 2], temperature=TEMPERATURE)

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from camkit.capture.anatomy import Anatomy, alone, image_batch
 from camkit.capture.attention import Attention, FusedAttention
@@ -25,6 +24,7 @@ from camkit.capture.mha import multi_head_attention
 from camkit.capture.record import TokenCall
 from camkit.capture.tail import block_modules, tokens_of
 from camkit.errors import UnsupportedModelError
+from camkit.torch_internals import count_hooks, tensor_version, tree_leaves
 
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TRIED: "WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]]" = WeakKeyDictionary()
@@ -42,7 +42,7 @@ class ClassQuery:
         self._model = host.model
         self._attention = host.attention[names[-1]] if names else None
         self._block = block_modules(host.model, names[-2:]).get(names[-1]) if names else None
-        self._foreign = _hooks_on(host.model) > 0
+        self._foreign = count_hooks(host.model) > 0
         self._hooks_expected = 0
         self._mode: SingleQueryAttention | None = None
         self._inside = False
@@ -60,7 +60,7 @@ class ClassQuery:
 
     def started(self) -> None:
         """All hooks are on; any that comes later is another's, who may look at all tokens."""
-        self._hooks_expected = _hooks_on(self._model)
+        self._hooks_expected = count_hooks(self._model)
 
     def arm(
         self,
@@ -81,14 +81,15 @@ class ClassQuery:
             early: modules whose whole output is looked at, so that they must come before.
         """
         self.disarm()
-        others = self._foreign or _hooks_on(self._model) != self._hooks_expected
+        others = self._foreign or count_hooks(self._model) != self._hooks_expected
         single = len(anatomy.class_tokens) == 1 and not anatomy.sequence_first
         if self._block is None or others or self._model.training or not single:
             return False
         if any(parameter.is_inference() for parameter in self._model.parameters()):
             return False
         mode = SingleQueryAttention(anatomy.class_tokens[0])
-        weights = hash(tuple((id(p), p._version, p.dtype) for p in self._model.parameters()))
+        parameters = self._model.parameters()
+        weights = hash(tuple((id(p), tensor_version(p), p.dtype) for p in parameters))
         state = (weights, *map(id, early))
         tried = _TRIED.setdefault(entrance, {})
         if state not in tried:
@@ -246,10 +247,6 @@ def _close(one: Any, other: Any) -> bool:
     return bool(((one - other).abs() <= CLOSE[one.dtype] * one.abs().max()).all())
 
 
-def _hooks_on(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
 _INSTEAD = 'use LeGradSeed(token="mean"), which asks for nothing of the kind'
 
 
@@ -269,7 +266,7 @@ class ClassPath:
 
     def __init__(self, name: str, attention: nn.Module, block: nn.Module) -> None:
         self._name, self._attention, self._block = name, attention, block
-        if any(m._forward_hooks or m._forward_pre_hooks for m in block.modules()):
+        if count_hooks(block):
             self._refuse("carries hooks or edits that would run for the class token a second time")
 
     def __call__(

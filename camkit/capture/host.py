@@ -14,6 +14,7 @@ from torch import nn
 from camkit.capture.anatomy import Anatomy, measure_anatomy
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.torch_internals import compiled_original
 
 HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
 PROJECTIONS = (
@@ -278,7 +279,7 @@ class Host:
             model=model,
             attention=found,
             embeddings=tuple(embeddings.values()),
-            entrances=tuple(m for m in entrances if not _wraps(m)),
+            entrances=tuple(m for m in entrances if _wrapped(m) is None),
             class_tokens=None if class_tokens is None else tuple(class_tokens),
             grid=Grid(*grid) if isinstance(grid, tuple) else grid,
         )
@@ -286,9 +287,9 @@ class Host:
     @property
     def core(self) -> nn.Module:
         """The model without the wrappers of distributed training and compilation."""
-        model: Any = self.model
-        while _wraps(model):
-            model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod
+        model, inner = self.model, _wrapped(self.model)
+        while inner is not None:
+            model, inner = inner, _wrapped(inner)
         return model
 
     def blocks(self) -> dict[str, nn.Module]:
@@ -338,16 +339,9 @@ class Host:
             return known[key]
 
 
-def _wraps(module: nn.Module) -> bool:
-    """Whether a module is a wrapper of distributed training or of compilation."""
-    return isinstance(module, _WRAPPERS) or hasattr(module, "_orig_mod")
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` stands between the model's callers and its hooks."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper of distributed training or of compilation; else None."""
+    if isinstance(module, _WRAPPERS):
+        inner: nn.Module = module.module
+        return inner
+    return compiled_original(module)

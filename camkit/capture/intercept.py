@@ -127,12 +127,11 @@ class Tap(TorchFunctionMode):
                 output, normaliser, _ = reweighted_attention(*given, tilt, scale=seen.scale)
             else:
                 output = self._tilted(func, seen, given, options)
-        elif self._normaliser and (
-            name := torch_internals.kernel_of(query, key, value, attn_mask, options)
-        ):
-            output, normaliser = torch_internals.run(name, query, key, value, attn_mask, options)
         else:
-            output = func(query, key, value, attn_mask, **options)
+            call, known = (query, key, value, attn_mask), None
+            if self._normaliser:
+                known = torch_internals.call_with_normaliser(*call, options)
+            output, normaliser = known or (func(*call, **options), None)
         unfolded = self._unfold(output)
         seen = replace(seen, v=self._repeated(value, query, options), normaliser=normaliser)
         return _as(query, self._on_fused(unfolded, replace(seen, output=unfolded)))
@@ -172,10 +171,10 @@ class Tap(TorchFunctionMode):
     ) -> Any:
         """The same call, made by a tap that wants the normaliser: that tap has four axes."""
         output, normaliser, *others = func(q, k, v, *rest, **named)
-        mask, causal, scale = torch_internals.asked(func.__name__, rest, named)
+        mask, causal, scale = torch_internals.kernel_options(func.__name__, rest, named)
         options = {"is_causal": causal, "scale": scale, "enable_gqa": False}
         seen = self._call(q, k, v, mask, options)
-        level = torch_internals.normaliser_of(normaliser, q)
+        level = torch_internals.trim_normaliser(normaliser, q)
         seen = replace(seen, v=v, output=output, normaliser=level)
         return (self._on_fused(output, seen), normaliser, *others)
 
@@ -211,7 +210,7 @@ class Tap(TorchFunctionMode):
             return func(*args, **kwargs)
         tilt = None
         if self._weigh is not None:
-            with torch._C.DisableTorchFunction():  # other taps should see the tilted call only
+            with aside():  # other taps should see the tilted call only
                 untilted = func(*args, **kwargs)
             tilt = self._ask(ExplicitAttention(self._unfold(untilted)))
         if tilt is not None:

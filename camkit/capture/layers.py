@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from camkit.capture.anatomy import Anatomy, measuring
 from camkit.capture.class_query import ClassQuery
 from camkit.capture.hooks import Graph, Hooks, borrowed
-from camkit.capture.host import Host, is_compiled
+from camkit.capture.host import Host
 from camkit.capture.session import grid_of_aspect
 from camkit.capture.tail import block_modules
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.torch_internals import is_compiled
 
 
 @dataclass(frozen=True, eq=False)

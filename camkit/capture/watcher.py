@@ -9,12 +9,13 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.host import Host, is_compiled, way_out
+from camkit.capture.host import Host, way_out
 from camkit.capture.record import Capture, WatchSpec
 from camkit.capture.session import Recorder, Selection, checked_grid
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 from camkit.tensors import RGB
+from camkit.torch_internals import is_compiled
 from camkit.vocabulary import Vocabulary
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from camkit.capture.anatomy import Anatomy, image_batch, measuring
 from camkit.capture.attention import Attention, AttentionInputs, ExplicitAttention, FusedAttention
 from camkit.capture.hooks import Hooks
-from camkit.capture.host import Host, head_count, is_compiled, is_whole_block, way_out
+from camkit.capture.host import Host, head_count, is_whole_block, way_out
 from camkit.capture.intercept import Tap, aside
 from camkit.capture.tail import block_modules
 from camkit.edits.protocol import BlockContext, Edit, KeyEdit, Picture
@@ -21,6 +21,7 @@ from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import Normalisation
 from camkit.tensors import RGB, Labels
+from camkit.torch_internals import is_compiled
 
 
 @dataclass(eq=False)

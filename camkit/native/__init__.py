@@ -1,3 +1,3 @@
-"""Compiled code without torch in it, built on first use where a compiler is there."""
+"""Compiled C++ and CUDA code, built on first use if a compiler is available."""
 
 from camkit.native.loader import load as load

@@ -1,15 +1,15 @@
 // Mean-field inference in a fully connected CRF with a Gaussian and a bilateral kernel.
 //
-// Kraehenbuehl and Koltun 2011, with filters on the permutohedral lattice. The plain version of the
-// same steps is camkit/ops/crf_backends.py and camkit/ops/permutohedral.py. What makes it fast:
+// Kraehenbuehl and Koltun 2011, with filters on the permutohedral lattice. The same steps in plain
+// torch are in camkit/ops/mean_field.py and camkit/ops/permutohedral.py. Reasons for its speed:
 //
 // * pixels in one simplex share its corners, so a hash table finds simplices first, and only new
-//   simplices look for their vertices;
+//   simplices look up their vertices;
 // * the vertices along one axis of the lattice form chains, and a chain is blurred in place;
 //   a vertex without neighbours along an axis does not change and is left out;
 // * the kernels are linear and probabilities sum to one, so the last label needs no channel;
 // * slicing, softmax and splatting are one pass, and probabilities are not stored between steps;
-// * the lattice of the Gaussian kernel depends on the size of the image alone, and is kept.
+// * the lattice of the Gaussian kernel depends only on the size of the image, and is cached.
 
 #include <algorithm>
 #include <atomic>
@@ -28,9 +28,9 @@ namespace {
 
 using namespace camkit;
 
-constexpr float LEAST_LOG = -40.f;  // smaller odds count as zero; they would turn into denormals
-constexpr size_t KEPT_LATTICES = 8;
-constexpr size_t KEPT_BYTES = size_t(48) << 20;
+constexpr float LEAST_LOG = -40.f;  // smaller odds count as zero; they would become denormals
+constexpr size_t CACHED_LATTICES = 8;
+constexpr size_t CACHED_BYTES = size_t(48) << 20;
 
 struct Problem {
   const float* log_scores;  // [image][label][row][col]
@@ -67,8 +67,8 @@ Lattice build_bilateral(const Problem& problem, const uint8_t* rgb) {
   });
 }
 
-// Lattices of the Gaussian kernel, the last used first.
-class Kept {
+// Cache of lattices of the Gaussian kernel, the most recently used first.
+class LatticeCache {
  public:
   std::shared_ptr<const Lattice> get(int64_t rows, int64_t cols, float sxy) {
     {
@@ -79,14 +79,14 @@ class Kept {
           return entry->lattice;
         }
     }
-    // Built outside of the lock: two threads may build the same, and others need not wait.
+    // Built outside the lock: two threads may build the same lattice, but none has to wait.
     auto lattice = std::make_shared<const Lattice>(build_gauss(rows, cols, sxy));
     const std::lock_guard<std::mutex> lock(mutex_);
     entries_.push_front({rows, cols, sxy, lattice});
     size_t count = 0, bytes = 0;
     for (auto entry = entries_.begin(); entry != entries_.end();) {
       bytes += entry->lattice->bytes();
-      entry = ++count > KEPT_LATTICES || bytes > KEPT_BYTES ? entries_.erase(entry) : ++entry;
+      entry = ++count > CACHED_LATTICES || bytes > CACHED_BYTES ? entries_.erase(entry) : ++entry;
     }
     return lattice;
   }
@@ -101,9 +101,9 @@ class Kept {
   std::list<Entry> entries_;
 };
 
-Kept& kept() {
-  static Kept* const lattices = new Kept;  // never taken down: threads may outlive static objects
-  return *lattices;
+LatticeCache& lattice_cache() {
+  static LatticeCache* const cache = new LatticeCache;  // not deleted: threads may outlive statics
+  return *cache;
 }
 
 // e^x for x <= 0, to one unit in the last place; zero below LEAST_LOG.
@@ -148,7 +148,7 @@ void infer(const Problem& problem, const float* log_scores, const Lattice& gauss
     for (int64_t b = 0; b < gauss.blocks; ++b) {
       const int count = int(std::min<int64_t>(BLOCK, pixels - b * BLOCK));
       float* const rest = &planes[channels * BLOCK];
-      // What speaks for each label over the last one.
+      // Log odds of each label over the last label.
       alignas(64) float base[BLOCK] = {}, top[BLOCK] = {};
       std::memcpy(base, log_scores + channels * pixels + b * BLOCK, count * sizeof(float));
       if (step) {
@@ -221,7 +221,7 @@ void infer_image(const Problem& problem, int64_t image) {
   const int64_t pixels = problem.rows * problem.cols;
   const float* log_scores = problem.log_scores + image * problem.labels * pixels;
   float* out = problem.out + image * problem.labels * pixels;
-  const auto gauss = kept().get(problem.rows, problem.cols, problem.gauss_sxy);
+  const auto gauss = lattice_cache().get(problem.rows, problem.cols, problem.gauss_sxy);
   const Lattice bilateral = build_bilateral(problem, problem.rgb + image * pixels * 3);
   const auto run = [&](auto infer_rows) {
     infer_rows(problem, log_scores, *gauss, bilateral, out);
@@ -240,8 +240,8 @@ void infer_image(const Problem& problem, int64_t image) {
 
 }  // namespace
 
-// Probabilities of every image after `steps` updates; images are shared out among threads.
-// Returns 0, or 1 when memory ran out or an image has more pixels than can be numbered.
+// Computes the probabilities of every image after `steps` updates; threads take image by image.
+// Returns 0, or 1 if memory ran out or an image has too many pixels.
 extern "C" int camkit_mean_field(const float* log_scores, const uint8_t* rgb, int64_t images,
                                  int64_t labels, int64_t rows, int64_t cols, const float* kernels,
                                  int steps, int threads, float* out) {
@@ -260,7 +260,7 @@ extern "C" int camkit_mean_field(const float* log_scores, const uint8_t* rgb, in
   std::vector<std::thread> helpers;
   try {
     for (int64_t i = 1; i < std::min<int64_t>(threads, images); ++i) helpers.emplace_back(work);
-  } catch (const std::exception&) {  // no more threads to be had: those there are do the work
+  } catch (const std::exception&) {  // no more threads available: the existing ones do the work
   }
   work();
   for (auto& helper : helpers) helper.join();

@@ -1,4 +1,4 @@
-"""The CUDA kernels of attention: compiled once, cached, loaded, and switched off."""
+"""The CUDA kernels of attention: compile them once, cache, load and switch them off."""
 
 import concurrent.futures
 import contextlib
@@ -21,20 +21,21 @@ from torch.torch_version import TorchVersion
 
 from camkit.errors import CamkitError
 from camkit.native import loader
+from camkit.torch_internals import constant_when_compiled
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDTHS = (32, 48, 64, 80, 96, 128)
 OLDEST = 80  # compute capability 8.0, the first with asynchronous copies and bfloat16 products
 SOURCES = Path(__file__).with_name("cuda")
 _FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
-# one binary for torch 2.10 and all that follow
+# one binary for torch 2.10 and all later versions
 _STABLE = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-_SECONDS = 1800
+_SECONDS = 1800  # a compiler that takes longer has failed
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which kernels a library holds; fewer are compiled sooner."""
+    """The kernels to compile; fewer compile faster."""
 
     widths: tuple[int, ...] = WIDTHS
     dtypes: tuple[torch.dtype, ...] = DTYPES
@@ -47,7 +48,7 @@ class Selection:
 
     @property
     def flags(self) -> list[str]:
-        """A bit for each width, at a sixteenth of it, and for each dtype, at its place."""
+        """Compiler flags: bit ``width / 16`` for each width, and a bit for each dtype."""
         widths = sum(1 << (width // 16) for width in set(self.widths))
         types = sum(1 << DTYPES.index(dtype) for dtype in set(self.dtypes))
         return [f"-DCAMKIT_WIDTHS={widths}", f"-DCAMKIT_TYPES={types}"]
@@ -57,51 +58,49 @@ ALL = Selection()
 
 
 def build(architectures: Sequence[int] | None = None, *, selection: Selection = ALL) -> Path:
-    """The library of the kernels, compiled unless one that fits is in the cache.
+    """Return the library of the kernels; compile it unless the cache has one that fits.
 
     Args:
-        architectures: compute capabilities times ten, such as 80 and 90. Newer GPUs than the last
-            compile the PTX that is kept as well. None asks for the GPUs of this machine, and where
-            there are none for 80 and 90.
+        architectures: compute capabilities times ten, such as 80 and 90. Newer GPUs compile the PTX
+            in the library. None takes the GPUs of this machine, or 80 and 90 if it has none.
         selection: what to compile.
 
     Raises:
-        CamkitError: something that is needed is missing, or a compiler failed.
+        CamkitError: a tool is missing, or a compiler failed.
     """
     _check_torch()
-    wanted, key = _wanted(architectures), _key(selection)
-    named = loader.named_cache()
-    if built := _find(named, key, wanted):
-        return built  # also where nothing can be written
+    targets, key = _targets(architectures), _key(selection)
+    if built := _cached(key, targets):
+        return built  # also if the cache is read-only
     folder = loader.cache_folder()
     if folder is None:
-        place = "any folder" if named is None else named
+        place = loader.named_cache() or "any folder"
         raise CamkitError(
             f"compiled kernels cannot be written to {place}; name a folder in CAMKIT_CACHE"
         )
-    with _alone(folder / f"attention-{key}.lock"):
-        return _find(folder, key, wanted) or _compile(folder, key, wanted, selection)
+    with _locked(folder / f"attention-{key}.lock"):
+        return _cached(key, targets) or _compile(folder, key, targets, selection)
 
 
 def find(architectures: Sequence[int] | None = None, *, selection: Selection = ALL) -> Path | None:
-    """The library that `build` would take from the cache; None where it would compile.
+    """Return the library `build` would take from the cache; None if it would compile.
 
     Raises:
-        CamkitError: nothing is in the cache, and there is no compiler to change that, or this
-            torch cannot load such a library.
+        CamkitError: the cache has no library and there is no compiler, or this torch cannot load
+            such a library.
     """
     _check_torch()
-    found = _find(loader.named_cache(), _key(selection), _wanted(architectures))
-    if found is None:
+    built = _cached(_key(selection), _targets(architectures))
+    if built is None:
         nvcc()
-    return found
+    return built
 
 
 def nvcc() -> str:
-    """The CUDA compiler: of CUDA_HOME or CUDA_PATH, else on PATH, else of /usr/local/cuda.
+    """Return the CUDA compiler: in CUDA_HOME or CUDA_PATH, on PATH, or in /usr/local/cuda.
 
     Raises:
-        CamkitError: there is none, or this torch cannot use what it compiles.
+        CamkitError: there is none, or this torch cannot load the libraries it compiles.
     """
     _check_torch()
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -115,14 +114,14 @@ def nvcc() -> str:
 
 
 def _check_torch() -> None:
-    """Another environment may have filled the cache: an older torch would end the process."""
+    """Check the version: loading a library from the cache would crash an older torch."""
     if TorchVersion(torch.__version__) < TorchVersion("2.10"):
         raise CamkitError(f"the kernels need torch 2.10 or newer, this is {torch.__version__}")
 
 
 def _check_release(compiler: str) -> None:
-    found = re.search(r"release (\d+)", _run([compiler, "--version"]))
-    theirs, ours = int(found[1]) if found else 0, _torch_release()
+    version = re.search(r"release (\d+)", _run([compiler, "--version"]))
+    theirs, ours = int(version[1]) if version else 0, _torch_release()
     if ours is not None and theirs > ours:
         raise CamkitError(
             f"{compiler} is of CUDA {theirs}, torch runs on CUDA {ours}; install a toolkit that is "
@@ -134,49 +133,49 @@ def _torch_release() -> int | None:
     return int(torch.version.cuda.split(".")[0]) if torch.version.cuda else None
 
 
-def _wanted(architectures: Sequence[int] | None) -> list[int]:
-    wanted = sorted(set(architectures or _present() or (80, 90)))
-    if wanted[0] < OLDEST:
-        raise ValueError(f"`architectures` must be {OLDEST} or newer, got {wanted[0]}")
-    return wanted
+def _targets(architectures: Sequence[int] | None) -> list[int]:
+    targets = sorted(set(architectures or _present() or (80, 90)))
+    if targets[0] < OLDEST:
+        raise ValueError(f"`architectures` must be {OLDEST} or newer, got {targets[0]}")
+    return targets
 
 
 def _present() -> list[int]:
     if not torch.cuda.is_available() or torch.version.hip:
         return []
     devices = range(torch.cuda.device_count())
-    found = [10 * major + minor for major, minor in map(torch.cuda.get_device_capability, devices)]
-    return [capability for capability in found if capability >= OLDEST]
+    present = [
+        10 * major + minor for major, minor in map(torch.cuda.get_device_capability, devices)
+    ]
+    return [capability for capability in present if capability >= OLDEST]
 
 
 def _key(selection: Selection) -> str:
-    """Made of the sources and what they are compiled for; not of nvcc, which may be gone later."""
-    read = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file()]
-    target = [platform.machine(), str(_torch_release()), *selection.flags, *_FLAGS, *_STABLE]
-    return loader.digest(*read, " ".join(target).encode())
+    """Hash the sources and settings, but not nvcc, which may be uninstalled later."""
+    texts = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file()]
+    settings = [platform.machine(), str(_torch_release()), *selection.flags, *_FLAGS, *_STABLE]
+    return loader.digest(*texts, " ".join(settings).encode())
 
 
-def _find(folder: Path | None, key: str, wanted: Sequence[int]) -> Path | None:
-    for path in sorted(folder.glob(f"attention-{key}-*.so")) if folder else []:
-        built, digest = path.stem.split("-")[2:]
-        covered = all(_runs_on(list(map(int, built.split("_"))), one) for one in wanted)
-        # the name tells what the file must hold: loading half a library can end the process
-        if covered and digest == loader.digest(path.read_bytes()):
+def _cached(key: str, targets: Sequence[int]) -> Path | None:
+    for path in loader.built_libraries(f"attention-{key}"):
+        built = [int(architecture) for architecture in path.stem.split("-")[2].split("_")]
+        if all(_runs_on(built, target) for target in targets):
             return path
     return None
 
 
 def _runs_on(built: list[int], device: int) -> bool:
-    """A GPU runs what its own generation ran before, and makes code from PTX for older ones."""
+    """A GPU runs code for older GPUs of its generation, and compiles PTX for all older ones."""
     return device >= built[-1] or any(device // 10 == x // 10 and x <= device for x in built)
 
 
-def _compile(folder: Path, key: str, wanted: Sequence[int], selection: Selection) -> Path:
+def _compile(folder: Path, key: str, targets: Sequence[int], selection: Selection) -> Path:
     compiler = nvcc()
     with tempfile.TemporaryDirectory(dir=folder) as place:
         built, log = Path(place) / "attention.so", Path(place) / "attention.log"
-        # the sources need nothing newer than compute_80, whose PTX also serves GPUs still to come
-        codes = ",".join([f"sm_{x}" for x in wanted] + [f"compute_{OLDEST}"])
+        # the sources need nothing newer than compute_80, whose PTX also runs on future GPUs
+        codes = ",".join([f"sm_{x}" for x in targets] + [f"compute_{OLDEST}"])
         target = f"-gencode=arch=compute_{OLDEST},code=[{codes}]"
         device = [compiler, *_FLAGS, *selection.flags, target, "-c"]
         commands = [
@@ -190,21 +189,21 @@ def _compile(folder: Path, key: str, wanted: Sequence[int], selection: Selection
         _run(
             [compiler, "-shared", "-cudart", "static", *objects, "-o", str(built), *torch_library()]
         )
-        stem = f"attention-{key}-{'_'.join(map(str, wanted))}-{loader.digest(built.read_bytes())}"
+        stem = f"attention-{key}-{'_'.join(map(str, targets))}-{loader.digest(built.read_bytes())}"
         log.replace(folder / f"{stem}.log")
-        built.replace(folder / f"{stem}.so")  # at once, or not at all
+        built.replace(folder / f"{stem}.so")  # atomic
     return folder / f"{stem}.so"
 
 
 def binding_command(target: str, *flags: str) -> list[str]:
-    """How the part that knows torch is compiled, by the host's compiler alone."""
+    """Return the command that compiles the binding to torch, with the C++ compiler alone."""
     include = Path(torch.__file__).parent / "include"
     options = ["-std=c++20", "-O2", "-fPIC", *_STABLE, *flags, f"-I{include}"]
     return [*loader.compiler_command(), *options, "-c", str(SOURCES / "binding.cpp"), "-o", target]
 
 
 def torch_library() -> list[str]:
-    """What the library is linked with."""
+    """Return the linker's arguments for torch."""
     return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ldl"]
 
 
@@ -217,8 +216,8 @@ def _run(command: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes wait for: a build takes all processors."""
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes wait for, since a build uses all processors."""
     if sys.platform == "win32":
         raise CamkitError("the CUDA kernels are built on Linux only")
     import fcntl
@@ -230,16 +229,16 @@ def _alone(path: Path) -> Iterator[None]:
 
 _LOG = logging.getLogger("camkit")
 _loading = threading.Lock()
-_off = 0
+_off = 0  # number of open `kernels_off` blocks
 
 
 @contextlib.contextmanager
 def kernels_off() -> Iterator[None]:
     """Compute in plain torch inside this block, on every device and in every thread.
 
-    Code that torch.compile has already compiled keeps what it was compiled with.
+    Code that torch.compile has already compiled is not affected.
     """
-    global _off  # noqa: PLW0603 - how many blocks are open
+    global _off  # noqa: PLW0603 - counts the open blocks of all threads
     with _loading:
         _off += 1
     try:
@@ -249,8 +248,9 @@ def kernels_off() -> Iterator[None]:
             _off -= 1
 
 
+@constant_when_compiled
 def kernels_ready(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether a compiled kernel exists for heads of this width; built and loaded when first asked.
+    """Whether there is a compiled kernel for heads of this width; build and load it on first use.
 
     Args:
         device: where the queries are.
@@ -261,10 +261,6 @@ def kernels_ready(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         return False
     with _loading:
         return _capable(device) and _load() is None
-
-
-# What torch.compiler.assume_constant_result sets; calling that imports the compiler, for 3 seconds.
-kernels_ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fits(dtype: torch.dtype, width: int) -> bool:
@@ -278,7 +274,7 @@ def switched_off() -> bool:
 
 
 def kernel_state() -> str:
-    """What attention on CUDA runs in, and why; builds nothing."""
+    """Describe what attention on CUDA runs in, and why; build nothing."""
     if switched_off():
         return "plain torch: switched off by CAMKIT_KERNEL=0 or kernels_off()"
     if not torch.cuda.is_available() or torch.version.hip:
@@ -305,7 +301,7 @@ def _capable(device: torch.device) -> bool:
 
 @functools.cache
 def _load() -> str | None:
-    """Load the library once; the reason where that cannot be."""
+    """Load the library once; return the reason if it cannot be loaded."""
     try:
         torch.ops.load_library(str(build()))
     except (CamkitError, OSError, subprocess.SubprocessError) as error:

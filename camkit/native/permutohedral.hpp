@@ -20,10 +20,10 @@
 
 namespace camkit {
 
-constexpr int BLOCK = 64;           // pixels worked on together; what belongs to them stays in L1
+constexpr int BLOCK = 64;  // pixels processed together; their data stays in L1
 
-// Memory that starts as zeros, in huge pages where the system has them: the lattice is read at
-// random, and each small page would cost a fault and a miss.
+// Memory filled with zeros, in huge pages where the system has them: the lattice is read at random,
+// and each small page would cost a fault and a miss.
 template <class T>
 class Zeros {
  public:
@@ -90,7 +90,7 @@ class Numbering {
 
  private:
   struct Slot {
-    uint32_t mark;    // of the hash: most other keys are told apart without being looked at
+    uint32_t mark;    // bits of the hash, which differ for most other keys
     int32_t next_id;  // the number plus one; 0 is empty
   };
   static uint64_t hash(int64_t key) {
@@ -128,10 +128,10 @@ struct Lattice {
   }
 
   int64_t blocks;
-  int32_t vertices = 0;                      // a row of zeros and a row of waste follow theirs
-  Zeros<int32_t> simplex_of;                 // by pixel; the last block is filled up with weight 0
+  int32_t vertices = 0;                      // behind their rows: one of zeros, one to write to
+  Zeros<int32_t> simplex_of;                 // by pixel; the last block is padded with weight 0
   Zeros<float> weights;                      // [block][corner][pixel]
-  Zeros<float> total;                        // by pixel: the filter's answer to ones
+  Zeros<float> total;                        // by pixel: the filter's response to ones
   std::vector<int32_t> corner_ids;           // [simplex][corner]
   std::vector<std::vector<int32_t>> chains;  // by axis: vertices in order, the zero row after each
 };
@@ -241,14 +241,14 @@ struct Lanes<1> {
   typedef float type;
 };
 
-// Work on rows of R vectors of W floats, `stride` vectors apart. R counts the part of a row that is
-// worked on: rows longer than the registers are done in parts.
+// Operations on rows of R vectors of W floats, `stride` vectors apart. Rows that do not fit in the
+// registers are processed in parts of R vectors.
 template <int W, int R>
 struct Rows {
   using Vec = typename Lanes<W>::type;
 
-  // Adds to the rows of a block what the lattice gives back at its pixels. No constant makes up for
-  // what the blur adds: it cancels in the normalisation.
+  // Adds the values of the lattice at the pixels of a block to the block's rows. The constant by
+  // which the blur scales values cancels in the normalisation.
   template <int Corners>
   static void slice(const Lattice& lattice, int64_t block, float gain, const Vec* values,
                     int64_t stride, Vec* rows) {
@@ -303,7 +303,7 @@ struct Rows {
 
 using One = Rows<1, 1>;
 
-// The filter's answer to ones, before (`normalise`) and after the normalisation (into `total`).
+// Normalises the weights by the filter's response to ones; stores the new response in `total`.
 template <int Corners>
 void normalise(Lattice& lattice) {
   Zeros<float> values(lattice.vertices + 2);

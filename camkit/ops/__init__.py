@@ -1,1 +1,1 @@
-"""Tensor functions that know nothing of models; each is plain torch or has a plain twin."""
+"""Functions of tensors, independent of models; compiled ones have a plain torch version."""

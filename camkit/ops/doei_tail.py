@@ -1,9 +1,9 @@
-"""What DOEI does between attention and reconstruction, as one operator.
+"""The scores DOEI computes between attention and reconstruction, as one operator.
 
-Heads are averaged, the cues beside attention joined in, absent classes left out, both directions
-added, and confident scores amplified: a dozen small tensors and some eighty launches on a GPU where
-each step is its own. `camkit.edits.doei` says what the steps are and whose; the soft rule
-`camkit.ops.confidence.TanhAroundMean` is the only one the operator knows.
+Heads are averaged, cues beside attention joined in, absent classes left out, both directions added,
+and confident scores amplified: a dozen small tensors, which as separate steps are about eighty
+launches on a GPU. `camkit.edits.doei` says what each step is and where it comes from;
+`camkit.ops.confidence.TanhAroundMean` is the only confidence rule the operator supports.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camkit.native.kernels import kernels_ready
-from camkit.ops.confidence import TanhAroundMean
+from camkit.ops.confidence import TanhAroundMean, gain
+from camkit.ops.kernel_ops import NAMESPACES, declare
+from camkit.ops.reweight_plain import at_least_float32
 
 ANY_WIDTH = 64  # a head width that kernels are always compiled for; this one does not depend on it
 SCHEMA = (
@@ -26,12 +28,12 @@ SCHEMA = (
 
 
 class Cues(NamedTuple):
-    """What is known of classes and patches beside attention.
+    """Interactions of classes and patches from another source than attention.
 
     Attributes:
-        classes: of classes among each other.
-        rows: of patches for classes.
-        columns: of classes for patches.
+        classes: of classes with each other.
+        rows: of classes (rows) with patches.
+        columns: of patches (rows) with classes.
         share: of the cues in the blend, in [0, 1].
     """
 
@@ -42,7 +44,7 @@ class Cues(NamedTuple):
 
 
 class Soft(NamedTuple):
-    """How scores are amplified: strength in [0, 1), and the numbers of `TanhAroundMean`."""
+    """How scores are amplified: strength in [0, 1), and the settings of `TanhAroundMean`."""
 
     strength: float = 0.0
     shift: float = 0.0
@@ -60,20 +62,20 @@ def doei_scores(  # noqa: PLR0913 - all that is decided before reconstruction
     patches: Soft = Soft(),  # noqa: B008
     across_classes: bool = False,
 ) -> tuple[Float[Tensor, "b c c"], Float[Tensor, "b n c"]]:
-    """Amplified interactions among classes, and between patches and classes.
+    """Return amplified interactions among classes, and between patches and classes.
 
     Args:
         rows: attention of the class tokens, which come first among the tokens.
         columns: attention of all tokens to them.
-        cues: joined with the attention, heads averaged.
+        cues: blended into the attention averaged over heads.
         present: 1 for classes in the image, 0 for others; None keeps all.
-        skip: how many tokens come before the patches.
+        skip: number of tokens before the patches.
         classes: how scores among classes are amplified.
-        patches: how scores between patches and classes are.
+        patches: how scores between patches and classes are amplified.
         across_classes: compare classes for each patch, not patches for each class.
 
     Returns:
-        In at least float32; no gradient flows through what is confident.
+        Scores in at least float32; no gradient flows through the confidence.
     """
     joined = (None, None, None) if cues is None else cues[:3]
     share = 0.0 if cues is None else cues.share
@@ -97,10 +99,10 @@ def plain_scores(  # noqa: PLR0913 - as declared
     share: float,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same in plain torch."""
-    count, dtype = rows.shape[2], torch.promote_types(rows.dtype, torch.float32)
-    seen = rows.to(dtype).mean(1)
-    among, to_patches = seen[..., :count], seen[..., skip:]
+    """Compute the scores in plain torch, and the factor each was amplified by."""
+    count, dtype = rows.shape[2], at_least_float32(rows.dtype)
+    from_classes = rows.to(dtype).mean(1)
+    among, to_patches = from_classes[..., :count], from_classes[..., skip:]
     to_classes = columns[:, :, skip:].to(dtype).mean(1)
     if cue_classes is not None and cue_rows is not None and cue_columns is not None:
         among = torch.lerp(among, cue_classes.to(dtype), share)
@@ -110,32 +112,26 @@ def plain_scores(  # noqa: PLR0913 - as declared
     if present is not None:
         kept = present.to(dtype)
         mutual, weights = mutual * kept[:, :, None] * kept[:, None], weights * kept[:, None]
-    mutual_gain = _gain(mutual, Soft(*settings[:3]))
-    weight_gain = (
-        _gain(weights, Soft(*settings[3:6]))
-        if settings[6]
-        else _gain(weights.mT, Soft(*settings[3:6])).mT.contiguous()
-    )
+    classes, patches, across_classes = settings[:3], settings[3:6], settings[6]
+    mutual_gain = _gain(mutual, *classes)
+    if across_classes:
+        weight_gain = _gain(weights, *patches)
+    else:
+        weight_gain = _gain(weights.mT, *patches).mT.contiguous()
     return mutual * mutual_gain, weights * weight_gain, mutual_gain, weight_gain
 
 
-def _gain(scores: Tensor, soft: Soft) -> Tensor:
-    """What every score is multiplied by, so that its row keeps its sum."""
-    if soft.strength == 0.0:
+def _gain(scores: Tensor, strength: float, shift: float, temperature: float) -> Tensor:
+    if strength == 0.0:
         return torch.ones_like(scores, memory_format=torch.contiguous_format)
-    confidence = TanhAroundMean(soft.shift, soft.temperature)(scores)
-    changed = scores * (gain := 1.0 + soft.strength * confidence)
-    before, after = (x.sum(-1, keepdim=True) for x in (scores, changed))
-    empty = after == 0.0  # a row of zeros has no sum to be scaled to
-    return gain * (before.masked_fill(empty, 1.0) / after.masked_fill(empty, 1.0))
+    return gain(scores, TanhAroundMean(shift, temperature), strength)
 
 
 def _shapes(rows: Tensor, columns: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     images, _, count, _ = rows.shape
-    dtype = torch.promote_types(rows.dtype, torch.float32)
     patches = columns.shape[2] - rest[4]
     shapes = [(images, count, count), (images, patches, count)] * 2
-    return tuple(rows.new_empty(shape, dtype=dtype) for shape in shapes)
+    return tuple(rows.new_empty(shape, dtype=at_least_float32(rows.dtype)) for shape in shapes)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -149,8 +145,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, to_mutual: Tensor, to_weights: Tensor, *_: Any) -> tuple[Any, ...]:
     present, mutual, weights, mutual_gain, weight_gain = ctx.saved_tensors
     _, heads, count, _ = ctx.shape
-    among = _through_amplify(to_mutual, mutual, mutual_gain, -1)
-    between = _through_amplify(to_weights, weights, weight_gain, -1 if ctx.across else 1)
+    among = _amplify_backward(to_mutual, mutual, mutual_gain, -1)
+    between = _amplify_backward(to_weights, weights, weight_gain, -1 if ctx.across else 1)
     if present is not None:
         kept = present.to(among.dtype)
         among, between = among * kept[:, :, None] * kept[:, None], between * kept[:, None]
@@ -160,11 +156,11 @@ def _backward(ctx: Any, to_mutual: Tensor, to_weights: Tensor, *_: Any) -> tuple
         None if dtype is None else (cue * ctx.share).to(dtype)
         for cue, dtype in zip(cues, ctx.cues, strict=True)
     ]
-    mine = (1.0 - ctx.share) / heads if any(d is not None for d in ctx.cues) else 1.0 / heads
+    share = (1.0 - ctx.share) / heads if any(d is not None for d in ctx.cues) else 1.0 / heads
     gap = between.new_zeros(len(between), count, ctx.skip - count)
-    to_rows = torch.cat([among, gap, between.mT], -1) * mine
     before = between.new_zeros(len(between), ctx.skip, count)
-    to_columns = torch.cat([before, between], 1) * mine
+    to_rows = torch.cat([among, gap, between.mT], -1) * share
+    to_columns = torch.cat([before, between], 1) * share
     to_rows, to_columns = (
         x.to(dtype)[:, None].expand(-1, heads, -1, -1)
         for x, dtype in zip((to_rows, to_columns), ctx.dtypes, strict=True)
@@ -172,16 +168,12 @@ def _backward(ctx: Any, to_mutual: Tensor, to_weights: Tensor, *_: Any) -> tuple
     return (to_rows, to_columns, *to_cues, *(None,) * 10)
 
 
-def _through_amplify(gradient: Tensor, found: Tensor, gain: Tensor, axis: int) -> Tensor:
-    """With scores s, gains g and their products y: g (d - m) + m, m the mean of d by y."""
-    total = found.sum(axis, keepdim=True)
-    mean = (gradient * found).sum(axis, keepdim=True) / total.masked_fill(total == 0.0, 1.0)
-    return gain * (gradient - mean) + mean
+def _amplify_backward(gradient: Tensor, amplified: Tensor, gains: Tensor, axis: int) -> Tensor:
+    """Return g (d - m) + m, for gains g, gradient d, and m the mean of d weighted by the scores."""
+    total = amplified.sum(axis, keepdim=True)
+    mean = (gradient * amplified).sum(axis, keepdim=True) / total.masked_fill(total == 0.0, 1.0)
+    return gains * (gradient - mean) + mean
 
 
-for _namespace in ("camkit", "camkit_plain"):
-    _op = f"{_namespace}::doei_scores"
-    torch.library.define(_op, SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(_op, "CompositeExplicitAutograd", plain_scores)
-    torch.library.register_fake(_op, _shapes)
-    torch.library.register_autograd(_op, _backward, setup_context=_keep)
+for _namespace in NAMESPACES:
+    declare(f"{_namespace}::doei_scores", SCHEMA, plain_scores, _shapes, (_keep, _backward))

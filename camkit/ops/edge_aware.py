@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,12 @@ def guided_filter(
 
     The guided filter of He et al. (2013) with a colour guide. In a window a map is
     ``a . colour + b`` with the least squared error plus ``eps |a|^2``; a pixel's value is the mean
-    over the windows that hold it. So maps have edges only where the picture has some, and become
-    flat where it is. Values may overshoot the range of the map.
+    over the windows that contain it. So maps get edges only where the picture has edges, and are
+    flat elsewhere. Values may overshoot the range of the map.
 
-    A window holds only pixels of the picture, as in the paper; OpenCV mirrors the picture there.
+    A window is cut off at the border of the picture, as in the paper; OpenCV mirrors the picture.
     Time does not grow with the square of the radius. Everything is computed in at least float32 and
-    comes back in the dtype of the maps. Gradients flow to the maps, not to the colours.
+    returned in the dtype of the maps. Gradients flow to the maps, not to the colours.
 
     Args:
         maps: values of any range, at the size of the colours.
@@ -45,11 +44,11 @@ def guided_upsample(
     radius: int,
     eps: float,
 ) -> Float[Tensor, "b k H W"]:
-    """Bring maps to the size of a picture, along its edges.
+    """Upsample maps to the size of a picture, along its edges.
 
-    The fast guided filter of He and Sun (2015): the linear functions of `guided_filter` are found
+    The fast guided filter of He and Sun (2015): the linear functions of `guided_filter` are fitted
     on the small picture, resized by `camkit.resize_cam`, and applied to the colours of the large
-    one.
+    picture.
 
     Args:
         maps: values of any range, at the size of the small picture.
@@ -59,7 +58,7 @@ def guided_upsample(
         eps: variance of a colour, in [0, 1], below which a window counts as flat.
 
     Returns:
-        Maps of the size of the large picture.
+        Maps at the size of the large picture.
     """
     check_guided_settings(radius, eps)
     images, _, rows, cols = maps.shape
@@ -84,10 +83,10 @@ def guided_upsample(
 
 
 def check_guided_settings(radius: int, eps: float) -> None:
-    """Refuse settings that `guided_filter` cannot use.
+    """Check settings of `guided_filter`.
 
     Raises:
-        ValueError: one is out of range, or NaN.
+        ValueError: a setting is out of range, or NaN.
     """
     if not 1 <= radius < math.inf:
         raise ValueError(f"`radius` must be at least 1 pixel, got {radius}")
@@ -95,25 +94,36 @@ def check_guided_settings(radius: int, eps: float) -> None:
 
 
 def box_mean(planes: Float[Tensor, "b c H W"], radius: int) -> Float[Tensor, "b c H W"]:
-    """Mean over the pixels of a square window that lie within the picture."""
+    """Average over the pixels of a square window that lie within the picture."""
     for dim in (-1, -2):
         planes = _mean_along(planes, radius, dim)
     return planes
 
 
 def _fits(maps: Tensor, rgb: Tensor, radius: int, eps: float) -> tuple[list[Tensor], Tensor]:
-    """Slopes of the three channels and offset at each pixel, averaged over its windows."""
+    """Compute slopes of the three channels and offset at each pixel, averaged over its windows."""
     centre = rgb.mean((-2, -1), keepdim=True)  # small numbers lose fewer digits
     colours = _channels(rgb - centre)
     means = [box_mean(colour, radius) for colour in colours]
-    ridge = _Ridge.of(colours, means, radius, eps)
     level = box_mean(maps, radius)
-    slopes = ridge.solve(
-        [
-            box_mean(colour * maps, radius) - mean * level
-            for colour, mean in zip(colours, means, strict=True)
-        ]
-    )
+    pairs = list(zip(colours, means, strict=True))
+    right = [box_mean(colour * maps, radius) - mean * level for colour, mean in pairs]
+
+    def covariance(i: int, j: int) -> Tensor:
+        return box_mean(colours[i] * colours[j], radius) - means[i] * means[j]
+
+    # (covariance + eps) = L D L^T, ones on the diagonal of L; no pivot is below eps but by rounding
+    d0 = (covariance(0, 0) + eps).clamp_min(eps)
+    l10, l20 = covariance(1, 0) / d0, covariance(2, 0) / d0
+    d1 = (covariance(1, 1) + eps - l10 * l10 * d0).clamp_min(eps)
+    l21 = (covariance(2, 1) - l20 * l10 * d0) / d1
+    d2 = (covariance(2, 2) + eps - l20 * l20 * d0 - l21 * l21 * d1).clamp_min(eps)
+    y0 = right[0]
+    y1 = right[1] - l10 * y0
+    x2 = (right[2] - l20 * y0 - l21 * y1) / d2
+    x1 = y1 / d1 - l21 * x2
+    slopes = [y0 / d0 - l10 * x1 - l20 * x2, x1, x2]
+
     offset = level
     for slope, mean in zip(slopes, means, strict=True):
         offset = offset - slope * mean
@@ -123,44 +133,14 @@ def _fits(maps: Tensor, rgb: Tensor, radius: int, eps: float) -> tuple[list[Tens
     return slopes, offset
 
 
-@dataclass(frozen=True)
-class _Ridge:
-    """Covariance of three channels plus ``eps``, as L D L^T with ones on the diagonal of L."""
-
-    d: tuple[Tensor, Tensor, Tensor]
-    below: tuple[Tensor, Tensor, Tensor]  # at 1 0, 2 0, 2 1
-
-    @classmethod
-    def of(cls, colours: list[Tensor], means: list[Tensor], radius: int, eps: float) -> "_Ridge":
-        def covariance(i: int, j: int) -> Tensor:
-            return box_mean(colours[i] * colours[j], radius) - means[i] * means[j]
-
-        # no pivot is below eps, except by rounding
-        d0 = (covariance(0, 0) + eps).clamp_min(eps)
-        l10, l20 = covariance(1, 0) / d0, covariance(2, 0) / d0
-        d1 = (covariance(1, 1) + eps - l10 * l10 * d0).clamp_min(eps)
-        l21 = (covariance(2, 1) - l20 * l10 * d0) / d1
-        d2 = (covariance(2, 2) + eps - l20 * l20 * d0 - l21 * l21 * d1).clamp_min(eps)
-        return cls((d0, d1, d2), (l10, l20, l21))
-
-    def solve(self, right: list[Tensor]) -> list[Tensor]:
-        (d0, d1, d2), (l10, l20, l21) = self.d, self.below
-        y0 = right[0]
-        y1 = right[1] - l10 * y0
-        y2 = right[2] - l20 * y0 - l21 * y1
-        x2 = y2 / d2
-        x1 = y1 / d1 - l21 * x2
-        return [y0 / d0 - l10 * x1 - l20 * x2, x1, x2]
-
-
 def _channels(rgb: Tensor) -> list[Tensor]:
     return list(rgb.split(1, dim=1))
 
 
 def _mean_along(planes: Tensor, radius: int, dim: int) -> Tensor:
-    """Mean of the window around each place of one axis."""
-    # Sums of 1, 2, 4, ... neighbours, put together to 2 radius + 1. Differences of running sums are
-    # simpler, but lose digits with the length of the picture.
+    """Average over the window around each place of one axis."""
+    # Sums of 1, 2, 4, ... neighbours add up to sums of 2 radius + 1. Differences of running sums
+    # are simpler, but lose digits with the length of the picture.
     size = planes.shape[dim]
     reach = min(radius, size - 1)
     padded = F.pad(planes, (reach, reach) if dim == -1 else (0, 0, reach, reach))
@@ -180,8 +160,8 @@ def _mean_along(planes: Tensor, radius: int, dim: int) -> Tensor:
 
 
 DILATIONS = (1, 2, 4, 8, 12, 24)  # of the paper: near and far neighbours, 48 in all
-_POSITION_WIDTH = 0.3  # of the paper, which fades colours by the same number
-_TINY = 1e-8  # of the paper: neighbours of one value divide by this
+_POSITION_WIDTH = 0.3  # of the paper, as for colours
+_TINY = 1e-8  # of the paper: the divisor if all neighbours are equal
 
 
 def adapt_to_colours(
@@ -196,29 +176,29 @@ def adapt_to_colours(
     """Replace every value by a weighted sum over its neighbours, ``steps`` times.
 
     The pixel-adaptive refinement of AFA (Ru et al. 2022); formula and defaults are the paper's. A
-    pixel has 8 neighbours per dilation, those beyond the rim being the pixels on it, and is not its
-    own neighbour. Neighbour j of pixel i weighs ::
+    pixel has 8 neighbours per dilation, and is not its own neighbour; beyond the border, pixels of
+    the border are repeated. Neighbour j of pixel i has the weight ::
 
         softmax_j(-mean_c (|I_j - I_i| / s_i / colour_width)^2)
             + position_weight * softmax_j(-(d_j / s / 0.3)^2)
 
     with s_i the standard deviation of the neighbours' values in a channel, d_j the distance and s
     the standard deviation of the distances. Weights sum to ``1 + position_weight``, so every step
-    makes the maps that much larger. They are built once, 48 planes an image; steps add a few.
+    scales the maps by that factor. They are computed once and take 48 planes an image; a step needs
+    a few more.
 
-    Everything is computed in at least float32 and comes back in the dtype of the maps. Gradients
-    flow to the maps, not to the colours.
+    Everything is computed in at least float32 and returned in the dtype of the maps. Gradients flow
+    to the maps, not to the colours.
 
     Args:
         maps: values of any range, at the size of the colours.
-        rgb: colours in [0, 1]. A channel's own shift and scale cancel out; values that were clipped
-            or wrapped around do not come back.
+        rgb: colours in [0, 1]. Shift and scale of a channel cancel out; clipped values are lost.
         steps: at least 1; 10 in the paper.
         dilations: distances of the neighbours in rows and columns, each at least 1; may exceed the
             image.
         colour_width: difference in colour, in standard deviations of the neighbours, at which
-            likeness fades.
-        position_weight: of nearness beside likeness, at least 0.
+            similarity fades.
+        position_weight: of nearness relative to similarity, at least 0.
     """
     check_dilations(steps, dilations, colour_width, position_weight)
     images, _, rows, cols = maps.shape
@@ -246,10 +226,10 @@ def adapt_to_colours(
 def check_dilations(
     steps: int, dilations: Sequence[int], colour_width: float, position_weight: float
 ) -> None:
-    """Refuse settings that `adapt_to_colours` cannot use.
+    """Check settings of `adapt_to_colours`.
 
     Raises:
-        ValueError: one is out of range, or NaN.
+        ValueError: a setting is out of range, or NaN.
     """
     if not steps >= 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}")
@@ -257,8 +237,7 @@ def check_dilations(
         raise ValueError("`dilations` must name at least one distance, got none")
     if not all(dilation >= 1 for dilation in dilations):
         raise ValueError(f"`dilations` must be at least 1 each, got {tuple(dilations)}")
-    if not 0.0 < colour_width < math.inf:
-        raise ValueError(f"`colour_width` must be positive and finite, got {colour_width}")
+    check_positive("colour_width", colour_width)
     if not 0.0 <= position_weight < math.inf:
         raise ValueError(f"`position_weight` must be at least 0 and finite, got {position_weight}")
 
@@ -272,13 +251,13 @@ def _colour_affinity(
     for neighbour in neighbours:
         mean += neighbour
     mean /= count
-    for neighbour in neighbours:  # a second look: sums of squares alone lose the digits
+    for neighbour in neighbours:  # a second pass: a sum of squares alone loses digits
         variance += (neighbour - mean).square_()
     unit = variance.div_(count - 1).sqrt_().add_(_TINY).mul_(width)
     affinity = rgb.new_empty(rgb.shape[0], count, *rgb.shape[2:])
     for row, neighbour in zip(affinity.unbind(1), neighbours, strict=True):
         row.copy_((neighbour - rgb).div_(unit).square_().mean(1).neg_())
-    # softmax in place: torch's own makes a second stack of planes
+    # softmax in place: torch's own would allocate a second stack of planes
     affinity.sub_(affinity.amax(1, keepdim=True)).exp_()
     return affinity.div_(affinity.sum(1, keepdim=True))
 
@@ -289,10 +268,10 @@ def _position_affinity(dilations: Sequence[int]) -> Float[Tensor, " neighbours"]
 
 
 def _neighbours(planes: Float[Tensor, "b c H W"], dilations: Sequence[int]) -> list[Tensor]:
-    """Every pixel's neighbours, plane by plane: views of one copy with its rim repeated."""
+    """Return every pixel's neighbours, plane by plane, as views of one copy with a wider border."""
     rows, cols = planes.shape[2:]
     reach = max(dilations)
-    # all pixels past the rim are alike: one image's length of them is enough
+    # all pixels beyond the border are equal: one image's length of them is enough
     below, beside = min(reach, rows - 1), min(reach, cols - 1)
     padded = F.pad(planes, (beside, beside, below, below), mode="replicate")
     views = []

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from camkit.tensors import RGB, Cam, Pixels
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation, each one number a channel."""
+"""Mean and standard deviation, one number per channel each."""
 
 NORMALISATIONS: dict[str, Normalisation] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -21,12 +21,12 @@ SLACK = 0.02  # resizing overshoots a little
 
 
 def to_rgb(pixels: Pixels, normalisation: Normalisation | None = None) -> RGB:
-    """Colours in [0, 1].
+    """Return colours in [0, 1].
 
-    Without a normalisation, the first of `NORMALISATIONS` that puts all values of the batch in
-    range, and so uses most of it, is taken; where none does, each image is stretched to its own
-    range. That is our rule: it tells 0..1 images, -1..1 images and ImageNet statistics apart as
-    soon as a batch holds light and dark, and colour similarities need no more.
+    Args:
+        pixels: images as the model takes them.
+        normalisation: what they were normalised with; None takes that of `detect_normalisation`,
+            and stretches each image to its own range if none fits.
     """
     if normalisation is None:
         normalisation = detect_normalisation(pixels)
@@ -38,10 +38,16 @@ def to_rgb(pixels: Pixels, normalisation: Normalisation | None = None) -> RGB:
 
 
 def detect_normalisation(pixels: Pixels) -> Normalisation | None:
-    """The known normalisation that explains a batch; none where its values fit none."""
+    """Return the first of `NORMALISATIONS` that puts all values of a batch in range, if any.
+
+    The first one that fits uses most of the range. This rule is ours: it distinguishes 0..1 images,
+    -1..1 images and ImageNet statistics once a batch has light and dark pixels, and colour
+    similarities need no more.
+    """
     if pixels.numel() == 0:
         return NORMALISATIONS["none"]
-    low, high = _range(pixels)
+    channels = pixels.detach().transpose(0, 1).flatten(1).to(torch.float32)
+    low, high = channels.amin(1), channels.amax(1)
     for mean, std in NORMALISATIONS.values():
         shift, scale = low.new_tensor(mean), low.new_tensor(std)
         darkest, lightest = low * scale + shift, high * scale + shift
@@ -50,22 +56,17 @@ def detect_normalisation(pixels: Pixels) -> Normalisation | None:
     return None
 
 
-def _range(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    channels = pixels.detach().transpose(0, 1).flatten(1).to(torch.float32)
-    return channels.amin(1), channels.amax(1)
-
-
 def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
-    """Resize class maps, bilinearly.
+    """Resize class maps bilinearly.
 
     A value belongs to the centre of its patch, and a patch covers the same pixels at every size:
-    ``align_corners=False`` keeps the centres where they are. Aligned corners would pull the outer
-    centres onto the rim of the image and shift every map by up to half a patch. A side that
+    ``align_corners=False`` keeps the centres where they are. Aligned corners would move the outer
+    centres onto the border of the image and shift every map by up to half a patch. A side that
     shrinks is smoothed first, so that no value is skipped.
 
     Args:
         cam: class maps of any range and float dtype; both are kept.
-        size: rows and columns wanted.
+        size: rows and columns of the result.
 
     Returns:
         The maps at ``size``; gradients flow back.
@@ -73,7 +74,7 @@ def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
     _check_size(size)
     rows, cols = cam.shape[-2:]
     shrinks = size[0] < rows or size[1] < cols
-    # torch has no antialiased kernel in half precision, so those maps are widened on the way
+    # torch has no antialiased kernel for half precision
     wide = cam.to(torch.promote_types(cam.dtype, torch.float32))
     resized = F.interpolate(
         wide, size=size, mode="bilinear", align_corners=False, antialias=shrinks
@@ -81,30 +82,15 @@ def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
     return resized.to(cam.dtype)
 
 
-def gaussian_blur(maps: Float[Tensor, "b k H W"], width: float) -> Float[Tensor, "b k H W"]:
-    """Blur maps or pictures, edges repeated; cut off at three standard deviations.
-
-    Args:
-        maps: of any range.
-        width: standard deviation, in rows and columns.
-    """
-    reach = max(1, round(3 * width))
-    steps = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
-    kernel = (-(steps**2) / (2 * width**2)).softmax(0)
-    flat = F.pad(maps, (reach, reach, reach, reach), mode="replicate").flatten(0, 1)[:, None]
-    flat = F.conv2d(F.conv2d(flat, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-    return flat.view_as(maps)
-
-
 def resize_mask(mask: Integer[Tensor, "... H W"], size: tuple[int, int]) -> Integer[Tensor, "..."]:
-    """Resize masks by taking, for each new pixel, the old one under its centre.
+    """Resize masks: each new pixel gets the value of the old pixel under its centre.
 
-    No value is invented: classes are names, not quantities. The centres are the ones of
-    `resize_cam`, in whole numbers, so that every integer dtype and size is exact.
+    Classes are names, so no value is interpolated. Centres are those of `resize_cam`, computed in
+    integers, so that the result is exact for every integer dtype and size.
 
     Args:
         mask: class values, any leading axes.
-        size: rows and columns wanted.
+        size: rows and columns of the result.
 
     Returns:
         Masks of the same dtype at ``size``.
@@ -120,3 +106,18 @@ def resize_mask(mask: Integer[Tensor, "... H W"], size: tuple[int, int]) -> Inte
 def _check_size(size: tuple[int, int]) -> None:
     if min(size) < 1:
         raise ValueError(f"`size` must be at least 1x1 (rows, columns), got {size[0]}x{size[1]}")
+
+
+def gaussian_blur(maps: Float[Tensor, "b k H W"], width: float) -> Float[Tensor, "b k H W"]:
+    """Blur maps or pictures; edges are repeated and the kernel ends at three standard deviations.
+
+    Args:
+        maps: of any range.
+        width: standard deviation, in rows and columns.
+    """
+    reach = max(1, round(3 * width))
+    steps = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
+    kernel = (-(steps**2) / (2 * width**2)).softmax(0)
+    flat = F.pad(maps, (reach, reach, reach, reach), mode="replicate").flatten(0, 1)[:, None]
+    flat = F.conv2d(F.conv2d(flat, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    return flat.view_as(maps)

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -17,10 +17,9 @@ from camkit.ops.permutohedral import Lattice, lattice, packing
 
 
 class Kernels(NamedTuple):
-    """Widths (standard deviations, pixels and grey levels) and weights of the two kernels.
+    """Widths (standard deviations, in pixels and grey levels) and weights of the two kernels.
 
-    The Gaussian kernel joins pixels that are near, the bilateral one pixels that are near and of
-    like colour.
+    The Gaussian kernel connects near pixels, the bilateral kernel near pixels of similar colour.
     """
 
     gauss_sxy: float
@@ -31,7 +30,11 @@ class Kernels(NamedTuple):
 
 
 def check_kernels(kernels: Kernels) -> None:
-    """Refuse widths and weights of no meaning."""
+    """Check widths and weights.
+
+    Raises:
+        ValueError: a width is not positive, or a weight is negative, infinite or NaN.
+    """
     for name, value in kernels._asdict().items():
         if name.endswith("weight"):
             if not 0.0 <= value < math.inf:
@@ -40,8 +43,14 @@ def check_kernels(kernels: Kernels) -> None:
             raise ValueError(f"`{name}` must be above 0 and finite, got {value}")
 
 
+# further out, float32 coordinates do not resolve where in a simplex a point lies
+_LARGEST = 2.0**18
+
+
 def largest_features(kernels: Kernels, rows: int, cols: int) -> tuple[list[float], list[float]]:
-    """Bounds of the features of the Gaussian and of the bilateral kernel: x, y, red, green, blue.
+    """Return bounds of the features of the Gaussian and of the bilateral kernel.
+
+    The features are x, y and x, y, red, green, blue.
 
     Raises:
         ValueError: a width is too small for a lattice over pictures of this size.
@@ -57,22 +66,17 @@ def largest_features(kernels: Kernels, rows: int, cols: int) -> tuple[list[float
         except ValueError as error:
             raise ValueError(
                 f"`{names}` is too small for a lattice over {rows}x{cols} pixels ({error}); "
-                "widths below a pixel or a grey level keep every pixel to itself"
+                "widths below a pixel or a grey level connect no pixels"
             ) from error
     return gauss, bilateral
 
 
-_LARGEST = (
-    2.0**18
-)  # further out, float32 coordinates no longer tell where in a simplex a point lies
-
-
-LEAST_SCORE = 1e-5  # as pydensecrf's unary_from_softmax; a score of zero would rule a label out
+LEAST_SCORE = 1e-5  # as pydensecrf's unary_from_softmax; a score of zero would exclude a label
 Infer = Callable[[Float[Tensor, "b k H W"], UInt8[Tensor, "b H W 3"], Kernels, int], Tensor]
 
 
 def infer_torch(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
-    """The specification: any device, differentiable in the scores, one image after the other."""
+    """Compute the mean field in plain torch: any device, differentiable in the scores."""
     images, _, rows, cols = scores.shape
     dtype = torch.promote_types(scores.dtype, torch.float32)
     refined = torch.empty(scores.shape, dtype=dtype, device=scores.device)
@@ -84,30 +88,29 @@ def infer_torch(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Te
     return refined.to(scores.dtype)
 
 
-def _update(scores: Float[Tensor, "k n"], lattices: Sequence[Lattice], steps: int) -> Tensor:
-    # Filters are linear and probabilities sum to one: the last label's message follows from the
-    # others' and needs no channel. Everything counts from the last label.
+def _update(scores: Float[Tensor, "k n"], lattices: tuple[Lattice, Lattice], steps: int) -> Tensor:
+    # Filters are linear and probabilities sum to one, so the last label needs no channel: all log
+    # odds are relative to it.
     logs = scores.clamp_min(LEAST_SCORE).log()
     odds = (logs[:-1] - logs[-1:]).T.contiguous()
-    prior = odds - _filtered(lattices, torch.ones_like(odds[:, :1]))
+    gauss, bilateral = lattices
+
+    def filtered(values: Tensor) -> Tensor:
+        message = gauss.filter(values)
+        message += bilateral.filter(values)
+        return message
+
+    prior = odds - filtered(torch.ones_like(odds[:, :1]))
     for _ in range(steps):
-        message = _filtered(lattices, _probabilities(odds))
+        message = filtered(_probabilities(odds))
         odds = message.sum(1, keepdim=True) + prior
         odds += message
     likely = _probabilities(odds).T
     return torch.cat([likely, 1 - likely.sum(0, keepdim=True)]).clamp_min(0)
 
 
-def _filtered(lattices: Sequence[Lattice], values: Tensor) -> Tensor:
-    first, *others = lattices
-    message = first.filter(values)
-    for kernel in others:
-        message += kernel.filter(values)
-    return message
-
-
 def _probabilities(odds: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-    """Softmax with a last label of odds 0, which is left out."""
+    """Return the softmax over odds and a last label of odds 0, which is left out."""
     if odds.shape[1] == 1:
         return odds.sigmoid()
     top = odds.detach().amax(1, keepdim=True).clamp_min_(0)  # any constant would do
@@ -117,9 +120,9 @@ def _probabilities(odds: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
 
 def _lattices(rgb: UInt8[Tensor, "H W 3"], kernels: Kernels) -> tuple[Lattice, Lattice]:
     rows, cols = rgb.shape[:2]
-    # what is kept, or wanted by a later backward, must not be an inference tensor
+    # cached lattices, and those a later backward needs, must not be inference tensors
     with torch.inference_mode(mode=False), torch.no_grad():
-        make = _kept_gauss if rows * cols <= _KEPT_PIXELS else _gauss
+        make = _cached_gauss if rows * cols <= _CACHED_PIXELS else _gauss
         gauss = make(rows, cols, kernels.gauss_sxy, kernels.gauss_weight, rgb.device)
         _, largest = largest_features(kernels, rows, cols)
         colours = _divided(rgb.reshape(-1, 3).T.float(), kernels.bilateral_srgb)
@@ -133,8 +136,8 @@ def _gauss(rows: int, cols: int, sxy: float, weight: float, device: torch.device
     return lattice(_positions(rows, cols, sxy, device), largest).normalised(weight)
 
 
-_KEPT_PIXELS = 2**18  # larger pictures would hold on to much memory and gain little
-_kept_gauss = functools.lru_cache(maxsize=4)(_gauss)
+_CACHED_PIXELS = 2**18  # larger pictures would occupy much memory and gain little
+_cached_gauss = functools.lru_cache(maxsize=4)(_gauss)
 
 
 def _positions(rows: int, cols: int, sxy: float, device: torch.device) -> Float[Tensor, "2 n"]:
@@ -143,16 +146,17 @@ def _positions(rows: int, cols: int, sxy: float, device: torch.device) -> Float[
 
 
 def _divided(values: Tensor, width: float) -> Tensor:
-    return values / values.new_tensor([width])  # a plain number may be multiplied as its reciprocal
+    # torch may multiply by the reciprocal of a plain number, which rounds differently
+    return values / values.new_tensor([width])
 
 
 def infer_native(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
-    """Compiled: images on several threads, the lock of the interpreter released."""
+    """Compute the mean field in compiled code: several threads, the interpreter lock released."""
     library = load("dense_crf")
     if library is None:
         raise CamkitError(
             "backend 'native' needs a C++ compiler (g++ or clang++, or its name in CXX) and "
-            "CAMKIT_NATIVE other than 0; the log of 'camkit' at INFO tells what failed, and "
+            "CAMKIT_NATIVE other than 0; the logger 'camkit' says at INFO what failed; "
             "backend='torch' needs neither"
         )
     logs = scores.detach().float().clamp_min(LEAST_SCORE).log_().contiguous()
@@ -174,7 +178,7 @@ def infer_native(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> T
 
 
 def infer_pydensecrf(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
-    """The library that the field uses, one image after the other; the others must agree with it."""
+    """Compute the mean field with the library the field uses, which the others must agree with."""
     try:
         from pydensecrf import densecrf
     except ImportError as error:
@@ -192,20 +196,15 @@ def infer_pydensecrf(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) 
         field.addPairwiseBilateral(
             sxy=kernels.bilateral_sxy,
             srgb=kernels.bilateral_srgb,
-            rgbim=np.array(colours, order="C"),  # it refuses memory that cannot be written
+            rgbim=np.array(colours, order="C"),  # pydensecrf refuses read-only memory
             compat=kernels.bilateral_weight,
         )
-        found = np.array(field.inference(steps)).reshape(labels, rows, cols)
-        image.copy_(torch.from_numpy(found))
+        probabilities = np.array(field.inference(steps)).reshape(labels, rows, cols)
+        image.copy_(torch.from_numpy(probabilities))
     return refined
 
 
 Backend: TypeAlias = Literal["auto", "native", "torch", "pydensecrf"]
-_INFER: dict[str, Infer] = {
-    "native": infer_native,
-    "torch": infer_torch,
-    "pydensecrf": infer_pydensecrf,
-}
 _TOLERANCE = 1e-3  # of the sum over labels
 
 
@@ -217,25 +216,25 @@ def mean_field(
     steps: int,
     backend: Backend = "auto",
 ) -> Float[Tensor, "b k H W"]:
-    """Make pixels that are near, or near and of like colour, agree on their label.
+    """Make near pixels, and near pixels of similar colour, agree on their label (dense CRF).
 
-    Energy and updates are the paper's, with Potts compatibility, symmetrically normalised kernels
-    and all labels updated at once, as in pydensecrf: unary terms are the negative logarithms of the
-    scores (no less than 1e-5), their softmax is where it starts. Kernels are filters on the
-    permutohedral lattice (`camkit.ops.permutohedral`).
+    Energy and updates are those of Kraehenbuehl and Koltun (2011), with Potts compatibility,
+    symmetrically normalised kernels and all labels updated at once, as in pydensecrf: unary terms
+    are the negative logarithms of the scores (at least 1e-5), and their softmax is the start.
+    Kernels are filters on the permutohedral lattice (`camkit.ops.permutohedral`).
 
-    All backends give the same up to rounding: "native" is compiled on first use (`camkit.native`),
-    takes images on up to ``torch.get_num_threads()`` threads and lets other Python threads run;
-    "torch" runs on any device and is differentiable in the scores; "pydensecrf" is that library, if
-    installed. "auto" is "native" for tensors on the CPU that need no gradient and where it can be
-    had, else "torch".
+    All backends agree up to rounding: "native" is compiled on first use (`camkit.native`), runs
+    images on up to ``torch.get_num_threads()`` threads and lets other Python threads run; "torch"
+    runs on any device and is differentiable in the scores; "pydensecrf" is that library, if
+    installed. "auto" is "native" for tensors on the CPU that need no gradient, if it can be
+    compiled, else "torch".
 
     Args:
-        scores: probabilities, summing to one over k. With one label there is nothing to decide.
-        rgb: the picture in 0..255, red first: the lattice is not the same for all orders.
+        scores: probabilities, summing to one over k. With one label they become one.
+        rgb: the picture in 0..255, red first; another order of channels gives another lattice.
         kernels: widths and weights; `camkit.refiners.crf` has those of the field.
         steps: updates, at least 1; the field runs 10.
-        backend: which implementation.
+        backend: the implementation.
 
     Returns:
         Probabilities in the dtype of the scores.
@@ -253,18 +252,21 @@ def mean_field(
     _check_scores(scores.detach())
     if scores.shape[1] == 1:
         return torch.ones_like(scores)
-    kernels = Kernels(*map(float, kernels))
-    return _chosen(backend, scores)(scores, rgb, kernels, steps)
+    return _implementation(backend, scores)(scores, rgb, Kernels(*map(float, kernels)), steps)
 
 
 def check_backend(backend: str) -> None:
-    """Refuse a name that is none of a backend."""
+    """Check the name of a backend.
+
+    Raises:
+        ValueError: there is no backend of this name.
+    """
     if backend not in get_args(Backend):
         names = ", ".join(get_args(Backend))
         raise ValueError(f"`backend` must be one of {names}, got {backend!r}")
 
 
-def _chosen(backend: str, scores: Tensor) -> Infer:
+def _implementation(backend: str, scores: Tensor) -> Infer:
     wants_gradient = scores.requires_grad and torch.is_grad_enabled()
     on_cpu = scores.device.type == "cpu"
     if backend == "auto":
@@ -272,7 +274,7 @@ def _chosen(backend: str, scores: Tensor) -> Infer:
         return infer_native if usable else infer_torch
     if backend != "torch" and wants_gradient:
         raise ValueError(
-            f"backend {backend!r} gives no gradient, and `scores` ask for one; use "
+            f"backend {backend!r} has no gradient, but `scores` need one; use "
             "backend='torch', or pass scores.detach()"
         )
     if backend == "native" and not on_cpu:
@@ -280,32 +282,31 @@ def _chosen(backend: str, scores: Tensor) -> Infer:
             f"backend 'native' runs on the CPU, `scores` are on {scores.device}; use "
             "backend='torch', or pass scores.cpu()"
         )
-    return _INFER[backend]
+    by_name = {"native": infer_native, "torch": infer_torch, "pydensecrf": infer_pydensecrf}
+    return by_name[backend]
 
 
 def _check_rgb(scores: Tensor, rgb: Tensor) -> None:
     if rgb.dtype != torch.uint8:
         raise TypeError(
-            f"`rgb` must be uint8 with colours in 0..255, got {rgb.dtype}; colours in [0, 1] "
-            "become that by (rgb * 255).round().byte()"
+            f"`rgb` must be uint8 with colours in 0..255, got {rgb.dtype}; convert colours in "
+            "[0, 1] by (rgb * 255).round().byte()"
         )
     images, _, rows, cols = scores.shape
     if rgb.shape != (images, rows, cols, 3):
         raise ValueError(
             f"`rgb` must be {images}x{rows}x{cols}x3 to match `scores`, got "
-            f"{'x'.join(map(str, rgb.shape))}; resize one of them, red, green and blue come last"
+            f"{'x'.join(map(str, rgb.shape))}; resize one of them; channels come last"
         )
 
 
 def _check_scores(scores: Tensor) -> None:
-    # NaN and inf reach the sum, so one pass over all labels finds them
+    # NaN and inf reach the sum, so one pass over the labels detects them
     low, high = (value.item() for value in scores.sum(1, dtype=torch.float32).aminmax())
-    least = scores.min().item()
-    rounding = torch.finfo(scores.dtype).eps
-    tolerance = max(_TOLERANCE, rounding)
+    least, tolerance = scores.min().item(), max(_TOLERANCE, torch.finfo(scores.dtype).eps)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
-            "`scores` must be finite, got NaN or inf, which a dense CRF would spread to every pixel"
+            "`scores` must be finite, got NaN or inf, which a dense CRF spreads to every pixel"
         )
     if least < 0:
         raise ValueError(

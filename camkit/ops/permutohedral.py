@@ -19,17 +19,17 @@ class Lattice:
 
     Every point lies in a simplex of d + 1 vertices. `filter` spreads values onto them by
     barycentric weights, blurs by 1/2, 1, 1/2 along each of the d + 1 axes, and interpolates.
-    Vertices that no point touches do not exist, in the paper as here: nothing is blurred over them.
+    Vertices that no point touches do not exist, as in the paper: the blur stops there.
 
     Attributes:
         corners: vertices of each point's simplex.
         weights: barycentric weights of each point.
-        points: points in order of the vertices they touch, one entry for each such pair.
+        points: points in order of the vertices they touch, one entry for each pair of the two.
         point_weights: weights of these pairs.
         starts: where each vertex begins in ``points``.
-        chains: for each axis, every vertex and its two neighbours there. The last vertex is touched
-            by no point, stays zero, and stands for neighbours that do not exist.
-        blur: weights of these three.
+        chains: for each axis, every vertex and its two neighbours. The last vertex is touched by no
+            point, stays zero, and represents neighbours that do not exist.
+        blur: weights of a vertex and its two neighbours.
     """
 
     corners: Int[Tensor, "n corners"]
@@ -41,14 +41,14 @@ class Lattice:
     blur: Float[Tensor, "vertices 3"]
 
     def filter(self, values: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-        """Sum values over all points, weighted by the Gaussian of their distance."""
+        """Return sums of values over all points, weighted by the Gaussian of their distance."""
         rows = _weighted_sums(values, self.points, self.point_weights, self.starts)
         for chain in self.chains:
             rows = _weighted_sums(rows, chain, self.blur)
         return _weighted_sums(rows, self.corners, self.weights)
 
     def normalised(self, weight: float) -> "Lattice":
-        """The same filter between two divisions by the root of its answer to ones, weighted."""
+        """Return the filter normalised symmetrically by its response to ones, times a weight."""
         ones = torch.ones_like(self.weights[:, :1])
         scale = (self.filter(ones) + 1e-20).rsqrt() * math.sqrt(weight)
         return replace(
@@ -59,7 +59,7 @@ class Lattice:
 
 
 def lattice(features: Float[Tensor, "d n"], largest: Sequence[float]) -> Lattice:
-    """Lay a lattice over points.
+    """Build the lattice of some points.
 
     Args:
         features: coordinates of each point in standard deviations, at least 0.
@@ -67,7 +67,7 @@ def lattice(features: Float[Tensor, "d n"], largest: Sequence[float]) -> Lattice
     """
     strides = torch.tensor([*packing(largest), 0], device=features.device)
     key, rank, weights = _locate(features, strides)
-    # points of one simplex share their corners, so these are worked out once a simplex
+    # points of one simplex share their corners, so these are computed once per simplex
     simplex_key, order, first = _sorted_groups(key)
     corner_keys = _corner_keys(simplex_key[first], rank[:, order[first]], strides)
     vertex_key, pair, new = _sorted_groups(corner_keys.flatten())
@@ -89,14 +89,14 @@ def lattice(features: Float[Tensor, "d n"], largest: Sequence[float]) -> Lattice
 
 
 def packing(largest: Sequence[float]) -> list[int]:
-    """What one step in each lattice coordinate adds to a coordinate packed into one integer.
+    """Return what a step in each lattice coordinate adds to the packed coordinates, an integer.
 
     Raises:
         ValueError: the lattice is too fine to be packed into 64 bits.
     """
     scaled = [width * scale for width, scale in zip(largest, _scales(len(largest)), strict=True)]
-    # coordinate j is the sum of features j and on, less j times the one before; the room beyond is
-    # for rounding, for the corners of a simplex and for their neighbours
+    # coordinate j is the sum of features from j on, less j times feature j - 1; the margin is for
+    # rounding, for the corners of a simplex and for their neighbours
     extents = [sum(scaled[j:]) + j * scaled[j - 1] for j in range(len(scaled))]
     steps = [int(extent) + 8 * (len(scaled) + 1) for extent in extents]
     *strides, total = itertools.accumulate(steps, lambda a, b: a * b, initial=1)
@@ -106,15 +106,15 @@ def packing(largest: Sequence[float]) -> list[int]:
 
 
 def _scales(dimensions: int) -> list[float]:
-    """Bring the blur to a standard deviation of one, as in the paper."""
+    """Return scales that give the blur a standard deviation of one, as in the paper."""
     width = torch.tensor(math.sqrt(2 / 3) * (dimensions + 1)).item()  # in single precision
     return [width / math.sqrt((i + 1) * (i + 2)) for i in range(dimensions)]
 
 
 def _locate(features: Tensor, strides: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each point's simplex, as one key; the ranks of its coordinates; its barycentric weights."""
+    """Return each point's simplex, as one key, its coordinates' ranks and barycentric weights."""
     dimensions = len(features)
-    # The order of operations is that of the compiled twin: where a point lies on the border of two
+    # The order of operations is that of the compiled version: if a point lies on the border of two
     # simplices, the last digit decides between them.
     scaled = features * features.new_tensor(_scales(dimensions))[:, None]
     total = torch.zeros_like(scaled[0])
@@ -152,18 +152,18 @@ def _by_rank(rank: Tensor, values: Tensor) -> Tensor:
 
 
 def _sorted_groups(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys in order, where each was, and which of them are the first of their kind."""
+    """Sort keys; also return where each was, and which are the first of their value."""
     ordered, order = keys.sort()
     return ordered, order, ordered.diff(prepend=ordered[:1] - 1) != 0
 
 
 def _numbers(order: Tensor, first: Tensor) -> Tensor:
-    """The number of each key's group, keys as they were before sorting."""
+    """Return the number of each key's group, in the order before sorting."""
     return torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
 
 
 def _corner_keys(simplex_key: Tensor, rank: Tensor, strides: Tensor) -> Tensor:
-    """Keys of the vertices of simplices: from one to the next, a coordinate goes down, by rank."""
+    """Return the keys of the vertices of simplices; each lowers one coordinate, by rank."""
     origin = simplex_key - (rank * strides[:, None]).sum(0)
     dimensions = len(strides) - 1
     up = torch.arange(dimensions + 1, device=strides.device)[:, None] * strides.sum()

@@ -1,4 +1,4 @@
-"""Values carried along attention or an affinity: propagation, balancing, random walks, boxes."""
+"""Values propagated along attention or an affinity: propagation, balancing, random walks, boxes."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from camkit.ops.attention import Bias, Heads, key_weights, known_normaliser, rows_of, run_of, take
+from camkit.ops.attention import Bias, Heads, key_weights, log_normaliser, rows_of, run_of, take
 from camkit.ops.reweight import compiled_for, propagate_mean
 from camkit.ops.similarity import check_positive
 from camkit.tensors import Cam
@@ -29,8 +29,8 @@ def propagate(  # noqa: PLR0913 - all of one attention call
 
     Equals ``A[patches, patches] @ values`` with A the head-mean attention and its patch-to-patch
     rows scaled to sum to one, so results stay within the range of ``values``. The map itself is
-    never built: the values ride through the host's own kind of kernel in place of v, and a column
-    of ones rides along to learn each row's share.
+    never built: the values take the place of v in a fused attention kernel, together with a column
+    of ones that gives each row's sum.
 
     Args:
         q: queries of all tokens.
@@ -39,52 +39,50 @@ def propagate(  # noqa: PLR0913 - all of one attention call
         patches: positions of the patches among the tokens.
         scale: factor on the dot products, as the host used it.
         bias: added to the logits.
-        normaliser: of the kernel that ran; with it, a compiled kernel averages the heads as it
-            goes, where one is at hand.
+        normaliser: log-sum-exp of each row, if a kernel computed it; then camkit's compiled kernel
+            averages the heads, where it is available.
     """
-    ones = torch.ones_like(values[:, :1])
-    carried = torch.cat([values, ones], 1)
-    skip, tilt = q.shape[2] - len(patches), key_weights(bias, q)
+    maps = torch.cat([values, torch.ones_like(values[:, :1])], 1)
+    skip, weights = q.shape[2] - len(patches), key_weights(bias, q)
     behind = run_of(patches, q.shape[2]) == range(skip, q.shape[2])
-    known = normaliser is not None and behind and (bias is None or tilt is not None)
-    if known and normaliser is not None and compiled_for(q, k):
-        level = known_normaliser(q, k, scale, bias, normaliser)
-        carried = propagate_mean(q, k, level, carried, tilt, skip=skip, scale=scale)
+    simple = behind and (bias is None or weights is not None)
+    if normaliser is not None and simple and compiled_for(q, k):
+        lse = log_normaliser(q, k, scale, bias, normaliser)
+        maps = propagate_mean(q, k, lse, maps, weights, skip=skip, scale=scale)
     else:
-        carried = _ride(q, k, carried, patches, scale, bias)
-    return (carried[:, :-1] / carried[:, -1:]).to(values.dtype)
+        maps = _attend_to_maps(q, k, maps, patches, scale, bias)
+    return (maps[:, :-1] / maps[:, -1:]).to(values.dtype)
 
 
-def _ride(
+def _attend_to_maps(
     q: Tensor, k: Tensor, maps: Tensor, patches: Sequence[int], scale: float, bias: Tensor | None
 ) -> Tensor:
-    """Maps in place of the values of torch's own fused attention, heads averaged."""
+    """Run torch's fused attention with maps in place of the values, and average the heads."""
     count = maps.shape[1]
-    width = max(q.shape[-1], count)  # a value as wide as the keys takes the fast kernels
-    rider = F.pad(maps.mT.to(q.dtype), (0, width - count))
+    width = max(q.shape[-1], count)  # values as wide as the keys get the fast kernels
+    values = F.pad(maps.mT.to(q.dtype), (0, width - count))
     skip = k.shape[2] - len(patches)
     if run_of(patches, k.shape[2]) == range(skip, k.shape[2]):
-        rider = F.pad(rider, (0, 0, skip, 0))
+        values = F.pad(values, (0, 0, skip, 0))
     else:
         where = torch.tensor(list(patches), device=q.device)
-        everywhere = rider.new_zeros(len(q), k.shape[2], width)
-        rider = everywhere.index_copy(1, where, rider)
-    carried = F.scaled_dot_product_attention(
+        values = values.new_zeros(len(q), k.shape[2], width).index_copy(1, where, values)
+    output = F.scaled_dot_product_attention(
         take(q, patches, 2),
         k,
-        rider[:, None].expand(-1, q.shape[1], -1, -1),
-        attn_mask=rows_of(bias, list(patches)),
+        values[:, None].expand(-1, q.shape[1], -1, -1),
+        attn_mask=rows_of(bias, patches),
         scale=scale,
     )
-    return carried.mean(1)[..., :count].mT
+    return output.mean(1)[..., :count].mT
 
 
 def balance(affinity: Float[Tensor, "b n n"], *, rounds: int = 3) -> Float[Tensor, "b n n"]:
     """Sinkhorn-normalise a positive affinity, then make it symmetric.
 
-    Every round divides the columns, then the rows, by their sums, so that patches which everything
-    attends to (sinks) stop swallowing the scores. Rounds followed by the mean with the transpose
-    are the recipe of CLIP-ES (Lin et al. 2023).
+    Every round divides the columns, then the rows, by their sums, so that patches that everything
+    attends to (sinks) do not absorb the scores. Rounds followed by the mean with the transpose are
+    the recipe of CLIP-ES (Lin et al. 2023).
 
     Args:
         affinity: how much each patch takes from each other patch.
@@ -101,35 +99,21 @@ def random_walk(
 ) -> Float[Tensor, "b k n"]:
     """Replace each score by its expectation after a walk from its place.
 
-    Equals ``T^steps`` applied to each map, with T the affinity to the power ``beta`` whose rows are
-    scaled to sum to one. Powers of T are never built: each step is one product with the scores, so
-    that memory is that of one ``(b, n, n)``. Scores keep their range, and constant ones their
-    value. Where the affinity is symmetric, the sum of scores weighted by the row sums of
+    Equals ``T^steps`` applied to each map, with T the affinity to the power ``beta``, rows scaled
+    to sum to one. Powers of T are never built: each step is one product with the scores, so the
+    memory is that of one ``(b, n, n)`` tensor. Scores keep their range, and constant scores their
+    value. If the affinity is symmetric, the sum of scores weighted by the row sums of
     ``affinity ** beta`` is kept.
 
     Args:
         scores: one per place, for each of k maps.
-        affinity: from each place (row) to each other, at least 0, more than 0 somewhere in a row.
+        affinity: from each place (row) to each other, at least 0; no row may be all zeros.
         beta: larger values let only the strongest affinities count.
-        steps: of the walk; 0 leaves the scores as they are.
+        steps: of the walk; 0 returns the scores unchanged.
     """
     check_positive("beta", beta)
     if steps < 0:
         raise ValueError(f"`steps` must be at least 0, got {steps}")
-    _check_affinity(affinity, scores)
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    with torch.autocast(scores.device.type, enabled=False):
-        values = scores.to(dtype)
-        transition = affinity.to(dtype)
-        # a row's scale goes out when it is made to sum to one; high powers of small numbers vanish
-        transition = (transition / transition.amax(-1, keepdim=True)) ** beta
-        transition = transition / transition.sum(-1, keepdim=True)
-        for _ in range(steps):
-            values = values @ transition.mT
-    return values.to(scores.dtype)
-
-
-def _check_affinity(affinity: Tensor, scores: Tensor) -> None:
     images, _, places = scores.shape
     if affinity.shape != (images, places, places):
         raise ValueError(
@@ -140,31 +124,44 @@ def _check_affinity(affinity: Tensor, scores: Tensor) -> None:
         raise ValueError("`affinity` must be finite and at least 0, got NaN, inf or less")
     if not (affinity.sum(-1) > 0).all():
         raise ValueError("`affinity` has a row of zeros: a walk from there leads nowhere")
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    with torch.autocast(scores.device.type, enabled=False):
+        values, transition = scores.to(dtype), affinity.to(dtype)
+        # high powers of small numbers underflow; the scale of a row has no effect on the result
+        transition = (transition / transition.amax(-1, keepdim=True)) ** beta
+        transition = transition / transition.sum(-1, keepdim=True)
+        for _ in range(steps):
+            values = values @ transition.mT
+    return values.to(scores.dtype)
 
 
 def component_boxes(cam: Cam, share: float) -> Bool[Tensor, "b k h w"]:
-    """Where the upright boxes around the connected strong parts of each map lie.
+    """Mark the bounding boxes of the connected strong regions of each map.
 
-    Parts join along sides and corners. The boxes are those of CLIP-ES (Lin et al. 2023), which
-    takes them at 0.4; ours reach the last row and column, of which it leaves out any box that
-    touches them. A map without a positive score has no box.
+    Regions connect along sides and corners. The boxes are those of CLIP-ES (Lin et al. 2023), which
+    uses a share of 0.4, except that ours include the last row and column; CLIP-ES drops them from
+    boxes that touch the border. A map without a positive score has no box.
 
     Args:
         cam: class scores.
-        share: a score above this share of the map's largest is strong, in [0, 1).
+        share: a score above this share of the map's maximum is strong, in [0, 1).
     """
     check_share(share)
     top = cam.detach().amax((-2, -1), keepdim=True) if cam.numel() else cam.detach()
     strong = ((cam.detach() > share * top) & (top > 0)).flatten(0, 1).cpu().numpy()
-    inside = np.zeros_like(strong)
-    for plane, filled in zip(strong.astype(np.uint8), inside, strict=True):
-        _, _, parts, _ = cv2.connectedComponentsWithStats(plane, connectivity=8)
-        for left, up, width, height, _ in parts[1:]:  # the first is what is not strong
-            filled[up : up + height, left : left + width] = True
-    return torch.from_numpy(inside).view(cam.shape).to(cam.device)
+    boxes = np.zeros_like(strong)
+    for plane, box in zip(strong.astype(np.uint8), boxes, strict=True):
+        _, _, regions, _ = cv2.connectedComponentsWithStats(plane, connectivity=8)
+        for left, up, width, height, _ in regions[1:]:  # the first is the background
+            box[up : up + height, left : left + width] = True
+    return torch.from_numpy(boxes).view(cam.shape).to(cam.device)
 
 
 def check_share(share: float) -> None:
-    """Refuse a share that `component_boxes` cannot use."""
+    """Check the share of `component_boxes`.
+
+    Raises:
+        ValueError: it does not lie in [0, 1).
+    """
     if not 0.0 <= share < 1.0:
         raise ValueError(f"`boxes` must lie in [0, 1), got {share}")

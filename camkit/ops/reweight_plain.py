@@ -1,25 +1,96 @@
-"""The attention operators of `camkit.ops.reweight` in plain torch, streamed, and their gradients.
+"""The attention operators of `camkit.ops.reweight` in plain torch, and their gradients.
 
-Weights of one part of a map are ``exp(logits - lse)``, in at least float32. Parts are as large as a
-processor likes: of small maps all heads at once, of large ones some rows of one head.
-
-With weights A of the map, gradients G at them and the normaliser an input of its own, the gradient
-at a logit is ``A * G``; that at the normaliser is minus the row sum of it.
+This is the specification that compiled kernels must agree with. An element of an attention map is
+``exp(logit - lse)``, computed in at least float32 and in parts, so that no whole map is in memory.
+With attention weights A, the gradient at A being G and the normaliser (``lse``) a separate input,
+the gradient at a logit is ``A * G`` and that at the normaliser is minus the row sum of ``A * G``.
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camkit.torch_internals import ON_CPU, attend, kernel_of
+from camkit.torch_internals import call_with_normaliser, cpu_attention_backward
 
-# Elements of a part. On a CPU all heads together are faster up to the first, and rows of a head
-# stay in the cache up to the second; a GPU wants few and large parts.
+ALL = slice(None)
+# Elements of a map in memory at a time. On a CPU, all heads together are fastest up to the first
+# number, and rows of one head stay in the cache up to the second; a GPU needs few and large parts.
 TOGETHER = 1 << 17
 HELD = 1 << 20
 HELD_ON_DEVICE = 1 << 26
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return a dtype wide enough for softmax: rows of half precision do not sum to one."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def chunks(count: int, elements: int, device: torch.device) -> Iterator[slice]:
+    """Cut ``count`` rows of ``elements`` each into slices that fit in memory together."""
+    step = max(1, (HELD if device.type == "cpu" else HELD_ON_DEVICE) // max(1, elements))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+class AttentionMap(NamedTuple):
+    """An attention map, as the inputs of one attention call and their normaliser.
+
+    Attributes:
+        q: queries, ``(b, a, t, d)``.
+        k: keys.
+        lse: log-sum-exp of each row, ``(b, a, t)``.
+        log_weights: added to the logits of each key, ``(b, t)`` or ``(b, a, t)``.
+        scale: factor on the dot products.
+        gated_rows: number of rows, from the first, that ``log_weights`` apply to; -1 for all.
+    """
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    log_weights: Tensor | None
+    scale: float
+    gated_rows: int
+
+    def columns(self, keys: slice) -> "AttentionMap":
+        """Return the map with some of its columns only."""
+        weights = None if self.log_weights is None else self.log_weights[..., keys]
+        return self._replace(k=self.k[:, :, keys], log_weights=weights)
+
+    def part(self, heads: slice = ALL, rows: slice = ALL) -> Tensor:
+        """Compute the attention weights of some heads and rows, ``(b, a, r, s)``."""
+        dtype = at_least_float32(self.q.dtype)
+        q, k = self.q[:, heads, rows].to(dtype), self.k[:, heads].to(dtype)
+        level = self.lse[:, heads, rows, None].to(dtype).clamp_min(torch.finfo(dtype).min)
+        if q.shape[1] == 1:  # one product that subtracts the normaliser as it goes
+            logits = torch.baddbmm(level[:, 0], q[:, 0], k[:, 0].mT, beta=-1, alpha=self.scale)
+            logits = logits[:, None]
+        else:
+            logits = (q * self.scale @ k.mT).sub_(level)
+        if self.log_weights is not None:
+            weights = self.log_weights
+            weights = weights[:, None] if weights.dim() == 2 else weights[:, heads]
+            gated = self.gated(logits, rows)
+            gated += weights[:, :, None]
+        return logits.exp_()
+
+    def parts(self, skip: int = 0) -> Iterator[tuple[slice, list[slice]]]:
+        """Rows from ``skip`` on, and groups of heads, of the parts to compute one by one."""
+        images, heads, tokens, _ = self.q.shape
+        keys, on_cpu = self.k.shape[2], self.q.device.type == "cpu"
+        of_head = max(1, images * (tokens - skip) * keys)
+        step = max(1, (TOGETHER if on_cpu else HELD_ON_DEVICE) // of_head)
+        groups = [slice(head, min(head + step, heads)) for head in range(0, heads, step)]
+        for rows in chunks(tokens - skip, images * keys, self.q.device):
+            yield slice(rows.start + skip, rows.stop + skip), groups
+
+    def gated(self, of_rows: Tensor, rows: slice) -> Tensor:
+        """Return the gated rows of a tensor that holds ``rows`` on its third axis."""
+        if self.gated_rows < 0:
+            return of_rows
+        start = rows.indices(self.q.shape[2])[0]
+        return of_rows[:, :, : max(0, self.gated_rows - start)]
 
 
 def reweighted_attention(  # noqa: PLR0913 - as declared
@@ -31,245 +102,175 @@ def reweighted_attention(  # noqa: PLR0913 - as declared
     gated_rows: int,
     class_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normaliser and first rows, in torch's own kernels."""
-    out, lse = _attend_tilted(q, k, v, log_weights, scale, gated_rows)
-    if log_weights is not None:
-        out, lse = _nothing_from_nothing(out, lse, log_weights, gated_rows)
-    first = slice(0, class_rows)
-    rows = part(q, k, lse, log_weights, scale, gated_rows, slice(None), first)
-    # a kernel of half precision knows its normaliser to four digits
+    """Compute the output, the normaliser and the first rows of the map."""
+    out, lse = _attend(q, k, v, log_weights, scale, gated_rows)
+    rows = AttentionMap(q, k, lse, log_weights, scale, gated_rows).part(rows=slice(0, class_rows))
+    # a kernel of half precision computes its normaliser to four digits only
     rows = rows / rows.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), rows.contiguous()
 
 
-def class_columns(  # noqa: PLR0913 - as declared
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    log_weights: Tensor | None,
-    scale: float,
-    gated_rows: int,
-    columns: int,
-) -> Tensor:
-    """The first columns of the map."""
-    weights = None if log_weights is None else log_weights[..., :columns]
-    keys = k[:, :, :columns]
-    return part(q, keys, lse, weights, scale, gated_rows, slice(None), slice(None)).contiguous()
+def class_columns(attention: AttentionMap, columns: int) -> Tensor:
+    """Compute the first columns of the map."""
+    return attention.columns(slice(0, columns)).part().contiguous()
 
 
-def affinity_mean(  # noqa: PLR0913 - as declared
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    log_weights: Tensor | None,
-    scale: float,
-    gated_rows: int,
-    skip: int,
-) -> Tensor:
-    """The map averaged over heads."""
-    found = lse.new_empty(len(q), q.shape[2] - skip, k.shape[2] - skip)
-    affinity_mean_(found, q, k, lse, log_weights, scale, gated_rows, skip, 1.0, 0.0)
-    return found
+def affinity_mean(attention: AttentionMap, skip: int) -> Tensor:
+    """Average the map over heads, without its first rows and columns."""
+    tokens, keys = attention.q.shape[2], attention.k.shape[2]
+    affinity = attention.lse.new_empty(len(attention.q), tokens - skip, keys - skip)
+    affinity_mean_(affinity, attention, skip, 1.0, 0.0)
+    return affinity
 
 
-def affinity_mean_(  # noqa: PLR0913 - as declared
-    affinity: Tensor,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    log_weights: Tensor | None,
-    scale: float,
-    gated_rows: int,
-    skip: int,
-    alpha: float,
-    beta: float,
+def affinity_mean_(
+    affinity: Tensor, attention: AttentionMap, skip: int, alpha: float, beta: float
 ) -> None:
-    """The same, added to what is there; what is multiplied by zero is not read."""
-    share = alpha / q.shape[1]
-    weights = None if log_weights is None else log_weights[..., skip:]
-    keys = k[:, :, skip:]
-    for rows, groups in parts(q, keys, skip):
-        into = affinity[:, slice(rows.start - skip, rows.stop - skip)]
+    """Add the averaged map to ``affinity``, which is not read if ``beta`` is zero."""
+    attention = attention.columns(slice(skip, None))
+    for rows, groups in attention.parts(skip):
+        into = affinity[:, rows.start - skip : rows.stop - skip]
         into = into.zero_() if beta == 0.0 else into.mul_(beta)
         for heads in groups:
-            found = part(q, keys, lse, weights, scale, gated_rows, heads, rows)
-            into.add_(found[:, 0] if found.shape[1] == 1 else found.sum(1), alpha=share)
+            weights = attention.part(heads, rows)
+            total = weights[:, 0] if weights.shape[1] == 1 else weights.sum(1)
+            into.add_(total, alpha=alpha / attention.q.shape[1])
 
 
-def propagate_mean(  # noqa: PLR0913 - as declared
+def propagate_mean(attention: AttentionMap, cam: Tensor, skip: int) -> Tensor:
+    """Multiply the averaged map with class maps."""
+    q, maps, dtype = attention.q, cam.shape[1], attention.lse.dtype
+    if q.device.type == "cpu" and q.dtype == cam.dtype and maps <= q.shape[-1]:
+        # the maps replace the values of torch's kernel: as wide as the keys, and not rounded
+        values = F.pad(cam.mT, (0, q.shape[-1] - maps, skip, 0))[:, None]
+        values = values.expand(-1, q.shape[1], -1, -1)
+        carried, _ = _attend(q, attention.k, values, *attention[3:])
+        return carried[:, :, skip:, :maps].mean(1).mT.contiguous()
+    attention, values = attention.columns(slice(skip, None)), cam.to(dtype).mT
+    carried = cam.new_empty(*cam.shape[:2], q.shape[2] - skip, dtype=dtype)
+    for rows, groups in attention.parts(skip):
+        total = attention.part(groups[0], rows).sum(1)
+        for heads in groups[1:]:
+            total += attention.part(heads, rows).sum(1)
+        carried[:, :, rows.start - skip : rows.stop - skip] = (total @ values).mT / q.shape[1]
+    return carried.to(cam.dtype)
+
+
+def _attend(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
-    cam: Tensor,
+    v: Tensor,
     log_weights: Tensor | None,
     scale: float,
     gated_rows: int,
-    skip: int,
-) -> Tensor:
-    """Maps carried along the mean map, some of its rows at a time."""
-    if q.device.type == "cpu" and q.dtype == cam.dtype and cam.shape[1] <= q.shape[-1]:
-        # maps in place of the values of torch's own kernel, which must not be wider nor rounded
-        rider = F.pad(cam.mT, (0, q.shape[-1] - cam.shape[1], skip, 0))[:, None]
-        rider = rider.expand(-1, q.shape[1], -1, -1)
-        carried, level = _attend_tilted(q, k, rider, log_weights, scale, gated_rows)
-        if log_weights is not None:
-            carried, _ = _nothing_from_nothing(carried, level, log_weights, gated_rows)
-        return carried[:, :, skip:, : cam.shape[1]].mean(1).mT.contiguous()
-    weights = None if log_weights is None else log_weights[..., skip:]
-    keys, values = k[:, :, skip:], cam.to(lse.dtype).mT
-    spread = [cam.new_empty(*cam.shape[:2], 0, dtype=lse.dtype)]
-    for rows, groups in parts(q, keys, skip):
-        total = lse.new_zeros(())
-        for heads in groups:
-            found = part(q, keys, lse, weights, scale, gated_rows, heads, rows).sum(1)
-            total = found if total.dim() == 0 else total.add_(found)
-        spread.append((total @ values).mT / q.shape[1])
-    return torch.cat(spread, 2).to(cam.dtype)
-
-
-def part(  # noqa: PLR0913 - all of one attention call
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    log_weights: Tensor | None,
-    scale: float,
-    gated_rows: int,
-    heads: slice,
-    rows: slice,
-) -> Tensor:
-    """Attention weights of some heads and rows, ``(b, a, r, s)``, given their normaliser."""
-    dtype = wide(q.dtype)
-    queries, keys = q[:, heads, rows].to(dtype), k[:, heads].to(dtype)
-    level = lse[:, heads, rows, None].to(dtype).clamp_min(torch.finfo(dtype).min)
-    if queries.shape[1] == 1:  # one product that subtracts the normaliser as it goes
-        logits = torch.baddbmm(level[:, 0], queries[:, 0], keys[:, 0].mT, beta=-1, alpha=scale)[
-            :, None
-        ]
-    else:
-        logits = (queries * scale @ keys.mT).sub_(level)
-    if log_weights is not None:
-        tilt = log_weights[:, None, None] if log_weights.dim() == 2 else log_weights[:, heads, None]
-        start = rows.indices(q.shape[2])[0]
-        gated = logits if gated_rows < 0 else logits[:, :, : max(0, gated_rows - start)]
-        gated += tilt
-    return logits.exp_()
-
-
-def parts(q: Tensor, k: Tensor, skip: int = 0) -> Iterator[tuple[slice, list[slice]]]:
-    """Rows, and groups of heads, whose weights are held at a time."""
-    images, count, tokens, _ = q.shape
-    of_head = max(1, images * (tokens - skip) * k.shape[2])
-    together, held = (HELD_ON_DEVICE,) * 2 if q.device.type != "cpu" else (TOGETHER, HELD)
-    step = max(1, together // of_head)
-    groups = [slice(head, min(head + step, count)) for head in range(0, count, step)]
-    length = max(1, held // max(1, images * k.shape[2]))
-    for start in range(skip, tokens, length):
-        yield slice(start, min(start + length, tokens)), groups
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """At least float32: rows of half precision do not sum to one."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _attend_tilted(
-    q: Tensor, k: Tensor, v: Tensor, log_weights: Tensor | None, scale: float, gated_rows: int
 ) -> tuple[Tensor, Tensor]:
-    if log_weights is None or gated_rows == 0:
-        return attend(q, k, v, None, scale)
-    mask = log_weights[:, None, None] if log_weights.dim() == 2 else log_weights[:, :, None]
-    if not 0 <= gated_rows < q.shape[2]:
-        return attend(q, k, v, mask, scale)
-    # two calls with no mask or one row of it; one call would need a mask of all pairs
-    tilted = attend(q[:, :, :gated_rows], k, v, mask, scale)
-    others = attend(q[:, :, gated_rows:], k, v, None, scale)
-    return torch.cat([tilted[0], others[0]], 2), torch.cat([tilted[1], others[1]], 2)
+    """Compute output and normaliser in torch's own kernels, as one call or as two.
+
+    Gated and other rows are two calls, with one row of mask and with none; a single call would need
+    a mask of all pairs.
+    """
+    gated = q.shape[2] if gated_rows < 0 else gated_rows
+    if log_weights is None or gated == 0:
+        return _attend_masked(q, k, v, None, scale)
+    weights = log_weights[:, None] if log_weights.dim() == 2 else log_weights
+    out, lse = _attend_masked(q[:, :, :gated], k, v, weights[:, :, None], scale)
+    # torch's kernels differ in what they return for a row without any key
+    empty = (weights == -torch.inf).all(-1)[..., None]
+    out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+    if gated == q.shape[2]:
+        return out, lse
+    others = _attend_masked(q[:, :, gated:], k, v, None, scale)
+    return torch.cat([out, others[0]], 2), torch.cat([lse, others[1]], 2)
 
 
-def _nothing_from_nothing(
-    out: Tensor, lse: Tensor, log_weights: Tensor, gated_rows: int
+def _attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Where every key is suppressed, nothing comes out; torch's kernels say so in several ways."""
-    empty = (log_weights == -torch.inf).all(-1)
-    empty = empty[:, None, None] if empty.dim() == 1 else empty[:, :, None]
-    if gated_rows >= 0:
-        empty = empty & (torch.arange(out.shape[2], device=out.device) < gated_rows)
-    return out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+    """Compute output and normaliser under a mask of one row, in at least float32."""
+    options = {"dropout_p": 0.0, "is_causal": False, "scale": scale}
+    if (known := call_with_normaliser(q, k, v, mask, options)) is not None:
+        return known
+    rounded = None if mask is None else mask.to(q.dtype)  # cuDNN misreads any other dtype
+    output = F.scaled_dot_product_attention(q, k, v, rounded, scale=scale)
+    return output, row_logsumexp(q, k, scale, mask)
+
+
+def row_logsumexp(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Compute the log-sum-exp of each row of logits, ``(b, a, t)``, in at least float32."""
+    dtype, (images, heads, tokens, _) = at_least_float32(q.dtype), q.shape
+    lse = q.new_empty(images, heads, tokens, dtype=dtype)
+    q, k = q.to(dtype), k.to(dtype)
+    for rows in chunks(tokens, images * heads * k.shape[2], q.device):
+        lse[:, :, rows] = logits_of(q, k, scale, bias, rows).logsumexp(-1)
+    return lse
+
+
+def logits_of(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, rows: slice) -> Tensor:
+    """Compute the logits of some queries, the bias added."""
+    logits = (q[:, :, rows] * scale) @ k.mT
+    if bias is None:
+        return logits
+    return logits + (bias if bias.shape[-2] == 1 else bias[..., rows, :]).to(logits.dtype)
 
 
 class Gradients:
-    """Sums of what flows to q, k, the normaliser and the log-weights, part by part."""
+    """Sums up the gradients at the inputs of a map, part by part."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        lse: Tensor,
-        log_weights: Tensor | None,
-        scale: float,
-        gated_rows: int,
-    ) -> None:
-        dtype = wide(q.dtype)
-        self._of = (q, k, lse, log_weights, scale, gated_rows)
+    def __init__(self, attention: AttentionMap) -> None:
+        q, k, lse, log_weights, *_ = attention
+        dtype = at_least_float32(q.dtype)
+        self.attention = attention
         self.q = torch.zeros_like(q, dtype=dtype, memory_format=torch.contiguous_format)
         self.k = torch.zeros_like(k, dtype=dtype, memory_format=torch.contiguous_format)
         self.lse = torch.zeros_like(lse, memory_format=torch.contiguous_format)
-        of_heads = log_weights is not None and log_weights.dim() == 3
-        shape = (*k.shape[:3],) if of_heads else (len(k), k.shape[2])
+        per_head = log_weights is not None and log_weights.dim() == 3
+        shape = k.shape[:3] if per_head else (len(k), k.shape[2])
         self.log_weights = k.new_zeros(shape, dtype=dtype)
 
-    def weights(self, heads: slice, rows: slice, keys: slice) -> Tensor:
-        """The part of the map that some heads and rows give some keys."""
-        q, k, lse, log_weights, scale, gated_rows = self._of
-        tilt = None if log_weights is None else log_weights[..., keys]
-        return part(q, k[:, :, keys], lse, tilt, scale, gated_rows, heads, rows)
-
-    def add(self, at_logits: Tensor, heads: slice, rows: slice, keys: slice) -> None:
-        """Count the gradient at the logits of one part."""
-        q, k, _, log_weights, scale, gated_rows = self._of
-        queries, wanted = q[:, heads, rows].to(self.q.dtype), k[:, heads, keys].to(self.q.dtype)
-        self.q[:, heads, rows] += at_logits @ wanted * scale
-        self.k[:, heads, keys] += at_logits.mT @ queries * scale
+    def add(self, at_logits: Tensor, heads: slice, rows: slice, keys: slice = ALL) -> None:
+        """Add the gradient at the logits of one part."""
+        q, k, _, log_weights, scale, _ = self.attention
+        self.q[:, heads, rows] += at_logits @ k[:, heads, keys].to(self.q.dtype) * scale
+        self.k[:, heads, keys] += at_logits.mT @ q[:, heads, rows].to(self.q.dtype) * scale
         if log_weights is None:
             return
-        start = rows.indices(q.shape[2])[0]
-        gated = at_logits if gated_rows < 0 else at_logits[:, :, : max(0, gated_rows - start)]
-        to_keys = gated.sum(2)
+        to_weights = self.attention.gated(at_logits, rows).sum(2)
         if log_weights.dim() == 3:
-            self.log_weights[:, heads, keys] += to_keys
+            self.log_weights[:, heads, keys] += to_weights
         else:
-            self.log_weights[:, keys] += to_keys.sum(1)
+            self.log_weights[:, keys] += to_weights.sum(1)
 
-    def all(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """In the dtypes and shapes of what they belong to."""
-        q, k, _, log_weights, _, _ = self._of
+    def add_mean(
+        self,
+        skip: int,
+        at_mean: Callable[[slice], Tensor],
+        on_part: Callable[[Tensor, slice], None] | None = None,
+    ) -> None:
+        """Add a gradient at the map averaged over heads, without its first rows and columns.
+
+        Args:
+            skip: number of tokens left out.
+            at_mean: returns the gradient at some rows of the average.
+            on_part: called with the attention weights of each part and its rows.
+        """
+        keys = slice(skip, None)
+        attention = self.attention.columns(keys)
+        for rows, groups in attention.parts(skip):
+            own = slice(rows.start - skip, rows.stop - skip)
+            gradient = at_mean(own)[:, None] / attention.q.shape[1]
+            for heads in groups:
+                weights = attention.part(heads, rows)
+                if on_part is not None:
+                    on_part(weights, own)
+                at_logits = weights.mul_(gradient)
+                self.lse[:, heads, rows] -= at_logits.sum(-1)
+                self.add(at_logits, heads, rows, keys)
+
+    def cast(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the sums in the dtypes of the inputs."""
+        q, k, _, log_weights, *_ = self.attention
         to_weights = None if log_weights is None else self.log_weights.to(log_weights.dtype)
         return self.q.to(q.dtype), self.k.to(k.dtype), self.lse, to_weights
-
-
-def mean_map_backward(
-    found: Gradients,
-    q: Tensor,
-    k: Tensor,
-    skip: int,
-    at_mean: Callable[[slice], Tensor],
-    see: Callable[[Tensor, slice], None] | None = None,
-) -> None:
-    """Carry a gradient at rows of the head-mean map, ``at_mean(rows)``, into the sums.
-
-    ``see(weights, rows)`` is shown every part on its way.
-    """
-    keys = slice(skip, None)
-    for rows, groups in parts(q, k[:, :, keys], skip):
-        own = slice(rows.start - skip, rows.stop - skip)
-        gradient = at_mean(own)[:, None] / q.shape[1]
-        for heads in groups:
-            weights = found.weights(heads, rows, keys)
-            if see is not None:
-                see(weights, own)
-            at_logits = weights.mul_(gradient)
-            found.lse[:, heads, rows] -= at_logits.sum(-1)
-            found.add(at_logits, heads, rows, keys)
 
 
 def attention_backward(  # noqa: PLR0913 - as declared
@@ -287,85 +288,74 @@ def attention_backward(  # noqa: PLR0913 - as declared
     gated_rows: int,
     to_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients at q, k, v and the log-weights; the last one is empty unless asked for.
+    """Compute the gradients at q, k, v and the log-weights; the last is empty unless requested.
 
-    Torch's own backward takes the output where it can be called, a stream of parts what is left.
-    The class rows are at hand, so their share costs two small products.
+    Torch's own backward computes the gradient through the output where it can be called. The rest
+    is computed in parts, and the class rows, which are inputs, cost two small products.
     """
-    found = Gradients(q, k, lse, log_weights, scale, gated_rows)
-    whole = slice(None)
-    by_kernel = None
+    attention = AttentionMap(q, k, lse, log_weights, scale, gated_rows)
+    sums, dtype = Gradients(attention), at_least_float32(v.dtype)
+    to_v = torch.zeros_like(v, dtype=dtype, memory_format=torch.contiguous_format)
     if grad_out is not None and not to_weights:
-        by_kernel = _kernel_backward(grad_out, q, k, v, out, lse, log_weights, scale, gated_rows)
-    streamed = grad_out if by_kernel is None else None
-    to_v = _stream(found, streamed, grad_lse, q, k, v, out)
+        by_kernel = _kernel_backward(grad_out, attention, v, out)
+        if by_kernel is not None:
+            grad_out = None
+            sums.q += by_kernel[0]
+            sums.k += by_kernel[1]
+            to_v += by_kernel[2]
+    _add_parts(sums, to_v, grad_out, grad_lse, v, out)
     if grad_rows is not None and rows.shape[2]:
         at_logits = rows * (grad_rows - (grad_rows * rows).sum(-1, keepdim=True))
-        found.add(at_logits, whole, slice(0, rows.shape[2]), whole)
-    if by_kernel is not None:
-        found.q += by_kernel[0]
-        found.k += by_kernel[1]
-        to_v = by_kernel[2]
-    to_q, to_k, _, tilt = found.all()
-    wanted = tilt if to_weights and tilt is not None else q.new_empty(0)
-    return to_q, to_k, to_v.to(v.dtype).contiguous(), wanted
+        sums.add(at_logits, ALL, slice(0, rows.shape[2]))
+    to_q, to_k, _, to_log_weights = sums.cast()
+    if not to_weights or to_log_weights is None:
+        to_log_weights = q.new_empty(0)
+    return to_q, to_k, to_v.to(v.dtype).contiguous(), to_log_weights
 
 
-def _stream(  # noqa: PLR0913 - as above
-    found: Gradients,
+def _add_parts(
+    sums: Gradients,
+    to_v: Tensor,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
     v: Tensor,
     out: Tensor,
-) -> Tensor:
-    """Count what comes through the output and the normaliser; returns what flows to v."""
-    dtype, whole = wide(v.dtype), slice(None)
-    to_v = torch.zeros_like(v, dtype=dtype, memory_format=torch.contiguous_format)
+) -> None:
+    """Add the gradients through the output and the normaliser, part by part."""
     if grad_out is None and grad_lse is None:
-        return to_v
-    for rows, groups in parts(q, k):
+        return
+    for rows, groups in sums.attention.parts():
         for heads in groups:
-            weights = found.weights(heads, rows, whole)
+            weights = sums.attention.part(heads, rows)
             at_weights = weights.new_zeros(())
             if grad_out is not None:
-                gradient, values = grad_out[:, heads, rows].to(dtype), v[:, heads].to(dtype)
+                gradient = grad_out[:, heads, rows].to(to_v.dtype)
                 to_v[:, heads] += weights.mT @ gradient
                 mean = (gradient * out[:, heads, rows]).sum(-1, keepdim=True)
-                at_weights = (gradient @ values.mT).sub_(mean)
+                at_weights = (gradient @ v[:, heads].to(to_v.dtype).mT).sub_(mean)
             if grad_lse is not None:
                 at_weights = at_weights + grad_lse[:, heads, rows, None]
-            found.add(weights.mul_(at_weights), heads, rows, whole)
-    return to_v
+            sums.add(weights.mul_(at_weights), heads, rows)
 
 
-def _kernel_backward(  # noqa: PLR0913 - as above
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    log_weights: Tensor | None,
-    scale: float,
-    gated_rows: int,
-) -> tuple[Tensor, ...] | None:
-    """By torch's kernel for the CPU; those of devices want what only their own forward knows."""
-    options = {"dropout_p": 0.0, "is_causal": False, "scale": scale}
-    if q.device.type != "cpu" or kernel_of(q, k, v, None, options) != ON_CPU:
-        return None
-    backward = getattr(torch.ops.aten, f"{ON_CPU}_backward")
-    level = lse.masked_fill(lse == -torch.inf, 0.0)  # as the kernel itself has it
+def _kernel_backward(
+    grad_out: Tensor, attention: AttentionMap, v: Tensor, out: Tensor
+) -> list[Tensor] | None:
+    """Compute the gradients at q, k and v by torch's CPU kernel; None if it cannot be called."""
+    q, k, lse, log_weights, scale, gated_rows = attention
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # what the kernel itself stores for such rows
     cut = q.shape[2] if log_weights is None or gated_rows < 0 else gated_rows
-    found: list[tuple[Tensor, ...]] = []
-    for rows, tilt in ((slice(0, cut), log_weights), (slice(cut, None), None)):
-        queries = q[:, :, rows]
-        if queries.numel() == 0:
+    parts = []
+    for rows, weights in ((slice(0, cut), log_weights), (slice(cut, None), None)):
+        if q[:, :, rows].numel() == 0:
             continue
-        mask = tilt if tilt is None else tilt.unsqueeze(-2).reshape(len(q), -1, 1, k.shape[2])
-        given = (grad_out[:, :, rows], queries, k, v, out[:, :, rows], level[:, :, rows])
-        found.append(backward(*given, 0.0, False, attn_mask=mask, scale=scale))  # noqa: FBT003
-    to_q = torch.cat([each[0] for each in found], 2)
-    to_k, to_v = (torch.stack([each[i] for each in found]).sum(0) for i in (1, 2))
-    return to_q, to_k, to_v
+        mask = weights if weights is None else weights.reshape(len(q), -1, 1, k.shape[2])
+        heads, forward = (q[:, :, rows], k, v), (out[:, :, rows], lse[:, :, rows])
+        gradients = cpu_attention_backward(grad_out[:, :, rows], heads, forward, mask, scale)
+        if gradients is None:
+            return None
+        parts.append(gradients)
+    if not parts:
+        return None
+    to_q, to_k, to_v = zip(*parts, strict=True)
+    return [torch.cat(to_q, 2), torch.stack(to_k).sum(0), torch.stack(to_v).sum(0)]

@@ -2,8 +2,8 @@
 //
 // With A recomputed tile by tile from the normaliser, dA = grad_out v^T, plus grad_rows for class
 // rows, and the gradient at the logits is dS = A * (dA - delta), delta being the sum of A * dA over
-// the row less grad_lse. Queries and keys have a kernel each: all is recomputed twice, but each
-// result is owned by one block and added in the same order every time.
+// the row less grad_lse. Queries and keys have a kernel each: weights are computed twice, but
+// each result is owned by one block and added in a fixed order.
 #pragma once
 #include "bias.cuh"
 
@@ -45,12 +45,12 @@ template <typename T, int WIDTH> struct Backward {
     delta = p.delta + int64_t(both) * p.queries;
     grad_rows = p.grad_rows ? p.grad_rows + int64_t(both) * p.class_rows * p.keys : nullptr;
   }
-  // Of this lane: its first owned token, and its first of those that move.
+  // This lane's first owned token, and its first moving token.
   static CAMKIT_DEVICE int own() { return (threadIdx.x >> 5) * 16 + ((threadIdx.x & 31) >> 2); }
   static CAMKIT_DEVICE int other() { return (threadIdx.x & 3) * 2; }
   static CAMKIT_DEVICE int of_warp() { return (threadIdx.x >> 5) * 16 * Shape::PITCH; }
 
-  // Products of the owned tokens with those that move: first with first, second with second.
+  // Products of owned and moving tokens: first with first, second with second.
   CAMKIT_DEVICE void products(float (&logits)[1][N][4], float (&to_map)[1][N][4]) const {
     clear(logits);
     clear(to_map);
@@ -58,7 +58,7 @@ template <typename T, int WIDTH> struct Backward {
     outer<T, WIDTH>(to_map, owned[1] + of_warp(), moving[1]);
   }
 
-  // What is asked of the class rows themselves, where they are among the queries of this tile.
+  // Add the gradient at the class rows, if they are among the queries of this tile.
   template <bool OWN_QUERIES>
   CAMKIT_DEVICE void add_class_rows(const Params& p, float (&to_map)[1][N][4], int others) const {
     if (!grad_rows || (OWN_QUERIES ? first : others) >= p.class_rows) return;
@@ -214,7 +214,7 @@ template <typename T, int WIDTH> CAMKIT_GLOBAL(128) deltas(const Params p) {
 #pragma unroll
   for (int mask = 16; mask; mask /= 2) total += from_partner(total, mask);
   if (p.grad_lse) total -= p.grad_lse[query_of_all];
-  // a row that attends to nothing has no gradient, whatever is asked of its normaliser
+  // a row that attends to nothing has no gradient, whatever the gradient at its normaliser
   if (lane == 0) p.delta[query_of_all] = p.lse[query_of_all] == NOTHING ? 0.f : total;
 }
 

@@ -1,11 +1,11 @@
-// What is added to the logits of each key, in base 2.
+// The bias added to the logits of each key, in base 2.
 #pragma once
 #include "tiles.cuh"
 
 namespace camkit {
 
-// Two versions beside each other: for gated rows with the log weight of the key, for other rows
-// without. Keys that do not exist get minus infinity in both.
+// Two versions: for gated rows the log weight of the key, for other rows zero. Keys that do not
+// exist get minus infinity in both.
 template <int KEYS> struct KeyBias {
   float gated[KEYS], plain[KEYS];
 
@@ -25,7 +25,7 @@ template <int KEYS> struct KeyBias {
   }
 };
 
-// Base 2, negated. A row that attends to nothing gets 0: its logits are all minus infinity.
+// Negated normaliser in base 2. A row that attends to nothing gets 0: its logits are all -inf.
 CAMKIT_DEVICE float level_of(float lse) { return lse == NOTHING ? 0.f : -lse * LOG2_E; }
 
 }  // namespace camkit

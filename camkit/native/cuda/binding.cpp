@@ -1,4 +1,4 @@
-// Registers the kernels for operators that camkit/ops declares, through torch's stable ABI.
+// Registers the kernels of the operators camkit/ops declares, through torch's stable ABI.
 //
 // camkit::reweighted_attention(Tensor q, Tensor k, Tensor v, Tensor? log_weights, float scale,
 //   int gated_rows, int class_rows) -> (Tensor out, Tensor lse, Tensor rows)

@@ -1,4 +1,4 @@
-// Tensors to `Params`: checks, strides, copies where the kernels could not read, and the stream.
+// From tensors to `Params`: checks, strides, copies of what kernels cannot read, and the stream.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -29,7 +29,7 @@ struct Place {
   void* stream() const { return nullptr; }
 };
 #else
-// The device of a tensor while this lives, and its current stream.
+// Selects the device of a tensor for its own lifetime, and finds its current stream.
 class Place {
   torch::stable::accelerator::DeviceGuard guard;
   int32_t device;
@@ -37,7 +37,7 @@ class Place {
  public:
   explicit Place(const Tensor& q) : guard(q.get_device_index()), device(q.get_device_index()) {}
   void* stream() const {
-    // looked up, not linked: the library must also load beside a torch without CUDA
+    // looked up, not linked: the library must also load with a torch without CUDA
     using Find = int32_t (*)(int32_t, void**);
     static const Find find = [] {
       void* torch = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
@@ -54,13 +54,13 @@ inline void check(int code) {
   STD_TORCH_CHECK(code == 0, "camkit: kernel failed: ", camkit_error(code));
 }
 
-// A pointer of another device would end the process, not the call.
+// A pointer of another device would crash the process, not the call.
 inline void check_beside(const Tensor& x, const Tensor& q, const char* name) {
   STD_TORCH_CHECK(x.is_cuda() == q.is_cuda() && x.get_device_index() == q.get_device_index(),
                   "camkit: ", name, " must be on the device of the other tensors");
 }
 
-// As it is, or a copy whose rows are dense and begin at multiples of 16 bytes.
+// The tensor itself, or a copy whose rows are dense and begin at multiples of 16 bytes.
 inline Tensor readable(const Tensor& x) {
   const auto fits = [](const Tensor& x) {
     const int64_t chunk = 16 / int64_t(x.element_size());
@@ -86,7 +86,7 @@ inline Type type_of(const Tensor& x) {
   STD_TORCH_CHECK(false, "camkit: expected float16, bfloat16 or float32");
 }
 
-// A call: its numbers, and the tensors that must stay until it is launched.
+// A call: its parameters, and the tensors that must live until it is launched.
 struct __attribute__((visibility("hidden"))) Call {
   Params p{};
   std::vector<Tensor> kept;  // the queries are the first

@@ -1,7 +1,7 @@
-// The few instructions that the kernels need beyond C++, as functions.
+// The instructions that the kernels need beyond C++, as functions.
 //
-// With CAMKIT_EMULATION, tests/emulation/emulation.h stands in for them and runs the same kernels
-// on a CPU.
+// With CAMKIT_EMULATION, tests/emulation/emulation.h replaces them and runs the same kernels on a
+// CPU.
 #pragma once
 #include "params.h"
 #ifdef CAMKIT_EMULATION
@@ -12,7 +12,7 @@
 #include <cuda_runtime.h>
 
 #define CAMKIT_DEVICE __device__ __forceinline__
-// Two blocks at a time are enough: more would leave too few registers for each thread.
+// Two blocks at a time are enough: more would leave too few registers per thread.
 #define CAMKIT_GLOBAL(threads) __global__ void __launch_bounds__(threads, 256 / (threads))
 #define CAMKIT_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 

@@ -1,4 +1,4 @@
-// DOEI's scores: a block takes one row from the attention to its amplified form.
+// DOEI's scores: one block computes one row, from attention to amplified scores.
 #pragma once
 #include "device.cuh"
 #include "doei.h"
@@ -13,10 +13,10 @@ CAMKIT_DEVICE float fold(Fold how, float x, float y) {
   return how == SUM ? x + y : (how == LEAST) == (x < y) ? x : y;
 }
 
-// Of all threads' values, known to all of them; `room` holds a float for each warp.
+// Fold the values of all threads; all get the result. `room` holds a float per warp.
 CAMKIT_DEVICE float fold_block(Fold how, float x, float* room) {
   for (int mask = 16; mask; mask /= 2) x = fold(how, x, from_partner(x, mask));
-  __syncthreads();  // whoever still reads the fold before
+  __syncthreads();  // a thread may still read the previous result
   if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
   __syncthreads();
   float all = room[0];
@@ -34,7 +34,7 @@ CAMKIT_DEVICE float joined(float mine, const float* cue, int64_t at, float share
   return cue ? mine + share * (cue[at] - mine) : mine;
 }
 
-// What class `i` takes from class `j`.
+// How much class `i` attends to class `j`.
 CAMKIT_DEVICE float among_classes(const Scores& p, int image, int i, int j) {
   const float* at = p.rows + image * p.row_image + i * p.row_class + j;
   const int64_t cue = (int64_t(image) * p.classes + i) * p.classes + j;
@@ -55,7 +55,7 @@ CAMKIT_DEVICE float kept(const Scores& p, int image, int j) {
   return p.present ? p.present[int64_t(image) * p.classes + j] : 1.f;
 }
 
-// Rows of one image: first those among classes, then classes over patches or patches over classes.
+// Rows of one image: first among classes, then classes over patches or patches over classes.
 CAMKIT_GLOBAL(ROW_THREADS) doei_scores(const Scores p) {
   CAMKIT_SHARED(memory);
   float* room = reinterpret_cast<float*>(memory);
@@ -81,7 +81,7 @@ CAMKIT_GLOBAL(ROW_THREADS) doei_scores(const Scores p) {
       x = between(p, image, e, row) * kept(p, image, row);
     else
       x = between(p, image, row, e) * kept(p, image, e);
-    out[e * stride] = x;  // each thread reads again what it wrote
+    out[e * stride] = x;  // read again by the same thread
     least = fold(LEAST, least, x);
     most = fold(MOST, most, x);
   }

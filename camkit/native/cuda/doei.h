@@ -1,4 +1,4 @@
-// What the kernel of DOEI's scores is given; camkit/ops/doei_tail.py says what it computes.
+// Parameters of the kernel of DOEI's scores, which camkit/ops/doei_tail.py specifies.
 #pragma once
 #include <stdint.h>
 

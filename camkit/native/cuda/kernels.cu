@@ -1,4 +1,4 @@
-// The launches of all kernels: how a call is cut into blocks.
+// Launches of all kernels: how a call is divided into blocks.
 #include <algorithm>
 
 #include "attention.cuh"

@@ -1,22 +1,22 @@
-// From the numbers of a call to the kernel that is compiled for them.
+// Selects the kernel that is compiled for a call's dtype and width.
 #pragma once
 #include "device.cuh"
 
-// Bits of what is compiled in: a width at a sixteenth of it, a type at its number in `Type`.
+// Bits of what is compiled: bit width / 16 for a width, and its number in `Type` for a type.
 #ifndef CAMKIT_WIDTHS
 #define CAMKIT_WIDTHS 0x17c
 #endif
 #ifndef CAMKIT_TYPES
 #define CAMKIT_TYPES 7
 #endif
-// Larger tiles move fewer bytes, but only when there are tiles for two rounds of a large GPU.
+// Larger tiles move fewer bytes; used if there are enough for two rounds of a large GPU.
 #ifndef CAMKIT_MANY_BLOCKS
 #define CAMKIT_MANY_BLOCKS 264
 #endif
 
 namespace camkit {
 
-// Whether registers and shared memory last for tiles of twice the side.
+// Whether registers and shared memory suffice for tiles of twice the side.
 template <typename T, int WIDTH> constexpr bool two_fit = sizeof(T) == 2 && WIDTH <= 80;
 
 template <template <typename, int> class Run, typename T, int WIDTH>

@@ -1,4 +1,4 @@
-// What is read off the attention map when its normaliser is known: columns, head means, products.
+// Columns, head means and products of an attention map whose normaliser is known.
 #pragma once
 #include "bias.cuh"
 
@@ -154,7 +154,7 @@ template <typename T, int WIDTH, int M, int K> CAMKIT_GLOBAL(128 * K) propagate(
   }
 }
 
-// The parts of a product, added in their order.
+// Adds the parts of a product in a fixed order.
 CAMKIT_GLOBAL(128) add_parts(const Params p) {
   const int64_t size = int64_t(p.images) * p.classes * (p.queries - p.skip);
   const int64_t at = int64_t(blockIdx.x) * 128 + threadIdx.x;
@@ -164,7 +164,7 @@ CAMKIT_GLOBAL(128) add_parts(const Params p) {
   static_cast<float*>(p.out)[at] = total / p.heads;
 }
 
-// The columns of the first keys, one element for each thread.
+// The columns of the first keys, one element per thread.
 template <typename T, int WIDTH> CAMKIT_GLOBAL(128) columns(const Params p) {
   const int64_t at = int64_t(blockIdx.x) * 128 + threadIdx.x;
   const int key = at % p.columns, query = at / p.columns % p.queries;

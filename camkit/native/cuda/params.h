@@ -1,4 +1,4 @@
-// What a launch is given: plain numbers and pointers, no torch. Kernels and binding know it.
+// Parameters of a launch: numbers and pointers without torch, shared by kernels and binding.
 #pragma once
 #include <stdint.h>
 
@@ -30,7 +30,7 @@ struct Params {
   float alpha, beta;  // affinity = beta * affinity + alpha * A averaged over heads
   // propagation: out [image][class][query - skip] from cam [image][class][key - skip]
   const float* cam;
-  float* partial;  // [part][image][class][query - skip]; summed in this order, whoever is first
+  float* partial;  // [part][image][class][query - skip]; summed in this order
   int classes, parts;
   // backward
   const void* grad_out;

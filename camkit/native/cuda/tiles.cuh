@@ -21,7 +21,7 @@ template <typename T, int WIDTH> struct Tile {
 
 CAMKIT_DEVICE int blocks_of(int size, int block) { return (size + block - 1) / block; }
 
-// Start copying ROWS tokens from `first` on; past the last one (`limit`) it is repeated.
+// Start copying ROWS tokens from `first` on; the last token (before `limit`) is repeated.
 template <typename T, int WIDTH, int ROWS, int THREADS>
 CAMKIT_DEVICE void load_tile(T* tile, const T* from, int64_t stride, int first, int limit) {
   using Shape = Tile<T, WIDTH>;
@@ -189,7 +189,7 @@ template <typename T> CAMKIT_DEVICE Chunk<T> load_chunk(const T* from) {
   return *reinterpret_cast<const Chunk<T>*>(from);
 }
 
-// Where the heads of one image begin.
+// The first element of one head of one image.
 template <typename T>
 CAMKIT_DEVICE const T* head_of(const void* tensor, const Strides& strides, int image, int head) {
   return static_cast<const T*>(tensor) + image * strides.image + head * strides.head;
