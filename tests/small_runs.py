@@ -19,6 +19,7 @@ from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
+from camkit.method import Method
 from camkit.refiners import Blur, Normalize, Propagate
 from camkit.vocabulary import Vocabulary
 
@@ -78,9 +79,9 @@ def small_recipe(*, batch=2, chunk=4, labels=(0, 2), finish=BLUR, **written):
     """A recipe with a refiner beside the model and another behind it."""
     return Recipe(
         OpenSmall(),
+        Method(refine=(Propagate(steps=1), Normalize())),
         loading=Loading(size=96, max_pixels=written.pop("max_pixels", 10**6)),
         writing=Writing(finish=tuple(finish), **written),
-        refine=(Propagate(steps=1), Normalize()),
         vocabulary=Vocabulary(CLASSES),
         labels=labels,
         batch=batch,

@@ -12,14 +12,13 @@ import torch
 from jaxtyping import UInt8
 from torch import nn
 
-from camkit.edits.protocol import Edit, KeyEdit
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
-from camkit.method import DEFAULT_REFINE
-from camkit.photo import Photo, photo_from_array
-from camkit.pipeline import Pipeline, wrap
+from camkit.method import Method
+from camkit.photo import Photo, PhotoSettings, photo_from_array
+from camkit.pipeline import Pipeline
 from camkit.refiners import Refiner
-from camkit.seeds import GradientSeed, PredictedClasses, Seed
+from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
 
 CamOutput: TypeAlias = Literal["none", "both", "psa", "irn", "clip-es", "npz", "parquet"]
@@ -27,22 +26,14 @@ CamOutput: TypeAlias = Literal["none", "both", "psa", "irn", "clip-es", "npz", "
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How image files are loaded (`camkit.load_photo`).
+class Loading(PhotoSettings):
+    """How image files are loaded.
 
     Attributes:
-        size: long side, or exact rows and columns.
-        mean: subtracted from the colours.
-        std: divides the difference.
-        multiple: both sides are rounded to a multiple of it.
         max_pixels: larger images are refused, because a small file may unpack to fill the memory.
             The default is PIL's.
     """
 
-    size: int | tuple[int, int] = 384
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    multiple: int = 16
     max_pixels: int = 89_478_485
 
     def __post_init__(self) -> None:
@@ -102,27 +93,22 @@ class Recipe:
 
     Attributes:
         model: opens the model, in the process that runs it; its repr identifies it in the settings.
+        method: what runs where the model is; ``writing`` holds the refiners that follow, and the
+            background score of the masks.
         loading: how image files are loaded.
         writing: what follows the model.
-        seed: computes the first maps.
-        edit: changes the forward.
-        edit_blocks: the blocks it changes, as in `camkit.attach`.
-        refine: refiners that need the model's attention, applied in order where the model runs.
         vocabulary: names the classes, see `camkit.wrap`.
-        labels: classes of every image, a `camkit.seeds.PredictedClasses`, or None for the labels of the
-            source.
+        labels: classes of every image, a `camkit.seeds.PredictedClasses`, or None for the labels of
+            the source.
         batch: images of one size that go through the model together.
         chunk: images that are planned together and batched by size. ``batch`` and ``chunk`` change
             only the rounding of the maps.
     """
 
     model: Callable[[], nn.Module]
+    method: Method = field(default_factory=Method)
     loading: Loading = field(default_factory=Loading)
     writing: Writing = field(default_factory=Writing)
-    seed: Seed = field(default_factory=GradientSeed)
-    edit: Edit | KeyEdit | None = None
-    edit_blocks: int | tuple[int, ...] | None = 3
-    refine: tuple[Refiner, ...] = DEFAULT_REFINE
     vocabulary: Vocabulary | None = None
     labels: tuple[int, ...] | PredictedClasses | None = None
     batch: int = 8
@@ -136,15 +122,7 @@ class Recipe:
 
     def pipeline(self, model: nn.Module) -> Pipeline:
         """Wrap the opened model."""
-        return wrap(
-            model,
-            seed=self.seed,
-            edit=self.edit,
-            edit_blocks=self.edit_blocks,
-            refine=self.refine,
-            background_score=0.5,  # unused: `writing` draws the masks
-            vocabulary=self.vocabulary,
-        )
+        return Pipeline(model, self.method, vocabulary=self.vocabulary)
 
     def settings(self, model: nn.Module, source: object) -> dict[str, str]:
         """Return everything that determines the results, as text.
@@ -153,16 +131,22 @@ class Recipe:
             model: the opened model, identified by the hash of its weights.
             source: of the images.
         """
-        classes = "outputs"
+        classes, method = "outputs", self.method
         if self.vocabulary is not None:
             text = json.dumps((self.vocabulary.names, self.vocabulary.members))
             classes = hashlib.sha256(text.encode()).hexdigest()[:16]
-        stages = ("labels", "loading", "seed", "edit", "edit_blocks", "refine", "writing")
-        return {
+        settings = {
             "camkit": version("camkit"),
             "source": str(source),
             "model": repr(self.model),
             "weights_sha256": weights_hash(model),
             "classes": classes,
-            **{name: repr(getattr(self, name)) for name in stages},
+            "labels": repr(self.labels),
+            "loading": repr(self.loading),
+            "seed": repr(method.seed),
+            "edit": repr(method.edit),
+            "edit_blocks": repr(method.edit_blocks),
+            "refine": repr(method.refine),
+            "writing": repr(self.writing),
         }
+        return settings if method.views is None else settings | {"views": repr(method.views)}

@@ -150,6 +150,7 @@ def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> l
 def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> list[Maps]:
     cams = np.zeros((len(batch), 0, 1, 1), np.float32)
     slots: list[list[int]] = [[]] * len(batch)
+    names: tuple[tuple[str, ...], ...] = ((),) * len(batch)
     outputs, known = None, 0
     labels = _class_request(recipe, batch)
     if labels is not None:
@@ -160,22 +161,19 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
             classes=labels,
         )
         cams, slots = stages.cam.float().cpu().numpy(), stages.classes.tolist()
-        outputs, known = stages.capture.outputs, stages.capture.scores.shape[-1]
+        names, known, outputs = stages.names, stages.known, stages.capture.outputs
     maps = []
     for number, image in enumerate(batch):
         classes = tuple(index for index in slots[number] if index >= 0)
-        vocabulary = recipe.vocabulary
-        names = tuple(
-            str(index) if vocabulary is None else vocabulary.names[index] for index in classes
-        )
-        legend = mask_legend(classes, names, known)
+        legend = mask_legend(classes, names[number], known)
         row = {
             "key": image.key,
             "source": image.source,
             "size": list(image.size),
             "model_size": list(image.rgb.shape[:2]),
             "classes": [
-                {"index": index, "name": name} for index, name in zip(classes, names, strict=True)
+                {"index": index, "name": name}
+                for index, name in zip(classes, names[number], strict=True)
             ],
             "legend": {str(value): name for value, name in legend.items()},
             "most_probable_output": None if outputs is None else int(outputs[number].argmax()),

@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -50,13 +50,23 @@ done: the same command does the rest, however the last one ended.
 
 @dataclass(frozen=True)
 class TimmModel:
-    """Opens a timm model with its weights, in any process."""
+    """Opens a timm model with its weights, in any process.
+
+    Attributes:
+        name: of the model.
+        size: long side of photos, see `camkit.cli.models.open_model`.
+        opened: the model, if this process has opened it; copies in other processes do without.
+    """
 
     name: str
     size: int
+    opened: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __call__(self) -> nn.Module:
-        return open_model(self.name, size=self.size).model
+        return open_model(self.name, size=self.size).model if self.opened is None else self.opened
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return TimmModel, (self.name, self.size)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,10 +206,10 @@ def recipe_of(
     score = background_score(options)
     if score is None:
         score = method.background_score
-    photos = opened.photos
     return Recipe(
-        model=TimmModel(options.model, options.size),
-        loading=Loading(photos.size, photos.mean, photos.std, photos.multiple, options.max_pixels),
+        model=TimmModel(options.model, options.size, opened.model),
+        method=replace(method, refine=refine),
+        loading=Loading(**vars(opened.photos), max_pixels=options.max_pixels),
         writing=Writing(
             finish,
             score,
@@ -208,10 +218,6 @@ def recipe_of(
             not options.no_masks,
             options.cams,
         ),
-        seed=method.seed,
-        edit=method.edit,
-        edit_blocks=method.edit_blocks,
-        refine=refine,
         vocabulary=vocabulary,
         labels=labels if classes is None else classes,
         batch=options.batch,
