@@ -1,7 +1,8 @@
 """One forward of a host, followed from its entrance to its end.
 
-A session puts hooks on a host, keeps the state of the forwards that run, and reports what happens
-to one subscriber: `camkit.watch` stores what it is told, `camkit.attach` edits it.
+A session puts hooks on a host, keeps the state of the forwards that run, and reports four kinds of
+events to one subscriber: a forward begins, attention is computed, a block leaves its tokens, a
+forward ends. `camkit.watch` stores what is reported, `camkit.attach` edits it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -126,17 +127,18 @@ class AttentionCall(Generic[C]):
 
 
 class Subscriber(Generic[C]):
-    """Is told what happens in the forwards of a host, and may change it.
+    """Receives the events of a session, and may change the forwards; by default nothing happens.
 
     Attributes:
         outermost: tap attention outside all other hooks, so that it is seen as they leave it.
-        one_thread: refuse forwards of two threads at once.
-        context_type: keeps the state of one forward.
+        one_thread: refuse forwards in two threads at once.
+        context_type: holds the state of one forward.
         attention_modules: modules whose attention is reported, by name.
         blocks: blocks whose begin and end are reported, by the name of their attention.
-        observed: other modules whose outputs are reported, and whether behind all other hooks.
-        weighs_keys: whether `key_log_weights` is to be asked.
-        normaliser: whether the normaliser of the softmax is of use.
+        observed: other modules whose outputs are reported; True reports them behind all hooks.
+        weighs_keys: call `key_log_weights`.
+        normaliser: take the normaliser of the softmax from the kernel where it returns it.
+        enabled: whether forwards are reported.
     """
 
     outermost: ClassVar[bool] = False
@@ -150,32 +152,32 @@ class Subscriber(Generic[C]):
     enabled: bool = True
 
     def start(self, hooks: Hooks) -> None:
-        """Add hooks of its own, inside those of the session."""
+        """Add further hooks, when those of the session are on."""
 
     def forward_begins(self, context: C) -> None:
-        """A forward begins; an error raised here ends it."""
+        """Called when a forward begins; an error raised here ends it."""
 
     def context_outside(self) -> C | None:
-        """What attention belongs to that runs outside any forward; None leaves it alone."""
+        """Return the context of attention that runs outside any forward; None ignores it."""
         return None
 
     def attention_begins(
         self, call: AttentionCall[C]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """An attention module is called; may return other arguments for it."""
+        """Called before an attention module runs; may return other arguments for it."""
 
     def key_log_weights(self, call: AttentionCall[C], attention: Attention) -> Tensor | None:
-        """Log-weights to add to the keys of an attention call before it runs."""
+        """Called before attention is computed; may return log-weights to add to its keys."""
 
     def attention(self, call: AttentionCall[C], output: Tensor, attention: Attention) -> Tensor:
-        """An attention call ran; returns the output (fused) or weights (softmax) to go on with."""
+        """Called with an output (fused) or weights (softmax); returns what the host uses."""
         raise NotImplementedError
 
     def attention_ends(self, call: AttentionCall[C], output: Any) -> Any:
-        """An attention module returned; may return another output."""
+        """Called after an attention module ran; may return another output."""
 
     def block_begins(self) -> None:
-        """A block is called."""
+        """Called before a block runs."""
 
     def block_leaves(
         self,
@@ -185,22 +187,22 @@ class Subscriber(Generic[C]):
         kwargs: dict[str, Any],
         tokens: Tensor,
     ) -> Tensor | None:
-        """A block returned tokens, after its attention call; may return other tokens."""
+        """Called with the tokens that leave a block and its attention call; may return others."""
 
     def module_ends(
         self, context: C | None, module: nn.Module, args: tuple[Any, ...], output: Any
     ) -> None:
-        """An observed module returned, in a forward or outside any."""
+        """Called after an observed module ran, in a forward or outside any."""
 
     def forward_ends(self, context: C, output: Any) -> Any:
-        """A forward ended, with None if it raised; may return another output."""
+        """Called with the output, None if the forward raised; may return another output."""
 
     def forward_interrupted(self, context: C) -> None:
-        """The session stops, and this forward has never ended."""
+        """Called when the session stops before the forward has ended."""
 
 
 class _Here(local, Generic[C]):
-    """What one thread is in the midst of."""
+    """The forwards and attention calls that one thread is in."""
 
     def __init__(self) -> None:
         self.contexts: list[C] = []

@@ -313,7 +313,7 @@ class Recorder(Subscriber[Recording]):
         self._class_rows_only = class_rows_only
         self._scores = scores
         self._with_gradients = spec.gradients or spec.within_blocks
-        self._draws_graph = self._with_gradients or spec.entering_gradients or spec.class_paths
+        self._builds_graph = self._with_gradients or spec.entering_gradients or spec.class_paths
         self._cuts_graph = not spec.gradients and not spec.entering_gradients
         self._grad_mode_outside = torch.is_grad_enabled()
         self._sampling = False
@@ -351,7 +351,7 @@ class Recorder(Subscriber[Recording]):
             context.class_query_only = self._query.arm(
                 context.entrance, context.args, context.kwargs, context.anatomy
             )
-        if self._draws_graph:
+        if self._builds_graph:
             context.graph.enter()
 
     def context_outside(self) -> Recording | None:
@@ -480,12 +480,12 @@ class Recorder(Subscriber[Recording]):
     def forward_ends(self, context: Recording, output: Any) -> Any:
         try:
             if output is not None:
-                with torch.set_grad_enabled(self._draws_graph):
+                with torch.set_grad_enabled(self._builds_graph):
                     if self._scores is not None:
                         context.outputs = self._scores(output)
                     elif context.entrance is self._host.core:  # not of a wrapper around it
                         context.outputs = context.class_scores(output)
-                if context.outputs is not None and not self._draws_graph:
+                if context.outputs is not None and not self._builds_graph:
                     context.outputs = context.outputs.detach()
         finally:
             began = context.graph.leave()
