@@ -22,12 +22,10 @@ _CHUNKS = 3  # in work: one is read, one is in the model, one is finished
 _TRIES = 3  # workers that an image may kill alone before it is given up
 
 Task: TypeAlias = Item | Maps
-Outcome: TypeAlias = ReadImage | ImageResult | Failure
+Result: TypeAlias = ReadImage | ImageResult
 
 
-def work_on(
-    task: Task, loading: Loading, writing: Writing, folder: OutFolder
-) -> ReadImage | ImageResult:
+def work_on(task: Task, loading: Loading, writing: Writing, folder: OutFolder) -> Result:
     """Read an image, or finish its maps, in a worker."""
     return read(task, loading) if isinstance(task, Item) else finish(task, writing, folder)
 
@@ -66,7 +64,7 @@ class LocalEngine:
         # the whole recipe need not be picklable: the model is opened in this process
         loading, writing, folder = recipe.loading, recipe.writing, ledger.folder
         work = partial(work_on, loading=loading, writing=writing, folder=folder)
-        self._pool: WorkerPool[Task, ReadImage | ImageResult] = WorkerPool(
+        self._pool: WorkerPool[Task, Result] = WorkerPool(
             work, workers, tries=_TRIES, fatal=(OutputError,)
         )
         self._model = ThreadPoolExecutor(
@@ -77,12 +75,7 @@ class LocalEngine:
         self._chunks: dict[str, _Chunk] = {}  # of each image in work
 
     def run(self, plans: Iterator[ChunkPlan]) -> None:
-        """Work through the plans.
-
-        Raises:
-            OutputError: results cannot be written.
-            CamkitError: workers die on image after image, or the model needs too much memory.
-        """
+        """Work through the plans."""
         try:
             while self._begin_chunks(plans):
                 self._step()
@@ -125,7 +118,7 @@ class LocalEngine:
             self._in_model = self._model.submit(self._forward, self._batches.popleft())
         self._ledger.write()
 
-    def _take(self, task: Task, outcome: Outcome) -> None:
+    def _take(self, task: Task, outcome: Result | Failure) -> None:
         """Pass on what a worker did."""
         key = str(task)
         chunk = self._chunks[key]

@@ -56,11 +56,7 @@ class Rank:
 
 
 def rank_of(environment: Mapping[str, str]) -> Rank:
-    """Read the variables that torchrun sets; without them this process works alone.
-
-    Raises:
-        CamkitError: some variables are missing or not numbers.
-    """
+    """Read the variables that torchrun sets; without them this process works alone."""
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return Rank()
     try:
@@ -158,13 +154,13 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
             ledger = Ledger(journal, progress.advance, by_chunk=by_chunk)
             plans = progress.plans(journal)
             try:
-                if ray is None:
+                if ray is not None:
+                    weights = settings["weights_sha256"]
+                    ray.run(recipe, weights, ledger, plans, threads=threads or 1)
+                else:
                     pipeline = recipe.pipeline(model.to(device))
                     engine = LocalEngine(recipe, pipeline, ledger, workers=workers, threads=threads)
                     engine.run(plans)
-                else:
-                    weights = settings["weights_sha256"]
-                    ray.run(recipe, weights, ledger, plans, threads=threads or 1)
             finally:
                 try:
                     ledger.write(everything=True)

@@ -142,7 +142,11 @@ class PhotoList:
                 yield Failure(f"{key} (entry {number})", "list", reason)
                 continue
             seen[key] = number
-            yield Item(key, FilePlace(_with_suffix(self.root / relative)), classes)
+            path = self.root / relative
+            if not is_image(path.name):
+                candidates = (path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES)
+                path = next((file for file in candidates if file.is_file()), path)
+            yield Item(key, FilePlace(path), classes)
 
     def _lines(self) -> Iterator[str]:
         """Yield the entries that are not blank; bytes that are not UTF-8 are kept."""
@@ -169,13 +173,6 @@ class PhotoList:
 
     def __str__(self) -> str:
         return _folder_text(self.root)
-
-
-def _with_suffix(path: Path) -> Path:
-    if is_image(path.name):
-        return path
-    candidates = (path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES)
-    return next((candidate for candidate in candidates if candidate.is_file()), path)
 
 
 @dataclass(frozen=True, eq=False)
