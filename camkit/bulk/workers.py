@@ -205,7 +205,7 @@ class WorkerPool(Generic[Item, Result]):
             self.close()
 
     def receive(self, also: Iterable["Future[Any]"] = ()) -> list[tuple[Item, Result | Failure]]:
-        """Keep the workers busy, wait until an item or a future of ``also`` is done, and collect."""
+        """Keep the workers busy until an item or a future of ``also`` is done; return the items."""
         suspects = self._suspects or any(task.deaths for task in self._running.values())
         room = 1 if suspects else 2 * self._count or 1  # two items a worker hide the latency
         while (self._suspects or self._waiting) and len(self._running) < room:

@@ -136,16 +136,15 @@ def execute(options: argparse.Namespace) -> int:
     )
     source, labels = _labelled(source, options.labels)
     recipe = _recipe(options, source, labels)
-    rank = rank_of(os.environ)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the way clusters end a job
     summary = run(
         recipe,
         source,
         options.out,
-        device=options.device or (rank.device if cluster is None else None),
+        device=options.device,
         workers=options.workers,
         threads=options.threads,
-        rank=rank,
+        rank=rank_of(os.environ),
         ray=cluster,
         overwrite=options.overwrite,
         retry=options.retry,
