@@ -26,7 +26,6 @@ import torch
 from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, finish
 from camkit.bulk.items import Failure, Place
 from camkit.bulk.ledger import ChunkPlan, Ledger
-from camkit.bulk.local import out_of_memory
 from camkit.bulk.recipe import Recipe
 from camkit.bulk.stages import Maps, batches, chunks, forward, read
 from camkit.bulk.workers import DIED, WorkerPool
@@ -284,8 +283,6 @@ class RunContext:
             messages = work(message)
         except CamkitError as error:
             messages = [Message(message.chunk, message.todo, fatal=error)]
-        except torch.OutOfMemoryError:
-            messages = [Message(message.chunk, message.todo, fatal=out_of_memory(message.images))]
         return [message.packed() for message in messages]
 
 

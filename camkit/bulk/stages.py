@@ -129,9 +129,18 @@ def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> l
     """Run the model on a batch.
 
     If a batch fails, each of its pictures is run alone, so that only those at fault fail.
+
+    Raises:
+        CamkitError: the batch does not fit the memory of the device.
     """
     try:
         return list(_forward(pipeline, recipe, batch))
+    except torch.OutOfMemoryError as error:
+        rows, cols = batch[0].rgb.shape[:2]
+        raise CamkitError(
+            f"{len(batch)} images of {rows}x{cols} do not fit the memory of the model's device; "
+            "use smaller batches (--batch)"
+        ) from error
     except (CamkitError, ValueError) as error:
         if len(batch) == 1:
             return [Failure(batch[0].key, "model", " ".join(str(error).split()))]
