@@ -198,13 +198,7 @@ class FilesByName:
 
 @dataclass(frozen=True, eq=False)
 class ClassMaps:
-    """The maps of an image's classes, from 0.
-
-    Attributes:
-        classes: of each map.
-        cam: the maps.
-        opposed: each map is the class's share of class + background.
-    """
+    """The maps of an image; ``opposed`` ones are the class's share of class + background."""
 
     classes: tuple[int, ...]
     cam: Float[Tensor, "1 k H W"]

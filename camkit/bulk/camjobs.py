@@ -134,13 +134,7 @@ class DrawMask:
 
 @dataclass(frozen=True)
 class FilesSummary:
-    """What became of a folder of CAM files.
-
-    Attributes:
-        written: number of files written now.
-        kept: number of files that an earlier run wrote.
-        failures: of this run.
-    """
+    """What became of a folder of CAM files: files written now, files that existed, failures."""
 
     written: int
     kept: int

@@ -119,12 +119,8 @@ def write_part(results: Sequence[ImageResult], folder: OutFolder, name: str) -> 
     """Write the maps of a chunk as one Parquet file, float16.
 
     Columns: ``key``; ``rows`` and ``cols`` of the photo; ``height`` and ``width`` of the maps;
-    ``classes``; ``names``; ``cam``, map after map, row by row. Rows are sorted by key.
-
-    Args:
-        results: images of the chunk, with their maps.
-        folder: of the results.
-        name: of the file, without its suffix (`camkit.bulk.ledger.ChunkPlan.part`).
+    ``classes``; ``names``; ``cam``, map after map, row by row. Rows are sorted by key. ``name`` is
+    that of the file without its suffix, see `camkit.bulk.ledger.ChunkPlan.part`.
     """
     import pyarrow as pa
     from pyarrow import parquet

@@ -88,16 +88,13 @@ class Journal:
         moved: bool = False,
         way_out: str = "choose another folder, or replace its results (--overwrite)",
     ) -> None:
-        """Store the settings of the folder; refuse it if its results have other settings.
+        """Store the settings of the folder; results of other settings are a DataError.
 
         Args:
             settings: everything that determines the results.
             overwrite: remove the results that the journal lists, and start again.
             moved: ``source`` may differ: the same images are now at another place.
             way_out: what the error proposes.
-
-        Raises:
-            DataError: the folder holds results of other settings.
         """
         root = self.folder.root
         with self._transaction() as file:
@@ -339,14 +336,7 @@ class Ledger:
                 self._advance(not failed, failed)
 
     def write(self, *, everything: bool = False) -> None:
-        """Write to the journal if a chunk is complete or a second has passed.
-
-        Args:
-            everything: write at once.
-
-        Raises:
-            OutputError: the Parquet file of a chunk cannot be written.
-        """
+        """Write to the journal: at once, or if a chunk is complete or a second has passed."""
         complete = [number for number, chunk in self._open.items() if not chunk.pending]
         if not (complete or everything or time.monotonic() > self._written + _PAUSE):
             return

@@ -42,8 +42,8 @@ class LocalEngine:
     """Takes images through the stages and hands the outcomes to the ledger.
 
     Args:
-        recipe: of the run.
-        pipeline: of the recipe, around the opened model.
+        recipe: of the run; it need not be picklable, because this process opens the model.
+        pipeline: of the recipe.
         ledger: of the results folder.
         workers: processes that read and finish; 0 uses a thread of this process.
         threads: of the model on a CPU; None leaves the number unchanged.
@@ -59,7 +59,6 @@ class LocalEngine:
         threads: int | None = None,
     ) -> None:
         self._recipe, self._pipeline, self._ledger = recipe, pipeline, ledger
-        # the whole recipe need not be picklable: the model is opened in this process
         loading, writing, folder = recipe.loading, recipe.writing, ledger.folder
         work = partial(work_on, loading=loading, writing=writing, folder=folder)
         self._pool: WorkerPool[Task, Result] = WorkerPool(

@@ -320,13 +320,7 @@ class ReadChunk:
 
 
 class RunModel:
-    """Holds the model and runs batches through it.
-
-    Args:
-        context: of the run.
-        device: of the model.
-        threads: of the model on a CPU.
-    """
+    """Holds the model, on a device or with a number of threads on the CPU, and runs batches."""
 
     def __init__(self, context: RunContext, device: str, threads: int) -> None:
         context.enter(threads)
