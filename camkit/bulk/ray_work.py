@@ -1,4 +1,4 @@
-"""What the processes of a Ray cluster do with the images of a bulk run: read, model, finish."""
+"""The work of the processes of a Ray cluster: read chunks, run the model, finish batches."""
 
 import os
 import platform
@@ -12,64 +12,64 @@ from typing import Any
 import cv2
 import torch
 
-from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, finish, no_room
-from camkit.bulk.items import Item, Place
-from camkit.bulk.ledger import Error, Stage
+from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, finish
+from camkit.bulk.items import Failure, Place
+from camkit.bulk.local import out_of_memory
 from camkit.bulk.recipe import Recipe
 from camkit.bulk.stages import Maps, batches, forward, read
-from camkit.bulk.workers import DIED, Failure, Fault, WorkerPool
+from camkit.bulk.workers import DIED, WorkerPool
 from camkit.errors import CamkitError
 from camkit.manifest import weights_hash
+
+_TRIES = 2  # processes that a batch may kill before its images are tried one by one
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """Some images of a chunk on their way, at whichever stage.
+    """Images of a chunk on their way between two stages.
 
     Attributes:
-        chunk: its number.
-        todo: keys of the images whose results are wanted; the others are company for the model.
-        part: its number among the parcels of the chunk.
-        images: `Item` to be read, `ReadImage` for the model, `Maps` to be finished.
-        made: what is done.
-        errors: what failed.
-        fatal: what ends the run.
+        chunk: its number in the ledger.
+        todo: keys of the images that need results; the others keep the batches identical.
+        part: number of the message among those of the chunk.
+        images: `Item` to read, `ReadImage` for the model, or `Maps` to finish.
+        outcomes: results and failures so far.
+        fatal: the error that ends the run.
     """
 
     chunk: int
     todo: frozenset[str]
     part: int = 0
     images: tuple[Any, ...] = ()
-    made: tuple[ImageResult, ...] = ()
-    errors: tuple[Error, ...] = ()
+    outcomes: tuple[ImageResult | Failure, ...] = ()
     fatal: CamkitError | None = None
 
     def packed(self) -> dict[str, Any]:
-        """A row of a data set."""
-        from ray import cloudpickle  # knows classes of the script that was started, too
+        """Return the message as a row of a Ray data set."""
+        from ray import cloudpickle  # also pickles classes of the script that was started
 
-        return {"parcel": cloudpickle.dumps(self)}
+        return {"message": cloudpickle.dumps(self)}
 
 
 def unpacked(row: Mapping[str, bytes]) -> Message:
-    """The parcel in a row."""
+    """Return the message of a row."""
     from ray import cloudpickle
 
-    return cloudpickle.loads(row["parcel"])
+    return cloudpickle.loads(row["message"])
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a process needs to know of the run that it works for.
+    """What a process of the cluster needs to know about the run.
 
     Attributes:
-        recipe: what is done.
-        weights: hash of those that the model must have.
+        recipe: of the run.
+        weights: hash that the model's weights must have.
         folder: of the results, on a disk that all machines share.
-        probe: a file in it that the run has made.
-        sample: an image that the calling process can open.
-        home: where relative paths begin.
-        variables: of the environment.
+        probe: a file in it that the leading process has written.
+        sample: an image that the leading process can open.
+        home: its working directory, where relative paths start.
+        variables: of its environment.
     """
 
     recipe: Recipe
@@ -80,29 +80,21 @@ class RunContext:
     home: Path = field(default_factory=Path.cwd)
     variables: tuple[tuple[str, str], ...] = ()
 
-    def enter(self, threads: int = 1) -> None:
-        """Make the process that calls this one of the run's.
-
-        Raises:
-            CamkitError: it does not see the disk that the results go to.
-        """
+    def enter(self, threads: int) -> None:
+        """Prepare this process for the run."""
         torch.set_num_threads(threads)
         cv2.setNumThreads(1)
         os.environ.update(self.variables)
-        with suppress(OSError):  # only relative paths need it, and they are tried below
+        with suppress(OSError):  # matters to relative paths only, which are checked below
             os.chdir(self.home)
         if not self.probe.is_file():
             raise CamkitError(
-                f"{platform.node()} does not see {self.folder.root}, where the run writes to; take "
-                "a folder (--out) on a disk that all machines of the cluster have at the same path"
+                f"{platform.node()} does not see {self.folder.root}, the results folder; choose "
+                "one (--out) on a disk that all machines of the cluster have at the same path"
             )
 
     def check_images(self) -> None:
-        """See whether this process finds the images.
-
-        Raises:
-            CamkitError: it does not.
-        """
+        """Check that this process can open an image of the run."""
         try:
             if self.sample is not None:
                 self.sample.open().close()
@@ -112,166 +104,143 @@ class RunContext:
                 "machines of the cluster have at the same path"
             ) from error
 
-
-def sample_of(items: Sequence[Item]) -> Place | None:
-    """Where an image is that this process can open."""
-    for item in items:
-        with suppress(CamkitError):
-            item.place.open().close()
-            return item.place
-    return None
-
-
-_TRIES = 2  # a batch that took two processes with it goes on image by image
+    def process(
+        self,
+        row: Mapping[str, bytes],
+        work: Callable[[Message], list[Message]],
+        threads: int = 1,
+    ) -> list[dict[str, Any]]:
+        """Work on the message of a row; an error that ends the run becomes a message too."""
+        message = unpacked(row)
+        if not message.images:
+            return [dict(row)]
+        try:
+            self.enter(threads)
+            messages = work(message)
+        except CamkitError as error:
+            messages = [Message(message.chunk, message.todo, fatal=error)]
+        except torch.OutOfMemoryError:
+            messages = [Message(message.chunk, message.todo, fatal=out_of_memory(message.images))]
+        return [message.packed() for message in messages]
 
 
 @dataclass(frozen=True)
 class ReadChunk:
-    """Reads the images of a chunk, and makes a parcel of each batch."""
+    """Reads the images of a chunk and returns one message per batch."""
 
-    site: RunContext
+    context: RunContext
 
     def __call__(self, row: Mapping[str, bytes]) -> list[dict[str, Any]]:
-        parcel = unpacked(row)
-        with _told(parcel) as found:
-            self.site.enter()
-            self.site.check_images()
-            work = partial(read, reading=self.site.recipe.reading)
-            prepared, errors = _each(work, parcel, self.site, "read")
-            wanted = [
-                batch
-                for batch in batches(prepared, self.site.recipe)
-                if any(one.key in parcel.todo for one in batch)
-            ]
-            if errors or not wanted:
-                found.append(replace(parcel, images=(), errors=errors))
-            found.extend(replace(parcel, part=at, images=some) for at, some in enumerate(wanted))
-        return [one.packed() for one in found]
+        return self.context.process(row, self._read)
+
+    def _read(self, message: Message) -> list[Message]:
+        self.context.check_images()
+        recipe = self.context.recipe
+        work = partial(read, loading=recipe.loading)
+        outcomes = _work_on_each(work, message, message.images, self.context.folder, "read")
+        images = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
+        failures = tuple(outcome for outcome in outcomes if isinstance(outcome, Failure))
+        needed = [
+            batch
+            for batch in batches(images, recipe)
+            if any(image.key in message.todo for image in batch)
+        ]
+        messages = [
+            replace(message, part=number, images=batch) for number, batch in enumerate(needed)
+        ]
+        if failures or not needed:
+            messages.append(replace(message, images=(), outcomes=failures))
+        return messages
 
 
 class RunModel:
-    """Holds the model, and takes batches through it.
+    """Holds the model and runs batches through it.
 
     Args:
-        site: of the run.
+        context: of the run.
         device: of the model.
         threads: of the model on a CPU.
     """
 
-    def __init__(self, site: RunContext, device: str, threads: int) -> None:
-        site.enter(threads)
-        self._site, self._threads = site, threads
-        model = site.recipe.model()
-        if weights_hash(model) != site.weights:
+    def __init__(self, context: RunContext, device: str, threads: int) -> None:
+        context.enter(threads)
+        self._context, self._threads = context, threads
+        model = context.recipe.model()
+        if weights_hash(model) != context.weights:
             raise CamkitError(
-                f"the model that {platform.node()} opens has other weights than that of the "
-                "machine which began the run; put its weights where all machines find them"
+                f"the model opened on {platform.node()} has other weights than the one on the "
+                "machine that leads the run; put its weights where all machines find them"
             )
-        self._pipeline = site.recipe.pipeline(model.to(device))
+        self._pipeline = context.recipe.pipeline(model.to(device))
 
     def __call__(self, row: Mapping[str, bytes]) -> dict[str, Any]:
-        parcel = unpacked(row)
-        if not parcel.images:
-            return dict(row)
-        with _told(parcel) as found:
-            self._site.enter(self._threads)
-            outcomes = self._forward(parcel)
-            maps = tuple(one for one in outcomes if isinstance(one, Maps))
-            failed = [one for one in outcomes if isinstance(one, Failure)]
-            errors = tuple(Error(one.name, "model", one.reason) for one in failed)
-            found.append(replace(parcel, images=maps, errors=errors))
-        return found[0].packed()
+        return self._context.process(row, self._run, self._threads)[0]
 
-    def _forward(self, parcel: Message) -> list[Maps | Failure]:
-        """Run the model; an image whose process died of it is given up."""
-        recipe, batch = self._site.recipe, parcel.images
-        mark = _mark(self._site.folder, "model", parcel)
-        with _begun(mark, self._site.folder) as deaths:
+    def _run(self, message: Message) -> list[Message]:
+        """Run the model; give up an image that killed the process alone."""
+        recipe, folder = self._context.recipe, self._context.folder
+        mark = _mark(folder, "model", message)
+        outcomes: list[Maps | Failure] = []
+        with _count_deaths(mark, folder) as deaths:
             if deaths < _TRIES:
-                return forward(self._pipeline, recipe, batch)
-            found: list[Maps | Failure] = []
-            for at, one in enumerate(batch):
-                alone = mark.with_name(f"{mark.name}-{at}")
-                if alone.exists():
-                    found.append(Failure(one.key, DIED))
-                    continue
-                with _begun(alone, self._site.folder):
-                    found += forward(self._pipeline, recipe, (one,))
-            return found
+                outcomes = forward(self._pipeline, recipe, message.images)
+            else:
+                for number, image in enumerate(message.images):
+                    image_mark = mark.with_name(f"{mark.name}-{number}")
+                    if image_mark.exists():
+                        outcomes.append(Failure(image.key, "model", DIED))
+                        continue
+                    with _count_deaths(image_mark, folder):
+                        outcomes += forward(self._pipeline, recipe, (image,))
+        maps = tuple(outcome for outcome in outcomes if isinstance(outcome, Maps))
+        failures = tuple(outcome for outcome in outcomes if isinstance(outcome, Failure))
+        return [replace(message, images=maps, outcomes=failures)]
 
 
 @dataclass(frozen=True)
 class FinishBatch:
-    """Refines by the picture, draws, and writes the files of the images that are wanted."""
+    """Refines, draws and writes the images of a batch that need results."""
 
-    site: RunContext
+    context: RunContext
 
     def __call__(self, row: Mapping[str, bytes]) -> dict[str, Any]:
-        parcel = unpacked(row)
-        if not parcel.images:
-            return dict(row)
-        with _told(parcel) as found:
-            self.site.enter()
-            wanted = tuple(one for one in parcel.images if one.key in parcel.todo)
-            work = partial(finish, writing=self.site.recipe.writing, folder=self.site.folder)
-            made, errors = _each(work, replace(parcel, images=wanted), self.site, "write")
-            errors = (*parcel.errors, *errors)
-            found.append(replace(parcel, images=(), made=tuple(made), errors=errors))
-        return found[0].packed()
+        return self.context.process(row, self._finish)[0]
+
+    def _finish(self, message: Message) -> list[Message]:
+        folder = self.context.folder
+        needed = [maps for maps in message.images if maps.image.key in message.todo]
+        work = partial(finish, writing=self.context.recipe.writing, folder=folder)
+        outcomes = _work_on_each(work, message, needed, folder, "write")
+        return [replace(message, images=(), outcomes=(*message.outcomes, *outcomes))]
 
 
-@contextmanager
-def _told(parcel: Message) -> Iterator[list[Message]]:
-    """What came of a parcel; what ends the run is told to the process that leads it."""
-    found: list[Message] = []
-    try:
-        yield found
-    except CamkitError as error:
-        found[:] = [Message(parcel.chunk, parcel.todo, fatal=error)]
-    except torch.OutOfMemoryError:
-        told = f"{len(parcel.images)} images do not fit the memory of the model's device; "
-        fatal = CamkitError(told + "take smaller batches (--batch)")
-        found[:] = [Message(parcel.chunk, parcel.todo, fatal=fatal)]
+def _work_on_each(
+    work: Callable[[Any], Any],
+    message: Message,
+    images: Sequence[Any],
+    folder: OutFolder,
+    stage: str,
+) -> tuple[Any, ...]:
+    """Work on every image and return the outcomes in order.
 
-
-def _each(
-    work: Callable[[Any], Any], parcel: Message, site: RunContext, stage: Stage
-) -> tuple[list[Any], tuple[Error, ...]]:
-    """Do the work on every image, in their order; what cannot be done becomes an error.
-
-    Where a process died of the parcel before, the work is done in one that may die.
+    If the message killed a process before, the work is done in a process that may die.
     """
-    with _begun(_mark(site.folder, stage, parcel), site.folder) as deaths:
-        crew: WorkerPool[Any, Any] = WorkerPool(work, 1 if deaths else 0, tries=2)
-        outcomes = []
-        try:
-            for one in parcel.images:
-                crew.add(one)
-            while not crew.idle:
-                outcomes += crew.receive()
-        finally:
-            crew.close()
-    results, errors = {}, []
-    for outcome in outcomes:
-        if not isinstance(outcome, Fault):
-            results[outcome.item.key] = outcome.result
-        elif isinstance(outcome.error, OutputError):
-            raise outcome.error
-        else:
-            errors.append(Error(outcome.item.key, stage, outcome.reason))
-    found = [results[one.key] for one in parcel.images if one.key in results]
-    return found, tuple(errors)
+    with _count_deaths(_mark(folder, stage, message), folder) as deaths:
+        count = 1 if deaths else 0
+        pool: WorkerPool[Any, Any] = WorkerPool(work, count, tries=2, fatal=(OutputError,))
+        outcomes = {str(image): result for image, result in pool.work_on_all(images, stage)}
+    return tuple(outcomes[str(image)] for image in images)
 
 
-def _mark(folder: OutFolder, stage: Stage, parcel: Message) -> Path:
-    return folder.drafts / "begun" / f"{stage}-{parcel.chunk}-{parcel.part}"
+def _mark(folder: OutFolder, stage: str, message: Message) -> Path:
+    return folder.drafts / "begun" / f"{stage}-{message.chunk}-{message.part}"
 
 
 @contextmanager
-def _begun(mark: Path, folder: OutFolder) -> Iterator[int]:
-    """Leave a mark while something is done; says how many processes died of it before.
+def _count_deaths(mark: Path, folder: OutFolder) -> Iterator[int]:
+    """Leave a mark during the block, and yield how many processes died with the mark set.
 
-    Ray does the work of a process that died again, as often as it takes, on whichever machine.
+    Ray repeats the work of a dead process, on any machine, without saying so.
     """
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
@@ -279,6 +248,6 @@ def _begun(mark: Path, folder: OutFolder) -> Iterator[int]:
             deaths = file.tell()
             file.write(b".")
     except OSError as error:
-        raise no_room(folder, error) from error
+        raise OutputError.explain(folder.root, error) from error
     yield deaths
     mark.unlink(missing_ok=True)
