@@ -1,4 +1,4 @@
-"""Seeds without a default or a measured gain; names here may change in any version."""
+"""Seeds read from inner or chosen blocks: logit lens, single blocks, the best agreement."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar

@@ -1,0 +1,11 @@
+"""Methods without a default or a measured gain; names here may change in any version."""
+
+from camkit.contrib.alignment import (
+    DescriptorAlignment as DescriptorAlignment,
+    TwoSidedAlignment as TwoSidedAlignment,
+)
+from camkit.contrib.layers import (
+    BestAgreementSeed as BestAgreementSeed,
+    BlockSeed as BlockSeed,
+    LogitLensSeed as LogitLensSeed,
+)
