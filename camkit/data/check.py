@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from camkit.data.sample import VOC_FORM, DataSet, Sample, classes_in, mask_ids
+from camkit.data.sample import VOC_FORM, DataSet, Sample, mask_classes
 from camkit.errors import DataError
 from camkit.mask import voc_palette
 from camkit.photo import read_picture
@@ -147,11 +147,10 @@ def _check_sample(dataset: DataSet, sample: Sample, *, mask_expected: bool) -> I
         return
     count = len(dataset.classes)
     try:
-        ids = mask_ids(sample.mask, size=size, num_classes=count, form=sample.form)
+        shown = mask_classes(sample.mask, num_classes=count, form=sample.form, size=size)
     except DataError as error:
         yield Finding("mask", sample.mask, str(error))
         return
-    shown = classes_in(ids)
     yield from _check_orientation(sample.photo, sample.mask)
     if sample.form == VOC_FORM:
         yield from _check_palette(sample.mask, shown, count)

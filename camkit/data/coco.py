@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -111,7 +112,6 @@ class CocoFolder:
         return all_usable(self.entries(name))
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
-        """Yield the samples of a split, and an error in place of each that cannot be used."""
         check_split(name, self.splits)
         folders = (_files(self.root / folder / name, "jpg") for folder in _PHOTO_FOLDERS)
         photos = next(filter(None, folders), None)
@@ -208,45 +208,42 @@ def _files(folder: Path, ending: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob(f"*.{ending}"))}
 
 
+@contextmanager
+def _listing(path: Path, kind: str, expected: str) -> Iterator[Any]:
+    """Read JSON, and turn errors of its content inside the `with` block into a DataError."""
+    try:
+        yield json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON ({error}); copy it again") from error
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no list of COCO {kind} ({type(error).__name__}: {error}); expected "
+            f"{expected}"
+        ) from error
+
+
 def _instances(path: Path) -> dict[str, tuple[int, ...]]:
     """Read the indices of COCO classes by image."""
     index = {number: place for place, number in enumerate(COCO_IDS.values())}
-    content = _read_json(path)
-    try:
+    expected = "images, and annotations with their image_id and category_id"
+    with _listing(path, "instances", expected) as content:
         stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
         present: dict[str, set[int]] = {stem: set() for stem in stems.values()}
         for annotation in content["annotations"]:
             present[stems[annotation["image_id"]]].add(index[annotation["category_id"]])
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is no list of COCO instances ({type(error).__name__}: {error}); expected "
-            "images, and annotations with their image_id and category_id"
-        ) from error
     return {stem: tuple(sorted(classes)) for stem, classes in present.items()}
 
 
 def _panoptic_forms(path: Path, *, voc: bool) -> dict[str, MaskForm]:
     category = dict(zip(COCO_IDS.values(), _places(voc=voc), strict=True))
-    content = _read_json(path)
     forms = {}
-    try:
+    expected = "annotations with file_name and segments_info"
+    with _listing(path, "panoptic masks", expected) as content:
         for image in content["annotations"]:
             ids = {s["id"]: category.get(s["category_id"], 0) for s in image["segments_info"]}
             form = MaskForm(colours=True, ids=ids, ignored=(0,))
             forms[Path(image["file_name"]).stem] = form
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is no list of COCO panoptic masks ({type(error).__name__}: {error}); expected "
-            "annotations with file_name and segments_info"
-        ) from error
     return forms
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}); copy it again") from error
 
 
 def _recognise_ids(masks: Mapping[str, Path], labels: LabelFile | None) -> CocoIds:

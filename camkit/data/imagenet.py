@@ -78,7 +78,7 @@ class ImageNetSFolder:
     splits: tuple[str, ...]
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of a split, class by class; raises the first error of `entries`."""
+        """List the samples of a split, class by class."""
         return all_usable(self.entries(name))
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:

@@ -126,35 +126,28 @@ def read_mask(
             f"a mask has room for {IGNORE - 1} classes, got {len(kept)}; pass the classes of "
             "interest as `classes`"
         )
-    ids = mask_ids(path, size=size, num_classes=num_classes, form=form)
+    ids = _mask_ids(path, size=size, num_classes=num_classes, form=form)
     values = np.zeros(num_classes + 2, np.int64)
     values[[index + 1 for index in kept]] = range(1, len(kept) + 1)
     values[-1] = IGNORE  # ignored pixels have the id -1
     return torch.from_numpy(values[ids])
 
 
-def mask_classes(path: Path, *, num_classes: int, form: MaskForm = VOC_FORM) -> tuple[int, ...]:
-    """List the classes in a mask, from 0, ascending, without background and ignore.
+def mask_classes(
+    path: Path, *, num_classes: int, form: MaskForm = VOC_FORM, size: tuple[int, int] | None = None
+) -> tuple[int, ...]:
+    """List the classes in a mask, from 0, ascending; arguments and errors are those of `read_mask`.
 
-    Raises:
-        DataError: the file holds no ids, or ids of no class.
+    ``size=None`` accepts any size.
     """
-    return classes_in(mask_ids(path, size=None, num_classes=num_classes, form=form))
-
-
-def classes_in(ids: Int[np.ndarray, "H W"]) -> tuple[int, ...]:
-    """List the classes in the ids of `mask_ids`, from 0, ascending."""
+    ids = _mask_ids(path, size=size, num_classes=num_classes, form=form)
     return tuple(value - 2 for value in unique_values(ids + 1).tolist() if value > 1)
 
 
-def mask_ids(
+def _mask_ids(
     path: Path, *, size: tuple[int, int] | None, num_classes: int, form: MaskForm
 ) -> Int[np.ndarray, "H W"]:
-    """Read a mask of any number of classes: 0 for background, class index + 1, -1 for ignore.
-
-    Raises:
-        DataError: the file holds no ids, ids of no class, or another size than the image.
-    """
+    """Read a mask of any number of classes: 0 for background, class index + 1, -1 for ignore."""
     values = mask_values(path, form=form)
     if size is not None and values.shape != size:
         raise DataError(

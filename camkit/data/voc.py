@@ -46,7 +46,6 @@ class VOCFolder:
         return all_usable(self.entries(name))
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
-        """Yield the samples of a split, and an error in place of each that cannot be used."""
         check_split(name, self.splits)
         labels = find_labels(self.root, self.classes)
         listing = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
@@ -54,17 +53,11 @@ class VOCFolder:
             Path(text.split()[0]).stem if text.startswith("/JPEGImages/") else text: line
             for text, line in read_names(listing).items()
         }
-        masks = max(
-            (
-                {
-                    path.stem: path
-                    for path in (self.root / folder).glob("*.png")
-                    if path.stem in lines
-                }
-                for folder in (_MASK_FOLDERS if self.masks is None else (self.masks,))
-            ),
-            key=len,
-        )
+        masks: dict[str, Path] = {}
+        for folder in _MASK_FOLDERS if self.masks is None else (self.masks,):
+            files = (self.root / folder).glob("*.png")
+            listed = {path.stem: path for path in files if path.stem in lines}
+            masks = max(masks, listed, key=len)
         for stem, line in lines.items():
             try:
                 yield self._sample(stem, masks.get(stem), labels, f"{listing}, line {line}")

@@ -147,23 +147,19 @@ class PatchHeadSeed:
     requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        rows, cols = capture.grid.rows, capture.grid.cols
+        size = (capture.grid.rows, capture.grid.cols)
         outputs = [call.output for call in capture.tail if call.output.dim() == 4]
-        maps = [output for output in outputs if output.shape[2:] == (rows, cols)]
-        if not maps:
+        maps = [output for output in outputs if output.shape[2:] == size]
+        known = None if capture.outputs is None else capture.outputs.shape[-1]
+        heads = [output for output in maps if known in (None, output.shape[1])]
+        if not heads:
+            channels = sorted({output.shape[1] for output in maps})
             raise UnsupportedModelError(
-                f"no layer behind the last block returns maps of {rows}x{cols} patches, so the "
-                "model has no head for patches; use ClassWeightSeed"
+                "the model has no head for patches: expected a layer behind its last block that "
+                f"returns a {size[0]}x{size[1]} map for each class, got maps of {channels or 'no'} "
+                f"channels for {known} classes; use ClassWeightSeed"
             )
-        known = maps[-1].shape[1] if capture.outputs is None else capture.outputs.shape[-1]
-        scored = [output for output in maps if output.shape[1] == known]
-        if not scored:
-            raise UnsupportedModelError(
-                f"layers behind the last block return maps of {maps[-1].shape[1]} channels (a "
-                f"decoder's, perhaps), but the model scores {known} classes, so none of them is a "
-                "head for patches; use ClassWeightSeed"
-            )
-        scores = scored[-1].flatten(2).mT
+        scores = heads[-1].flatten(2).mT
         scores = scores if capture.vocabulary is None else capture.vocabulary.score(scores)
         check_classes(classes, len(scores), scores.shape[-1])
         return fold_maps(capture, pick(scores, classes).clamp_min(0.0), classes)

@@ -203,11 +203,6 @@ class MultiViewReader:
         at least 0 and not normalised.
         """
         requests = list(dict.fromkeys(requests))
-        if all(views.single for _, views in requests):
-            return {
-                (seed, views): _scaled(self._read(self.capture, classes, seed), views)
-                for seed, views in requests
-            }
         base: Size = (self.pixels.shape[-2], self.pixels.shape[-1])
         sizes = {
             views: (base,) if views.scales == (1.0,) else views.sizes(base, self._patch())

@@ -13,9 +13,6 @@ from camkit.data.labels import check_split
 from camkit.data.sample import Sample
 from camkit.errors import DataError
 
-DEMO_DEPTH = 9
-"""Blocks of the model that comes with camkit; its teacher has twelve."""
-
 DEMO_WEIGHTS = Path(__file__).parent / "vit_tiny_9_blocks_distilled.safetensors"
 
 DEMO_CLASSES = ("cat", "person", "cup", "tripod")
@@ -62,7 +59,7 @@ def blank_model() -> Any:
     """Make the model that comes with camkit, with random weights."""
     import timm
 
-    return timm.create_model("vit_tiny_patch16_224", depth=DEMO_DEPTH, dynamic_img_size=True)
+    return timm.create_model("vit_tiny_patch16_224", depth=9, dynamic_img_size=True)
 
 
 def round_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +127,6 @@ class DemoPhotos:
         return tuple(samples)
 
     def entries(self, name: str = "all") -> Iterator[Sample | DataError]:
-        """Yield the photographs."""
         yield from self.split(name)
 
 
