@@ -106,11 +106,7 @@ def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
 def picture_from_file(
     file: BufferedReader | BytesIO, name: str | Path
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Read an open image file as `read_picture` does; errors call it ``name``.
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
+    """Read an open image file as `read_picture` does; errors call it ``name``."""
     with _decoding_errors(name), Image.open(file) as image:
         image.load()
         return _upright_rgb(image)
@@ -153,8 +149,7 @@ def decode(path: Path) -> Image.Image:
     """Read an image file as it is stored, without rotation or change of mode.
 
     Raises:
-        DataError: the file is missing, a folder, broken, of an unknown format, or suspiciously
-            large.
+        DataError: the file is missing, a folder, broken, of an unknown format, or too large.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")

@@ -113,8 +113,7 @@ def read_mask(
         classes: the classes to keep, at most 254; all others become background. None keeps all.
 
     Returns:
-        0 for background, class index + 1 (with ``classes``: place in it + 1), 255 for ignore;
-        int64.
+        0 for background, class index + 1 (place in ``classes`` + 1), 255 for ignore; int64.
 
     Raises:
         DataError: the file holds no ids, ids of no class, or another size than the image.

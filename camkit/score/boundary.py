@@ -21,14 +21,12 @@ def boundary_confusion(
 ) -> Int[Tensor, "d d"]:
     """Count one image's pixels near the outline of each class, as a confusion matrix.
 
-    Boundary IoU (Cheng et al. 2021): only the pixels of a class count that lie within a band
-    inside its outline, in the truth and in the prediction, each with its own outline. The edge of
-    the image is an outline too. The paper measures single objects; we treat all pixels of a class
-    as one object, the background included.
-
-    Ours: before bands are drawn, ignored pixels take the value of the nearest counted pixel, in
-    both masks, and are then left out, as their class and outline are unknown. So the ignored line
-    around the objects of VOC is not an outline. A predicted 255 is background elsewhere.
+    Boundary IoU (Cheng et al. 2021): only the pixels of a class within a band inside its outline
+    count, in the truth and in the prediction, each with its own outline. The edge of the image is
+    an outline too. Ours: all pixels of a class are one object, the background included. Before
+    bands are drawn, ignored pixels take the value of the nearest counted pixel, in both masks, and
+    are then left out, so the ignored line around the objects of VOC is not an outline. A predicted
+    255 is background elsewhere.
 
     Args:
         truth: values below ``num_classes``, or 255.

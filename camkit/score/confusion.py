@@ -20,10 +20,9 @@ def confusion_matrix(
 ) -> Int[Tensor, "c c"]:
     """Count the pixels of each true class by the class predicted there.
 
-    Pixels whose truth is 255 are left out. A predicted 255 counts as background, because no class
-    was predicted there; leaving it out would reward a mask for ignoring what is hard. So a missed
-    object pixel lowers the IoU of its class and of the background alike, and the ignore band of
-    `to_mask` changes no score. Add the matrices of all images before taking an IoU.
+    Pixels whose truth is 255 are left out. A predicted 255 counts as background, as leaving it out
+    would reward a mask for ignoring hard pixels. Add the matrices of all images before taking an
+    IoU.
 
     Args:
         truth: values below ``num_classes``, or 255.

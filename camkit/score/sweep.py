@@ -11,7 +11,7 @@ from camkit.mask import strongest
 from camkit.score.confusion import Definition, checked_mask, mean_iou
 
 THRESHOLDS = torch.arange(96, dtype=torch.float64) / 100
-"""0.00 to 0.95 in steps of 0.01: the field's step, and past the 0.60 where its sweeps end."""
+"""0.00 to 0.95 in steps of 0.01, the usual step; published sweeps end at 0.60."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,7 @@ def best_threshold(
 ) -> Best:
     """Find the background score with the highest mean IoU; the lowest one where several tie.
 
-    A score chosen on the set it is reported on flatters the maps: choose on one split, report on
-    another.
+    Choose on one split and report on another: a score chosen on the reported set flatters the maps.
 
     Args:
         confusions: one matrix per background score, summed over a set.

@@ -240,8 +240,7 @@ def _numbers(
     for item in row:
         if isinstance(item, bool) or not (isinstance(item, int | str) or callable(item)):
             raise TypeError(
-                "`classes` must hold numbers, names or functions of the outputs of an image, got "
-                f"{item!r}"
+                f"`classes` must hold numbers, names or functions of outputs, got {item!r}"
             )
     plain = [item for item in row if not callable(item)]
     if not plain and row:
@@ -252,8 +251,8 @@ def _numbers(
         named = [item for item in plain if not isinstance(item, int)]
         if named:
             raise ValueError(
-                f"{named[0]!r} is a name, but the pipeline has no vocabulary; ask by output index, "
-                "or give camkit.wrap a `vocabulary=`"
+                f"{named[0]!r} is a name, but the pipeline has no vocabulary; use output indices, "
+                "or pass `vocabulary=` to camkit.wrap"
             )
         if not plain:
             raise ValueError("name at least one class, got none")

@@ -247,15 +247,11 @@ class TextClasses:
         return embedded @ rows.to(embedded).mT
 
     def known_space(self) -> JointSpace:
-        """Return ``space``.
-
-        Raises:
-            ValueError: it is None.
-        """
+        """Return ``space``, or raise ValueError if it is None."""
         if self.space is None:
             raise ValueError(
-                "these TextClasses have no `space`, so tokens cannot be compared with them; give "
-                "them `space=camkit.seeds.JointSpace.of(model)`"
+                "these TextClasses have no `space`, so tokens cannot be compared with them; pass "
+                "`space=camkit.seeds.JointSpace.of(model)`"
             )
         return self.space
 

@@ -60,7 +60,7 @@ class Views:
         object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
         if 1.0 not in self.scales or not all(0.0 < scale < float("inf") for scale in self.scales):
             raise ValueError(
-                "`scales` must be positive and hold 1.0, as refiners see the photo as given, got "
+                "`scales` must be positive and hold 1.0, as refiners read the photo as given, got "
                 f"{self.scales}"
             )
         if self.tiles < 1:
@@ -73,26 +73,19 @@ class Views:
         if self.normalize not in ("after", "before"):
             raise ValueError(f'`normalize` must be "after" or "before", got {self.normalize!r}')
 
-    @property
-    def single(self) -> bool:
-        """Whether the photo as given is the only view."""
-        return self.scales == (1.0,) and not self.flip and self.tiles == 1
-
     def sizes(self, size: Size, patch: Size) -> tuple[Size, ...]:
         """Return rows and columns of each view, the photo's first.
 
         >>> Views(scales=(0.5, 1.0, 1.01)).sizes((64, 96), (16, 16))
         ((64, 96), (32, 48))
         """
-        rounded = [
-            (
-                max(1, round(size[0] * scale / patch[0])) * patch[0],
-                max(1, round(size[1] * scale / patch[1])) * patch[1],
-            )
-            for scale in self.scales
-            if scale != 1.0
-        ]
-        return tuple(dict.fromkeys((size, *rounded)))
+        rounded = [size]
+        for scale in self.scales:
+            if scale != 1.0:
+                sides = zip(size, patch, strict=True)
+                rows, cols = (max(1, round(side * scale / step)) * step for side, step in sides)
+                rounded.append((rows, cols))
+        return tuple(dict.fromkeys(rounded))
 
 
 _JOINED: dict[Join, Callable[[Cam, Cam], Cam]] = {"sum": torch.add, "max": torch.maximum}
@@ -161,11 +154,7 @@ class ModelRunner:
 
 
 def check_size(model: nn.Module, pixels: Pixels) -> None:
-    """Check that pictures can be cut into whole patches.
-
-    Raises:
-        ValueError: a side is not a multiple of the patch size.
-    """
+    """Check that the sides of pictures are multiples of the patch size."""
     patch = ModelRunner(model).patch
     height, width = pixels.shape[-2:]
     if patch and (height % patch[0] or width % patch[1]):
@@ -185,7 +174,7 @@ class MultiViewReader:
 
     Attributes:
         runner: runs the model on each view.
-        pixels: the batch as given to the model.
+        pixels: the batch as given.
         rgb: the same pictures in [0, 1], if known.
         capture: of the batch as given.
     """
