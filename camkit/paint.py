@@ -32,12 +32,8 @@ def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: s
 
     The write is atomic.
 
-    Args:
-        mask: ids in 0..255.
-        path: must end in ``.png``, and its folder must exist.
-
     Raises:
-        ValueError: the mask has other ids, or the path another ending.
+        ValueError: the mask has ids outside of 0..255, or ``path`` does not end in ``.png``.
         DataError: the folder does not exist.
     """
     path = Path(path)

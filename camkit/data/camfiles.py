@@ -113,7 +113,7 @@ def write_cam(
 ) -> None:
     """Write class maps in a layout that other codebases read.
 
-    The write is atomic. Codebases that run on numpy 1 can read the file as well.
+    The write is atomic. Codebases that run on numpy 1 can read the file, too.
 
     Args:
         path: by convention ``<image name>.npy``.
