@@ -132,8 +132,7 @@ def contact_sheet(
         cell: width of a cell in pixels and its greatest height; 260 puts five columns on a screen.
 
     Raises:
-        ValueError: the numbers of rows, titles and captions do not match, or cells are below 32
-            pixels.
+        ValueError: rows, titles and captions do not match, or cells are below 32 pixels.
     """
     _check_table(rows, titles, captions, cell)
     fitted = [[_fit(picture, cell) for picture in row] for row in rows]

@@ -215,19 +215,14 @@ def _rows(request: Any, images: int) -> list[list[Any]]:
     if isinstance(request, str) or not isinstance(request, Sequence):
         raise TypeError(f"`classes` must be a list of names or indices, got {request!r}")
     nested = [isinstance(item, Sequence | Tensor) and not isinstance(item, str) for item in request]
-    if any(nested):
-        if not all(nested) or len(request) != images:
-            raise ValueError(
-                f"`classes` must hold one list for each of {images} images, got "
-                f"{sum(nested)} lists among {len(request)} items"
-            )
-        return [row.tolist() if isinstance(row, Tensor) else list(row) for row in request]
-    if images > 1 and request:
+    if not any(nested) and (images == 1 or not request):
+        return [list(request)] * images
+    if not all(nested) or len(request) != images:
         raise ValueError(
             f"`classes` must hold one list for each of {images} images, such as [[1], [4, 2]]; "
-            f"got {list(request)!r}"
+            f"got {sum(nested)} lists among {len(request)} items"
         )
-    return [list(request)] * images
+    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in request]
 
 
 def _numbers(

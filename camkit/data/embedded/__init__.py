@@ -108,11 +108,7 @@ class DemoPhotos:
     splits: tuple[str, ...] = ("all",)
 
     def split(self, name: str = "all") -> tuple[Sample, ...]:
-        """List the photographs; there is one split, "all".
-
-        Raises:
-            DataError: this version of scikit-image lacks a photograph.
-        """
+        """List the photographs, or raise DataError if this version of scikit-image lacks one."""
         check_split(name, self.splits)
         samples = []
         for file, shown in _CONTENT.items():
