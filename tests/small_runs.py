@@ -193,6 +193,6 @@ def nobody():
 
 def run_model(site, row):
     """What an actor does with a row, in a process of its own."""
-    from camkit.bulk.ray_work import RunModel
+    from camkit.bulk.ray_engine import RunModel
 
     RunModel(site, "cpu", 1)(row)

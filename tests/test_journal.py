@@ -1,5 +1,6 @@
 """The journal of a results folder: entries survive kills, and other results are refused."""
 
+import json
 import multiprocessing
 import signal
 import sys
@@ -43,7 +44,7 @@ def test_recorded_images_are_known_and_listed_in_order(journal):
     )
     known = journal.known(["a", "b", "c", "d", "é\n"])
     assert known == {"a": "write", "b": None, "c": "read", "é\n": None}
-    assert [row["key"] for row in journal.rows()] == ["b", "é\n"]
+    assert [json.loads(line)["key"] for line in journal.lines()] == ["b", "é\n"]
     assert list(journal.failures()) == [Failure("a", "write", "x"), Failure("c", "read", "broken")]
     assert journal.counts() == (2, 2)
 

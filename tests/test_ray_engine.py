@@ -30,8 +30,7 @@ from small_runs import (
 from camkit.bulk import Loading, PhotoFolder, Rank, RayEngine, run
 from camkit.bulk.finishing import OutFolder
 from camkit.bulk.items import FilePlace
-from camkit.bulk.ray_engine import RunContext
-from camkit.bulk.ray_work import Message, ReadChunk, RunModel, unpacked
+from camkit.bulk.ray_engine import Message, ReadChunk, RunContext, RunModel, unpacked
 from camkit.bulk.stages import read
 from camkit.cli import main
 from camkit.errors import CamkitError
@@ -236,7 +235,7 @@ def test_an_image_that_kills_the_model_is_given_up_and_the_others_are_not(site, 
     images = tuple(read(item, Loading(size=(96, 64))) for item in photos)
     row = Message(1, frozenset(one.key for one in images), images=images).packed()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["small_runs", "camkit.bulk.ray_work", "ray.cloudpickle"])
+    context.set_forkserver_preload(["small_runs", "camkit.bulk.ray_engine", "ray.cloudpickle"])
     for _ in range(3):  # Ray starts it again
         child = context.Process(target=run_model, args=(site, row))
         child.start()

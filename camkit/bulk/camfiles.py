@@ -34,11 +34,7 @@ class ImageLabels:
     classes: Mapping[str | int, tuple[int, ...]]
 
     def of(self, name: str) -> tuple[int, ...]:
-        """Return the classes of an image.
-
-        Raises:
-            DataError: the file has no labels for it.
-        """
+        """Return the classes of an image; an image without labels is a DataError."""
         for key in label_keys(name):
             if key in self.classes:
                 return self.classes[key]
@@ -173,12 +169,9 @@ class FilesByName:
     """The files of a folder, without sub-folders, by their names without suffix.
 
     Args:
-        folder: that holds the files.
+        folder: must exist and hold such a file.
         suffixes: of the files, in lower case.
         kind: what errors call the files.
-
-    Raises:
-        DataError: the folder does not exist, or holds no such file.
     """
 
     def __init__(self, folder: Path, suffixes: Collection[str], kind: str) -> None:
@@ -193,11 +186,7 @@ class FilesByName:
             raise DataError(f"{folder} holds no {kind} ({self._suffixes}) directly within it")
 
     def only(self, name: str) -> Path:
-        """Return the file of a name.
-
-        Raises:
-            DataError: there is none, or more than one.
-        """
+        """Return the file of a name; none, or more than one, is a DataError."""
         paths = self.paths.get(name, [])
         if not paths:
             raise DataError(f"{self._folder} has no file {name} ending in {self._suffixes}")
@@ -209,13 +198,7 @@ class FilesByName:
 
 @dataclass(frozen=True, eq=False)
 class ClassMaps:
-    """The maps of an image's classes, from 0.
-
-    Attributes:
-        classes: of each map.
-        cam: the maps.
-        opposed: each map is the class's share of class + background.
-    """
+    """The maps of an image; ``opposed`` ones are the class's share of class + background."""
 
     classes: tuple[int, ...]
     cam: Float[Tensor, "1 k H W"]
@@ -226,12 +209,24 @@ def read_maps(item: FileItem) -> ClassMaps:
     """Read a CAM file; with a background map, scores become shares of class + background.
 
     A share of 0.5 means that both are equal. So background score 0.5 draws the same mask as the
-    highest map of the file.
+    highest map of the file. Of a file with all classes (logits), the classes of the item are kept.
 
     Raises:
         DataError: the file cannot be read, or contradicts the labels.
     """
-    file = _read_with_labels(item)
+    try:
+        file = read_cam(item.path, classes=item.classes)
+    except DataError as error:
+        if item.classes is None:
+            raise
+        try:
+            file = read_cam(item.path)
+        except DataError:
+            raise error from None
+        if file.form != "logits" or not {*item.classes} <= {*file.classes}:
+            raise
+        kept = [file.classes.index(index) for index in item.classes]
+        file = CamFile(item.classes, file.cam[kept], file.background, file.form)
     if file.background is None:
         return ClassMaps(file.classes, file.cam[None], opposed=False)
     if file.cam.numel() and min(file.cam.min(), file.background.min()) < 0:
@@ -240,30 +235,10 @@ def read_maps(item: FileItem) -> ClassMaps:
     return ClassMaps(file.classes, share[None], opposed=True)
 
 
-def _read_with_labels(item: FileItem) -> CamFile:
-    if item.classes is None:
-        return read_cam(item.path)
-    try:
-        return read_cam(item.path, classes=item.classes)
-    except DataError as error:
-        try:
-            file = read_cam(item.path)
-        except DataError:
-            raise error from None
-        if file.form != "logits" or not set(item.classes) <= set(file.classes):
-            raise
-    kept = [file.classes.index(index) for index in item.classes]
-    return CamFile(item.classes, file.cam[kept], file.background, file.form)
-
-
 def to_photo_size(
     maps: ClassMaps, size: tuple[int, int], item: FileItem, *, any_aspect: bool = False
 ) -> Float[Tensor, "1 k H W"]:
-    """Resize maps to the size of their photo.
-
-    Raises:
-        DataError: maps and photo have different aspect ratios.
-    """
+    """Resize maps to the size of their photo; other aspect ratios are a DataError."""
     if not maps.classes:
         return torch.zeros(1, 0, *size)
     rows, cols = maps.cam.shape[-2:]
@@ -284,9 +259,7 @@ def to_photo_size(
 
 
 def same_aspect(small: tuple[int, int], large: tuple[int, int]) -> bool:
-    """Return whether one size is the other one scaled, up to one row and one column.
-
-    Rounding to whole patches, up or down, leaves this difference.
+    """Return whether one size is the other scaled, up to the row and column that rounding leaves.
 
     >>> same_aspect((24, 32), (375, 500)), same_aspect((32, 24), (375, 500))
     (True, False)

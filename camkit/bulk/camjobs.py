@@ -1,6 +1,5 @@
 """Folders of CAM files refined, or drawn as masks, by many processes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -32,13 +31,8 @@ _TOLERANCE = 1e-4  # what resizing and half precision may add to a normalised ma
 class CamJob(Protocol):
     """Makes one file from a CAM file. Its repr is its settings."""
 
-    @property
-    def suffix(self) -> str:
-        """Of the files it makes."""
-
-    @property
-    def stage(self) -> str:
-        """Shown by the progress bar and in ``errors.tsv``."""
+    suffix: ClassVar[str]
+    stage: ClassVar[str]  # of a failure; the progress bar shows it too
 
     def __call__(self, item: FileItem, folder: CamFolder, path: Path) -> None: ...
 
@@ -68,19 +62,16 @@ class RefineCam:
         maps = read_maps(item)
         cam = to_photo_size(maps, size, item, any_aspect=folder.any_aspect)
         if maps.classes:
-            if not _starts_with_normalize(self.refine):
+            first = self.refine
+            while isinstance(first, Chain) and first.refiners:
+                first = first.refiners[0]
+            if not isinstance(first, Normalize):
                 _check_range(cam, f"{item.path} holds maps", "start with the step normalize")
             with torch.no_grad():
                 cam = self.refine(cam, Capture.of_picture(colours))
             _check_range(cam, "the refiners returned maps", "end with the step normalize")
             cam = to_photo_size(ClassMaps(maps.classes, cam, opposed=False), size, item)
         write_cam(path, maps.classes, cam[0].clamp(0, 1), form=self.form)
-
-
-def _starts_with_normalize(refine: Callable[..., object]) -> bool:
-    if isinstance(refine, Chain):
-        return bool(refine.refiners) and _starts_with_normalize(refine.refiners[0])
-    return isinstance(refine, Normalize)
 
 
 def _check_range(cam: Tensor, subject: str, way_out: str) -> None:
@@ -143,13 +134,7 @@ class DrawMask:
 
 @dataclass(frozen=True)
 class FilesSummary:
-    """What became of a folder of CAM files.
-
-    Attributes:
-        written: number of files written now.
-        kept: number of files that an earlier run wrote.
-        failures: of this run.
-    """
+    """What became of a folder of CAM files: files written now, files that existed, failures."""
 
     written: int
     kept: int
@@ -211,9 +196,9 @@ def write_all(
         lean = replace(folder, labels=None, names=None)
         work = partial(_write_file, job=job, folder=lean, out=out)
         left = [item for item in items if item.name not in kept]
+        jobs = run_jobs(work, left, stage=job.stage, workers=workers, skipped=len(kept))
         written = 0
         try:
-            jobs = run_jobs(work, left, stage=job.stage, workers=workers, skipped=len(kept))
             for _, result in jobs:
                 if isinstance(result, Failure):
                     failures.append(result)

@@ -76,11 +76,7 @@ class ImageResult:
 
 
 def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
-    """Refine by colour, draw the mask, and write the files of an image.
-
-    Raises:
-        OutputError: the folder cannot be written to.
-    """
+    """Refine by colour, draw the mask, and write the files of an image."""
     image, classes = maps.image, maps.classes
     cam = torch.from_numpy(maps.cam)[None]
     if classes and writing.finish:
@@ -90,7 +86,7 @@ def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
                 cam = refiner(cam, capture)
         cam = cam.float()
     full = resize_cam(cam, image.size).clamp(0, 1) if classes else torch.zeros(1, 0, *image.size)
-    paths: dict[str, str] = {}
+    files: dict[str, Path] = {}
     with _draft_folder(folder) as draft:
         if writing.masks:
             mask = torch.zeros(image.size, dtype=torch.uint8)
@@ -102,19 +98,19 @@ def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
                     background=writing.background,
                     ignore_below=writing.ignore_below,
                 )[0]
-            save_mask(mask, draft / "mask.png")
-            place = "masks" / result_path(image.key, ".png")
-            paths["mask"] = _move(draft / "mask.png", place, folder)
+            files["mask"] = draft / "mask.png"
+            save_mask(mask, files["mask"])
         if writing.cams == "npz":
             half = full[0].numpy().astype(np.float16)
-            keys = np.array(classes, np.int64)
-            np.savez_compressed(draft / "cam.npz", keys=keys, attn_highres=half)
-            place = "cams" / result_path(image.key, ".npz")
-            paths["cam"] = _move(draft / "cam.npz", place, folder)
+            files["cam"] = draft / "cam.npz"
+            np.savez_compressed(files["cam"], keys=np.array(classes, np.int64), attn_highres=half)
         elif writing.cams in ("both", "psa", "irn", "clip-es"):
-            write_cam(draft / "cam.npy", classes, full[0], form=writing.cams)
-            place = "cams" / result_path(image.key, ".npy")
-            paths["cam"] = _move(draft / "cam.npy", place, folder)
+            files["cam"] = draft / "cam.npy"
+            write_cam(files["cam"], classes, full[0], form=writing.cams)
+        paths = {
+            kind: _move(path, f"{kind}s" / result_path(image.key, path.suffix), folder)
+            for kind, path in files.items()
+        }
     kept = cam[0].clamp(0, 1).numpy() if writing.cams == "parquet" else None
     return ImageResult(image.key, {**maps.row, **paths}, kept)
 
@@ -123,15 +119,8 @@ def write_part(results: Sequence[ImageResult], folder: OutFolder, name: str) -> 
     """Write the maps of a chunk as one Parquet file, float16.
 
     Columns: ``key``; ``rows`` and ``cols`` of the photo; ``height`` and ``width`` of the maps;
-    ``classes``; ``names``; ``cam``, map after map, row by row. Rows are sorted by key.
-
-    Args:
-        results: images of the chunk, with their maps.
-        folder: of the results.
-        name: of the file, without its suffix (`camkit.bulk.ledger.ChunkPlan.part`).
-
-    Raises:
-        OutputError: the folder cannot be written to.
+    ``classes``; ``names``; ``cam``, map after map, row by row. Rows are sorted by key. ``name`` is
+    that of the file without its suffix, see `camkit.bulk.ledger.ChunkPlan.part`.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -140,8 +129,7 @@ def write_part(results: Sequence[ImageResult], folder: OutFolder, name: str) -> 
         return []
     results = sorted(results, key=lambda result: result.key)  # they finish in any order
     rows = [result.row for result in results]
-    cams = [result.cam for result in results if result.cam is not None]
-    int32 = pa.int32()
+    cams, int32 = [result.cam for result in results if result.cam is not None], pa.int32()
     columns = {
         "key": [result.key for result in results],
         "rows": pa.array([row["size"][0] for row in rows], int32),
@@ -162,11 +150,7 @@ def write_part(results: Sequence[ImageResult], folder: OutFolder, name: str) -> 
 
 @contextmanager
 def _draft_folder(folder: OutFolder) -> Iterator[Path]:
-    """Yield a new folder for drafts and remove it afterwards.
-
-    Raises:
-        OutputError: files cannot be written there.
-    """
+    """Yield a new folder for drafts, which the block may fill, and remove it afterwards."""
     draft = folder.drafts / uuid.uuid4().hex
     try:
         draft.mkdir(parents=True)

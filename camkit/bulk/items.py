@@ -64,11 +64,7 @@ class FilePlace:
     path: Path
 
     def open(self) -> BufferedReader | BytesIO:
-        """Open the file. Pipes and devices are refused, because reading them may never end.
-
-        Raises:
-            DataError: it is not a regular file, or cannot be read.
-        """
+        """Open the file. Pipes and devices are refused, because reading them may never end."""
         try:
             if not stat.S_ISREG(self.path.stat().st_mode):
                 raise DataError(f"{self} is not a regular file; name an image file")
@@ -90,11 +86,6 @@ class TarPlace:
     size: int
 
     def open(self) -> BufferedReader | BytesIO:
-        """Read the member.
-
-        Raises:
-            DataError: the tar file cannot be read, or is shorter than when it was listed.
-        """
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)

@@ -8,11 +8,10 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from camkit.atomic import unfinished
 from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, write_part
@@ -56,16 +55,22 @@ class Journal:
     ) -> None:
         self.folder, root = folder, folder.root
         self._path = root / JOURNAL
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(folder) if exclusive else None
-        except OSError as error:
-            raise OutputError.explain(root, error) from error
+        lock: sqlite3.Connection | None = None
         with ExitStack() as on_error:
-            if self._lock is not None:
-                on_error.callback(self._lock.close)
-                shutil.rmtree(folder.drafts, ignore_errors=True)  # left by a killed run
-            self._refuse_unknown(results)
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                if exclusive:
+                    lock = on_error.enter_context(closing(_lock(folder)))
+                    shutil.rmtree(folder.drafts, ignore_errors=True)  # left by a killed run
+            except OSError as error:
+                raise OutputError.explain(root, error) from error
+            paths = (path for pattern in results for path in root.glob(pattern))
+            unknown = next((path for path in paths if path.name[0] != "."), None)
+            if unknown is not None and not self._path.exists():
+                raise DataError(
+                    f"{root} holds {unknown.relative_to(root)} but no {JOURNAL}, so the settings "
+                    "of its results are unknown; choose another folder"
+                )
             with _explained(self._path):
                 self._file = sqlite3.connect(self._path, timeout=60, isolation_level=None)
                 # no write-ahead log: its memory is shared by processes of one machine only
@@ -73,16 +78,7 @@ class Journal:
                 for table in _TABLES:
                     self._file.execute(table)
             on_error.pop_all()
-
-    def _refuse_unknown(self, results: tuple[str, ...]) -> None:
-        root = self.folder.root
-        paths = (path for pattern in results for path in root.glob(pattern))
-        unknown = next((path for path in paths if path.name[0] != "."), None)
-        if unknown is not None and not self._path.exists():
-            raise DataError(
-                f"{root} holds {unknown.relative_to(root)} but no {JOURNAL}, so the settings of "
-                "its results are unknown; choose another folder"
-            )
+        self._lock = lock
 
     def claim(
         self,
@@ -92,16 +88,13 @@ class Journal:
         moved: bool = False,
         way_out: str = "choose another folder, or replace its results (--overwrite)",
     ) -> None:
-        """Store the settings of the folder; refuse it if its results have other settings.
+        """Store the settings of the folder; results of other settings are a DataError.
 
         Args:
             settings: everything that determines the results.
             overwrite: remove the results that the journal lists, and start again.
             moved: ``source`` may differ: the same images are now at another place.
             way_out: what the error proposes.
-
-        Raises:
-            DataError: the folder holds results of other settings.
         """
         root = self.folder.root
         with self._transaction() as file:
@@ -109,7 +102,7 @@ class Journal:
             names = [name for name in {**known, **settings} if not (moved and name == "source")]
             differ = [name for name in names if known.get(name) != settings.get(name)]
             if overwrite:
-                for row in self.rows():
+                for row in map(json.loads, self.lines()):
                     for kind in ("mask", "cam"):
                         if kind in row:
                             (root / row[kind]).unlink(missing_ok=True)
@@ -145,7 +138,7 @@ class Journal:
         rows = [
             (outcome.key, None, outcome.stage, outcome.reason)
             if isinstance(outcome, Failure)
-            else (outcome.key, _json(outcome.row), None, None)
+            else (outcome.key, json.dumps(outcome.row, ensure_ascii=False), None, None)
             for outcome in outcomes
         ]
         if rows:
@@ -164,17 +157,15 @@ class Journal:
             done, failed = self._file.execute(query).fetchone()
         return done, failed
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of the manifest, sorted by key."""
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of the manifest, JSON, sorted by key."""
         query = "SELECT row FROM images WHERE row IS NOT NULL ORDER BY key"
-        for (row,) in self._file.execute(query):
-            yield json.loads(row)
+        return (row for (row,) in self._file.execute(query))
 
     def failures(self) -> Iterator[Failure]:
         """Yield the failures, sorted by key."""
         query = "SELECT key, stage, reason FROM images WHERE row IS NULL ORDER BY key"
-        for row in self._file.execute(query):
-            yield Failure(*row)
+        return (Failure(*row) for row in self._file.execute(query))
 
     def export(self, *, manifest: bool = True) -> None:
         """Write ``manifest.jsonl``, and ``errors.tsv`` if there are failures.
@@ -184,11 +175,9 @@ class Journal:
         root = self.folder.root
         with self._transaction():
             if manifest:
-                with (
-                    unfinished(root / MANIFEST) as draft,
-                    draft.open("w", encoding="utf-8") as file,
-                ):
-                    file.writelines(_json(row) + "\n" for row in self.rows())
+                path = root / MANIFEST
+                with unfinished(path) as draft, draft.open("w", encoding="utf-8") as file:
+                    file.writelines(line + "\n" for line in self.lines())
             if not self.counts()[1]:
                 (root / ERRORS).unlink(missing_ok=True)
                 return
@@ -224,11 +213,7 @@ class Journal:
 
 
 def _lock(folder: OutFolder) -> sqlite3.Connection:
-    """Lock a folder for one process of a rank, until it is closed or the process ends.
-
-    Raises:
-        CamkitError: another process holds the lock.
-    """
+    """Lock a folder for one process of a rank, until the lock is closed or the process ends."""
     locks = folder.root / ".locks"
     locks.mkdir(exist_ok=True)
     path = locks / f"rank-{folder.rank}"
@@ -261,10 +246,6 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _json(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False)
-
-
 @dataclass(frozen=True)
 class ChunkPlan:
     """A chunk: the images that still need results, and those that keep its batches identical.
@@ -284,7 +265,7 @@ class ChunkPlan:
 
     @property
     def part(self) -> str:
-        """Name of the chunk's Parquet file; depends on ``todo`` alone."""
+        """Name of the chunk's Parquet file, which depends on ``todo`` alone."""
         return sha256("\n".join(sorted(self.todo)).encode()).hexdigest()[:24]
 
 
@@ -355,31 +336,23 @@ class Ledger:
                 self._advance(not failed, failed)
 
     def write(self, *, everything: bool = False) -> None:
-        """Write to the journal if a chunk is complete or a second has passed.
-
-        Args:
-            everything: write at once.
-
-        Raises:
-            OutputError: the Parquet file of a chunk cannot be written.
-        """
+        """Write to the journal: at once, or if a chunk is complete or a second has passed."""
         complete = [number for number, chunk in self._open.items() if not chunk.pending]
         if not (complete or everything or time.monotonic() > self._written + _PAUSE):
             return
+        ready = [self._open[number] for number in complete]
         if self._by_chunk:
-            ready = [self._open[number] for number in complete]
-            recorded = [outcome for chunk in ready for outcome in self._write_part(chunk)]
+            for chunk in ready:
+                results = [entry for entry in chunk.outcomes if isinstance(entry, ImageResult)]
+                failures = [entry for entry in chunk.outcomes if isinstance(entry, Failure)]
+                parts = write_part(results, self.folder, chunk.plan.part)
+                chunk.outcomes = [*parts, *failures]
         else:
             ready = list(self._open.values())
-            recorded = [outcome for chunk in ready for outcome in chunk.outcomes]
+        recorded = [outcome for chunk in ready for outcome in chunk.outcomes]
         self._journal.record(recorded)
         for chunk in ready:
             chunk.outcomes = []
         for number in complete:
             del self._open[number]
         self._written = time.monotonic()
-
-    def _write_part(self, chunk: _OpenChunk) -> list[ImageResult | Failure]:
-        results = [outcome for outcome in chunk.outcomes if isinstance(outcome, ImageResult)]
-        failures = [outcome for outcome in chunk.outcomes if isinstance(outcome, Failure)]
-        return [*write_part(results, self.folder, chunk.plan.part), *failures]

@@ -15,39 +15,35 @@ from camkit.bulk.ledger import ChunkPlan, Ledger
 from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.stages import Maps, ReadImage, batches, forward, read
 from camkit.bulk.workers import WorkerPool
-from camkit.errors import CamkitError
 from camkit.pipeline import Pipeline
 
 _CHUNKS = 3  # in work: one is read, one is in the model, one is finished
 _TRIES = 3  # workers that an image may kill alone before it is given up
 
 Task: TypeAlias = Item | Maps
-Outcome: TypeAlias = ReadImage | ImageResult | Failure
+Result: TypeAlias = ReadImage | ImageResult
 
 
-def work_on(
-    task: Task, loading: Loading, writing: Writing, folder: OutFolder
-) -> ReadImage | ImageResult:
+def work_on(task: Task, loading: Loading, writing: Writing, folder: OutFolder) -> Result:
     """Read an image, or finish its maps, in a worker."""
     return read(task, loading) if isinstance(task, Item) else finish(task, writing, folder)
 
 
 @dataclass(eq=False)
 class _Chunk:
-    """A chunk in work: its number in the ledger, and its images until all of them are read."""
+    """A chunk in work: its number in the ledger, and what was read until that is all of it."""
 
     number: int
     plan: ChunkPlan
-    unread: int
-    images: dict[str, ReadImage] = field(default_factory=dict)
+    read: dict[str, ReadImage | Failure] = field(default_factory=dict)
 
 
 class LocalEngine:
     """Takes images through the stages and hands the outcomes to the ledger.
 
     Args:
-        recipe: of the run.
-        pipeline: of the recipe, around the opened model.
+        recipe: of the run; it need not be picklable, because this process opens the model.
+        pipeline: of the recipe.
         ledger: of the results folder.
         workers: processes that read and finish; 0 uses a thread of this process.
         threads: of the model on a CPU; None leaves the number unchanged.
@@ -63,10 +59,9 @@ class LocalEngine:
         threads: int | None = None,
     ) -> None:
         self._recipe, self._pipeline, self._ledger = recipe, pipeline, ledger
-        # the whole recipe need not be picklable: the model is opened in this process
         loading, writing, folder = recipe.loading, recipe.writing, ledger.folder
         work = partial(work_on, loading=loading, writing=writing, folder=folder)
-        self._pool: WorkerPool[Task, ReadImage | ImageResult] = WorkerPool(
+        self._pool: WorkerPool[Task, Result] = WorkerPool(
             work, workers, tries=_TRIES, fatal=(OutputError,)
         )
         self._model = ThreadPoolExecutor(
@@ -77,12 +72,7 @@ class LocalEngine:
         self._chunks: dict[str, _Chunk] = {}  # of each image in work
 
     def run(self, plans: Iterator[ChunkPlan]) -> None:
-        """Work through the plans.
-
-        Raises:
-            OutputError: results cannot be written.
-            CamkitError: workers die on image after image, or the model needs too much memory.
-        """
+        """Work through the plans."""
         try:
             while self._begin_chunks(plans):
                 self._step()
@@ -100,7 +90,7 @@ class LocalEngine:
             plan = next(plans, None)
             if plan is None:
                 break
-            chunk = _Chunk(self._ledger.begin(plan), plan, unread=len(plan.items))
+            chunk = _Chunk(self._ledger.begin(plan), plan)
             for item in plan.items:
                 self._chunks[item.key] = chunk
                 self._pool.add(item, "read")
@@ -122,43 +112,27 @@ class LocalEngine:
                 else:
                     self._pool.add(maps, "write", urgent=True)
         if self._in_model is None and self._batches:
-            self._in_model = self._model.submit(self._forward, self._batches.popleft())
+            batch = self._batches.popleft()
+            self._in_model = self._model.submit(forward, self._pipeline, self._recipe, batch)
         self._ledger.write()
 
-    def _take(self, task: Task, outcome: Outcome) -> None:
+    def _take(self, task: Task, outcome: Result | Failure) -> None:
         """Pass on what a worker did."""
         key = str(task)
         chunk = self._chunks[key]
-        if isinstance(outcome, ReadImage):
-            chunk.images[key] = outcome
-        else:
+        if not isinstance(outcome, ReadImage):
             del self._chunks[key]
             self._ledger.add(chunk.number, outcome)
-        if isinstance(task, Maps):
+        if isinstance(task, Maps) or isinstance(outcome, ImageResult):
             return
-        chunk.unread -= 1
-        if not chunk.unread:
-            items = chunk.plan.items
-            images = [chunk.images[item.key] for item in items if item.key in chunk.images]
+        chunk.read[key] = outcome
+        items, todo = chunk.plan.items, chunk.plan.todo
+        if len(chunk.read) == len(items):
+            outcomes = [chunk.read.pop(item.key) for item in items]
+            images = [image for image in outcomes if isinstance(image, ReadImage)]
             for batch in batches(images, self._recipe):
-                if any(image.key in chunk.plan.todo for image in batch):
+                if any(image.key in todo for image in batch):
                     self._batches.append(batch)
                 else:
                     for image in batch:
                         del self._chunks[image.key]
-            chunk.images = {}
-
-    def _forward(self, batch: Sequence[ReadImage]) -> list[Maps | Failure]:
-        try:
-            return forward(self._pipeline, self._recipe, batch)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(batch) from error
-
-
-def out_of_memory(batch: Sequence[ReadImage]) -> CamkitError:
-    """Return the error for a batch that does not fit the memory of the model's device."""
-    rows, cols = batch[0].rgb.shape[:2]
-    return CamkitError(
-        f"{len(batch)} images of {rows}x{cols} do not fit the memory of the model's device; "
-        "use smaller batches (--batch)"
-    )

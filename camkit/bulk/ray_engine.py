@@ -9,23 +9,32 @@ lost machines.
 import importlib.util
 import logging
 import os
+import platform
 import signal
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from threading import current_thread, main_thread
+from typing import Any
 
-from camkit.bulk.finishing import OutFolder
-from camkit.bulk.items import Place
+import cv2
+import torch
+
+from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, finish
+from camkit.bulk.items import Failure, Place
 from camkit.bulk.ledger import ChunkPlan, Ledger
-from camkit.bulk.ray_work import FinishBatch, Message, ReadChunk, RunContext, RunModel, unpacked
 from camkit.bulk.recipe import Recipe
-from camkit.bulk.stages import chunks
+from camkit.bulk.stages import Maps, batches, chunks, forward, read
+from camkit.bulk.workers import DIED, WorkerPool
 from camkit.errors import CamkitError
+from camkit.manifest import weights_hash
 
 _ROUND = 1000  # chunks per model that are planned at once, because a source may be endless
 _MEMORY = 2**29  # that a model reserves; it also keeps tasks out of the model's process
+_TRIES = 2  # processes that a batch may kill before its images are tried one by one
 
 
 @dataclass(frozen=True)
@@ -78,18 +87,24 @@ class RayEngine:
         """
         import ray.data
 
+        folder = OutFolder(ledger.folder.root.resolve(), ledger.folder.rank)
+        variables = {name: text for name, text in os.environ.items() if name.startswith("CAMKIT_")}
         with _connected(self.address):
-            cluster = self._plan_cluster(ray.cluster_resources(), threads)
+            actors, cpus, gpus = self._divide(ray.cluster_resources(), threads)
             try:
-                for part in chunks(plans, cluster.actors * _ROUND):
-                    context = _context(recipe, weights, ledger.folder, part)
+                for part in chunks(plans, actors * _ROUND):
+                    folder.drafts.mkdir(parents=True, exist_ok=True)
+                    probe = folder.drafts / f"probe-{uuid.uuid4().hex}"
+                    probe.touch()
+                    sample = _first_readable(part[0])
+                    context = RunContext(recipe, weights, folder, probe, sample, variables)
                     numbered = [(ledger.begin(plan), plan) for plan in part]
                     messages = [
                         Message(number, plan.todo, images=plan.items)
                         for number, plan in numbered
                         if plan.todo
                     ]
-                    with closing(cluster.process(context, messages)) as replies:
+                    with closing(_process(context, messages, actors, cpus, gpus)) as replies:
                         for message in replies:
                             if message.fatal is not None:
                                 raise message.fatal
@@ -102,8 +117,8 @@ class RayEngine:
                     "finished images are kept"
                 ) from error
 
-    def _plan_cluster(self, resources: dict[str, float], threads: int) -> "ClusterPlan":
-        """Divide the cores and GPUs of the cluster among the actors."""
+    def _divide(self, resources: dict[str, float], threads: int) -> tuple[int, int, float]:
+        """Return the number of actors, and the cores and GPUs of each."""
         cores, devices = resources.get("CPU", 0), resources.get("GPU", 0)
         gpus = float(devices > 0) if self.gpus is None else self.gpus
         room = devices / gpus if gpus else cores // 2 / threads
@@ -115,65 +130,7 @@ class RayEngine:
                 f"write, need more than the {devices:g} GPUs and {cores:g} cores of the cluster; "
                 "use fewer (--actors), smaller shares (--gpus), or the local engine"
             )
-        return ClusterPlan(actors, cpus, gpus)
-
-
-@dataclass(frozen=True)
-class ClusterPlan:
-    """The processes that hold the model: how many, with how many cores and GPUs each."""
-
-    actors: int
-    cpus: int
-    gpus: float
-
-    def process(
-        self, context: RunContext, messages: Sequence[Message]
-    ) -> Generator[Message, None, None]:
-        """Send chunks through the cluster and yield the replies, in any order."""
-        from ray.data import ActorPoolStrategy, from_items
-
-        if not messages:
-            return
-        rows = [message.packed() for message in messages]
-        data = from_items(rows, override_num_blocks=len(rows))
-        data.context.target_max_block_size = 1  # each message is a block
-        data.context.enable_progress_bars = False
-        data.context.print_on_execution_start = False
-        replies = (
-            data.flat_map(ReadChunk(context), num_cpus=1)
-            .map(
-                RunModel,  # type: ignore[arg-type]
-                fn_constructor_args=(context, "cuda" if self.gpus else "cpu", self.cpus),
-                compute=ActorPoolStrategy(size=self.actors),
-                num_cpus=self.cpus,
-                num_gpus=self.gpus,
-                memory=_MEMORY,
-            )
-            .map(FinishBatch(context), num_cpus=1)
-        )
-        for row in replies.iter_rows():
-            yield unpacked(row)
-
-
-def _context(
-    recipe: Recipe, weights: str, folder: OutFolder, plans: Sequence[ChunkPlan]
-) -> RunContext:
-    """Describe the run to the processes of the cluster, and write the file they look for."""
-    folder = OutFolder(folder.root.resolve(), folder.rank)
-    folder.drafts.mkdir(parents=True, exist_ok=True)
-    probe = folder.drafts / f"probe-{uuid.uuid4().hex}"
-    probe.touch()
-    variables = [(name, value) for name, value in os.environ.items() if name.startswith("CAMKIT_")]
-    sample = _first_readable(plans[0])
-    return RunContext(recipe, weights, folder, probe, sample, variables=tuple(variables))
-
-
-def _first_readable(plan: ChunkPlan) -> Place | None:
-    for item in plan.items:
-        with suppress(CamkitError):
-            item.place.open().close()
-            return item.place
-    return None
+        return actors, cpus, gpus
 
 
 @contextmanager
@@ -201,3 +158,261 @@ def _connected(address: str | None) -> Iterator[None]:
         log.setLevel(level)
         if not connected:
             ray.shutdown()
+
+
+def _first_readable(plan: ChunkPlan) -> Place | None:
+    for item in plan.items:
+        with suppress(CamkitError):
+            item.place.open().close()
+            return item.place
+    return None
+
+
+def _process(
+    context: "RunContext", messages: Sequence["Message"], actors: int, cpus: int, gpus: float
+) -> Generator["Message", None, None]:
+    """Send chunks through the cluster and yield the replies, in any order."""
+    from ray.data import ActorPoolStrategy, from_items
+
+    if not messages:
+        return
+    data = from_items([message.packed() for message in messages], override_num_blocks=len(messages))
+    data.context.target_max_block_size = 1  # each message is a block
+    data.context.enable_progress_bars = False
+    data.context.print_on_execution_start = False
+    replies = (
+        data.flat_map(ReadChunk(context), num_cpus=1)
+        .map(
+            RunModel,  # type: ignore[arg-type]
+            fn_constructor_args=(context, "cuda" if gpus else "cpu", cpus),
+            compute=ActorPoolStrategy(size=actors),
+            num_cpus=cpus,
+            num_gpus=gpus,
+            memory=_MEMORY,
+        )
+        .map(FinishBatch(context), num_cpus=1)
+    )
+    for row in replies.iter_rows():
+        yield unpacked(row)
+
+
+# The work of the processes of the cluster
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """Images of a chunk on their way between two stages.
+
+    Attributes:
+        chunk: its number in the ledger.
+        todo: keys of the images that need results; the others keep the batches identical.
+        part: number of the message among those of the chunk.
+        images: `Item` to read, `ReadImage` for the model, or `Maps` to finish.
+        outcomes: results and failures so far.
+        fatal: the error that ends the run.
+    """
+
+    chunk: int
+    todo: frozenset[str]
+    part: int = 0
+    images: tuple[Any, ...] = ()
+    outcomes: tuple[ImageResult | Failure, ...] = ()
+    fatal: CamkitError | None = None
+
+    def packed(self) -> dict[str, Any]:
+        """Return the message as a row of a Ray data set."""
+        from ray import cloudpickle  # also pickles classes of the script that was started
+
+        return {"message": cloudpickle.dumps(self)}
+
+
+def unpacked(row: Mapping[str, bytes]) -> Message:
+    """Return the message of a row."""
+    from ray import cloudpickle
+
+    return cloudpickle.loads(row["message"])
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a process of the cluster needs to know about the run.
+
+    Attributes:
+        recipe: of the run.
+        weights: hash that the model's weights must have.
+        folder: of the results, on a disk that all machines share.
+        probe: a file in it that the leading process has written.
+        sample: an image that the leading process can open.
+        variables: of its environment.
+        home: its working directory, where relative paths start.
+    """
+
+    recipe: Recipe
+    weights: str
+    folder: OutFolder
+    probe: Path
+    sample: Place | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+    home: Path = field(default_factory=Path.cwd)
+
+    def enter(self, threads: int) -> None:
+        """Prepare this process for the run."""
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(1)
+        os.environ.update(self.variables)
+        with suppress(OSError):  # matters to relative paths only, which are checked below
+            os.chdir(self.home)
+        if not self.probe.is_file():
+            raise CamkitError(
+                f"{platform.node()} does not see {self.folder.root}, the results folder; choose "
+                "one (--out) on a disk that all machines of the cluster have at the same path"
+            )
+
+    def process(
+        self,
+        row: Mapping[str, bytes],
+        work: Callable[[Message], list[Message]],
+        threads: int = 1,
+    ) -> list[dict[str, Any]]:
+        """Work on the message of a row; an error that ends the run becomes a message too."""
+        message = unpacked(row)
+        if not message.images:
+            return [dict(row)]
+        try:
+            self.enter(threads)
+            messages = work(message)
+        except CamkitError as error:
+            messages = [Message(message.chunk, message.todo, fatal=error)]
+        return [message.packed() for message in messages]
+
+
+@dataclass(frozen=True)
+class ReadChunk:
+    """Reads the images of a chunk and returns one message per batch."""
+
+    context: RunContext
+
+    def __call__(self, row: Mapping[str, bytes]) -> list[dict[str, Any]]:
+        return self.context.process(row, self._read)
+
+    def _read(self, message: Message) -> list[Message]:
+        recipe, sample = self.context.recipe, self.context.sample
+        try:
+            if sample is not None:
+                sample.open().close()
+        except CamkitError as error:
+            raise CamkitError(
+                f"{platform.node()} does not see the images ({error}); put them on a disk that all "
+                "machines of the cluster have at the same path"
+            ) from error
+        work = partial(read, loading=recipe.loading)
+        images, failures = _split(
+            _work_on_each(work, message, message.images, self.context.folder, "read")
+        )
+        messages = [
+            replace(message, part=number, images=batch)
+            for number, batch in enumerate(batches(images, recipe))
+            if any(image.key in message.todo for image in batch)
+        ]
+        if failures or not messages:
+            messages.append(replace(message, images=(), outcomes=failures))
+        return messages
+
+
+class RunModel:
+    """Holds the model, on a device or with a number of threads on the CPU, and runs batches."""
+
+    def __init__(self, context: RunContext, device: str, threads: int) -> None:
+        context.enter(threads)
+        self._context, self._threads = context, threads
+        model = context.recipe.model()
+        if weights_hash(model) != context.weights:
+            raise CamkitError(
+                f"the model opened on {platform.node()} has other weights than the one on the "
+                "machine that leads the run; put its weights where all machines find them"
+            )
+        self._pipeline = context.recipe.pipeline(model.to(device))
+
+    def __call__(self, row: Mapping[str, bytes]) -> dict[str, Any]:
+        return self._context.process(row, self._run, self._threads)[0]
+
+    def _run(self, message: Message) -> list[Message]:
+        """Run the model; give up an image that killed the process alone."""
+        recipe, folder = self._context.recipe, self._context.folder
+        mark = _mark(folder, "model", message)
+        outcomes: list[Maps | Failure] = []
+        with _count_deaths(mark, folder) as deaths:
+            if deaths < _TRIES:
+                outcomes = forward(self._pipeline, recipe, message.images)
+            else:
+                for number, image in enumerate(message.images):
+                    image_mark = mark.with_name(f"{mark.name}-{number}")
+                    if image_mark.exists():
+                        outcomes.append(Failure(image.key, "model", DIED))
+                        continue
+                    with _count_deaths(image_mark, folder):
+                        outcomes += forward(self._pipeline, recipe, (image,))
+        maps, failures = _split(outcomes)
+        return [replace(message, images=maps, outcomes=failures)]
+
+
+@dataclass(frozen=True)
+class FinishBatch:
+    """Refines, draws and writes the images of a batch that need results."""
+
+    context: RunContext
+
+    def __call__(self, row: Mapping[str, bytes]) -> dict[str, Any]:
+        return self.context.process(row, self._finish)[0]
+
+    def _finish(self, message: Message) -> list[Message]:
+        folder = self.context.folder
+        needed = [maps for maps in message.images if maps.image.key in message.todo]
+        work = partial(finish, writing=self.context.recipe.writing, folder=folder)
+        outcomes = _work_on_each(work, message, needed, folder, "write")
+        return [replace(message, images=(), outcomes=(*message.outcomes, *outcomes))]
+
+
+def _split(outcomes: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Failure, ...]]:
+    """Return the images that go on, and the failures."""
+    failures = tuple(outcome for outcome in outcomes if isinstance(outcome, Failure))
+    return tuple(image for image in outcomes if not isinstance(image, Failure)), failures
+
+
+def _work_on_each(
+    work: Callable[[Any], Any],
+    message: Message,
+    images: Sequence[Any],
+    folder: OutFolder,
+    stage: str,
+) -> list[Any]:
+    """Work on every image and return the outcomes in order.
+
+    If the message killed a process before, the work is done in a process that may die.
+    """
+    with _count_deaths(_mark(folder, stage, message), folder) as deaths:
+        count = 1 if deaths else 0
+        pool: WorkerPool[Any, Any] = WorkerPool(work, count, tries=2, fatal=(OutputError,))
+        outcomes = {str(image): result for image, result in pool.work_on_all(images, stage)}
+    return [outcomes[str(image)] for image in images]
+
+
+def _mark(folder: OutFolder, stage: str, message: Message) -> Path:
+    return folder.drafts / "begun" / f"{stage}-{message.chunk}-{message.part}"
+
+
+@contextmanager
+def _count_deaths(mark: Path, folder: OutFolder) -> Iterator[int]:
+    """Leave a mark during the block, and yield how many processes died with the mark set.
+
+    Ray repeats the work of a dead process, on any machine, without saying so.
+    """
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        with mark.open("ab") as file:
+            deaths = file.tell()
+            file.write(b".")
+    except OSError as error:
+        raise OutputError.explain(folder.root, error) from error
+    yield deaths
+    mark.unlink(missing_ok=True)

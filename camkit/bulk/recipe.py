@@ -125,12 +125,7 @@ class Recipe:
         return Pipeline(model, self.method, vocabulary=self.vocabulary)
 
     def settings(self, model: nn.Module, source: object) -> dict[str, str]:
-        """Return everything that determines the results, as text.
-
-        Args:
-            model: the opened model, identified by the hash of its weights.
-            source: of the images.
-        """
+        """Return everything that determines the results, as text."""
         classes, method = "outputs", self.method
         if self.vocabulary is not None:
             text = json.dumps((self.vocabulary.names, self.vocabulary.members))

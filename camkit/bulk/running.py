@@ -42,12 +42,6 @@ class Rank:
         if not 0 <= self.number < self.world:
             raise ValueError(f"`number` must lie in 0 to {self.world - 1}, got {self.number}")
 
-    @property
-    def device(self) -> str | None:
-        """The GPU of this process; None if torch sees none."""
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return f"cuda:{self.local % count}" if count else None
-
     def chunks(
         self, entries: Iterable[Item | Failure], size: int
     ) -> Iterator[tuple[Item | Failure, ...]]:
@@ -56,11 +50,7 @@ class Rank:
 
 
 def rank_of(environment: Mapping[str, str]) -> Rank:
-    """Read the variables that torchrun sets; without them this process works alone.
-
-    Raises:
-        CamkitError: some variables are missing or not numbers.
-    """
+    """Read the variables that torchrun sets; without them this process works alone."""
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return Rank()
     try:
@@ -118,7 +108,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         source: `PhotoFolder`, `PhotoList`, `DataSetPhotos`, `TarShards`, `ParquetRows`, or an
             object like them.
         out: results folder, created if needed.
-        device: of the model; None uses a GPU if there is one.
+        device: of the model; None uses a GPU if there is one, each rank of a machine its own.
         workers: processes that read and finish images; None uses the cores that the model leaves,
             0 works in this process.
         threads: of the model on a CPU; None uses half of the cores, on a Ray cluster one.
@@ -142,7 +132,8 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
             "set `actors` and `gpus` of the RayEngine"
         )
     cores = max(1, usable_cores() // rank.neighbours)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = device or (f"cuda:{rank.local % gpus}" if gpus else "cpu")
     if ray is None and device == "cpu" and threads is None:
         threads = max(1, cores // 2)
     workers = worker_count(workers, max(1, cores - (threads or 1)))
@@ -158,13 +149,13 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
             ledger = Ledger(journal, progress.advance, by_chunk=by_chunk)
             plans = progress.plans(journal)
             try:
-                if ray is None:
+                if ray is not None:
+                    weights = settings["weights_sha256"]
+                    ray.run(recipe, weights, ledger, plans, threads=threads or 1)
+                else:
                     pipeline = recipe.pipeline(model.to(device))
                     engine = LocalEngine(recipe, pipeline, ledger, workers=workers, threads=threads)
                     engine.run(plans)
-                else:
-                    weights = settings["weights_sha256"]
-                    ray.run(recipe, weights, ledger, plans, threads=threads or 1)
             finally:
                 try:
                     ledger.write(everything=True)

@@ -78,8 +78,7 @@ def pair_truth(
     predicted = FilesByName(predictions, CAM_SUFFIXES if cams else MASK_SUFFIXES, kind)
     true = FilesByName(truths, MASK_SUFFIXES, "ground-truth masks")
     names = list(true.paths) if names is None else list(names)
-    lost = [name for name in names if name not in true.paths]
-    if lost:
+    if lost := [name for name in names if name not in true.paths]:
         raise DataError(f"{truths} has no ground truth of {_examples(lost)}; correct the list")
     missing = [name for name in names if name not in predicted.paths]
     if len(missing) == len(names):
@@ -103,9 +102,8 @@ def pair_truth(
     ]
 
 
-def _examples(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def score_masks(
@@ -192,8 +190,7 @@ class _CountMask:
     thresholds: tuple[float, ...] = (0.0,)  # masks need none
 
     def __call__(self, item: FileItem) -> Int64[np.ndarray, "1 c c"]:
-        truth = _read_ids(item.truth, self.num_classes)
-        predicted = _read_ids(item.path, self.num_classes)
+        truth, predicted = (_read_ids(path, self.num_classes) for path in (item.truth, item.path))
         if predicted.shape != truth.shape:
             sizes = ["x".join(map(str, mask.shape)) for mask in (predicted, truth)]
             raise DataError(
@@ -212,21 +209,18 @@ class _CountCam:
     resize: bool
 
     def __call__(self, item: FileItem) -> Int64[np.ndarray, "s c c"]:
-        truth = _read_ids(item.truth, self.num_classes)
-        maps = read_maps(item)
+        truth, maps = _read_ids(item.truth, self.num_classes), read_maps(item)
         size = (truth.shape[0], truth.shape[1])
         cam = maps.cam if maps.classes else torch.zeros(1, 1, *size)
         rows, cols = cam.shape[-2:]
-        if (rows, cols) != size:
-            if not self.resize:
-                raise DataError(
-                    f"{item.path} holds maps of {rows}x{cols} (rows x columns) but "
-                    f"{item.truth} has {size[0]}x{size[1]} pixels; `camkit refine` writes maps at "
-                    "the size of the photo, or resize them here (--resize)"
-                )
-            cam = resize_cam(cam, size)
+        if (rows, cols) != size and not self.resize:
+            raise DataError(
+                f"{item.path} holds maps of {rows}x{cols} (rows x columns) but {item.truth} has "
+                f"{size[0]}x{size[1]} pixels; `camkit refine` writes maps at the size of the "
+                "photo, or resize them here (--resize)"
+            )
         return sweep_confusions(
-            cam[0],
+            cam[0] if (rows, cols) == size else resize_cam(cam, size)[0],
             torch.tensor(maps.classes or (-1,)),
             truth,
             thresholds=torch.tensor(self.thresholds, dtype=torch.float64),
@@ -249,8 +243,7 @@ def _count(
     workers: int | None = None,
 ) -> list[ScoreResult]:
     """Count every image, by many processes; return a result for each background score."""
-    size = (len(work.thresholds), work.num_classes, work.num_classes)
-    total = torch.zeros(size, dtype=torch.int64)
+    total = torch.zeros(len(work.thresholds), work.num_classes, work.num_classes).long()
     each: dict[str, Tensor] = {}
     failures: list[Failure] = []
     for item, result in run_jobs(work, items, stage="score", workers=workers):
@@ -265,12 +258,11 @@ def _count(
     if len(failures) == len(items):
         reason = f"; {failures[0].key}: {failures[0].reason}" if failures else ""
         raise DataError(f"not a single image could be counted{reason}")
-    images = len(items) - len(failures)
     return [
         ScoreResult(
             confusion,
             {name: confusions[number] for name, confusions in each.items()},
-            images,
+            len(items) - len(failures),
             tuple(failures),
         )
         for number, confusion in enumerate(total)

@@ -35,33 +35,29 @@ class TarShards:
 
     def __iter__(self) -> Iterator[Item | Failure]:
         for path in self.paths:
-            yield from _tar_items(path, printable(path.name.removesuffix(".tar")))
+            shard, seen = printable(path.name.removesuffix(".tar")), set[str]()
+            try:
+                with tarfile.open(path, "r:") as tar:
+                    for name, members in _samples(tar):
+                        try:
+                            item = _tar_item(path, tar, shard, name, members)
+                        except DataError as error:
+                            yield Failure(printable(f"{shard}/{name}"), "list", f"{path}: {error}")
+                            continue
+                        if item is None:
+                            continue
+                        if item.key in seen:
+                            reason = f"{path} contains it more than once"
+                            yield Failure(f"{item.key} (again)", "list", reason)
+                            continue
+                        seen.add(item.key)
+                        yield item
+            except (OSError, tarfile.TarError, EOFError) as error:
+                reason = f"{path} cannot be read to its end as a tar file ({error}); unpack"
+                yield Failure(shard, "list", f"{reason} compressed files first (gunzip)")
 
     def __str__(self) -> str:
         return f"shards in {_common_folder(self.paths)}"
-
-
-def _tar_items(path: Path, shard: str) -> Iterator[Item | Failure]:
-    seen: set[str] = set()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for name, members in _samples(tar):
-                try:
-                    item = _tar_item(path, tar, shard, name, members)
-                except DataError as error:
-                    yield Failure(printable(f"{shard}/{name}"), "list", f"{path}: {error}")
-                    continue
-                if item is None:
-                    continue
-                if item.key in seen:
-                    reason = f"{path} contains it more than once"
-                    yield Failure(f"{item.key} (again)", "list", reason)
-                    continue
-                seen.add(item.key)
-                yield item
-    except (OSError, tarfile.TarError, EOFError) as error:
-        reason = f"{path} cannot be read to its end as a tar file ({error}); unpack"
-        yield Failure(shard, "list", f"{reason} compressed files first (gunzip)")
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, Members]]:
@@ -93,29 +89,23 @@ def _tar_item(
     if len(photos) > 1:
         names = ", ".join(photo.name for photo in photos)
         raise DataError(f"{key} has {len(photos)} images: {names}")
-    classes = None
-    for suffix in ("cls", "json"):
-        if suffix in members and classes is None:
-            classes = _tar_classes(tar, members[suffix], suffix)
-    photo = photos[0]
+    photo, classes = photos[0], None
+    suffix = "cls" if "cls" in members else "json"
+    if suffix in members:
+        member = members[suffix]
+        file = tar.extractfile(member)
+        if file is None or member.size > _MAX_LABEL_BYTES:
+            raise DataError(f"{member.name} is too large for labels, {member.size} bytes")
+        text = file.read().decode("utf-8", "replace")
+        try:
+            labels: Any = text.replace(",", " ").split() if suffix == "cls" else json.loads(text)
+            if isinstance(labels, dict):
+                labels = labels.get("classes", labels.get("cls"))
+            classes = _class_indices(labels)
+        except ValueError as error:
+            raise DataError(f"{member.name} holds no class indices ({error})") from error
     place = TarPlace(path, photo.name, photo.offset_data, photo.size)
     return Item(f"{shard}/{key}", place, classes)
-
-
-def _tar_classes(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str
-) -> tuple[int, ...] | None:
-    file = tar.extractfile(member)
-    if file is None or member.size > _MAX_LABEL_BYTES:
-        raise DataError(f"{member.name} is too large for labels, {member.size} bytes")
-    text = file.read().decode("utf-8", "replace")
-    try:
-        labels: Any = text.replace(",", " ").split() if suffix == "cls" else json.loads(text)
-        if isinstance(labels, dict):
-            labels = labels.get("classes", labels.get("cls"))
-        return _class_indices(labels)
-    except ValueError as error:
-        raise DataError(f"{member.name} holds no class indices ({error})") from error
 
 
 def _class_indices(labels: Any) -> tuple[int, ...] | None:
@@ -202,11 +192,7 @@ class RowPlace:
     row: int
 
     def open(self) -> BytesIO:
-        """Read the row; its group of rows is read as a whole and cached for the next rows.
-
-        Raises:
-            DataError: the row holds no bytes.
-        """
+        """Read the row; its group of rows is read as a whole and cached for the next rows."""
         value = _row_group(self.path, self.column, self.group)[self.row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):

@@ -42,8 +42,21 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Item | Failure]: ...
 
 
+class _BelowRoot:
+    """A source of photos below a folder, which identifies the source in the settings."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        if not self.root.is_dir():
+            raise DataError(f"{self.root} is not a folder; give the folder of the photos")
+
+    def __str__(self) -> str:
+        return f"folder {printable(os.fspath(self.root.resolve()))}"
+
+
 @dataclass(frozen=True)
-class PhotoFolder:
+class PhotoFolder(_BelowRoot):
     """All photos below a folder, recognised by their suffix; links to folders are followed.
 
     Keys are paths below the folder without suffix. Photos that differ only in their suffix keep it.
@@ -53,23 +66,8 @@ class PhotoFolder:
     root: Path
     classes: None = None
 
-    def __post_init__(self) -> None:
-        _check_folder(self.root)
-
     def __iter__(self) -> Iterator[Item | Failure]:
         return _walk(self.root, "", ())
-
-    def __str__(self) -> str:
-        return _folder_text(self.root)
-
-
-def _check_folder(root: Path) -> None:
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give the folder of the photos")
-
-
-def _folder_text(root: Path) -> str:
-    return f"folder {printable(os.fspath(root.resolve()))}"
 
 
 def _walk(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[Item | Failure]:
@@ -106,7 +104,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 @dataclass(frozen=True)
-class PhotoList:
+class PhotoList(_BelowRoot):
     """The photos of a list file, one per line, or separated by NUL (``find -print0``).
 
     After the path of a photo, a line may contain the path of a mask (PSA) or class indices (CLIP-ES
@@ -121,9 +119,6 @@ class PhotoList:
     path: Path
     root: Path
     classes: None = None
-
-    def __post_init__(self) -> None:
-        _check_folder(self.root)
 
     def __iter__(self) -> Iterator[Item | Failure]:
         seen: dict[str, int] = {}
@@ -142,7 +137,11 @@ class PhotoList:
                 yield Failure(f"{key} (entry {number})", "list", reason)
                 continue
             seen[key] = number
-            yield Item(key, FilePlace(_with_suffix(self.root / relative)), classes)
+            path = self.root / relative
+            if not is_image(path.name):
+                candidates = (path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES)
+                path = next((file for file in candidates if file.is_file()), path)
+            yield Item(key, FilePlace(path), classes)
 
     def _lines(self) -> Iterator[str]:
         """Yield the entries that are not blank; bytes that are not UTF-8 are kept."""
@@ -166,16 +165,6 @@ class PhotoList:
         if Path(text).exists() and not (self.root / below).exists():
             raise DataError(f"{printable(text)} lies outside of {self.root}; give another --root")
         return below
-
-    def __str__(self) -> str:
-        return _folder_text(self.root)
-
-
-def _with_suffix(path: Path) -> Path:
-    if is_image(path.name):
-        return path
-    candidates = (path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES)
-    return next((candidate for candidate in candidates if candidate.is_file()), path)
 
 
 @dataclass(frozen=True, eq=False)

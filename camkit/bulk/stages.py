@@ -67,7 +67,7 @@ class Maps:
         classes: of each map, from 0.
         cam: in [0, 1], of any size.
         by_class: masks hold class + 1; if there are too many classes for a byte, the slot + 1.
-        row: the image's line of the manifest so far, JSON-ready.
+        row: its line of the manifest so far, JSON-ready.
     """
 
     image: ReadImage
@@ -92,11 +92,7 @@ def chunks(entries: Iterable[Entry], size: int) -> Iterator[tuple[Entry, ...]]:
 
 
 def read(item: Item, loading: Loading) -> ReadImage:
-    """Read an image and bring it to the size of the model.
-
-    Raises:
-        DataError: it cannot be read, or has too many pixels.
-    """
+    """Read an image and bring it to the size of the model."""
     source = str(item.place)
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = loading.max_pixels
@@ -134,20 +130,24 @@ def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> l
 
     If a batch fails, each of its pictures is run alone, so that only those at fault fail.
 
-    Args:
-        pipeline: from `Recipe.pipeline`.
-        recipe: of the run.
-        batch: from `batches`.
+    Raises:
+        CamkitError: the batch does not fit the memory of the device.
     """
     try:
         return list(_forward(pipeline, recipe, batch))
+    except torch.OutOfMemoryError as error:
+        rows, cols = batch[0].rgb.shape[:2]
+        raise CamkitError(
+            f"{len(batch)} images of {rows}x{cols} do not fit the memory of the model's device; "
+            "use smaller batches (--batch)"
+        ) from error
     except (CamkitError, ValueError) as error:
         if len(batch) == 1:
             return [Failure(batch[0].key, "model", " ".join(str(error).split()))]
     return [outcome for image in batch for outcome in forward(pipeline, recipe, (image,))]
 
 
-def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> list[Maps]:
+def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> Iterator[Maps]:
     cams = np.zeros((len(batch), 0, 1, 1), np.float32)
     slots: list[list[int]] = [[]] * len(batch)
     names: tuple[tuple[str, ...], ...] = ((),) * len(batch)
@@ -162,7 +162,6 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
         )
         cams, slots = stages.cam.float().cpu().numpy(), stages.classes.tolist()
         names, known, outputs = stages.names, stages.known, stages.capture.outputs
-    maps = []
     for number, image in enumerate(batch):
         classes = tuple(index for index in slots[number] if index >= 0)
         legend = mask_legend(classes, names[number], known)
@@ -179,8 +178,7 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
             "most_probable_output": None if outputs is None else int(outputs[number].argmax()),
         }
         cam = np.ascontiguousarray(cams[number, : len(classes)])
-        maps.append(Maps(image, classes, cam, fits_a_byte(known), row))
-    return maps
+        yield Maps(image, classes, cam, fits_a_byte(known), row)
 
 
 def _class_request(recipe: Recipe, batch: Sequence[ReadImage]) -> Any:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait as wait_for_any
 from threading import Lock, Thread
 from typing import Any, Generic, TypeVar
@@ -106,8 +106,19 @@ def _single_threaded() -> Iterator[None]:
 
 
 def _serve(pipe: Connection, environment: Mapping[str, str]) -> None:
-    """Work in a worker process until the pool closes the pipe."""
-    _prepare_process(environment)
+    """Work in a worker process until the pool closes the pipe or its process dies."""
+    if sys.platform != "win32":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what is finished
+    os.environ.update({**environment, **_ONE_THREAD})  # the fork server's may be older
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    parent = multiprocessing.parent_process()
+
+    def exit_with_parent() -> None:
+        wait_for_any([] if parent is None else [parent.sentinel])
+        os._exit(1)
+
+    Thread(target=exit_with_parent, daemon=True).start()
     with suppress(EOFError, OSError):  # the pipe is closed, or the pool is gone
         work = pipe.recv()
         pipe.send(None)
@@ -124,29 +135,15 @@ def _serve(pipe: Connection, environment: Mapping[str, str]) -> None:
                 pipe.send((None, ValueError(f"the result cannot be pickled ({error})")))
 
 
-def _prepare_process(environment: Mapping[str, str]) -> None:
-    """Limit this worker process to one thread, and make it end when its parent dies."""
-    if sys.platform != "win32":
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what is finished
-    os.environ.update({**environment, **_ONE_THREAD})  # the fork server's may be older
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    parent = multiprocessing.parent_process()
-
-    def exit_with_parent() -> None:
-        wait_for_any([] if parent is None else [parent.sentinel])
-        os._exit(1)
-
-    Thread(target=exit_with_parent, daemon=True).start()
-
-
 @dataclass(frozen=True)
 class _Task(Generic[Item]):
-    """An item, the stage that a failure names, and how many workers died while it was alone."""
+    """An item, the stage that a failure names, and how many workers died of the item.
+
+    After the first death the item is a suspect, and the only one in work.
+    """
 
     item: Item
     stage: str
-    suspect: bool = False
     deaths: int = 0
 
 
@@ -192,11 +189,8 @@ class WorkerPool(Generic[Item, Result]):
 
     def add(self, item: Item, stage: str, *, urgent: bool = False) -> None:
         """Queue an item; an urgent item goes before the others."""
-        task = _Task(item, stage)
-        if urgent:
-            self._waiting.appendleft(task)
-        else:
-            self._waiting.append(task)
+        queue = self._waiting.appendleft if urgent else self._waiting.append
+        queue(_Task(item, stage))
 
     def work_on_all(
         self, items: Iterable[Item], stage: str
@@ -211,15 +205,8 @@ class WorkerPool(Generic[Item, Result]):
             self.close()
 
     def receive(self, also: Iterable["Future[Any]"] = ()) -> list[tuple[Item, Result | Failure]]:
-        """Keep the workers busy, wait until something is done, and return it.
-
-        Args:
-            also: other futures that end the wait.
-
-        Raises:
-            CamkitError: workers die on item after item.
-        """
-        suspects = self._suspects or any(task.suspect for task in self._running.values())
+        """Keep the workers busy until an item or a future of ``also`` is done; return the items."""
+        suspects = self._suspects or any(task.deaths for task in self._running.values())
         room = 1 if suspects else 2 * self._count or 1  # two items a worker hide the latency
         while (self._suspects or self._waiting) and len(self._running) < room:
             task = (self._suspects or self._waiting).popleft()
@@ -260,13 +247,13 @@ class WorkerPool(Generic[Item, Result]):
         for future in [future for future in self._running if future.done()]:
             task = self._running.pop(future)
             error = None if future.cancelled() else future.exception()
-            deaths = task.deaths + task.suspect
             if isinstance(error, self._fatal):
                 raise error
-            if isinstance(error, _DiedError) and deaths < self._tries:
-                self._suspects.append(_Task(task.item, task.stage, suspect=True, deaths=deaths))
+            died = isinstance(error, _DiedError)
+            if died and task.deaths < self._tries:  # beside others it may be their fault
+                self._suspects.append(replace(task, deaths=task.deaths + 1))
                 continue
-            self._deaths = self._deaths + 1 if isinstance(error, _DiedError) else 0
+            self._deaths = self._deaths + 1 if died else 0
             if error is not None:
                 reason = " ".join(str(error).split())
                 if not isinstance(error, _EXPECTED):
@@ -295,11 +282,7 @@ def usable_cores() -> int:
 
 
 def worker_count(workers: int | None, default: int) -> int:
-    """Return the number of worker processes to use.
-
-    Raises:
-        ValueError: ``workers`` is negative.
-    """
+    """Return ``workers``, or the default for None; a negative number is a ValueError."""
     count = default if workers is None else workers
     if count < 0:
         raise ValueError(f"`workers` must be at least 0, got {workers}; 0 works in this process")
@@ -316,9 +299,9 @@ def run_jobs(
 ) -> Iterator[tuple[Item, Result | Failure]]:
     """Work on every item in worker processes, in any order; failures do not stop the rest.
 
-    Each worker is a process with one thread, see `WorkerPool`. On an interrupt, items in progress
-    are finished and the others skipped. A script that calls this needs
-    ``if __name__ == "__main__":`` around its own work, as with any pool of processes.
+    Each worker has one thread, see `WorkerPool`. On an interrupt, items in progress are finished
+    and the others skipped. A script that calls this needs ``if __name__ == "__main__":`` around its
+    own work, as with any pool of processes.
 
     Args:
         work: must be picklable, as module-level functions and dataclasses are.

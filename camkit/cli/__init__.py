@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Pixel masks from a pretrained Vision Transformer and image-level labels.",
         epilog="`camkit COMMAND --help` shows examples.",
     )
+    arguments = sys.argv[1:] if arguments is None else arguments
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").strip().splitlines()[0]
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(command)
+        if name in arguments[:1]:  # no other command needs its options now
+            module.add_arguments(command)
         command.set_defaults(execute=module.execute)
     options = parser.parse_args(arguments)
     try:

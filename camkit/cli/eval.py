@@ -31,7 +31,6 @@ from camkit.errors import CamkitError, DataError
 from camkit.mask import power_threshold
 from camkit.score import (
     Definition,
-    Gain,
     class_scores,
     class_table,
     mean_iou,
@@ -90,14 +89,45 @@ def execute(options: argparse.Namespace) -> int:
     names = _class_names(options)
     cams = _are_cams(options)
     result = _score(options, options.masks, cams, len(names))
-    print(_report(options, result, names))
-    figures = _figures(options, result, names)
     failures = result.failures
+    means = {name: float(mean_iou(result.confusion, definition=name)) for name in DEFINITIONS}
+    classes, accuracy = class_scores(result.confusion, names), pixel_accuracy(result.confusion)
+    listed = f" of {options.list}" if options.list else ""
+    others = [f"{n} {percent(mean)}" for n, mean in means.items() if n != options.definition]
+    print(f"{options.masks}: {result.images} images{listed}, truth in {options.gt}")
+    _print_score(options, result)
+    print(f"\n{class_table(classes)}\n")
+    print(
+        f"mIoU ({options.definition}) {percent(means[options.definition])}"
+        f"    by the other definitions: {', '.join(others)}"
+    )
+    print(f"pixel accuracy {percent(accuracy)}")
+    figures: dict[str, object] = {
+        "camkit": version("camkit"),
+        "masks": str(options.masks),
+        "truth": str(options.gt),
+        "images": result.images,
+        "definition": options.definition,
+        "background_score": result.background_score,
+        "background_score_is": None if result.background_score is None else result.choice,
+        "mean_iou": {name: _number(mean) for name, mean in means.items()},
+        "pixel_accuracy": _number(accuracy),
+        "classes": [{k: _number(value) for k, value in asdict(row).items()} for row in classes],
+        "failed": {failure.key: failure.reason for failure in failures},
+    }
     if options.against is not None:
         other = _score(options, options.against, cams, len(names))
         failures += other.failures
-        gain = _gain(result, other, options.definition)
-        print(f"\n{_gain_report(options, other, gain)}")
+        both = [name for name in result.each if name in other.each]
+        if len(both) < 2:
+            message = f"{len(both)} images are in both folders; a comparison needs at least 2"
+            raise CamkitError(message)
+        base, ours = (torch.stack([side.each[name] for name in both]) for side in (other, result))
+        gain = paired_gain(base, ours, definition=options.definition)
+        print(f"\nagainst {options.against}: mIoU {percent(gain.mean_iou_base)}")
+        _print_score(options, other)
+        low, high = 100 * gain.low, 100 * gain.high
+        print(f"gain {100 * gain.gain:+.2f}, 95% interval {low:+.2f} to {high:+.2f}")
         figures["gain"] = {"against": str(options.against), **asdict(gain)}
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -175,85 +205,15 @@ def _score(options: argparse.Namespace, folder: Path, cams: bool, num_classes: i
     )
 
 
-def _report(options: argparse.Namespace, result: ScoreResult, names: Sequence[str]) -> str:
-    means = _means(result)
-    others = [
-        f"{definition} {percent(mean)}"
-        for definition, mean in means.items()
-        if definition != options.definition
-    ]
-    listed = f" of {options.list}" if options.list else ""
-    return "\n".join(
-        [
-            f"{options.masks}: {result.images} images{listed}, truth in {options.gt}",
-            *_score_line(options, result),
-            "",
-            class_table(class_scores(result.confusion, names)),
-            "",
-            f"mIoU ({options.definition}) {percent(means[options.definition])}"
-            f"    by the other definitions: {', '.join(others)}",
-            f"pixel accuracy {percent(pixel_accuracy(result.confusion))}",
-        ]
-    )
-
-
-def _score_line(options: argparse.Namespace, result: ScoreResult) -> list[str]:
-    if result.background_score is None:
-        return []
-    why = {
-        "given": "given",
-        "tuned": f"the best on {options.tune_list}",
-        "oracle": "ORACLE: the best on the images scored; choose it on others with --tune-list",
-    }
-    return [f"background score {result.background_score:.4g}, {why[result.choice]}"]
-
-
-def _means(result: ScoreResult) -> dict[Definition, float]:
-    return {
-        definition: float(mean_iou(result.confusion, definition=definition))
-        for definition in DEFINITIONS
-    }
-
-
-def _figures(
-    options: argparse.Namespace, result: ScoreResult, names: Sequence[str]
-) -> dict[str, object]:
-    return {
-        "camkit": version("camkit"),
-        "masks": str(options.masks),
-        "truth": str(options.gt),
-        "images": result.images,
-        "definition": options.definition,
-        "background_score": result.background_score,
-        "background_score_is": None if result.background_score is None else result.choice,
-        "mean_iou": {name: _number(mean) for name, mean in _means(result).items()},
-        "pixel_accuracy": _number(pixel_accuracy(result.confusion)),
-        "classes": [
-            {key: _number(value) for key, value in asdict(score).items()}
-            for score in class_scores(result.confusion, names)
-        ],
-        "failed": {failure.key: failure.reason for failure in result.failures},
-    }
+def _print_score(options: argparse.Namespace, result: ScoreResult) -> None:
+    if result.background_score is not None:
+        why = {
+            "given": "given",
+            "tuned": f"the best on {options.tune_list}",
+            "oracle": "ORACLE: the best on the images scored; choose it on others with --tune-list",
+        }
+        print(f"background score {result.background_score:.4g}, {why[result.choice]}")
 
 
 def _number(value: object) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _gain(result: ScoreResult, other: ScoreResult, definition: Definition) -> Gain:
-    names = [name for name in result.each if name in other.each]
-    if len(names) < 2:
-        raise CamkitError(f"{len(names)} images are in both folders; a comparison needs at least 2")
-    base, ours = (torch.stack([side.each[name] for name in names]) for side in (other, result))
-    return paired_gain(base, ours, definition=definition)
-
-
-def _gain_report(options: argparse.Namespace, other: ScoreResult, gain: Gain) -> str:
-    low, high = 100 * gain.low, 100 * gain.high
-    return "\n".join(
-        [
-            f"against {options.against}: mIoU {percent(gain.mean_iou_base)}",
-            *_score_line(options, other),
-            f"gain {100 * gain.gain:+.2f}, 95% interval {low:+.2f} to {high:+.2f}",
-        ]
-    )

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from camkit.bulk import DrawMask, write_all
-from camkit.cli.refine import add_cam_arguments, read_cam_folder, report
+from camkit.bulk import DrawMask
+from camkit.cli.refine import add_cam_arguments, write_files
 
 EXAMPLES = """examples:
   camkit mask cams --out masks
@@ -26,8 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ignore_below(parser)
 
 
+def add_ignore_below(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-below",
+        type=float,
+        help="background pixels with a class score above this become 255",
+    )
+
+
 def add_background(parser: argparse.ArgumentParser) -> None:
-    """Add the options that separate background and classes."""
+    """Add the options that `background_score` reads."""
     parser.add_argument(
         "--background-score",
         type=float,
@@ -43,20 +51,8 @@ def add_background(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, help="exponent of --background power")
 
 
-def add_ignore_below(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--ignore-below",
-        type=float,
-        help="background pixels with a class score above this become 255",
-    )
-
-
 def background_score(options: argparse.Namespace) -> float | None:
-    """Return the background score, or the exponent of a power background.
-
-    Raises:
-        ValueError: the options contradict each other.
-    """
+    """Return the background score, or the exponent of a power background."""
     power = options.background == "power"
     if power and options.background_score is not None:
         raise ValueError("--background power takes --alpha, not --background-score")
@@ -70,7 +66,4 @@ def background_score(options: argparse.Namespace) -> float | None:
 
 def execute(options: argparse.Namespace) -> int:
     job = DrawMask(background_score(options), options.background, options.ignore_below)
-    workers, overwrite = options.workers, options.overwrite
-    folder = read_cam_folder(options)
-    summary = write_all(job, folder, options.out, workers=workers, overwrite=overwrite)
-    return report(summary, options.out, "masks")
+    return write_files(options, job, "masks")

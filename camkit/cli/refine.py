@@ -5,15 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from camkit.bulk import (
-    CamFolder,
-    Failure,
-    FilesSummary,
-    RefineCam,
-    read_labels,
-    read_list,
-    write_all,
-)
+from camkit.bulk import CamFolder, Failure, RefineCam, read_labels, read_list, write_all
+from camkit.bulk.camjobs import CamJob
 from camkit.cli.options import GRAMMAR, refiners_help
 from camkit.method import read_refiners
 from camkit.refiners import chain
@@ -57,11 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     steps = read_refiners(options.refine)
-    job = RefineCam(steps[0] if len(steps) == 1 else chain(*steps), options.form)
-    workers, overwrite = options.workers, options.overwrite
-    folder = read_cam_folder(options)
-    summary = write_all(job, folder, options.out, workers=workers, overwrite=overwrite)
-    return report(summary, options.out, "CAM files")
+    refine = steps[0] if len(steps) == 1 else chain(*steps)
+    return write_files(options, RefineCam(refine, options.form), "CAM files")
 
 
 def add_cam_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,27 +84,26 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_cam_folder(options: argparse.Namespace) -> CamFolder:
-    """Return the folder of CAM files that the options describe."""
-    return CamFolder(
+def write_files(options: argparse.Namespace, job: CamJob, kind: str) -> int:
+    """Run a job on the folder of the options; return the exit status: 1 if files failed, else 0."""
+    folder = CamFolder(
         options.cams,
         options.images,
         labels=None if options.labels is None else read_labels(options.labels),
         names=None if options.list is None else read_list(options.list),
         any_aspect=options.any_aspect,
     )
-
-
-def report(summary: FilesSummary, out: Path, kind: str) -> int:
-    """Print what became of the files and return the exit status: 1 if some failed, else 0."""
+    out, workers = options.out, options.workers
+    summary = write_all(job, folder, out, workers=workers, overwrite=options.overwrite)
     show_failures(summary.failures)
     kept = f", {summary.kept} existed already" if summary.kept else ""
     print(f"{out}: {summary.written} {kind} written{kept}")
-    if summary.failures:
-        failed = len(summary.failures)
-        total = summary.written + summary.kept + failed
-        print(f"camkit: {failed} of {total} failed, see {out / 'errors.tsv'}", file=sys.stderr)
-    return 1 if summary.failures else 0
+    if not summary.failures:
+        return 0
+    failed = len(summary.failures)
+    total = summary.written + summary.kept + failed
+    print(f"camkit: {failed} of {total} failed, see {out / 'errors.tsv'}", file=sys.stderr)
+    return 1
 
 
 def show_failures(failures: Sequence[Failure], most: int = 20) -> None:

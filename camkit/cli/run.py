@@ -10,13 +10,13 @@ from typing import get_args
 
 from torch import nn
 
-from camkit.bulk import read_labels
+from camkit.bulk import Item, read_labels
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import CamOutput, Loading, Recipe, Writing
-from camkit.bulk.running import RunSummary, rank_of, run
+from camkit.bulk.running import rank_of, run
 from camkit.bulk.sources import Labelled, Source, SourceKind, open_source
 from camkit.cli.mask import add_background, add_ignore_below, background_score
-from camkit.cli.models import OpenedModel, add_model_arguments, open_model
+from camkit.cli.models import add_model_arguments, open_model
 from camkit.cli.options import (
     add_method_arguments,
     method_of,
@@ -28,7 +28,6 @@ from camkit.data import COCO_CLASSES, VOC_CLASSES
 from camkit.data.labels import read_names
 from camkit.method import REFINERS
 from camkit.seeds import PredictedClasses
-from camkit.vocabulary import Vocabulary
 
 _FIRST = PredictedClasses(0.5, "softmax")  # at most one class can have more than half
 
@@ -80,8 +79,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-column", default="image", help="Parquet column of image bytes (default: image)")
     add("--key-column", help="Parquet column of image names (default: numbers of the rows)")
     add("--label-column", help="Parquet column of class indices")
-    _add_method(parser)
-    _add_outputs(parser)
+    add("--classes", help="classes of every image: names or indices, separated by commas")
+    add(
+        "--labels",
+        help="dataset (from INPUT), first (the classifier's most probable class), "
+        "predicted[:SCORE] (all classes with this probability), or a file: cls_labels.npy, JSON "
+        "(default: dataset if INPUT has labels, else first)",
+    )
+    add(
+        "--vocabulary",
+        help="classes that label indices count: voc, coco, or a file of names, one per line "
+        "(default: the classes of the data set, else of the model)",
+    )
+    add_method_arguments(parser)
+    add(
+        "--cams",
+        choices=get_args(CamOutput),
+        default="none",
+        help="also write class maps: files as those of `camkit refine --form`, float16 npz, or "
+        "Parquet with float16 maps at the size of the refiners (default: none)",
+    )
+    add("--no-masks", action="store_true", help="write class maps only")
+    add_background(parser)
+    add_ignore_below(parser)
     add("--max-pixels", type=int, default=Loading.max_pixels, help="larger images are refused")
     add("--batch", type=int, default=8, help="images per forward (default: 8)")
     add("--chunk", type=int, default=32, help="images planned together (default: 32)")
@@ -96,36 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--actors", type=int, help="Ray: processes with a model (default: as GPUs or cores allow)")
     add("--gpus", type=float, help="Ray: GPUs per actor, such as 0.5 (default: 1 if any)")
     add_model_arguments(parser)
-
-
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--classes", help="classes of every image: names or indices, separated by commas")
-    add(
-        "--labels",
-        help="dataset (from INPUT), first (the classifier's most probable class), "
-        "predicted[:SCORE] (all classes with this probability), or a file: cls_labels.npy, JSON "
-        "(default: dataset if INPUT has labels, else first)",
-    )
-    add(
-        "--vocabulary",
-        help="classes that label indices count: voc, coco, or a file of names, one per line "
-        "(default: the classes of the data set, else of the model)",
-    )
-    add_method_arguments(parser)
-
-
-def _add_outputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cams",
-        choices=get_args(CamOutput),
-        default="none",
-        help="also write class maps: files as those of `camkit refine --form`, float16 npz, or "
-        "Parquet with float16 maps at the size of the refiners (default: none)",
-    )
-    parser.add_argument("--no-masks", action="store_true", help="write class maps only")
-    add_background(parser)
-    add_ignore_below(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -144,36 +134,38 @@ def execute(options: argparse.Namespace) -> int:
         key=options.key_column,
         labels=options.label_column,
     )
-    source, labels = labelled(source, options.labels)
-    opened = open_model(options.model, size=options.size)
-    recipe = recipe_of(options, opened, source, labels)
-    rank = rank_of(os.environ)
-    signal.signal(signal.SIGTERM, _interrupt)  # the way clusters end a job
+    source, labels = _labelled(source, options.labels)
+    recipe = _recipe(options, source, labels)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the way clusters end a job
     summary = run(
         recipe,
         source,
         options.out,
-        device=options.device or (rank.device if cluster is None else None),
+        device=options.device,
         workers=options.workers,
         threads=options.threads,
-        rank=rank,
+        rank=rank_of(os.environ),
         ray=cluster,
         overwrite=options.overwrite,
         retry=options.retry,
         moved=options.moved,
     )
-    return _report(summary, options.out)
+    before = f", {summary.settled} were settled before" if summary.settled else ""
+    print(f"{options.out}: {summary.written} images done, {summary.failed} failed{before}")
+    if summary.errors:
+        print(
+            f"camkit: {summary.errors} images failed in total, see {options.out / 'errors.tsv'}; "
+            "--retry tries them again",
+            file=sys.stderr,
+        )
+    return 1 if summary.failed else 0
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def labelled(source: Source, text: str | None) -> tuple[Source, PredictedClasses | None]:
+def _labelled(source: Source, text: str | None) -> tuple[Source, PredictedClasses | None]:
     """Return the source with the labels of ``--labels``, or the prediction that replaces them."""
     kind, _, threshold = (text or "").partition(":")
     if text is None:
-        first = next((entry for entry in source if hasattr(entry, "classes")), None)
+        first = next((entry for entry in source if isinstance(entry, Item)), None)
         return source, None if first is not None and first.classes is not None else _FIRST
     if text == "dataset":
         return source, None
@@ -188,14 +180,13 @@ def labelled(source: Source, text: str | None) -> tuple[Source, PredictedClasses
     return Labelled(source, read_labels(text)), None
 
 
-def recipe_of(
-    options: argparse.Namespace,
-    opened: OpenedModel,
-    source: Source,
-    labels: PredictedClasses | None,
-) -> Recipe:
-    """Return the recipe that the options describe."""
-    vocabulary = _vocabulary(options.vocabulary, opened, source)
+def _recipe(options: argparse.Namespace, source: Source, labels: PredictedClasses | None) -> Recipe:
+    """Open the model and return the recipe that the options describe."""
+    opened, names = open_model(options.model, size=options.size), source.classes
+    if options.vocabulary is not None:
+        known = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
+        names = known.get(options.vocabulary) or tuple(read_names(Path(options.vocabulary)))
+    vocabulary = opened.vocabulary if names is None else opened.vocabulary.subset(list(names))
     classes = None
     if options.classes is not None:
         if options.labels is not None:
@@ -204,15 +195,13 @@ def recipe_of(
     method = method_of(options, opened)
     refine, finish = split_refiners(method.refine)
     score = background_score(options)
-    if score is None:
-        score = method.background_score
     return Recipe(
         model=TimmModel(options.model, options.size, opened.model),
         method=replace(method, refine=refine),
         loading=Loading(**vars(opened.photos), max_pixels=options.max_pixels),
         writing=Writing(
             finish,
-            score,
+            method.background_score if score is None else score,
             options.background,
             options.ignore_below,
             not options.no_masks,
@@ -223,24 +212,3 @@ def recipe_of(
         batch=options.batch,
         chunk=max(options.chunk, options.batch),
     )
-
-
-def _vocabulary(name: str | None, opened: OpenedModel, source: Source) -> Vocabulary:
-    if name is None:
-        names = source.classes
-    else:
-        known = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
-        names = known[name] if name in known else tuple(read_names(Path(name)))
-    return opened.vocabulary if names is None else opened.vocabulary.subset(list(names))
-
-
-def _report(summary: RunSummary, out: Path) -> int:
-    before = f", {summary.settled} were settled before" if summary.settled else ""
-    print(f"{out}: {summary.written} images done, {summary.failed} failed{before}")
-    if summary.errors:
-        print(
-            f"camkit: {summary.errors} images failed in total, see {out / 'errors.tsv'}; --retry "
-            "tries them again",
-            file=sys.stderr,
-        )
-    return 1 if summary.failed else 0
