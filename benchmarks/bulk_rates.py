@@ -31,12 +31,11 @@ from bulk_setting import (
 )
 from torch import Tensor
 
-from camkit.bulk.finishing import OutFolder, finish
 from camkit.bulk.items import Item
 from camkit.bulk.recipe import Recipe
 from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
-from camkit.bulk.stages import Maps, ReadImage, batches, chunks, forward, read
+from camkit.bulk.stages import Maps, OutFolder, ReadImage, batches, chunks, finish, forward, read
 from camkit.capture import Capture
 from camkit.refiners import Chain, Refiner
 

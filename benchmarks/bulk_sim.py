@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-AHEAD = 3  # chunks under way at once, as in camkit/bulk/local.py
+AHEAD = 3  # chunks under way at once, as in camkit/bulk/running.py
 SETTINGS = {"crf": "dense CRF, maps written", "plain": "no CRF, masks alone"}
 STAGES = {
     "read": "read, decode, shrink",

@@ -30,10 +30,10 @@ from small_runs import (
 )
 
 from camkit import Views, Vocabulary, load_photo, wrap
-from camkit.bulk.finishing import OutputError
 from camkit.bulk.recipe import Recipe, Writing
 from camkit.bulk.running import Rank, rank_of, run
 from camkit.bulk.sources import DataSetPhotos, PhotoFolder
+from camkit.bulk.stages import OutputError
 from camkit.cli import main
 from camkit.cli.models import open_model
 from camkit.cli.run import TimmModel
