@@ -38,6 +38,6 @@ if __name__ == "__main__":  # worker processes import this file again
         )
         out = Path(home) / "out"
         for _ in range(2):  # the second run has nothing left to do
-            ran = run(recipe, PhotoFolder(photos), out, workers=0, threads=1)
-            print(f"{ran.written} done now, {ran.settled} before, {ran.errors} failed")
+            summary = run(recipe, PhotoFolder(photos), out, workers=0, threads=1)
+            print(f"{summary.written} done now, {summary.settled} before, {summary.errors} failed")
         print(", ".join(sorted(path.name for path in out.iterdir())))

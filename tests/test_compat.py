@@ -122,7 +122,8 @@ def test_a_convolutional_model_needs_no_reshape():
 def test_a_layer_that_no_score_depends_on_is_an_error_that_names_the_right_one(layer):
     model, pixels = built()
     cam = compat.LayerCAM(model, [model.get_submodule(layer)])
-    with pytest.raises(CaptureError, match=rf"patches in the output of {layer}: .* use `blocks\.1\.norm1`"):
+    words = rf"patches in the output of {layer}: .* use `blocks\.1\.norm1`"
+    with pytest.raises(CaptureError, match=words):
         cam(pixels, TARGETS)
 
 

@@ -270,8 +270,16 @@ def test_a_dotted_path_names_any_class_or_function():
     ("settings", "error", "words"),
     [
         ({"background_score": 1.5}, ValueError, r"must lie in \[0, 1\], got 1.5"),
-        ({"seed": GradientSeed}, TypeError, r"stages must be instances, .* got <class .*GradientSeed"),
-        ({"refine": (Normalize(), Blur)}, TypeError, "stages must be instances, .* got <class .*Blur"),
+        (
+            {"seed": GradientSeed},
+            TypeError,
+            r"stages must be instances, .* got <class .*GradientSeed",
+        ),
+        (
+            {"refine": (Normalize(), Blur)},
+            TypeError,
+            "stages must be instances, .* got <class .*Blur",
+        ),
     ],
 )
 def test_a_method_that_cannot_be_used_is_refused(settings, error, words, no_shape_checks):

@@ -183,7 +183,11 @@ def _settings(report: Report) -> str:
         lines = []
         for variant in row.entry.variants:
             method = variant.method
-            edit = f"{method.edit!r} (blocks: {method.edit_blocks}), " if method.edit else ""
+            edit = (
+                f"{method.edit!r} (blocks: {method.edit_blocks}), "
+                if method.edit is not None
+                else ""
+            )
             views = f"{method.views!r}, " if method.views else ""
             steps = " → ".join(repr(stage) for stage in (method.seed, *method.refine))
             lines.append(f"{variant.name}: {edit}{views}{steps}")
