@@ -46,3 +46,13 @@ def real_data() -> Path:
     if not folder or not (Path(folder) / "voc12_animals").is_dir():
         pytest.skip("CAMKIT_DATA does not name a folder with voc12_animals/ and weights/")
     return Path(folder)
+
+
+@pytest.fixture
+def pydensecrf():
+    return pytest.importorskip("pydensecrf.densecrf", reason="needs the extra camkit[crf]")
+
+
+@pytest.fixture
+def ximgproc():
+    return pytest.importorskip("cv2").ximgproc

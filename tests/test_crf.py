@@ -5,26 +5,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hosts import HandMade
+from coarse import captured
 
-from camkit import CamkitError, DenseCRF, to_mask, watch
+from camkit import CamkitError, DenseCRF, to_mask
 from camkit.native import load
 from camkit.ops.mean_field import Kernels
 from camkit.refiners.crf import PRESETS
 
 EDGE = 20  # the column where the colour of the picture changes
-
-
-@pytest.fixture
-def library():
-    return pytest.importorskip("pydensecrf.densecrf", reason="needs the extra camkit[crf]")
-
-
-def captured(rgb):
-    model = HandMade()
-    with torch.no_grad(), watch(model, rgb=rgb) as seen:
-        model(torch.randn(len(rgb), 3, *rgb.shape[-2:]))
-    return seen.capture
 
 
 @pytest.fixture
@@ -50,11 +38,11 @@ def test_a_missing_library_is_told_with_the_way_to_get_it(monkeypatch, two_colou
 
 @pytest.mark.parametrize("backend", ["auto", "pydensecrf"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_mean_field_equals_pydensecrf_called_directly(library, preset, backend):
+def test_the_mean_field_equals_pydensecrf_called_directly(pydensecrf, preset, backend):
     scores = torch.rand(1, 3, 24, 32).softmax(1)
     rgb = torch.randint(0, 256, (1, 24, 32, 3), dtype=torch.uint8)
     kernels = PRESETS[preset]
-    field = library.DenseCRF2D(32, 24, 3)  # width, height, labels
+    field = pydensecrf.DenseCRF2D(32, 24, 3)  # width, height, labels
     field.setUnaryEnergy(np.ascontiguousarray(-np.log(scores[0].numpy()).reshape(3, -1)))
     field.addPairwiseGaussian(sxy=kernels.gauss_sxy, compat=kernels.gauss_weight)
     field.addPairwiseBilateral(
@@ -115,7 +103,7 @@ def test_images_of_different_classes_in_a_batch_equal_themselves_alone():
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-def test_backends_refine_alike(library, two_colours, backend):
+def test_backends_refine_alike(pydensecrf, two_colours, backend):
     if backend == "native":
         load("dense_crf") or pytest.skip("no compiler")
     cam = torch.rand(1, 2, 32, 48, dtype=torch.float16)
@@ -125,7 +113,7 @@ def test_backends_refine_alike(library, two_colours, backend):
     torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_masks_move_to_the_edge_as_unary_from_labels_does(library):
+def test_masks_move_to_the_edge_as_unary_from_labels_does(pydensecrf):
     utils = pytest.importorskip("pydensecrf.utils")
     rng = np.random.default_rng(0)
     rgb = np.full((24, 36, 3), 40, np.uint8)
@@ -135,7 +123,7 @@ def test_masks_move_to_the_edge_as_unary_from_labels_does(library):
     mask[4:20, 18:33] = 7  # three columns short of the edge
     mask[:, :3] = 12
     values = np.array([0, 7, 12])
-    field = library.DenseCRF2D(36, 24, 3)
+    field = pydensecrf.DenseCRF2D(36, 24, 3)
     labels = np.searchsorted(values, mask)
     field.setUnaryEnergy(utils.unary_from_labels(labels, 3, gt_prob=0.7, zero_unsure=False))
     field.addPairwiseGaussian(sxy=3, compat=3)

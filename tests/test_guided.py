@@ -79,11 +79,6 @@ def mirrored(planes, border):
     return planes
 
 
-@pytest.fixture
-def ximgproc():
-    return pytest.importorskip("cv2").ximgproc
-
-
 @pytest.mark.parametrize(("radius", "eps"), [(4, 1e-3), (8, 1e-4), (3, 1e-2)])
 def test_inside_it_equals_opencv_and_at_the_rim_where_the_picture_is_mirrored(
     ximgproc, radius, eps

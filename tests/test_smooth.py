@@ -10,11 +10,6 @@ from camkit import CamkitError, resize_cam
 from camkit.refiners import FastGlobalSmooth
 
 
-@pytest.fixture
-def ximgproc():
-    return pytest.importorskip("cv2").ximgproc
-
-
 def direct(ximgproc, plane, rgb, smoothness, sigma):
     guide = np.round(255 * rgb.permute(1, 2, 0).numpy()).astype(np.uint8)
     smoother = ximgproc.fastGlobalSmootherFilter
