@@ -68,9 +68,9 @@ def variants(virtual: camkit.edits.VirtualClassTokens) -> list[Variant]:
     gate = camkit.DOEI(virtual=virtual, reading="gate")
     add("virtual gate x1", gate, 3)
     add("virtual proto x4", camkit.DOEI(virtual=virtual, strength=4.0), 3)
-    for reading in ("two_sided", "descriptor"):
-        aligned = camkit.edits.HybridAlignment(reading=reading)
-        add(f"affinity x1, colours {reading}", camkit.DOEI(aligned, reading="affinity"), 3)
+    two_sided, descriptor = camkit.contrib.TwoSidedAlignment(), camkit.contrib.DescriptorAlignment()
+    for name, aligned in (("two_sided", two_sided), ("descriptor", descriptor)):
+        add(f"affinity x1, colours {name}", camkit.DOEI(aligned, reading="affinity"), 3)
     strong = camkit.edits.HybridAlignment(weight=2.0)
     add("affinity x1, alignment x4", camkit.DOEI(strong, reading="affinity"), 3)
     groups = camkit.edits.PatchDecoupling(strength=0.9, rule=TwoMeans())

@@ -1,4 +1,4 @@
-"""diagnose(model, pixels): what camkit sees in a model, what works on it, and the line to write."""
+"""diagnose(model, pixels): what camkit finds in a model, what works on it, and how to begin."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,22 +26,22 @@ SEEDS: tuple[Seed, ...] = (GradientSeed(), RelevanceSeed(), ClassAttentionSeed()
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was measured in one model; ``print`` it.
+    """What was found in one model; ``print`` it.
 
     Attributes:
         model: its class.
-        refusal: why its attention cannot be read; None where it can.
+        refusal: why its attention cannot be read; None if it can.
         blocks: its attention modules in the order they run.
-        heads: heads of the first.
+        heads: of the first attention module.
         tokens: length of its sequence.
-        path: how their attention is seen.
-        anatomy: which tokens are what.
+        path: how the attention is seen.
+        anatomy: roles of the tokens.
         grid: rows and columns of patches.
-        pooling: single queries that pool the patches.
-        rule: what makes the class scores.
-        seeds: for each seed, what stands against it; None where it works.
-        edit_drift: largest change of an output under an edit that changes nothing; None where no
-            edit can be attached.
+        pooling: how many single queries pool the patches.
+        rule: what computes the class scores.
+        seeds: for each seed, why it does not work; None if it does.
+        edit_drift: largest change of an output under an edit that changes nothing; None if no edit
+            can be attached.
         code: the line to begin with.
     """
 
@@ -61,7 +61,7 @@ class Diagnosis:
 
     @property
     def rows(self) -> dict[str, str]:
-        """The same as lines of text."""
+        """The same as names and lines of text."""
         if self.refusal is not None:
             return {"model": self.model, "refused": self.refusal}
         roles = self.anatomy
@@ -84,7 +84,7 @@ class Diagnosis:
         rows["edits"] = (
             "no"
             if self.edit_drift is None
-            else f"work; one that changes nothing moves outputs by {self.edit_drift:.0e}"
+            else f"work; an edit that changes nothing moves outputs by {self.edit_drift:.0e}"
         )
         return rows | {"begin with": self.code}
 
@@ -93,7 +93,7 @@ class Diagnosis:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in self.rows.items())
 
 
-def diagnose(  # noqa: PLR0913 - what `watch` can be told
+def diagnose(  # noqa: PLR0913 - as `watch`
     model: nn.Module,
     run: Tensor | Callable[[nn.Module], object],
     *,
@@ -103,11 +103,11 @@ def diagnose(  # noqa: PLR0913 - what `watch` can be told
     class_tokens: Sequence[int] | None = None,
     grid: Grid | tuple[int, int] | None = None,
 ) -> Diagnosis:
-    """Run a model a few times and tell what camkit can do with it; nothing is left behind.
+    """Run a model a few times and report what camkit can do with it; the model stays as it is.
 
     Args:
         model: any model.
-        run: images as the model takes them, ``(b, 3, H, W)``; or how it is called.
+        run: images as the model takes them, ``(b, 3, H, W)``; or a function that calls it.
         scores: as in `camkit.watch`.
         vocabulary: as in `camkit.watch`.
         modules: as in `camkit.watch`.
@@ -115,12 +115,12 @@ def diagnose(  # noqa: PLR0913 - what `watch` can be told
         grid: as in `camkit.watch`.
 
     Returns:
-        What was seen, or why the model is refused.
+        What was found, or why the model is refused.
 
     Example:
         >>> print(camkit.diagnose(model, torch.rand(1, 3, 224, 224)))  # doctest: +SKIP
     """
-    found = None if modules is None else list(modules)
+    names = None if modules is None else list(modules)
     try:
         with torch.no_grad():
             seen = watch(
@@ -128,7 +128,7 @@ def diagnose(  # noqa: PLR0913 - what `watch` can be told
                 gradients=True,
                 scores=scores,
                 vocabulary=vocabulary,
-                modules=found,
+                modules=names,
                 class_tokens=class_tokens,
                 grid=grid,
             )
@@ -147,10 +147,10 @@ def diagnose(  # noqa: PLR0913 - what `watch` can be told
         anatomy=capture.anatomy,
         grid=capture.grid,
         pooling=len(capture.pooling),
-        rule=_rule(capture, said=scores is not None),
+        rule=_rule(capture, custom=scores is not None),
         seeds=seeds,
-        edit_drift=_drift(model, run, found, class_tokens),
-        code=_code(seeds, capture, alone=isinstance(run, Tensor)),
+        edit_drift=_drift(model, run, names, class_tokens),
+        code=_code(seeds, capture, takes_images=isinstance(run, Tensor)),
     )
 
 
@@ -168,30 +168,30 @@ def _path(model: nn.Module, capture: Capture) -> str:
 
 
 def _path_of(module: nn.Module, block: Attention) -> str:
-    """How one call was seen, and why that way."""
+    """Say how one call was seen, and why that way."""
     if isinstance(module, nn.MultiheadAttention):
         return "multi_head_attention_forward, which is opaque and so written out with the same bits"
     if isinstance(block, FusedAttention):
         return (
             "scaled_dot_product_attention, whose kernel stays; maps are computed from its q and k"
         )
-    return "softmax: the host makes its map itself"
+    return "softmax: the host computes its map itself"
 
 
-def _rule(capture: Capture, *, said: bool) -> str:
+def _rule(capture: Capture, *, custom: bool) -> str:
     if capture.outputs is None:
-        return "none: say how to make them with `scores=`, or use seeds that need none"
+        return "none: compute them with `scores=`, or use seeds that need none"
     tokens = len(capture.anatomy.class_tokens)
     if 1 < tokens == capture.outputs.shape[-1]:
         return "one class token for each class"
-    made = classifiers(capture.tail, capture.outputs)
+    heads = classifiers(capture.tail, capture.outputs)
     kinds = {
         "1x1 convolution" if isinstance(call.module, nn.Conv2d) else "linear classifier"
-        for call in made
+        for call in heads
     }
     if kinds:
-        return ("mean of two: " if len(made) > 1 else "") + ", ".join(sorted(kinds))
-    return "as `scores=` says" if said else "the model's own, from no classifier known to camkit"
+        return ("mean of two: " if len(heads) > 1 else "") + ", ".join(sorted(kinds))
+    return "from `scores=`" if custom else "the model's own, from no classifier known to camkit"
 
 
 def _why_not(seed: Seed, capture: Capture) -> str | None:
@@ -219,8 +219,8 @@ def _drift(
                 edited = _tensors(_call(model, run))
         except CamkitError:
             return None
-    moved = [float((a - b).abs().max()) for a, b in zip(plain, edited, strict=True) if a.numel()]
-    return max(moved, default=0.0)
+    drifts = [float((a - b).abs().max()) for a, b in zip(plain, edited, strict=True) if a.numel()]
+    return max(drifts, default=0.0)
 
 
 def _tensors(output: object) -> list[Tensor]:
@@ -230,16 +230,18 @@ def _tensors(output: object) -> list[Tensor]:
     return [t for part in parts for t in _tensors(part)] if isinstance(parts, Iterable) else []
 
 
-def _code(seeds: dict[str, str | None], capture: Capture, *, alone: bool) -> str:
-    """The whole pipeline where the model takes images and returns scores, else its parts."""
+def _code(seeds: dict[str, str | None], capture: Capture, *, takes_images: bool) -> str:
+    """Return the whole pipeline if the model takes images and returns scores, else its parts."""
     works = next((name for name, why in seeds.items() if why is None), None)
     if works is None:
         return "camkit.watch(model, scores=lambda output: ...)"
-    if not alone or capture.outputs is None:
-        return f"with camkit.watch(model) as seen: ...; camkit.{works}()(seen.capture, classes)"
+    if not takes_images or capture.outputs is None:
+        return (
+            f"with camkit.watch(model) as seen: ...; camkit.seeds.{works}()(seen.capture, classes)"
+        )
     if works == "GradientSeed" or _why_not(ContributionSeed(), capture) is None:
         return "camkit.wrap(model)(photo, classes=[...])"
-    return f"camkit.wrap(model, seed=camkit.{works}())(photo, classes=[...])"
+    return f"camkit.wrap(model, seed=camkit.seeds.{works}())(photo, classes=[...])"
 
 
 def _positions(positions: tuple[int, ...]) -> str:

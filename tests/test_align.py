@@ -419,7 +419,7 @@ def test_a_host_that_shows_neither_tokens_nor_keys_is_refused():
     bare = Capture(
         (ExplicitAttention(torch.full((1, 1, 4, 4), 0.25)),), ("a",), Anatomy(), Grid(2, 2)
     )
-    with pytest.raises(CaptureError, match="no tokens were seen behind the last block, nor keys"):
+    with pytest.raises(CaptureError, match="neither tokens behind the last block nor its keys"):
         bare.patch_embeddings()
 
 

@@ -140,12 +140,12 @@ def test_colours_get_no_gradient_from_pictures_or_pixels():
 
 @pytest.mark.parametrize("patches", [5, 7])
 def test_another_number_of_patches_than_were_cut_is_an_error(patches):
-    with pytest.raises(CaptureError, match=f"6 patches were cut from the images, but {patches}"):
+    with pytest.raises(CaptureError, match=f"were cut into 6 patches, but {patches} tokens"):
         Picture(pixels=picture(), grid=Grid(2, 3)).colours(patches)
 
 
 def test_a_model_that_was_never_given_images_is_an_error():
-    with pytest.raises(CaptureError, match=r"never called with images.*`handle\.rgb = "):
+    with pytest.raises(CaptureError, match=r"not called with images.*`handle\.rgb = "):
         Picture().colours(6)
 
 

@@ -222,7 +222,7 @@ def test_what_cannot_be_overlaid_is_refused(picture, mask, weight, words, no_sha
 
 def test_what_cannot_be_read_is_refused_with_the_way_out():
     model, pixels = built()
-    with pytest.raises(ValueError, match="must be modules of the model, got Linear"):
+    with pytest.raises(ValueError, match="must be modules of the model, got another Linear"):
         compat.GradCAM(model, [nn.Linear(1, 1)])
     with pytest.raises(ValueError, match=r"must make \(b, channels, h, w\).*\(2, 17, 48\)"):
         compat.GradCAM(model, reshape_transform=lambda tokens: tokens)(pixels, TARGETS)

@@ -42,7 +42,7 @@ def test_a_plain_host_is_told_whole():
     [
         (ClassTokenLast, "linear classifier"),
         (lambda: OneTokenPerClass(class_tokens=5), "one class token for each class"),
-        (Embeds, "none: say how to make them with `scores=`, or use seeds that need none"),
+        (Embeds, "none: compute them with `scores=`, or use seeds that need none"),
     ],
 )
 def test_the_rule_behind_the_class_scores_is_told(host, rule):
@@ -51,7 +51,7 @@ def test_the_rule_behind_the_class_scores_is_told(host, rule):
 
 def test_scores_that_were_said_are_told_so():
     found = camkit.diagnose(Embeds(), PIXELS, scores=lambda x: x @ torch.ones(24, 4))
-    assert found.rule == "as `scores=` says"
+    assert found.rule == "from `scores=`"
     assert found.seeds["GradientSeed"] is None
 
 

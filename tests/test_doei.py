@@ -174,7 +174,9 @@ def test_absent_classes_neither_give_nor_take():
 def test_labels_of_another_number_of_classes_are_refused():
     x, o, q, k, site = block(5)
     told = BlockContext(site.anatomy, site.index, site.count, site.picture, torch.ones(2, 4).bool())
-    with pytest.raises(ValueError, match="must tell of the 5 classes that have a token, got 4"):
+    with pytest.raises(
+        ValueError, match="must have a column for each of the 5 classes that have a token, got 4"
+    ):
         DOEI()(x, o, seen(q, k), told)
 
 
@@ -433,7 +435,7 @@ def test_doubtful_images_of_a_recomputed_block_are_an_error_not_a_guess():
 
 def test_the_repr_is_the_configuration():
     edit = DOEI(reading="gate", patches=PatchDecoupling(rule=TwoMeans(steps=3)))
-    names = {**vars(camkit), **vars(camkit.ops.confidence)}
+    names = vars(camkit) | vars(camkit.edits) | vars(camkit.ops.confidence)
     assert eval(repr(edit), names) == edit
 
 

@@ -114,7 +114,7 @@ def test_xformers_is_asked_for_no_more_while_open(asking):
     assert module.XFORMERS_AVAILABLE is True
 
 
-WORDS = r"xFormers \(asked for by research_code\).*with camkit\.torch_kernels\(model\)"
+WORDS = r"xFormers \(asked for by research_code\).*with camkit\.capture\.torch_kernels\(model\)"
 
 
 def test_a_hidden_kernel_is_named_with_the_way_out_when_watched(asking):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from camkit.capture.intercept import Tap
+from camkit.capture.intercept import Intercept, Tap
 from camkit.ops import reweight_plain
 from camkit.ops.reweight import (
     add_affinity_,
@@ -485,11 +485,11 @@ def test_a_tap_sees_a_module_that_calls_them(rows):
     q, k, v = heads(2, 3, 9, 4)
     tilt, seen = tilt_of("keys", q), []
 
-    def on_fused(output, attention):
+    def on_attention(output, attention):
         seen.append(attention)
         return output
 
-    with Tap(on_fused, lambda weights: weights, heads=3):
+    with Intercept(Tap(on_attention, heads=3)):
         found = reweighted_attention(q, k, v, tilt, scale=SCALE, gated_rows=rows)
     (attention,) = seen
     weights = whole_map(q, k, tilt, rows)[1]

@@ -1,14 +1,21 @@
 """What the tap reports is what the host computed, and the host does not notice."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import ClipTower, PrivateCopy, multi_head_attention_forward
+from hosts import shaken
 from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function
 
-from camkit.capture.intercept import Tap
-from camkit.errors import UnsupportedModelError
+from camkit import attach, watch
+from camkit.capture.attention import FusedAttention
+from camkit.capture.intercept import Intercept, Tap
+from camkit.edits import ScaleOutput
+from camkit.errors import CaptureError, UnsupportedModelError
 
 
 class Recorder:
@@ -16,15 +23,14 @@ class Recorder:
 
     def __init__(self):
         self.fused, self.maps = [], []
-        self.tap = Tap(self._fused, self._explicit)
+        self.tap = Intercept(Tap(self._on_attention))
 
-    def _fused(self, output, seen):
-        self.fused.append((seen.q, seen.k, seen.v, seen.scale, seen.bias))
+    def _on_attention(self, output, seen):
+        if isinstance(seen, FusedAttention):
+            self.fused.append((seen.q, seen.k, seen.v, seen.scale, seen.bias))
+        else:
+            self.maps.append(output)
         return output
-
-    def _explicit(self, weights):
-        self.maps.append(weights)
-        return weights
 
 
 @pytest.fixture
@@ -209,7 +215,11 @@ def test_arguments_by_position_recompute_to_the_output(recorder):
 
 def test_the_host_goes_on_with_what_the_tap_returns():
     q = torch.randn(1, 2, 5, 8)
-    with Tap(lambda output, *_: output + 1, lambda weights: weights * 2):
+
+    def changed(output, seen):
+        return output + 1 if isinstance(seen, FusedAttention) else output * 2
+
+    with Intercept(Tap(changed)):
         fused = F.scaled_dot_product_attention(q, q, q)
         explicit = torch.softmax(q, -1)
     torch.testing.assert_close(fused, F.scaled_dot_product_attention(q, q, q) + 1)
@@ -219,11 +229,11 @@ def test_the_host_goes_on_with_what_the_tap_returns():
 def knowing(*, normaliser=True):
     seen = []
 
-    def on_fused(output, attention):
+    def on_attention(output, attention):
         seen.append(attention)
         return output
 
-    return Tap(on_fused, lambda weights: weights, normaliser=normaliser), seen
+    return Intercept(Tap(on_attention, normaliser=normaliser)), seen
 
 
 NORMALISED = {
@@ -284,3 +294,94 @@ def test_gradients_through_a_known_normaliser_are_those_of_softmax():
     whole = (q @ k.mT * 8**-0.5).softmax(-1)[..., [2]]
     for mine, theirs in zip(found, torch.autograd.grad(whole, (q, k), up), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+# private copies of torch's functions, which let torch-function modes take over
+
+
+def overriding(function, name):
+    """The function under another's name, with the lines by which torch's own lets modes see it."""
+
+    def private(*args, **kwargs):
+        tensors = tuple(value for value in args if isinstance(value, torch.Tensor))
+        if has_torch_function(tensors):
+            return handle_torch_function(private, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    private.__name__ = name
+    return private
+
+
+def half_precision(*args, **kwargs):
+    """As WeCLIP: its projection runs in another precision."""
+    args = [a.bfloat16().float() if isinstance(a, nn.Parameter) else a for a in args]
+    return multi_head_attention_forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, {"need_weights": False}], ids=str)
+@pytest.mark.parametrize(
+    ("function", "shown"), [(multi_head_attention_forward, 2), (half_precision, 0)]
+)
+def test_a_private_copy_is_seen_where_it_has_the_bits_of_torch_and_runs_as_written_elsewhere(
+    recorder, function, shown, options
+):
+    module = PrivateCopy(overriding(function, "multi_head_attention_forward"))
+    x = torch.randn(7, 2, 32)
+    expected = module(x, x, x, **options)
+    with recorder.tap:
+        for _ in range(2):
+            found = module(x, x, x, **options)
+            assert torch.equal(found[0], expected[0])
+            assert found[1] is expected[1] or torch.equal(found[1], expected[1])
+    assert len(recorder.maps) == shown
+    for weights in recorder.maps if options == {} else ():
+        torch.testing.assert_close(weights.mean(1), expected[1])
+
+
+def test_a_private_copy_is_judged_anew_for_other_kinds_of_input(recorder):
+    """This one is torch's in double precision alone."""
+    plain = multi_head_attention_forward
+
+    def picky(query, *others, **kwargs):
+        return (plain if query.dtype == torch.float64 else half_precision)(query, *others, **kwargs)
+
+    module = PrivateCopy(overriding(picky, "multi_head_attention_forward"))
+    for dtype, shown in ((torch.float32, 0), (torch.float64, 1), (torch.float32, 1)):
+        x = torch.randn(7, 2, 32, dtype=dtype)
+        expected = module.to(dtype)(x, x, x)
+        with recorder.tap:
+            found = module(x, x, x)
+        assert torch.equal(found[0], expected[0])
+        assert len(recorder.maps) == shown
+
+
+@pytest.mark.parametrize(
+    ("function", "shown"),
+    [
+        (lambda x, dim: x.softmax(dim), 1),
+        (lambda x, dim: (2.0 * x).softmax(dim), 0),
+        (lambda x: x.softmax(-1), 0),
+    ],
+    ids=["torch's", "sharper", "other arguments"],
+)
+def test_a_private_softmax_is_seen_only_if_it_is_torchs(recorder, function, shown):
+    private, logits = overriding(function, "softmax"), torch.randn(2, 3, 5, 5)
+    told = (logits, -1)[: function.__code__.co_argcount]
+    with recorder.tap:
+        weights = private(*told)
+    assert torch.equal(weights, function(*told))
+    assert [seen is weights for seen in recorder.maps] == [True] * shown
+
+
+def test_a_host_whose_private_copy_differs_is_left_alone_and_its_attention_is_called_hidden():
+    different = overriding(half_precision, "multi_head_attention_forward")
+    model = shaken(ClipTower(partial(PrivateCopy, different)))
+    pixels = torch.randn(2, 3, 32, 48)
+    expected = model(pixels)
+    with watch(model) as seen:
+        assert torch.equal(model(pixels), expected)
+    with pytest.raises(CaptureError, match="attention modules ran but none called softmax"):
+        _ = seen.capture
+    with attach(model, ScaleOutput()), pytest.raises(CaptureError, match="attention was not seen"):
+        model(pixels)
+    assert torch.equal(model(pixels), expected)

@@ -15,7 +15,7 @@ from torch import nn
 
 import camkit
 from camkit.capture.class_query import ClassQuery
-from camkit.capture.intercept import EvenRows
+from camkit.capture.intercept import EvenRows, Intercept
 from camkit.capture.record import WatchSpec, required_by
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds.token_gradients import principal_component
@@ -218,11 +218,11 @@ def test_legrad_of_the_class_token_is_the_gradient_at_its_row_alone(family, clas
     ("host", "words"),
     [
         ("explicit softmax", "writes its softmax out"),
-        ("average pooled", "has 0 class tokens, where one is needed"),
+        ("average pooled", "has 0 class tokens, but one is needed"),
         ("learned bias", "cannot be called with the class token alone"),
         ("training", "is in training mode"),
         ("hooked", "carries hooks or edits"),
-        ("edited", "makes something else of the class token"),
+        ("edited", "computes another class token"),
     ],
 )
 def test_a_class_token_that_cannot_be_followed_alone_is_refused(host, words):
@@ -280,7 +280,7 @@ def test_a_linear_layer_of_even_rows_has_the_gradient_of_any_other(even):
     layer, tokens = nn.Linear(4, 3).double(), torch.randn(2, 5, 4, dtype=torch.float64)
     weights = torch.randn(2, 1 if even else 5, 3, dtype=torch.float64).expand(2, 5, 3)
     found = []
-    for mode in (EvenRows, torch.enable_grad):
+    for mode in (lambda: Intercept(EvenRows()), torch.enable_grad):
         start = tokens.clone().requires_grad_()
         with mode():
             output = layer(start)
@@ -424,7 +424,7 @@ def test_legrad_refuses_a_classifier_of_other_tokens():
     capture = capture_of(ReadsBoth(beside=True).eval(), PIXELS, seed)
     with pytest.raises(UnsupportedModelError, match="not those of a linear classifier of one"):
         seed(capture, CLASSES)
-    with pytest.raises(UnsupportedModelError, match="no block lies around the attention"):
+    with pytest.raises(UnsupportedModelError, match="lie in no block, so there are no tokens"):
         capture_of(HandMade(), PIXELS, seed)
 
 

@@ -1,4 +1,4 @@
-"""Which tokens are what: measured on the model itself."""
+"""The roles of tokens, measured on the model itself."""
 
 import random
 import warnings
@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from camkit.capture.hooks import Hooks
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.grid import Grid
 
 CLASS_PARAMETERS = ("cls_token", "class_token", "class_embedding", "cls_embedding")
 DISTILLATION_PARAMETERS = ("dist_token", "distillation_token")
@@ -34,8 +35,8 @@ class Anatomy:
     Attributes:
         class_tokens: one, none, or one for each class.
         distillation_tokens: DeiT's second class token.
-        register_tokens: what DINOv2 and its heirs park global information in.
-        other_tokens: neither patch nor of a known name.
+        register_tokens: hold global information in DINOv2 and its successors.
+        other_tokens: neither patches nor made from a parameter of a known name.
         sequence_first: whether the host's tokens come as ``(t, b, d)``.
     """
 
@@ -47,7 +48,7 @@ class Anatomy:
 
     @property
     def special_tokens(self) -> tuple[int, ...]:
-        """Positions of all tokens that are no patches."""
+        """Positions of all tokens that are not patches."""
         return (
             *self.class_tokens,
             *self.distillation_tokens,
@@ -56,18 +57,18 @@ class Anatomy:
         )
 
     def patches(self, tokens: int) -> list[int]:
-        """Positions of the patches in a sequence of ``tokens`` tokens."""
+        """Return positions of the patches in a sequence of ``tokens`` tokens."""
         special = {position % tokens for position in self.special_tokens}
         return [position for position in range(tokens) if position not in special]
 
 
 def measuring() -> bool:
-    """Whether the running forward is one of `measure_anatomy`; nothing else should look at it."""
+    """Whether camkit itself runs the model in this thread; its hooks ignore such forwards."""
     return getattr(_HERE, "measuring", False)
 
 
 def image_batch(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-    """The images among the arguments of a call: its first 4-d floating-point tensor."""
+    """Return the images among the arguments of a call: its first 4-d floating-point tensor."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4:
             return value
@@ -77,12 +78,12 @@ def image_batch(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
 def measure_anatomy(
     model: nn.Module, attention: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Anatomy:
-    """Find the special tokens by moving what makes them.
+    """Find the special tokens by changing what they are made from.
 
-    The pixels, then each class, distillation and register parameter, are replaced by moved copies
-    while the model runs up to its first attention and no further; the positions that answer are
-    recorded. The model's own tensors are not written to, and random number generators are left
-    where they were.
+    The pixels, then each class, distillation and register parameter, are replaced by changed copies
+    while the model runs up to its first attention and no further; the positions whose tokens change
+    are recorded. The model's own tensors are not written to, and random number generators keep
+    their state.
 
     Args:
         model: the host.
@@ -91,8 +92,8 @@ def measure_anatomy(
         kwargs: what it was called with, by name.
 
     Raises:
-        UnsupportedModelError: tokens are NaN, no position answers to the pixels, or patches do not
-            come row by row.
+        UnsupportedModelError: tokens are NaN, none depends on the pixels, or patches do not come
+            row by row.
     """
     pixels = image_batch(args, kwargs)
     if pixels is None or pixels.shape[0] == 0:
@@ -110,7 +111,7 @@ def measure_anatomy(
 
         new_args = tuple(paired(value) for value in args)
         new_kwargs = {name: paired(value) for name, value in kwargs.items()}
-        with alone(pixels.device), torch.no_grad():
+        with isolated_rng(pixels.device), torch.no_grad():
             return _first_tokens(model, attention, parameters, new_args, new_kwargs)
 
     plain = tokens_of(probe, {})
@@ -123,21 +124,21 @@ def measure_anatomy(
     noise = torch.rand(probe.shape, generator=torch.Generator().manual_seed(0)).to(probe)
     upper = probe.clone()
     upper[..., : len(upper[0, 0]) // 2, :] = noise[..., : len(upper[0, 0]) // 2, :]
-    patches = _moved(plain, tokens_of(noise, {}))
-    _check_order(patches, _moved(plain, tokens_of(upper, {})))
+    patches = _changed(plain, tokens_of(noise, {}))
+    _check_order(patches, _changed(plain, tokens_of(upper, {})))
     roles: dict[str, tuple[int, ...]] = {}
     for role, names in (
         ("class_tokens", CLASS_PARAMETERS),
         ("distillation_tokens", DISTILLATION_PARAMETERS),
         ("register_tokens", REGISTER_PARAMETERS),
     ):
-        moved = {
+        ramped = {
             name: _ramped(parameter)
             for name, parameter in model.named_parameters()
             if name.rpartition(".")[2] in names
         }
-        answers = _moved(plain, tokens_of(probe, moved)) if moved else []
-        roles[role] = tuple(position for position in answers if position not in patches)
+        changed = _changed(plain, tokens_of(probe, ramped)) if ramped else []
+        roles[role] = tuple(position for position in changed if position not in patches)
     known = {position for positions in roles.values() for position in positions}
     count = _sequence_length(plain)
     rest = tuple(p for p in range(count) if p not in known and p not in patches)
@@ -152,18 +153,18 @@ def measure_anatomy(
 
 
 def _check_order(patches: list[int], upper: list[int]) -> None:
-    """The upper half of the picture must move the first patches and no others."""
+    """Check that the upper half of the picture changes the first patches and no others."""
     if not patches:
         raise UnsupportedModelError("no token of the first attention depends on the pixels")
-    moved = [position for position in patches if position in upper]
-    if moved != patches[: len(moved)]:
+    changed = [position for position in patches if position in upper]
+    if changed != patches[: len(changed)]:
         raise UnsupportedModelError(
             "the patches do not come in the order of their rows (shuffled as in masked "
             "autoencoders, or sorted into windows), so they cannot be put back on a grid"
         )
 
 
-class _Reached(Exception):  # noqa: N818 - a signal, no error
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
         self.tokens = tokens
@@ -187,7 +188,7 @@ def _first_tokens(
             hooks.before(module, stop)
         # copies of the buffers take the running statistics of a stem in training mode
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with warnings.catch_warnings():  # reentrant checkpoints miss the gradients we do not take
+        with warnings.catch_warnings():  # reentrant checkpoints miss gradients nobody takes
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
             functional_call(model, {**buffers, **parameters}, args, kwargs)
     except _Reached as reached:
@@ -210,15 +211,37 @@ def _sequence_length(tokens: Tensor) -> int:
     return tokens.shape[1] if tokens.shape[0] == 2 else tokens.shape[0]
 
 
-def _moved(before: Tensor, after: Tensor) -> list[int]:
+def _changed(before: Tensor, after: Tensor) -> list[int]:
+    """Return the positions whose tokens differ."""
     change = (after - before).abs().float()
     change = change.amax((0, 2)) if before.shape[0] == 2 else change.amax((1, 2))
     return [int(i) for i in (change > 1e-4 * change.max()).nonzero().flatten()]
 
 
+def grid_of_aspect(size: Sequence[int], count: int) -> Grid:
+    """Return the one grid of ``count`` patches that has exactly the image's aspect ratio.
+
+    Args:
+        size: rows and columns of pixels.
+        count: patches.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    if len(size) == 2 and count:
+        height, width = size
+        rows = round((count * height / width) ** 0.5)
+        if rows and count % rows == 0 and rows * width == count // rows * height:
+            return Grid(rows, count // rows)
+    raise UnsupportedModelError(
+        "no patch embedding found (a convolution with 3 input channels, stride = kernel >= 4), "
+        "so the patch grid is unknown; name it with `grid=(rows, cols)`"
+    )
+
+
 @contextmanager
-def alone(device: torch.device) -> Iterator[None]:
-    """Every run draws the same dropout; the caller's generators and our hooks do not notice."""
+def isolated_rng(device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers each time, restore all generators, disable camkit's hooks."""
     devices = [device] if device.type == "cuda" else []
     python_state = random.getstate()
     with torch.random.fork_rng(devices=devices):

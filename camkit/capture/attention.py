@@ -1,15 +1,13 @@
-"""One attention call: computed from q and k where it was fused, else read from its map."""
+"""One attention call: computed from q and k if it was fused, else read from its map."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from camkit.capture.anatomy import WINDOWS, Anatomy
-from camkit.capture.host import head_count
 from camkit.errors import CaptureError
 from camkit.ops.attention import (
     Bias,
@@ -23,13 +21,14 @@ from camkit.ops.attention import (
 from camkit.ops.propagation import propagate
 
 
-def key_bias(tilt: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log-weights as an additive mask, in the queries' own type: cuDNN misreads any other."""
-    return (tilt[:, None, None] if tilt.dim() == 2 else tilt[:, :, None]).to(dtype)
+def key_bias(log_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return log-weights as an additive mask, in the queries' type: cuDNN misreads any other."""
+    per_head = log_weights if log_weights.dim() == 3 else log_weights[:, None]
+    return per_head[:, :, None].to(dtype)
 
 
 def gated_bias(log_weights: Tensor | None, gated_rows: int, q: Tensor) -> Tensor | None:
-    """Log-weights as `camkit.ops.reweight` takes them: -1 rows are all, others the first ones."""
+    """Return the bias of `camkit.ops.reweight`, whose ``gated_rows`` of -1 means all rows."""
     if log_weights is None:
         return None
     bias = key_bias(log_weights, log_weights.dtype)
@@ -40,14 +39,14 @@ def gated_bias(log_weights: Tensor | None, gated_rows: int, q: Tensor) -> Tensor
 
 
 def bias_of(mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-    """What was added to the logits, broadcastable to ``(b, a, t, s)``."""
+    """Return what a mask adds to the logits, broadcastable to ``(b, a, t, s)``."""
     if is_causal:
         mask = torch.ones(
             query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
         ).tril()
     if mask is None:
         return None
-    if mask.dtype == torch.bool:  # here True takes part
+    if mask.dtype == torch.bool:  # True takes part
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
     return mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
 
@@ -57,23 +56,23 @@ Map = Float[Tensor, "b a t s"]
 
 @runtime_checkable
 class Attention(Protocol):
-    """What can be asked of an attention call, however it was computed."""
+    """What every attention call provides, however it was computed."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Images, heads, queries, keys."""
 
     def watched(self) -> Tensor:
-        """The tensor of the host's graph that gradients are taken at."""
+        """Return the tensor of the host's graph that gradients are taken at."""
 
     def rows(self, queries: Sequence[int]) -> Float[Tensor, "b a c s"]:
-        """What the tokens ``queries`` attend to."""
+        """Return what the tokens ``queries`` attend to."""
 
     def columns(self, keys: Sequence[int]) -> Float[Tensor, "b a t c"]:
-        """How much every token attends to the tokens ``keys``."""
+        """Return how much every token attends to the tokens ``keys``."""
 
     def head_mean(self) -> Float[Tensor, "b t s"]:
-        """The whole map averaged over heads; this one is large."""
+        """Return the whole map averaged over heads; it is large."""
 
     def propagate(
         self, values: Float[Tensor, "b k n"], patches: Sequence[int]
@@ -81,7 +80,7 @@ class Attention(Protocol):
         """Average ``values`` over the patches each patch attends to."""
 
     def gradient_rows(self, gradient: Tensor, queries: Sequence[int]) -> Float[Tensor, "b a c s"]:
-        """Gradient of the rows ``queries`` of the map, given the gradient at ``watched``."""
+        """Return the gradient of the rows ``queries``, given the gradient at ``watched``."""
 
     def hop(self, relevance: Float[Tensor, "b t"], gradient: Tensor) -> Float[Tensor, "b s"]:
         """Carry token relevance one block down (`camkit.ops.attention.relevance_hop`)."""
@@ -89,7 +88,7 @@ class Attention(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FusedAttention:
-    """Attention that ran in a fused kernel: everything is computed from q and k when asked."""
+    """Attention that ran in a fused kernel: everything is computed from q and k on demand."""
 
     q: Heads
     k: Float[Tensor, "b a s d"]
@@ -151,11 +150,13 @@ class FusedAttention:
         )
 
     def detached(self, *, values: bool) -> "FusedAttention":
-        """The call outside of its graph, with what gradients are made of or without."""
-        found = {name: getattr(self, name) for name in ("q", "k", "bias", "v", "output")}
-        found = {name: None if part is None else part.detach() for name, part in found.items()}
-        gone = {} if values else {"v": None, "output": None}
-        return replace(self, **found | gone)
+        """Return the call without its graph, with or without what gradients are computed from."""
+        keep = ("q", "k", "bias", "v", "output") if values else ("q", "k", "bias")
+        parts: dict[str, Any] = {"v": None, "output": None}
+        for name in keep:
+            part = getattr(self, name)
+            parts[name] = None if part is None else part.detach()
+        return replace(self, **parts)
 
     @property
     def _values(self) -> Tensor:
@@ -166,7 +167,7 @@ class FusedAttention:
 
 @dataclass(frozen=True, eq=False)
 class ExplicitAttention:
-    """Attention whose host built the map itself."""
+    """Attention whose host computes the map itself."""
 
     weights: Map
 
@@ -212,7 +213,7 @@ _NO_GRAPH = (
 
 @dataclass(frozen=True, eq=False)
 class ClassRows:
-    """Rows of some queries, computed while the forward ran; q and k are gone.
+    """Rows of some queries, computed during the forward; q and k are dropped.
 
     Attributes:
         shape: images, heads, queries, keys of the whole map.
@@ -226,120 +227,19 @@ class ClassRows:
 
     @classmethod
     def of(cls, attention: Attention, class_tokens: Sequence[int]) -> "ClassRows":
-        """Those of the class tokens, or of the one query that pools."""
+        """Keep the rows of the class tokens, or of the one query that pools."""
         queries = (0,) if attention.shape[2] == 1 else tuple(class_tokens)
         return cls(attention.shape, queries, attention.rows(queries))
 
     def rows(self, queries: Sequence[int]) -> Map:
         if not set(queries) <= set(self.queries):
-            _refuse()
+            self._refuse()
         return self.weights[:, :, [self.queries.index(query) for query in queries]]
 
-    def watched(self) -> Tensor:
-        _refuse()
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise CaptureError(
+            "this watch kept only the class rows of the attention, but more of it is needed; watch "
+            "without `class_rows_only`"
+        )
 
-    def columns(self, keys: Sequence[int]) -> Map:  # noqa: ARG002
-        _refuse()
-
-    def head_mean(self) -> Float[Tensor, "b t s"]:
-        _refuse()
-
-    def propagate(
-        self,
-        values: Float[Tensor, "b k n"],  # noqa: ARG002
-        patches: Sequence[int],  # noqa: ARG002
-    ) -> Float[Tensor, "b k n"]:
-        _refuse()
-
-    def gradient_rows(self, gradient: Tensor, queries: Sequence[int]) -> Map:  # noqa: ARG002
-        _refuse()
-
-    def hop(self, relevance: Float[Tensor, "b t"], gradient: Tensor) -> Float[Tensor, "b s"]:  # noqa: ARG002
-        _refuse()
-
-
-def _refuse() -> NoReturn:
-    raise CaptureError(
-        "this watch kept class rows alone, and more of the attention was asked for; watch without "
-        "`class_rows_only`"
-    )
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """One call of an attention module.
-
-    Attributes:
-        images: how many the forward has; None where it is not known.
-        lengths: sequence lengths that its tokens may have; none where no tensor came in.
-        head_dim: channels of a head, for modules whose name tells of attention between channels; 0
-            for all others.
-        calls: maps it has made so far.
-    """
-
-    images: int | None = None
-    lengths: tuple[int, ...] = ()
-    head_dim: int = 0
-    calls: int = 0
-
-    @classmethod
-    def by(
-        cls,
-        values: Iterable[object],
-        *,
-        images: int | None,
-        module: nn.Module,
-        anatomy: Anatomy | None,
-        measured: bool,
-    ) -> "AttentionInputs":
-        """Read from what a module is called with.
-
-        Args:
-            values: its arguments.
-            images: how many the forward has.
-            module: which is called.
-            anatomy: roles of its tokens.
-            measured: whether the anatomy is, and so the order of its axes.
-        """
-        lengths: list[int] = []
-        dims: list[int] = []
-        for x in values:
-            if not isinstance(x, Tensor) or x.dim() < 2:
-                continue
-            if x.dim() == 4:  # tokens on their grid, channels last or first
-                lengths += [x.shape[1] * x.shape[2], x.shape[2] * x.shape[3]]
-                continue
-            first = x.dim() == 2 or (anatomy is not None and anatomy.sequence_first)
-            lengths += list(x.shape[:2]) if not measured else [x.shape[0 if first else 1]]
-            dims.append(x.shape[-1])
-        named = any(word in type(module).__name__.lower() for word in ("xca", "channel"))
-        head_dim = dims[0] // head_count(module) if named and dims else 0
-        return cls(images, tuple(lengths), head_dim)
-
-    def against(self, shape: tuple[int, int, int, int]) -> str:
-        """Why a map of this shape does not relate tokens one to one; empty where it does."""
-        images, _, tokens, keys = shape
-        if self.calls:
-            return (
-                "one attention module makes several maps in a call and mixes them in its own way "
-                "(differential attention, ConViT's gates), so none of them is the one it uses"
-            )
-        if self.images is not None and images != self.images:
-            return WINDOWS.format(windows=images, images=self.images)
-        if tokens != keys:
-            return (
-                f"{tokens} queries attend to {keys} keys: spatially reduced attention (PVT, MiT) "
-                "does not relate patches one to one"
-            )
-        if self.lengths and tokens not in self.lengths:
-            return (
-                f"an attention map of {tokens}x{keys} belongs to no sequence of that length: "
-                "attention between channels (XCiT) or inside windows (Swin) does not relate "
-                "patches one to one"
-            )
-        if tokens == self.head_dim:
-            return (
-                f"{tokens} tokens meet {tokens} channels a head, so whether a map relates tokens "
-                "or channels (XCiT) cannot be told; call the model with another image size"
-            )
-        return ""
+    watched = columns = head_mean = propagate = gradient_rows = hop = _refuse

@@ -1,4 +1,4 @@
-"""Module hooks, graph mode and evaluation mode that are always put back."""
+"""Module hooks, gradient mode and evaluation mode that are always restored."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,14 +67,13 @@ _ABANDONED: list[Any] = []  # freeing one would switch inference mode on where i
 
 
 class Graph:
-    """The gradient mode of one forward at a time.
+    """The gradient mode of one forward.
 
     Everything before the first tensor given to ``begin`` runs as the caller wished, without a graph
     under `torch.no_grad`. A forward under `torch.inference_mode` runs outside of it.
     """
 
     def __init__(self) -> None:
-        self._outside = torch.is_grad_enabled()
         self._before: bool | None = None
         self._normal: Any = None
 
@@ -87,7 +86,7 @@ class Graph:
             torch.set_grad_enabled(False)
 
     def begin(self, tensor: Tensor) -> Tensor:
-        """The tensor as a node of the graph: itself where it is one already, else a new leaf."""
+        """Return the tensor as a node of the graph: itself if it is one, else a new leaf."""
         if tensor.requires_grad:
             return tensor
         torch.set_grad_enabled(True)  # until the model returns
@@ -95,32 +94,32 @@ class Graph:
         return start.requires_grad_()
 
     def pause(self) -> bool:
-        """Go on without a graph, if the caller wanted none; whether that is so."""
+        """Go on without a graph if the caller wanted none, and return whether that is so."""
         if self._before is not False:
             return False
         torch.set_grad_enabled(False)
         return True
 
     def leave(self) -> bool:
-        """The forward has ended; whether it had a graph that its caller did not ask for."""
-        began = self._before is False and torch.is_grad_enabled()
-        self._restore(self._before)
+        """The forward has ended; returns whether it had a graph its caller did not ask for."""
+        if self._before is None:
+            return False
+        began = not self._before and torch.is_grad_enabled()
+        torch.set_grad_enabled(self._before)
+        self._before = None
         if self._normal is not None:
             normal, self._normal = self._normal, None
             normal.__exit__(None, None, None)
         return began
 
-    def stop(self) -> None:
-        """No more forwards; one that was interrupted has not been left."""
-        self._restore(self._outside)
+    def abandon(self, mode: bool) -> None:
+        """The forward was interrupted; gradient mode is set to ``mode``."""
+        if self._before is not None:
+            torch.set_grad_enabled(mode)
+            self._before = None
         if self._normal is not None:
             _ABANDONED.append(self._normal)
             self._normal = None
-
-    def _restore(self, mode: bool | None) -> None:
-        if self._before is not None and mode is not None:
-            torch.set_grad_enabled(mode)
-            self._before = None
 
 
 @contextmanager

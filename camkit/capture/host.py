@@ -1,4 +1,4 @@
-"""A model as camkit finds it: its attention modules, embeddings, entrances and hidden kernels."""
+"""A model as camkit finds it: attention modules, blocks, embeddings, entrances, hidden kernels."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,34 +33,43 @@ PROJECTIONS = (
     ("in_proj", "attn_drop"),
 )
 
+# -- Modules by their form.
+
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module has a head count and query, key and value projections of some known form.
+    """Whether a module has a head count and query, key and value projections of a known form.
 
-    Where attention and its output projection are two modules in one (transformers), it is that one.
+    Where attention and its output projection are two modules in one (transformers), that one is
+    the attention module.
     """
     if isinstance(module, nn.MultiheadAttention):
         return True
     parts = dict(module.named_children())
     if set(parts) == {"attention", "output"}:
         return is_attention(parts["attention"])
-    if not any(isinstance(getattr(module, name, None), int) for name in HEAD_COUNTS):
+    if all(not isinstance(getattr(module, name, None), int) for name in HEAD_COUNTS):
         return False
-    held = {**dict(module.named_children()), **dict(module.named_parameters(recurse=False))}
-    return any(all(name in held for name in names) for names in PROJECTIONS)
+    held = {*parts, *dict(module.named_parameters(recurse=False))}
+    return any(held.issuperset(names) for names in PROJECTIONS)
 
 
 def head_count(module: nn.Module) -> int:
-    """Heads of an attention module, as it or a part of it says; 1 where none does."""
-    counts = (getattr(part, name, None) for part in module.modules() for name in HEAD_COUNTS)
-    return next((count for count in counts if isinstance(count, int) and count > 0), 1)
+    """Return the heads of an attention module, by its own attribute or a part's; 1 if unknown."""
+    for part in module.modules():
+        for name in HEAD_COUNTS:
+            count = getattr(part, name, None)
+            if isinstance(count, int) and count > 0:
+                return count
+    return 1
 
 
 def is_pooling(model: nn.Module, name: str) -> bool:
-    """Whether an attention module says, or its parent, that it pools tokens into one."""
-    lineage = (model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
-    names = [type(module).__name__.lower() for module in lineage]
-    return any(word in name for name in names for word in ("pool", "classattn"))
+    """Whether the class of an attention module, or of its parent, says that it pools tokens."""
+    for path in (name, name.rpartition(".")[0]):
+        kind = type(model.get_submodule(path)).__name__.lower()
+        if "pool" in kind or "classattn" in kind:
+            return True
+    return False
 
 
 def is_whole_block(module: nn.Module) -> bool:
@@ -69,59 +78,52 @@ def is_whole_block(module: nn.Module) -> bool:
 
 
 def find_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """All attention modules by name; of nested ones the outermost.
+    """Find all attention modules, by name; of nested ones the outermost.
 
     Raises:
         UnsupportedModelError: there is none of a known form.
     """
-    found: dict[str, nn.Module] = {}
+    attention: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if not inside and is_attention(module):
-            found[name] = module
-    if not found:
+        if not name.startswith(inside) and is_attention(module):
+            attention[name] = module
+            inside = (*inside, f"{name}.")
+    if not attention:
         raise UnsupportedModelError(
             f"no attention found in {type(model).__name__}: camkit watches modules that hold a "
             f"head count ({', '.join(HEAD_COUNTS)}) and query, key and value projections"
         )
-    return found
+    return attention
 
 
 def find_patch_embeddings(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """The convolutions that cut images into patches: stride as large as their kernel."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and module.in_channels == 3
-        and module.kernel_size == module.stride
-        and module.stride[0] >= 4
-    }
+    """Find the convolutions that cut images into patches: stride as large as their kernel."""
+    embeddings = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d) or module.in_channels != 3:
+            continue
+        if module.kernel_size == module.stride and module.stride[0] >= 4:
+            embeddings[name] = module
+    return embeddings
 
 
 def of_images(attention: dict[str, nn.Module], embeddings: Iterable[str]) -> dict[str, nn.Module]:
     """Leave out towers without a patch embedding, such as the text half of CLIP."""
-    branches = [name.split(".")[:-1] for name in embeddings]
-    if not branches:
-        return attention
-
-    def depth(name: str, branch: list[str]) -> int:
-        path = name.split(".")
-        return next((i for i, part in enumerate(branch) if path[i : i + 1] != [part]), len(branch))
-
-    deepest = [max(depth(name, branch) for name in attention) for branch in branches]
-    return {
-        name: module
-        for name, module in attention.items()
-        if any(depth(name, b) == d for b, d in zip(branches, deepest, strict=True))
-    }
+    kept: set[str] = set()
+    for embedding in embeddings:
+        branch = embedding.split(".")[:-1]
+        depths = {name: _shared([branch, name.split(".")]) for name in attention}
+        deepest = max(depths.values())
+        kept.update(name for name, depth in depths.items() if depth == deepest)
+    return {name: m for name, m in attention.items() if name in kept} if kept else attention
 
 
 def name_attention(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The modules a user calls attention."""
-    held = dict(model.named_modules())
+    """Return the modules that a user named as attention."""
+    names, held = list(names), dict(model.named_modules())
     unknown = [name for name in names if name not in held]
-    if unknown or not list(names):
+    if unknown or not names:
         known = ", ".join(name for name in held if "attn" in name or "attention" in name)
         raise ValueError(
             f"`modules` must name modules of {type(model).__name__}, "
@@ -130,22 +132,89 @@ def name_attention(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Modul
     return {name: held[name] for name in names}
 
 
+def _shared(paths: Sequence[list[str]]) -> int:
+    """Count the first parts that all paths have in common."""
+    for count, parts in enumerate(zip(*paths, strict=False)):
+        if len(set(parts)) > 1:
+            return count
+    return min(map(len, paths))
+
+
+def block_names(attention: Sequence[str]) -> list[str]:
+    """Name the block around each attention module; its own name if nothing is around it.
+
+    Members of a list are blocks; where names part before a list, as those of two encoders do
+    (SeCo's student and teacher), each part is searched by itself.
+
+    Args:
+        attention: names of attention modules.
+    """
+    if len(attention) == 1:
+        return [attention[0].rpartition(".")[0]]
+    blocks = []
+    paths = [name.split(".") for name in attention]
+    for path in paths:
+        beside, inside = paths, 0
+        while len(beside) > 1 and not (inside and path[inside - 1].isdigit()):
+            inside = _shared(beside) + 1
+            beside = [other for other in beside if other[:inside] == path[:inside]]
+        blocks.append(".".join(path[:inside]))
+    return blocks
+
+
+def block_modules(model: nn.Module, attention: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the block that each attention module lies in, by the attention's name.
+
+    Pooling heads are left out, and so is attention that is a block of its own.
+
+    Args:
+        model: the host.
+        attention: names of its attention modules.
+    """
+    names = [name for name in attention if not is_pooling(model, name)]
+    blocks = {}
+    for name, block in zip(names, block_names(names) if names else (), strict=True):
+        if block not in ("", name):
+            blocks[name] = model.get_submodule(block)
+    return blocks
+
+
+def tail_modules(model: nn.Module, attention: Sequence[str]) -> list[nn.Module]:
+    """Return the leaf modules outside the blocks of the attention modules, and pooling modules."""
+    single = len(attention) == 1  # what is around it may be the whole model
+    blocks = attention if single else block_names(attention)
+    inside = tuple(f"{block}." for block in blocks)
+    tail: dict[nn.Module, None] = {}
+    for name, module in model.named_modules():
+        leaf = next(module.children(), None) is None
+        if leaf and not f"{name}.".startswith(inside):
+            tail[module] = None
+    for name in attention:
+        for path in (name, name.rpartition(".")[0]):
+            module = model.get_submodule(path)
+            if path and "pool" in type(module).__name__.lower():
+                tail[module] = None
+    return list(tail)
+
+
+# -- Kernels that hide attention.
+
 VISIBLE = ("sdpa", "eager")
 _XFORMERS = "XFORMERS_AVAILABLE"  # what DINOv2's code asks at every call
 
 
 @contextmanager
 def torch_kernels(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    """Run a model's attention in torch's own kernel while open, where another one hides it.
+    """Run a model's attention in torch's own kernel inside a ``with`` block, if another hides it.
 
     `camkit.watch` and `camkit.attach` never switch anything; when they report a hidden kernel, open
     this around them. It knows two kinds: the implementation named in a transformers config
     (flash_attention_2, flex_attention, kernels of the hub), and code that asks for xFormers as
     DINOv2's does, which is switched in its Python module and so for all models made of it. Results
-    agree up to rounding, and on leaving every switch is as it was.
+    agree up to rounding, and every switch is restored at the end.
 
     Yields:
-        What was switched; empty where nothing had to be.
+        What was switched; empty if nothing had to be.
 
     Example:
         >>> with camkit.capture.torch_kernels(model), camkit.watch(model) as seen:  # doctest: +SKIP
@@ -168,35 +237,35 @@ def torch_kernels(model: nn.Module) -> Iterator[tuple[str, ...]]:
 
 
 def hidden_kernels(model: nn.Module) -> tuple[str, ...]:
-    """Names of the kernels in a model that hide their attention."""
+    """Name the kernels in a model that hide their attention."""
     names = [str(config._attn_implementation) for config in _hidden_configs(model)]
     names += [f"xFormers (asked for by {module.__name__})" for module in _asking_xformers(model)]
     return tuple(dict.fromkeys(names))
 
 
 def way_out(model: nn.Module) -> str:
-    """What to do about attention that was not seen."""
+    """Say what to do about attention that was not seen."""
     hidden = hidden_kernels(model)
     if hidden:
         return (
-            f"it runs in {', '.join(hidden)}, which nothing can see into; open "
+            f"it runs in {', '.join(hidden)}, which camkit cannot see into; open "
             "`with camkit.capture.torch_kernels(model):` around it"
         )
     return (
-        "a kernel outside torch (flash-attn, xFormers), a compiled or traced part, or softmax "
-        "written out by hand hides it, or its maps have another form (Hiera, CoaT); where you can, "
-        "switch the model to torch's own attention"
+        "a kernel outside torch (flash-attn, xFormers), a compiled or traced part, softmax written "
+        "out by hand or a private copy of torch's function hides it, or its maps have another form "
+        "(Hiera, CoaT); if you can, switch the model to torch's own attention"
     )
 
 
 def _hidden_configs(model: nn.Module) -> list[Any]:
-    found: dict[int, Any] = {}
+    configs: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         name = getattr(config, "_attn_implementation", None)
         if isinstance(name, str) and name not in VISIBLE:
-            found.setdefault(id(config), config)
-    return list(found.values())
+            configs.setdefault(id(config), config)
+    return list(configs.values())
 
 
 def _knows_sdpa(model: nn.Module, config: Any) -> bool:
@@ -217,17 +286,16 @@ _MEASURED: "WeakKeyDictionary[nn.Module, dict[str, Anatomy]]" = WeakKeyDictionar
 
 @dataclass(frozen=True, eq=False)
 class Host:
-    """The modules that matter in a model, and what could not be measured but was said.
+    """The modules of a model that camkit hooks, and what its user said of them.
 
     Attributes:
         model: what the user holds.
         attention: its attention modules by name.
         embeddings: convolutions that cut images into patches.
-        entrances: modules that hold attention, from the outside in; the first one called with an
-            image batch is where a forward begins. A host that bypasses its root's forward still
-            enters somewhere.
-        class_tokens: positions of the class tokens, where the user named them.
-        grid: the patch grid, where the user named it.
+        entrances: modules that hold attention, from the outside in; a forward begins at the first
+            one that is called with an image batch. A host may bypass the forward of its root.
+        class_tokens: positions of the class tokens, if the user named them.
+        grid: the patch grid, if the user named it.
     """
 
     model: nn.Module
@@ -246,11 +314,11 @@ class Host:
         class_tokens: Sequence[int] | None = None,
         grid: Grid | tuple[int, int] | None = None,
     ) -> "Host":
-        """Find what matters in a model.
+        """Find the modules to hook.
 
         Raises:
-            UnsupportedModelError: it holds no attention, is no Python model, or runs in several
-                threads.
+            UnsupportedModelError: the model holds no attention, is no Python model, or runs in
+                several threads.
         """
         if isinstance(model, torch.jit.ScriptModule):
             raise UnsupportedModelError(
@@ -258,28 +326,29 @@ class Host:
             )
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise UnsupportedModelError(
-                "DataParallel runs copies of the model in threads, and what they show would mix; "
-                "use DistributedDataParallel, or hand over `model.module`"
+                "DataParallel runs copies of the model in threads, and their forwards would be "
+                "mixed; use DistributedDataParallel, or hand over `model.module`"
             )
         embeddings = find_patch_embeddings(model)
         if modules is None:
-            found = of_images(find_attention(model), embeddings)
+            attention = of_images(find_attention(model), embeddings)
         else:
-            found = name_attention(model, modules)
-        prefixes = {
-            ".".join(name.split(".")[:depth])
-            for name in found
-            for depth in range(name.count(".") + 1)
-        }
-        named = dict(model.named_modules(remove_duplicate=False))
-        entrances = [
-            named[prefix] for prefix in sorted(prefixes, key=lambda p: p.count(".") + bool(p))
-        ]
+            attention = name_attention(model, modules)
+        outer = {""}
+        for name in attention:
+            inner = name
+            while inner:
+                inner = inner.rpartition(".")[0]
+                outer.add(inner)
+        entrances = []
+        for name, module in model.named_modules(remove_duplicate=False):
+            if name in outer and _wrapped(module) is None:
+                entrances.append(module)
         return cls(
             model=model,
-            attention=found,
+            attention=attention,
             embeddings=tuple(embeddings.values()),
-            entrances=tuple(m for m in entrances if _wrapped(m) is None),
+            entrances=tuple(entrances),
             class_tokens=None if class_tokens is None else tuple(class_tokens),
             grid=Grid(*grid) if isinstance(grid, tuple) else grid,
         )
@@ -293,11 +362,11 @@ class Host:
         return model
 
     def blocks(self) -> dict[str, nn.Module]:
-        """The attention modules without pooling heads, which add nothing to the tokens."""
+        """Return the attention modules without pooling heads, which add nothing to the tokens."""
         return {name: m for name, m in self.attention.items() if not is_pooling(self.model, name)}
 
     def check_in_place(self) -> None:
-        """Refuse to go on when a hooked module is no longer the one the model calls.
+        """Check that the hooked modules are still those that the model calls.
 
         Raises:
             CaptureError: a module was swapped; hooks on the old one would see nothing.
@@ -319,14 +388,14 @@ class Host:
         kwargs: dict[str, Any],
         at: str | None = None,
     ) -> Anatomy:
-        """Which tokens are what: as the user said, else measured once and remembered.
+        """Return the roles of the tokens: as the user said, else measured once and cached.
 
         Args:
             entrance: the module that a forward begins at.
             args: what it was called with.
             kwargs: what it was called with, by name.
-            at: the attention module before which to look; None is the first that runs. Hosts whose
-                class token joins late (CaiT) need another.
+            at: the attention module whose input is measured; None is the first that runs. Hosts
+                whose class token joins late (CaiT) need another.
         """
         if self.class_tokens is not None:
             return Anatomy(class_tokens=self.class_tokens)
@@ -340,7 +409,7 @@ class Host:
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
-    """The module inside a wrapper of distributed training or of compilation; else None."""
+    """Return the module inside a wrapper of distributed training or compilation, else None."""
     if isinstance(module, _WRAPPERS):
         inner: nn.Module = module.module
         return inner

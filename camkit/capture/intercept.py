@@ -1,19 +1,19 @@
-"""The torch-function modes that see, weigh or replace attention calls.
+"""The torch-function mode that sees, weighs or replaces the attention calls of a host.
 
-The module's own hooks enter and leave the mode, so nothing of the host is replaced or un-fused.
-Three functions are known; everything else passes through untouched.
-
-Where a score is read from the mean token, the gradient of a block's last layer is one row, repeated
-for each token; torch multiplies it by the weights as often. Here rows are compared first, so the
-result is the same whatever they are. No gradient of weights is taken.
+A mode is entered before a module runs and left behind it, so nothing of the host is replaced. Which
+call is attention is told by the identity of the function. A host's private copy of such a function
+runs as its author wrote it, unless it is proven to return the same bits.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from inspect import signature
 from threading import local
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from camkit import torch_internals
+from camkit.capture.anatomy import isolated_rng
 from camkit.capture.attention import (
     Attention,
     ExplicitAttention,
@@ -31,75 +32,173 @@ from camkit.capture.attention import (
     key_bias,
 )
 from camkit.capture.mha import multi_head_attention
+from camkit.errors import UnsupportedModelError
 from camkit.ops.reweight import compiled_for, reweighted_attention
+from camkit.torch_internals import tree_leaves
 
 _HERE = local()
 
 
 @contextmanager
-def aside() -> Iterator[None]:
-    """What is computed here, in this thread, is not the host's: taps look away."""
-    before = getattr(_HERE, "aside", False)
-    _HERE.aside = True
+def taps_suspended() -> Iterator[None]:
+    """Disable all taps in this thread, so that camkit's own calls are not taken for the host's."""
+    before = getattr(_HERE, "suspended", False)
+    _HERE.suspended = True
     try:
         yield
     finally:
-        _HERE.aside = before
+        _HERE.suspended = before
 
 
-class Tap(TorchFunctionMode):
-    """Reports, and may tilt, the attention calls made while it is on.
+class Intercept(TorchFunctionMode):
+    """Pass the calls that a handler has a method for to it; all others run untouched.
 
     Args:
-        on_fused: called with ``(output, attention)`` of each fused attention.
-        on_explicit: called with ``(weights,)`` of each softmax that looks like attention.
-        weigh: asked before each of them for log-weights on the keys, ``(b, s)`` or ``(b, a, s)``,
-            which are added to the logits and left to the host's own kernel; None leaves the call
-            alone.
-        heads: of the module the tap is made for; hosts that fold heads into the batch, as
-            ``(b * a, t, d)``, are told apart by it. What is reported always has four axes.
-        normaliser: take the softmax normaliser from the host's own kernel where it can be had.
-
-    The first two return the tensor the host goes on with, normally the one they were given.
+        handler: may have the methods ``fused`` (scaled_dot_product_attention), ``softmax``,
+            ``kernel`` (a fused kernel by name), ``reweighted`` (camkit's own operator) and
+            ``linear``, each called with the function and its arguments. With ``fused``, it also
+            sees what multi_head_attention_forward computes inside.
     """
 
-    def __init__(
-        self,
-        on_fused: Callable[..., Tensor],
-        on_explicit: Callable[..., Tensor],
-        weigh: Callable[[Attention], Tensor | None] | None = None,
-        heads: int = 1,
-        *,
-        normaliser: bool = False,
-    ) -> None:
+    def __init__(self, handler: Any) -> None:
         super().__init__()
-        _keep_untraced()
-        self._on_fused = on_fused
-        self._on_explicit = on_explicit
-        self._weigh = weigh
-        self._heads = heads
-        self._normaliser = normaliser
+        _exclude_from_compilation()
+        self._handler = handler
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        # by name: research hosts carry private copies of these functions
-        name = "" if getattr(_HERE, "aside", False) else getattr(func, "__name__", "")
-        if name == "scaled_dot_product_attention":
-            return self._fused(func, *args, **kwargs)
-        if name in torch_internals.KERNELS:
-            return self._known(func, *args, **kwargs)
-        if name == "reweighted_attention":
-            return self._reweighted(func, *args, **kwargs)
-        if name == "softmax":
-            return self._explicit(func, *args, **kwargs)
-        if name == "multi_head_attention_forward":
-            with self:  # so that the calls inside are seen in their turn
-                return multi_head_attention(*args, **kwargs)
-        return func(*args, **kwargs)
+        kind = _known_functions().get(id(func))
+        if getattr(_HERE, "suspended", False) and isinstance(self._handler, Tap):
+            kind = None
+        elif kind is None and type(func) is FunctionType and func.__name__ in _REFERENCES:
+            kind = _proven_kind(func, args, kwargs)
+        if kind is None:
+            return func(*args, **kwargs)
+        if kind in _WRITTEN_OUT and hasattr(self._handler, "fused"):
+            with self:  # the original is one opaque call; this one shows the attention inside
+                return _WRITTEN_OUT[kind](*args, **kwargs)
+        handle = getattr(self._handler, kind, func)
+        return func(*args, **kwargs) if handle is func else handle(func, *args, **kwargs)
 
-    def _fused(  # noqa: PLR0913 - the signature is torch's
+
+@cache
+def _exclude_from_compilation() -> None:
+    """Let compiled code call the mode instead of tracing it, which would edit keys twice.
+
+    Not at import: it loads the compiler, which takes a moment.
+    """
+    untraced = torch.compiler.disable(Intercept.__torch_function__)
+    Intercept.__torch_function__ = untraced  # type: ignore[method-assign]
+
+
+@cache
+def _known_functions() -> dict[int, str]:
+    """The method of a handler for each function of torch and camkit, by identity."""
+    aten = torch.ops.aten
+    functions: dict[str, list[Any]] = {
+        "fused": [F.scaled_dot_product_attention, aten.scaled_dot_product_attention],
+        "softmax": [torch.softmax, F.softmax, Tensor.softmax, aten.softmax],
+        "multi_head": [F.multi_head_attention_forward],
+        "linear": [F.linear],
+        "kernel": [getattr(aten, name, None) for name in torch_internals.KERNELS],
+        "reweighted": [
+            torch.ops.camkit.reweighted_attention,
+            torch.ops.camkit_plain.reweighted_attention,
+        ],
+    }
+    return {id(f): kind for kind, group in functions.items() for f in group if f is not None}
+
+
+def _explicit_multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """multi_head_attention without its fused kernel, for copies that write the softmax out."""
+    given = signature(multi_head_attention).bind(*args, **kwargs).arguments
+    given |= given.pop("unknown", {}) | {"need_weights": True}
+    return multi_head_attention(**given)[0], None
+
+
+_WRITTEN_OUT: dict[str, Callable[..., Any]] = {
+    "multi_head": multi_head_attention,
+    "explicit_multi_head": _explicit_multi_head,
+}
+_REFERENCES: dict[str, dict[str, Callable[..., Any]]] = {
+    "multi_head_attention_forward": _WRITTEN_OUT,
+    "scaled_dot_product_attention": {"fused": F.scaled_dot_product_attention},
+    "softmax": {"softmax": torch.softmax},
+}
+_PROVEN: "WeakKeyDictionary[FunctionType, dict[tuple[Any, ...], str | None]]" = WeakKeyDictionary()
+
+
+def _proven_kind(func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """What a private function of a host may be handled as: the one that returns the same bits.
+
+    It is compared once for each form of its arguments (types, devices, options).
+    """
+    values = [*args, *(kwargs[name] for name in sorted(kwargs))]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return None
+    device = tensors[0].device
+    form = (
+        torch.is_autocast_enabled(device.type),
+        *sorted(kwargs),
+        *((v.dtype, v.device, v.dim()) if isinstance(v, Tensor) else str(v) for v in values),
+    )
+    proven = _PROVEN.setdefault(func, {})
+    if form in proven:
+        return proven[form]
+    proven[form] = None
+    with taps_suspended():
+        with isolated_rng(device):
+            expected = tree_leaves(func(*args, **kwargs))
+        for kind, reference in _REFERENCES[func.__name__].items():
+            try:
+                with isolated_rng(device):
+                    outputs = tree_leaves(reference(*args, **kwargs))
+            except (RuntimeError, TypeError, ValueError, UnsupportedModelError):
+                continue  # the private function takes other arguments
+            if len(outputs) == len(expected) and all(map(_same_bits, outputs, expected)):
+                proven[form] = kind
+                break
+    return proven[form]
+
+
+def _same_bits(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        return mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    return mine is None and theirs is None
+
+
+class Tap:
+    """Reports attention calls, and may add log-weights to their keys.
+
+    Args:
+        on_attention: called with ``(output, attention)`` of each fused attention, and with
+            ``(weights, attention)`` of each softmax that looks like attention; returns the tensor
+            the host goes on with, normally the one it was given.
+        key_log_weights: called before each of them, returns log-weights on the keys, ``(b, s)`` or
+            ``(b, a, s)``, which are added to the logits of the host's own kernel; None leaves the
+            call as it is.
+        heads: of the module; tells batch and heads apart in hosts that fold heads into the batch,
+            as ``(b * a, t, d)``. What is reported always has four axes.
+        normaliser: take the softmax normaliser from the host's own kernel where it returns it.
+    """
+
+    def __init__(
+        self,
+        on_attention: Callable[[Tensor, Attention], Tensor],
+        key_log_weights: Callable[[Attention], Tensor | None] | None = None,
+        *,
+        heads: int = 1,
+        normaliser: bool = False,
+    ) -> None:
+        self._on_attention = on_attention
+        self._key_log_weights = key_log_weights
+        self._heads = heads
+        self._normaliser = normaliser
+
+    def fused(  # noqa: PLR0913 - the signature is torch's
         self,
         func: Callable[..., Tensor],
         query: Tensor,
@@ -111,45 +210,52 @@ class Tap(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        call = (query, key, value, attn_mask)
         options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
         options |= {"is_causal": is_causal, "enable_gqa": enable_gqa}
-        if not self._folds(query):
-            return func(query, key, value, attn_mask, **options)
-        seen = self._call(query, key, value, attn_mask, options)
-        tilt = self._ask(seen)
+        if not self._has_heads(query):
+            return func(*call, **options)
+        q, k, v = self._unfolded(query), self._unfolded(key), self._unfolded(value)
+        if enable_gqa:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        attention = _described(q, k, self._unfolded(attn_mask, query), options)
+        log_weights = None if self._key_log_weights is None else self._asked(attention)
         normaliser = None
-        if tilt is not None:
-            keys = key_bias(tilt, query.dtype)
-            seen = replace(seen, bias=keys if seen.bias is None else seen.bias + keys)
-            given = (query, key, value)
-            if attn_mask is None and _compiled(given, options):
+        if log_weights is not None:
+            keys = key_bias(log_weights, query.dtype)
+            bias = keys if attention.bias is None else attention.bias + keys
+            attention = replace(attention, bias=bias)
+            if attn_mask is None and _compiled(query, key, value, options):
                 # no mask is made, and weights keep their digits
-                output, normaliser, _ = reweighted_attention(*given, tilt, scale=seen.scale)
+                output, normaliser, _ = reweighted_attention(
+                    query, key, value, log_weights, scale=attention.scale
+                )
             else:
-                output = self._tilted(func, seen, given, options)
+                if query.dim() == 3:
+                    bias = bias.expand(*q.shape[:2], -1, -1).flatten(0, 1)
+                output = func(query, key, value, bias, **options | {"is_causal": False})
         else:
-            call, known = (query, key, value, attn_mask), None
-            if self._normaliser:
-                known = torch_internals.call_with_normaliser(*call, options)
+            known = (
+                torch_internals.call_with_normaliser(*call, options) if self._normaliser else None
+            )
             output, normaliser = known or (func(*call, **options), None)
-        unfolded = self._unfold(output)
-        seen = replace(seen, v=self._repeated(value, query, options), normaliser=normaliser)
-        return _as(query, self._on_fused(unfolded, replace(seen, output=unfolded)))
+        unfolded = self._unfolded(output)
+        attention = replace(attention, v=v, output=unfolded, normaliser=normaliser)
+        output = self._on_attention(unfolded, attention)
+        return output.flatten(0, 1) if query.dim() == 3 else output
 
-    def _tilted(
-        self,
-        func: Callable[..., Tensor],
-        seen: FusedAttention,
-        given: tuple[Tensor, Tensor, Tensor],
-        options: dict[str, Any],
-    ) -> Tensor:
-        """The call by the host's own kernel, with the bias that ``seen`` holds."""
-        added = seen.bias
-        if given[0].dim() == 3 and added is not None:
-            added = added.expand(*seen.q.shape[:2], -1, -1).flatten(0, 1)
-        return func(*given, added, **options | {"is_causal": False})
+    def kernel(
+        self, func: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any
+    ) -> Any:
+        """Report a call by a tap that wants the normaliser; such calls have four axes."""
+        output, normaliser, *others = func(q, k, v, *rest, **named)
+        mask, causal, scale = torch_internals.kernel_options(func.__name__, rest, named)
+        attention = _described(q, k, mask, {"is_causal": causal, "scale": scale})
+        known = torch_internals.trim_normaliser(normaliser, q)
+        attention = replace(attention, v=v, output=output, normaliser=known)
+        return (self._on_attention(output, attention), normaliser, *others)
 
-    def _reweighted(  # noqa: PLR0913 - the operator's own
+    def reweighted(  # noqa: PLR0913 - the operator's own
         self,
         func: Callable[..., Any],
         q: Tensor,
@@ -160,129 +266,99 @@ class Tap(TorchFunctionMode):
         gated_rows: int,
         *rest: Any,
     ) -> Any:
-        """A call of camkit's own operator, by another tap or by the host."""
+        """Report a call of camkit's own operator, by another tap or by the host."""
         output, normaliser, rows = func(q, k, v, log_weights, scale, gated_rows, *rest)
         bias = gated_bias(log_weights, gated_rows, q)
-        seen = FusedAttention(q, k, scale, bias, v, output, normaliser)
-        return self._on_fused(output, seen), normaliser, rows
+        attention = FusedAttention(q, k, scale, bias, v, output, normaliser)
+        return self._on_attention(output, attention), normaliser, rows
 
-    def _known(
-        self, func: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any
-    ) -> Any:
-        """The same call, made by a tap that wants the normaliser: that tap has four axes."""
-        output, normaliser, *others = func(q, k, v, *rest, **named)
-        mask, causal, scale = torch_internals.kernel_options(func.__name__, rest, named)
-        options = {"is_causal": causal, "scale": scale, "enable_gqa": False}
-        seen = self._call(q, k, v, mask, options)
-        level = torch_internals.trim_normaliser(normaliser, q)
-        seen = replace(seen, v=v, output=output, normaliser=level)
-        return (self._on_fused(output, seen), normaliser, *others)
-
-    def _call(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        options: dict[str, Any],
-    ) -> FusedAttention:
-        """What is known of a call before it runs."""
-        del value
-        q = self._unfold(query)
-        k = self._repeated(key, query, options)
-        mask = self._unfold(mask) if query.dim() == 3 and mask is not None else mask
-        scale = options["scale"]
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        return FusedAttention(q, k, factor, bias_of(mask, options["is_causal"], q, k))
-
-    def _repeated(self, tensor: Tensor, query: Tensor, options: dict[str, Any]) -> Tensor:
-        """Keys or values, one for each head of the queries."""
-        tensor = self._unfold(tensor)
-        if not options["enable_gqa"]:
-            return tensor
-        return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
-
-    def _explicit(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def softmax(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         logits = args[0] if args else kwargs["input"]
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        folded = logits.dim() == 3 and logits.shape[1] not in (1, logits.shape[2])
-        if folded or not self._folds(logits) or dim not in (-1, logits.dim() - 1):
+        no_map = logits.dim() == 3 and logits.shape[1] not in (1, logits.shape[2])
+        if no_map or not self._has_heads(logits) or dim not in (-1, logits.dim() - 1):
             return func(*args, **kwargs)
-        tilt = None
-        if self._weigh is not None:
-            with aside():  # other taps should see the tilted call only
-                untilted = func(*args, **kwargs)
-            tilt = self._ask(ExplicitAttention(self._unfold(untilted)))
-        if tilt is not None:
-            tilted = _as(logits, self._unfold(logits) + key_bias(tilt, logits.dtype))
-            args, kwargs = (tilted, *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
+        log_weights = None
+        if self._key_log_weights is not None:
+            with taps_suspended():  # other taps should see the final call only
+                plain = func(*args, **kwargs)
+            log_weights = self._asked(ExplicitAttention(self._unfolded(plain)))
+        if log_weights is not None:
+            biased = self._unfolded(logits) + key_bias(log_weights, logits.dtype)
+            args = (biased.flatten(0, 1) if logits.dim() == 3 else biased, *args[1:])
+            kwargs = {name: value for name, value in kwargs.items() if name != "input"}
         weights = func(*args, **kwargs)
-        return _as(weights, self._on_explicit(self._unfold(weights)))
+        unfolded = self._unfolded(weights)
+        used = self._on_attention(unfolded, ExplicitAttention(unfolded))
+        return used.flatten(0, 1) if weights.dim() == 3 else used
 
-    def _ask(self, attention: Attention) -> Tensor | None:
-        if self._weigh is None:
+    def _asked(self, attention: Attention) -> Tensor | None:
+        if self._key_log_weights is None:
             return None
-        with aside():
-            return self._weigh(attention)
+        with taps_suspended():
+            return self._key_log_weights(attention)
 
-    def _folds(self, tensor: Tensor) -> bool:
-        """Whether a tensor has heads: as an axis of its own, or folded into the batch."""
+    def _has_heads(self, tensor: Tensor) -> bool:
+        """Whether heads are an axis of their own, or folded into the batch."""
         return tensor.dim() == 4 or (tensor.dim() == 3 and len(tensor) % self._heads == 0)
 
-    def _unfold(self, tensor: Tensor) -> Tensor:
-        """Batch and heads as two axes; a mask for all of them keeps its single one."""
-        if tensor.dim() != 3:
+    def _unfolded(self, tensor: Any, like: Tensor | None = None) -> Any:
+        """Batch and heads as two axes; a mask for all of them keeps its single axis."""
+        if tensor is None or tensor.dim() != 3 or (like is not None and like.dim() != 3):
             return tensor
         return tensor[None] if len(tensor) == 1 else tensor.unflatten(0, (-1, self._heads))
 
 
-@cache
-def _keep_untraced() -> None:
-    """Let compiled code call a tap, instead of tracing it, which would tilt keys twice.
-
-    Not at import: it loads the compiler, which takes a moment.
-    """
-    untraced = torch.compiler.disable(Tap.__torch_function__)
-    Tap.__torch_function__ = untraced  # type: ignore[method-assign]
+def _described(
+    q: Tensor, k: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> FusedAttention:
+    """What is known of a fused call before it runs."""
+    scale = q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
+    return FusedAttention(q, k, scale, bias_of(mask, options["is_causal"], q, k))
 
 
-def _compiled(heads: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]) -> bool:
+def _compiled(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
     """Whether camkit's own kernel can take the place of the host's call."""
     bare = not (options["dropout_p"] or options["is_causal"] or options["enable_gqa"])
-    query, key, _ = heads
-    return bare and query.dim() == 4 and key.shape == query.shape and compiled_for(*heads)
+    four_axes = query.dim() == 4 and key.shape == query.shape
+    return bare and four_axes and compiled_for(query, key, value)
 
 
-def _as(like: Tensor, tensor: Tensor) -> Tensor:
-    """Heads folded into the batch where ``like`` has them there."""
-    return tensor.flatten(0, 1) if like.dim() == 3 else tensor
+def scaled_weights(factor: float, leaves: list[Tensor], heads: int) -> Intercept:
+    """A mode under which attention uses its weights times ``factor``.
+
+    Args:
+        factor: of the weights.
+        leaves: gets the scaled weights of each call, as leaves of the graph.
+        heads: of the attention module.
+    """
+
+    def on_attention(output: Tensor, attention: Attention) -> Tensor:
+        if isinstance(attention, FusedAttention):
+            if attention.v is None:
+                return output
+            weights = attention.rows(range(attention.shape[2]))
+        else:
+            weights = output
+        leaves.append((weights.detach() * factor).requires_grad_())
+        if not isinstance(attention, FusedAttention) or attention.v is None:
+            return leaves[-1]
+        return (leaves[-1] @ attention.v.to(weights.dtype)).to(output.dtype)
+
+    return Intercept(Tap(on_attention, heads=heads))
 
 
-def scaled_weights(place: float, leaves: list[Tensor], heads: int) -> Tap:
-    """A tap under which attention uses its weights times ``place``; they become leaves."""
+class EvenRows:
+    """Computes linear layers inside a graph so that even gradients are multiplied once.
 
-    def on_weights(weights: Tensor) -> Tensor:
-        leaves.append((weights.detach() * place).requires_grad_())
-        return leaves[-1]
+    Where a score is read from the mean token, the gradient of a block's last layer is one row,
+    repeated for each token, and torch multiplies it by the weights as often. Here rows are compared
+    first, so the result is the same whatever they are. No gradient of weights is taken.
+    """
 
-    def on_fused(output: Tensor, attention: FusedAttention) -> Tensor:
-        if attention.v is None:
-            return output
-        used = on_weights(attention.rows(range(attention.shape[2])))
-        return (used @ attention.v.to(used.dtype)).to(output.dtype)
-
-    return Tap(on_fused, on_weights, heads=heads)
-
-
-class EvenRows(TorchFunctionMode):
-    """While on, linear layers inside a graph are computed so."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def linear(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         plain = len(args) in (2, 3) and not kwargs and isinstance(args[0], Tensor)
-        if func is not F.linear or not plain or args[0].dim() != 3 or not args[0].requires_grad:
+        if not plain or args[0].dim() != 3 or not args[0].requires_grad:
             return func(*args, **kwargs)
         bias = args[2] if len(args) == 3 else None
         return _Linear.apply(args[0], args[1].detach(), None if bias is None else bias.detach())
@@ -298,15 +374,11 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        if _even(gradient):
-            rows = (gradient[:, :1] @ weight).expand(-1, gradient.shape[1], -1)
+        first = gradient[:, :1]
+        # the last row is compared first, because that is cheap
+        if gradient.stride(1) == 0 or (
+            torch.equal(first, gradient[:, -1:]) and bool((gradient == first).all())
+        ):
+            rows = (first @ weight).expand(-1, gradient.shape[1], -1)
             return rows.contiguous(), None, None  # torch's activations are slow on repeated rows
         return gradient @ weight, None, None
-
-
-def _even(gradient: Tensor) -> bool:
-    """Whether every token has the same row."""
-    if gradient.stride(1) == 0 or gradient.shape[1] == 1:
-        return True
-    likely = torch.equal(gradient[:, :1], gradient[:, -1:])
-    return likely and bool((gradient == gradient[:, :1]).all())

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.anatomy import Anatomy, measuring
+from camkit.capture.anatomy import Anatomy, grid_of_aspect, measuring
 from camkit.capture.class_query import ClassQuery
 from camkit.capture.hooks import Graph, Hooks, borrowed
-from camkit.capture.host import Host
-from camkit.capture.session import grid_of_aspect
-from camkit.capture.tail import block_modules
+from camkit.capture.host import Host, block_modules
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.torch_internals import is_compiled
@@ -21,7 +19,7 @@ from camkit.torch_internals import is_compiled
 
 @dataclass(frozen=True, eq=False)
 class LayerRun:
-    """What one forward made.
+    """The result of one forward.
 
     Attributes:
         output: what the model returned.
@@ -33,10 +31,10 @@ class LayerRun:
 
 
 class Layers:
-    """Runs a model and keeps what chosen layers make; nothing stays on the model in between.
+    """Runs a model and keeps the outputs of chosen layers; its hooks are gone between two runs.
 
-    Where the scores of a Vision Transformer are read from its class token, and the layers come
-    before the attention of the last block, that block is evaluated for the class query only.
+    If the scores of a Vision Transformer are read from its class token, and the layers come before
+    the attention of the last block, that block is computed for the class query only.
 
     Args:
         model: any module that is called with images alone.
@@ -45,30 +43,42 @@ class Layers:
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module] | None) -> None:
         self.model = model
-        self._host = _host(model)
-        if layers is None:
-            found = self.right_layer()
-            if found is None:
-                raise ValueError(
-                    f"the layer to look at in {type(model).__name__} is not known; name it with "
-                    "`target_layers=`"
-                )
-            layers = [model.get_submodule(found)]
-        self.names = tuple(_name(model, layer) for layer in dict.fromkeys(layers))
-        self._layers = tuple(dict.fromkeys(layers))
         self._anatomy: Anatomy | None = None
+        try:
+            self._host: Host | None = Host.of(model)
+        except UnsupportedModelError:
+            self._host = None
+        if layers is None:
+            name = self.right_layer()
+            if name is None:
+                raise ValueError(
+                    f"camkit does not know which layer of {type(model).__name__} to read; name it "
+                    "with `target_layers=`"
+                )
+            layers = [model.get_submodule(name)]
+        self._layers = tuple(dict.fromkeys(layers))
+        names = {module: name for name, module in model.named_modules()}
+        for layer in self._layers:
+            if layer not in names:
+                raise ValueError(
+                    "`target_layers` must be modules of the model, got another "
+                    f"{type(layer).__name__}"
+                )
+        self.names = tuple(names[layer] for layer in self._layers)
 
     def right_layer(self) -> str | None:
-        """The norm before the attention of the last block, by name."""
+        """Name the norm before the attention of the last block."""
         if self._host is None:
             return None
         blocks = list(block_modules(self._host.model, self._host.blocks()).values())
         last = set(blocks[-1].modules()) if blocks else set()
-        norms = (n for n, m in self.model.named_modules() if m in last and _is_norm(m))
-        return next(norms, None)
+        for name, module in self.model.named_modules():
+            if module in last and "norm" in type(module).__name__.lower():
+                return name
+        return None
 
     def patches(self, tokens: int, size: Sequence[int]) -> tuple[list[int], Grid]:
-        """Positions of the patches in a sequence that this model makes of images, and their grid.
+        """Return positions of the patches in a sequence of this model, and their grid.
 
         Args:
             tokens: length of the sequence.
@@ -80,21 +90,21 @@ class Layers:
         if self._anatomy is None:
             raise UnsupportedModelError(
                 f"the layout of the tokens of {type(self.model).__name__} is not known; give a "
-                "`reshape_transform` that makes (b, channels, h, w) of them"
+                "`reshape_transform` that returns them as (b, channels, h, w)"
             )
         positions = self._anatomy.patches(tokens)
         return positions, grid_of_aspect(size, len(positions))
 
     def __call__(self, pixels: Tensor, *, gradients: bool) -> LayerRun:
         """Run the model once, in evaluation mode, with a graph from the first layer on."""
-        found: dict[nn.Module, Tensor] = {}
-        graph = Graph()
+        outputs: dict[nn.Module, Tensor] = {}
+        graph, hooks = Graph(), Hooks()
 
         def keep(layer: nn.Module, *call: Any) -> Tensor | None:
             if measuring() or not isinstance(call[-1], Tensor):
                 return None
-            found[layer] = graph.begin(call[-1]) if gradients else call[-1]
-            return found[layer]
+            outputs[layer] = graph.begin(call[-1]) if gradients else call[-1]
+            return outputs[layer]
 
         with ExitStack() as stack:
             stack.enter_context(borrowed(self.model))
@@ -102,51 +112,26 @@ class Layers:
             if is_compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             pixels = pixels.clone() if pixels.is_inference() else pixels
-            query = self._query(pixels)
-            hooks = Hooks()
+            query = self._class_query(pixels)
             stack.callback(hooks.remove)
             for layer in self._layers:
                 hooks.after(layer, keep)
             if query is not None and self._host is not None and self._anatomy is not None:
                 query.start(hooks)
                 stack.callback(query.disarm)
-                query.started()
                 query.arm(self._host.core, (pixels,), {}, self._anatomy, early=self._layers)
             output = self.model(pixels)
-        missing = [
-            n for n, layer in zip(self.names, self._layers, strict=True) if layer not in found
-        ]
-        if missing:
-            raise CaptureError(
-                f"{missing[0]} did not run, or returned no tensor; name a layer that does"
-            )
-        return LayerRun(output, tuple(found[layer] for layer in self._layers))
+        for name, layer in zip(self.names, self._layers, strict=True):
+            if layer not in outputs:
+                raise CaptureError(
+                    f"{name} did not run, or returned no tensor; name a layer that does"
+                )
+        return LayerRun(output, tuple(outputs[layer] for layer in self._layers))
 
-    def _query(self, pixels: Tensor) -> ClassQuery | None:
-        if self._host is None:
-            return None
-        if self._anatomy is None:
+    def _class_query(self, pixels: Tensor) -> ClassQuery | None:
+        if self._host is not None and self._anatomy is None:
             try:
                 self._anatomy = self._host.anatomy(self._host.core, (pixels,), {})
             except (CaptureError, UnsupportedModelError):
                 self._host = None
-                return None
-        return ClassQuery(self._host)
-
-
-def _host(model: nn.Module) -> Host | None:
-    try:
-        return Host.of(model)
-    except UnsupportedModelError:
-        return None
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
-
-
-def _name(model: nn.Module, layer: nn.Module) -> str:
-    for name, module in model.named_modules():
-        if module is layer:
-            return name
-    raise ValueError(f"`target_layers` must be modules of the model, got {type(layer).__name__}")
+        return None if self._host is None else ClassQuery(self._host)

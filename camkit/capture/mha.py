@@ -1,8 +1,8 @@
 """torch's ``multi_head_attention_forward`` written out, so that its inner attention can be seen.
 
-The original is one opaque call to a torch-function mode, and calling it again from inside the mode
+To a torch-function mode the original is one opaque call, and calling it again from inside the mode
 would recurse. This follows its documented behaviour step by step with the same torch functions, and
-is tested to give the same bits.
+is tested to return the same bits.
 """
 
 import math
@@ -52,8 +52,8 @@ def multi_head_attention(  # noqa: PLR0913 - the signature is torch's
         or static_v is not None
     ):
         raise UnsupportedModelError(
-            "multi_head_attention_forward was called with bias_k, add_zero_attn or static keys; "
-            "no Vision Transformer known to camkit uses them"
+            "multi_head_attention_forward was called with bias_k, add_zero_attn or static keys, "
+            "which camkit does not support; no Vision Transformer it knows uses them"
         )
     single = query.dim() == 2
     if single:
@@ -132,7 +132,7 @@ def _merge(
     dtype: torch.dtype,
     layout: tuple[int, int],
 ) -> Tensor | None:
-    """One additive mask, ``(1 or b * a, t, s)``; a True in a boolean mask is left out."""
+    """Merge masks into an additive one, ``(1 or b * a, t, s)``; True in a boolean mask excludes."""
     images, heads = layout
     merged = None
     if attn_mask is not None:

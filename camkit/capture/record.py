@@ -1,7 +1,7 @@
-"""Capture: what one forward of a model showed, as values."""
+"""Capture: what a watch recorded of one forward, as values; and what a watch must record."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +19,7 @@ from camkit.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class SmoothGrad:
-    """More forwards of the same images under Gaussian noise.
+    """Further forwards of the same images under Gaussian noise (Smilkov et al. 2017).
 
     Attributes:
         samples: how many.
@@ -40,14 +40,14 @@ class SmoothGrad:
 
 @dataclass(frozen=True)
 class WatchSpec:
-    """What a forward must be watched for; ``one | other`` serves both.
+    """What a watch must record of a forward; ``a | b`` serves both.
 
-    Seeds and refiners state theirs as ``requires``. `camkit.watch` takes it as an argument of that
-    name, so that one forward serves everything that is read from its capture.
+    Seeds and refiners state it as ``requires``, and `camkit.watch` takes it as an argument of that
+    name, so that one forward serves everything that reads its capture.
 
     Attributes:
         gradients: keep the attention of the watched blocks in the graph of the class scores.
-        entering: keep the tokens that enter the attention of so many of the last blocks.
+        entering: keep the tokens that enter the attention of this many last blocks.
         entering_gradients: keep these tokens in the graph, which begins there if the caller runs
             the model without one.
         within_blocks: keep, for every block, its attention and the tokens that leave it, in a graph
@@ -56,8 +56,8 @@ class WatchSpec:
         leaving: keep the tokens that leave each block, without a graph.
         class_paths: for every block, follow the class token alone from its row of the attention to
             the end of the block, in a graph of its own.
-        noise: run the images again under noise, and keep the same of these forwards.
-        last_patches: need what the last block makes of the patches. If nothing needs it,
+        noise: run the images again under noise, and keep the same of those forwards.
+        last_patches: the patches behind the last block are read. If nothing reads them,
             ``camkit.watch(..., skip_unused_patches=True)`` computes that block for the class token
             only.
     """
@@ -81,31 +81,26 @@ class WatchSpec:
         """Return the spec that serves both.
 
         Raises:
-            ValueError: the two need samples of different noise.
+            ValueError: the two require samples of different noise.
         """
         noise = self.noise or other.noise
         if self.noise is not None and other.noise is not None:
-            settings = {(each.spread, each.rng_seed) for each in (self.noise, other.noise)}
-            if len(settings) > 1:
+            # the first samples of the longer run are those of the shorter one
+            noise = max(self.noise, other.noise, key=lambda smooth: smooth.samples)
+            if replace(self.noise, samples=1) != replace(other.noise, samples=1):
                 raise ValueError(
                     f"one forward cannot hold samples of both {self.noise} and {other.noise}"
                 )
-            # the first samples of the longer run are those of the shorter one
-            noise = max(self.noise, other.noise, key=lambda each: each.samples)
-        return WatchSpec(
-            gradients=self.gradients or other.gradients,
-            entering=max(self.entering, other.entering),
-            entering_gradients=self.entering_gradients or other.entering_gradients,
-            within_blocks=self.within_blocks or other.within_blocks,
-            leaving=self.leaving or other.leaving,
-            class_paths=self.class_paths or other.class_paths,
-            noise=noise,
-            last_patches=self.last_patches or other.last_patches,
-        )
+        more = {
+            spec.name: max(getattr(self, spec.name), getattr(other, spec.name))
+            for spec in fields(self)
+            if spec.name != "noise"
+        }
+        return WatchSpec(noise=noise, **more)
 
 
 ATTENTION = WatchSpec()
-"""What `camkit.watch` keeps unless it is asked for more."""
+"""What `camkit.watch` records by default."""
 
 EVERYTHING = WatchSpec(gradients=True, leaving=True)
 """What a seed or refiner without ``requires``, such as a plain function, is assumed to read."""
@@ -115,7 +110,7 @@ NO_PATCH_TOKENS = WatchSpec(last_patches=False)
 
 
 def required_by(*stages: Callable[..., Any]) -> WatchSpec:
-    """Return what a forward must be watched for, so that all of these can be read from it.
+    """Return what a watch must record so that all of these stages can read its capture.
 
     Args:
         stages: seeds and refiners; a stage without ``requires`` counts as `EVERYTHING`.
@@ -132,8 +127,8 @@ class TokenCall:
 
     Attributes:
         name: the attention that they enter, or that lies in the block that they leave.
-        node: the tokens as the host has them; in the graph where gradients were wanted.
-        sequence_first: whether the host has them as ``(t, b, d)``.
+        node: the tokens as the host lays them out; in the graph if gradients were required.
+        sequence_first: whether that is ``(t, b, d)``.
         attention: of the block that they leave.
     """
 
@@ -147,7 +142,7 @@ class TokenCall:
         return self.batch_first(self.node)
 
     def batch_first(self, tensor: Float[Tensor, "_ _ d"]) -> Float[Tensor, "b t d"]:
-        """Turn what has the form of the node."""
+        """Return a tensor laid out as the node with images first."""
         return tensor.transpose(0, 1) if self.sequence_first else tensor
 
 
@@ -197,43 +192,44 @@ class ClassCall:
     patches: list[int]
 
 
-class _OnlyAPicture(tuple[Attention, ...]):
-    """The blocks of a capture without a forward: whoever looks at one is told why there is none."""
+class _NoBlocks(tuple[Attention, ...]):
+    """The blocks of a capture without a forward: reading one is an error that says why."""
 
     def __getitem__(self, index: object) -> NoReturn:
-        raise CaptureError(_ONLY_A_PICTURE)
+        raise CaptureError(_NO_FORWARD)
 
     def __iter__(self) -> NoReturn:
-        raise CaptureError(_ONLY_A_PICTURE)
+        raise CaptureError(_NO_FORWARD)
 
 
-_ONLY_A_PICTURE = (
+_NO_FORWARD = (
     "this capture holds only a picture; Propagate, HybridPropagate and the seeds need the "
-    "attention of a model: capture one with camkit.watch(model, rgb=...), or take a refiner that "
-    "looks at colours alone, such as DenseCRF or PixelAdaptive"
+    "attention of a model: capture a forward with camkit.watch(model, rgb=...), or use a refiner "
+    "that reads colours alone, such as DenseCRF or PixelAdaptive"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """What one forward showed; every seed and refiner reads from it, and no second forward is run.
+    """What a watch recorded of one forward; every seed and refiner reads from it.
 
     Attributes:
         blocks: the watched attention calls in the order they ran.
         names: the modules they belong to.
         anatomy: which tokens are class, distillation, register tokens.
         grid: rows and columns of patches.
-        outputs: what the classifier returned, one row an image; None when it returned no scores.
+        outputs: class scores as the model returned them, one row an image; None if it returned
+            none.
         tail: module calls after the last block.
         pooling: attention of single queries, which pool the patches.
-        entering: tokens that enter the attention of the last blocks, where they were asked for.
-        leaving: tokens that leave each block, where they were asked for.
-        class_paths: the class token alone behind each block's attention, where it was asked for.
-        samples: forwards of the same images under noise, where they were asked for.
-        class_query_only: whether the last block was evaluated for the class token only, so that
-            nothing is known of its patches.
-        rgb: the pictures in [0, 1], for refiners that look at colours.
-        vocabulary: names the classes, and may gather several classifier outputs into one class.
+        entering: tokens that enter the attention of the last blocks, if required.
+        leaving: tokens that leave each block, if required.
+        class_paths: the class token alone behind each block's attention, if required.
+        samples: forwards of the same images under noise, if required.
+        class_query_only: whether the last block was computed for the class token only, so that
+            its patches are unknown.
+        rgb: the pictures in [0, 1], for refiners that read colours.
+        vocabulary: names the classes, and may join several classifier outputs into one class.
     """
 
     blocks: tuple[Attention, ...]
@@ -253,10 +249,10 @@ class Capture:
 
     @classmethod
     def of_picture(cls, rgb: RGB) -> "Capture":
-        """A capture without a forward, for the refiners that look at colours alone.
+        """Return a capture without a forward, for refiners that read colours alone.
 
-        What needs attention (`camkit.Propagate`, `camkit.refiners.HybridPropagate`, every
-        seed) refuses it.
+        Seeds and the refiners that read attention (`camkit.Propagate`,
+        `camkit.refiners.HybridPropagate`) raise an error for it.
 
         Args:
             rgb: the pictures with colours in [0, 1]; each pixel counts as a patch of its own.
@@ -269,11 +265,11 @@ class Capture:
         low, high = (float(value) for value in rgb.detach().aminmax())
         if not (low >= 0.0 and high <= 1.0):  # NaN fails both
             raise ValueError(f"`rgb` must lie in [0, 1], got {low:g} to {high:g}; divide by 255")
-        return cls(_OnlyAPicture(), (), Anatomy(), Grid(rgb.shape[2], rgb.shape[3]), rgb=rgb)
+        return cls(_NoBlocks(), (), Anatomy(), Grid(rgb.shape[2], rgb.shape[3]), rgb=rgb)
 
     @property
     def images(self) -> int:
-        """How many images were watched."""
+        """How many images the forward had."""
         if not self.blocks and self.rgb is not None:
             return len(self.rgb)
         return self.blocks[0].shape[0]
@@ -291,11 +287,11 @@ class Capture:
             CaptureError: the model returned none, or they are not finite.
         """
         if self.outputs is None and not self.blocks:
-            raise CaptureError(_ONLY_A_PICTURE)
+            raise CaptureError(_NO_FORWARD)
         if self.outputs is None:
             raise CaptureError(
-                "no class scores: the model returned none, or no classifier made what it returned; "
-                "say what they are with camkit.watch(model, scores=lambda output: ...), or use "
+                "no class scores: the model returned none, or its output comes from no classifier; "
+                "compute them with camkit.watch(model, scores=lambda output: ...), or use "
                 "ClassAttentionSeed, which needs none"
             )
         if not self.outputs.isfinite().all():
@@ -303,7 +299,7 @@ class Capture:
         return self._grouped(self.outputs)
 
     def class_calls(self) -> tuple[ClassCall, ...]:
-        """The calls that hold class-to-patch rows: of the class tokens, else of pooling queries.
+        """Return the calls with class-to-patch rows: of class tokens, else of pooling queries.
 
         Raises:
             CaptureError: the host has neither.
@@ -320,7 +316,7 @@ class Capture:
         return tuple(ClassCall(call.attention, (0,), call.patches) for call in self.pooling)
 
     def class_to_patch(self) -> Float[Tensor, "b c n"]:
-        """Class rows of the attention, averaged over heads and watched blocks."""
+        """Return the class rows of the attention, averaged over heads and watched blocks."""
         rows = [
             call.attention.rows(call.queries).mean(1)[..., call.patches]
             for call in self.class_calls()
@@ -328,13 +324,13 @@ class Capture:
         return torch.stack(rows).mean(0)
 
     def class_token_shares(self, column: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
-        """How much each class token speaks for one class per image; shares sum to one.
+        """Return the weight of each class token for one class per image; weights sum to one.
 
-        Where every class has its token (MCTformer), a class is spoken for by its own, or by those
-        of its vocabulary members; otherwise all tokens speak for every class.
+        If every class has a token of its own (MCTformer), the weight is on that token, or spread
+        over those of its vocabulary members; otherwise it is spread over all class tokens.
 
         Args:
-            column: one class per image; any share will do for -1.
+            column: one class per image; the weights of -1 are arbitrary.
         """
         calls = self.class_calls()
         count = len(calls[0].queries)
@@ -348,10 +344,10 @@ class Capture:
         return own[column.clamp_min(0)]
 
     def patch_embeddings(self) -> Float[Tensor, "b n d"]:
-        """What the host made of each patch: its tokens behind the last norm, else their last keys.
+        """Return the embedding of each patch: tokens behind the last norm, else its last keys.
 
         Raises:
-            CaptureError: neither was seen.
+            CaptureError: neither was recorded.
         """
         self._check_evaluated()
         places = {call.attention.shape[3]: call.patches for call in self.pooling}
@@ -362,15 +358,15 @@ class Capture:
             return spread[-1][:, places[spread[-1].shape[1]]]
         keys = getattr(self.blocks[-1], "k", None)
         if keys is None:
-            raise CaptureError("no tokens were seen behind the last block, nor keys within it")
+            raise CaptureError("neither tokens behind the last block nor its keys were recorded")
         return keys.detach().transpose(1, 2).flatten(2)[:, self.patches]
 
     def patch_scores(self) -> Float[Tensor, "b n C"]:
-        """What the classifier says of every patch alone (`camkit.capture.tail.patch_scores`)."""
+        """Score every patch alone with the classifier (`camkit.capture.tail.patch_scores`)."""
         self._check_evaluated()
         patches = self.patches
         if self.outputs is None:
-            raise CaptureError("no class scores were seen, so no classifier can be read")
+            raise CaptureError("no class scores were recorded, so the classifier is not known")
         special = (*self.anatomy.class_tokens, *self.anatomy.distillation_tokens)
         scores = patch_scores(self.tail, self.outputs, special, patches)
         return self._grouped(scores)
@@ -378,8 +374,9 @@ class Capture:
     def _check_evaluated(self) -> None:
         if self.class_query_only:
             raise CaptureError(
-                "the last block was evaluated for the class token only, so nothing is known of its "
-                "patches; watch without `skip_unused_patches=True`, or let a stage state `requires`"
+                "the last block was evaluated for the class token only, so its patches are "
+                "unknown; watch without `skip_unused_patches=True`, or state what the stage reads "
+                "as its `requires`"
             )
 
     def _grouped(self, outputs: Tensor) -> Tensor:
@@ -387,7 +384,7 @@ class Capture:
 
 
 def scores_of(output: Any) -> Tensor | None:
-    """The ``(b, classes)`` scores in an output: tensor, tuple, dict or object with logits."""
+    """Return the ``(b, classes)`` scores in an output: tensor, tuple, dict, object with logits."""
     if isinstance(output, Tensor):
         return output if output.dim() == 2 and output.is_floating_point() else None
     if isinstance(output, Mapping):

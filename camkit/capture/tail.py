@@ -1,6 +1,6 @@
-"""Blocks and what follows the last one: how tokens become scores, also for single tokens."""
+"""What follows the last block: how tokens become scores, also for single tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,66 +9,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camkit.capture.host import is_pooling
 from camkit.errors import UnsupportedModelError
 
 
-def block_modules(model: nn.Module, attention: Iterable[str]) -> dict[str, nn.Module]:
-    """The block that each attention module lies in, by the attention's name.
-
-    Pooling heads are left out, and so is attention that is a block of its own.
-
-    Args:
-        model: the host.
-        attention: names of its attention modules.
-    """
-    names = [name for name in attention if not is_pooling(model, name)]
-    found = {}
-    for name, block in zip(names, block_names(names), strict=True):
-        if block not in ("", name):
-            found[name] = model.get_submodule(block)
-    return found
-
-
-def pooling_modules(model: nn.Module, attention: Iterable[str]) -> list[nn.Module]:
-    """Modules that pool tokens by attention, and say so."""
-    found: dict[nn.Module, None] = {}
-    for name in attention:
-        for path in (name, name.rpartition(".")[0]):
-            module = model.get_submodule(path)
-            if path and "pool" in type(module).__name__.lower():
-                found[module] = None
-    return list(found)
-
-
 def tokens_of(value: Any) -> Tensor | None:
-    """The tokens that a block was given or returned: a 3-d tensor, or the first of a tuple."""
+    """Return the tokens in a block's input or output: a 3-d tensor, or the first of a tuple."""
     first = value[0] if isinstance(value, tuple) and value else value
     return first if isinstance(first, Tensor) and first.dim() == 3 else None
-
-
-def block_names(attention: Sequence[str]) -> list[str]:
-    """The name of the block around each attention module; its own where nothing is around it.
-
-    Members of a list are blocks; where names part before one, as those of two encoders do (SeCo's
-    student and teacher), each part is looked at by itself.
-
-    Args:
-        attention: names of attention modules.
-    """
-    return [_block_name(name.split("."), [n.split(".") for n in attention]) for name in attention]
-
-
-def _block_name(path: list[str], paths: list[list[str]]) -> str:
-    if len(paths) == 1:
-        return ".".join(path[:-1])
-    shared = 0
-    while len({tuple(other[: shared + 1]) for other in paths}) == 1:
-        shared += 1
-    beside = [other for other in paths if other[: shared + 1] == path[: shared + 1]]
-    if path[shared].isdigit() or len(beside) == 1:
-        return ".".join(path[: shared + 1])
-    return _block_name(path, beside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,18 +25,6 @@ class TailCall:
     module: nn.Module
     input: Tensor
     output: Tensor
-
-
-def tail_modules(model: nn.Module, attention: Sequence[str]) -> list[nn.Module]:
-    """Leaf modules outside the blocks that hold the attention modules."""
-    alone = len(attention) == 1  # what is around it may be the whole model
-    blocks = set(attention if alone else block_names(attention))
-    return [
-        module
-        for name, module in model.named_modules()
-        if not any(True for _ in module.children())
-        and not any(name == block or name.startswith(f"{block}.") for block in blocks)
-    ]
 
 
 def patch_scores(
@@ -102,9 +37,9 @@ def patch_scores(
 
     How the host pools its tokens (one special token, the mean or the maximum over patches, or a
     module of its own such as SigLIP's attention head, which is then run on the patch alone; with or
-    without a norm behind it) is read off the values that really went into its classifier, a linear
-    layer or a 1x1 convolution (ToCo). Two classifiers that the host averages (DeiT's class and
-    distillation heads) are averaged here too.
+    without a norm behind it) is found by comparing with the values that went into its classifier, a
+    linear layer or a 1x1 convolution (ToCo). Two classifiers that the host averages (DeiT's class
+    and distillation heads) are averaged here too.
 
     Args:
         tail: module calls after the last block.
@@ -113,7 +48,7 @@ def patch_scores(
         patches: positions of the patches.
 
     Raises:
-        UnsupportedModelError: no such classifier, or a pooling that none of these explain.
+        UnsupportedModelError: there is no such classifier, or the pooling is another.
     """
     spreads = [c.output for c in tail if c.output.dim() == 3 and c.output.shape[1] > max(patches)]
     heads = classifiers(tail, outputs)
@@ -125,20 +60,24 @@ def patch_scores(
     norms = [c.module for c in tail if c.output.dim() == 2 and isinstance(c.module, nn.LayerNorm)]
     pools = pooling_calls(tail)
     with torch.no_grad():
-        scored = []
+        scores = []
         for head in heads:
-            alone = _scored_by_pool(head, pools, list(patches), norms)
-            if alone is None:
-                alone = _scored(head, spreads, list(special), list(patches), norms)
-            scored.append(alone)
-        return torch.stack(scored).mean(0)
+            scored = _scored_by_pool(head, pools, list(patches), norms)
+            if scored is None:
+                scored = _scored(head, spreads, list(special), list(patches), norms)
+            scores.append(scored)
+        return torch.stack(scores).mean(0)
 
 
 def classifiers(tail: Sequence[TailCall], outputs: Tensor) -> list[TailCall]:
-    """The calls that made the class scores: one alone, or several whose mean they are."""
-    made = [c for c in tail if is_classifier(c.module) and c.output[0].numel() == len(outputs[0])]
-    made = [c for c in made if len(c.output) == len(outputs)]
-    for group in (*([call] for call in made), made):
+    """Return the calls that computed the class scores: a single one, or several they average."""
+    fitting = [
+        call
+        for call in tail
+        if is_classifier(call.module) and call.output.dim() > 1
+        if call.output.flatten(1).shape == outputs.shape
+    ]
+    for group in (*([call] for call in fitting), fitting):
         if group:
             mean = torch.stack([call.output.flatten(1) for call in group]).mean(0)
             if torch.allclose(mean.to(outputs), outputs.detach(), rtol=1e-3, atol=1e-3):
@@ -147,12 +86,12 @@ def classifiers(tail: Sequence[TailCall], outputs: Tensor) -> list[TailCall]:
 
 
 def pooling_calls(tail: Sequence[TailCall]) -> list[TailCall]:
-    """The calls that turned a sequence of tokens into one."""
+    """Return the calls that turned a sequence of tokens into one token."""
     return [c for c in tail if c.input.dim() == 3 and c.output.dim() == 2]
 
 
 def is_classifier(module: nn.Module) -> bool:
-    """Whether a module scores a token alone."""
+    """Whether a module may score single tokens: a linear layer or a 1x1 convolution."""
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1
     return isinstance(module, nn.Linear)
@@ -161,19 +100,19 @@ def is_classifier(module: nn.Module) -> bool:
 def _scored_by_pool(
     head: TailCall, pools: Sequence[TailCall], patches: list[int], norms: Sequence[nn.Module]
 ) -> Tensor | None:
-    """The scores of single patches, if a module of the host pools them."""
+    """Score single patches if a module of the host pools them."""
     for call in pools:
         for norm in (None, *norms):
             if _same(_normed(norm, call.output), head.input.flatten(1)):
                 own = call.input[:, patches] if call.input.shape[1] > max(patches) else call.input
-                alone: Tensor = call.module.forward(own.flatten(0, 1)[:, None])
-                if alone.shape[1:] == call.output.shape[1:]:  # it pools any number of them
-                    return _classified(head, _normed(norm, alone).unflatten(0, own.shape[:2]))
+                pooled: Tensor = call.module.forward(own.flatten(0, 1)[:, None])
+                if pooled.shape[1:] == call.output.shape[1:]:  # it pools any number of tokens
+                    tokens = _normed(norm, pooled).unflatten(0, own.shape[:2])
+                    return _classified(head.module, tokens)
     return None
 
 
-def _classified(head: TailCall, tokens: Tensor) -> Tensor:
-    classifier: Any = head.module
+def _classified(classifier: Any, tokens: Tensor) -> Tensor:
     weight = classifier.weight.flatten(1)  # a 1x1 convolution is linear in each place
     return F.linear(tokens, weight, classifier.bias)
 
@@ -185,41 +124,42 @@ def _scored(
     patches: list[int],
     norms: Sequence[nn.Module],
 ) -> Tensor:
-    """The scores of single patches, once one way of pooling explains the classifier's input."""
+    """Score single patches, once a way of pooling gives the classifier's input."""
     entered = head.input.flatten(1)
     for tokens in reversed(spreads):
         own = tokens[:, patches]
         pooled = [own.mean(1), own.amax(1), tokens.mean(1), *(tokens[:, p] for p in special)]
         for norm in (None, *norms):
             if any(_same(_normed(norm, candidate), entered) for candidate in pooled):
-                return _classified(head, _normed(norm, own))
+                return _classified(head.module, _normed(norm, own))
         beside = [torch.cat([tokens[:, p], own.mean(1)], -1) for p in special]  # DINOv2's, linear
         if any(_same(candidate, entered) for candidate in beside):
-            return _classified(head, torch.cat([own, own], -1))
+            return _classified(head.module, torch.cat([own, own], -1))
     raise UnsupportedModelError(
         "the classifier's input is neither a special token nor the mean or maximum of the tokens; "
         "use GradientSeed or RelevanceSeed"
     )
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-3)
+def _same(tokens: Tensor, expected: Tensor) -> bool:
+    same_shape = tokens.shape == expected.shape
+    return same_shape and torch.allclose(tokens, expected, rtol=1e-3, atol=1e-3)
 
 
 def _normed(norm: nn.Module | None, tokens: Tensor) -> Tensor:
-    """The norm applied without its hooks, which belong to the user."""
+    """Apply a norm without its hooks, which belong to the user."""
     return tokens if norm is None else norm.forward(tokens)
 
 
 def token_scores(
     tail: Sequence[TailCall], outputs: Tensor | None, token: Float[Tensor, "b d"]
 ) -> Float[Tensor, "b o"]:
-    """Put one token per image through what follows the last block: norms, then the classifier.
+    """Pass one token per image through what follows the last block: norms, then the classifier.
 
     Args:
         tail: module calls after the last block.
         outputs: what the model returned.
-        token: in a graph or not; the scores then are, too.
+        token: in a graph or not; the scores are in the same graph.
 
     Raises:
         UnsupportedModelError: the scores are not those of a linear classifier of single tokens.
@@ -230,20 +170,11 @@ def token_scores(
             "the scores are not those of a linear classifier of one pooled token, so the tokens of "
             "inner blocks cannot be scored by it; use GradientSeed or RelevanceSeed"
         )
-    made = {head.module for head in heads}
-    for module in dict.fromkeys(call.module for call in tail):
-        between = module not in made and not any(True for _ in module.children())
-        if between and _keeps_width(module, tail):
-            token = module.forward(token)  # without its hooks, which belong to the user
-    return torch.stack([_token_score(head.module, token) for head in heads]).mean(0)
-
-
-def _token_score(classifier: Any, token: Tensor) -> Tensor:
-    weight = classifier.weight.flatten(1)  # a 1x1 convolution is linear in each place
-    return F.linear(token, weight, classifier.bias)
-
-
-def _keeps_width(module: nn.Module, tail: Sequence[TailCall]) -> bool:
-    """Whether a module made tokens of tokens, or a token of a token."""
-    call = next(call for call in tail if call.module is module)
-    return call.input.shape == call.output.shape and call.input.dim() in (2, 3)
+    passed = {head.module for head in heads}
+    for call in tail:
+        keeps_shape = call.input.shape == call.output.shape and call.input.dim() in (2, 3)
+        leaf = next(call.module.children(), None) is None
+        if leaf and keeps_shape and call.module not in passed:
+            token = call.module.forward(token)  # without its hooks, which belong to the user
+        passed.add(call.module)
+    return torch.stack([_classified(head.module, token) for head in heads]).mean(0)

@@ -1,5 +1,9 @@
 """Methods without a default or a measured gain; names here may change in any version."""
 
+from camkit.contrib.alignment import (
+    DescriptorAlignment as DescriptorAlignment,
+    TwoSidedAlignment as TwoSidedAlignment,
+)
 from camkit.contrib.craft import ConceptBank as ConceptBank, CRAFTSeed as CRAFTSeed
 from camkit.contrib.layers import (
     BestAgreementSeed as BestAgreementSeed,

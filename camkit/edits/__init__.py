@@ -1,7 +1,8 @@
-"""What changes a forward from the inside."""
+"""Edits: what changes a forward from the inside."""
 
 from camkit.edits.alignment import HybridAlignment as HybridAlignment
 from camkit.edits.calibrate import (
+    FuzzyKeyPruning as FuzzyKeyPruning,
     StaticCalibration as StaticCalibration,
     SuppressOutliers as SuppressOutliers,
 )
@@ -13,10 +14,14 @@ from camkit.edits.controls import (
 from camkit.edits.doei import (
     DOEI as DOEI,
     ClassDecoupling as ClassDecoupling,
-    FuzzyKeyPruning as FuzzyKeyPruning,
     PatchDecoupling as PatchDecoupling,
 )
 from camkit.edits.handle import Handle as Handle, attach as attach
 from camkit.edits.interaction import VirtualClassTokens as VirtualClassTokens
-from camkit.edits.protocol import BlockContext as BlockContext, Edit as Edit, KeyEdit as KeyEdit
-from camkit.edits.stream import Attended as Attended, StreamEdit as StreamEdit
+from camkit.edits.protocol import (
+    Attended as Attended,
+    BlockContext as BlockContext,
+    Edit as Edit,
+    KeyEdit as KeyEdit,
+    StreamEdit as StreamEdit,
+)

@@ -1,8 +1,8 @@
-"""Calibration without training: patches attend to their like, and outliers are suppressed.
+"""Calibration of attention without training.
 
-The attention of image models lets patches look at a few places that hold the whole image's sense,
-which is good for its class and bad for its map. Attention of queries to queries, keys to keys and
-values to values stays among patches that are alike.
+The attention of classifiers lets patches attend to a few places that hold the meaning of the whole
+image, which is good for its class and bad for its map. Here such keys are weighted down, or patches
+attend to similar patches by queries to queries, keys to keys and values to values.
 """
 
 import math
@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from camkit.capture.attention import Attention, FusedAttention
-from camkit.edits.protocol import BlockContext
-from camkit.edits.stream import Attended
+from camkit.edits.protocol import Attended, BlockContext
 from camkit.errors import UnsupportedModelError
 from camkit.ops.attention import head_mean
 from camkit.tensors import Tokens
@@ -24,13 +23,13 @@ from camkit.tensors import Tokens
 
 @dataclass(frozen=True)
 class SuppressOutliers:
-    """Takes attention from patches whose norm stands out in the stream between blocks.
+    """Reduces attention to patches whose norm stands out in the stream between blocks.
 
-    Large models park global information in a few patches of high norm (Darcet et al. 2024), which
-    then shine in every map. They are told by how far the norm of a patch lies above the median, in
-    units of the median absolute deviation (scaled to that of a normal distribution), and all
-    tokens' attention to them is multiplied by ``keep``. The finding is the paper's, whose remedy
-    is training with registers; both steps are ours.
+    Large models store global information in a few patches of high norm (Darcet et al. 2024), which
+    then are bright in every map. A patch stands out by how far its norm lies above the median, in
+    units of the median absolute deviation (scaled to that of a normal distribution), and the
+    attention of all tokens to it is multiplied by ``keep``. The finding is the paper's, whose
+    remedy is training with registers; both steps are ours.
 
     Attributes:
         threshold: deviations from which a norm stands out, positive.
@@ -51,11 +50,11 @@ class SuppressOutliers:
     def log_weights(
         self, tokens: Tokens, attention: Attention, site: BlockContext
     ) -> Float[Tensor, "b s"]:
-        """``log(keep)`` for patches that stand out, 0 for all other tokens."""
+        """Return ``log(keep)`` for patches that stand out, 0 for all other tokens."""
         del attention
         if site.stream is None:
             raise UnsupportedModelError(
-                "the tokens between blocks were not seen, and those behind a norm all have the "
+                "the tokens between blocks were not seen, and tokens behind a norm all have the "
                 "same length; this host's attention lies in no block that takes (b, t, d) tokens"
             )
         stream = site.stream.detach().float()
@@ -66,33 +65,76 @@ class SuppressOutliers:
 
 
 def outlying(norms: Float[Tensor, "b n"], threshold: float) -> Bool[Tensor, "b n"]:
-    """Which norms lie more than ``threshold`` robust deviations above the median of their image."""
+    """Find norms more than ``threshold`` robust deviations above the median of their image."""
     above = norms - norms.median(1, keepdim=True).values
     deviation = 1.4826 * above.abs().median(1, keepdim=True).values
     return above > threshold * deviation.clamp_min(1e-6 * norms.mean(1, keepdim=True))
 
 
 @dataclass(frozen=True)
+class FuzzyKeyPruning:
+    """Fades patches that get little attention out of the keys.
+
+    After the fuzzy token pruning of Yun et al. 2023, without its formulas: a patch's importance is
+    the attention it gets, averaged over heads and queries, and a membership function turns it into
+    a weight, in place of a hard cut. Ours: the function, a ramp from 0 at one quantile of the
+    image's importances to 1 at another; weights never fall below ``least``; each block judges
+    afresh; class and register tokens always stay.
+
+    Attributes:
+        low: quantile at which a patch is out, in [0, 1).
+        high: quantile from which it is fully in, above ``low``.
+        least: what is left of the attention to a patch that is out, in (0, 1].
+    """
+
+    low: float = 0.1
+    high: float = 0.3
+    least: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.low < self.high <= 1.0:
+            raise ValueError(
+                f"`low` and `high` must be quantiles, 0 <= low < high <= 1, got {self.low} and "
+                f"{self.high}"
+            )
+        if not 0.0 < self.least <= 1.0:
+            raise ValueError(f"`least` must lie in (0, 1], got {self.least}")
+
+    def log_weights(
+        self, tokens: Tokens, attention: Attention, site: BlockContext
+    ) -> Float[Tensor, "b s"]:
+        """Return the log of the membership of each patch, 0 for all other tokens."""
+        patches = torch.tensor(site.anatomy.patches(attention.shape[3]), device=tokens.device)
+        importance = attention.head_mean().mean(1)[:, patches].detach().float()
+        bounds = importance.new_tensor([self.low, self.high])
+        low, high = importance.quantile(bounds, dim=1, keepdim=True)
+        member = ((importance - low) / (high - low).clamp_min(1e-12)).clamp(self.least, 1.0)
+        member = torch.where(high > low, member, 1.0)  # nothing is pruned if all are equal
+        weights = tokens.new_zeros(len(tokens), attention.shape[3])
+        return weights.index_copy(1, patches, member.log().to(weights))
+
+
+@dataclass(frozen=True)
 class StaticCalibration:
-    """A second stream of patches through the chosen blocks, by self-likeness and without MLP.
+    """Runs a second stream of patches through the chosen blocks, by self-attention without MLP.
 
     It starts as the tokens that enter the first chosen block; every block adds its own projection
-    of its own values, gathered by the mean of softmax(q q'), softmax(k k') and softmax(v v') at the
-    block's scale; q, k and v come from the host's stream, which goes on as ever. Behind the last
-    chosen block the patches are those of the second stream, all other tokens the host's. So where a
-    class token makes the scores they do not change at all, but what a classifier or a text says of
-    patches does.
+    of its own values, averaged by the mean of softmax(q q'), softmax(k k') and softmax(v v') at the
+    block's scale; q, k and v come from the host's stream, which stays as it is. Behind the last
+    chosen block the patches are those of the second stream, and all other tokens are the host's. So
+    scores read from a class token do not change, but those of patches do, by a classifier or by
+    texts.
 
     All three pairs and summed heads are static visual calibration of ExCEL (Yang et al. 2025);
-    ``of="v", heads="own"`` is CLIP Surgery (Li et al. 2023). Position biases take no part
-    (ours). Attach it to the last five blocks (ExCEL) with
-    ``camkit.attach(model, edit, blocks=5)``; they must follow each other.
+    ``of="v", heads="own"`` is CLIP Surgery (Li et al. 2023). Ours: position biases are left out.
+    Attach it to the last five blocks (ExCEL) with ``camkit.attach(model, edit, blocks=5)``; the
+    blocks must follow each other.
 
     Attributes:
         of: which of queries, keys and values attend to themselves: "qkv", "qk", "v" and so on.
-        heads: "own" gathers each head's values by its own map; "mean" by the mean map of all heads;
-            "sum" by their sum, as ExCEL's code, which weighs the attention of each block as many
-            times as it has heads.
+        heads: "own" averages each head's values by its own map; "mean" by the mean map of all
+            heads; "sum" by their sum, as ExCEL's code, which weights the attention of each block by
+            its number of heads.
     """
 
     of: str = "qkv"
@@ -107,29 +149,30 @@ class StaticCalibration:
     def __call__(
         self, tokens: Tokens, output: Tokens, attention: Attention, site: BlockContext
     ) -> Tokens:
-        """The host's own stream is left as it is."""
+        """Leave the host's own stream as it is."""
         del tokens, attention, site
         return output
 
     def step(self, side: Tokens, attended: Attended) -> Tokens:
-        """The second stream with this block's calibrated attention added."""
+        """Add this block's calibrated attention to the second stream."""
         return side + attended.project(self.gathered(attended.attention)).to(side.dtype)
 
     def merge(self, tokens: Tokens, side: Tokens, site: BlockContext) -> Tokens:
-        """Patches of the second stream among the host's other tokens."""
+        """Put the patches of the second stream among the host's other tokens."""
         places = site.anatomy.patches(tokens.shape[1])
         patches = torch.tensor(places, device=tokens.device)
         return tokens.index_copy(1, patches, side[:, patches].to(tokens.dtype))
 
     def gathered(self, attention: FusedAttention) -> Tensor:
-        """The values of each head, ``(b, a, t, e)``, gathered by likeness."""
-        pairs = {"q": attention.q, "k": attention.k, "v": attention.v}
-        values: Tensor = torch.as_tensor(attention.v)
-        return torch.stack([self._by(pairs[name], values, attention) for name in self.of]).mean(0)
-
-    def _by(self, like: Tensor | None, values: Tensor, attention: FusedAttention) -> Tensor:
-        like = torch.as_tensor(like)
-        if self.heads == "own":
-            return F.scaled_dot_product_attention(like, like, values, scale=attention.scale)
-        joined = head_mean(like, like, scale=attention.scale)[:, None].to(values.dtype) @ values
-        return joined * like.shape[1] if self.heads == "sum" else joined
+        """Average the values of each head, ``(b, a, t, e)``, over similar tokens."""
+        if attention.v is None:
+            raise UnsupportedModelError("the values of this attention were not recorded")
+        values, scale, averages = attention.v, attention.scale, []
+        for name in self.of:
+            x: Tensor = getattr(attention, name)
+            if self.heads == "own":
+                averages.append(F.scaled_dot_product_attention(x, x, values, scale=scale))
+                continue
+            average = head_mean(x, x, scale=scale)[:, None].to(values.dtype) @ values
+            averages.append(average * x.shape[1] if self.heads == "sum" else average)
+        return torch.stack(averages).mean(0)

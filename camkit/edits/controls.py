@@ -1,4 +1,4 @@
-"""Edits that know nothing of classes: what a real one must beat at equal strength."""
+"""Controls: edits that use nothing of the classes, to compare a method with at equal strength."""
 
 from dataclasses import dataclass
 
@@ -24,9 +24,9 @@ class ScaleOutput:
 
 @dataclass(frozen=True)
 class OneMoreHop:
-    """Add the output once more, carried along the block's own attention, times ``strength``.
+    """Add the output again, averaged by the block's own attention, times ``strength``.
 
-    At 0 nothing changes.
+    0 changes nothing.
     """
 
     strength: float = 1.0
@@ -43,8 +43,8 @@ class RandomGates:
     """Scale patches as strongly as another edit changes them, but in a random order.
 
     Attributes:
-        edit: whose strength is borrowed: the length of its change over that of the output.
-        rng_seed: of the order; blocks and images get different ones.
+        edit: gives the strengths: the length of its change over that of the output.
+        rng_seed: of the order; blocks and images get different orders.
     """
 
     edit: Edit

@@ -1,4 +1,4 @@
-"""The class-to-patch interaction, read from attention or from embeddings of classes."""
+"""The class-to-patch interaction, from attention or from embeddings of classes."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import Attention
-from camkit.capture.host import find_attention
-from camkit.capture.tail import is_classifier, tail_modules
+from camkit.capture.host import find_attention, tail_modules
+from camkit.capture.tail import is_classifier
 from camkit.errors import UnsupportedModelError
 from camkit.ops.attention import take
 from camkit.tensors import Labels, Tokens
@@ -20,7 +20,7 @@ from camkit.tensors import Labels, Tokens
 
 @dataclass(frozen=True, eq=False)
 class Interaction:
-    """Attention between class tokens and patches, heads averaged; patch-to-patch is never read.
+    """Attention between class tokens and patches, averaged over heads.
 
     Attributes:
         class_to_class: what class tokens take from each other.
@@ -34,9 +34,9 @@ class Interaction:
 
     @classmethod
     def of(cls, attention: Attention, anatomy: Anatomy) -> "Interaction":
-        """Read from an attention call; its class rows and class columns are all that is computed.
+        """Compute the class rows and class columns of an attention call, and nothing else.
 
-        The mean over heads is our reading: the figure shows one matrix.
+        The mean over heads is ours: the figure shows one matrix.
         """
         tokens = list(anatomy.class_tokens)
         patches = anatomy.patches(attention.shape[2])
@@ -45,7 +45,7 @@ class Interaction:
         return cls(take(rows, tokens, 2), take(rows, patches, 2), take(columns, patches, 1))
 
     def blend(self, other: "Interaction", weight: float) -> "Interaction":
-        """The mean of two, the other one counting ``weight``; rows that sum to one still do."""
+        """Return the mean of both, with weights 1 and ``weight``; rows keep a sum of one."""
         parts = (
             torch.lerp(mine, theirs.to(mine.dtype), weight / (1.0 + weight))
             for mine, theirs in (
@@ -57,7 +57,7 @@ class Interaction:
         return Interaction(*parts)
 
     def among(self, labels: Labels | None) -> "Interaction":
-        """Nothing to or from classes that are absent; all of it where nothing is known."""
+        """Set what goes to or from absent classes to zero; None changes nothing."""
         if labels is None:
             return self
         present = labels.to(self.class_to_class)
@@ -69,26 +69,26 @@ class Interaction:
         )
 
     def between_classes(self) -> Float[Tensor, "b c c"]:
-        """The class block and its transpose, added (figure)."""
+        """Add the class block and its transpose (figure)."""
         return self.class_to_class + self.class_to_class.mT
 
     def between_patches_and_classes(self) -> Float[Tensor, "b n c"]:
-        """Patch-to-class and class-to-patch, added (figure)."""
+        """Add patch-to-class and class-to-patch (figure)."""
         return self.patch_to_class + self.class_to_patch.mT
 
 
 @dataclass(frozen=True, eq=False)
 class VirtualClassTokens:
-    """Class embeddings that patches are compared with: classifier rows, or text (our extension).
+    """Class embeddings that patches are compared with: classifier rows, or texts (our extension).
 
-    Class-to-patch is the softmax over patches of their cosines over ``temperature``,
-    patch-to-class that over classes; classes have nothing to do with each other. The tokens
-    compared are those the attention module was given; its norm stands for the host's last one.
+    Class-to-patch is the softmax over patches of their cosines over ``temperature``, patch-to-class
+    that over classes; classes do not interact with each other. The tokens compared are those given
+    to the attention module; its norm stands in for the host's last norm.
 
     Attributes:
-        embeddings: one row a class, as wide as the tokens; get no gradient.
+        embeddings: one row per class, as wide as the tokens; they get no gradient.
         temperature: divides the cosines.
-        source: where they come from, for the record.
+        source: where they come from, for the manifest.
     """
 
     embeddings: Float[Tensor, "c d"] = field(repr=False)
@@ -103,11 +103,11 @@ class VirtualClassTokens:
     def from_classifier(
         cls, model: nn.Module, *, module: str | None = None, temperature: float = 0.1
     ) -> "VirtualClassTokens":
-        """The rows of a model's classifier, a linear layer or a 1x1 convolution.
+        """Take the rows of a model's classifier, a linear layer or a 1x1 convolution.
 
         Args:
             model: the host.
-            module: name of its classifier; None takes the one behind the blocks that is called
+            module: name of its classifier; None takes the layer behind the blocks that is called
                 head, classifier or fc, if there is just one.
             temperature: divides the cosines.
 
@@ -124,7 +124,7 @@ class VirtualClassTokens:
         return cls(weight.detach().clone().flatten(1), temperature, name)
 
     def interaction(self, tokens: Tokens, patches: list[int]) -> Interaction:
-        """What the embeddings have to do with the patches of a block."""
+        """Return the interaction of the embeddings with the patches of a block."""
         if self.embeddings.shape[1] != tokens.shape[2]:
             raise ValueError(
                 f"`embeddings` are {self.embeddings.shape[1]} wide, but the tokens have "
@@ -143,9 +143,10 @@ def _classifier(model: nn.Module) -> str:
         n for n in layers if set(n.lower().split(".")) & {"head", "heads", "classifier", "fc"}
     ]
     if len(called) != 1:
-        found = ", ".join(called or layers) or "none"
+        candidates = ", ".join(called or layers) or "none"
         raise UnsupportedModelError(
-            f"the classifier of {type(model).__name__} cannot be told from its layers ({found}); "
-            "name it with `module=`, or give `embeddings` of the classes"
+            f"camkit does not know which layer of {type(model).__name__} is its classifier "
+            f"(candidates: {candidates}); name it with `module=`, or give `embeddings` of the "
+            "classes"
         )
     return called[0]

@@ -1,5 +1,6 @@
-"""What an edit is, and what it is told about the block that it acts in."""
+"""What an edit is, and what it is given of the block it acts in."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -7,9 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.capture.anatomy import Anatomy
-from camkit.capture.attention import Attention
-from camkit.capture.session import grid_of_aspect
+from camkit.capture.anatomy import Anatomy, grid_of_aspect
+from camkit.capture.attention import Attention, FusedAttention
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 from camkit.ops.images import Normalisation, to_rgb
@@ -18,14 +18,14 @@ from camkit.tensors import RGB, Labels, Pixels, Tokens
 
 @dataclass(eq=False)
 class Picture:
-    """The images of one forward, and their colours once somebody asks for them.
+    """The images of one forward, and their colours once an edit asks for them.
 
     Attributes:
-        pixels: as the model was called with them; none where it was never entered.
-        rgb: in [0, 1], where the user gave them; otherwise pixels are brought back to colours.
-        normalisation: of the pixels, where it is known.
-        grid: rows and columns of patches, where a patch embedding showed them.
-        doubt: why these may be the wrong images; empty where they are right.
+        pixels: as the model was called with them; None if it was not called with images.
+        rgb: in [0, 1], if the user gave them; otherwise pixels are converted back to colours.
+        normalisation: of the pixels, if it is known.
+        grid: rows and columns of patches, if a patch embedding showed them.
+        doubt: why these may be the wrong images; empty if they are right.
     """
 
     pixels: Pixels | None = None
@@ -36,16 +36,16 @@ class Picture:
     _colours: Tensor | None = None
 
     def colours(self, patches: int) -> Float[Tensor, "b n 3"]:
-        """Mean colour of every patch, in [0, 1], without gradient.
+        """Return the mean colour of every patch, in [0, 1], without gradient.
 
         Raises:
-            CaptureError: the images are not known, or not for sure.
+            CaptureError: the images are unknown or uncertain.
         """
         if self.doubt or self.pixels is None:
             raise CaptureError(
                 self.doubt
-                or "the model was never called with images, so there are no colours; "
-                "set them with `handle.rgb = ...`"
+                or "the model was not called with images, so there are no colours; set them with "
+                "`handle.rgb = ...`"
             )
         if self._colours is None:
             rgb = to_rgb(self.pixels, self.normalisation) if self.rgb is None else self.rgb
@@ -54,8 +54,8 @@ class Picture:
             self._colours = pooled.flatten(2).mT.contiguous()
         if self._colours.shape[1] != patches:
             raise CaptureError(
-                f"{self._colours.shape[1]} patches were cut from the images, but {patches} are "
-                "among the tokens, so their colours are not known"
+                f"the images were cut into {self._colours.shape[1]} patches, but {patches} tokens "
+                "are patches, so their colours are unknown"
             )
         return self._colours
 
@@ -68,10 +68,10 @@ class BlockContext:
         anatomy: roles of the tokens.
         index: place of the block among all of the host's, from 0.
         count: how many blocks the host has.
-        picture: what the tokens were made of.
-        labels: classes present in each image, where the user gave them.
+        picture: the images of the forward.
+        labels: classes present in each image, if the user gave them.
         stream: the tokens that entered the block, before its norm; for edits whose class says
-            ``reads_stream = True``, where the block is a module that takes them.
+            ``reads_stream = True``, if the block is a module that takes them.
     """
 
     anatomy: Anatomy
@@ -83,7 +83,7 @@ class BlockContext:
 
     @property
     def depth(self) -> float:
-        """How far up the host the block is: 1 for the last."""
+        """Place of the block in the host, up to 1 for the last."""
         return (self.index + 1) / self.count
 
 
@@ -94,24 +94,52 @@ class Edit(Protocol):
     def __call__(
         self, tokens: Tokens, output: Tokens, attention: Attention, site: BlockContext
     ) -> Tokens:
-        """A new output of the block.
+        """Return a new output of the block.
 
         Args:
             tokens: what went into the attention module.
             output: what it returns, after its projection and before the residual.
-            attention: the attention it used; rows, columns and maps are computed when asked.
-            site: which block, which tokens are what, and the picture.
+            attention: the attention it used; rows, columns and maps are computed on demand.
+            site: which block it is, the roles of its tokens, and the images.
         """
 
 
 @runtime_checkable
 class KeyEdit(Protocol):
-    """Tilts attention itself: weights on the keys, inside the host's own kernel."""
+    """Weights the keys of attention, inside the host's own kernel."""
 
     def log_weights(
         self, tokens: Tokens, attention: Attention, site: BlockContext
     ) -> Float[Tensor, "b s"] | Float[Tensor, "b a s"]:
-        """What to add to the logits of every key, for all heads or for each.
+        """Return what to add to the logits of every key, for all heads or for each.
 
         The rows of the map become proportional to ``exp(log_weights)`` times what they were.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """One block's attention, and the way its host adds it to the tokens.
+
+    Attributes:
+        attention: with its queries, keys and values.
+        project: returns what the block would add if the attention had returned other values, one
+            vector for each head and token: the host's own projection and layer scale.
+    """
+
+    attention: FusedAttention
+    project: Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class StreamEdit(Edit, Protocol):
+    """An edit that also carries a second stream of tokens through the chosen blocks.
+
+    Its call may change the host's own stream, or return ``output`` as it is.
+    """
+
+    def step(self, side: Tokens, attended: Attended) -> Tokens:
+        """Return the second stream behind a block; it begins as the host's tokens."""
+
+    def merge(self, tokens: Tokens, side: Tokens, site: BlockContext) -> Tokens:
+        """Return what leaves the last chosen block, given the host's tokens and the stream."""

@@ -41,15 +41,16 @@ def amplify(scores: Rows, rule: Confidence, strength: float) -> Rows:
     if strength == 0.0:
         return scores
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return (wide * gain(wide, rule, strength)).to(scores.dtype)
+    factors, scale = gain(wide, rule, strength)
+    return (wide * factors * scale).to(scores.dtype)
 
 
-def gain(scores: Rows, rule: Confidence, strength: float) -> Rows:
-    """Return the factors by which `amplify` multiplies scores, in at least float32."""
+def gain(scores: Rows, rule: Confidence, strength: float) -> tuple[Rows, Float[Tensor, "*rows 1"]]:
+    """Return the factor of each score, and the one that brings its row back to its sum."""
     factors = 1.0 + strength * rule(scores.detach()).detach()
     before, after = scores.sum(-1, keepdim=True), (scores * factors).sum(-1, keepdim=True)
     empty = after == 0.0  # a row of zeros has no sum to be scaled to
-    return factors * (before.masked_fill(empty, 1.0) / after.masked_fill(empty, 1.0))
+    return factors, before.masked_fill(empty, 1.0) / after.masked_fill(empty, 1.0)
 
 
 @dataclass(frozen=True)

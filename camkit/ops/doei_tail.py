@@ -124,7 +124,8 @@ def plain_scores(  # noqa: PLR0913 - as declared
 def _gain(scores: Tensor, strength: float, shift: float, temperature: float) -> Tensor:
     if strength == 0.0:
         return torch.ones_like(scores, memory_format=torch.contiguous_format)
-    return gain(scores, TanhAroundMean(shift, temperature), strength)
+    factors, scale = gain(scores, TanhAroundMean(shift, temperature), strength)
+    return factors * scale
 
 
 def _shapes(rows: Tensor, columns: Tensor, *rest: Any) -> tuple[Tensor, ...]:

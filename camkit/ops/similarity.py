@@ -5,14 +5,16 @@ input: rows of half precision do not sum to one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from camkit.ops.attention import log_normaliser, take
+from camkit.ops.attention import take
 from camkit.ops.reweight_plain import at_least_float32, chunks
 from camkit.tensors import Tokens
 
@@ -37,9 +39,8 @@ def cosine_rows_and_columns(
     with torch.autocast(tokens.device.type, enabled=False):
         directions = _directions(tokens)
         logits = take(directions, places, 1) @ directions.mT / temperature
-        head = directions[:, None]
-        lse = log_normaliser(head, head, 1 / temperature)[:, 0, :, None]
-        columns = (logits.mT - lse).exp()
+        lse: Tensor = _CosineLogSumExp.apply(directions, temperature)
+        columns = (logits.mT - lse[..., None]).exp()
         return logits.softmax(-1).to(tokens.dtype), columns.to(tokens.dtype)
 
 
@@ -105,6 +106,48 @@ def colour_mass(colours: Float[Tensor, "b n 3"], *, width: float) -> Float[Tenso
             for part in chunks(tokens, images * tokens * channels, wide.device)
         ]
     return torch.cat(parts, 1).to(colours.dtype)
+
+
+class _CosineLogSumExp(torch.autograd.Function):
+    """Log of the summed exponentials of each token's cosines over a temperature.
+
+    The backward keeps ``(t, d)``. Cosines are symmetric, which saves it half of its products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, directions: Tensor, temperature: float) -> Tensor:
+        # a token is most similar to itself, so the maximum of each row is known
+        most = directions.square().sum(-1, keepdim=True) / temperature
+        sharp, keys = 1 / temperature, directions.mT
+        parts = [
+            torch.baddbmm(most[:, part], directions[:, part], keys, beta=-1, alpha=sharp)
+            .exp_()
+            .sum(-1)
+            for part in _token_chunks(directions)
+        ]
+        lse = torch.cat(parts, 1).log() + most[..., 0]
+        ctx.save_for_backward(directions, lse)
+        ctx.temperature = temperature
+        return lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        directions, lse = ctx.saved_tensors
+        parts = []
+        with torch.autocast(directions.device.type, enabled=False):
+            for part in _token_chunks(directions):
+                # one product of cosines serves tokens as queries and as keys
+                logits = (directions[:, part] / ctx.temperature) @ directions.mT
+                pull = (logits - lse[:, part, None]).exp_().mul_(grad_output[:, part, None])
+                pull += logits.sub_(lse[:, None]).exp_().mul_(grad_output[:, None])
+                parts.append(pull @ directions)
+        return torch.cat(parts, 1) / ctx.temperature, None
+
+
+def _token_chunks(directions: Tensor) -> Iterator[slice]:
+    images, tokens, _ = directions.shape
+    return chunks(tokens, images * tokens, directions.device)
 
 
 def _attend(q: Tensor, k: Tensor, values: Tensor, scale: float) -> Tensor:
