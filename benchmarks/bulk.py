@@ -46,6 +46,7 @@ from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
 from camkit.cli.run import TimmModel
 from camkit.data import write_shapes
+from camkit.method import Method
 
 # Kills
 
@@ -56,8 +57,8 @@ def opened(model: TimmModel) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class AttentionRecord:
-    """A model that processes find opened when they are forked, so that kills hit the work."""
+class CachedModel:
+    """Opens a model once, so that forked processes share it and kills hit the work."""
 
     model: TimmModel
 
@@ -96,7 +97,8 @@ def kills(photos: list[Path], work: Path, images: int = 500, count: int = 50) ->
     del photos  # drawn ones take less time
     made = recipe(64, crf=False)
     writing = replace(made.writing, cams="npz")
-    made = replace(made, model=AttentionRecord(TimmModel(MODEL, 64)), refine=(), writing=writing)
+    model, method = CachedModel(TimmModel(MODEL, 64)), Method(refine=())
+    made = replace(made, model=model, method=method, writing=writing)
     write_shapes(work / "in", images)
     source = PhotoFolder(work / "in" / "JPEGImages")
     start = time.monotonic()
@@ -139,7 +141,8 @@ def kills(photos: list[Path], work: Path, images: int = 500, count: int = 50) ->
 
 def memory(photos: list[Path], work: Path, images: int = 5000, size: int = 64) -> dict[str, Any]:
     """Resident memory of all processes, from the first images to the last."""
-    made = replace(recipe(size, crf=False), refine=())  # the less time an image takes, the better
+    method = Method(refine=())  # the less time an image takes, the better
+    made = replace(recipe(size, crf=False), method=method)
     source = link_photos(work / "in", photos, images)
     series: list[tuple[int, int, int]] = []
     model = made.model()

@@ -73,7 +73,7 @@ def stages_alone(
             spent.seconds.clear()  # the first chunk warms up
             sizes.clear()
         items = [one for one in chunk if isinstance(one, Item)]
-        prepared = [spent.time("read", read, item, made.reading) for item in items]
+        prepared = [spent.time("read", read, item, made.loading) for item in items]
         found = batches(prepared, made)
         formed.append([len(batch) for batch in found])
         for batch in found:
@@ -95,7 +95,7 @@ def bytes_of(
         "decoded": 3 * rows * cols,
         "to_the_model": prepared.rgb.nbytes,
         "on_the_device": 4 * prepared.rgb.size,
-        "from_the_model": maps.rgb.nbytes + maps.cam.nbytes,
+        "from_the_model": maps.image.rgb.nbytes + maps.cam.nbytes,
         "mask": (folder.root / row["mask"]).stat().st_size,
         "cams": (folder.root / row["cam"]).stat().st_size if "cam" in row else 0,
     }
@@ -135,8 +135,8 @@ def work_beside(crf: bool, folder: Path, size: int, side: str, pace: float, read
     pipeline = made.pipeline(made.model())
     chunk = next(iter(chunks(PhotoFolder(folder), made.chunk)))
     items = [one for one in chunk if isinstance(one, Item)]
-    formed = batches([read(item, made.reading) for item in items], made)
-    maps = {one.key: one for batch in formed for one in forward(pipeline, made, batch)}
+    formed = batches([read(item, made.loading) for item in items], made)
+    maps = {str(one): one for batch in formed for one in forward(pipeline, made, batch)}
     ready.touch()
     while True:
         for batch in formed:
@@ -145,7 +145,7 @@ def work_beside(crf: bool, folder: Path, size: int, side: str, pace: float, read
                 forward(pipeline, made, batch)
             else:
                 for item in items[: len(batch)]:
-                    read(item, made.reading)
+                    read(item, made.loading)
                     finish(maps[item.key], made.writing, OutFolder(ready.parent / "beside"))
             time.sleep(max(0.0, pace * len(batch) - (time.monotonic() - began)))
 

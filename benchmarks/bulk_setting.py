@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from camkit.bulk.recipe import Reading, Recipe, Writing
+from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.sources import PhotoFolder
 from camkit.cli.models import open_model
 from camkit.cli.run import TimmModel
+from camkit.method import Method
 from camkit.refiners import DenseCRF, Normalize, Propagate
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,9 +24,9 @@ def recipe(size: int, *, crf: bool = True) -> Recipe:
     cams = "npz" if crf else "none"
     return Recipe(
         TimmModel(MODEL, size),
-        reading=Reading(size, opened.photos.mean, opened.photos.std),
+        Method(refine=(Propagate(steps=2, blocks=6, balance=3),)),
+        loading=Loading(**vars(opened.photos)),
         writing=Writing(finishing, background_score=0.5, cams=cams),
-        refine=(Propagate(steps=2, blocks=6, balance=3),),
         vocabulary=opened.vocabulary,
         labels=(281, 207),
         chunk=16,

@@ -1,4 +1,13 @@
-"""Any pretrained Vision Transformer and image-level labels become pixel masks to trust."""
+"""Class maps and masks from any pretrained Vision Transformer and image-level labels.
+
+How a map is made, from left to right; a `Method` holds the settings of every stage:
+
+    photo -> model, watched -> Capture -> seed -> refiners -> to_mask -> Result
+             (and edited, if the method has an edit)
+
+`wrap(model)` joins the stages in a `Pipeline`. Each stage also works alone: `watch` records a
+forward, `attach` edits it, a seed reads maps from the `Capture`, and refiners improve them.
+"""
 
 from importlib import import_module
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""Atomic files: complete, or not there."""
 
 import os
 import uuid
@@ -9,11 +9,11 @@ from pathlib import Path
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """Yield another name in the same folder; what is written there becomes ``path`` at the end.
+    """Yield a draft path in the same folder, and rename the draft to ``path`` after the block.
 
-    When the block raises, nothing appears and whatever stood at ``path`` stays.
+    If the block raises, the draft is deleted and ``path`` stays as it was.
     """
-    # 50 characters are 200 bytes at most, and a file name holds 255
+    # 50 characters are at most 200 bytes, and a file name may have 255
     draft = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex}.part")
     try:
         yield draft

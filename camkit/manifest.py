@@ -1,4 +1,4 @@
-"""What was run: versions, weights and settings, so that a result can be made again."""
+"""Versions, machine and weights of a result, so that it can be reproduced."""
 
 import hashlib
 import platform
@@ -13,26 +13,26 @@ _HASHES: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a model's parameters and buffers.
+    """Return the SHA-256 of the names, types, shapes and bytes of parameters and buffers.
 
-    Computed again only when a tensor was replaced or written to. Writes through ``tensor.data``
-    leave no trace in torch's version counter, so sums are compared too.
+    The hash is cached until a tensor is replaced or written to. Torch's version counter misses
+    writes through ``tensor.data``, so sums are compared too.
     """
     state = {k: v for k, v in sorted(model.state_dict().items()) if isinstance(v, torch.Tensor)}
-    written = tuple(
+    fingerprint = tuple(
         (name, t.data_ptr(), t._version, float(t.detach().sum(dtype=torch.float64)))
         for name, t in state.items()
     )
-    known = _HASHES.get(model)
-    if known is not None and known[0] == written:
-        return known[1]
+    cached = _HASHES.get(model)
+    if cached is not None and cached[0] == fingerprint:
+        return cached[1]
     digest = hashlib.sha256()
     for name, tensor in state.items():
         if tensor.numel():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(flat.numpy().tobytes())
-    _HASHES[model] = (written, digest.hexdigest())
+    _HASHES[model] = (fingerprint, digest.hexdigest())
     return digest.hexdigest()
 
 

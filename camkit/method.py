@@ -10,53 +10,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from camkit import edits, refiners, seeds
 from camkit.capture.hooks import borrowed
 from camkit.capture.host import find_attention
 from camkit.capture.record import WatchSpec, required_by
-from camkit.edits import (
-    DOEI,
-    FuzzyKeyPruning,
-    OneMoreHop,
-    RandomGates,
-    ScaleOutput,
-    StaticCalibration,
-    SuppressOutliers,
-)
-from camkit.edits.protocol import Edit, KeyEdit
+from camkit.edits import Edit, KeyEdit
 from camkit.errors import CaptureError, UnsupportedModelError, closest
-from camkit.refiners import (
-    Amplify,
-    AtReducedSize,
-    Blur,
-    DenseCRF,
-    FastGlobalSmooth,
-    GuidedFilter,
-    HybridPropagate,
-    Normalize,
-    PixelAdaptive,
-    Propagate,
-    RandomWalk,
-    Refiner,
-    Superpixels,
-)
-from camkit.seeds import (
-    AttentionRolloutSeed,
-    ClassAttentionSeed,
-    ClassWeightSeed,
-    ContributionSeed,
-    EigenCAMSeed,
-    GatedProductSeed,
-    GradCAMSeed,
-    GradientSeed,
-    LeGradSeed,
-    LOSTSeed,
-    ModelRunner,
-    PrototypeSeed,
-    RelevanceSeed,
-    Seed,
-    TokenCutSeed,
-    Views,
-)
+from camkit.refiners import Refiner
+from camkit.seeds import ModelRunner, Seed, Views
 from camkit.tensors import RGB, Pixels
 
 _LOG = logging.getLogger("camkit")
@@ -65,50 +26,50 @@ Names = Mapping[str, type]
 """Short names, and the dataclass that each stands for."""
 
 SEEDS: Names = {
-    "gradient": GradientSeed,
-    "relevance": RelevanceSeed,
-    "attention": ClassAttentionSeed,
-    "attention_rollout": AttentionRolloutSeed,
-    "weight": ClassWeightSeed,
-    "contribution": ContributionSeed,
-    "gradcam": GradCAMSeed,
-    "eigencam": EigenCAMSeed,
-    "legrad": LeGradSeed,
-    "tokencut": TokenCutSeed,
-    "lost": LOSTSeed,
-    "prototype": PrototypeSeed,
+    "gradient": seeds.GradientSeed,
+    "relevance": seeds.RelevanceSeed,
+    "attention": seeds.ClassAttentionSeed,
+    "attention_rollout": seeds.AttentionRolloutSeed,
+    "weight": seeds.ClassWeightSeed,
+    "contribution": seeds.ContributionSeed,
+    "gradcam": seeds.GradCAMSeed,
+    "eigencam": seeds.EigenCAMSeed,
+    "legrad": seeds.LeGradSeed,
+    "tokencut": seeds.TokenCutSeed,
+    "lost": seeds.LOSTSeed,
+    "prototype": seeds.PrototypeSeed,
 }
 EDITS: Names = {
-    "doei": DOEI,
-    "hop": OneMoreHop,
-    "scale": ScaleOutput,
-    "calibrate": StaticCalibration,
-    "outliers": SuppressOutliers,
-    "fuzzy": FuzzyKeyPruning,
+    "doei": edits.DOEI,
+    "hop": edits.OneMoreHop,
+    "scale": edits.ScaleOutput,
+    "calibrate": edits.StaticCalibration,
+    "outliers": edits.SuppressOutliers,
+    "fuzzy": edits.FuzzyKeyPruning,
 }
 PICTURE_REFINERS: Names = {
-    "crf": DenseCRF,
-    "par": PixelAdaptive,
-    "guided": GuidedFilter,
-    "fgs": FastGlobalSmooth,
-    "superpixels": Superpixels,
-    "blur": Blur,
-    "normalize": Normalize,
-    "amplify": Amplify,
+    "crf": refiners.DenseCRF,
+    "par": refiners.PixelAdaptive,
+    "guided": refiners.GuidedFilter,
+    "fgs": refiners.FastGlobalSmooth,
+    "superpixels": refiners.Superpixels,
+    "blur": refiners.Blur,
+    "normalize": refiners.Normalize,
+    "amplify": refiners.Amplify,
 }
 """Refiners that need only class maps and the photo."""
 
 REFINERS: Names = {
     **PICTURE_REFINERS,
-    "propagate": Propagate,
-    "align": HybridPropagate,
-    "walk": RandomWalk,
+    "propagate": refiners.Propagate,
+    "align": refiners.HybridPropagate,
+    "walk": refiners.RandomWalk,
 }
 """All refiners; the last three need the attention of a model."""
 
 DEFAULT_REFINE: tuple[Refiner, ...] = (
-    Propagate(steps=2, blocks=6, balance=3),
-    Normalize(mode="minmax"),
+    refiners.Propagate(steps=2, blocks=6, balance=3),
+    refiners.Normalize(mode="minmax"),
 )
 
 
@@ -130,7 +91,7 @@ class Method:
         background_score: score that a class must exceed to own a pixel, in [0, 1].
     """
 
-    seed: Seed = field(default_factory=GradientSeed)
+    seed: Seed = field(default_factory=seeds.GradientSeed)
     edit: Edit | KeyEdit | None = None
     edit_blocks: int | tuple[int, ...] | None = 3
     views: Views | None = None
@@ -139,12 +100,10 @@ class Method:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "refine", tuple(self.refine))
-        for name, stage in (("seed", self.seed), *(("refine", each) for each in self.refine)):
-            if isinstance(stage, type) or not callable(stage):
-                raise TypeError(
-                    f"`{name}` must be an instance or a function, such as GradientSeed() or "
-                    f"Propagate(), got {stage!r}"
-                )
+        stages: tuple[object, ...] = (self.seed, *self.refine)
+        classes = [stage for stage in stages if isinstance(stage, type)]
+        if classes:
+            raise TypeError(f"stages must be instances, such as GradientSeed(), got {classes[0]}")
         if not 0.0 <= self.background_score <= 1.0:
             raise ValueError(f"`background_score` must lie in [0, 1], got {self.background_score}")
 
@@ -196,8 +155,7 @@ class Preset:
 
     Attributes:
         method: with a background score that suits `DEFAULT_REFINE`.
-        depth: number of attention blocks that the model needs at least: edits of the last blocks
-            were not tuned for shallower models.
+        depth: smallest number of attention blocks; edits were not tuned for shallower models.
         classifier: whether the seed reads the model's own classifier, and so cannot explain texts
             or custom scores.
         also_requires: a second seed that the model must support, though the method does not use it.
@@ -208,11 +166,45 @@ class Preset:
     classifier: bool = False
     also_requires: Seed | None = None
 
+    def supports(self, runner: ModelRunner, pixels: Pixels, rgb: RGB) -> bool:
+        """Return whether a model supports this preset, by a trial on one batch.
+
+        The edit must be possible and the seeds readable. The edit must also leave the class scores
+        as they are: where patches are pooled, it would change what the classifier sees.
+
+        Args:
+            runner: runs the model, without an edit.
+            pixels: ``(b, 3, H, W)`` as the model takes them, on any device.
+            rgb: the same pictures in [0, 1].
+        """
+        if len(find_attention(runner.model)) < self.depth:
+            return False
+        method = self.method
+        readers = [seed for seed in (method.seed, self.also_requires) if seed is not None]
+        runner = replace(runner, requires=WatchSpec() | required_by(*readers))
+        edited = replace(runner, edit=method.edit, edit_blocks=method.edit_blocks)
+        weight = next(runner.model.parameters())
+        pixels, rgb = pixels.to(weight), rgb.to(weight.device)
+        classes = torch.zeros(len(pixels), 1, dtype=torch.int64, device=weight.device)
+        try:
+            with borrowed(runner.model), torch.no_grad():
+                plain = runner(pixels, rgb)
+                capture = plain if method.edit is None else edited(pixels, rgb)
+                for seed in readers:
+                    seed(capture, classes)
+        except torch.OutOfMemoryError:
+            raise
+        except (UnsupportedModelError, CaptureError, RuntimeError) as error:
+            reason = type(runner.model).__name__, method.seed, method.edit, str(error)
+            _LOG.info("%s does not support %s under %s: %s", *reason)
+            return False
+        return torch.allclose(plain.scores, capture.scores, rtol=1e-3, atol=1e-4)
+
 
 CALIBRATED = Preset(
     Method(
-        GatedProductSeed(GradientSeed(), ClassWeightSeed()),
-        edit=StaticCalibration(),
+        seeds.GatedProductSeed(seeds.GradientSeed(), seeds.ClassWeightSeed()),
+        edit=edits.StaticCalibration(),
         edit_blocks=4,
         background_score=0.54,
     ),
@@ -222,13 +214,13 @@ CALIBRATED = Preset(
 """For classifiers on a class token: the gradient of its attention, gated by the class score of each
 patch."""
 
-GRADIENT = Preset(Method(GradientSeed(), background_score=0.55))
+GRADIENT = Preset(Method(seeds.GradientSeed(), background_score=0.55))
 """For other models with a class token or a pooling query; it requires least of a model."""
 
 POOLED = Preset(
-    Method(ClassWeightSeed(), background_score=0.64),
+    Method(seeds.ClassWeightSeed(), background_score=0.64),
     classifier=True,
-    also_requires=ContributionSeed(),
+    also_requires=seeds.ContributionSeed(),
 )
 """For classifiers on pooled patches without a pooling query: the classifier scores each patch. The
 background score is that of the same seed on a class token."""
@@ -239,55 +231,14 @@ PRESETS: tuple[Preset, ...] = (CALIBRATED, GRADIENT, POOLED)
 def first_supported(
     presets: Sequence[Preset], runner: ModelRunner, pixels: Pixels, rgb: RGB
 ) -> Preset:
-    """Return the first preset the model supports.
+    """Return the first preset the model supports; the arguments are those of `Preset.supports`.
 
-    If it supports none, return the first that requires no classifier, whose errors explain why.
-
-    Args:
-        presets: candidates in order of preference.
-        runner: runs the model, without an edit.
-        pixels: ``(b, 3, H, W)`` as the model takes them, on any device.
-        rgb: the same pictures in [0, 1].
+    If it supports none, return the first that reads no classifier, whose errors explain why.
     """
     for preset in presets:
-        if supports(preset, runner, pixels, rgb):
+        if preset.supports(runner, pixels, rgb):
             return preset
     return next(preset for preset in presets if not preset.classifier)
-
-
-def supports(preset: Preset, runner: ModelRunner, pixels: Pixels, rgb: RGB) -> bool:
-    """Return whether a model supports a preset, by a trial on one batch.
-
-    The edit must be possible and the seeds readable. The edit must also leave the class scores as
-    they are: where patches are pooled, it would change what the classifier sees.
-
-    Args:
-        preset: the candidate.
-        runner: runs the model, without an edit.
-        pixels: ``(b, 3, H, W)`` as the model takes them, on any device.
-        rgb: the same pictures in [0, 1].
-    """
-    if len(find_attention(runner.model)) < preset.depth:
-        return False
-    method = preset.method
-    seeds = [seed for seed in (method.seed, preset.also_requires) if seed is not None]
-    runner = replace(runner, requires=WatchSpec() | required_by(*seeds))
-    edited = replace(runner, edit=method.edit, edit_blocks=method.edit_blocks)
-    weight = next(runner.model.parameters())
-    pixels, rgb = pixels.to(weight), rgb.to(weight.device)
-    try:
-        with borrowed(runner.model), torch.no_grad():
-            plain = runner(pixels, rgb)
-            capture = plain if method.edit is None else edited(pixels, rgb)
-            for seed in seeds:
-                seed(capture, torch.zeros(len(pixels), 1, dtype=torch.int64, device=pixels.device))
-    except torch.OutOfMemoryError:
-        raise
-    except (UnsupportedModelError, CaptureError, RuntimeError) as error:
-        reason = type(runner.model).__name__, method.seed, method.edit, str(error)
-        _LOG.info("%s does not support %s under %s: %s", *reason)
-        return False
-    return torch.allclose(plain.scores, capture.scores, rtol=1e-3, atol=1e-4)
 
 
 def read_refiners(texts: Sequence[str], names: Names = PICTURE_REFINERS) -> tuple[Refiner, ...]:
@@ -301,20 +252,13 @@ def read_refiners(texts: Sequence[str], names: Names = PICTURE_REFINERS) -> tupl
     Raises:
         ValueError: a name, a setting or a value does not exist.
     """
-    refiners: list[Refiner] = []
+    chain: list[Refiner] = []
     for step in (step for text in texts for step in re.split(r"\+(?=\D)", text)):  # 1e+3 is one
-        kind, settings, unknown = _read_spec(step, names, "refiner")
-        scale = unknown.pop("reduced", None)
-        if unknown:
-            raise _unknown_setting(step, kind, unknown, "reduced=FLOAT")
-        refiner: Refiner = kind(**settings) if isinstance(kind, type) else kind
-        if scale is not None:
-            try:
-                refiner = AtReducedSize(refiner, scale=float(scale.partition("=")[2]))
-            except ValueError as error:
-                raise ValueError(f"{step}: reduced must be FLOAT, got {scale!r}") from error
-        refiners.append(refiner)
-    return tuple(refiners)
+        kind, settings = _read_spec(step, names, "refiner", reduced=float)
+        scale = settings.pop("reduced", None)
+        refiner = kind(**settings) if isinstance(kind, type) else kind
+        chain.append(refiner if scale is None else refiners.AtReducedSize(refiner, scale=scale))
+    return tuple(chain)
 
 
 def build(text: str, names: Names, what: str) -> Any:
@@ -329,9 +273,7 @@ def build(text: str, names: Names, what: str) -> Any:
     Raises:
         ValueError: a name, a setting or a value does not exist.
     """
-    kind, settings, unknown = _read_spec(text, names, what)
-    if unknown:
-        raise _unknown_setting(text, kind, unknown)
+    kind, settings = _read_spec(text, names, what)
     return kind(**settings) if isinstance(kind, type) else kind
 
 
@@ -340,7 +282,7 @@ def settings_of(kind: Any) -> dict[str, Any]:
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return {}
     hints = get_type_hints(kind)
-    return {f.name: hints[f.name] for f in fields(kind) if f.init and _is_plain(hints[f.name])}
+    return {f.name: hints[f.name] for f in fields(kind) if f.init and _shown(hints[f.name])}
 
 
 def show_value(value: Any) -> str:
@@ -350,18 +292,15 @@ def show_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
 
 
-_PLAIN = (NoneType, bool, int, float, str)  # in the order in which a union tries them
-
-
 def _read_edit(text: str) -> Any:
     name, _, edit = text.partition(":")
     if name == "gates":
-        return RandomGates(_read_edit(edit or "doei"))
+        return edits.RandomGates(_read_edit(edit or "doei"))
     return build(text, EDITS, "edit")
 
 
-def _read_spec(text: str, names: Names, what: str) -> tuple[Any, dict[str, Any], dict[str, str]]:
-    """Return the class (or function), its settings, and the parts that are none, by key."""
+def _read_spec(text: str, names: Names, what: str, **extra: type) -> tuple[Any, dict[str, Any]]:
+    """Return the class (or function) that a text names, and its settings with the extra ones."""
     name, _, written = text.strip().partition(":")
     kind: Any = names.get(name)
     if kind is None and "." in name:
@@ -372,54 +311,47 @@ def _read_spec(text: str, names: Names, what: str) -> tuple[Any, dict[str, Any],
             raise ValueError(f"{name}: cannot import this {what} ({error})") from error
     if kind is None:
         raise ValueError(f"no {what} is called {name!r}; {closest(name, names)}")
-    known = settings_of(kind)
+    own = settings_of(kind)
+    known = own | extra
     settings: dict[str, Any] = {}
-    unknown: dict[str, str] = {}
     for number, part in enumerate(written.split(",") if written else []):
         key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals and number == 0 and known:
-            key, value = next(iter(known)), key
-        if key in settings or key in unknown:
+        if not equals and number == 0 and own:
+            key, value = next(iter(own)), key
+        if key in settings:
             raise ValueError(f"{text}: {key} is set twice")
-        if key in known and value:
-            settings[key] = _read_value(value, known[key], text, key)
-        else:
-            unknown[key] = part.strip()
-    return kind, settings, unknown
+        if key not in known or not value:
+            listed = ", ".join(f"{each}={_shown(hint)}" for each, hint in known.items()) or "none"
+            raise ValueError(
+                f"{text}: {part.strip()!r} is no setting of {name}; its settings are {listed}"
+            )
+        settings[key] = _read_value(value, known[key], text, key)
+    return kind, settings
 
 
-def _unknown_setting(
-    text: str, kind: Any, unknown: Mapping[str, str], extra: str = ""
-) -> ValueError:
-    known = [f"{key}={_show_type(hint)}" for key, hint in settings_of(kind).items()]
-    listed = ", ".join([*known, *([extra] if extra else [])]) or "none"
-    name = text.strip().partition(":")[0]
-    written = next(iter(unknown.values()))
-    return ValueError(f"{text}: {written!r} is no setting of {name}; its settings are {listed}")
+_PLAIN = (NoneType, bool, int, float, str)  # in the order in which a union tries them
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+def _alternatives(hint: Any) -> list[Any]:
+    """Return the types of a union (or the one type) that can be written in words."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    others = [
+        kind
+        for kind in kinds
+        if get_origin(kind) is Literal
+        or (get_origin(kind) is tuple and set(get_args(kind)) <= {int, ...})
+    ]
+    return others + [kind for kind in _PLAIN if kind in kinds]
 
 
-def _is_plain(hint: Any) -> bool:
-    return any(
-        set(get_args(kind)) <= {int, ...}
-        if get_origin(kind) is tuple
-        else get_origin(kind) is Literal or kind in _PLAIN
-        for kind in _alternatives(hint)
-    )
-
-
-def _show_type(hint: Any) -> str:
-    """Return how values of a type are written: INT, FLOAT, slic|felzenszwalb, INTxINT."""
+def _shown(hint: Any) -> str:
+    """Return how values of a type are written: INT, none|FLOAT, slic|felzenszwalb, INTxINT."""
     shown: list[str] = []
-    for kind in filter(_is_plain, _alternatives(hint)):
+    for kind in _alternatives(hint):
         if get_origin(kind) is Literal:
             shown += map(str, get_args(kind))
         elif get_origin(kind) is tuple:
-            pair = len(get_args(kind)) == 2 and ... not in get_args(kind)
-            shown.append("INTxINT" if pair else "INTxINTx..")
+            shown.append("INTxINTx.." if ... in get_args(kind) else "INTxINT")
         else:
             shown.append("none" if kind is NoneType else str(kind.__name__).upper())
     return "|".join(shown)
@@ -427,30 +359,19 @@ def _show_type(hint: Any) -> str:
 
 def _read_value(text: str, hint: Any, spec: str, key: str) -> Any:
     """Read a value as the first type of a union that accepts it."""
-    kinds = _alternatives(hint)
-    for kind in [
-        *(kind for kind in kinds if kind not in _PLAIN),
-        *(kind for kind in _PLAIN if kind in kinds),
-    ]:
+    for kind in _alternatives(hint):
         try:
-            return _read_as(text, kind)
+            if get_origin(kind) is tuple:
+                sides = tuple(int(side) for side in text.split("x"))
+                if ... in get_args(kind) or len(sides) == len(get_args(kind)):
+                    return sides
+            elif get_origin(kind) is Literal or kind in (NoneType, bool):
+                values = (True, False) if kind is bool else get_args(kind) or (None,)
+                by_name = {str(value).lower(): value for value in values}
+                if text.lower() in by_name:
+                    return by_name[text.lower()]
+            else:
+                return kind(text)
         except ValueError:
             continue
-    raise ValueError(f"{spec}: {key} must be {_show_type(hint)}, got {text!r}")
-
-
-def _read_as(text: str, kind: Any) -> Any:
-    if get_origin(kind) is tuple:
-        sides = tuple(int(side) for side in text.split("x"))
-        if ... not in get_args(kind) and len(sides) != len(get_args(kind)):
-            raise ValueError(text)
-        return sides
-    if get_origin(kind) is Literal or kind in (NoneType, bool):
-        values = (True, False) if kind is bool else get_args(kind) or (None,)
-        by_name = {str(value).lower(): value for value in values}
-        if text.lower() not in by_name:
-            raise ValueError(text)
-        return by_name[text.lower()]
-    if kind in (int, float, str):
-        return kind(text)
-    raise ValueError(text)
+    raise ValueError(f"{spec}: {key} must be {_shown(hint)}, got {text!r}")

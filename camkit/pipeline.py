@@ -81,7 +81,8 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
         method = tuple(replace(p, method=replace(p.method, **shared)) for p in PRESETS)
     else:
         blocks = edit_blocks if isinstance(edit_blocks, int | None) else tuple(edit_blocks)
-        method = Method(seed or GradientSeed(), edit=edit, edit_blocks=blocks, **shared)
+        seed = GradientSeed() if seed is None else seed
+        method = Method(seed, edit=edit, edit_blocks=blocks, **shared)
     return Pipeline(model, method, vocabulary=vocabulary, scores=scores)
 
 
@@ -299,7 +300,7 @@ class Stages:
     """
 
     seed: Cam
-    cam: Cam
+    cam: Float[Tensor, "b k H W"]
     capture: Capture
     classes: Classes
     names: tuple[tuple[str, ...], ...]

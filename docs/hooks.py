@@ -41,7 +41,8 @@ EXAMPLES = {
 
 ROOMS = {
     "From photo to mask": (
-        *("photo", "pipeline", "method", "mask", "mask.power_threshold"),
+        *("photo", "pipeline", "method", "method.Preset", "method.PRESETS", "method.CALIBRATED"),
+        *("method.GRADIENT", "method.POOLED", "mask", "mask.power_threshold"),
         *("ops/images", "vocabulary", "grid"),
     ),
     "Watching a model": ("capture", "diagnosis", "diagnosis.Diagnosis"),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import camkit
-from camkit.bulk import PhotoFolder, Reading, Recipe, Writing, run
+from camkit.bulk import Loading, PhotoFolder, Recipe, Writing, run
 from camkit.data import SHAPE_CLASSES, draw_shapes
 
 
@@ -31,13 +31,13 @@ if __name__ == "__main__":  # worker processes import this file again
             Image.fromarray(picture).save(photos / f"{index}.png")
         recipe = Recipe(
             open_model,
-            reading=Reading(size=96),
+            loading=Loading(size=96),
             writing=Writing(finish=(camkit.refiners.GuidedFilter(),), cams="both"),
             vocabulary=camkit.Vocabulary(SHAPE_CLASSES),
             labels=(0, 2),  # classes of every photo; or those of a data set, or predictions
         )
         out = Path(home) / "out"
         for _ in range(2):  # the second run has nothing left to do
-            ran = run(recipe, PhotoFolder(photos), out, workers=0, threads=1)
-            print(f"{ran.written} done now, {ran.settled} before, {ran.errors} failed")
+            summary = run(recipe, PhotoFolder(photos), out, workers=0, threads=1)
+            print(f"{summary.written} done now, {summary.settled} before, {summary.errors} failed")
         print(", ".join(sorted(path.name for path in out.iterdir())))

@@ -34,8 +34,8 @@ if __name__ == "__main__":  # worker processes import this file again
         write_weak_maps(home)
         cams = CamFolder(home / "cams", home / "VOC2012" / "JPEGImages")
         refiner = camkit.DenseCRF(backend="torch")  # "native" is faster, but compiles C++ once
-        written = write_all(RefineCam(refiner, "psa"), cams, home / "refined", workers=0)
-        print(f"{written.written} files refined, {len(written.failures)} failed")
+        summary = write_all(RefineCam(refiner, "psa"), cams, home / "refined", workers=0)
+        print(f"{summary.written} files refined, {len(summary.failures)} failed")
         for name in ("cams", "refined"):
             truth = pair_truth(home / name, home / "VOC2012" / "SegmentationClass", cams=True)
             scored = score_cams(truth, num_classes=4, background_score=0.5, workers=0)

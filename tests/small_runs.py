@@ -16,9 +16,10 @@ from torch import nn
 from camkit.bulk.finishing import ImageResult, OutFolder
 from camkit.bulk.ledger import Journal
 from camkit.bulk.ray_engine import RayEngine
-from camkit.bulk.recipe import Reading, Recipe, Writing
+from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
+from camkit.method import Method
 from camkit.refiners import Blur, Normalize, Propagate
 from camkit.vocabulary import Vocabulary
 
@@ -78,9 +79,9 @@ def small_recipe(*, batch=2, chunk=4, labels=(0, 2), finish=BLUR, **written):
     """A recipe with a refiner beside the model and another behind it."""
     return Recipe(
         OpenSmall(),
-        reading=Reading(size=96, max_pixels=written.pop("max_pixels", 10**6)),
+        Method(refine=(Propagate(steps=1), Normalize())),
+        loading=Loading(size=96, max_pixels=written.pop("max_pixels", 10**6)),
         writing=Writing(finish=tuple(finish), **written),
-        refine=(Propagate(steps=1), Normalize()),
         vocabulary=Vocabulary(CLASSES),
         labels=labels,
         batch=batch,
@@ -148,7 +149,7 @@ def leave_transaction_open(out):
     """Die in the middle of an entry."""
     journal = Journal(OutFolder(out))
     journal.record([ImageResult("whole", {"key": "whole"})])
-    with journal._writing() as file:
+    with journal._transaction() as file:
         file.execute("INSERT INTO images VALUES ('half', '{}', NULL, NULL)")
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -169,11 +170,11 @@ def workers_of(process):
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            told = path.read_text().rpartition(")")[2].split()
+            reported = path.read_text().rpartition(")")[2].split()
         except OSError:  # it ended just now
             continue
-        if told[0] != "Z":
-            parents[int(path.parent.name)] = int(told[1])
+        if reported[0] != "Z":
+            parents[int(path.parent.name)] = int(reported[1])
     return [one for one, parent in parents.items() if parents.get(parent) == process]
 
 
@@ -192,6 +193,6 @@ def nobody():
 
 def run_model(site, row):
     """What an actor does with a row, in a process of its own."""
-    from camkit.bulk.ray_work import RunModel
+    from camkit.bulk.ray_engine import RunModel
 
     RunModel(site, "cpu", 1)(row)

@@ -23,6 +23,7 @@ from camkit import (
 from camkit.bench import PhotoSettings, Variant, run, standard_variants, to_json, to_markdown
 from camkit.data import SHAPE_CLASSES, open_dataset, read_mask, write_shapes
 from camkit.errors import DataError
+from camkit.manifest import weights_hash
 from camkit.refiners import Normalize
 from camkit.score import THRESHOLDS, confusion_matrix, mean_iou, paired_gain
 from camkit.seeds import ClassWeightSeed
@@ -302,7 +303,7 @@ def test_the_report_tells_what_it_was_made_of(model, shapes):
     assert data["photos"] == repr(PHOTOS)
     assert [row["variant"]["name"] for row in data["rows"]] == ["seed", "refined"]
     assert data["rows"][1]["variant"]["refine"] == [repr(r) for r in REFINED.method.refine]
-    assert data["weights_sha256"] == wrap(model).settings["weights_sha256"]
+    assert data["weights_sha256"] == weights_hash(model)
     assert data["environment"]["torch"] == torch.__version__
 
 

@@ -1,4 +1,4 @@
-"""Work on many files: what fails or dies stays alone, and files find what belongs to them."""
+"""Work on many files: failures and deaths stop nothing else, and files are matched by name."""
 
 import multiprocessing
 import os
@@ -19,18 +19,18 @@ from workers import (
     DiesOfBlack,
     DieTelling,
     Touch,
-    begin_or_die,
     die,
     double,
     pick_on,
     process_of,
+    returns_a_function,
+    start_or_die,
     threads_of,
 )
 
 from camkit import DenseCRF, GradientSeed, Propagate
 from camkit.bulk import (
     CamFolder,
-    Done,
     Failure,
     RefineCam,
     read_labels,
@@ -38,8 +38,7 @@ from camkit.bulk import (
     run_jobs,
     write_all,
 )
-from camkit.bulk.camfiles import CamItem, read_maps, same_aspect
-from camkit.bulk.workers import beginning
+from camkit.bulk.camfiles import FileItem, read_maps, same_aspect
 from camkit.capture import Capture
 from camkit.data import read_cam, write_cam
 from camkit.errors import CamkitError, CaptureError, DataError
@@ -48,12 +47,12 @@ from camkit.refiners import Blur, HybridPropagate, PixelAdaptive
 
 def outcomes(work, items, **settings):
     done, failed = {}, {}
-    for outcome in run_jobs(work, items, **settings):
-        if isinstance(outcome, Failure):
-            failed[outcome.name] = outcome.reason
+    for item, result in run_jobs(work, items, **settings):
+        if isinstance(result, Failure):
+            assert (result.key, result.stage) == (str(item), "work")
+            failed[item] = result.reason
         else:
-            assert isinstance(outcome, Done)
-            done[outcome.item] = outcome.result
+            done[item] = result
     return done, failed
 
 
@@ -66,8 +65,7 @@ def test_every_item_is_done_once(workers):
     assert (done, failed) == ({item: 2 * item for item in range(25)}, {})
 
 
-def test_a_worker_that_dies_while_it_tells_its_result_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr("camkit.bulk.workers._LOOK", 0.3)
+def test_a_worker_that_dies_while_it_sends_its_result_is_noticed(tmp_path):
     done, failed = outcomes(DieTelling(tmp_path / "died"), list(range(8)), workers=2)
     assert (tmp_path / "died").exists()
     assert (done, failed) == ({item: 2 * item for item in range(8)}, {})
@@ -77,10 +75,17 @@ def test_no_items_need_no_process():
     assert outcomes(double, []) == ({}, {})
 
 
-def test_what_fails_is_told_in_one_line_and_the_rest_is_done():
+def test_failures_are_reported_in_one_line_and_the_rest_is_done():
     done, failed = outcomes(pick_on, ["a", "foreseen", "b", "unforeseen", "c"], workers=0)
     assert done == {"a": "A", "b": "B", "c": "C"}
     assert failed == {"foreseen": "not this one", "unforeseen": "KeyError: 'a bug'"}
+
+
+def test_a_result_that_no_process_can_send_is_a_failure():
+    done, failed = outcomes(returns_a_function, [1, 2], workers=1)
+    assert done == {}
+    assert all("the result cannot be pickled" in reason for reason in failed.values())
+    assert set(failed) == {1, 2}
 
 
 @pytest.mark.parametrize("place", [0, 7])
@@ -97,7 +102,7 @@ def test_a_killed_worker_costs_its_own_item_only(workers, place):
 
 
 def test_an_item_is_not_blamed_for_workers_that_die_before_they_have_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("camkit.bulk.workers._begin", begin_or_die)
+    monkeypatch.setattr("camkit.bulk.workers._serve", start_or_die)
     monkeypatch.setenv("CAMKIT_TESTED", str(tmp_path))
     assert outcomes(double, [1, 2, 3], workers=1) == ({1: 2, 2: 4, 3: 6}, {})
     assert len(list(tmp_path.iterdir())) == 5  # so many died
@@ -108,12 +113,12 @@ def test_an_item_is_not_blamed_for_workers_that_die_before_they_have_it(tmp_path
 )
 def test_the_process_that_forks_workers_may_die_too():
     done = {}
-    for outcome in run_jobs(pick_on, [*"abcd", "fatal", *"efgh"], workers=1):
+    for item, result in run_jobs(pick_on, [*"abcd", "fatal", *"efgh"], workers=1):
         if not done:
             os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
-        done[outcome.name if isinstance(outcome, Failure) else outcome.item] = outcome
+        done[item] = result
     assert set(done) == {*"abcdefgh", "fatal"}
-    assert [name for name, one in done.items() if isinstance(one, Failure)] == ["fatal"]
+    assert [item for item, result in done.items() if isinstance(result, Failure)] == ["fatal"]
 
 
 def test_workers_that_die_on_everything_end_the_run():
@@ -154,29 +159,24 @@ def test_items_in_flight_are_finished_when_the_caller_leaves(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_until_a_process_has_begun(stop):
-    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-    for one in before:
-        signal.signal(one, signal.default_int_handler)
-    over, steps = threading.Event(), []
-
-    def begin():
-        with beginning():
-            os.kill(os.getpid(), stop)
-            time.sleep(0.05)
-            steps.append("the end of the beginning")
-
-    threading.Thread(target=over.wait).start()  # hears the signal that this thread does not
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.1])
+def test_an_interrupt_while_workers_start_leaves_nothing_half_done(tmp_path, delay):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
     try:
         with pytest.raises(KeyboardInterrupt):
-            begin()
-        assert steps
-        assert {signal.getsignal(one) for one in before} == {signal.default_int_handler}
+            start_and_wait(timer, run_jobs(Touch(tmp_path, 0.05), list(range(40)), workers=2))
     finally:
-        over.set()
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        signal.signal(signal.SIGINT, before)
+    assert not multiprocessing.active_children()
+    started, done = (sorted(p.stem for p in tmp_path.glob(f"*.{end}")) for end in ("pid", "done"))
+    assert started == done
+    assert len(done) < 40
+
+
+def start_and_wait(timer, jobs):
+    timer.start()
+    list(jobs)
 
 
 @pytest.mark.slow
@@ -242,7 +242,7 @@ def test_what_needs_attention_says_so(ask):
 
 
 @pytest.mark.parametrize(
-    ("rgb", "told"),
+    ("rgb", "reported"),
     [
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "floating-point colours"),
         (torch.zeros(1, 4, 4, 3), r"shape \(1, 4, 4, 3\)"),
@@ -250,12 +250,12 @@ def test_what_needs_attention_says_so(ask):
         (torch.full((1, 3, 4, 4), torch.nan), "must lie in"),
     ],
 )
-def test_a_picture_of_other_numbers_is_refused(rgb, told, no_shape_checks):
-    with pytest.raises(ValueError, match=told):
+def test_a_picture_of_other_numbers_is_refused(rgb, reported, no_shape_checks):
+    with pytest.raises(ValueError, match=reported):
         Capture.of_picture(rgb)
 
 
-# Files that belong together
+# Files matched by name
 
 
 def test_lists_of_every_codebase_name_the_same_images(tmp_path):
@@ -272,11 +272,13 @@ def test_lists_of_every_codebase_name_the_same_images(tmp_path):
     assert read_list(path) == ("my cat", "v1.5")
 
 
-@pytest.mark.parametrize(("text", "told"), [("", "is empty"), ("a\nb\na\n", "'a' stands on lines")])
-def test_a_list_that_says_nothing_or_something_twice_is_refused(tmp_path, text, told):
+@pytest.mark.parametrize(
+    ("text", "reported"), [("", "is empty"), ("a\nb\na\n", "'a' stands on lines")]
+)
+def test_a_list_that_says_nothing_or_something_twice_is_refused(tmp_path, text, reported):
     path = tmp_path / "list.txt"
     path.write_text(text)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=reported):
         read_list(path)
 
 
@@ -291,7 +293,7 @@ def test_maps_of_whole_patches_fit_and_turned_ones_do_not():
     assert not same_aspect((224, 224), (375, 500))
 
 
-def test_files_without_partner_are_told_and_the_others_paired(tmp_path):
+def test_files_without_partner_are_reported_and_the_others_paired(tmp_path):
     cams, photos = tmp_path / "cams", tmp_path / "photos"
     cams.mkdir(), photos.mkdir()
     for name in ("a", "b", "c", "d"):
@@ -300,34 +302,34 @@ def test_files_without_partner_are_told_and_the_others_paired(tmp_path):
         Image.new("RGB", (2, 2)).save(photos / name)
     items, failures = CamFolder(cams, photos).items()
     assert [(item.name, item.photo.name) for item in items] == [("a", "a.JPG"), ("d", "d.webp")]
-    told = {failure.name: failure.reason for failure in failures}
-    assert "b.jpeg and b.png; leave one" in told["b"]
-    assert "has no file c ending in .jpg" in told["c"]
+    reported = {failure.key: failure.reason for failure in failures}
+    assert "b.jpeg and b.png; keep only one" in reported["b"]
+    assert "has no file c ending in .jpg" in reported["c"]
 
 
 def test_maps_beside_a_background_keep_their_winner_at_one_half(tmp_path):
     maps = torch.rand(3, 5, 6).softmax(0).numpy()
     np.save(tmp_path / "a.npy", {0: maps[0], 3: maps[1], 8: maps[2]})
-    found = read_maps(CamItem("a", tmp_path / "a.npy"))
-    assert (found.classes, found.opposed) == ((2, 7), True)
-    winner = torch.where(found.cam[0].amax(0) > 0.5, found.cam[0].argmax(0) + 1, 0)
+    actual = read_maps(FileItem("a", tmp_path / "a.npy"))
+    assert (actual.classes, actual.opposed) == ((2, 7), True)
+    winner = torch.where(actual.cam[0].amax(0) > 0.5, actual.cam[0].argmax(0) + 1, 0)
     assert torch.equal(winner, torch.from_numpy(maps).argmax(0))
 
 
 def test_labels_pick_the_classes_of_logits(tmp_path):
     scores = np.random.default_rng(0).normal(size=(1, 21, 4, 5)).astype(np.float32)
     np.save(tmp_path / "a.npy", {"msc_seg": scores})
-    found = read_maps(CamItem("a", tmp_path / "a.npy", classes=(3, 14)))
+    actual = read_maps(FileItem("a", tmp_path / "a.npy", classes=(3, 14)))
     likely = torch.from_numpy(scores[0]).softmax(0)
-    assert found.classes == (3, 14)
-    torch.testing.assert_close(found.cam[0, 0], likely[4] / (likely[4] + likely[0]))
-    torch.testing.assert_close(found.cam[0, 1], likely[15] / (likely[15] + likely[0]))
+    assert actual.classes == (3, 14)
+    torch.testing.assert_close(actual.cam[0, 0], likely[4] / (likely[4] + likely[0]))
+    torch.testing.assert_close(actual.cam[0, 1], likely[15] / (likely[15] + likely[0]))
 
 
-def test_labels_that_contradict_a_file_are_told(tmp_path):
+def test_labels_that_contradict_a_file_are_reported(tmp_path):
     write_cam(tmp_path / "a.npy", [3, 5], torch.ones(2, 2, 2))
     with pytest.raises(DataError, match=r"holds the classes \(3, 5\), but `classes` is \(3,\)"):
-        read_maps(CamItem("a", tmp_path / "a.npy", classes=(3,)))
+        read_maps(FileItem("a", tmp_path / "a.npy", classes=(3,)))
 
 
 def test_labels_of_every_codebase_say_the_same(tmp_path):
@@ -363,7 +365,7 @@ def test_labels_run_no_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "reported"),
     [
         ("a.txt", "", "must end in .npy"),
         ("a.json", "{", "is not JSON"),
@@ -373,13 +375,13 @@ def test_labels_run_no_code(tmp_path, monkeypatch):
         ("a.npy", "none", "is no .npy"),
     ],
 )
-def test_labels_of_another_form_are_refused(tmp_path, name, text, told):
+def test_labels_of_another_form_are_refused(tmp_path, name, text, reported):
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=reported):
         read_labels(tmp_path / name)
 
 
-# A folder refined
+# Refining a folder
 
 
 def test_a_photo_that_kills_its_process_costs_its_own_file_only(tmp_path):
@@ -391,7 +393,9 @@ def test_a_photo_that_kills_its_process_costs_its_own_file_only(tmp_path):
         Image.fromarray(colours).save(photos / f"{name}.png")
     folder = CamFolder(cams, photos)
     written = write_all(RefineCam(DiesOfBlack()), folder, tmp_path / "out", workers=2)
-    assert (written.written, [one.name for one in written.failures]) == (5, ["c"])
+    assert (written.written, [one.key for one in written.failures]) == (5, ["c"])
     for name in "abdef":
         assert read_cam(tmp_path / "out" / f"{name}.npy").cam.unique().tolist() == [0.25]
-    assert "c\tthe process that worked on it died" in (tmp_path / "out/errors.tsv").read_text()
+    assert (
+        "c\trefine\tthe process that worked on it died" in (tmp_path / "out/errors.tsv").read_text()
+    )

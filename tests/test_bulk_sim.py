@@ -59,5 +59,5 @@ def test_small_chunks_starve_many_workers(bulk_sim):
 
 def test_the_tables_of_the_docs_are_those_of_the_measurements(bulk_sim):
     rates = json.loads((RESULTS / "bulk.json").read_text("utf-8"))["rates"]
-    told = bulk_sim.report(rates, bulk_sim.simulated(rates))
-    assert (RESULTS / "bulk_sim.md").read_text("utf-8") == told
+    reported = bulk_sim.report(rates, bulk_sim.simulated(rates))
+    assert (RESULTS / "bulk_sim.md").read_text("utf-8") == reported

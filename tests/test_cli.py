@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import camkit.cli.cam as cam_command
 from camkit.cli import COMMANDS, main
 from camkit.cli.models import open_model
 from camkit.data import write_shapes
+from camkit.pipeline import Pipeline
 
 NAME = "vit_tiny_patch16_224"
 SMALL = ["--size", "64"]
@@ -185,14 +185,14 @@ def test_an_output_folder_that_is_a_file_is_told(tmp_path, capsys):
 
 def test_an_interrupt_keeps_finished_results(tmp_path, capsys, monkeypatch):
     paths = [photo(tmp_path / f"{number}.png") for number in range(3)]
-    real = cam_command._segment
+    real = Pipeline.__call__
 
-    def segment(*arguments):
-        if arguments[2].name == "1.png":
+    def segment(pipeline, photo, **options):
+        if photo.path.name == "1.png":
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(pipeline, photo, **options)
 
-    monkeypatch.setattr(cam_command, "_segment", segment)
+    monkeypatch.setattr(Pipeline, "__call__", segment)
     assert cam(*paths, "--classes", "cat", "--out", "made") == 1
     assert "camkit: interrupted; finished results are kept\n" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["0"]
@@ -240,7 +240,7 @@ def test_bench_ends_with_1_when_images_were_left_out(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tune-split", "val"], "is an oracle: name another split"),
+        (["--tune-split", "val"], "is an oracle; name another split"),
         (["--tune-split", "dev"], "must be a split of the data set, got 'dev'"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--classes", "horze"], 'no class is called "horze"; did you mean "horse"'),
@@ -329,7 +329,7 @@ def test_demo_paints_a_sheet_and_writes_its_table(monkeypatch, tmp_path, capsys,
     assert "| refined |" in (out / "table.md").read_text()
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.width > 5 * 260
-    assert "look at out/demo/sheet.png" in capsys.readouterr().out
+    assert "wrote out/demo/sheet.png" in capsys.readouterr().out
 
 
 def test_without_local_weights_and_hub_the_error_says_where_to_put_them(capsys, tmp_path):
@@ -377,3 +377,22 @@ def test_local_weights_are_loaded_exactly(weights):
         assert torch.equal(value, expected[key].half().float()), key
     assert not opened.model.training
     assert opened.source == str(weights / f"{NAME}.three.fp16.safetensors")
+
+
+def test_a_method_in_words_is_used(tmp_path):
+    words = ("--seed", "gradcam:variant=layercam", "--edit", "scale:1.5", "--refine", "blur:2+crf")
+    assert cam(photo(tmp_path / "a.png"), "--classes", "cat", "--out", "made", *words) == 0
+    found = manifest(tmp_path / "made" / "a")
+    assert "GradCAMSeed(variant='layercam'" in found["seed"]
+    assert (found["edit"], found["edit_blocks"]) == ("ScaleOutput(factor=1.5)", 3)
+    assert found["refine"][0] == "Blur(width=2.0)"
+    assert found["background_score"] == 0.5  # a CRF returns probabilities
+
+
+def test_a_dotted_path_names_a_class_and_a_wrong_one_is_told(tmp_path, capsys):
+    path = photo(tmp_path / "a.png")
+    seed = "camkit.contrib.LogitLensSeed:1"
+    assert cam(path, "--classes", "cat", "--out", "made", "--seed", seed) == 0
+    assert manifest(tmp_path / "made" / "a")["seed"].startswith("LogitLensSeed(layer=1")
+    assert cam(path, "--classes", "cat", "--seed", "camkit.contrib.Nothing") == 1
+    assert "camkit.contrib.Nothing: cannot import this seed" in one_line(capsys)

@@ -14,6 +14,8 @@ from PIL import Image
 
 import camkit
 from camkit.bulk import CamFolder, DrawMask, RefineCam, write_all
+from camkit.bulk.finishing import ImageResult, OutFolder
+from camkit.bulk.ledger import Journal
 from camkit.capture import Capture
 from camkit.cli import main
 from camkit.data import read_cam, write_cam, write_shapes
@@ -109,7 +111,7 @@ def test_every_step_can_be_had_without_settings(name):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("kfc", "no refiner is called 'kfc'; .*crf"),
         ("propagate", "no refiner is called 'propagate'"),
@@ -123,13 +125,13 @@ def test_every_step_can_be_had_without_settings(name):
         ("par:size=wide", "size must be INTxINT.none, got 'wide'"),
         ("normalize:huge", r"mode must be max\|minmax, got 'huge'"),
         ("crf:steps=0", "at least 1, got 0"),
-        ("crf:reduced=half", "reduced must be FLOAT, got 'reduced=half'"),
+        ("crf:reduced=half", "reduced must be FLOAT, got 'half'"),
         ("crf:reduced=2", r"`scale` must lie in \(0, 1\]"),
         ("", "no refiner is called ''"),
     ],
 )
-def test_a_step_that_does_not_exist_is_told_with_those_that_do(text, told):
-    with pytest.raises((ValueError, TypeError), match=told):
+def test_a_step_that_does_not_exist_is_reported_with_those_that_do(text, reported):
+    with pytest.raises((ValueError, TypeError), match=reported):
         read_refiners([text])
 
 
@@ -138,14 +140,14 @@ def test_a_step_that_does_not_exist_is_told_with_those_that_do(text, told):
 
 def forms(folder, sample):
     """The same maps as five codebases write them."""
-    found, classes = maps(sample), list(sample.classes)
-    quarter = torch.from_numpy(found)[:, ::4, ::4]
+    actual, classes = maps(sample), list(sample.classes)
+    quarter = torch.from_numpy(actual)[:, ::4, ::4]
     return {
-        "psa": (dict(zip(classes, found, strict=True)), []),
-        "irn": ({"keys": torch.tensor(classes), "cam": quarter, "high_res": found}, []),
-        "toco": ({"keys": np.array(classes), "high_res": found}, []),
-        "array": (found, ["--labels", str(folder / "labels.json")]),
-        "clip-es": ({"keys": np.array(classes), "attn_highres": found.astype(np.float16)}, []),
+        "psa": (dict(zip(classes, actual, strict=True)), []),
+        "irn": ({"keys": torch.tensor(classes), "cam": quarter, "high_res": actual}, []),
+        "toco": ({"keys": np.array(classes), "high_res": actual}, []),
+        "array": (actual, ["--labels", str(folder / "labels.json")]),
+        "clip-es": ({"keys": np.array(classes), "attn_highres": actual.astype(np.float16)}, []),
     }
 
 
@@ -158,12 +160,12 @@ def test_the_maps_of_any_codebase_are_refined_as_in_python(shapes, photos, tmp_p
         np.save(folder / f"{sample.name}.npy", content)
     assert refine(folder, photos, tmp_path / "out", "--refine", "par:3,scale=0.5", *options) == 0
     for sample in shapes.split("train"):
-        found = read_cam(tmp_path / "out" / f"{sample.name}.npy")
+        actual = read_cam(tmp_path / "out" / f"{sample.name}.npy")
         cam = torch.from_numpy(maps(sample))
         cam = cam.half().float() if form == "clip-es" else cam
         expected = by_hand(camkit.refiners.PixelAdaptive(steps=3, scale=0.5), cam, sample.photo)
-        assert (found.classes, found.form) == (sample.classes, "both")
-        assert torch.equal(found.cam, expected.clamp(0, 1))
+        assert (actual.classes, actual.form) == (sample.classes, "both")
+        assert torch.equal(actual.cam, expected.clamp(0, 1))
 
 
 def test_small_maps_are_refined_at_the_size_of_the_photo(shapes, photos, tmp_path):
@@ -175,8 +177,8 @@ def test_small_maps_are_refined_at_the_size_of_the_photo(shapes, photos, tmp_pat
     steps = ["--refine", "crf:psa,steps=2", "--refine", "blur:3"]
     assert refine(folder, photos, tmp_path / "out", *steps) == 0
     chained = camkit.chain(camkit.DenseCRF(preset="psa", steps=2), camkit.refiners.Blur(3.0))
-    found = read_cam(tmp_path / "out" / f"{sample.name}.npy").cam
-    assert torch.equal(found, by_hand(chained, small, sample.photo).clamp(0, 1))
+    actual = read_cam(tmp_path / "out" / f"{sample.name}.npy").cam
+    assert torch.equal(actual, by_hand(chained, small, sample.photo).clamp(0, 1))
 
 
 def test_a_dense_crf_brings_blurred_maps_nearer_to_the_truth(shapes, cams, photos, tmp_path):
@@ -215,11 +217,11 @@ def test_an_image_without_classes_gets_no_maps_at_its_size(photos, tmp_path):
     (tmp_path / "cams").mkdir()
     np.save(tmp_path / "cams" / f"{NAMES[0]}.npy", {})
     assert refine(tmp_path / "cams", photos, tmp_path / "out", "--refine", "crf") == 0
-    found = read_cam(tmp_path / "out" / f"{NAMES[0]}.npy")
-    assert (found.classes, found.cam.shape) == ((), (0, *SIZE))
+    actual = read_cam(tmp_path / "out" / f"{NAMES[0]}.npy")
+    assert (actual.classes, actual.cam.shape) == ((), (0, *SIZE))
 
 
-def test_only_listed_images_are_refined_and_lost_ones_told(cams, photos, tmp_path, capsys):
+def test_only_listed_images_are_refined_and_lost_ones_reported(cams, photos, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"{NAMES[3]}\nlost\n")
     options = ["--refine", "blur", "--list", tmp_path / "list.txt"]
     assert refine(cams, photos, tmp_path / "out", *options) == 1
@@ -230,14 +232,14 @@ def test_only_listed_images_are_refined_and_lost_ones_told(cams, photos, tmp_pat
 # Resuming
 
 
-def test_a_second_run_makes_only_what_is_missing(cams, photos, tmp_path, capsys):
+def test_a_second_run_writes_only_the_missing_files(cams, photos, tmp_path, capsys):
     out = tmp_path / "out"
     refine(cams, photos, out, "--refine", "blur")
     (out / f"{NAMES[2]}.npy").unlink()
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     capsys.readouterr()
     assert refine(cams, photos, out, "--refine", "blur:width=1.0") == 0  # the same settings
-    assert capsys.readouterr().out == f"{out}: 1 CAM files written, 5 were there already\n"
+    assert capsys.readouterr().out == f"{out}: 1 CAM files written, 5 existed already\n"
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {f"{NAMES[2]}.npy"}
@@ -249,10 +251,10 @@ def test_results_of_other_settings_are_not_mixed(cams, photos, tmp_path, capsys)
     before = (out / f"{NAMES[0]}.npy").read_bytes()
     assert refine(cams, photos, out, "--refine", "blur:2") == 1
     error = capsys.readouterr().err
-    assert "holds 6 .npy files of other settings" in error
+    assert "holds results of other settings" in error
     assert "Blur(width=1.0)" in error
     assert "Blur(width=2.0)" in error
-    assert "another folder for these, or begin anew with overwrite (--overwrite)" in error
+    assert "choose another folder, or replace its results (--overwrite)" in error
     assert (out / f"{NAMES[0]}.npy").read_bytes() == before
     assert refine(cams, photos, out, "--refine", "blur:2", "--overwrite") == 0
     assert (out / f"{NAMES[0]}.npy").read_bytes() != before
@@ -269,8 +271,11 @@ def test_overwriting_leaves_no_results_of_other_settings_among_the_new(
     options = ["--refine", "blur:2", "--overwrite", "--list", tmp_path / "list.txt"]
     assert refine(cams, photos, out, *options) == 1
     error = capsys.readouterr().err
-    assert "holds 5 .npy files of other settings" in error
-    assert "of none of these images, so remove them or take another folder" in error
+    assert "holds results of other settings" in error
+    assert (
+        "5 files of other images would keep them, so remove those files or choose another folder"
+        in error
+    )
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -288,8 +293,21 @@ def test_folders_of_unknown_origin_are_left_alone(cams, photos, tmp_path, capsys
     other.mkdir()
     np.save(other / "mine.npy", np.zeros(3))
     assert refine(cams, photos, other, "--refine", "blur") == 1
-    assert "1 .npy files but no settings.json" in capsys.readouterr().err
+    assert "holds mine.npy but no journal.sqlite" in capsys.readouterr().err
     assert [path.name for path in other.iterdir()] == ["mine.npy"]
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_the_results_of_a_bulk_run_are_refused_and_kept(cams, photos, tmp_path, capsys, options):
+    mask = tmp_path / "out" / "masks" / "a.png"
+    with Journal(OutFolder(tmp_path / "out")) as journal:
+        journal.claim({"model": "of a run"})
+        mask.parent.mkdir()
+        mask.touch()
+        journal.record([ImageResult("a", {"key": "a", "mask": "masks/a.png"})])
+    assert refine(cams, photos, tmp_path / "out", "--refine", "blur", *options) == 1
+    assert "holds results of other settings (model: of a run there" in capsys.readouterr().err
+    assert mask.exists()
 
 
 # Bad input
@@ -321,21 +339,21 @@ def test_files_that_cannot_be_used_do_not_stop_the_others(
     assert [path.stem for path in (tmp_path / "out").glob("*.npy")] == [NAMES[0]]
     assert not (tmp_path / "ran").exists()
     table = (tmp_path / "out" / "errors.tsv").read_text().splitlines()
-    told = dict(line.split("\t") for line in table[1:])
-    assert table[0] == "name\treason"
-    assert "cannot be read" in told[NAMES[1]] or "damaged" in told[NAMES[1]]
-    assert "which no file of class maps needs and which could run code" in told[NAMES[2]]
-    assert "holds NaN or infinity" in told[NAMES[3]]
-    assert "64x48 (rows x columns), which do not fit 48x64" in told[NAMES[4]]
-    assert "fits the photo turned" in told[NAMES[4]]
-    assert "maps from 7 to 7, expected [0, 1]; refine by normalize first" in told[NAMES[5]]
-    assert "has no file alone ending in" in told["alone"]
+    reported = {name: reason for name, _, reason in (line.split("\t") for line in table[1:])}
+    assert table[0] == "name\tstage\treason"
+    assert "cannot be read" in reported[NAMES[1]] or "damaged" in reported[NAMES[1]]
+    assert "which no file of class maps needs and which could run code" in reported[NAMES[2]]
+    assert "holds NaN or infinity" in reported[NAMES[3]]
+    assert "64x48 (rows x columns), which do not fit 48x64" in reported[NAMES[4]]
+    assert "fit the photo turned" in reported[NAMES[4]]
+    assert "maps from 7 to 7, expected [0, 1]; start with the step normalize" in reported[NAMES[5]]
+    assert "has no file alone ending in" in reported["alone"]
     error = capsys.readouterr().err
-    assert "6 of 7 failed, listed in out/errors.tsv" in error
-    assert all(f"camkit: {name}: " in error for name in told)
+    assert "6 of 7 failed, see out/errors.tsv" in error
+    assert all(f"camkit: {name}: " in error for name in reported)
 
 
-def test_errors_that_were_mended_leave_no_table(cams, photos, tmp_path):
+def test_corrected_errors_leave_no_table(cams, photos, tmp_path):
     good = (cams / f"{NAMES[1]}.npy").read_bytes()
     (cams / f"{NAMES[1]}.npy").write_bytes(good[:90])
     assert refine(cams, photos, tmp_path / "out", "--refine", "blur") == 1
@@ -349,7 +367,7 @@ def test_maps_of_squashed_photos_are_stretched_when_that_is_said(photos, tmp_pat
     square = torch.rand(16, 16)
     np.save(tmp_path / "cams" / f"{NAMES[0]}.npy", {0: square.numpy()})
     assert refine(tmp_path / "cams", photos, tmp_path / "out", "--refine", "normalize") == 1
-    assert "say so by any_aspect (--any-aspect)" in capsys.readouterr().err
+    assert "set any_aspect (--any-aspect)" in capsys.readouterr().err
     options = ["--refine", "normalize", "--any-aspect"]
     assert refine(tmp_path / "cams", photos, tmp_path / "out", *options) == 0
     expected = camkit.normalize_cam(camkit.resize_cam(square[None, None], SIZE))[0]
@@ -357,16 +375,16 @@ def test_maps_of_squashed_photos_are_stretched_when_that_is_said(photos, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reported"),
     [
-        ({"cams": "nowhere"}, "nowhere is not a folder; name the one that holds the CAM files"),
+        ({"cams": "nowhere"}, "nowhere is not a folder; give the folder of the CAM files"),
         ({"photos": "empty"}, "empty holds no photos (.jpg, "),
         ({"step": "kfc"}, "no refiner is called 'kfc'"),
         ({"workers": -2}, "`workers` must be at least 0, got -2"),
     ],
 )
 def test_a_run_that_cannot_begin_says_why(
-    cams, photos, tmp_path, capsys, monkeypatch, change, told
+    cams, photos, tmp_path, capsys, monkeypatch, change, reported
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -377,14 +395,14 @@ def test_a_run_that_cannot_begin_says_why(
     )
     error = capsys.readouterr().err
     assert error.startswith("camkit: ")
-    assert told in error
+    assert reported in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_an_interrupt_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path):
-    shapes = write_shapes(tmp_path / "shapes", 16, size=(120, 160))
+def test_an_interrupt_keeps_finished_files_and_the_next_run_continues(tmp_path):
+    shapes = write_shapes(tmp_path / "shapes", 12, size=(120, 160))
     cams, out = tmp_path / "cams", tmp_path / "out"
     cams.mkdir()
     photos = shapes.root / "JPEGImages"
@@ -409,11 +427,11 @@ def test_an_interrupt_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path):
     assert "camkit: interrupted; finished results are kept" in error
     assert "Traceback" not in error
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
-    assert 1 <= len(made) < 16
+    assert 1 <= len(made) < 12
     assert not list(out.glob(".*.part"))
     job = RefineCam(*read_refiners(["par:30"]))
     written = write_all(job, CamFolder(cams, photos), out, workers=2)
-    assert (written.written, written.kept) == (16 - len(made), len(made))
+    assert (written.written, written.kept) == (12 - len(made), len(made))
     assert {name: (out / name).stat().st_mtime_ns for name in made} == made
 
 
@@ -474,15 +492,15 @@ def test_an_image_without_classes_needs_its_photo(tmp_path, capsys):
     (tmp_path / "cams").mkdir()
     np.save(tmp_path / "cams" / "a.npy", {})
     assert mask(tmp_path / "cams", tmp_path / "out") == 1
-    assert "does not say its size; give the folder of the photos (--images)" in (
+    assert "does not contain its size; give the folder of the photos (--images)" in (
         capsys.readouterr().err
     )
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
-        (["--alpha", 2], "--alpha goes with --background power"),
+        (["--alpha", 2], "--alpha needs --background power"),
         (["--background", "power"], "--background power needs --alpha"),
         (["--background", "power", "--alpha", 1, "--background-score", 0.4], "takes --alpha"),
         (["--background-score", 1.5], "must lie in [0, 1], got 1.5"),
@@ -490,10 +508,10 @@ def test_an_image_without_classes_needs_its_photo(tmp_path, capsys):
     ],
 )
 def test_backgrounds_that_make_no_sense_are_refused_before_anything_is_made(
-    small, tmp_path, capsys, options, told
+    small, tmp_path, capsys, options, reported
 ):
     assert mask(small, tmp_path / "out", *options) == 1
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -514,8 +532,8 @@ def test_no_command_for_files_imports_a_library_of_models():
         "for command in ('refine', 'mask', 'eval'):\n"
         "    try: main([command, '--help'])\n"
         "    except SystemExit: pass\n"
-        "print('found', [name for name in ('timm', 'transformers', 'torchvision')"
+        "print('actual', [name for name in ('timm', 'transformers', 'torchvision')"
         " if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.endswith("found []\n")
+    assert run.stdout.endswith("actual []\n")

@@ -122,7 +122,8 @@ def test_a_convolutional_model_needs_no_reshape():
 def test_a_layer_that_no_score_depends_on_is_an_error_that_names_the_right_one(layer):
     model, pixels = built()
     cam = compat.LayerCAM(model, [model.get_submodule(layer)])
-    with pytest.raises(CaptureError, match=rf"what {layer} makes .* use `blocks\.1\.norm1`"):
+    words = rf"patches in the output of {layer}: .* use `blocks\.1\.norm1`"
+    with pytest.raises(CaptureError, match=words):
         cam(pixels, TARGETS)
 
 
@@ -135,7 +136,7 @@ def test_a_target_for_each_image_or_an_error(count):
 
 def test_errors_come_out_of_with():
     model, pixels = built()
-    with pytest.raises(ValueError, match=r"category=9.* do not hold"), compat.GradCAM(model) as cam:
+    with pytest.raises(ValueError, match=r"category=9.* lack"), compat.GradCAM(model) as cam:
         cam(pixels, [compat.ClassifierOutputTarget(9)] * 2)
     with pytest.raises(IndexError, match="out of the user's hands"), compat.GradCAM(model):
         raise IndexError("out of the user's hands")
@@ -224,7 +225,7 @@ def test_what_cannot_be_read_is_refused_with_the_way_out():
     model, pixels = built()
     with pytest.raises(ValueError, match="must be modules of the model, got another Linear"):
         compat.GradCAM(model, [nn.Linear(1, 1)])
-    with pytest.raises(ValueError, match=r"must make \(b, channels, h, w\).*\(2, 17, 48\)"):
+    with pytest.raises(ValueError, match=r"must return \(b, channels, h, w\).*\(2, 17, 48\)"):
         compat.GradCAM(model, reshape_transform=lambda tokens: tokens)(pixels, TARGETS)
     plain = nn.Sequential(nn.Flatten(2), nn.Linear(64, 4), nn.Flatten(1))
     with pytest.raises(UnsupportedModelError, match="give a `reshape_transform`"):

@@ -162,8 +162,8 @@ def test_mean_iou_is_that_of_torchmetrics(drawn, tmp_path, capsys):
     for path in masks.iterdir():
         metric.update(read(path), read(truths / path.name))
     figures = json.loads((tmp_path / "out.json").read_text())
-    found = [one["iou"] for one in figures["classes"]]
-    assert found == pytest.approx(metric.compute().tolist(), abs=1e-6)
+    actual = [one["iou"] for one in figures["classes"]]
+    assert actual == pytest.approx(metric.compute().tolist(), abs=1e-6)
     assert figures["mean_iou"]["present"] == pytest.approx(float(metric.compute().mean()), abs=1e-6)
 
 
@@ -205,7 +205,7 @@ def test_a_mask_that_is_not_there_is_not_passed_over(tiny, tmp_path, capsys):
     (masks / "a.png").unlink()
     assert evaluate(masks, "--gt", truths) == 1
     error = capsys.readouterr().err
-    assert "lacks 1 of 2 masks: a; name the images of your split (--list), or" in error
+    assert "lacks 1 of 2 masks: a; list the images of your split (--list), or" in error
     assert evaluate(masks, "--gt", truths, "--partial") == 0
     assert "masks: 1 images" in capsys.readouterr().out
     (tmp_path / "list.txt").write_text("b\nc\n")
@@ -225,7 +225,7 @@ def test_a_mask_that_cannot_be_counted_is_named_and_left_out(tiny, capsys):
 
 
 @pytest.mark.parametrize(
-    ("write", "told"),
+    ("write", "reported"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read as an image"),
         (lambda path: Image.new("RGB", (2, 2)).save(path), "not colours"),
@@ -235,11 +235,11 @@ def test_a_mask_that_cannot_be_counted_is_named_and_left_out(tiny, capsys):
         ),
     ],
 )
-def test_masks_that_hold_no_ids_are_told(tiny, capsys, write, told):
+def test_masks_that_hold_no_ids_are_reported(tiny, capsys, write, reported):
     masks, truths = tiny
     write(masks / "b.png")
     assert evaluate(masks, "--gt", truths) == 1
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
 
 
 def test_nothing_that_can_be_counted_is_no_zero(tiny, capsys):
@@ -248,7 +248,7 @@ def test_nothing_that_can_be_counted_is_no_zero(tiny, capsys):
         path.write_bytes(b"")
     assert evaluate(masks, "--gt", truths) == 1
     said = capsys.readouterr()
-    assert said.err.startswith("camkit: not one image could be counted; a: ")
+    assert said.err.startswith("camkit: not a single image could be counted; a: ")
     assert "mIoU" not in said.out
 
 
@@ -282,7 +282,7 @@ def test_a_score_tuned_on_other_images_is_reported_on_these(drawn, tmp_path, cap
     assert figures["mean_iou"]["present"] == float(mean_iou(expected.confusion))
     assert f"the best on {tmp_path / 'tune.txt'}" in capsys.readouterr().out
     assert evaluate(cams, "--gt", truths, *SHAPES, "--tune-list", tmp_path / "tune.txt") == 1
-    assert "4 images are scored and tuned on too, such as image0" in capsys.readouterr().err
+    assert "4 images are both tuned on and scored, such as image0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -304,8 +304,8 @@ def test_an_image_without_classes_is_all_background(tmp_path):
     np.save(tmp_path / "cams" / "a.npy", {})
     np.save(tmp_path / "cams" / "b.npy", {0: np.array([[1, 1], [0, 0]], np.float32)})
     items = pair_truth(tmp_path / "cams", truths, cams=True)
-    found = score_cams(items, num_classes=2, background_score=0.5, workers=0)
-    assert found.confusion.tolist() == [[5, 0], [1, 2]]
+    actual = score_cams(items, num_classes=2, background_score=0.5, workers=0)
+    assert actual.confusion.tolist() == [[5, 0], [1, 2]]
 
 
 def test_maps_of_another_size_are_resized_only_on_request(drawn, tmp_path, capsys):
@@ -351,8 +351,8 @@ def test_the_gain_over_others_is_that_of_the_paired_bootstrap(drawn, tmp_path, c
         for folder in (bad, good)
     ]
     expected = paired_gain(*sides)
-    found = json.loads((tmp_path / "out.json").read_text())["gain"]
-    assert (found["gain"], found["low"], found["high"]) == (
+    actual = json.loads((tmp_path / "out.json").read_text())["gain"]
+    assert (actual["gain"], actual["low"], actual["high"]) == (
         expected.gain,
         expected.low,
         expected.high,
@@ -386,11 +386,11 @@ def test_one_image_is_no_comparison(tiny, tmp_path, capsys):
 def test_a_given_score_and_a_tuned_one_exclude_each_other(drawn):
     cams, truths = drawn
     items = pair_truth(cams, truths, cams=True)
-    with pytest.raises(ValueError, match="so there is none to tune"):
+    with pytest.raises(ValueError, match="so `tune` has no effect"):
         score_cams(items[:2], num_classes=4, background_score=0.4, tune=items[2:], workers=0)
 
 
-def test_names_that_fit_nothing_are_told(tiny, tmp_path):
+def test_names_that_fit_nothing_are_reported(tiny, tmp_path):
     masks, _ = tiny
     other = save_all(tmp_path / "other", {"x": [[0]]})
     with pytest.raises(DataError, match="no name fits"):

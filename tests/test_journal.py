@@ -1,6 +1,7 @@
-"""The journal of a bulk run: what it holds survives, and what is not of it stays out."""
+"""The journal of a results folder: entries survive kills, and other results are refused."""
 
-import os
+import json
+import multiprocessing
 import signal
 import sys
 import time
@@ -10,9 +11,9 @@ import pytest
 from small_runs import hold_journal, leave_transaction_open
 
 from camkit.bulk.finishing import ImageResult, OutFolder
-from camkit.bulk.items import FilePlace, Item, Refused
-from camkit.bulk.ledger import Error, Journal, Share, plan
-from camkit.bulk.workers import end_pool, new_pool
+from camkit.bulk.items import Failure, FilePlace, Item
+from camkit.bulk.ledger import Journal, plan
+from camkit.bulk.running import Rank
 from camkit.errors import CamkitError, DataError
 
 SETTINGS = {"model": "a", "source": "folder /x"}
@@ -24,27 +25,27 @@ def made(key, **row):
 
 @pytest.fixture
 def journal(tmp_path):
-    with Journal(OutFolder(tmp_path / "out")) as found:
-        found.claim(SETTINGS)
-        yield found
+    with Journal(OutFolder(tmp_path / "out")) as actual:
+        actual.claim(SETTINGS)
+        yield actual
 
 
-@pytest.fixture(scope="module")
-def pool():
+def process(target, *arguments):
     """A process of its own, which may be killed."""
-    found = new_pool(1)
-    yield found
-    end_pool(found)
+    context = multiprocessing.get_context("forkserver")
+    started = context.Process(target=target, args=arguments, daemon=True)
+    started.start()
+    return started
 
 
-def test_what_is_recorded_is_known_and_told_in_order(journal):
+def test_recorded_images_are_known_and_listed_in_order(journal):
     journal.record(
-        [made("b"), made("é\n")], [Error("c", "read", "broken"), Error("a", "write", "x")]
+        [made("b"), made("é\n"), Failure("c", "read", "broken"), Failure("a", "write", "x")]
     )
     known = journal.known(["a", "b", "c", "d", "é\n"])
     assert known == {"a": "write", "b": None, "c": "read", "é\n": None}
-    assert [row["key"] for row in journal.rows()] == ["b", "é\n"]
-    assert list(journal.errors()) == [Error("a", "write", "x"), Error("c", "read", "broken")]
+    assert [json.loads(line)["key"] for line in journal.lines()] == ["b", "é\n"]
+    assert list(journal.failures()) == [Failure("a", "write", "x"), Failure("c", "read", "broken")]
     assert journal.counts() == (2, 2)
 
 
@@ -54,15 +55,15 @@ def test_more_keys_are_asked_for_than_one_statement_holds(journal):
     assert journal.known(keys) == dict.fromkeys(keys[::2])
 
 
-def test_an_image_that_is_done_at_last_is_no_error_any_more(journal):
-    journal.record([], [Error("a", "read", "broken")])
+def test_an_image_done_at_last_is_no_failure_any_more(journal):
+    journal.record([Failure("a", "read", "broken")])
     journal.record([made("a")])
     assert (journal.known(["a"]), journal.counts()) == ({"a": None}, (1, 0))
 
 
-def test_errors_can_be_forgotten_and_results_stay(journal):
-    journal.record([made("a")], [Error("b", "read", "broken"), Error("c", "model", "broken")])
-    assert journal.forget_errors() == 2
+def test_failures_can_be_forgotten_and_results_stay(journal):
+    journal.record([made("a"), Failure("b", "read", "broken"), Failure("c", "model", "broken")])
+    assert journal.forget_failures() == 2
     assert journal.known(["a", "b", "c"]) == {"a": None}
 
 
@@ -77,14 +78,14 @@ def test_a_journal_is_there_when_it_is_opened_again(tmp_path):
 
 def test_tables_are_written_a_line_an_image_whatever_their_names(journal, tmp_path):
     journal.record(
-        [made("b", mask="masks/b.png"), made("a")], [Error("two\nlines\tx", "list", "y\\n")]
+        [made("b", mask="masks/b.png"), made("a"), Failure("two\nlines\tx", "list", "y\\n")]
     )
     journal.export()
     lines = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
     assert lines == ['{"key": "a"}', '{"key": "b", "mask": "masks/b.png"}']
     table = (tmp_path / "out" / "errors.tsv").read_text()
     assert table == "name\tstage\treason\ntwo\\nlines\\tx\tlist\ty\\\\n\n"
-    journal.forget_errors()
+    journal.forget_failures()
     journal.export()
     assert not (tmp_path / "out" / "errors.tsv").exists()
 
@@ -100,7 +101,7 @@ def claim(out, settings=SETTINGS, **options):
 
 def test_results_of_other_settings_are_kept_out(tmp_path):
     claim(tmp_path)
-    with pytest.raises(DataError, match=r"model: a there, b now\); take another folder, or begin"):
+    with pytest.raises(DataError, match=r"model: a there, b now\); choose another folder, or"):
         claim(tmp_path, SETTINGS | {"model": "b"})
     with pytest.raises(DataError, match=r"seed: None there, x now"):
         claim(tmp_path, SETTINGS | {"seed": "x"})
@@ -110,7 +111,7 @@ def test_results_of_other_settings_are_kept_out(tmp_path):
 def test_images_that_were_moved_are_the_same_if_the_user_says_so(tmp_path):
     claim(tmp_path)
     moved = SETTINGS | {"source": "folder /y"}
-    with pytest.raises(DataError, match=r"at another place, say so by moved \(--moved\)"):
+    with pytest.raises(DataError, match=r"at another place, say so \(--moved\)"):
         claim(tmp_path, moved)
     claim(tmp_path, moved, moved=True)
     claim(tmp_path, moved)
@@ -118,13 +119,13 @@ def test_images_that_were_moved_are_the_same_if_the_user_says_so(tmp_path):
         claim(tmp_path, SETTINGS | {"model": "b"}, moved=True)
 
 
-def test_beginning_anew_removes_what_the_journal_knows_of_and_nothing_else(tmp_path):
+def test_overwriting_removes_only_the_results_that_the_journal_lists(tmp_path):
     with Journal(OutFolder(tmp_path)) as journal:
         journal.claim(SETTINGS)
         for name in ("masks/a.png", "masks/mine.png", "cams/a.npy"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
-        journal.record([made("a", mask="masks/a.png", cam="cams/a.npy")], [Error("b", "read", "x")])
+        journal.record([made("a", mask="masks/a.png", cam="cams/a.npy"), Failure("b", "read", "x")])
         journal.export()
     assert claim(tmp_path, SETTINGS | {"model": "b"}, overwrite=True) == (0, 0)
     files = {
@@ -137,19 +138,20 @@ def test_results_of_unknown_settings_are_never_touched(tmp_path):
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "a.png").touch()
     for overwrite in (False, True):
-        with pytest.raises(DataError, match=r"holds files but .* no journal"):
+        with pytest.raises(DataError, match=r"holds masks/a\.png but no journal"):
             claim(tmp_path, overwrite=overwrite)
     assert (tmp_path / "masks" / "a.png").exists()
 
 
-# Being killed
+# Kills
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_half_an_entry_is_none(tmp_path, pool):
+def test_half_a_transaction_is_not_recorded(tmp_path):
     claim(tmp_path)
-    with pytest.raises(Exception, match="terminated abruptly"):
-        pool.submit(leave_transaction_open, tmp_path).result()
+    killed = process(leave_transaction_open, tmp_path)
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
     with Journal(OutFolder(tmp_path)) as journal:
         journal.claim(SETTINGS)
         assert (journal.counts(), journal.known(["half"])) == ((1, 0), {})
@@ -157,9 +159,8 @@ def test_half_an_entry_is_none(tmp_path, pool):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_second_run_is_refused_while_the_first_one_lives(tmp_path):
-    pool = new_pool(1)
+    first = process(hold_journal, tmp_path)
     try:
-        pool.submit(hold_journal, tmp_path)
         until = time.monotonic() + 120
         while not (tmp_path / "held").exists():
             assert time.monotonic() < until
@@ -170,16 +171,16 @@ def test_a_second_run_is_refused_while_the_first_one_lives(tmp_path):
             assert other.counts() == (0, 0)
         begun = tmp_path / ".drafts" / "rank-0" / "begun"
         assert begun.exists()
-        os.kill(int((tmp_path / "held").read_text()), signal.SIGKILL)
     finally:
-        end_pool(pool)
+        first.kill()
+        first.join()
     with Journal(OutFolder(tmp_path)):
         assert not begun.exists()
 
 
 def test_a_file_that_is_no_journal_is_refused(tmp_path):
     (tmp_path / "journal.sqlite").write_bytes(b"something else" * 100)
-    with pytest.raises(CamkitError, match=r"journal\.sqlite is no journal of camkit"):
+    with pytest.raises(CamkitError, match=r"journal\.sqlite is not a journal of camkit"):
         Journal(OutFolder(tmp_path))
     (tmp_path / "journal.sqlite").unlink()
     Journal(OutFolder(tmp_path)).close()  # the lock was given back
@@ -197,23 +198,23 @@ def test_ranks_write_into_one_journal(tmp_path):
     assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 6
 
 
-# What is left
+# Plans
 
 
 def entry(key):
     return Item(key, FilePlace(Path(key)))
 
 
-def test_images_that_are_done_keep_the_others_company(journal):
-    journal.record([made("a")], [Error("b", "read", "x"), Error("c", "write", "x")])
-    chunk = (*map(entry, "abcd"), Refused("e", "outside"))
+def test_a_plan_keeps_finished_images_in_its_batches(journal):
+    journal.record([made("a"), Failure("b", "read", "x"), Failure("c", "write", "x")])
+    chunk = (*map(entry, "abcd"), Failure("e", "list", "outside"))
     planned = plan(chunk, journal)
     assert [item.key for item in planned.items] == ["a", "c", "d"]
     assert planned.todo == {"d"}
-    assert (planned.errors, planned.settled) == ((Error("e", "list", "outside"),), 3)
-    journal.record([made("d")], planned.errors)
+    assert (planned.failures, planned.settled) == ((Failure("e", "list", "outside"),), 3)
+    journal.record([made("d"), *planned.failures])
     planned = plan(chunk, journal)
-    assert (planned.items, planned.todo, planned.errors, planned.settled) == (
+    assert (planned.items, planned.todo, planned.failures, planned.settled) == (
         (),
         frozenset(),
         (),
@@ -223,11 +224,11 @@ def test_images_that_are_done_keep_the_others_company(journal):
 
 def test_ranks_share_the_chunks_whatever_their_number():
     entries = list(map(entry, "abcdefghij"))
-    whole = [tuple(one.key for one in chunk) for chunk in Share().of(entries, 3)]
+    whole = [tuple(one.key for one in chunk) for chunk in Rank().chunks(entries, 3)]
     assert whole == [tuple("abc"), tuple("def"), tuple("ghi"), ("j",)]
     for world in (2, 3, 7):
-        shares = [list(Share(rank, world).of(entries, 3)) for rank in range(world)]
+        shares = [list(Rank(rank, world).chunks(entries, 3)) for rank in range(world)]
         keys = [tuple(one.key for one in chunk) for share in shares for chunk in share]
         assert sorted(keys) == whole
     with pytest.raises(ValueError, match="must lie in 0 to 1, got 2"):
-        Share(2, 2)
+        Rank(2, 2)

@@ -1,7 +1,10 @@
-"""What wrap does when nobody says otherwise: calibrated where the model bears it, else not."""
+"""Methods: what wrap decides on without settings, and methods in words."""
 
+import ast
 import gc
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +13,24 @@ import torch
 from hosts import shaken
 from torch import nn
 
-from camkit import GradientSeed, Vocabulary, photo_from_array, wrap
+import camkit
+from camkit import (
+    DOEI,
+    CamkitError,
+    GradientSeed,
+    Method,
+    Pipeline,
+    Vocabulary,
+    normalize_cam,
+    photo_from_array,
+    wrap,
+)
 from camkit.capture import Capture
-from camkit.edits import ScaleOutput, StaticCalibration
-from camkit.method import CALIBRATED, GRADIENT, POOLED
-from camkit.seeds import ClassWeightSeed, GatedProductSeed
+from camkit.contrib import LogitLensSeed
+from camkit.edits import RandomGates, ScaleOutput, StaticCalibration
+from camkit.method import CALIBRATED, EDITS, GRADIENT, POOLED, REFINERS, SEEDS
+from camkit.refiners import AtReducedSize, Blur, Normalize
+from camkit.seeds import ClassWeightSeed, GatedProductSeed, LOSTSeed
 
 PRODUCT = GatedProductSeed(GradientSeed(), ClassWeightSeed())
 
@@ -196,3 +212,90 @@ def test_the_model_is_as_it_was(deep, photo):
     assert all(torch.equal(value, weights[name]) for name, value in deep.state_dict().items())
     assert all(value.grad is None for value in deep.parameters())
     deep.eval()
+
+
+def test_the_method_is_shown_before_and_after_it_is_decided(deep, photo):
+    pipeline = wrap(deep, refine=[])
+    assert "method decided at the first photo" in repr(pipeline)
+    with pytest.raises(CamkitError, match="decided at the first photo; call the pipeline"):
+        _ = pipeline.method
+    result = pipeline(photo, classes=[1])
+    assert pipeline.method == replace(CALIBRATED.method, refine=())
+    assert repr(pipeline) == f"Pipeline(VisionTransformer, {pipeline.method!r})"
+    assert pipeline.settings == result.settings
+
+
+def test_deciding_needs_no_classes(deep, photo):
+    pipeline = wrap(deep)
+    assert pipeline.decide(photo.pixels, photo.rgb) == CALIBRATED.method == pipeline.method
+
+
+def test_a_pipeline_around_a_method_is_what_wrap_makes_of_its_fields(deep, photo):
+    method = Method(ClassWeightSeed(), edit=ScaleOutput(1.5), edit_blocks=2, background_score=0.4)
+    found = Pipeline(deep, method)(photo, classes=[1, 3])
+    asked = wrap(
+        deep, seed=ClassWeightSeed(), edit=ScaleOutput(1.5), edit_blocks=2, background_score=0.4
+    )
+    assert asked.method == method
+    assert same(found, asked(photo, classes=[1, 3]))
+
+
+def test_words_name_the_stages_of_a_method():
+    words = {"seed": "lost:count=3", "edit": "gates:doei", "edit_blocks": None}
+    method = Method.from_words(**words, refine=["blur:2+normalize:minmax,reduced=0.5"])
+    assert method.seed == LOSTSeed(count=3)
+    assert (method.edit, method.edit_blocks) == (RandomGates(DOEI()), None)
+    assert method.refine == (Blur(2.0), AtReducedSize(Normalize("minmax"), scale=0.5))
+    assert Method.from_words() == Method(GradientSeed()) == GRADIENT.method
+
+
+def test_every_short_name_makes_a_method():
+    for name in SEEDS:
+        assert type(Method.from_words(seed=name).seed) is SEEDS[name]
+    for name in EDITS:
+        assert type(Method.from_words(edit=name).edit) is EDITS[name]
+    for name in REFINERS:
+        assert type(Method.from_words(refine=[name]).refine[0]) is REFINERS[name]
+
+
+def test_a_dotted_path_names_any_class_or_function():
+    assert Method.from_words(seed="camkit.contrib.LogitLensSeed:1").seed == LogitLensSeed(1)
+    function = Method.from_words(refine=["camkit.refiners.normalize.normalize_cam"]).refine[0]
+    assert function is normalize_cam
+    with pytest.raises(ValueError, match=r"camkit\.Nothing: cannot import this seed"):
+        Method.from_words(seed="camkit.Nothing")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"background_score": 1.5}, ValueError, r"must lie in \[0, 1\], got 1.5"),
+        (
+            {"seed": GradientSeed},
+            TypeError,
+            r"stages must be instances, .* got <class .*GradientSeed",
+        ),
+        (
+            {"refine": (Normalize(), Blur)},
+            TypeError,
+            "stages must be instances, .* got <class .*Blur",
+        ),
+    ],
+)
+def test_a_method_that_cannot_be_used_is_refused(settings, error, words, no_shape_checks):
+    with pytest.raises(error, match=words):
+        Method(**settings)
+
+
+PACKAGE = Path(camkit.__file__).parent
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
+def test_no_frozen_class_holds_a_collection_to_write_into(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and any(
+            "frozen=True" in ast.unparse(d) for d in node.decorator_list
+        ):
+            written = [ast.unparse(line) for line in node.body if isinstance(line, ast.AnnAssign)]
+            hidden = [w for w in written if w.startswith("_") and "default_factory" in w]
+            assert not hidden, f"{node.name}: {hidden}"

@@ -1,4 +1,4 @@
-"""Bulk runs on a Ray cluster of several nodes: the files of the local engine, whatever is lost."""
+"""Bulk runs on a Ray cluster: the files are those of the local engine, whatever process dies."""
 
 import _thread
 import json
@@ -27,11 +27,10 @@ from small_runs import (
     write_photos,
 )
 
-from camkit.bulk import PhotoFolder, RayEngine, Reading, Share, run
+from camkit.bulk import Loading, PhotoFolder, Rank, RayEngine, run
 from camkit.bulk.finishing import OutFolder
 from camkit.bulk.items import FilePlace
-from camkit.bulk.ray_engine import RunContext
-from camkit.bulk.ray_work import Message, ReadChunk, RunModel, unpacked
+from camkit.bulk.ray_engine import Message, ReadChunk, RunContext, RunModel, unpacked
 from camkit.bulk.stages import read
 from camkit.cli import main
 from camkit.errors import CamkitError
@@ -89,7 +88,7 @@ def local(recipe, source, out):
     return run(recipe, source, out, workers=0, threads=1)
 
 
-def told(out):
+def reported(out):
     lines = (out / "errors.tsv").read_text().splitlines()[1:]
     return {name: (stage, reason) for name, stage, reason in (line.split("\t") for line in lines)}
 
@@ -133,7 +132,7 @@ def test_files_are_those_of_the_local_engine_also_where_a_node_is_lost(cluster, 
     assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 24
 
 
-def test_a_run_that_is_stopped_goes_on_with_the_other_engine(cluster, tmp_path):
+def test_a_stopped_run_continues_with_the_other_engine(cluster, tmp_path):
     recipe, photos = small_recipe(cams="parquet"), write_photos(tmp_path / "in", 24)
     local(recipe, photos, tmp_path / "whole")
     out = tmp_path / "out"
@@ -151,7 +150,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_other_engine(cluster, tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
-def test_a_run_whose_leading_process_is_killed_goes_on(cluster, tmp_path):
+def test_a_run_continues_after_its_leading_process_is_killed(cluster, tmp_path):
     photos, out = write_photos(tmp_path / "in", 24), tmp_path / "out"
     leading = "import sys, small_runs; small_runs.run_on_ray(*sys.argv[1:])"
     lead = subprocess.Popen(
@@ -185,7 +184,7 @@ def test_an_image_that_kills_its_process_is_given_up(cluster, tmp_path):
     recipe = small_recipe(finish=(*BLUR, DiesOfDarkness()))
     ran = run(recipe, photos, tmp_path / "ray", ray=RayEngine())
     assert (ran.written, ran.failed) == (5, 1)
-    stage, reason = told(tmp_path / "ray")["dark"]
+    stage, reason = reported(tmp_path / "ray")["dark"]
     assert (stage, reason[:38]) == ("write", "the process that worked on it died: ki")
     masks = [path.relative_to(tmp_path / "ray") for path in tmp_path.glob("ray/masks/**/*.png")]
     assert len(masks) == 5
@@ -194,15 +193,15 @@ def test_an_image_that_kills_its_process_is_given_up(cluster, tmp_path):
     )
 
 
-def test_models_that_do_not_fit_the_cluster_are_told(cluster, tmp_path):
+def test_models_that_do_not_fit_the_cluster_are_reported(cluster, tmp_path):
     photos = write_photos(tmp_path / "in", 2)
-    with pytest.raises(CamkitError, match=r"9 models with 0 GPUs and 1 cores each, .* take fewer"):
+    with pytest.raises(CamkitError, match=r"9 models with 0 GPUs and 1 cores each, .* use fewer"):
         run(small_recipe(), photos, tmp_path / "out", ray=RayEngine(actors=9))
     with pytest.raises(CamkitError, match="need more than the 0 GPUs"):
         run(small_recipe(), photos, tmp_path / "out", ray=RayEngine(gpus=0.5))
 
 
-# What a process of the cluster does, here without one
+# The work of a cluster process, without a cluster
 
 
 class OpenDeadly(OpenSmall):
@@ -233,18 +232,18 @@ def test_an_image_that_kills_the_model_is_given_up_and_the_others_are_not(site, 
     pytest.importorskip("ray")
     photos = write_photos(tmp_path / "in", 3)
     Image.new("RGB", (40, 60)).save(tmp_path / "in" / "dark.png")
-    images = tuple(read(item, Reading(size=(96, 64))) for item in photos)
+    images = tuple(read(item, Loading(size=(96, 64))) for item in photos)
     row = Message(1, frozenset(one.key for one in images), images=images).packed()
-    for _ in range(3):  # Ray begins it anew
-        child = multiprocessing.get_context("forkserver").Process(
-            target=run_model, args=(site, row)
-        )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["small_runs", "camkit.bulk.ray_engine", "ray.cloudpickle"])
+    for _ in range(3):  # Ray starts it again
+        child = context.Process(target=run_model, args=(site, row))
         child.start()
         child.join(120)
         assert child.exitcode == -signal.SIGKILL
-    found = unpacked(RunModel(site, "cpu", 1)(row))
-    assert [(one.key, one.stage) for one in found.errors] == [("dark", "model")]
-    assert {one.key for one in found.images} == {one.key for one in images} - {"dark"}
+    actual = unpacked(RunModel(site, "cpu", 1)(row))
+    assert [(one.key, one.stage) for one in actual.outcomes] == [("dark", "model")]
+    assert set(map(str, actual.images)) == set(map(str, images)) - {"dark"}
 
 
 def test_a_process_that_does_not_see_folder_images_or_weights_ends_the_run(site, tmp_path):
@@ -254,17 +253,17 @@ def test_a_process_that_does_not_see_folder_images_or_weights_ends_the_run(site,
     fatal = unpacked(work(row)[0]).fatal
     assert "does not see the images" in str(fatal)
     assert "gone.png cannot be read (No such file or directory)" in str(fatal)
-    with pytest.raises(CamkitError, match="opens has other weights than that of the machine"):
+    with pytest.raises(CamkitError, match="has other weights than the one on the machine"):
         RunModel(replace(site, weights="others"), "cpu", 1)
     site.probe.unlink()
     fatal = unpacked(ReadChunk(site)(row)[0]).fatal
-    assert f"does not see {site.folder.root}, where the run writes to" in str(fatal)
+    assert f"does not see {site.folder.root}, the results folder" in str(fatal)
 
 
-# At the door
+# Invalid settings
 
 
-def test_without_ray_the_way_to_it_is_told(monkeypatch, tmp_path, capsys):
+def test_without_ray_the_way_to_it_is_reported(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(CamkitError, match=r"install it with `pip install 'camkit\[ray\]'`"):
         RayEngine()
@@ -272,7 +271,7 @@ def test_without_ray_the_way_to_it_is_told(monkeypatch, tmp_path, capsys):
     assert main([*command, "--engine", "ray"]) == 1
     assert "pip install 'camkit[ray]'" in capsys.readouterr().err
     assert main([*command, "--actors", "2"]) == 1
-    assert "--actors is of a cluster; say --engine ray" in capsys.readouterr().err
+    assert "--actors needs a cluster; add --engine ray" in capsys.readouterr().err
 
 
 def start(**settings):
@@ -280,15 +279,15 @@ def start(**settings):
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "reported"),
     [
         (lambda: RayEngine(actors=0), "`actors` must be at least 1, got 0"),
         (lambda: RayEngine(gpus=-0.5), "`gpus` must be at least 0, got -0.5"),
-        (lambda: start(ray=RayEngine(), workers=2), "leave torchrun, `workers`"),
-        (lambda: start(ray=RayEngine(), share=Share(0, 2)), "leave torchrun"),
+        (lambda: start(ray=RayEngine(), workers=2), "omit torchrun, `workers`"),
+        (lambda: start(ray=RayEngine(), rank=Rank(0, 2)), "omit torchrun"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(make, told):
+def test_settings_that_do_not_go_together_are_refused(make, reported):
     pytest.importorskip("ray")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=reported):
         make()

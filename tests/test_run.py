@@ -1,4 +1,4 @@
-"""Bulk runs: the maps of the pipeline, each image once, whatever is killed or broken."""
+"""Bulk runs: the maps of the pipeline, each image once, whatever process or file fails."""
 
 import json
 import os
@@ -30,9 +30,8 @@ from small_runs import (
 
 from camkit import Vocabulary, load_photo, wrap
 from camkit.bulk.finishing import OutputError
-from camkit.bulk.ledger import Share
 from camkit.bulk.recipe import Recipe, Writing
-from camkit.bulk.running import rank_of, run
+from camkit.bulk.running import Rank, rank_of, run
 from camkit.bulk.sources import DataSetPhotos, PhotoFolder
 from camkit.cli import main
 from camkit.data import read_cam, write_shapes
@@ -69,7 +68,7 @@ def errors(out):
     return {name: (stage, reason) for name, stage, reason in (line.split("\t") for line in lines)}
 
 
-# What comes out
+# Output
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -84,9 +83,9 @@ def test_masks_and_maps_are_those_of_the_pipeline(photos, tmp_path, batch):
     )
     for row in rows(tmp_path):
         result = alone(load_photo(row["source"], size=96), classes=[0, 2])
-        found = read_cam(tmp_path / row["cam"])
-        assert found.classes == (0, 2)
-        torch.testing.assert_close(found.cam, result.cam[0], atol=1e-3, rtol=0)  # float16
+        actual = read_cam(tmp_path / row["cam"])
+        assert actual.classes == (0, 2)
+        torch.testing.assert_close(actual.cam, result.cam[0], atol=1e-3, rtol=0)  # float16
         mask = np.array(Image.open(tmp_path / row["mask"]))
         assert (mask != result.mask.numpy()).mean() < 0.01  # ties fall by rounding
         assert row["legend"] == {"1": "circle", "3": "triangle"}
@@ -109,8 +108,8 @@ def test_maps_are_written_in_the_forms_of_the_field(photos, tmp_path, form):
     assert ran.written == 2
     assert not (tmp_path / "masks").exists()
     for item in few:
-        found = read_cam(tmp_path / "cams" / f"{item.key}.npy")
-        assert (found.form, found.classes) == (form, (0, 2))
+        actual = read_cam(tmp_path / "cams" / f"{item.key}.npy")
+        assert (actual.form, actual.classes) == (form, (0, 2))
 
 
 def test_maps_in_parquet_are_the_same_in_fewer_files(photos, tmp_path):
@@ -121,11 +120,11 @@ def test_maps_in_parquet_are_the_same_in_fewer_files(photos, tmp_path):
     start(recipe, Some(photos), tmp_path)
     whole = [parquet.read_table(path).to_pylist() for path in (tmp_path / "cams").iterdir()]
     assert len(whole) == 6  # chunks of four
-    found = {row["key"]: row for part in whole for row in part}
-    assert len(found) == sum(len(part) for part in whole) == 24
+    actual = {row["key"]: row for part in whole for row in part}
+    assert len(actual) == sum(len(part) for part in whole) == 24
     alone = wrap(OpenSmall()(), refine=(Propagate(steps=1), Normalize()))
     for item in photos:
-        row = found[item.key]
+        row = actual[item.key]
         photo = load_photo(item.place.path, size=96)
         maps = torch.tensor(row["cam"]).view(2, row["height"], row["width"])
         cam = alone.stages(photo.pixels, rgb=photo.rgb, classes=torch.tensor([[0, 2]])).cam
@@ -160,13 +159,13 @@ def test_a_data_set_is_asked_for_its_own_classes(tmp_path):
     dataset = write_shapes(tmp_path / "shapes", 8)
     recipe = small_recipe(labels=None)
     start(recipe, DataSetPhotos(dataset, "train"), tmp_path / "out")
-    found = {
+    actual = {
         row["key"]: tuple(one["index"] for one in row["classes"]) for row in rows(tmp_path / "out")
     }
-    assert found == {one.name: one.classes for one in dataset.split("train")}
+    assert actual == {one.name: one.classes for one in dataset.split("train")}
 
 
-def test_the_classifier_guesses_where_nobody_knows(photos, tmp_path):
+def test_the_classifier_predicts_classes_without_labels(photos, tmp_path):
     few = Some(list(photos)[:9])
     start(small_recipe(labels=PredictedClasses(0.5, "softmax")), few, tmp_path / "first")
     start(small_recipe(labels=PredictedClasses(0.34, "softmax", 0)), few, tmp_path / "several")
@@ -189,14 +188,14 @@ def test_the_classifier_guesses_where_nobody_knows(photos, tmp_path):
         assert read_cam(tmp_path / "none" / row["cam"]).classes == ()
 
 
-def test_images_without_classes_need_a_guess(photos, tmp_path):
+def test_images_without_labels_need_a_prediction(photos, tmp_path):
     ran = start(small_recipe(labels=None), Some(list(photos)[:3]), tmp_path)
     assert (ran.written, ran.failed) == (0, 3)
     assert {stage for stage, _ in errors(tmp_path).values()} == {"model"}
-    assert "give labels, or let the classifier guess" in str(errors(tmp_path))
+    assert "give labels, or let the classifier predict" in str(errors(tmp_path))
 
 
-def test_a_label_that_does_not_exist_costs_its_own_image(photos, tmp_path):
+def test_an_unknown_label_fails_only_its_image(photos, tmp_path):
     few = [replace(item, classes=(0, 2)) for item in list(photos)[:8]]
     few[3] = replace(few[3], classes=(7,))
     few[5] = replace(few[5], classes=())
@@ -209,7 +208,7 @@ def test_a_label_that_does_not_exist_costs_its_own_image(photos, tmp_path):
 
 
 @posix
-def test_bad_files_are_told_and_the_others_done(tmp_path):
+def test_bad_files_are_reported_and_the_others_done(tmp_path):
     folder = tmp_path / "in"
     write_photos(folder, 10)
     good = (folder / "p000.png").read_bytes()
@@ -227,13 +226,13 @@ def test_bad_files_are_told_and_the_others_done(tmp_path):
     (folder / "p000.jpg").write_bytes(good)
     out = tmp_path / "out"
     ran = start(small_recipe(), PhotoFolder(folder), out)
-    told = errors(out)
-    assert (ran.written, ran.failed) == (14, len(told)) == (14, 7)
-    assert {name: stage for name, (stage, _) in told.items()} == {
+    reported = errors(out)
+    assert (ran.written, ran.failed) == (14, len(reported)) == (14, 7)
+    assert {name: stage for name, (stage, _) in reported.items()} == {
         **dict.fromkeys(["empty", "short", "text", "loop", "pipe", "bomb"], "read"),
         "round/": "list",
     }
-    assert "more than the 1000000 pixels allowed; raise the limit" in told["bomb"][1]
+    assert "more than the 1000000 pixels allowed; raise the limit" in reported["bomb"][1]
     keys = {row["key"] for row in rows(out)}
     assert {"n" * 246, "two\nlines", "png", "p000.jpg", "p000.png"} <= keys
     masks = {str(path.relative_to(out / "masks")) for path in (out / "masks").rglob("*.png")}
@@ -249,7 +248,7 @@ def test_bad_files_are_told_and_the_others_done(tmp_path):
 # Interrupts
 
 
-def test_a_run_that_is_stopped_goes_on_and_does_nothing_twice(photos, undisturbed, tmp_path):
+def test_a_stopped_run_continues_and_does_nothing_twice(photos, undisturbed, tmp_path):
     recipe = small_recipe(cams="npz")
     settled = 0
     for stop in (3, 13, 17, 23):
@@ -263,8 +262,8 @@ def test_a_run_that_is_stopped_goes_on_and_does_nothing_twice(photos, undisturbe
     assert (ran.written, ran.settled) == (24 - settled, settled)
     assert settled >= 8
     assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())
-    found = tree(tmp_path)
-    assert {**found, "settings.json": None} == {**undisturbed, "settings.json": None}
+    actual = tree(tmp_path)
+    assert {**actual, "settings.json": None} == {**undisturbed, "settings.json": None}
 
 
 @posix
@@ -323,7 +322,7 @@ def test_an_image_that_kills_its_worker_is_given_up(tmp_path):
 
 
 @posix
-def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(photos, undisturbed, tmp_path):
+def test_a_full_disk_ends_the_run_and_the_next_run_continues(photos, undisturbed, tmp_path):
     recipe = small_recipe(cams="npz")
     with pytest.raises(KeyboardInterrupt):
         start(recipe, Some(photos, stop=23), tmp_path)
@@ -331,13 +330,13 @@ def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(photos, undisturbed, 
     smallest = min(path.stat().st_size for path in (tmp_path / "cams").rglob("*.npz"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (smallest // 2, hard))
     try:
-        with pytest.raises(CamkitError, match="what is done is kept: make room there, or rights"):
+        with pytest.raises(CamkitError, match="free disk space or check write permission"):
             start(recipe, Some(photos), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     start(recipe, Some(photos), tmp_path)
-    found = tree(tmp_path)
-    assert {**found, "settings.json": None} == {**undisturbed, "settings.json": None}
+    actual = tree(tmp_path)
+    assert {**actual, "settings.json": None} == {**undisturbed, "settings.json": None}
 
 
 def test_a_folder_that_takes_no_files_ends_the_run(photos, tmp_path):
@@ -365,19 +364,18 @@ def test_other_settings_are_kept_out_of_a_folder(photos, tmp_path):
 
 def test_ranks_do_each_image_once_and_the_folder_is_the_same(photos, undisturbed, tmp_path):
     parts = [
-        start(small_recipe(cams="npz"), photos, tmp_path, share=Share(rank, 3)) for rank in range(3)
+        start(small_recipe(cams="npz"), photos, tmp_path, rank=Rank(rank, 3)) for rank in range(3)
     ]
     assert [part.written for part in parts] == [8, 8, 8]
     assert tree(tmp_path) == undisturbed
-    with pytest.raises(ValueError, match="cannot begin anew at once"):
-        start(small_recipe(), photos, tmp_path, share=Share(0, 2), overwrite=True)
+    with pytest.raises(ValueError, match="cannot overwrite a folder together"):
+        start(small_recipe(), photos, tmp_path, rank=Rank(0, 2), overwrite=True)
 
 
 def test_ranks_are_those_of_torchrun():
-    assert rank_of({}).share == Share()
+    assert rank_of({}) == Rank()
     given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    found = rank_of(given)
-    assert (found.share, found.local, found.neighbours) == (Share(5, 8), 1, 4)
+    assert rank_of(given) == Rank(5, 8, local=1, neighbours=4)
     for wrong in (
         {"RANK": "1"},
         {"RANK": "x", "WORLD_SIZE": "2"},
@@ -388,7 +386,7 @@ def test_ranks_are_those_of_torchrun():
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "reported"),
     [
         (lambda: Recipe(OpenSmall(), batch=8, chunk=4), "`chunk` no less, got 8, 4"),
         (lambda: Writing(masks=False), "nothing would be written"),
@@ -397,8 +395,8 @@ def test_ranks_are_those_of_torchrun():
         (lambda: small_recipe(max_pixels=0), "must be at least 1, got 0"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused(make, told):
-    with pytest.raises(ValueError, match=told):
+def test_settings_that_cannot_be_used_are_refused(make, reported):
+    with pytest.raises(ValueError, match=reported):
         make()
 
 
@@ -414,7 +412,7 @@ def weights(tmp_path, monkeypatch):
     monkeypatch.setenv("CAMKIT_DATA", str(tmp_path / "data"))
 
 
-def test_the_command_runs_goes_on_and_refuses(weights, tmp_path, capsys):
+def test_the_command_runs_continues_and_refuses(weights, tmp_path, capsys):
     write_photos(tmp_path / "in", 4)
     command = ["run", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--size", "48"]
     command += ["--model", "vit_tiny_patch16_224.test", "--workers", "0", "--threads", "1"]
@@ -430,12 +428,12 @@ def test_the_command_runs_goes_on_and_refuses(weights, tmp_path, capsys):
     }
     (tmp_path / "in" / "broken.png").touch()
     assert main([*command, "--classes", "cat,dog", "--refine", "propagate+normalize+crf"]) == 1
-    told = capsys.readouterr()
-    assert "0 images done, 1 failed, 4 were settled already" in told.out
-    assert "listed in" in told.err
+    reported = capsys.readouterr()
+    assert "0 images done, 1 failed, 4 were settled before" in reported.out
+    assert "see " in reported.err
     assert main([*command, "--classes", "cat"]) == 1
     assert "holds results of other settings (labels: " in capsys.readouterr().err
     assert main([*command, "--labels", "predicted:2"]) == 1
     assert "--labels predicted:2: `threshold` must lie in (0, 1)" in capsys.readouterr().err
     assert main([*command[:-4], "--classes", "cat", "--labels", "first"]) == 1
-    assert "leave --labels away" in capsys.readouterr().err
+    assert "omit --labels" in capsys.readouterr().err

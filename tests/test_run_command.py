@@ -27,21 +27,24 @@ CAT, DOG = 7, 11  # of the classes of VOC, from 0
 TORCHRUN = shutil.which("torchrun", path=str(Path(sys.executable).parent))
 
 
-@pytest.fixture(autouse=True)
-def weights(tmp_path, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def weights(tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
     torch.manual_seed(0)
     state = timm.create_model("vit_tiny_patch16_224", num_classes=20).state_dict()
-    (tmp_path / "data" / "weights").mkdir(parents=True)
-    save_file(state, tmp_path / "data" / "weights" / "vit_tiny_patch16_224.test.safetensors")
-    monkeypatch.setenv("CAMKIT_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (data / "weights").mkdir()
+    save_file(state, data / "weights" / "vit_tiny_patch16_224.test.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAMKIT_DATA", str(data))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 def command(given, out, *more):
     return ["run", str(given), "--out", str(out), *MODEL, "--threads", "1", *more]
 
 
-# What goes in
+# Input
 
 
 def as_list(folder, path):
@@ -66,11 +69,11 @@ def as_parquet(folder, path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    found = photos_of(folder)
+    actual = photos_of(folder)
     table = {
-        "photo": [photo.read_bytes() for photo in found],
-        "name": [str(photo.relative_to(folder).with_suffix("")) for photo in found],
-        "what": [[CAT, DOG]] * len(found),
+        "photo": [photo.read_bytes() for photo in actual],
+        "name": [str(photo.relative_to(folder).with_suffix("")) for photo in actual],
+        "what": [[CAT, DOG]] * len(actual),
     }
     parquet.write_table(pa.table(table), path)
     columns = ["--image-column", "photo", "--key-column", "name", "--label-column", "what"]
@@ -81,24 +84,34 @@ def photos_of(folder):
     return sorted(folder.rglob("*.png"))
 
 
+def masks_in(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in photos_of(folder)}
+
+
+@pytest.fixture(scope="module")
+def folder_run(weights, tmp_path_factory):
+    """A folder of photos, and the masks of a run on it."""
+    home = tmp_path_factory.mktemp("folder")
+    write_photos(home / "in", 3)
+    options = ["--classes", "cat,dog", "--workers", "0"]
+    assert main(command(home / "in", home / "out", *options)) == 0
+    return home / "in", masks_in(home / "out" / "masks")
+
+
 @pytest.mark.parametrize(
     ("name", "put", "below"),
     [("list.txt", as_list, ""), ("s.tar", as_tar, "s"), ("p.parquet", as_parquet, "p")],
 )
-def test_lists_shards_and_parquet_give_the_masks_of_the_folder(tmp_path, name, put, below):
-    write_photos(tmp_path / "in", 3)
-    photos, *more = [str(one) for one in put(tmp_path / "in", tmp_path / name)]
-    quiet = ["--workers", "0"]
-    assert main(command(tmp_path / "in", tmp_path / "first", "--classes", "cat,dog", *quiet)) == 0
-    assert main(command(photos, tmp_path / "out", *more, "--vocabulary", "voc", *quiet)) == 0
-    masks = {
-        path.relative_to(tmp_path / "first" / "masks"): path.read_bytes()
-        for path in photos_of(tmp_path / "first" / "masks")
-    }
+def test_lists_shards_and_parquet_give_the_masks_of_the_folder(
+    folder_run, tmp_path, name, put, below
+):
+    folder, masks = folder_run
+    photos, *more = [str(argument) for argument in put(folder, tmp_path / name)]
+    options = ["--vocabulary", "voc", "--workers", "0"]
+    assert main(command(photos, tmp_path / "out", *more, *options)) == 0
     assert len(masks) == 3
     assert len(set(masks.values())) > 1
-    found = tmp_path / "out" / "masks" / below
-    assert {path.relative_to(found): path.read_bytes() for path in photos_of(found)} == masks
+    assert masks_in(tmp_path / "out" / "masks" / below) == masks
 
 
 def test_a_shard_that_leads_out_of_the_folder_writes_nothing_outside(tmp_path, capsys):
@@ -111,21 +124,23 @@ def test_a_shard_that_leads_out_of_the_folder_writes_nothing_outside(tmp_path, c
     assert "1 images done, 1 failed" in capsys.readouterr().out
     assert [path.name for path in photos_of(tmp_path / "deep")] == ["good.png"]
     assert not list(tmp_path.rglob("evil*"))
-    assert "leads out of the folder" in (out / "errors.tsv").read_text()
+    assert "points outside the results folder" in (out / "errors.tsv").read_text()
 
 
-def test_an_output_that_cannot_be_a_folder_is_told(tmp_path, capsys):
+def test_an_output_that_cannot_be_a_folder_is_reported(tmp_path, capsys):
     write_photos(tmp_path / "in", 1)
     (tmp_path / "out").write_text("a file")
     assert main(command(tmp_path / "in", tmp_path / "out" / "below", "--workers", "0")) == 1
-    assert "below cannot be written to (Not a directory); make room" in capsys.readouterr().err
+    assert (
+        "below cannot be written to (Not a directory); free disk space" in capsys.readouterr().err
+    )
 
 
-def test_an_output_that_may_only_be_read_is_told():
+def test_an_output_that_may_only_be_read_is_reported():
     with tempfile.TemporaryDirectory() as folder:  # those above `tmp_path` are for their owner
         Path(folder).chmod(0o555)
-        told = r"cannot be written to \(Permission denied\); make room there, or rights"
-        with nobody(), pytest.raises(CamkitError, match=told):
+        reported = r"cannot be written to \(Permission denied\); free disk space or check"
+        with nobody(), pytest.raises(CamkitError, match=reported):
             Journal(OutFolder(Path(folder)))
         assert not list(Path(folder).iterdir())
 
@@ -148,15 +163,15 @@ def test_two_processes_of_torchrun_make_the_folder_of_one(tmp_path):
         timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
-    told = sorted(line.partition(": ")[2] for line in ran.stdout.splitlines() if "done" in line)
-    assert told == ["2 images done, 0 failed", "4 images done, 0 failed"]  # chunks of four
+    reported = sorted(line.partition(": ")[2] for line in ran.stdout.splitlines() if "done" in line)
+    assert reported == ["2 images done, 0 failed", "4 images done, 0 failed"]  # chunks of four
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_job_that_is_ended_goes_on_with_what_is_left(tmp_path, capsys):
-    write_photos(tmp_path / "in", 20)
+def test_a_terminated_job_continues_with_the_images_left(tmp_path, capsys):
+    write_photos(tmp_path / "in", 14)
     asked = ["--classes", "cat,dog", "--workers", "1"]
     out = tmp_path / "out"
     job = subprocess.Popen(
@@ -175,10 +190,10 @@ def test_a_job_that_is_ended_goes_on_with_what_is_left(tmp_path, capsys):
     assert "Traceback" not in error
     lines = (out / "manifest.jsonl").read_text().splitlines()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("masks/**/*.png")}
-    assert 1 <= len(lines) <= len(kept) < 20
+    assert 1 <= len(lines) <= len(kept) < 14
     asked[-1] = "0"
     assert main(command(tmp_path / "in", out, *asked)) == 0
-    told = f"{20 - len(lines)} images done, 0 failed, {len(lines)} were settled already"
-    assert told in capsys.readouterr().out
+    reported = f"{14 - len(lines)} images done, 0 failed, {len(lines)} were settled before"
+    assert reported in capsys.readouterr().out
     assert main(command(tmp_path / "in", tmp_path / "whole", *asked)) == 0
     assert tree(out) == tree(tmp_path / "whole")

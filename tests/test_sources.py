@@ -1,4 +1,4 @@
-"""Where images come from: every layout gives each image once, and what is no image is told."""
+"""Sources: every layout gives each image once, and entries that are no images are reported."""
 
 import io
 import os
@@ -15,11 +15,10 @@ from PIL import Image
 from small_runs import nobody
 
 from camkit.bulk.camfiles import read_labels
-from camkit.bulk.items import FilePlace, Item, Refused, result_path, safe_key
-from camkit.bulk.opening import Opening
-from camkit.bulk.recipe import Reading
+from camkit.bulk.items import Failure, FilePlace, Item, result_path, safe_key
+from camkit.bulk.recipe import Loading
 from camkit.bulk.shards import ParquetRows, TarShards
-from camkit.bulk.sources import DataSetPhotos, Labelled, PhotoFolder, PhotoList
+from camkit.bulk.sources import DataSetPhotos, Labelled, PhotoFolder, PhotoList, open_source
 from camkit.bulk.stages import read
 from camkit.data import write_shapes
 from camkit.errors import DataError
@@ -39,10 +38,10 @@ def put(path, data=None):
 
 def listed(source):
     """Keys with classes, and refusals with reasons."""
-    found = list(source)
-    items = {one.key: one.classes for one in found if isinstance(one, Item)}
-    refused = {one.key: one.reason for one in found if isinstance(one, Refused)}
-    assert len(items) + len(refused) == len(found)
+    actual = list(source)
+    items = {one.key: one.classes for one in actual if isinstance(one, Item)}
+    refused = {one.key: one.reason for one in actual if isinstance(one, Failure)}
+    assert len(items) + len(refused) == len(actual)
     return items, refused
 
 
@@ -76,7 +75,7 @@ def test_photos_that_differ_by_their_ending_alone_keep_it(tmp_path):
     assert [level(source, key) for key in ("a.jpg", "a.png", "c/a")] == [10, 200, 90]
 
 
-def test_links_are_followed_and_loops_told(tmp_path):
+def test_links_are_followed_and_loops_are_reported(tmp_path):
     put(tmp_path / "in" / "a.png")
     put(tmp_path / "elsewhere" / "b.png")
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
@@ -85,7 +84,7 @@ def test_links_are_followed_and_loops_told(tmp_path):
     items, refused = listed(PhotoFolder(tmp_path / "in"))
     assert set(items) == {"a", "linked/b", "self"}
     assert list(refused) == ["loop/"]
-    assert "a link to a folder that it lies in" in refused["loop/"]
+    assert "a link to a folder that contains it" in refused["loop/"]
     with pytest.raises(DataError, match=r"self.png cannot be read .*Too many levels of symbolic"):
         FilePlace(tmp_path / "in" / "self.png").open()
 
@@ -97,7 +96,7 @@ def test_names_that_are_no_text_still_name_results(tmp_path):
 
 def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         FilePlace(tmp_path / "a.png").open()
 
 
@@ -109,7 +108,7 @@ def open_folder():
         yield Path(folder)
 
 
-def test_what_may_not_be_read_is_told(open_folder):
+def test_what_may_not_be_read_is_reported(open_folder):
     put(open_folder / "a.png").chmod(0)
     put(open_folder / "shut" / "b.png")
     (open_folder / "shut").chmod(0)
@@ -160,7 +159,7 @@ def test_lines_that_lead_out_of_the_folder_are_refused(tmp_path):
     path.write_text(f"../secret.png\na.png\nb/../../secret.png\n{outside}\na.png\n.\n")
     items, refused = listed(PhotoList(path, root))
     assert items == {"a": None}
-    assert "leads out of the folder" in refused["../secret.png"]
+    assert "points outside the results folder" in refused["../secret.png"]
     assert "entry 3" in refused["b/../../secret.png"]
     assert "lies outside of" in refused[str(outside)]
     assert "is entry 2 of" in refused["a (entry 5)"]
@@ -173,11 +172,11 @@ def test_lines_that_lead_out_of_the_folder_are_refused(tmp_path):
 def test_a_data_set_gives_its_own_labels(tmp_path):
     dataset = write_shapes(tmp_path, 8)
     wanted = {one.name: one.classes for one in dataset.split("val")}
-    source = Opening(split="val")(tmp_path)
+    source = open_source(tmp_path, split="val")
     assert isinstance(source, DataSetPhotos)
     assert (listed(source), source.classes) == ((wanted, {}), ("circle", "square", "triangle"))
-    with pytest.raises(DataError, match="has the splits train, val; name one"):
-        Opening()(tmp_path)
+    with pytest.raises(DataError, match="has the splits train, val; choose one"):
+        open_source(tmp_path)
 
 
 def test_a_file_of_labels_goes_by_the_last_part_of_a_key(tmp_path):
@@ -224,7 +223,7 @@ def test_files_of_one_image_stand_together_in_a_shard(tmp_path):
     assert [level(source, key) for key in wanted] == [11, 22, 33, 44, 55]
 
 
-def test_what_is_wrong_in_a_shard_costs_its_own_image(tmp_path):
+def test_a_bad_entry_of_a_shard_fails_alone(tmp_path):
     path = shard(
         tmp_path / "s.tar",
         [
@@ -242,25 +241,25 @@ def test_what_is_wrong_in_a_shard_costs_its_own_image(tmp_path):
     )
     items, refused = listed(TarShards((path,)))
     assert set(items) == {"s/c", "s/d", "s/g"}
-    assert "leads out of the folder" in refused["s/../../etc/a"]
-    assert "leads out of the folder" in refused["s//etc/b"]
+    assert "points outside the results folder" in refused["s/../../etc/a"]
+    assert "points outside the results folder" in refused["s//etc/b"]
     assert "more than once" in refused["s/c (again)"]
     assert "e.cls holds no class indices" in refused["s/e"]
     assert "has 2 images: f.png, f.jpg" in refused["s/f"]
 
 
-def test_a_shard_cut_short_or_packed_is_told_and_the_others_read(tmp_path):
+def test_a_shard_cut_short_or_packed_is_reported_and_the_others_read(tmp_path):
     whole = shard(tmp_path / "a.tar", [("a.png", picture()), ("b.png", picture())])
     (tmp_path / "b.tar").write_bytes(whole.read_bytes()[:1200])
     (tmp_path / "c.tar").write_bytes(b"\x1f\x8b" + bytes(100))
     (tmp_path / "d.tar").write_bytes(b"")
-    items, refused = listed(Opening()(tmp_path))
+    items, refused = listed(open_source(tmp_path))
     assert {"a/a", "a/b"} <= set(items) <= {"a/a", "a/b", "b/a"}
     assert set(refused) >= {"c", "d"}
-    assert "have to be unpacked (gunzip)" in refused["c"]
+    assert "unpack compressed files first (gunzip)" in refused["c"]
 
 
-def test_a_shard_that_shrank_since_it_was_listed_is_told(tmp_path):
+def test_a_shard_that_shrank_since_it_was_listed_is_reported(tmp_path):
     path = shard(tmp_path / "a.tar", [("a.png", picture())])
     item = next(iter(TarShards((path,))))
     path.write_bytes(path.read_bytes()[:530])
@@ -289,8 +288,8 @@ def test_rows_of_parquet_are_read_group_by_group(tmp_path):
     named = ParquetRows((path,), key="name", labels="label")
     items, refused = listed(named)
     assert items == {"p/a": (0, 1), "p/x/b": (2,), "p/e": (4,)}
-    assert "leads out" in refused["p/row 3"]
-    assert "holds the key 'p/a' more than once" in refused["p/row 4"]
+    assert "points outside" in refused["p/row 3"]
+    assert "contains the key 'p/a' twice" in refused["p/row 4"]
     assert [level(named, key) for key in items] == [10, 20, 50]
     numbered = ParquetRows((path,), image="plain", labels="one")
     items, refused = listed(numbered)
@@ -302,10 +301,10 @@ def test_rows_of_parquet_are_read_group_by_group(tmp_path):
     with pytest.raises(DataError, match="has no column 'photo'; it has image, plain"):
         list(ParquetRows((path,), image="photo"))
     (tmp_path / "q.parquet").write_bytes(b"nothing")
-    assert "cannot be read as Parquet" in listed(Opening()(tmp_path))[1]["q"]
+    assert "cannot be read as Parquet" in listed(open_source(tmp_path))[1]["q"]
 
 
-# Which source it is
+# Kinds of sources
 
 
 def test_a_path_tells_what_it_is(tmp_path):
@@ -315,18 +314,18 @@ def test_a_path_tells_what_it_is(tmp_path):
     shard(tmp_path / "shards" / "a.tar", [("a.png", picture())])
     kinds = {"photos": PhotoFolder, "list.txt": PhotoList, "shards": TarShards}
     for name, kind in kinds.items():
-        source = Opening()(tmp_path / name)
+        source = open_source(tmp_path / name)
         assert isinstance(source, kind)
         assert len(listed(source)[0]) == 1
     with pytest.raises(DataError, match="gone does not exist"):
-        Opening()(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"holds no \.tar files"):
-        Opening(kind="tar")(tmp_path / "photos")
+        open_source(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"contains no \.tar files"):
+        open_source(tmp_path / "photos", kind="tar")
 
 
-def test_a_kind_that_does_not_exist_is_refused(no_shape_checks):
+def test_a_kind_that_does_not_exist_is_refused(tmp_path, no_shape_checks):
     with pytest.raises(ValueError, match="`kind` must be one of auto, folder"):
-        Opening(kind="zip")
+        open_source(tmp_path, kind="zip")
 
 
 # Keys
@@ -334,7 +333,7 @@ def test_a_kind_that_does_not_exist_is_refused(no_shape_checks):
 
 @pytest.mark.parametrize("text", ["/etc/a", "../a", "a/../../b", "..", "", "."])
 def test_a_key_never_leads_out_of_its_folder(text):
-    with pytest.raises(DataError, match=r"leads out of|names no image"):
+    with pytest.raises(DataError, match=r"points outside|names no image"):
         safe_key(text)
 
 
@@ -361,7 +360,7 @@ def test_names_that_are_cut_stay_apart():
 
 
 def reads(path, data, **settings):
-    return read(Item("a", FilePlace(put(path, data))), Reading(**settings))
+    return read(Item("a", FilePlace(put(path, data))), Loading(**settings))
 
 
 def bomb(rows, cols):
@@ -377,7 +376,7 @@ def bomb(rows, cols):
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "reported"),
     [
         (b"", "cannot be read as an image"),
         (b"GIF of a cat", "cannot be read as an image"),
@@ -388,14 +387,14 @@ def bomb(rows, cols):
     ],
     ids=["empty", "text", "cut webp", "cut jpeg", "bomb", "large"],
 )
-def test_files_that_are_no_usable_image_are_told(tmp_path, data, told):
+def test_files_that_are_no_usable_image_are_reported(tmp_path, data, reported):
     before = Image.MAX_IMAGE_PIXELS
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=reported):
         reads(tmp_path / "a.jpg", data, max_pixels=1000)
     assert before == Image.MAX_IMAGE_PIXELS
 
 
 def test_the_content_counts_not_the_ending(tmp_path):
-    found = reads(tmp_path / "a.jpg", picture(7, "PNG", (40, 20)), size=32)
-    assert (found.size, found.rgb.shape) == ((20, 40), (16, 32, 3))
-    assert np.unique(found.rgb).tolist() == [7]
+    actual = reads(tmp_path / "a.jpg", picture(7, "PNG", (40, 20)), size=32)
+    assert (actual.size, actual.rgb.shape) == ((20, 40), (16, 32, 3))
+    assert np.unique(actual.rgb).tolist() == [7]

@@ -1,4 +1,4 @@
-"""Work for the processes of `camkit.bulk`, which import what they do by name."""
+"""Functions for the worker processes of `camkit.bulk`, which import them by name."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from camkit.bulk.workers import _begin
+from camkit.bulk.workers import _serve
 
 
 def double(item):
@@ -18,7 +18,7 @@ def double(item):
 
 
 def pick_on(item):
-    """Fail in a way that was foreseen, in one that was not, and by dying."""
+    """Fail with an expected error, with a bug, or by dying."""
     if item == "foreseen":
         raise ValueError("not\nthis one")
     if item == "unforeseen":
@@ -42,22 +42,26 @@ class DieTelling:
         if item == 3 and not self.marker.exists():
             self.marker.touch()
             frame = sys._getframe()
-            while "result_queue" not in frame.f_locals:
+            while "pipe" not in frame.f_locals:
                 frame = frame.f_back
-            pipe = frame.f_locals["result_queue"]._writer.fileno()
+            pipe = frame.f_locals["pipe"].fileno()
             os.write(pipe, struct.pack("!i", 1000) + b"half of it")
             os.kill(os.getpid(), signal.SIGKILL)
         return 2 * item
 
 
-def begin_or_die(environment):
-    """Begin as a worker does, but let the first five die before they are given anything."""
+def start_or_die(pipe, environment):
+    """Start as a worker does, but let the first five die before they receive anything."""
     for number in range(5):
         marker = Path(environment["CAMKIT_TESTED"], str(number))
         if not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-    _begin(environment)
+    _serve(pipe, environment)
+
+
+def returns_a_function(item):
+    return lambda: item
 
 
 def process_of(item):

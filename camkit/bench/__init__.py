@@ -1,6 +1,7 @@
 """Seeds and refiners measured on held-out masks."""
 
 from camkit.bench.examples import Example as Example, collect_examples as collect_examples
+from camkit.bench.markup import to_markdown as to_markdown
 from camkit.bench.measure import run as run
 from camkit.bench.page import to_html as to_html
 from camkit.bench.protocol import (
@@ -23,6 +24,5 @@ from camkit.bench.results import (
     Report as Report,
     Row as Row,
     to_json as to_json,
-    to_markdown as to_markdown,
 )
 from camkit.photo import PhotoSettings as PhotoSettings

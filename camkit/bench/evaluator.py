@@ -111,6 +111,11 @@ class LabelledPhoto:
     truth: Int[Tensor, "H W"]
     classes: tuple[int, ...]
 
+    @property
+    def slots(self) -> Int[Tensor, "1 k"]:
+        """The classes as a tensor; one empty slot without classes."""
+        return torch.tensor([self.classes or (-1,)], dtype=torch.int64)
+
 
 class Evaluator:
     """Measures variants on images.
@@ -141,13 +146,13 @@ class Evaluator:
         self._cache = cache
         self._fingerprints: dict[Variant, str | None] = {}
         weight = next(model.parameters())
-        self._setup = cache and fingerprint(
-            (
-                *(code_fingerprint(), torch.__version__, weights_hash(model)),
-                *(repr(model), str(weight.dtype), weight.device.type),
-                *(vocabulary, photos, labels, dataset.classes),
-            )
+        setup = (
+            *(repr(model), str(weight.dtype), weight.device.type, torch.__version__),
+            *(vocabulary, photos, labels, dataset.classes),
         )
+        self._setup = None
+        if cache is not None:
+            self._setup = fingerprint((code_fingerprint(), weights_hash(model), *setup))
 
     def measure_all(
         self, samples: Sequence[Sample], requests: Requests, title: str, skipped: list[str]
@@ -214,17 +219,16 @@ class Evaluator:
         size = labelled.photo.size
         if not labelled.classes:
             return dict.fromkeys(variants, torch.zeros(1, 1, *size))
-        classes = torch.tensor([labelled.classes], dtype=torch.int64)
-        maps = variant_maps(self.model, labelled.photo, classes, variants, self.vocabulary)
+        photo, slots = labelled.photo, labelled.slots
+        maps = variant_maps(self.model, photo, slots, variants, self.vocabulary)
         return {variant: resize_cam(cam, size).clamp(0, 1).cpu() for variant, cam in maps.items()}
 
     def _count(self, labelled: LabelledPhoto, cam: Cam, score: float | None) -> Counts:
-        classes = torch.tensor([labelled.classes or (-1,)], dtype=torch.int64)
-        values = len(self.vocabulary) + 1
-        swept = sweep_confusions(cam[0], classes[0], labelled.truth, num_classes=values)
+        slots, values = labelled.slots, len(self.vocabulary) + 1
+        swept = sweep_confusions(cam[0], slots[0], labelled.truth, num_classes=values)
         if score is None:
             return Counts(swept, None)
-        mask = to_mask(cam, classes, background_score=score)[0]
+        mask = to_mask(cam, slots, background_score=score)[0]
         return Counts(swept, boundary_confusion(labelled.truth, mask, num_classes=values))
 
     def _key(self, sample: Sample, variant: Variant) -> str | None:

@@ -16,7 +16,7 @@ from camkit.data import DataSet, Sample
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
 from camkit.photo import PhotoSettings, read_picture
-from camkit.tensors import IGNORE, Cam
+from camkit.tensors import IGNORE
 from camkit.vocabulary import Vocabulary
 
 Group: TypeAlias = Literal["random", "best", "worst"]
@@ -208,9 +208,15 @@ def _example(
     index, groups = chosen
     labelled = evaluator.load(sample)
     steps = stages(row.variant)
+    refiners = row.variant.method.refine
+    step_names = ("seed", *(getattr(r, "__name__", type(r).__name__) for r in refiners))
     variants = steps if base is None else (*steps, base.variant)
     maps = evaluator.maps(labelled, tuple(dict.fromkeys(variants)))
-    mask = _mask(maps[steps[-1]], labelled.classes, row)
+
+    def mask_of(variant: Variant, line: Row) -> UInt8[Tensor, "H W"]:
+        return to_mask(maps[variant], labelled.slots, background_score=line.background_score)[0]
+
+    mask = mask_of(steps[-1], row)
     present = [value for value in labelled.truth.unique().tolist() if value not in (0, IGNORE)]
     return Example(
         name=sample.name,
@@ -222,21 +228,10 @@ def _example(
         classes=tuple(present),
         photo=read_picture(sample.photo),
         truth=labelled.truth,
-        stages=tuple(Stage(_step_name(step), maps[step][0]) for step in steps),
+        stages=tuple(
+            Stage(name, maps[step][0]) for name, step in zip(step_names, steps, strict=True)
+        ),
         mask=mask,
-        base_mask=None if base is None else _mask(maps[base.variant], labelled.classes, base),
+        base_mask=None if base is None else mask_of(base.variant, base),
         errors=error_map(labelled.truth, mask),
     )
-
-
-def _mask(cam: Cam, present: tuple[int, ...], row: Row) -> UInt8[Tensor, "H W"]:
-    classes = torch.tensor([present or (-1,)], dtype=torch.int64)
-    return to_mask(cam, classes, background_score=row.background_score)[0]
-
-
-def _step_name(step: Variant) -> str:
-    """Return "seed", or the name of the last refiner."""
-    if not step.method.refine:
-        return "seed"
-    last = step.method.refine[-1]
-    return getattr(last, "__name__", type(last).__name__)

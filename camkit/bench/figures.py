@@ -10,7 +10,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -52,8 +52,8 @@ def curves_plot(report: Report) -> str:
     """Plot mean IoU over background scores on the tuning split, with the picked scores."""
     picked = []
     with _drawing(7.0, 4.2) as (figure, axes):
-        for index, row in enumerate(report.rows):
-            colour, stroke = line_style(index)
+        for row in report.rows:
+            colour, stroke = line_style(report, row)
             heights = [value * 100 for value in row.curve]
             axes.plot(THRESHOLDS.tolist(), heights, color=colour, linestyle=stroke, linewidth=1.6)
             best = max(row.curve)  # of repeats both the curve and the score are the first one's
@@ -77,7 +77,7 @@ def classes_plot(report: Report, row: Row, base: Row | None) -> str:
         for index, each in enumerate(shown):
             values = [0.0 if math.isnan(iou) else iou * 100 for iou in each.class_iou]
             middles = [place - 0.4 + thickness * (index + 0.5) for place in places]
-            colour, _ = line_style(_place(report, each))
+            colour, _ = line_style(report, each)
             bars = axes.barh(middles, values, thickness * 0.92, color=colour)
             labels = ["-" if math.isnan(iou) else f"{iou * 100:.1f}" for iou in each.class_iou]
             axes.bar_label(bars, labels, padding=3, fontsize=8)
@@ -93,19 +93,16 @@ def legend(report: Report, rows: Sequence[Row]) -> str:
     """Return the legend as HTML, outside the plot, where long names have room."""
     items = []
     for row in rows:
-        colour, stroke = line_style(_place(report, row))
+        colour, stroke = line_style(report, row)
         line = f'<span class="line" style="border-top:3px {stroke} {colour}"></span>'
         items.append(f"<li>{line}{text(row.name)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def line_style(index: int) -> tuple[str, str]:
+def line_style(report: Report, row: Row) -> tuple[str, str]:
     """Return colour and stroke of a row."""
+    index = [each.name for each in report.rows].index(row.name)
     return COLOURS[index % len(COLOURS)], STROKES[index % len(STROKES)]
-
-
-def _place(report: Report, row: Row) -> int:
-    return [each.name for each in report.rows].index(row.name)
 
 
 @contextmanager
@@ -129,15 +126,14 @@ def _picture(figure: Any, alt: str) -> str:
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    light, dark = (_svg_uri(file.getvalue().replace(_INK, ink)) for ink in (_ON_LIGHT, _ON_DARK))
+    light, dark = (
+        _uri("image/svg+xml", file.getvalue().replace(_INK, ink).encode())
+        for ink in (_ON_LIGHT, _ON_DARK)
+    )
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img class="plot" src="{light}" alt="{text(alt)}"></picture>'
     )
-
-
-def _svg_uri(svg: str) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
 SIDE = 240
@@ -169,7 +165,8 @@ def show_examples(report: Report, examples: Iterable[Example]) -> str:
     present = dict.fromkeys(range(1, len(report.classes)), 0)
     for example in examples:
         articles.append(_article(report, example))
-        compared[_compared(example)] = None
+        base = "" if example.base is None else f" over {example.base}"
+        compared[f"{example.line}{base}"] = None
         for value in example.classes:
             present[value] += 1
     if not articles:
@@ -179,11 +176,12 @@ def show_examples(report: Report, examples: Iterable[Example]) -> str:
         for value, number in present.items()
         if number
     }
+    errors = "".join(_swatch(colour, name) for name, colour in ERRORS.values())
     return (
         f"<p>{text('; '.join(compared))}. Best and worst by the mIoU of each image alone, "
         "which only ranks the pictures. Class maps show the strongest class of each "
         "pixel, from the lowest value in the map to the highest.</p>"
-        f'<p>Errors: {_error_key()}</p><form class="controls">'
+        f'<p>Errors: {errors}</p><form class="controls">'
         f"<label>Show {select('order', _ORDERS)}</label> "
         f"<label>with {select('class', classes)}</label> "
         '<label><input type="checkbox" id="large"> large</label> '
@@ -205,20 +203,26 @@ def error_picture(rgb: Picture, errors: UInt8[np.ndarray, "H W"]) -> Picture:
 
 def _article(report: Report, example: Example) -> str:
     names = ", ".join(report.classes[value] for value in example.classes) or "no class"
-    keys = "".join(_swatch(_colour(v), report.classes[v]) for v in example.classes)
+    palette = voc_palette()
+    keys = "".join(
+        _swatch((palette[3 * v], palette[3 * v + 1], palette[3 * v + 2]), report.classes[v])
+        for v in example.classes
+    )
     summary = f"{example.line} {example.iou * 100:.1f}"
     if example.base is not None and example.base_iou is not None:
         summary += f", {example.base} {example.base_iou * 100:.1f}: {points(example.gain)}"
-    values = " ".join(map(str, example.classes))
-    figures = "".join(
-        f'<figure><img src="{_png_uri(picture)}" width="{picture.shape[1]}" '
-        f'height="{picture.shape[0]}" alt="{text(alt)}" loading="lazy" decoding="async">'
-        f"<figcaption>{text(title)}</figcaption></figure>"
-        for title, alt, picture in _pictures(example, names)
-    )
+    figures = ""
+    for title, alt, picture in _pictures(example, names):
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, format="WEBP", quality=_QUALITY, method=4)
+        figures += (
+            f'<figure><img src="{_uri("image/webp", file.getvalue())}" width="{picture.shape[1]}" '
+            f'height="{picture.shape[0]}" alt="{text(alt)}" loading="lazy" decoding="async">'
+            f"<figcaption>{text(title)}</figcaption></figure>"
+        )
     return (
         f'<article data-gain="{example.gain!r}" data-groups="{" ".join(example.groups)}" '
-        f'data-classes="{values}"><h3>{text(example.name)}</h3>'
+        f'data-classes="{" ".join(map(str, example.classes))}"><h3>{text(example.name)}</h3>'
         f"<p>{text(summary)} <small>({text(', '.join(example.groups))})</small> {keys}</p>"
         f'<div class="strip">{figures}</div></article>\n'
     )
@@ -226,70 +230,42 @@ def _article(report: Report, example: Example) -> str:
 
 def _pictures(example: Example, names: str) -> Iterable[tuple[str, str, Picture]]:
     """Yield title, description and picture, from the photo to the errors."""
-    rgb = _reduced(example.photo)
-    size = (rgb.shape[1], rgb.shape[0])
+    rows, cols = example.photo.shape[:2]
+    scale = min(1.0, SIDE / max(rows, cols))
+    size = (max(1, round(cols * scale)), max(1, round(rows * scale)))
+
+    def nearest(mask: Tensor) -> UInt8[np.ndarray, "h w"]:
+        return cv2.resize(
+            mask.cpu().numpy().astype(np.uint8), size, interpolation=cv2.INTER_NEAREST
+        )
+
+    rgb = cv2.resize(example.photo, size, interpolation=cv2.INTER_AREA)
     yield "photo", f"photo of {names}: {example.name}", rgb
     for stage in example.stages:
-        cam = cv2.resize(_array(stage.cam.amax(0)), size, interpolation=cv2.INTER_AREA)
-        yield stage.name, f"class map after {stage.name}", overlay_cam(rgb, _stretched(cam))
+        strongest = stage.cam.amax(0).detach().cpu().numpy()
+        cam = cv2.resize(strongest, size, interpolation=cv2.INTER_AREA)
+        low, high = cam.min(), cam.max()  # between refiners, a map may cover any part of [0, 1]
+        stretched = ((cam - low) / max(high - low, 1e-6)).clip(0, 1)
+        yield stage.name, f"class map after {stage.name}", overlay_cam(rgb, stretched)
     masks = {"mask": example.mask, "ground truth": example.truth}
     if example.base_mask is not None:
         masks = {"mask of base": example.base_mask} | masks
     for title, mask in masks.items():
-        yield title, f"{title}, {_covered(mask)}", overlay_mask(rgb, _nearest(mask, size))
+        covered = _share((mask != 0) & (mask != IGNORE))
+        yield title, f"{title}, {covered} of the photo", overlay_mask(rgb, nearest(mask))
     alt = "errors: " + ", ".join(
         f"{name} {_share(example.errors == value)}" for value, (name, _) in ERRORS.items()
     )
-    yield "errors", alt, error_picture(rgb, _nearest(example.errors, size))
-
-
-def _reduced(rgb: Picture) -> UInt8[np.ndarray, "h w 3"]:
-    rows, cols = rgb.shape[:2]
-    scale = min(1.0, SIDE / max(rows, cols))
-    size = (max(1, round(cols * scale)), max(1, round(rows * scale)))
-    return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
-
-
-def _stretched(cam: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
-    """Stretch a map to [0, 1]; a flat map becomes 0."""
-    low, high = cam.min(), cam.max()
-    return ((cam - low) / max(high - low, 1e-6)).clip(0, 1)
-
-
-def _nearest(mask: Tensor, size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
-    return cv2.resize(_array(mask).astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-
-
-def _array(values: Tensor) -> np.ndarray:
-    return values.detach().cpu().numpy()
-
-
-def _covered(mask: Tensor) -> str:
-    return f"{_share((mask != 0) & (mask != IGNORE))} of the photo"
+    yield "errors", alt, error_picture(rgb, nearest(example.errors))
 
 
 def _share(chosen: Tensor) -> str:
     return f"{float(chosen.float().mean()) * 100:.0f} %"
 
 
-def _compared(example: Example) -> str:
-    return example.line if example.base is None else f"{example.line} over {example.base}"
-
-
-def _error_key() -> str:
-    return "".join(_swatch(colour, name) for name, colour in ERRORS.values())
-
-
-def _colour(value: int) -> tuple[int, int, int]:
-    red, green, blue = voc_palette()[3 * value : 3 * value + 3]
-    return red, green, blue
-
-
 def _swatch(colour: tuple[int, int, int], name: str) -> str:
     return f'<span class="chip"><i style="background:rgb{colour}"></i>{text(name)}</span>'
 
 
-def _png_uri(picture: Picture) -> str:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="WEBP", quality=_QUALITY, method=4)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,4 +1,4 @@
-"""HTML pieces with all text escaped, and the tables of a report made of them."""
+"""The tables of a report, as Markdown and as HTML in which all text is escaped."""
 
 import html
 import math
@@ -7,10 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import get_args
 
-import torch
-
 from camkit.bench.results import Report, Row
-from camkit.score import Definition, Gain, class_scores
+from camkit.score import Definition, Gain
 
 
 @dataclass(frozen=True)
@@ -31,17 +29,6 @@ class Cell:
 NO_CELL = Cell("-", math.nan)
 
 
-def text(value: object) -> str:
-    """Escape a text for HTML, inside and outside of attributes."""
-    return html.escape(printable(value), quote=True)
-
-
-def printable(value: object) -> str:
-    """Replace control characters and lone surrogates, as in undecodable file names."""
-    whole = str(value).encode("utf-8", "replace").decode()
-    return "".join("\ufffd" if unicodedata.category(char) == "Cc" else char for char in whole)
-
-
 def percent(share: float | None) -> Cell:
     """Return a cell with a share in %, or a dash for None and NaN."""
     if share is None or math.isnan(share):
@@ -54,19 +41,178 @@ def points(difference: float) -> str:
     return f"{difference * 100:+.1f}"
 
 
-def table(caption: str, heads: Sequence[str], lines: Iterable[Sequence[Cell]]) -> str:
+def gain_cells(gain: Gain | None) -> tuple[Cell, Cell]:
+    """Return cells with a gain and its interval, or dashes."""
+    if gain is None:
+        return NO_CELL, NO_CELL
+    interval = f"{points(gain.low)} to {points(gain.high)}"
+    return Cell(points(gain.gain), gain.gain), Cell(interval, gain.low)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report.
+
+    Attributes:
+        key: its name within the page.
+        title: heading of its section.
+        caption: a line above the table.
+        heads: names of the columns.
+        rows: cells by row; the first column holds names.
+        note: a sentence of explanation.
+    """
+
+    key: str
+    title: str
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+
+def extra_tables(report: Report) -> list[Table]:
+    """Return the tables besides the main one, each only if the report has figures for it."""
+    controls = [
+        (Cell(row.name), Cell(other.name), *gain_cells(other.gain))
+        for row in report.rows
+        for other in row.over_controls
+    ]
+    names = get_args(Definition)
+    definitions = [
+        (Cell(row.name), *(percent(row.definitions[name]) for name in names))
+        for row in report.rows
+        if len({round(value, 6) for value in row.definitions.values()}) > 1
+    ]
+    outlines = [
+        (Cell(row.name), percent(row.outlines.mean_iou), *gain_cells(row.outlines.gain))
+        for row in report.rows
+        if row.outlines is not None
+    ]
+    qualities = [(row, row.quality) for row in report.rows if row.quality is not None]
+    quality = [
+        (
+            Cell(row.name),
+            *(
+                Cell(f"{mean:.3f} ± {error:.3f}", mean)
+                for mean, error in zip(astuple(each.means), astuple(each.errors), strict=True)
+            ),
+        )
+        for row, each in qualities
+    ]
+    maps = qualities[0][1].maps if qualities else 0
+    gain = ("gain", "95% interval")
+    return [
+        table
+        for table in (
+            Table(
+                *("controls", "Against controls", "Gains over controls"),
+                ("variant", "control", *gain),
+                controls,
+            ),
+            Table(
+                *("definitions", "Definitions of mIoU", "mIoU by definition"),
+                ("variant", *names),
+                definitions,
+            ),
+            Table(
+                *("outlines", "Outlines", "Boundary IoU and gains"),
+                ("variant", "boundary IoU", *gain),
+                outlines,
+            ),
+            Table(
+                *("quality", "By the classifier", "Without masks"),
+                ("variant", "insertion", "deletion", "left behind"),
+                quality,
+                f"By the classifier's scores, over {maps} maps, with standard errors. Higher "
+                "insertion is better; lower deletion and a lower score left behind are better.",
+            ),
+        )
+        if table.rows
+    ]
+
+
+def to_markdown(report: Report) -> str:
+    """Return the report as Markdown tables with an explanation."""
+    splits = f"{report.split} ({report.images} images)"
+    tuned = f"{report.tune_split} ({report.tune_images} images)"
+    lines = [
+        f"mIoU in % over {', '.join(report.classes)}",
+        f"on {splits} of {report.dataset}. Definition: mean over the classes present in the ground",
+        "truth, one confusion matrix over all images; other objects count as background.",
+        f"Image-level labels: {report.labels}, for every image.",
+        f"Background scores and choices picked on {tuned}. Gains: 95% intervals of a paired",
+        "bootstrap over images; p is two-sided, corrected for all gains of the table (Holm).",
+    ]
+    if report.oracle:
+        lines += ["", "ORACLE: background scores were picked on images that are reported."]
+    lines += [
+        "",
+        "| variant | background score | on tuning split | mIoU | gain (95% interval) | p "
+        "| by class |",
+        "|---|---|---|---|---|---|---|",
+        *(_main_line(row) for row in report.rows),
+    ]
+    for table in extra_tables(report):
+        lines += ["", f"{table.caption}. {table.note}".strip(), ""]
+        lines += [f"| {' | '.join(table.heads)} |", "|---" * len(table.heads) + "|"]
+        lines += [f"| {' | '.join(cell.shown for cell in row)} |" for row in table.rows]
+    if report.skipped:
+        lines += ["", f"{len(report.skipped)} images could not be used:"]
+        lines += [f"- {reason}" for reason in report.skipped]
+    return "\n".join(lines) + "\n"
+
+
+def _main_line(row: Row) -> str:
+    name, mean, gain = row.name, f"{row.mean_iou * 100:.1f}", ""
+    if row.spread is not None:
+        low, high = row.spread
+        mean += f" ({low * 100:.1f} to {high * 100:.1f})"
+    elif row.name != row.variant.name:
+        name += f": {row.variant.name}"
+    if row.gain is not None:
+        difference, interval = gain_cells(row.gain)
+        gain = f"{difference.shown} ({interval.shown})"
+    p_value = "" if row.p_value is None else f"{row.p_value:.2g}"
+    by_class = " ".join("-" if iou != iou else f"{iou * 100:.0f}" for iou in row.class_iou)
+    return (
+        f"| {name} | {row.background_score:.2f} | {row.tuned_mean_iou * 100:.1f} | {mean} | {gain} "
+        f"| {p_value} | {by_class} |"
+    )
+
+
+def text(value: object) -> str:
+    """Escape a text for HTML, inside and outside of attributes."""
+    return html.escape(printable(value), quote=True)
+
+
+def printable(value: object) -> str:
+    """Replace control characters and lone surrogates, as in undecodable file names."""
+    whole = str(value).encode("utf-8", "replace").decode()
+    return "".join("\ufffd" if unicodedata.category(char) == "Cc" else char for char in whole)
+
+
+def html_table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
     """Return a table that can be sorted by any column; the first column holds names."""
     columns = "".join(
         f'<th scope="col"><button type="button">{text(head)}</button></th>' for head in heads
     )
-    body = "\n".join(
-        f"<tr>{_cell(line[0], first=True)}{''.join(map(_cell, line[1:]))}</tr>" for line in lines
-    )
+    lines = []
+    for first, *others in rows:
+        line = f'<th scope="row">{_content(first)}</th>'
+        for cell in others:
+            key = "" if cell.value is None or math.isnan(cell.value) else repr(cell.value)
+            data = "" if cell.value is None else f' data-value="{key}"'
+            line += f"<td{data}>{_content(cell)}</td>"
+        lines.append(f"<tr>{line}</tr>\n")
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{text(caption)}">'
         f"<table><caption>{text(caption)}</caption><thead><tr>{columns}</tr></thead>\n"
-        f"<tbody>{body}</tbody></table></div>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _content(cell: Cell) -> str:
+    return text(cell.shown) + (f"<small>{text(cell.note)}</small>" if cell.note else "")
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
@@ -93,101 +239,3 @@ def section(key: str, title: str, content: str) -> str:
     """Return a section of the page with its heading."""
     heading = f'<h2 id="{key}-title">{text(title)}</h2>'
     return f'<section id="{key}" aria-labelledby="{key}-title">{heading}\n{content}</section>'
-
-
-def _cell(cell: Cell, *, first: bool = False) -> str:
-    content = text(cell.shown) + (f"<small>{text(cell.note)}</small>" if cell.note else "")
-    if first:
-        return f'<th scope="row">{content}</th>'
-    if cell.value is None:
-        return f"<td>{content}</td>"
-    value = "" if math.isnan(cell.value) else repr(cell.value)
-    return f'<td data-value="{value}">{content}</td>'
-
-
-def gain_cells(gain: Gain | None) -> tuple[Cell, Cell]:
-    """Return cells with a gain and its interval, or dashes."""
-    if gain is None:
-        return NO_CELL, NO_CELL
-    interval = f"{points(gain.low)} to {points(gain.high)}"
-    return Cell(points(gain.gain), gain.gain), Cell(interval, gain.low)
-
-
-def controls(report: Report) -> str:
-    """Return the table of gains over controls, if there are any."""
-    lines = [
-        (Cell(row.name), Cell(other.name), *gain_cells(other.gain))
-        for row in report.rows
-        for other in row.over_controls
-    ]
-    if not lines:
-        return ""
-    heads = ["variant", "control", "gain", "95% interval"]
-    return section("controls", "Against controls", table("Gains over controls", heads, lines))
-
-
-def definitions(report: Report) -> str:
-    """Return mean IoU by each definition, for rows where the definitions differ."""
-    names = get_args(Definition)
-    lines = [
-        [Cell(row.name), *(percent(row.definitions[name]) for name in names)]
-        for row in report.rows
-        if len({round(value, 6) for value in row.definitions.values()}) > 1
-    ]
-    if not lines:
-        return ""
-    shown = table("mIoU by definition", ["variant", *names], lines)
-    return section("definitions", "Definitions of mIoU", shown)
-
-
-def quality(report: Report) -> str:
-    """Return insertion, deletion and the score left behind, if they were requested."""
-    pairs = [(row, row.quality) for row in report.rows if row.quality is not None]
-    if not pairs:
-        return ""
-    lines = []
-    for row, quality in pairs:
-        figures = zip(astuple(quality.means), astuple(quality.errors), strict=True)
-        cells = [Cell(f"{mean:.3f} ± {error:.3f}", mean) for mean, error in figures]
-        lines.append([Cell(row.name), *cells])
-    heads = ["variant", "insertion", "deletion", "left behind"]
-    note = (
-        f"<p>By the classifier's scores, over {pairs[0][1].maps} maps, with standard errors. "
-        "Higher insertion is better; lower deletion and a lower score left behind are better.</p>"
-    )
-    return section("quality", "By the classifier", note + table("Without masks", heads, lines))
-
-
-def outlines(report: Report) -> str:
-    """Return the table of boundary IoU, if it was requested."""
-    lines = [
-        [Cell(row.name), percent(row.outlines.mean_iou), *gain_cells(row.outlines.gain)]
-        for row in report.rows
-        if row.outlines is not None
-    ]
-    if not lines:
-        return ""
-    heads = ["variant", "boundary IoU", "gain", "95% interval"]
-    return section("outlines", "Outlines", table("Boundary IoU and gains", heads, lines))
-
-
-def by_class(report: Report, row: Row) -> str:
-    """Return the table of all classes of one row."""
-    pixel_ap = (float("nan"), *row.class_precision)  # the background has no map to rank
-    lines = [
-        [
-            Cell(score.name),
-            percent(score.iou),
-            percent(score.precision),
-            percent(score.recall),
-            percent(score.false_positives),
-            percent(score.false_negatives),
-            percent(ap),
-            Cell(f"{score.pixels:,}", score.pixels),
-        ]
-        for score, ap in zip(
-            class_scores(torch.tensor(row.confusion), report.classes), pixel_ap, strict=True
-        )
-    ]
-    heads = ["class", "IoU", "precision", "recall", "FP", "FN", "pixel AP", "true pixels"]
-    return table(f"By class: {row.name}", heads, lines)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from camkit.bench.cache import ResultCache
 from camkit.bench.evaluator import Evaluator, LabelSource
 from camkit.bench.protocol import Entry, Repeats, Variant, check_entries
-from camkit.bench.quality import MeanQuality, Quality, measure_quality
+from camkit.bench.quality import Quality, measure_quality
 from camkit.bench.results import Comparison, Outlines, Report, Row
 from camkit.data import DataSet, Sample, shared_images
 from camkit.manifest import provenance
@@ -21,7 +21,6 @@ from camkit.photo import PhotoSettings
 from camkit.score import (
     THRESHOLDS,
     Best,
-    Curve,
     Definition,
     Gain,
     average_precision,
@@ -33,17 +32,6 @@ from camkit.score import (
     threshold_curve,
 )
 from camkit.vocabulary import Vocabulary
-
-Chosen = Mapping[str, tuple[Variant, ...]]
-"""The variants reported for each row, by its name."""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """Results of a variant on the tuning split."""
-
-    curve: Curve
-    best: Best
 
 
 @dataclass(frozen=True)
@@ -59,96 +47,6 @@ class Reported:
     swept: Int[Tensor, "s c c"]
     images: Int[Tensor, "n c c"]
     outlines: Int[Tensor, "n d d"] | None
-
-
-def make_rows(
-    entries: Sequence[Entry],
-    chosen: Chosen,
-    tuned: Mapping[Variant, Tuned],
-    reported: Mapping[Variant, Reported],
-    qualities: Mapping[Variant, MeanQuality],
-) -> tuple[Row, ...]:
-    """Return one row for each entry, with p-values corrected for all gains of the table."""
-    rows = [_row(entry, chosen, tuned, reported) for entry in entries]
-    p_values = iter(holm([row.gain.p_value for row in rows if row.gain is not None]))
-    return tuple(
-        replace(
-            row,
-            quality=qualities.get(row.variant),
-            p_value=None if row.gain is None else next(p_values),
-        )
-        for row in rows
-    )
-
-
-def _row(
-    entry: Entry,
-    chosen: Chosen,
-    tuned: Mapping[Variant, Tuned],
-    reported: Mapping[Variant, Reported],
-) -> Row:
-    picked = chosen[entry.name]
-    images = {variant: counts.images for variant, counts in reported.items()}
-    whole = _pooled(picked, images).sum(0)
-    means = [float(mean_iou(images[variant].sum(0))) for variant in picked]
-    first = tuned[picked[0]]
-    swept = torch.stack([reported[variant].swept for variant in picked]).sum(0)
-    return Row(
-        entry=entry,
-        variant=picked[0],
-        background_score=first.best.threshold,
-        tuned_mean_iou=sum(tuned[v].best.mean_iou for v in picked) / len(picked),
-        mean_iou=sum(means) / len(means),
-        definitions={
-            name: float(mean_iou(whole, definition=name)) for name in get_args(Definition)
-        },
-        spread=(min(means), max(means)) if isinstance(entry, Repeats) else None,
-        class_iou=tuple(class_iou(whole).tolist()),
-        class_precision=tuple(average_precision(swept, THRESHOLDS).tolist()),
-        confusion=tuple(tuple(line) for line in whole.tolist()),
-        image_iou=tuple(mean_iou(images[picked[0]]).tolist()),
-        curve=first.curve.mean_iou,
-        area=first.curve.area,
-        gain=None if entry.base is None else _gain(entry.base, entry, chosen, images),
-        over_controls=tuple(
-            Comparison(control.name, _gain(control, entry, chosen, images))
-            for control in entry.controls
-        ),
-        p_value=None,
-        outlines=_outlines(entry, chosen, reported),
-    )
-
-
-def _outlines(
-    entry: Entry, chosen: Chosen, reported: Mapping[Variant, Reported]
-) -> Outlines | None:
-    bands = {v: counts.outlines for v, counts in reported.items() if counts.outlines is not None}
-    if not bands:
-        return None
-    whole = _pooled(chosen[entry.name], bands).sum(0)
-    real = range(len(whole) - 1)  # the last class stands for "no outline"
-    gain = None if entry.base is None else _gain(entry.base, entry, chosen, bands, classes=real)
-    return Outlines(float(mean_iou(whole, classes=real)), gain)
-
-
-def _gain(
-    base: Entry,
-    other: Entry,
-    chosen: Chosen,
-    images: Mapping[Variant, Int[Tensor, "n c c"]],
-    classes: Sequence[int] | None = None,
-) -> Gain:
-    """Pool the repeats of each side, and weight the other side by their number."""
-    first, second = chosen[base.name], chosen[other.name]
-    before = _pooled(first, images) * len(second)
-    after = _pooled(second, images) * len(first)
-    return paired_gain(before, after, classes=classes)
-
-
-def _pooled(
-    picked: Sequence[Variant], images: Mapping[Variant, Int[Tensor, "n c c"]]
-) -> Int[Tensor, "n c c"]:
-    return torch.stack([images[variant] for variant in picked]).sum(0)
 
 
 def run(  # noqa: PLR0913 - each setting is a choice of its own
@@ -196,7 +94,12 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         DataError: no image of a split can be used.
     """
     entries = tuple(variants)
-    _check(model, dataset, vocabulary, entries)
+    unknown = [name for name in vocabulary.names if name not in dataset.classes]
+    if unknown:
+        raise ValueError(f"no class of the data set is called {', '.join(unknown)}")
+    if any(module.training for module in model.modules()):
+        raise ValueError("the model is in training mode; call model.eval() before measuring it")
+    check_entries(entries)
     tuning, held_out = dataset.split(tune_split)[:limit], dataset.split(split)[:limit]
     shared = shared_images(tuning, held_out)
     if shared and not oracle_threshold:
@@ -213,7 +116,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         evaluator = Evaluator(model, dataset, vocabulary, photos, labels, results)
         tuned = _tune(evaluator, tuning, entries, f"tuning on {tune_split}", skipped)
         tune_images = len(tuning) - len(skipped)
-        best = {variant: curve.best for variant, curve in tuned.items()}
+        best = {variant: best_threshold(counts, THRESHOLDS) for variant, counts in tuned.items()}
         chosen = {entry.name: entry.reported(best) for entry in entries}
         scores = {v: best[v].threshold for picked in chosen.values() for v in picked}
         title = f"measuring on {split}"
@@ -222,6 +125,8 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         )
         explained = () if quality is None else dict.fromkeys(v[0] for v in chosen.values())
         qualities = measure_quality(evaluator, held_out, tuple(explained), quality or Quality())
+    rows = [_row(entry, chosen, tuned, best, reported) for entry in entries]
+    p_values = iter(holm([row.gain.p_value for row in rows if row.gain is not None]))
     return Report(
         dataset=dataset.root.name,
         split=split,
@@ -234,19 +139,15 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         photos=repr(photos),
         oracle=bool(shared),
         **provenance(model),
-        rows=make_rows(entries, chosen, tuned, reported, qualities),
+        rows=tuple(
+            replace(
+                row,
+                quality=qualities.get(row.variant),
+                p_value=None if row.gain is None else next(p_values),
+            )
+            for row in rows
+        ),
     )
-
-
-def _check(
-    model: nn.Module, dataset: DataSet, vocabulary: Vocabulary, entries: tuple[Entry, ...]
-) -> None:
-    unknown = [name for name in vocabulary.names if name not in dataset.classes]
-    if unknown:
-        raise ValueError(f"no class of the data set is called {', '.join(unknown)}")
-    if any(module.training for module in model.modules()):
-        raise ValueError("the model is in training mode; call model.eval() before measuring it")
-    check_entries(entries)
 
 
 def _tune(
@@ -255,16 +156,14 @@ def _tune(
     entries: Sequence[Entry],
     title: str,
     skipped: list[str],
-) -> dict[Variant, Tuned]:
+) -> dict[Variant, Int[Tensor, "s c c"]]:
+    """Return the confusion matrices of every variant, summed over the images."""
     variants = tuple(dict.fromkeys(v for entry in entries for v in entry.variants))
     totals: dict[Variant, Tensor] = {}
     for _, by_variant in evaluator.measure_all(samples, dict.fromkeys(variants), title, skipped):
         for variant, counts in by_variant.items():
             totals[variant] = counts.swept + totals.get(variant, 0)
-    return {
-        variant: Tuned(threshold_curve(total, THRESHOLDS), best_threshold(total, THRESHOLDS))
-        for variant, total in totals.items()
-    }
+    return totals
 
 
 def _report_on(
@@ -293,3 +192,62 @@ def _report_on(
         v: Reported(swept[v], torch.stack(images[v]), torch.stack(bands[v]) if outlines else None)
         for v in scores
     }
+
+
+def _row(
+    entry: Entry,
+    chosen: Mapping[str, tuple[Variant, ...]],
+    tuned: Mapping[Variant, Int[Tensor, "s c c"]],
+    best: Mapping[Variant, Best],
+    reported: Mapping[Variant, Reported],
+) -> Row:
+    """Return the figures of one entry; `run` adds its p-value and quality."""
+
+    def pooled(other: Entry, *, outlines: bool = False) -> Int[Tensor, "n c c"]:
+        counts = [reported[variant] for variant in chosen[other.name]]
+        parts = [each.outlines if outlines else each.images for each in counts]
+        return torch.stack([part for part in parts if part is not None]).sum(0)
+
+    def gain_over(base: Entry, *, outlines: bool = False) -> Gain:
+        # each side is pooled over its repeats, and weighted by the number of the other side
+        before = pooled(base, outlines=outlines) * len(chosen[entry.name])
+        after = pooled(entry, outlines=outlines) * len(chosen[base.name])
+        real = range(before.shape[-1] - 1)  # of outlines the last class stands for "no outline"
+        return paired_gain(before, after, classes=real if outlines else None)
+
+    picked = chosen[entry.name]
+    first = picked[0]
+    whole = pooled(entry).sum(0)
+    means = [float(mean_iou(reported[variant].images.sum(0))) for variant in picked]
+    swept = torch.stack([reported[variant].swept for variant in picked]).sum(0)
+    curve = threshold_curve(tuned[first], THRESHOLDS)
+    boundary = None
+    if reported[first].outlines is not None:
+        bands = pooled(entry, outlines=True).sum(0)
+        boundary = Outlines(
+            float(mean_iou(bands, classes=range(len(bands) - 1))),
+            None if entry.base is None else gain_over(entry.base, outlines=True),
+        )
+    return Row(
+        entry=entry,
+        variant=first,
+        background_score=best[first].threshold,
+        tuned_mean_iou=sum(best[v].mean_iou for v in picked) / len(picked),
+        mean_iou=sum(means) / len(means),
+        definitions={
+            name: float(mean_iou(whole, definition=name)) for name in get_args(Definition)
+        },
+        spread=(min(means), max(means)) if isinstance(entry, Repeats) else None,
+        class_iou=tuple(class_iou(whole).tolist()),
+        class_precision=tuple(average_precision(swept, THRESHOLDS).tolist()),
+        confusion=tuple(tuple(line) for line in whole.tolist()),
+        image_iou=tuple(mean_iou(reported[first].images).tolist()),
+        curve=curve.mean_iou,
+        area=curve.area,
+        gain=None if entry.base is None else gain_over(entry.base),
+        over_controls=tuple(
+            Comparison(control.name, gain_over(control)) for control in entry.controls
+        ),
+        p_value=None,
+        outlines=boundary,
+    )

@@ -2,9 +2,12 @@
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Iterable
 from importlib.resources import files
+
+import torch
 
 from camkit.bench.examples import Example
 from camkit.bench.figures import classes_plot, curves_plot, legend, show_examples
@@ -12,21 +15,17 @@ from camkit.bench.markup import (
     NO_CELL,
     Cell,
     bullets,
-    by_class,
-    controls,
-    definitions,
+    extra_tables,
     facts,
     gain_cells,
-    outlines,
+    html_table,
     percent,
-    quality,
     section,
     select,
-    table,
     text,
 )
-from camkit.bench.protocol import Variant
 from camkit.bench.results import Report
+from camkit.score import class_scores
 
 
 def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
@@ -42,10 +41,15 @@ def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
     content = [
         _about(report),
         section("summary", "Summary", _summary(report)),
-        controls(report),
-        definitions(report),
-        outlines(report),
-        quality(report),
+        *(
+            section(
+                extra.key,
+                extra.title,
+                (f"<p>{text(extra.note)}</p>" if extra.note else "")
+                + html_table(extra.caption, extra.heads, extra.rows),
+            )
+            for extra in extra_tables(report)
+        ),
         section("curves", "Background scores", _curves(report)),
         section("classes", "Classes", _classes(report)),
     ]
@@ -53,9 +57,11 @@ def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
     content.append(section("gallery", "Examples", shown) if shown else "")
     content.append(section("settings", "Settings", _settings(report)))
     template = files("camkit.bench").joinpath("page.html").read_text(encoding="utf-8")
+    # the hash allows the browser to run this script and no other
+    script = template.partition("<script>")[2].partition("</script>")[0]
     parts = {
         "title": text(f"camkit benchmark: {report.dataset}, {report.split}"),
-        "script_hash": _script_hash(template),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "content": "\n".join(filter(None, content)),
     }
     # in one pass, so that braces within a name are not replaced
@@ -128,7 +134,7 @@ def _summary(report: Report) -> str:
                 percent(row.area),
             ]
         )
-    return table("mIoU and gains", heads, lines)
+    return html_table("mIoU and gains", heads, lines)
 
 
 def _curves(report: Report) -> str:
@@ -141,13 +147,23 @@ def _curves(report: Report) -> str:
 
 def _classes(report: Report) -> str:
     by_name = {row.name: row for row in report.rows}
+    heads = ["class", "IoU", "precision", "recall", "FP", "FN", "pixel AP", "true pixels"]
     blocks = []
     for index, row in enumerate(report.rows):
         base = None if row.entry.base is None else by_name[row.entry.base.name]
         plot = classes_plot(report, row, base) + legend(report, [row, base] if base else [row])
+        lines = []
+        pixel_ap = (math.nan, *row.class_precision)  # the background has no map to rank
+        scores = class_scores(torch.tensor(row.confusion), report.classes)
+        for score, ap in zip(scores, pixel_ap, strict=True):
+            errors = (score.false_positives, score.false_negatives)
+            shares = map(percent, (score.iou, score.precision, score.recall, *errors, ap))
+            pixels = Cell(f"{score.pixels:,}", score.pixels)
+            lines.append([Cell(score.name), *shares, pixels])
+        figures = html_table(f"By class: {row.name}", heads, lines)
         blocks.append(
             f'<div class="row" data-row="{index}"><h3>{text(row.name)}</h3><div class="pair">'
-            f"<div>{plot}</div>{by_class(report, row)}</div></div>"
+            f"<div>{plot}</div>{figures}</div></div>"
         )
     first = max(report.rows, key=lambda row: row.tuned_mean_iou)
     names = {str(index): row.name for index, row in enumerate(report.rows)}
@@ -156,25 +172,24 @@ def _classes(report: Report) -> str:
 
 
 def _settings(report: Report) -> str:
-    known = [("photos", report.photos), ("weights, SHA-256", report.weights_sha256)]
-    known += [(name, str(value)) for name, value in report.environment.items()]
-    rows = "".join(
-        f"<details><summary>{text(row.name)}</summary>"
-        f"{bullets(_configuration(variant) for variant in row.entry.variants)}</details>"
-        for row in report.rows
+    content = facts(
+        [
+            ("photos", report.photos),
+            ("weights, SHA-256", report.weights_sha256),
+            *((name, str(value)) for name, value in report.environment.items()),
+        ]
     )
-    return facts(known) + rows
-
-
-def _configuration(variant: Variant) -> str:
-    method = variant.method
-    edit = "" if method.edit is None else f"{method.edit!r} (blocks: {method.edit_blocks}), "
-    views = "" if method.views is None else f"{method.views!r}, "
-    steps = " → ".join(repr(stage) for stage in (method.seed, *method.refine))
-    return f"{variant.name}: {edit}{views}{steps}"
-
-
-def _script_hash(template: str) -> str:
-    """Return the hash that allows the browser to run this script and no other."""
-    script = template.partition("<script>")[2].partition("</script>")[0]
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    for row in report.rows:
+        lines = []
+        for variant in row.entry.variants:
+            method = variant.method
+            edit = (
+                f"{method.edit!r} (blocks: {method.edit_blocks}), "
+                if method.edit is not None
+                else ""
+            )
+            views = f"{method.views!r}, " if method.views else ""
+            steps = " → ".join(repr(stage) for stage in (method.seed, *method.refine))
+            lines.append(f"{variant.name}: {edit}{views}{steps}")
+        content += f"<details><summary>{text(row.name)}</summary>{bullets(lines)}</details>"
+    return content

@@ -1,7 +1,7 @@
-"""The report of a benchmark, as Markdown for people and as JSON for programs."""
+"""The report of a benchmark, and its JSON."""
 
 import json
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from camkit.bench.protocol import Entry, Variant
@@ -122,35 +122,6 @@ class Report:
         return len(self.names)
 
 
-def to_markdown(report: Report) -> str:
-    """Return the report as Markdown tables with an explanation."""
-    splits = f"{report.split} ({report.images} images)"
-    tuned = f"{report.tune_split} ({report.tune_images} images)"
-    lines = [
-        f"mIoU in % over {', '.join(report.classes)}",
-        f"on {splits} of {report.dataset}. Definition: mean over the classes present in the ground",
-        "truth, one confusion matrix over all images; other objects count as background.",
-        f"Image-level labels: {report.labels}, for every image.",
-        f"Background scores and choices picked on {tuned}. Gains: 95% intervals of a paired",
-        "bootstrap over images; p is two-sided, corrected for all gains of the table (Holm).",
-    ]
-    if report.oracle:
-        lines += ["", "ORACLE: background scores were picked on images that are reported."]
-    lines += [
-        "",
-        "| variant | background score | on tuning split | mIoU | gain (95% interval) | p "
-        "| by class |",
-        "|---|---|---|---|---|---|---|",
-        *(_line(row) for row in report.rows),
-    ]
-    lines += _against_controls(report) + _other_definitions(report)
-    lines += _outlines(report) + _qualities(report)
-    if report.skipped:
-        lines += ["", f"{len(report.skipped)} images could not be used:"]
-        lines += [f"- {reason}" for reason in report.skipped]
-    return "\n".join(lines) + "\n"
-
-
 def to_json(report: Report) -> str:
     """Return the whole report as JSON; stages as their settings."""
     data = {name: getattr(report, name) for name in Report.__dataclass_fields__}
@@ -184,79 +155,3 @@ def _variant(variant: Variant) -> dict[str, Any]:
     settings = variant.method.settings()
     del settings["background_score"]  # the row has the one that was picked
     return {"name": variant.name} | settings
-
-
-def _line(row: Row) -> str:
-    picked = "" if row.name == row.variant.name or row.spread else f": {row.variant.name}"
-    spread = "" if row.spread is None else " ({:.1f} to {:.1f})".format(*_percent(*row.spread))
-    gain = "" if row.gain is None else _gain(row.gain)
-    chance = "" if row.p_value is None else f"{row.p_value:.2g}"
-    by_class = " ".join("-" if value != value else f"{value * 100:.0f}" for value in row.class_iou)
-    return (
-        f"| {row.name}{picked} | {row.background_score:.2f} | {row.tuned_mean_iou * 100:.1f} "
-        f"| {row.mean_iou * 100:.1f}{spread} | {gain} | {chance} | {by_class} |"
-    )
-
-
-def _gain(gain: Gain) -> str:
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*_percent(gain.gain, gain.low, gain.high))
-
-
-def _against_controls(report: Report) -> list[str]:
-    pairs = [(row, other) for row in report.rows for other in row.over_controls]
-    if not pairs:
-        return []
-    lines = ["", "| against its controls | control | gain (95% interval) |", "|---|---|---|"]
-    return lines + [f"| {row.name} | {o.name} | {_gain(o.gain)} |" for row, o in pairs]
-
-
-def _other_definitions(report: Report) -> list[str]:
-    """Return mean IoU by each definition, for rows where the definitions differ."""
-    differing = [
-        row
-        for row in report.rows
-        if len({round(value, 6) for value in row.definitions.values()}) > 1
-    ]
-    if not differing:
-        return []
-    names = list(differing[0].definitions)
-    lines = ["", f"| by definition | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for row in differing:
-        values = " | ".join(f"{row.definitions[name] * 100:.1f}" for name in names)
-        lines.append(f"| {row.name} | {values} |")
-    return lines
-
-
-def _outlines(report: Report) -> list[str]:
-    """Return boundary IoU, if it was requested."""
-    pairs = [(row, row.outlines) for row in report.rows if row.outlines is not None]
-    if not pairs:
-        return []
-    lines = ["", "| outlines | boundary IoU | gain (95% interval) |", "|---|---|---|"]
-    for row, outlines in pairs:
-        gain = "" if outlines.gain is None else _gain(outlines.gain)
-        lines.append(f"| {row.name} | {outlines.mean_iou * 100:.1f} | {gain} |")
-    return lines
-
-
-def _qualities(report: Report) -> list[str]:
-    """Return insertion, deletion and the score left behind, if they were requested."""
-    pairs = [(row, row.quality) for row in report.rows if row.quality is not None]
-    if not pairs:
-        return []
-    lines = [
-        "",
-        f"By the classifier, over {pairs[0][1].maps} maps, with standard errors: insertion (higher",
-        "is better), deletion and what is left behind (lower is better).",
-        "",
-        "| variant | insertion | deletion | left behind |",
-        "|---|---|---|---|",
-    ]
-    for row, quality in pairs:
-        figures = zip(astuple(quality.means), astuple(quality.errors), strict=True)
-        lines.append(f"| {row.name} | {' | '.join(f'{m:.3f} ± {e:.3f}' for m, e in figures)} |")
-    return lines
-
-
-def _percent(*values: float) -> list[float]:
-    return [value * 100 for value in values]

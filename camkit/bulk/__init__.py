@@ -1,32 +1,24 @@
-"""Whole folders of files at once: many processes, a progress bar, and what fails stays alone."""
+"""Folders of any size: many processes, resumable results, and failures that stop nothing else."""
 
 from camkit.bulk.camfiles import (
     CamFolder as CamFolder,
-    DrawMask as DrawMask,
-    FileResult as FileResult,
+    FileItem as FileItem,
     ImageLabels as ImageLabels,
-    RefineCam as RefineCam,
     read_labels as read_labels,
     read_list as read_list,
+)
+from camkit.bulk.camjobs import (
+    DrawMask as DrawMask,
+    FilesSummary as FilesSummary,
+    RefineCam as RefineCam,
     write_all as write_all,
 )
-from camkit.bulk.items import Item as Item, Refused as Refused
-from camkit.bulk.ledger import Share as Share
-from camkit.bulk.opening import Opening as Opening
+from camkit.bulk.items import Failure as Failure, Item as Item
 from camkit.bulk.ray_engine import RayEngine as RayEngine
-from camkit.bulk.recipe import (
-    Reading as Reading,
-    Recipe as Recipe,
-    Writing as Writing,
-)
-from camkit.bulk.running import RunSummary as RunSummary, run as run
+from camkit.bulk.recipe import Loading as Loading, Recipe as Recipe, Writing as Writing
+from camkit.bulk.running import Rank as Rank, RunSummary as RunSummary, run as run
 from camkit.bulk.scoring import (
-    CountCam as CountCam,
-    CountMask as CountMask,
-    CountResult as CountResult,
     ScoreResult as ScoreResult,
-    TruthItem as TruthItem,
-    count as count,
     pair_truth as pair_truth,
     score_cams as score_cams,
     score_masks as score_masks,
@@ -37,5 +29,6 @@ from camkit.bulk.sources import (
     Labelled as Labelled,
     PhotoFolder as PhotoFolder,
     PhotoList as PhotoList,
+    open_source as open_source,
 )
-from camkit.bulk.workers import Done as Done, Failure as Failure, run_jobs as run_jobs
+from camkit.bulk.workers import run_jobs as run_jobs

@@ -1,4 +1,4 @@
-"""The last stage: maps become masks and files, each of them complete or not there."""
+"""The last stage of a bulk run: maps are refined by colour, drawn and written as atomic files."""
 
 import errno
 import os
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from camkit.bulk.items import result_path
 from camkit.bulk.recipe import Writing
@@ -25,24 +24,31 @@ from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
 from camkit.paint import save_mask
 
-MASKS, CAMS = "masks", "cams"
-_NO_ROOM = (
+_FOLDER_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
     *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
 )
 
 
 class OutputError(CamkitError):
-    """Results cannot be written, whichever image they are of."""
+    """The results folder cannot be written to, whatever the image."""
+
+    @staticmethod
+    def explain(root: Path, error: OSError) -> "OutputError":
+        """Say what to do about an error of the file system."""
+        return OutputError(
+            f"{root} cannot be written to ({error.strerror}); free disk space or check write "
+            "permission there, then run the command again: finished images are kept"
+        )
 
 
 @dataclass(frozen=True)
 class OutFolder:
-    """Where results go.
+    """The results folder.
 
     Attributes:
-        root: the folder of all results.
-        rank: of this process among those that write into it; each has its own place for drafts.
+        root: of all results.
+        rank: of this process among those that write into the folder.
     """
 
     root: Path
@@ -50,18 +56,18 @@ class OutFolder:
 
     @property
     def drafts(self) -> Path:
-        """Where files are begun; what a killed process left there is swept by the next one."""
+        """Folder of unfinished files of this rank, which its next run clears."""
         return self.root / ".drafts" / f"rank-{self.rank}"
 
 
 @dataclass(frozen=True, eq=False)
 class ImageResult:
-    """What became of an image.
+    """A finished image.
 
     Attributes:
         key: of the item.
-        row: its line of the manifest, JSON-ready; paths in it begin at the folder of the results.
-        cam: its maps, where they are kept for a Parquet file of the whole chunk.
+        row: its line of the manifest, JSON-ready, with paths relative to the results folder.
+        cam: its maps, kept for the Parquet file of the chunk.
     """
 
     key: str
@@ -70,146 +76,101 @@ class ImageResult:
 
 
 def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
-    """Refine by the picture, draw the mask, write what is asked for.
-
-    Raises:
-        OutputError: the folder cannot be written to.
-    """
-    cam = _refined(maps, writing)
-    full = _at_photo_size(cam, maps)
-    made: dict[str, str] = {}
-    with writing_into(folder) as draft:
+    """Refine by colour, draw the mask, and write the files of an image."""
+    image, classes = maps.image, maps.classes
+    cam = torch.from_numpy(maps.cam)[None]
+    if classes and writing.finish:
+        capture = Capture.of_picture(torch.from_numpy(image.rgb).permute(2, 0, 1)[None] / 255)
+        with torch.no_grad():
+            for refiner in writing.finish:
+                cam = refiner(cam, capture)
+        cam = cam.float()
+    full = resize_cam(cam, image.size).clamp(0, 1) if classes else torch.zeros(1, 0, *image.size)
+    files: dict[str, Path] = {}
+    with _draft_folder(folder) as draft:
         if writing.masks:
-            mask = _mask(full, maps, writing)
-            save_mask(mask, draft / "mask.png")
-            made["mask"] = _place(draft / "mask.png", MASKS, result_path(maps.key, ".png"), folder)
-        if writing.cams not in ("none", "parquet"):
-            suffix = ".npz" if writing.cams == "npz" else ".npy"
-            _write_maps(draft / f"cam{suffix}", maps.classes, full[0], writing)
-            where = result_path(maps.key, suffix)
-            made["cam"] = _place(draft / f"cam{suffix}", CAMS, where, folder)
+            mask = torch.zeros(image.size, dtype=torch.uint8)
+            if classes:
+                mask = to_mask(
+                    full,
+                    torch.tensor([classes]) if maps.by_class else None,
+                    background_score=writing.background_score,
+                    background=writing.background,
+                    ignore_below=writing.ignore_below,
+                )[0]
+            files["mask"] = draft / "mask.png"
+            save_mask(mask, files["mask"])
+        if writing.cams == "npz":
+            half = full[0].numpy().astype(np.float16)
+            files["cam"] = draft / "cam.npz"
+            np.savez_compressed(files["cam"], keys=np.array(classes, np.int64), attn_highres=half)
+        elif writing.cams in ("both", "psa", "irn", "clip-es"):
+            files["cam"] = draft / "cam.npy"
+            write_cam(files["cam"], classes, full[0], form=writing.cams)
+        paths = {
+            kind: _move(path, f"{kind}s" / result_path(image.key, path.suffix), folder)
+            for kind, path in files.items()
+        }
     kept = cam[0].clamp(0, 1).numpy() if writing.cams == "parquet" else None
-    return ImageResult(maps.key, {**maps.row, **made}, kept)
+    return ImageResult(image.key, {**maps.row, **paths}, kept)
 
 
-def write_part(made: Sequence[ImageResult], folder: OutFolder, name: str) -> list[ImageResult]:
+def write_part(results: Sequence[ImageResult], folder: OutFolder, name: str) -> list[ImageResult]:
     """Write the maps of a chunk as one Parquet file, float16.
 
     Columns: ``key``; ``rows`` and ``cols`` of the photo; ``height`` and ``width`` of the maps;
-    ``classes``; ``names``; ``cam``, the maps one after the other, row by row. Rows stand by key.
-
-    Args:
-        made: images of the chunk, with their maps.
-        folder: of the results.
-        name: of the file, without its ending (`camkit.bulk.ledger.ChunkPlan.part`).
-
-    Raises:
-        OutputError: the folder cannot be written to.
+    ``classes``; ``names``; ``cam``, map after map, row by row. Rows are sorted by key. ``name`` is
+    that of the file without its suffix, see `camkit.bulk.ledger.ChunkPlan.part`.
     """
     import pyarrow as pa
     from pyarrow import parquet
 
-    if not made:
+    if not results:
         return []
-    made = sorted(made, key=lambda one: one.key)  # they are finished in any order
-    cams = [np.zeros((0, 1, 1), np.float32) if one.cam is None else one.cam for one in made]
-    table = pa.table(
-        {
-            "key": [one.key for one in made],
-            "rows": pa.array([one.row["size"][0] for one in made], pa.int32()),
-            "cols": pa.array([one.row["size"][1] for one in made], pa.int32()),
-            "height": pa.array([cam.shape[1] for cam in cams], pa.int32()),
-            "width": pa.array([cam.shape[2] for cam in cams], pa.int32()),
-            "classes": pa.array(
-                [[told["index"] for told in one.row["classes"]] for one in made],
-                pa.list_(pa.int32()),
-            ),
-            "names": pa.array(
-                [[told["name"] for told in one.row["classes"]] for one in made],
-                pa.list_(pa.string()),
-            ),
-            "cam": pa.array(
-                [cam.astype(np.float16).ravel() for cam in cams], pa.list_(pa.float16())
-            ),
-        }
-    )
-    with writing_into(folder) as draft:
-        parquet.write_table(table, draft / "part.parquet", compression="zstd")
-        where = PurePosixPath(f"{name}.parquet")
-        path = _place(draft / "part.parquet", CAMS, where, folder)
-    return [replace(one, row={**one.row, "cam": path}, cam=None) for one in made]
-
-
-def _refined(maps: Maps, writing: Writing) -> Float[Tensor, "1 k h w"]:
-    cam = torch.from_numpy(maps.cam)[None]
-    if not maps.classes or not writing.finish:
-        return cam
-    picture = Capture.of_picture(torch.from_numpy(maps.rgb).permute(2, 0, 1)[None] / 255)
-    with torch.no_grad():
-        for refiner in writing.finish:
-            cam = refiner(cam, picture)
-    return cam.float()
-
-
-def _at_photo_size(cam: Float[Tensor, "1 k h w"], maps: Maps) -> Float[Tensor, "1 k H W"]:
-    if not maps.classes:
-        return torch.zeros(1, 0, *maps.size)
-    return resize_cam(cam, maps.size).clamp(0, 1)
-
-
-def _mask(full: Float[Tensor, "1 k H W"], maps: Maps, writing: Writing) -> Tensor:
-    if not maps.classes:
-        return torch.zeros(maps.size, dtype=torch.uint8)
-    return to_mask(
-        full,
-        torch.tensor([maps.classes]) if maps.by_class else None,
-        background_score=writing.background_score,
-        background=writing.background,
-        ignore_below=writing.ignore_below,
-    )[0]
-
-
-def _write_maps(
-    path: Path, classes: tuple[int, ...], cam: Float[Tensor, "k H W"], writing: Writing
-) -> None:
-    if writing.cams in ("both", "psa", "irn", "clip-es"):
-        write_cam(path, classes, cam, form=writing.cams)
-        return
-    keys = np.array(classes, np.int64)
-    np.savez_compressed(path, keys=keys, attn_highres=cam.numpy().astype(np.float16))
+    results = sorted(results, key=lambda result: result.key)  # they finish in any order
+    rows = [result.row for result in results]
+    cams, int32 = [result.cam for result in results if result.cam is not None], pa.int32()
+    columns = {
+        "key": [result.key for result in results],
+        "rows": pa.array([row["size"][0] for row in rows], int32),
+        "cols": pa.array([row["size"][1] for row in rows], int32),
+        "height": pa.array([cam.shape[1] for cam in cams], int32),
+        "width": pa.array([cam.shape[2] for cam in cams], int32),
+    }
+    for column, entry, kind in (("classes", "index", int32), ("names", "name", pa.string())):
+        values = [[label[entry] for label in row["classes"]] for row in rows]
+        columns[column] = pa.array(values, pa.list_(kind))
+    flat = [cam.astype(np.float16).ravel() for cam in cams]
+    columns["cam"] = pa.array(flat, pa.list_(pa.float16()))
+    with _draft_folder(folder) as draft:
+        parquet.write_table(pa.table(columns), draft / "part.parquet", compression="zstd")
+        path = _move(draft / "part.parquet", PurePosixPath("cams", f"{name}.parquet"), folder)
+    return [replace(result, row={**result.row, "cam": path}, cam=None) for result in results]
 
 
 @contextmanager
-def writing_into(folder: OutFolder) -> Iterator[Path]:
-    """A new folder for drafts, gone afterwards; one that takes no files is an `OutputError`."""
+def _draft_folder(folder: OutFolder) -> Iterator[Path]:
+    """Yield a new folder for drafts, which the block may fill, and remove it afterwards."""
     draft = folder.drafts / uuid.uuid4().hex
     try:
         draft.mkdir(parents=True)
     except OSError as error:
-        raise no_room(folder, error) from error
+        raise OutputError.explain(folder.root, error) from error
     try:
         yield draft
     except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise no_room(folder, error) from error
-        raise  # of this image alone, such as a path that is too long
+        if error.errno in _FOLDER_ERRORS:
+            raise OutputError.explain(folder.root, error) from error
+        raise  # concerns this image alone, such as a path that is too long
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def no_room(folder: OutFolder, error: OSError) -> OutputError:
-    """What to raise where the folder takes no files."""
-    return OutputError(
-        f"{folder.root} cannot be written to ({error.strerror}); what is done is kept: make room "
-        "there, or rights, and start again"
-    )
-
-
-def _place(draft: Path, kind: str, where: PurePosixPath, folder: OutFolder) -> str:
-    """Bring a draft to the disk, then to its place at once."""
+def _move(draft: Path, place: PurePosixPath, folder: OutFolder) -> str:
+    """Flush a draft to the disk and move it to its place in one step."""
     with draft.open("rb+") as file:
-        os.fsync(file.fileno())  # a journal that says it is there must not outlive it
-    target = folder.root / kind / where
+        os.fsync(file.fileno())  # the file must survive whatever the journal entry survives
+    target = folder.root / place
     target.parent.mkdir(parents=True, exist_ok=True)
     draft.replace(target)
-    return str(PurePosixPath(kind) / where)
+    return str(place)

@@ -1,9 +1,8 @@
-"""One image of a bulk run: its key, where its bytes are, and what it shows."""
+"""Images of a bulk run: keys, places of their bytes, classes, and failures."""
 
 import hashlib
 import os
 import stat
-import tarfile
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
@@ -11,13 +10,31 @@ from typing import Protocol, runtime_checkable
 
 from camkit.errors import DataError
 
-_LONGEST = 255  # bytes that file systems allow a name
-_KEPT = 160  # bytes of a longer name that stay readable
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (*PHOTO_SUFFIXES, ".gif", ".jfif", ".avif")
+_LONGEST_NAME = 255  # bytes, the limit of file systems
+_KEPT_BYTES = 160  # of a longer name, before its hash
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image or file that could not be processed.
+
+    Attributes:
+        key: of the image, or the name of the file.
+        stage: "list" (the source), "read", "model" or "write" in a bulk run; "list", "refine",
+            "draw" or "score" for CAM files and masks.
+        reason: in one line.
+    """
+
+    key: str
+    stage: str
+    reason: str
 
 
 @runtime_checkable
 class Place(Protocol):
-    """Where the bytes of an image are; picklable, its text is what errors and manifests say."""
+    """Where the bytes of an image are. Picklable; its text appears in errors and manifests."""
 
     def open(self) -> BufferedReader | BytesIO: ...
 
@@ -27,9 +44,9 @@ class Item:
     """One image.
 
     Attributes:
-        key: names the image and its results, with slashes for folders; no two of a run are alike.
+        key: unique name of the image and of its results, with slashes for folders.
         place: where its bytes are.
-        classes: what it shows, from 0; None where the source does not say.
+        classes: from 0; None if the source has no labels.
     """
 
     key: str
@@ -41,28 +58,16 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Refused:
-    """An entry of a source that cannot be an image of the run: its key, and the reason."""
-
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class FilePlace:
-    """A file of its own."""
+    """An image file."""
 
     path: Path
 
     def open(self) -> BufferedReader | BytesIO:
-        """Open the file; a pipe or device, which may never end, is refused.
-
-        Raises:
-            DataError: it is no regular file, or cannot be read.
-        """
+        """Open the file. Pipes and devices are refused, because reading them may never end."""
         try:
             if not stat.S_ISREG(self.path.stat().st_mode):
-                raise DataError(f"{self} is no regular file; name an image file")
+                raise DataError(f"{self} is not a regular file; name an image file")
             return self.path.open("rb")
         except OSError as error:
             raise DataError(f"{self} cannot be read ({error.strerror}); check it") from error
@@ -73,7 +78,7 @@ class FilePlace:
 
 @dataclass(frozen=True)
 class TarPlace:
-    """A member of a tar file, read where it lies."""
+    """A member of an uncompressed tar file, read by its offset."""
 
     path: Path
     member: str
@@ -81,11 +86,6 @@ class TarPlace:
     size: int
 
     def open(self) -> BufferedReader | BytesIO:
-        """Read the member.
-
-        Raises:
-            DataError: the tar file is gone or shorter than it was.
-        """
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
@@ -100,16 +100,11 @@ class TarPlace:
         return printable(f"{self.path}:{self.member}")
 
 
-def tar_place(path: Path, member: tarfile.TarInfo) -> TarPlace:
-    """Where a member of an uncompressed tar file lies."""
-    return TarPlace(path, member.name, member.offset_data, member.size)
-
-
 def safe_key(text: str) -> str:
-    """Make a key of a path that came from outside: it can name results, and only below a folder.
+    """Turn a path from outside into a key that cannot name anything outside the results folder.
 
     Raises:
-        DataError: the path is absolute, leads upwards, or names nothing.
+        DataError: the path is absolute, contains "..", or is empty.
 
     >>> safe_key("./cats//a.jpg")
     'cats/a.jpg'
@@ -117,8 +112,8 @@ def safe_key(text: str) -> str:
     parts = PurePosixPath(text).parts
     if text.startswith("/") or ".." in parts:
         raise DataError(
-            f"{printable(text)!r} leads out of the folder of the results; give paths from the "
-            "folder of the images downwards, without .."
+            f"{printable(text)!r} points outside the results folder; give a path relative to the "
+            "folder of the images, without .."
         )
     if not parts:
         raise DataError(f"{text!r} names no image; remove the entry")
@@ -126,32 +121,53 @@ def safe_key(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with bytes that are no text, and the NUL, spelled out: what a database can keep."""
+    """Escape bytes that are not valid text, and NUL, so that a database can store the text."""
     raw = text.encode("utf-8", "surrogateescape").replace(b"\0", b"\\x00")
     return raw.decode("utf-8", "backslashreplace")
 
 
-def without_ending(key: str) -> str:
-    """A key without the ending of its last part.
+def is_image(name: str) -> bool:
+    """Return whether a file name has the suffix of an image."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - for millions
 
-    >>> without_ending("v1.5/a.b.jpg"), without_ending(".jpg")
+
+def split_line(line: str) -> tuple[str, tuple[int, ...] | None]:
+    """Split a line of an image list into the image and its class indices, or None.
+
+    A name or path may be followed by class indices, or by the path of its mask. Names may contain
+    spaces.
+
+    >>> split_line("a.jpg a.png"), split_line("my cat"), split_line("coco_9 14 3")
+    (('a.jpg', None), ('my cat', None), ('coco_9', (3, 14)))
+    """
+    first, *others = line.split()
+    if others and all(other.isdigit() for other in others):
+        return first, tuple(sorted({int(other) for other in others}))
+    return (first if is_image(first) else line), None
+
+
+def without_suffix(key: str) -> str:
+    """Remove the suffix of the last part of a key.
+
+    >>> without_suffix("v1.5/a.b.jpg"), without_suffix(".jpg")
     ('v1.5/a.b', '.jpg')
     """
     return str(PurePosixPath(key).with_suffix(""))
 
 
 def result_path(key: str, suffix: str) -> PurePosixPath:
-    """Where results of a key go, below the folder of their kind; names too long are cut.
+    """Return the path of a result below the folder of its kind.
 
-    A cut name ends in a hash of the whole one, so that two of them stay apart.
+    Names longer than a file system allows are shortened and end in a hash of the full name, so
+    that different keys have different files.
     """
     *folders, last = key.split("/")
-    return PurePosixPath(*(_fitting(one, "") for one in folders), _fitting(last, suffix))
+    return PurePosixPath(*(_shortened(name, "") for name in folders), _shortened(last, suffix))
 
 
-def _fitting(name: str, suffix: str) -> str:
+def _shortened(name: str, suffix: str) -> str:
     raw = name.encode()
-    if len(raw) + len(suffix) <= _LONGEST:
+    if len(raw) + len(suffix) <= _LONGEST_NAME:
         return name + suffix
-    kept = raw[:_KEPT].decode("utf-8", "ignore")
+    kept = raw[:_KEPT_BYTES].decode("utf-8", "ignore")
     return f"{kept}~{hashlib.sha256(raw).hexdigest()[:16]}{suffix}"

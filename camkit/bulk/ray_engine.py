@@ -1,137 +1,54 @@
-"""Bulk runs on a Ray cluster: Ray Data moves images, this process keeps the ledger.
+"""Bulk runs on a Ray cluster: Ray Data moves the images, this process keeps the ledger.
 
-plan -> ReadChunk (tasks) -> RunModel (actors) -> FinishBatch (tasks) -> journal
+plans -> ReadChunk (tasks) -> RunModel (actors) -> FinishBatch (tasks) -> ledger
 
-Everything between plan and journal is Ray's: which machine does what, how much waits between two
-stages, and that the work of a lost machine is done again.
+Ray decides which machine does what and how much waits between two stages, and repeats the work of
+lost machines.
 """
 
 import importlib.util
 import logging
 import os
+import platform
 import signal
-import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from threading import current_thread, main_thread
+from typing import Any
 
-from camkit.bulk.finishing import ImageResult, OutFolder, write_part
-from camkit.bulk.ledger import ChunkPlan, Error, Journal
-from camkit.bulk.ray_work import (
-    FinishBatch,
-    Message,
-    ReadChunk,
-    RunContext,
-    RunModel,
-    sample_of,
-    unpacked,
-)
+import cv2
+import torch
+
+from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, finish
+from camkit.bulk.items import Failure, Place
+from camkit.bulk.ledger import ChunkPlan, Ledger
 from camkit.bulk.recipe import Recipe
-from camkit.bulk.stages import chunks
+from camkit.bulk.stages import Maps, batches, chunks, forward, read
+from camkit.bulk.workers import DIED, WorkerPool
 from camkit.errors import CamkitError
+from camkit.manifest import weights_hash
 
-_PAUSE = 1.0  # seconds between two entries in the journal
-
-
-@dataclass(eq=False)
-class _Open:
-    """A chunk on its way: which images are still out, and what came of the others."""
-
-    plan: ChunkPlan
-    out: set[str]
-    made: list[ImageResult] = field(default_factory=list)
-    errors: list[Error] = field(default_factory=list)
-
-
-class Ledger:
-    """What came back of each chunk, until the journal has it.
-
-    Args:
-        recipe: of the run.
-        folder: of the results.
-        journal: of the same folder.
-        advance: told how many images were done and how many failed, as it happens.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: OutFolder,
-        journal: Journal,
-        advance: Callable[[int, int], None],
-    ) -> None:
-        self._shared = recipe.writing.cams == "parquet"
-        self._folder, self._journal, self._advance = folder, journal, advance
-        self._open: dict[int, _Open] = {}
-        self._begun = 0
-        self._written = time.monotonic()
-
-    def begin(self, planned: Sequence[ChunkPlan]) -> list[Message]:
-        """Open chunks; the parcels that they are sent as."""
-        parcels = []
-        for one in planned:
-            self._begun += 1
-            self._open[self._begun] = _Open(one, set(one.todo), errors=list(one.errors))
-            self._advance(0, len(one.errors))
-            if one.todo:
-                parcels.append(Message(self._begun, one.todo, images=one.items))
-        return parcels
-
-    def take(self, parcel: Message) -> None:
-        """Take in what came back.
-
-        Raises:
-            CamkitError: it ends the run.
-        """
-        if parcel.fatal is not None:
-            raise parcel.fatal
-        chunk = self._open.get(parcel.chunk)
-        if chunk is None:  # only company was still out
-            return
-        made = [one for one in parcel.made if one.key in chunk.out]
-        errors = [one for one in parcel.errors if one.key in chunk.out]
-        chunk.made += made
-        chunk.errors += errors
-        chunk.out -= {one.key for one in made} | {one.key for one in errors}
-        self._advance(len(made), len(errors))
-        self.write(everything=False)
-
-    def write(self, *, everything: bool) -> None:
-        """Note in the journal what is done; maps that share a Parquet file are noted at once."""
-        if not everything and time.monotonic() - self._written < _PAUSE:
-            return
-        over = [number for number, chunk in self._open.items() if not chunk.out]
-        ready = [self._open[number] for number in over] if self._shared else self._open.values()
-        made: list[ImageResult] = []
-        for chunk in ready:
-            part = chunk.plan.part
-            made += write_part(chunk.made, self._folder, part) if self._shared else chunk.made
-        self._journal.record(made, [one for chunk in ready for one in chunk.errors])
-        for chunk in ready:
-            chunk.made, chunk.errors = [], []
-        for number in over:
-            del self._open[number]
-        self._written = time.monotonic()
-
-
-_ROUND = 1000  # chunks for each model that are planned at once: the list of all has no end
-_MEMORY = 2**29  # of a model; what only it asks for also keeps the reading out of its process
+_ROUND = 1000  # chunks per model that are planned at once, because a source may be endless
+_MEMORY = 2**29  # that a model reserves; it also keeps tasks out of the model's process
+_TRIES = 2  # processes that a batch may kill before its images are tried one by one
 
 
 @dataclass(frozen=True)
 class RayEngine:
-    """A bulk run on a Ray cluster; the folder of the results must lie on a disk that all share.
+    """A bulk run on a Ray cluster; the results folder must be on a disk that all machines share.
 
-    A cluster that this process is connected to already is used as it is.
+    If this process is connected to a cluster already, that cluster is used.
 
     Attributes:
-        address: of the cluster; None takes the one that ``RAY_ADDRESS`` or ``ray start`` on this
-            machine names, and begins one on this machine where there is none.
-        actors: processes that hold the model; None takes as many as the GPUs have room for, and
-            without GPU half of the cores.
-        gpus: that each of them takes, also a part of one; None takes one if the cluster has any.
+        address: of the cluster. None uses the cluster of ``RAY_ADDRESS`` or of ``ray start`` on
+            this machine, or starts one on this machine.
+        actors: processes that hold the model; None uses as many as fit the GPUs, or half of the
+            cores without GPUs.
+        gpus: of each actor, fractions allowed; None uses one if the cluster has any.
     """
 
     address: str | None = None
@@ -146,59 +63,63 @@ class RayEngine:
         if importlib.util.find_spec("ray") is None:
             raise CamkitError("this needs Ray Data; install it with `pip install 'camkit[ray]'`")
 
-    def run(  # noqa: PLR0913 - what a run is made of
+    def run(
         self,
         recipe: Recipe,
         weights: str,
-        folder: OutFolder,
-        journal: Journal,
-        planned: Iterator[ChunkPlan],
-        advance: Callable[[int, int], None],
+        ledger: Ledger,
+        plans: Iterator[ChunkPlan],
         *,
         threads: int = 1,
     ) -> None:
-        """Do what is planned.
+        """Work through the plans.
 
         Args:
-            recipe: what is done.
-            weights: hash of those that the model must have on all machines.
-            folder: of the results.
-            journal: of the same folder; only this process writes into it.
-            planned: see `camkit.bulk.ledger.plan`.
-            advance: told how many images were done and how many failed, as it happens.
-            threads: of each model, where it runs on a CPU.
+            recipe: of the run.
+            weights: hash that the model's weights must have on all machines.
+            ledger: of the results folder; only this process writes the journal.
+            plans: see `camkit.bulk.ledger.plan`.
+            threads: of each model on a CPU.
 
         Raises:
-            CamkitError: the cluster cannot be used, or a machine of it does not see the images,
-                the weights or the folder; results cannot be written.
+            CamkitError: the cluster cannot be used, a machine does not see the images, the weights
+                or the folder, or results cannot be written.
         """
         import ray.data
 
+        folder = OutFolder(ledger.folder.root.resolve(), ledger.folder.rank)
+        variables = {name: text for name, text in os.environ.items() if name.startswith("CAMKIT_")}
         with _connected(self.address):
-            fleet = self._fleet(ray.cluster_resources(), threads)
-            books = Ledger(recipe, folder, journal, advance)
+            actors, cpus, gpus = self._divide(ray.cluster_resources(), threads)
             try:
-                for some in chunks(planned, fleet.actors * _ROUND):
-                    site = _site(recipe, weights, folder, some)
-                    with closing(fleet.parcels(site, books.begin(some))) as found:
-                        for parcel in found:
-                            books.take(parcel)
+                for part in chunks(plans, actors * _ROUND):
+                    folder.drafts.mkdir(parents=True, exist_ok=True)
+                    probe = folder.drafts / f"probe-{uuid.uuid4().hex}"
+                    probe.touch()
+                    sample = _first_readable(part[0])
+                    context = RunContext(recipe, weights, folder, probe, sample, variables)
+                    numbered = [(ledger.begin(plan), plan) for plan in part]
+                    messages = [
+                        Message(number, plan.todo, images=plan.items)
+                        for number, plan in numbered
+                        if plan.todo
+                    ]
+                    with closing(_process(context, messages, actors, cpus, gpus)) as replies:
+                        for message in replies:
+                            if message.fatal is not None:
+                                raise message.fatal
+                            ledger.add(message.chunk, *message.outcomes)
+                            ledger.write()
             except ray.exceptions.RayError as error:
-                told = str(error).strip().splitlines()[-1]
+                reason = str(error).strip().splitlines()[-1]
                 raise CamkitError(
-                    f"Ray ended the run ({told}); what is done is kept: mend it and start again"
+                    f"Ray ended the run ({reason}); fix the cause and run the command again: "
+                    "finished images are kept"
                 ) from error
-            finally:
-                books.write(everything=True)
 
-    def _fleet(self, found: dict[str, float], threads: int) -> "ClusterPlan":
-        """Share the cluster out.
-
-        Args:
-            found: what the cluster has.
-            threads: of each model on a CPU.
-        """
-        cores, devices = found.get("CPU", 0), found.get("GPU", 0)
+    def _divide(self, resources: dict[str, float], threads: int) -> tuple[int, int, float]:
+        """Return the number of actors, and the cores and GPUs of each."""
+        cores, devices = resources.get("CPU", 0), resources.get("GPU", 0)
         gpus = float(devices > 0) if self.gpus is None else self.gpus
         room = devices / gpus if gpus else cores // 2 / threads
         actors = max(1, int(room)) if self.actors is None else self.actors
@@ -207,96 +128,291 @@ class RayEngine:
             raise CamkitError(
                 f"{actors} models with {gpus:g} GPUs and {cpus} cores each, and a core to read and "
                 f"write, need more than the {devices:g} GPUs and {cores:g} cores of the cluster; "
-                "take fewer (--actors), smaller shares (--gpus), or the local engine"
+                "use fewer (--actors), smaller shares (--gpus), or the local engine"
             )
-        return ClusterPlan(actors, cpus, gpus)
+        return actors, cpus, gpus
 
 
 @contextmanager
 def _connected(address: str | None) -> Iterator[None]:
-    """Be in a cluster; one that is begun here ends afterwards, as does a connection made here."""
+    """Connect to a cluster; on exit, disconnect from it and end it if it was started here."""
     import ray
 
-    if ray.is_initialized():
-        with _quiet():
-            yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError) as error:
-        raise CamkitError(
-            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or "
-            "leave the address away to begin one on this machine"
-        ) from error
-    if current_thread() is main_thread():
-        signal.signal(signal.SIGTERM, before)  # Ray's own would leave nobody time to write
-    try:
-        with _quiet():
-            yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Ray Data's own account of the run out of the progress bar."""
     log = logging.getLogger("ray.data")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    level, connected = log.level, ray.is_initialized()
+    if not connected:
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, ValueError) as error:
+            raise CamkitError(
+                f"no Ray cluster answers at {address} ({error}); start one with `ray start "
+                "--head`, or omit the address to start one on this machine"
+            ) from error
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's own handler leaves no time to write
+    log.setLevel(logging.ERROR)  # Ray Data's reports would break the progress bar
     try:
         yield
     finally:
-        log.setLevel(before)
+        log.setLevel(level)
+        if not connected:
+            ray.shutdown()
 
 
-def _site(recipe: Recipe, weights: str, folder: OutFolder, some: Sequence[ChunkPlan]) -> RunContext:
-    """What all processes have to know; leaves a file that they must be able to see."""
-    folder = OutFolder(folder.root.resolve(), folder.rank)
-    folder.drafts.mkdir(parents=True, exist_ok=True)
-    probe = folder.drafts / f"probe-{uuid.uuid4().hex}"
-    probe.touch()
-    return RunContext(
-        recipe,
-        weights,
-        folder,
-        probe,
-        sample_of([item for one in some[:1] for item in one.items]),
-        variables=tuple((k, v) for k, v in os.environ.items() if k.startswith("CAMKIT_")),
+def _first_readable(plan: ChunkPlan) -> Place | None:
+    for item in plan.items:
+        with suppress(CamkitError):
+            item.place.open().close()
+            return item.place
+    return None
+
+
+def _process(
+    context: "RunContext", messages: Sequence["Message"], actors: int, cpus: int, gpus: float
+) -> Generator["Message", None, None]:
+    """Send chunks through the cluster and yield the replies, in any order."""
+    from ray.data import ActorPoolStrategy, from_items
+
+    if not messages:
+        return
+    data = from_items([message.packed() for message in messages], override_num_blocks=len(messages))
+    data.context.target_max_block_size = 1  # each message is a block
+    data.context.enable_progress_bars = False
+    data.context.print_on_execution_start = False
+    replies = (
+        data.flat_map(ReadChunk(context), num_cpus=1)
+        .map(
+            RunModel,  # type: ignore[arg-type]
+            fn_constructor_args=(context, "cuda" if gpus else "cpu", cpus),
+            compute=ActorPoolStrategy(size=actors),
+            num_cpus=cpus,
+            num_gpus=gpus,
+            memory=_MEMORY,
+        )
+        .map(FinishBatch(context), num_cpus=1)
     )
+    for row in replies.iter_rows():
+        yield unpacked(row)
+
+
+# The work of the processes of the cluster
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """Images of a chunk on their way between two stages.
+
+    Attributes:
+        chunk: its number in the ledger.
+        todo: keys of the images that need results; the others keep the batches identical.
+        part: number of the message among those of the chunk.
+        images: `Item` to read, `ReadImage` for the model, or `Maps` to finish.
+        outcomes: results and failures so far.
+        fatal: the error that ends the run.
+    """
+
+    chunk: int
+    todo: frozenset[str]
+    part: int = 0
+    images: tuple[Any, ...] = ()
+    outcomes: tuple[ImageResult | Failure, ...] = ()
+    fatal: CamkitError | None = None
+
+    def packed(self) -> dict[str, Any]:
+        """Return the message as a row of a Ray data set."""
+        from ray import cloudpickle  # also pickles classes of the script that was started
+
+        return {"message": cloudpickle.dumps(self)}
+
+
+def unpacked(row: Mapping[str, bytes]) -> Message:
+    """Return the message of a row."""
+    from ray import cloudpickle
+
+    return cloudpickle.loads(row["message"])
 
 
 @dataclass(frozen=True)
-class ClusterPlan:
-    """Processes that hold the model: how many, with how many cores and GPUs each."""
+class RunContext:
+    """What a process of the cluster needs to know about the run.
 
-    actors: int
-    cpus: int
-    gpus: float
+    Attributes:
+        recipe: of the run.
+        weights: hash that the model's weights must have.
+        folder: of the results, on a disk that all machines share.
+        probe: a file in it that the leading process has written.
+        sample: an image that the leading process can open.
+        variables: of its environment.
+        home: its working directory, where relative paths start.
+    """
 
-    def parcels(
-        self, site: RunContext, planned: Sequence[Message]
-    ) -> Generator[Message, None, None]:
-        """Send chunks through the cluster; what comes back, in whichever order."""
-        from ray.data import ActorPoolStrategy, from_items
+    recipe: Recipe
+    weights: str
+    folder: OutFolder
+    probe: Path
+    sample: Place | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+    home: Path = field(default_factory=Path.cwd)
 
-        if not planned:
-            return
-        data = from_items([one.packed() for one in planned], override_num_blocks=len(planned))
-        data.context.target_max_block_size = 1  # each parcel travels by itself
-        data.context.enable_progress_bars = False
-        data.context.print_on_execution_start = False
-        done = (
-            data.flat_map(ReadChunk(site), num_cpus=1)
-            .map(
-                RunModel,  # type: ignore[arg-type]
-                fn_constructor_args=(site, "cuda" if self.gpus else "cpu", self.cpus),
-                compute=ActorPoolStrategy(size=self.actors),
-                num_cpus=self.cpus,
-                num_gpus=self.gpus,
-                memory=_MEMORY,
+    def enter(self, threads: int) -> None:
+        """Prepare this process for the run."""
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(1)
+        os.environ.update(self.variables)
+        with suppress(OSError):  # matters to relative paths only, which are checked below
+            os.chdir(self.home)
+        if not self.probe.is_file():
+            raise CamkitError(
+                f"{platform.node()} does not see {self.folder.root}, the results folder; choose "
+                "one (--out) on a disk that all machines of the cluster have at the same path"
             )
-            .map(FinishBatch(site), num_cpus=1)
+
+    def process(
+        self,
+        row: Mapping[str, bytes],
+        work: Callable[[Message], list[Message]],
+        threads: int = 1,
+    ) -> list[dict[str, Any]]:
+        """Work on the message of a row; an error that ends the run becomes a message too."""
+        message = unpacked(row)
+        if not message.images:
+            return [dict(row)]
+        try:
+            self.enter(threads)
+            messages = work(message)
+        except CamkitError as error:
+            messages = [Message(message.chunk, message.todo, fatal=error)]
+        return [message.packed() for message in messages]
+
+
+@dataclass(frozen=True)
+class ReadChunk:
+    """Reads the images of a chunk and returns one message per batch."""
+
+    context: RunContext
+
+    def __call__(self, row: Mapping[str, bytes]) -> list[dict[str, Any]]:
+        return self.context.process(row, self._read)
+
+    def _read(self, message: Message) -> list[Message]:
+        recipe, sample = self.context.recipe, self.context.sample
+        try:
+            if sample is not None:
+                sample.open().close()
+        except CamkitError as error:
+            raise CamkitError(
+                f"{platform.node()} does not see the images ({error}); put them on a disk that all "
+                "machines of the cluster have at the same path"
+            ) from error
+        work = partial(read, loading=recipe.loading)
+        images, failures = _split(
+            _work_on_each(work, message, message.images, self.context.folder, "read")
         )
-        for row in done.iter_rows():
-            yield unpacked(row)
+        messages = [
+            replace(message, part=number, images=batch)
+            for number, batch in enumerate(batches(images, recipe))
+            if any(image.key in message.todo for image in batch)
+        ]
+        if failures or not messages:
+            messages.append(replace(message, images=(), outcomes=failures))
+        return messages
+
+
+class RunModel:
+    """Holds the model, on a device or with a number of threads on the CPU, and runs batches."""
+
+    def __init__(self, context: RunContext, device: str, threads: int) -> None:
+        context.enter(threads)
+        self._context, self._threads = context, threads
+        model = context.recipe.model()
+        if weights_hash(model) != context.weights:
+            raise CamkitError(
+                f"the model opened on {platform.node()} has other weights than the one on the "
+                "machine that leads the run; put its weights where all machines find them"
+            )
+        self._pipeline = context.recipe.pipeline(model.to(device))
+
+    def __call__(self, row: Mapping[str, bytes]) -> dict[str, Any]:
+        return self._context.process(row, self._run, self._threads)[0]
+
+    def _run(self, message: Message) -> list[Message]:
+        """Run the model; give up an image that killed the process alone."""
+        recipe, folder = self._context.recipe, self._context.folder
+        mark = _mark(folder, "model", message)
+        outcomes: list[Maps | Failure] = []
+        with _count_deaths(mark, folder) as deaths:
+            if deaths < _TRIES:
+                outcomes = forward(self._pipeline, recipe, message.images)
+            else:
+                for number, image in enumerate(message.images):
+                    image_mark = mark.with_name(f"{mark.name}-{number}")
+                    if image_mark.exists():
+                        outcomes.append(Failure(image.key, "model", DIED))
+                        continue
+                    with _count_deaths(image_mark, folder):
+                        outcomes += forward(self._pipeline, recipe, (image,))
+        maps, failures = _split(outcomes)
+        return [replace(message, images=maps, outcomes=failures)]
+
+
+@dataclass(frozen=True)
+class FinishBatch:
+    """Refines, draws and writes the images of a batch that need results."""
+
+    context: RunContext
+
+    def __call__(self, row: Mapping[str, bytes]) -> dict[str, Any]:
+        return self.context.process(row, self._finish)[0]
+
+    def _finish(self, message: Message) -> list[Message]:
+        folder = self.context.folder
+        needed = [maps for maps in message.images if maps.image.key in message.todo]
+        work = partial(finish, writing=self.context.recipe.writing, folder=folder)
+        outcomes = _work_on_each(work, message, needed, folder, "write")
+        return [replace(message, images=(), outcomes=(*message.outcomes, *outcomes))]
+
+
+def _split(outcomes: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Failure, ...]]:
+    """Return the images that go on, and the failures."""
+    failures = tuple(outcome for outcome in outcomes if isinstance(outcome, Failure))
+    return tuple(image for image in outcomes if not isinstance(image, Failure)), failures
+
+
+def _work_on_each(
+    work: Callable[[Any], Any],
+    message: Message,
+    images: Sequence[Any],
+    folder: OutFolder,
+    stage: str,
+) -> list[Any]:
+    """Work on every image and return the outcomes in order.
+
+    If the message killed a process before, the work is done in a process that may die.
+    """
+    with _count_deaths(_mark(folder, stage, message), folder) as deaths:
+        count = 1 if deaths else 0
+        pool: WorkerPool[Any, Any] = WorkerPool(work, count, tries=2, fatal=(OutputError,))
+        outcomes = {str(image): result for image, result in pool.work_on_all(images, stage)}
+    return [outcomes[str(image)] for image in images]
+
+
+def _mark(folder: OutFolder, stage: str, message: Message) -> Path:
+    return folder.drafts / "begun" / f"{stage}-{message.chunk}-{message.part}"
+
+
+@contextmanager
+def _count_deaths(mark: Path, folder: OutFolder) -> Iterator[int]:
+    """Leave a mark during the block, and yield how many processes died with the mark set.
+
+    Ray repeats the work of a dead process, on any machine, without saying so.
+    """
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        with mark.open("ab") as file:
+            deaths = file.tell()
+            file.write(b".")
+    except OSError as error:
+        raise OutputError.explain(folder.root, error) from error
+    yield deaths
+    mark.unlink(missing_ok=True)

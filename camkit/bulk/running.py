@@ -1,8 +1,9 @@
-"""A bulk run from its first image to its manifest, on whichever engine."""
+"""A bulk run from its first image to its manifest, on either engine."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from threading import Thread
 
@@ -10,56 +11,56 @@ import torch
 from tqdm import tqdm
 
 from camkit.bulk.finishing import OutFolder
-from camkit.bulk.ledger import ChunkPlan, Journal, Share, plan
+from camkit.bulk.items import Failure, Item
+from camkit.bulk.ledger import ChunkPlan, Journal, Ledger, plan
 from camkit.bulk.local import LocalEngine
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Recipe
 from camkit.bulk.sources import Source
+from camkit.bulk.stages import chunks
 from camkit.bulk.workers import progress_bar, usable_cores, worker_count
 from camkit.errors import CamkitError
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One of the processes that work on the same source.
+    """One of several processes that share the chunks of a source.
 
     Attributes:
-        share: its part of the chunks.
-        local: its number on this machine.
-        neighbours: how many processes this machine has.
+        number: of this process, from 0.
+        world: number of processes.
+        local: number of this process among those on this machine.
+        neighbours: number of processes on this machine, which share its cores.
     """
 
-    share: Share = field(default_factory=Share)
+    number: int = 0
+    world: int = 1
     local: int = 0
     neighbours: int = 1
 
-    @property
-    def device(self) -> str | None:
-        """The GPU of this process; None where torch sees none."""
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return f"cuda:{self.local % count}" if count else None
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.world:
+            raise ValueError(f"`number` must lie in 0 to {self.world - 1}, got {self.number}")
+
+    def chunks(
+        self, entries: Iterable[Item | Failure], size: int
+    ) -> Iterator[tuple[Item | Failure, ...]]:
+        """Yield every ``world``-th chunk; the chunks do not depend on ``world``."""
+        return islice(chunks(entries, size), self.number, None, self.world)
 
 
-def rank_of(environment: Mapping[str, str] | None = None) -> Rank:
-    """Read the variables that torchrun sets; without them a process is alone.
-
-    Args:
-        environment: None takes that of this process.
-
-    Raises:
-        CamkitError: only some of them are set, or they are no numbers.
-    """
-    given = os.environ if environment is None else environment
-    if "RANK" not in given and "WORLD_SIZE" not in given:
+def rank_of(environment: Mapping[str, str]) -> Rank:
+    """Read the variables that torchrun sets; without them this process works alone."""
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return Rank()
     try:
-        share = Share(int(given["RANK"]), int(given["WORLD_SIZE"]))
-        local = int(given.get("LOCAL_RANK", "0"))
-        return Rank(share, local, max(1, int(given.get("LOCAL_WORLD_SIZE", "1"))))
+        number, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local = int(environment.get("LOCAL_RANK", "0"))
+        return Rank(number, world, local, max(1, int(environment.get("LOCAL_WORLD_SIZE", "1"))))
     except (KeyError, ValueError) as error:
         raise CamkitError(
             f"RANK and WORLD_SIZE must both be numbers, as torchrun sets them ({error}); unset "
-            "both to run one process"
+            "both to run a single process"
         ) from error
 
 
@@ -68,11 +69,11 @@ class RunSummary:
     """What became of a bulk run.
 
     Attributes:
-        written: images done now.
-        failed: images that failed now.
-        settled: images that earlier runs had done, or given up.
-        done: images of the folder that are done, of all runs.
-        errors: images of the folder that failed, of all runs; ``errors.tsv`` lists them.
+        written: images done by this run.
+        failed: images that failed in this run.
+        settled: images that earlier runs finished or gave up.
+        done: images done in the folder, by all runs.
+        errors: images failed in the folder, in all runs; ``errors.tsv`` lists them.
     """
 
     written: int
@@ -90,122 +91,102 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     device: str | None = None,
     workers: int | None = None,
     threads: int | None = None,
-    share: Share | None = None,
-    neighbours: int = 1,
+    rank: Rank | None = None,
     ray: RayEngine | None = None,
     overwrite: bool = False,
     retry: bool = False,
     moved: bool = False,
 ) -> RunSummary:
-    """Make masks and class maps of all images of a source.
+    """Write masks and class maps of all images of a source.
 
-    The same call goes on where an earlier one ended, however it ended: what the journal in ``out``
-    holds is not done again. A script that calls this needs ``if __name__ == "__main__":`` around
-    its own work, as with any pool of processes.
+    The same call continues where an earlier one ended, for whatever reason it ended: images that
+    the journal in ``out`` lists are skipped. A script that calls this needs
+    ``if __name__ == "__main__":`` around its own work, as with any pool of processes.
 
     Args:
         recipe: what is done with each image.
-        source: `PhotoFolder`, `PhotoList`, `DataSetPhotos`, `TarShards`, `ParquetRows`, or alike.
-        out: folder of the results, made if it is not there.
-        device: of the model; None takes a GPU if there is one.
-        workers: processes that read and finish images; None takes the cores that the model leaves,
+        source: `PhotoFolder`, `PhotoList`, `DataSetPhotos`, `TarShards`, `ParquetRows`, or an
+            object like them.
+        out: results folder, created if needed.
+        device: of the model; None uses a GPU if there is one, each rank of a machine its own.
+        workers: processes that read and finish images; None uses the cores that the model leaves,
             0 works in this process.
-        threads: of the model on a CPU; None takes half of the cores, on a Ray cluster one.
-        share: of the chunks, where several processes work on one source.
-        neighbours: processes of such a run on this machine, which share its cores.
-        ray: a cluster that does the work, instead of this machine alone.
-        overwrite: remove earlier results of the folder, and begin anew.
+        threads: of the model on a CPU; None uses half of the cores, on a Ray cluster one.
+        rank: of this process, if several work on one source.
+        ray: a cluster that does the work instead of this machine.
+        overwrite: remove earlier results of the folder, and start again.
         retry: try images again that failed in an earlier run.
         moved: the source is the same as in the earlier run, at another place.
-
-    Returns:
-        How many images were done, and how many failed.
 
     Raises:
         DataError: ``out`` holds results of other settings, or of unknown ones.
         CamkitError: results cannot be written, or another run works in ``out``.
-        ValueError: settings that do not go together.
+        ValueError: settings contradict each other.
     """
-    share = Share() if share is None else share
-    if overwrite and share.world > 1:
-        raise ValueError("several processes cannot begin anew at once; empty the folder instead")
-    if ray is not None and (share.world > 1 or workers is not None or device is not None):
+    rank = rank or Rank()
+    if overwrite and rank.world > 1:
+        raise ValueError("several processes cannot overwrite a folder together; empty it instead")
+    if ray is not None and (rank.world > 1 or workers is not None or device is not None):
         raise ValueError(
-            "a Ray cluster shares the work out itself; leave torchrun, `workers` and `device` "
-            "away, and say `actors` and `gpus` of the RayEngine"
+            "a Ray cluster distributes the work itself; omit torchrun, `workers` and `device`, and "
+            "set `actors` and `gpus` of the RayEngine"
         )
-    machine = _Machine.of(device, workers, threads, max(1, usable_cores() // neighbours))
+    cores = max(1, usable_cores() // rank.neighbours)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = device or (f"cuda:{rank.local % gpus}" if gpus else "cpu")
+    if ray is None and device == "cpu" and threads is None:
+        threads = max(1, cores // 2)
+    workers = worker_count(workers, max(1, cores - (threads or 1)))
     before = torch.get_num_threads()
     model = recipe.model()
     settings = recipe.settings(model, source)
-    folder = OutFolder(Path(out), share.rank)
-    with Journal(folder) as journal:
+    with Journal(OutFolder(Path(out), rank.number)) as journal:
         journal.claim(settings, overwrite=overwrite, moved=moved)
         if retry:
-            journal.forget_errors()
-        with _Progress(source, recipe, share) as progress:
-            planned = progress.planned(journal)
+            journal.forget_failures()
+        with closing(_Progress(source, recipe.chunk, rank)) as progress:
+            by_chunk = recipe.writing.cams == "parquet"
+            ledger = Ledger(journal, progress.advance, by_chunk=by_chunk)
+            plans = progress.plans(journal)
             try:
-                if ray is None:
-                    engine = LocalEngine(
-                        recipe,
-                        recipe.pipeline(model.to(machine.device)),
-                        folder,
-                        journal,
-                        workers=machine.workers,
-                        threads=machine.threads,
-                    )
-                    engine.run(planned, progress.advance)
-                else:
+                if ray is not None:
                     weights = settings["weights_sha256"]
-                    call = (recipe, weights, folder, journal, planned, progress.advance)
-                    ray.run(*call, threads=threads or 1)
+                    ray.run(recipe, weights, ledger, plans, threads=threads or 1)
+                else:
+                    pipeline = recipe.pipeline(model.to(device))
+                    engine = LocalEngine(recipe, pipeline, ledger, workers=workers, threads=threads)
+                    engine.run(plans)
             finally:
-                torch.set_num_threads(before)
-                journal.export()
+                try:
+                    ledger.write(everything=True)
+                finally:
+                    torch.set_num_threads(before)
+                    journal.export()
         done, errors = journal.counts()
     return RunSummary(progress.written, progress.failed, progress.settled, done, errors)
 
 
-@dataclass(frozen=True)
-class _Machine:
-    """How the local engine uses this machine: see `run`."""
-
-    device: str
-    workers: int
-    threads: int | None
-
-    @staticmethod
-    def of(device: str | None, workers: int | None, threads: int | None, cores: int) -> "_Machine":
-        """Fill in what is not said."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cpu" and threads is None:
-            threads = max(1, cores // 2)
-        return _Machine(device, worker_count(workers, max(1, cores - (threads or 1))), threads)
-
-
 class _Progress:
-    """A bar that learns the number of images while it runs, and what it counted."""
+    """A progress bar, and the numbers it counts; a thread counts the images of the source."""
 
-    def __init__(self, source: Source, recipe: Recipe, share: Share) -> None:
-        self._chunks: Callable[[], Iterator[tuple[object, ...]]]
-        self._source, self._size, self._share = source, recipe.chunk, share
+    def __init__(self, source: Source, chunk: int, rank: Rank) -> None:
+        self._source, self._chunk, self._rank = source, chunk, rank
         self.written = self.failed = self.settled = 0
-
-    def __enter__(self) -> "_Progress":
         self._bar: tqdm[None] = progress_bar(None, "running")
         Thread(target=self._count, daemon=True).start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._bar.close()
 
-    def planned(self, journal: Journal) -> Iterator[ChunkPlan]:
-        """What is left of each chunk; chunks of which nothing is left only move the bar."""
-        for chunk in self._share.of(self._source, self._size):
+    def plans(self, journal: Journal) -> Iterator[ChunkPlan]:
+        """Yield the plans of chunks that are not done yet; move the bar past the others."""
+        for chunk in self._rank.chunks(self._source, self._chunk):
             planned = plan(chunk, journal)
-            self._skip(planned.settled)
-            if planned.todo or planned.errors:
+            self.settled += planned.settled
+            self._bar.initial += planned.settled  # does not count towards the rate
+            self._bar.n += planned.settled
+            self._bar.last_print_n += planned.settled
+            if planned.todo or planned.failures:
                 yield planned
 
     def advance(self, done: int, failed: int) -> None:
@@ -215,13 +196,5 @@ class _Progress:
         self._bar.set_postfix(failed=self.failed, refresh=False)
         self._bar.update(done + failed)
 
-    def _skip(self, settled: int) -> None:
-        """Move the bar by what was done before, which says nothing of the rate."""
-        self.settled += settled
-        self._bar.initial += settled
-        self._bar.n += settled
-        self._bar.last_print_n += settled
-
     def _count(self) -> None:
-        found = sum(len(chunk) for chunk in self._share.of(self._source, self._size))
-        self._bar.total = found
+        self._bar.total = sum(len(chunk) for chunk in self._rank.chunks(self._source, self._chunk))

@@ -10,20 +10,21 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from camkit.bulk.items import Item, Refused, printable, safe_key, tar_place
-from camkit.bulk.sources import ENDINGS
+from camkit.bulk.items import Failure, Item, TarPlace, is_image, printable, safe_key
 from camkit.errors import CamkitError, DataError
 
-_MOST_LABEL_BYTES = 65536  # of a label file within a shard
-_LABEL_ENDINGS = ("cls", "json")
+_MAX_LABEL_BYTES = 65536  # of a label file in a shard
+
+Members = dict[str, tarfile.TarInfo]
 
 
 @dataclass(frozen=True)
 class TarShards:
-    """WebDataset: tar files in which the files of one image stand together, alike but for endings.
+    """WebDataset: tar files in which the files of an image follow each other, with equal stems.
 
-    The key of an image is ``shard/path without its endings``. Classes come from ``.cls`` (numbers
-    between spaces or commas), else from ``.json``: ``{"classes": [numbers]}``, ``{"cls": number}``.
+    The key of an image is ``shard/path without suffixes``. Classes come from ``.cls`` (numbers
+    separated by spaces or commas), else from ``.json``: ``{"classes": [numbers]}``,
+    ``{"cls": number}``.
 
     Attributes:
         paths: uncompressed tar files.
@@ -32,98 +33,87 @@ class TarShards:
     paths: tuple[Path, ...]
     classes: None = None
 
-    def __iter__(self) -> Iterator[Item | Refused]:
+    def __iter__(self) -> Iterator[Item | Failure]:
         for path in self.paths:
-            yield from _tar_items(path, printable(path.name.removesuffix(".tar")))
+            shard, seen = printable(path.name.removesuffix(".tar")), set[str]()
+            try:
+                with tarfile.open(path, "r:") as tar:
+                    for name, members in _samples(tar):
+                        try:
+                            item = _tar_item(path, tar, shard, name, members)
+                        except DataError as error:
+                            yield Failure(printable(f"{shard}/{name}"), "list", f"{path}: {error}")
+                            continue
+                        if item is None:
+                            continue
+                        if item.key in seen:
+                            reason = f"{path} contains it more than once"
+                            yield Failure(f"{item.key} (again)", "list", reason)
+                            continue
+                        seen.add(item.key)
+                        yield item
+            except (OSError, tarfile.TarError, EOFError) as error:
+                reason = f"{path} cannot be read to its end as a tar file ({error}); unpack"
+                yield Failure(shard, "list", f"{reason} compressed files first (gunzip)")
 
     def __str__(self) -> str:
-        return f"shards in {_folder(self.paths)}"
+        return f"shards in {_common_folder(self.paths)}"
 
 
-def _tar_items(path: Path, shard: str) -> Iterator[Item | Refused]:
-    seen: set[str] = set()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for sample, members in _samples(tar):
-                try:
-                    item = _sample(path, tar, shard, sample, members)
-                except DataError as error:
-                    yield Refused(printable(f"{shard}/{sample}"), f"{path}: {error}")
-                    continue
-                if item is None:
-                    continue
-                if item.key in seen:
-                    yield Refused(f"{item.key} (again)", f"{path} holds it more than once")
-                    continue
-                seen.add(item.key)
-                yield item
-    except (OSError, tarfile.TarError, EOFError) as error:
-        yield Refused(
-            shard,
-            f"{path} cannot be read as a tar file, or not to its end ({error}); compressed ones "
-            "have to be unpacked (gunzip)",
-        )
-
-
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """The files that stand together: the name up to the first dot of its last part, and endings."""
-    name, members = "", dict[str, tarfile.TarInfo]()
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, Members]]:
+    """Yield the files of each image: the name up to the first dot, and the files by suffix."""
+    name, members = "", Members()
     for member in tar:
-        tar.members = []  # type: ignore[attr-defined]  # it keeps every one it has seen
+        tar.members = []  # type: ignore[attr-defined]  # it would keep every member
         if not member.isfile():
             continue
         folder, slash, last = member.name.rpartition("/")
-        stem, _, ending = last.partition(".")
+        stem, _, suffix = last.partition(".")
         sample = folder + slash + stem
-        if members and (sample != name or ending.lower() in members):
+        if members and (sample != name or suffix.lower() in members):
             yield name, members
             members = {}
         name = sample
-        members[ending.lower()] = member
+        members[suffix.lower()] = member
     if members:
         yield name, members
 
 
-def _sample(
-    path: Path, tar: tarfile.TarFile, shard: str, sample: str, members: dict[str, tarfile.TarInfo]
+def _tar_item(
+    path: Path, tar: tarfile.TarFile, shard: str, name: str, members: Members
 ) -> Item | None:
-    photos = [one for end, one in members.items() if f".{end.rpartition('.')[2]}" in ENDINGS]
+    photos = [member for suffix, member in members.items() if is_image(f"a.{suffix}")]
     if not photos:
         return None
-    key = safe_key(sample)
+    key = safe_key(name)
     if len(photos) > 1:
-        raise DataError(f"{key} has {len(photos)} images: {', '.join(p.name for p in photos)}")
-    classes = None
-    for ending in _LABEL_ENDINGS:
-        if ending in members and classes is None:
-            classes = _classes(tar, members[ending], ending)
-    return Item(f"{shard}/{key}", tar_place(path, photos[0]), classes)
+        names = ", ".join(photo.name for photo in photos)
+        raise DataError(f"{key} has {len(photos)} images: {names}")
+    photo, classes = photos[0], None
+    suffix = "cls" if "cls" in members else "json"
+    if suffix in members:
+        member = members[suffix]
+        file = tar.extractfile(member)
+        if file is None or member.size > _MAX_LABEL_BYTES:
+            raise DataError(f"{member.name} is too large for labels, {member.size} bytes")
+        text = file.read().decode("utf-8", "replace")
+        try:
+            labels: Any = text.replace(",", " ").split() if suffix == "cls" else json.loads(text)
+            if isinstance(labels, dict):
+                labels = labels.get("classes", labels.get("cls"))
+            classes = _class_indices(labels)
+        except ValueError as error:
+            raise DataError(f"{member.name} holds no class indices ({error})") from error
+    place = TarPlace(path, photo.name, photo.offset_data, photo.size)
+    return Item(f"{shard}/{key}", place, classes)
 
 
-def _classes(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> tuple[int, ...] | None:
-    file = tar.extractfile(member)
-    if file is None or member.size > _MOST_LABEL_BYTES:
-        raise DataError(f"{member.name} is too large for labels, {member.size} bytes")
-    text = file.read().decode("utf-8", "replace")
-    try:
-        found: Any = text.replace(",", " ").split() if ending == "cls" else json.loads(text)
-        if isinstance(found, dict):
-            found = found.get("classes", found.get("cls"))
-        return as_classes(found)
-    except ValueError as error:
-        raise DataError(f"{member.name} holds no class indices ({error})") from error
-
-
-def as_classes(found: Any) -> tuple[int, ...] | None:
-    """Class indices, ascending, of a number or a row of numbers; None of nothing.
-
-    Raises:
-        ValueError: they are no indices from 0.
-    """
-    if found is None:
+def _class_indices(labels: Any) -> tuple[int, ...] | None:
+    """Return the sorted indices of a number or a sequence of numbers."""
+    if labels is None:
         return None
-    row = found if isinstance(found, Sequence) and not isinstance(found, str) else [found]
-    indices = sorted({int(one) for one in row})
+    row = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
+    indices = sorted({int(label) for label in row})
     if indices and indices[0] < 0:
         raise ValueError(f"expected indices from 0, got {indices[0]}")
     return tuple(indices)
@@ -133,13 +123,13 @@ def as_classes(found: Any) -> tuple[int, ...] | None:
 class ParquetRows:
     """Parquet files with a column of image bytes, plain or as ``bytes`` of a struct (Hugging Face).
 
-    The key of an image is ``file/`` and its text in the key column, or its row number without one.
+    The key of an image is ``file/`` and the text of its key column, or the number of its row.
 
     Attributes:
         paths: the files.
-        image: the column of bytes.
-        key: the column of names; None numbers the rows.
-        labels: the column of class indices, one number or a list; None where there is none.
+        image: column of bytes.
+        key: column of names; None numbers the rows.
+        labels: column of class indices, a number or a list; None if there is none.
     """
 
     paths: tuple[Path, ...]
@@ -148,24 +138,22 @@ class ParquetRows:
     labels: str | None = None
     classes: None = None
 
-    def __iter__(self) -> Iterator[Item | Refused]:
+    def __iter__(self) -> Iterator[Item | Failure]:
         for path in self.paths:
             shard = printable(path.name.removesuffix(".parquet"))
             try:
-                file = _parquet(path)
+                file = _open_parquet(path)
             except DataError as error:
-                yield Refused(shard, str(error))
+                yield Failure(shard, "list", str(error))
                 continue
-            self._check_columns(path, file.schema_arrow.names)
+            names = file.schema_arrow.names
+            for column in (self.image, self.key, self.labels):
+                if column is not None and column not in names:
+                    raise DataError(f"{path} has no column {column!r}; it has {', '.join(names)}")
             yield from self._rows(path, shard, file)
 
-    def _check_columns(self, path: Path, names: Sequence[str]) -> None:
-        for column in (self.image, self.key, self.labels):
-            if column is not None and column not in names:
-                raise DataError(f"{path} has no column {column!r}; it has {', '.join(names)}")
-
-    def _rows(self, path: Path, shard: str, file: Any) -> Iterator[Item | Refused]:
-        columns = [one for one in (self.key, self.labels) if one is not None]
+    def _rows(self, path: Path, shard: str, file: Any) -> Iterator[Item | Failure]:
+        columns = [column for column in (self.key, self.labels) if column is not None]
         seen: set[str] = set()
         number = 0
         for group in range(file.num_row_groups):
@@ -175,16 +163,23 @@ class ParquetRows:
                 name = str(number) if self.key is None else str(table[self.key][row])
                 number += 1
                 try:
-                    key = _new(f"{shard}/{safe_key(name)}", seen, path)
-                    found = None if self.labels is None else as_classes(table[self.labels][row])
+                    key = f"{shard}/{safe_key(name)}"
+                    labels = None if self.labels is None else table[self.labels][row]
+                    item = Item(key, RowPlace(path, self.image, group, row), _class_indices(labels))
                 except (DataError, ValueError, TypeError) as error:
-                    yield Refused(f"{shard}/row {number}", str(error))
+                    yield Failure(f"{shard}/row {number}", "list", str(error))
                     continue
-                yield Item(key, RowPlace(path, self.image, group, row), found)
+                if key in seen:
+                    reason = f"{path} contains the key {key!r} twice; keys must differ"
+                    yield Failure(f"{shard}/row {number}", "list", reason)
+                    continue
+                seen.add(key)
+                yield item
 
     def __str__(self) -> str:
-        columns = ", ".join(f"{one}" for one in (self.image, self.key, self.labels))
-        return f"rows in {_folder(self.paths)}, columns {columns}"
+        return (
+            f"rows in {_common_folder(self.paths)}, columns {self.image}, {self.key}, {self.labels}"
+        )
 
 
 @dataclass(frozen=True)
@@ -197,12 +192,8 @@ class RowPlace:
     row: int
 
     def open(self) -> BytesIO:
-        """Read the row; a group of rows is read at once, and kept for those that follow.
-
-        Raises:
-            DataError: the row holds no bytes.
-        """
-        value = _column(self.path, self.column, self.group)[self.row].as_py()
+        """Read the row; its group of rows is read as a whole and cached for the next rows."""
+        value = _row_group(self.path, self.column, self.group)[self.row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise DataError(f"{self} holds {type(data).__name__}, expected the bytes of an image")
@@ -213,11 +204,11 @@ class RowPlace:
 
 
 @lru_cache(maxsize=1)
-def _column(path: Path, column: str, group: int) -> Any:
-    return _parquet(path).read_row_group(group, columns=[column]).column(0)
+def _row_group(path: Path, column: str, group: int) -> Any:
+    return _open_parquet(path).read_row_group(group, columns=[column]).column(0)
 
 
-def _parquet(path: Path) -> Any:
+def _open_parquet(path: Path) -> Any:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -228,13 +219,5 @@ def _parquet(path: Path) -> Any:
         raise DataError(f"{path} cannot be read as Parquet ({error}); copy it again") from error
 
 
-def _new(key: str, seen: set[str], path: Path) -> str:
-    if key in seen:
-        raise DataError(f"{path} holds the key {key!r} more than once; keys must differ")
-    seen.add(key)
-    return key
-
-
-def _folder(paths: Sequence[Path]) -> str:
-    """The folder that all the paths lie in."""
+def _common_folder(paths: Sequence[Path]) -> str:
     return printable(os.path.commonpath([path.resolve().parent for path in paths]))

@@ -1,79 +1,99 @@
-"""Where the images of a bulk run come from: folders, lists, data sets, shards; and their labels."""
+"""The images of a bulk run: folders, lists, data sets and shards, with their labels."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
-from camkit.bulk.camfiles import PHOTO_ENDINGS, ImageLabels
-from camkit.bulk.items import FilePlace, Item, Refused, printable, safe_key, without_ending
+from camkit.bulk.camfiles import ImageLabels
+from camkit.bulk.items import (
+    IMAGE_SUFFIXES,
+    Failure,
+    FilePlace,
+    Item,
+    is_image,
+    printable,
+    safe_key,
+    split_line,
+    without_suffix,
+)
+from camkit.bulk.shards import ParquetRows, TarShards
 from camkit.data import DataSet
+from camkit.data.folders import find_layout, open_dataset
 from camkit.errors import DataError
 
-ENDINGS = (*PHOTO_ENDINGS, ".gif", ".jfif", ".avif")
+SourceKind: TypeAlias = Literal["auto", "folder", "list", "dataset", "tar", "parquet"]
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Images in an order that is always the same; its text is part of the settings of a run.
+    """Images in a fixed order; the text of a source is part of the settings of a run.
 
-    It may be gone through many times, and holds no list of all images where it can do without.
+    A source is iterated several times. It should not hold a list of all images.
     """
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The names that the classes of the items count; None where items have none."""
+        """Names of the classes that items give by index; None if there are none."""
 
-    def __iter__(self) -> Iterator[Item | Refused]: ...
+    def __iter__(self) -> Iterator[Item | Failure]: ...
 
 
-@dataclass(frozen=True)
-class PhotoFolder:
-    """All photos below a folder, told by their endings; links to folders are followed.
-
-    Keys are paths below the folder without their endings. Of two photos that differ by their ending
-    alone both keep it. Entries whose name begins with a dot are left out.
-    """
+class _BelowRoot:
+    """A source of photos below a folder, which identifies the source in the settings."""
 
     root: Path
-    classes: None = None
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
-            raise DataError(f"{self.root} is not a folder; name the one that holds the photos")
-
-    def __iter__(self) -> Iterator[Item | Refused]:
-        return _walk(self.root, "", ())
+            raise DataError(f"{self.root} is not a folder; give the folder of the photos")
 
     def __str__(self) -> str:
         return f"folder {printable(os.fspath(self.root.resolve()))}"
 
 
-def _walk(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[Item | Refused]:
+@dataclass(frozen=True)
+class PhotoFolder(_BelowRoot):
+    """All photos below a folder, recognised by their suffix; links to folders are followed.
+
+    Keys are paths below the folder without suffix. Photos that differ only in their suffix keep it.
+    Names that start with a dot are skipped.
+    """
+
+    root: Path
+    classes: None = None
+
+    def __iter__(self) -> Iterator[Item | Failure]:
+        return _walk(self.root, "", ())
+
+
+def _walk(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[Item | Failure]:
     try:
         real = os.path.realpath(folder)
         with os.scandir(folder) as entries:
-            names = sorted((one.name, _is_folder(one)) for one in entries if one.name[0] != ".")
+            names = sorted(
+                (entry.name, _is_folder(entry)) for entry in entries if entry.name[0] != "."
+            )
     except OSError as error:
-        yield Refused(printable(prefix) or ".", f"{folder} cannot be listed ({error.strerror})")
+        reason = f"{folder} cannot be listed ({error.strerror})"
+        yield Failure(printable(prefix) or ".", "list", reason)
         return
     if real in above:
-        yield Refused(printable(prefix), f"{folder} is a link to a folder that it lies in")
+        reason = f"{folder} is a link to a folder that contains it"
+        yield Failure(printable(prefix), "list", reason)
         return
-    photos = [name for name, is_folder in names if not is_folder and _is_photo(name)]
-    counts: dict[str, int] = {}
-    for name in photos:
-        stem = without_ending(printable(name))
-        counts[stem] = counts.get(stem, 0) + 1
+    photos = [name for name, is_folder in names if not is_folder and is_image(name)]
+    stems = Counter(without_suffix(printable(name)) for name in photos)
     for name, is_folder in names:
         if is_folder:
             yield from _walk(folder / name, f"{prefix}{name}/", (*above, real))
-        elif _is_photo(name):
-            stem = without_ending(printable(name))
-            kept = stem if counts[stem] == 1 else printable(name)
-            yield Item(printable(prefix) + kept, FilePlace(folder / name))
+        elif is_image(name):
+            stem = without_suffix(printable(name))
+            key = printable(prefix) + (stem if stems[stem] == 1 else printable(name))
+            yield Item(key, FilePlace(folder / name))
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
@@ -83,58 +103,56 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _is_photo(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in ENDINGS  # noqa: PTH122 - millions of names
-
-
 @dataclass(frozen=True)
-class PhotoList:
-    """The photos that a list names, one a line, or between NUL characters as of ``find -print0``.
+class PhotoList(_BelowRoot):
+    """The photos of a list file, one per line, or separated by NUL (``find -print0``).
 
-    A line may hold the path of a mask behind that of the photo (PSA), or class indices (CLIP-ES on
-    COCO). Paths begin at ``root``, absolute ones too where they lie below it; a name without an
-    ending gets the one of the file that is there.
+    After the path of a photo, a line may contain the path of a mask (PSA) or class indices (CLIP-ES
+    on COCO). Absolute paths must lie below ``root``; a name without suffix gets that of the file
+    that exists.
 
     Attributes:
         path: the list.
-        root: folder of the photos.
+        root: folder that relative paths start at.
     """
 
     path: Path
     root: Path
     classes: None = None
 
-    def __post_init__(self) -> None:
-        if not self.root.is_dir():
-            raise DataError(f"{self.root} is not a folder; name the one that holds the photos")
-
-    def __iter__(self) -> Iterator[Item | Refused]:
+    def __iter__(self) -> Iterator[Item | Failure]:
         seen: dict[str, int] = {}
-        for number, line in enumerate(_lines(self.path), start=1):
+        for number, line in enumerate(self._lines(), start=1):
             try:
-                item = self._item(line)
+                name, classes = split_line(line)
+                relative = self._relative(name)
+                key = safe_key(relative)
             except DataError as error:
-                yield Refused(printable(line), f"{self.path}, entry {number}: {error}")
+                reason = f"{self.path}, entry {number}: {error}"
+                yield Failure(printable(line), "list", reason)
                 continue
-            if item.key in seen:
-                reason = f"is entry {seen[item.key]} of {self.path} already; remove one"
-                yield Refused(f"{item.key} (entry {number})", reason)
+            key = without_suffix(key) if is_image(key) else key
+            if key in seen:
+                reason = f"is entry {seen[key]} of {self.path} already; remove one"
+                yield Failure(f"{key} (entry {number})", "list", reason)
                 continue
-            seen[item.key] = number
-            yield item
+            seen[key] = number
+            path = self.root / relative
+            if not is_image(path.name):
+                candidates = (path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES)
+                path = next((file for file in candidates if file.is_file()), path)
+            yield Item(key, FilePlace(path), classes)
 
-    def _item(self, line: str) -> Item:
-        first, *others = line.split()
-        indices = bool(others) and all(other.isdigit() for other in others)
-        if not indices and not _is_photo(first):
-            first = line  # a name with spaces in it
-        relative = self._relative(first)
-        key = safe_key(relative)
-        return Item(
-            without_ending(key) if _is_photo(key) else key,
-            FilePlace(_with_ending(self.root / relative)),
-            tuple(sorted({int(other) for other in others})) if indices else None,
-        )
+    def _lines(self) -> Iterator[str]:
+        """Yield the entries that are not blank; bytes that are not UTF-8 are kept."""
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read ({error.strerror}); check it") from error
+        data = data.removeprefix(b"\xef\xbb\xbf")
+        for raw in data.split(b"\0") if b"\0" in data else data.splitlines():
+            if raw.strip():
+                yield os.fsdecode(raw.strip(b"\r\n") if b"\0" in data else raw.strip())
 
     def _relative(self, text: str) -> str:
         path = PurePosixPath(text)
@@ -143,32 +161,10 @@ class PhotoList:
         for root in (self.root, self.root.resolve()):
             if path.is_relative_to(root):
                 return str(path.relative_to(root))
-        below = text.lstrip("/")  # lists of PSA begin with a slash: /JPEGImages/a.jpg
+        below = text.lstrip("/")  # PSA's lists start with a slash: /JPEGImages/a.jpg
         if Path(text).exists() and not (self.root / below).exists():
-            raise DataError(f"{printable(text)} lies outside of {self.root}; name another --root")
+            raise DataError(f"{printable(text)} lies outside of {self.root}; give another --root")
         return below
-
-    def __str__(self) -> str:
-        return f"folder {printable(os.fspath(self.root.resolve()))}"
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The entries of a list that are not blank; bytes that are no UTF-8 stay what they are."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check it") from error
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    for raw in data.split(b"\0") if b"\0" in data else data.splitlines():
-        if raw.strip():
-            yield os.fsdecode(raw.strip(b"\r\n") if b"\0" in data else raw.strip())
-
-
-def _with_ending(path: Path) -> Path:
-    if _is_photo(path.name):
-        return path
-    found = [path.with_name(path.name + ending) for ending in ENDINGS]
-    return next((one for one in found if one.is_file()), path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,13 +178,13 @@ class DataSetPhotos:
     def classes(self) -> tuple[str, ...]:
         return self.dataset.classes
 
-    def __iter__(self) -> Iterator[Item | Refused]:
+    def __iter__(self) -> Iterator[Item | Failure]:
         return iter(self._entries)
 
-    @cached_property  # without a file of labels, every mask is read for them
-    def _entries(self) -> tuple[Item | Refused, ...]:
+    @cached_property  # without a label file, the labels are read from every mask
+    def _entries(self) -> tuple[Item | Failure, ...]:
         return tuple(
-            Refused(f"{self.split}, entry {number}", str(entry))
+            Failure(f"{self.split}, entry {number}", "list", str(entry))
             if isinstance(entry, DataError)
             else Item(printable(entry.name), FilePlace(entry.photo), entry.classes)
             for number, entry in enumerate(self.dataset.entries(self.split), start=1)
@@ -200,27 +196,87 @@ class DataSetPhotos:
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """The images of another source, with the classes that a file of labels gives their names.
+    """The images of another source with the classes of a label file.
 
     Attributes:
         source: of the images.
-        labels: by the last part of a key, or by the whole.
+        labels: found by the last part of a key, or by the whole key.
     """
 
     source: Source
     labels: ImageLabels
     classes: None = None
 
-    def __iter__(self) -> Iterator[Item | Refused]:
-        for one in self.source:
-            if isinstance(one, Refused):
-                yield one
+    def __iter__(self) -> Iterator[Item | Failure]:
+        for entry in self.source:
+            if isinstance(entry, Failure):
+                yield entry
                 continue
-            name = one.key if one.key in self.labels.classes else one.key.rpartition("/")[2]
+            key = entry.key
+            name = key if key in self.labels.classes else key.rpartition("/")[2]
             try:
-                yield replace(one, classes=self.labels.of(name))
+                yield replace(entry, classes=self.labels.of(name))
             except DataError as error:
-                yield Refused(one.key, str(error))
+                yield Failure(key, "list", str(error))
 
     def __str__(self) -> str:
         return str(self.source)
+
+
+def open_source(  # noqa: PLR0913 - each kind of source has its own settings
+    path: Path,
+    *,
+    kind: SourceKind = "auto",
+    split: str | None = None,
+    root: Path | None = None,
+    image: str = "image",
+    key: str | None = None,
+    labels: str | None = None,
+) -> Source:
+    """Open a folder, a list, a data set or shards.
+
+    Args:
+        path: of the source.
+        kind: what the path is; "auto" decides by its suffix or by what the folder contains.
+        split: of a data set; may be omitted if it has only one.
+        root: folder that the paths of a list start at; None is the folder of the list.
+        image: Parquet column with the bytes of the images.
+        key: Parquet column with the names; None numbers the rows.
+        labels: Parquet column with class indices.
+
+    Raises:
+        DataError: the path does not exist, or is not of this kind.
+    """
+    if kind not in get_args(SourceKind):
+        known = ", ".join(get_args(SourceKind))
+        raise ValueError(f"`kind` must be one of {known}, got {kind!r}")
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a folder, a list or shards of images")
+    kind = _kind(path) if kind == "auto" else kind
+    if kind == "folder":
+        return PhotoFolder(path)
+    if kind == "list":
+        return PhotoList(path, path.parent if root is None else root)
+    if kind == "dataset":
+        dataset = open_dataset(path)
+        split = split or (dataset.splits[0] if len(dataset.splits) == 1 else None)
+        if split not in dataset.splits:
+            raise DataError(
+                f"{path} has the splits {', '.join(dataset.splits)}; choose one (--split), "
+                f"got {split}"
+            )
+        return DataSetPhotos(dataset, split)
+    paths = tuple(sorted(path.glob(f"*.{kind}"))) if path.is_dir() else (path,)
+    if not paths:
+        raise DataError(f"{path} contains no .{kind} files directly")
+    return TarShards(paths) if kind == "tar" else ParquetRows(paths, image, key, labels)
+
+
+def _kind(path: Path) -> SourceKind:
+    kinds: dict[str, SourceKind] = {".tar": "tar", ".parquet": "parquet"}
+    if not path.is_dir():
+        return kinds.get(path.suffix.lower(), "list")
+    for suffix, kind in kinds.items():
+        if next(path.glob(f"*{suffix}"), None):
+            return kind
+    return "folder" if find_layout(path) is None else "dataset"

@@ -1,23 +1,22 @@
-"""What happens to an image of a bulk run, stage by stage: read, forward, finish.
+"""The stages of a bulk run up to the maps: read, batch, forward.
 
-chunks(source, size)            -> Iterator[tuple[Item | Refused, ...]]
-    read(item, reading)             -> Prepared                   any core
-    batches(prepared, recipe)       -> list[tuple[Prepared, ...]] of one size each
-    forward(pipeline, recipe, batch)-> list[Maps | Failure]       where the model is
-    finish(maps, writing, folder)   -> Made                       any core; writes mask and maps
-    write_part(made, folder, name)  -> list[Made]                 only for maps in Parquet, by chunk
+chunks(source, size)             -> Iterator[tuple[Item | Failure, ...]]
+    read(item, loading)              -> ReadImage                     any core
+    batches(images, recipe)          -> list[tuple[ReadImage, ...]]   of one size each
+    forward(pipeline, recipe, batch) -> list[Maps | Failure]          where the model is
+    finish(maps, writing, folder)    -> ImageResult                   any core; writes the files
+    write_part(results, folder, name)-> list[ImageResult]             Parquet only, once per chunk
 
-The last two are in finishing.py. Around them, `camkit.bulk.plan.plan(chunk, journal)` says what
-of a chunk is left to do, and `camkit.bulk.journal.Journal` keeps what is done.
+The last two are in finishing.py; ledger.py plans the chunks and records the results.
 
-All that goes in and comes out can be pickled. The same chunk gives the same bytes, whoever runs it
-and however often: batches depend on the chunk alone, so a chunk is planned whole even where part
-of it is done. `read`, `forward` and `finish` tell what is wrong with an image by `CamkitError`,
-``ValueError`` or a `Failure`; an `OutputError` is of the folder of the results and ends the run.
+All arguments and results can be pickled. The same chunk gives the same bytes in every engine,
+however often it is interrupted, because batches depend on the chunk alone: a chunk is planned
+whole even if some of its images are done. A ``CamkitError`` or ``ValueError`` of a stage concerns
+one image; an `OutputError` concerns the results folder and ends the run.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -25,14 +24,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from camkit.bulk.items import Item
-from camkit.bulk.recipe import Reading, Recipe
-from camkit.bulk.workers import Failure
-from camkit.capture.record import Capture
+from camkit.bulk.items import Failure, Item
+from camkit.bulk.recipe import Loading, Recipe
 from camkit.errors import CamkitError, DataError
-from camkit.photo import Photo, photo_from_array, picture_from_file
+from camkit.photo import picture_from_file
 from camkit.pipeline import Pipeline, fits_a_byte, mask_legend
 from camkit.seeds import PredictedClasses
 
@@ -48,7 +45,7 @@ class ReadImage:
         source: where its bytes are, as text.
         rgb: colours in 0..255.
         size: rows and columns of the photo itself.
-        classes: asked of it, from 0; None lets the classifier guess.
+        classes: of the image, from 0; None if the source has no labels.
     """
 
     key: str
@@ -57,52 +54,48 @@ class ReadImage:
     size: tuple[int, int]
     classes: tuple[int, ...] | None
 
+    def __str__(self) -> str:
+        return self.key
+
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """Class maps as the model and the refiners beside it left them.
+    """Class maps after the model and the refiners that need its attention.
 
     Attributes:
-        key: of the item.
-        source: where its bytes are, as text.
-        rgb: the picture, for refiners that follow its colours.
-        size: rows and columns of the photo itself.
-        classes: one for each map, from 0.
+        image: the picture.
+        classes: of each map, from 0.
         cam: in [0, 1], of any size.
-        by_class: masks hold class + 1; else, with too many classes for a byte, the slot + 1.
-        row: what the manifest says of it so far, JSON-ready.
+        by_class: masks hold class + 1; if there are too many classes for a byte, the slot + 1.
+        row: its line of the manifest so far, JSON-ready.
     """
 
-    key: str
-    source: str
-    rgb: UInt8[np.ndarray, "H W 3"]
-    size: tuple[int, int]
+    image: ReadImage
     classes: tuple[int, ...]
     cam: Float[np.ndarray, "k h w"]
     by_class: bool
-    row: dict[str, Any] = field(default_factory=dict)
+    row: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.image.key
 
 
 def chunks(entries: Iterable[Entry], size: int) -> Iterator[tuple[Entry, ...]]:
-    """Cut the entries of a source into chunks, in their order.
+    """Cut the entries of a source into chunks, in order.
 
     >>> list(chunks("abcde", 2))
     [('a', 'b'), ('c', 'd'), ('e',)]
     """
-    found = iter(entries)
-    while chunk := tuple(islice(found, size)):
+    left = iter(entries)
+    while chunk := tuple(islice(left, size)):
         yield chunk
 
 
-def read(item: Item, reading: Reading) -> ReadImage:
-    """Read an image and bring it to the size of the model.
-
-    Raises:
-        DataError: it cannot be read, or is larger than allowed.
-    """
+def read(item: Item, loading: Loading) -> ReadImage:
+    """Read an image and bring it to the size of the model."""
     source = str(item.place)
-    allowed = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = reading.max_pixels
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = loading.max_pixels
     try:
         with item.place.open() as file:
             picture = picture_from_file(file, source)
@@ -110,126 +103,99 @@ def read(item: Item, reading: Reading) -> ReadImage:
         if not isinstance(error.__cause__, (Image.DecompressionBombError, Warning)):
             raise
         raise DataError(
-            f"{source} holds more than the {reading.max_pixels} pixels allowed; raise the limit "
-            "(--max-pixels) if you know where it comes from"
+            f"{source} has more than the {loading.max_pixels} pixels allowed; raise the limit "
+            "(--max-pixels) if you trust its origin"
         ) from error
     finally:
-        Image.MAX_IMAGE_PIXELS = allowed
-    photo = _photo(picture, reading, reading.size)
-    small = (photo.rgb[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-    return ReadImage(item.key, source, small, photo.size, item.classes)
+        Image.MAX_IMAGE_PIXELS = limit
+    photo = loading.photo(picture)
+    rgb = (photo.rgb[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    return ReadImage(item.key, source, rgb, photo.size, item.classes)
 
 
-def batches(prepared: Sequence[ReadImage], recipe: Recipe) -> list[tuple[ReadImage, ...]]:
-    """Put the pictures of a chunk that go through the model together into batches, in order.
+def batches(images: Sequence[ReadImage], recipe: Recipe) -> list[tuple[ReadImage, ...]]:
+    """Batch the pictures of a chunk by size, in order.
 
-    Those of which no class is asked need no model and stay among themselves.
+    Pictures without any class need no model and form batches of their own.
     """
     groups: dict[tuple[Any, ...], list[ReadImage]] = {}
-    for one in prepared:
-        unasked = _asked(one, recipe) == ()
-        groups.setdefault((one.rgb.shape, unasked), []).append(one)
+    for image in images:
+        empty = _known_classes(image, recipe) == ()
+        groups.setdefault((image.rgb.shape, empty), []).append(image)
     return [batch for group in groups.values() for batch in chunks(group, recipe.batch)]
 
 
 def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> list[Maps | Failure]:
-    """Run the model on pictures of one size.
+    """Run the model on a batch.
 
-    Where a batch cannot be run, each picture of it is tried alone, so that only the one at fault
-    fails.
+    If a batch fails, each of its pictures is run alone, so that only those at fault fail.
 
-    Args:
-        pipeline: of the same recipe, see `Recipe.pipeline`.
-        recipe: the settings.
-        batch: from `batches`.
+    Raises:
+        CamkitError: the batch does not fit the memory of the device.
     """
     try:
         return list(_forward(pipeline, recipe, batch))
+    except torch.OutOfMemoryError as error:
+        rows, cols = batch[0].rgb.shape[:2]
+        raise CamkitError(
+            f"{len(batch)} images of {rows}x{cols} do not fit the memory of the model's device; "
+            "use smaller batches (--batch)"
+        ) from error
     except (CamkitError, ValueError) as error:
         if len(batch) == 1:
-            return [Failure(batch[0].key, " ".join(str(error).split()))]
-    return [found for one in batch for found in forward(pipeline, recipe, (one,))]
+            return [Failure(batch[0].key, "model", " ".join(str(error).split()))]
+    return [outcome for image in batch for outcome in forward(pipeline, recipe, (image,))]
 
 
-def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> list[Maps]:
-    asked = [_asked(one, recipe) for one in batch]
-    if any(classes is None for classes in asked) and not isinstance(
-        recipe.labels, PredictedClasses
-    ):
-        raise DataError("no classes are known of it; give labels, or let the classifier guess")
-    if all(classes == () for classes in asked):
-        return [_maps(one, (), np.zeros((0, 1, 1), np.float32), recipe) for one in batch]
-    photos = [_photo(one.rgb, recipe.reading, one.rgb.shape[:2]) for one in batch]
-
-    def slots(capture: Capture) -> Tensor:
-        return (
-            recipe.labels(capture)
-            if isinstance(recipe.labels, PredictedClasses)
-            else _padded(asked)
+def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> Iterator[Maps]:
+    cams = np.zeros((len(batch), 0, 1, 1), np.float32)
+    slots: list[list[int]] = [[]] * len(batch)
+    names: tuple[tuple[str, ...], ...] = ((),) * len(batch)
+    outputs, known = None, 0
+    labels = _class_request(recipe, batch)
+    if labels is not None:
+        photos = [recipe.loading.photo(image.rgb, image.rgb.shape[:2]) for image in batch]
+        stages = pipeline.stages(
+            torch.cat([photo.pixels for photo in photos]),
+            rgb=torch.cat([photo.rgb for photo in photos]),
+            classes=labels,
         )
+        cams, slots = stages.cam.float().cpu().numpy(), stages.classes.tolist()
+        names, known, outputs = stages.names, stages.known, stages.capture.outputs
+    for number, image in enumerate(batch):
+        classes = tuple(index for index in slots[number] if index >= 0)
+        legend = mask_legend(classes, names[number], known)
+        row = {
+            "key": image.key,
+            "source": image.source,
+            "size": list(image.size),
+            "model_size": list(image.rgb.shape[:2]),
+            "classes": [
+                {"index": index, "name": name}
+                for index, name in zip(classes, names[number], strict=True)
+            ],
+            "legend": {str(value): name for value, name in legend.items()},
+            "most_probable_output": None if outputs is None else int(outputs[number].argmax()),
+        }
+        cam = np.ascontiguousarray(cams[number, : len(classes)])
+        yield Maps(image, classes, cam, fits_a_byte(known), row)
 
-    stages = pipeline.stages(
-        torch.cat([photo.pixels for photo in photos]),
-        rgb=torch.cat([photo.rgb for photo in photos]),
-        classes=slots,
-    )
-    cams = stages.cam.float().cpu()
-    found = []
-    for slot, one in enumerate(batch):
-        classes = tuple(index for index in stages.classes[slot].tolist() if index >= 0)
-        outputs = stages.capture.outputs
-        best = None if outputs is None else int(outputs[slot].argmax())
-        known = int(stages.capture.scores.shape[-1])
-        cam = cams[slot, : len(classes)].contiguous().numpy()
-        found.append(_maps(one, classes, cam, recipe, known=known, best=best))
-    return found
+
+def _class_request(recipe: Recipe, batch: Sequence[ReadImage]) -> Any:
+    """Return the classes to request from the pipeline; None if no picture has any."""
+    rows = [_known_classes(image, recipe) for image in batch]
+    if all(row == () for row in rows):
+        return None
+    if isinstance(recipe.labels, PredictedClasses):
+        return recipe.labels
+    if any(row is None for row in rows):
+        raise DataError("the image has no labels; give labels, or let the classifier predict")
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=-1)
 
 
-def _asked(one: ReadImage, recipe: Recipe) -> tuple[int, ...] | None:
+def _known_classes(image: ReadImage, recipe: Recipe) -> tuple[int, ...] | None:
+    """Return the classes of an image before the model runs; None if only the model knows."""
     if isinstance(recipe.labels, PredictedClasses):
         return None
-    return one.classes if recipe.labels is None else recipe.labels
-
-
-def _padded(classes: Sequence[tuple[int, ...] | None]) -> Tensor:
-    rows = [row or () for row in classes]
-    width = max(1, *(len(row) for row in rows))
-    return torch.tensor([[*row, *([-1] * (width - len(row)))] for row in rows])
-
-
-def _maps(
-    one: ReadImage,
-    classes: tuple[int, ...],
-    cam: Float[np.ndarray, "k h w"],
-    recipe: Recipe,
-    *,
-    known: int = 0,
-    best: int | None = None,
-) -> Maps:
-    vocabulary = recipe.vocabulary
-    names = tuple(str(one) if vocabulary is None else vocabulary.names[one] for one in classes)
-    row = {
-        "key": one.key,
-        "source": one.source,
-        "size": list(one.size),
-        "model_size": list(one.rgb.shape[:2]),
-        "classes": [
-            {"index": index, "name": name} for index, name in zip(classes, names, strict=True)
-        ],
-        "legend": {str(value): name for value, name in mask_legend(classes, names, known).items()},
-        "most_probable_output": best,
-    }
-    by_class = fits_a_byte(known)
-    return Maps(one.key, one.source, one.rgb, one.size, classes, cam, by_class, row)
-
-
-def _photo(
-    picture: UInt8[np.ndarray, "H W 3"], reading: Reading, size: int | tuple[int, ...]
-) -> Photo:
-    return photo_from_array(
-        picture,
-        size=size if isinstance(size, int) else (size[0], size[1]),
-        mean=reading.mean,
-        std=reading.std,
-        multiple=reading.multiple,
-    )
+    return image.classes if recipe.labels is None else recipe.labels

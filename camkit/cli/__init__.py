@@ -1,4 +1,4 @@
-"""The command line: demo, cam, run, bench, doctor; data, refine, mask, eval need no model."""
+"""The command line; `data`, `refine`, `mask` and `eval` need no model."""
 
 import argparse
 import sys
@@ -36,13 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 when all went well, 1 when something could not be done, 2 for a wrong command line.
+        0 on success, 1 after an error, 2 for a wrong command line.
     """
     parser = argparse.ArgumentParser(
         prog="camkit",
         description="Pixel masks from a pretrained Vision Transformer and image-level labels.",
         epilog="`camkit COMMAND --help` shows examples.",
     )
+    arguments = sys.argv[1:] if arguments is None else arguments
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").strip().splitlines()[0]
@@ -53,19 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(command)
+        if name in arguments[:1]:  # no other command needs its options now
+            module.add_arguments(command)
         command.set_defaults(execute=module.execute)
     options = parser.parse_args(arguments)
     try:
         return int(options.execute(options))
     except (CamkitError, ValueError, OSError) as error:
-        return complain(error)
+        print(f"camkit: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("camkit: interrupted; finished results are kept", file=sys.stderr)
         return 1
-
-
-def complain(error: Exception) -> int:
-    """Say what went wrong in one line."""
-    print(f"camkit: {' '.join(str(error).split())}", file=sys.stderr)
-    return 1

@@ -1,4 +1,4 @@
-"""Compile the CUDA kernels of attention ahead of time; otherwise it happens on first use."""
+"""Compile the CUDA kernels of attention ahead of time, instead of on first use."""
 
 import argparse
 
@@ -8,8 +8,9 @@ EXAMPLES = """examples:
   camkit build-kernels                      (for the GPUs of this machine, or 8.0 and 9.0)
   camkit build-kernels --arch 80 89 90
 
-Needs nvcc and a C++ compiler, no GPU. The result is kept in $CAMKIT_CACHE, else in ~/.cache/camkit:
-copy that folder to machines that have no compiler. CAMKIT_KERNEL=0 switches the kernels off."""
+This needs nvcc and a C++ compiler, but no GPU. The result goes to $CAMKIT_CACHE, or to
+~/.cache/camkit; copy that folder to machines without a compiler. CAMKIT_KERNEL=0 disables the
+kernels."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def execute(options: argparse.Namespace) -> int:
     if path is not None:
         print(f"already built: {path}")
         return 0
-    print("compiling, a few minutes", flush=True)
+    print("compiling; this takes a few minutes", flush=True)
     path = kernels.build(options.arch)
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MB)")
     return 0

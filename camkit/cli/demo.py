@@ -1,4 +1,4 @@
-"""Show the main job on real photos: a contact sheet, and mIoU before and after refinement."""
+"""Show camkit on real photos: a contact sheet, and mIoU before and after refinement."""
 
 import argparse
 import sys
@@ -29,11 +29,11 @@ from camkit.score import class_iou, confusion_matrix, mean_iou
 
 EXAMPLES = """examples:
   camkit demo
-  camkit demo --model demo --out pictures     the model that comes with camkit, nobody is asked
+  camkit demo --model demo --out pictures     the model that comes with camkit, no download
   CAMKIT_DATA=data camkit demo --images 100
 
-Shows photos of voc12_animals/ (VOC layout, with masks) in the folder that CAMKIT_DATA names.
-Without such a folder it shows four photographs that come with scikit-image."""
+Shows photos of voc12_animals/ (VOC layout, with masks) in the folder in CAMKIT_DATA, or else four
+photographs that come with scikit-image."""
 
 CLASSES = ("cat", "dog", "horse", "cow", "sheep", "person")
 TITLES = ("photo", "seed", "refined", "mask", "ground truth")
@@ -47,16 +47,16 @@ EMBEDDED_SCORES = {"seed": 0.05, "refined": 0.45}
 _NO_BENCHMARK = """{photographs} no benchmark: this shows how camkit works, not how well.
 {model}
 mIoU in % over {names}; background scores were picked on other
-photos; what is in each photo is told beforehand.
+photos, and the classes of each photo are given.
 """
-_DEFAULT = "How well it works is measured in the README's table."
-_EMBEDDED = """The model is the small one that comes with camkit. It needs no download, and is worse
-than the default model at telling what is in a photo; docs/start.md compares both."""
+_DEFAULT = "The README's table shows how well it works."
+_EMBEDDED = """The model is the small one that comes with camkit. It needs no download, but it
+recognises classes less well than the default model; docs/start.md compares both."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What one demo has to show."""
+class Demo:
+    """Contact sheet and table of a demo."""
 
     rows: list[list[np.ndarray]]
     captions: list[str]
@@ -82,25 +82,25 @@ def execute(options: argparse.Namespace) -> int:
     animals = None if folder is None else folder / "voc12_animals"
     if animals is not None and animals.is_dir():
         dataset = open_dataset(animals)
-        shown = _many(opened, dataset, images=options.images, count=options.photos)
+        result = _benchmark(opened, dataset, images=options.images, count=options.photos)
     else:
         print(
-            f"{animals or 'CAMKIT_DATA with voc12_animals/'} is not there; "
+            f"{animals or 'CAMKIT_DATA with voc12_animals/'} does not exist; "
             "showing photographs that come with scikit-image",
             file=sys.stderr,
         )
-        shown = _few(opened, demo_photos(), count=options.photos)
+        result = _photographs(opened, demo_photos(), count=options.photos)
     options.out.mkdir(parents=True, exist_ok=True)
     sheet = options.out / "sheet.png"
-    save_picture(contact_sheet(shown.rows, titles=TITLES, captions=shown.captions), sheet)
-    (options.out / "table.md").write_text(shown.table, encoding="utf-8")
-    print(shown.table)
-    print(f"look at {sheet}")
+    save_picture(contact_sheet(result.rows, titles=TITLES, captions=result.captions), sheet)
+    (options.out / "table.md").write_text(result.table, encoding="utf-8")
+    print(result.table)
+    print(f"wrote {sheet}")
     return 0
 
 
-def _many(opened: OpenedModel, dataset: DataSet, *, images: int, count: int) -> Shown:
-    """Background scores and figures by the rules of `camkit bench`, on two splits."""
+def _benchmark(opened: OpenedModel, dataset: DataSet, *, images: int, count: int) -> Demo:
+    """Measure with `camkit bench` on two splits, and show photos from all over the second."""
     vocabulary = opened.vocabulary.subset(CLASSES)
     method = default_method(opened)
     base = Variant("seed", replace(method, refine=()))
@@ -114,23 +114,24 @@ def _many(opened: OpenedModel, dataset: DataSet, *, images: int, count: int) -> 
         photos=opened.photos,
         limit=images,
     )
-    pipeline = wrap(
-        opened.model,
-        vocabulary=vocabulary,
-        background_score=report.rows[-1].background_score,
-    )
+    score = report.rows[-1].background_score
+    pipeline = wrap(opened.model, vocabulary=vocabulary, background_score=score)
+    usable = [sample for sample in dataset.split("val") if _present(dataset, sample, CLASSES)]
+    stride = max(1, len(usable) // count)
+    samples = usable[stride // 2 :: stride][:count]
     rows, captions = [], []
-    for sample in tqdm(_chosen(dataset, count), desc="painting", unit="photo", delay=2):
+    for sample in tqdm(samples, desc="painting", unit="photo", delay=2):
         result, truth = _segment(pipeline, opened, dataset, sample, CLASSES)
         rows.append(_row(result, truth))
         captions.append(f"{sample.name}: {', '.join(result.names)}")
-    told = f"{_EMBEDDED}\n\n" if opened.embedded else ""
-    return Shown(rows, captions, told + to_markdown(report))
+    note = f"{_EMBEDDED}\n\n" if opened.embedded else ""
+    return Demo(rows, captions, note + to_markdown(report))
 
 
-def _few(opened: OpenedModel, dataset: DataSet, *, count: int) -> Shown:
-    """Fixed background scores: a handful of photographs is too few to pick any."""
+def _photographs(opened: OpenedModel, dataset: DataSet, *, count: int) -> Demo:
+    """Show a few photographs, with fixed background scores: they are too few to pick any."""
     names = dataset.classes
+    columns = ("background", *names)
     scores = EMBEDDED_SCORES if opened.embedded else SCORES
     pipeline = wrap(
         opened.model,
@@ -138,63 +139,39 @@ def _few(opened: OpenedModel, dataset: DataSet, *, count: int) -> Shown:
         background_score=scores["refined"],
     )
     samples = dataset.split(dataset.splits[0])[:count]
-    totals = dict.fromkeys(scores, torch.zeros(len(names) + 1, len(names) + 1, dtype=torch.int64))
+    totals = dict.fromkeys(scores, torch.zeros(len(columns), len(columns), dtype=torch.int64))
     rows, captions = [], []
     for sample in samples:
         result, truth = _segment(pipeline, opened, dataset, sample, names)
-        counts = _count(result, truth, scores, len(names) + 1)
-        totals = {name: totals[name] + counts[name] for name in scores}
         rows.append(_row(result, truth))
-        before, after = (100 * float(mean_iou(counts[name])) for name in scores)
-        told = f"{sample.name}: {', '.join(result.names)}; mIoU {before:.0f} to {after:.0f}"
-        captions.append(told)
+        seed = resize_cam(result.seed, result.photo.size).clamp(0, 1)
+        shares = []
+        for (name, score), cam in zip(scores.items(), (seed, result.cam), strict=True):
+            mask = to_mask(cam, torch.tensor([result.classes]), background_score=score)[0].cpu()
+            counts = confusion_matrix(truth, mask.long(), num_classes=len(columns))
+            totals[name] = totals[name] + counts
+            shares.append(f"{100 * float(mean_iou(counts)):.0f}")
+        captions.append(f"{sample.name}: {', '.join(result.names)}; mIoU {' to '.join(shares)}")
     photographs = "One photograph is" if len(samples) == 1 else f"{len(samples)} photographs are"
-    told = _NO_BENCHMARK.format(
-        photographs=photographs,
-        model=_EMBEDDED if opened.embedded else _DEFAULT,
-        names=", ".join(("background", *names)),
-    )
-    return Shown(rows, captions, f"{told}\n{_small_table(totals, scores, names)}")
-
-
-def _count(
-    result: Result, truth: Int[Tensor, "H W"], scores: dict[str, float], values: int
-) -> dict[str, Tensor]:
-    """Confusion matrices of the seed and of the refined maps."""
-    seed = resize_cam(result.seed, result.photo.size).clamp(0, 1)
-    classes = torch.tensor([result.classes])
-    found = {}
-    for (name, score), cam in zip(scores.items(), (seed, result.cam), strict=True):
-        mask = to_mask(cam, classes, background_score=score)[0].cpu()
-        found[name] = confusion_matrix(truth, mask.long(), num_classes=values)
-    return found
-
-
-def _small_table(
-    totals: dict[str, Tensor], scores: dict[str, float], names: tuple[str, ...]
-) -> str:
-    columns = ("background", *names)
     lines = [
+        _NO_BENCHMARK.format(
+            photographs=photographs,
+            model=_EMBEDDED if opened.embedded else _DEFAULT,
+            names=", ".join(columns),
+        ),
         f"| maps | background score | mIoU | {' | '.join(columns)} |",
         "|---|---|---|" + "---|" * len(columns),
     ]
     for name, total in totals.items():
-        share = (100 * value for value in class_iou(total).tolist())
-        cells = " | ".join("-" if value != value else f"{value:.0f}" for value in share)
+        by_class = [100 * value for value in class_iou(total).tolist()]
+        cells = " | ".join("-" if value != value else f"{value:.0f}" for value in by_class)
         mean = 100 * float(mean_iou(total))
         lines.append(f"| {name} | {scores[name]:.2f} | {mean:.1f} | {cells} |")
-    return "\n".join(lines) + "\n"
+    return Demo(rows, captions, "\n".join(lines) + "\n")
 
 
 def _present(dataset: DataSet, sample: Sample, classes: tuple[str, ...]) -> list[str]:
     return [dataset.classes[i] for i in sample.classes if dataset.classes[i] in classes]
-
-
-def _chosen(dataset: DataSet, count: int) -> list[Sample]:
-    """Photos spread evenly over the validation split, none of which tuned anything."""
-    usable = [sample for sample in dataset.split("val") if _present(dataset, sample, CLASSES)]
-    stride = max(1, len(usable) // count)
-    return usable[stride // 2 :: stride][:count]
 
 
 def _segment(
@@ -204,7 +181,7 @@ def _segment(
     sample: Sample,
     classes: tuple[str, ...],
 ) -> tuple[Result, Int[Tensor, "H W"]]:
-    """A result and the ground truth; without a mask all of it is background."""
+    """Return the result and the ground truth; without a mask, all of it is background."""
     photo = opened.photos.load(sample.photo)
     result = pipeline(photo, classes=_present(dataset, sample, classes))
     if sample.mask is None:

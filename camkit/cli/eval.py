@@ -14,15 +14,15 @@ import torch
 
 from camkit.atomic import unfinished
 from camkit.bulk import (
+    FileItem,
     ScoreResult,
-    TruthItem,
     pair_truth,
     read_labels,
     read_list,
     score_cams,
     score_masks,
 )
-from camkit.bulk.camfiles import CAM_ENDINGS, MASK_ENDINGS
+from camkit.bulk.camfiles import CAM_SUFFIXES, MASK_SUFFIXES
 from camkit.cli.mask import add_background, background_score
 from camkit.cli.refine import add_workers, show_failures
 from camkit.data import VOC_CLASSES
@@ -31,7 +31,6 @@ from camkit.errors import CamkitError, DataError
 from camkit.mask import power_threshold
 from camkit.score import (
     Definition,
-    Gain,
     class_scores,
     class_table,
     mean_iou,
@@ -47,13 +46,13 @@ EXAMPLES = """examples:
   camkit eval cams --gt SegmentationClass --background-score 0.45
   camkit eval masks --gt masks_coco --num-classes 81 --json result.json
 
-Masks are PNGs whose values are class + 1, and 0 for background; so is ground truth. 255 is left out
-in the truth and counts as background in a mask. CAM files become masks at a background score: the
-one given, the best one on --tune-list, or else the best one on the very images that are scored,
-which flatters them and is called ORACLE. FP and FN are shares of the union: with IoU they add up to
-100. mIoU is the mean over the classes in the truth (present: ToCo, CLIP-ES and most), over those in
-truth or masks (union: IRN), or over all (psa: PSA, MCTformer, TransCAM). --against adds the gain
-over a second folder on the same images, with the 95% interval of a paired bootstrap."""
+Masks are PNGs with class + 1 at each pixel and 0 for background; so is the ground truth. 255 is
+ignored in the truth and counts as background in a mask. CAM files become masks at a background
+score: the one given, the best one on --tune-list, or else the best one on the images that are
+scored, which overestimates them and is called ORACLE. FP and FN are shares of the union: with IoU
+they add up to 100. mIoU is the mean over the classes in the truth (present: ToCo, CLIP-ES and
+most), in truth or masks (union: IRN), or over all (psa: PSA, MCTformer, TransCAM). --against adds
+the gain over a second folder on the same images, with the 95% interval of a paired bootstrap."""
 
 DEFINITIONS: tuple[Definition, ...] = get_args(Definition)
 
@@ -61,41 +60,74 @@ DEFINITIONS: tuple[Definition, ...] = get_args(Definition)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("masks", type=Path, metavar="MASKS", help="folder of masks or CAM files")
     parser.add_argument("--gt", type=Path, required=True, help="folder of ground-truth masks")
-    parser.add_argument("--list", type=Path, help="image names, one a line (default: all of --gt)")
+    parser.add_argument("--list", type=Path, help="image names, one per line (default: all of GT)")
     parser.add_argument(
         "--num-classes",
         type=int,
-        help="how many, with background (default: those of --classes, else 21)",
+        help="number of classes with background (default: those of --classes, else 21)",
     )
-    parser.add_argument("--classes", type=Path, help="file of class names in order, one a line")
+    parser.add_argument("--classes", type=Path, help="file of class names in order, one per line")
     parser.add_argument("--cams", action="store_true", help="MASKS has both: score the CAM files")
     parser.add_argument("--labels", type=Path, help="classes of each image, as for camkit refine")
     parser.add_argument("--tune-list", type=Path, help="images to choose the background score on")
     parser.add_argument(
-        "--resize", action="store_true", help="bring maps of CAM files to the size of the truth"
+        "--resize",
+        action="store_true",
+        help="resize the maps of CAM files to the size of the truth",
     )
     add_background(parser)
-    parser.add_argument("--against", type=Path, help="second folder of the same kind, to compare")
+    parser.add_argument("--against", type=Path, help="second folder of the same kind to compare")
     parser.add_argument(
         "--definition", choices=DEFINITIONS, default="present", help="of mIoU (default: present)"
     )
-    parser.add_argument("--partial", action="store_true", help="leave out images without a mask")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--partial", action="store_true", help="skip images without a mask")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     add_workers(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
     names = _class_names(options)
     cams = _are_cams(options)
-    scored = _score(options, options.masks, cams, len(names))
-    print(_told(options, scored, names))
-    figures = _figures(options, scored, names)
-    failures = scored.failures
+    result = _score(options, options.masks, cams, len(names))
+    failures = result.failures
+    means = {name: float(mean_iou(result.confusion, definition=name)) for name in DEFINITIONS}
+    classes, accuracy = class_scores(result.confusion, names), pixel_accuracy(result.confusion)
+    listed = f" of {options.list}" if options.list else ""
+    others = [f"{n} {percent(mean)}" for n, mean in means.items() if n != options.definition]
+    print(f"{options.masks}: {result.images} images{listed}, truth in {options.gt}")
+    _print_score(options, result)
+    print(f"\n{class_table(classes)}\n")
+    print(
+        f"mIoU ({options.definition}) {percent(means[options.definition])}"
+        f"    by the other definitions: {', '.join(others)}"
+    )
+    print(f"pixel accuracy {percent(accuracy)}")
+    figures: dict[str, object] = {
+        "camkit": version("camkit"),
+        "masks": str(options.masks),
+        "truth": str(options.gt),
+        "images": result.images,
+        "definition": options.definition,
+        "background_score": result.background_score,
+        "background_score_is": None if result.background_score is None else result.choice,
+        "mean_iou": {name: _number(mean) for name, mean in means.items()},
+        "pixel_accuracy": _number(accuracy),
+        "classes": [{k: _number(value) for k, value in asdict(row).items()} for row in classes],
+        "failed": {failure.key: failure.reason for failure in failures},
+    }
     if options.against is not None:
         other = _score(options, options.against, cams, len(names))
         failures += other.failures
-        gain = _gain(scored, other, options.definition)
-        print(f"\n{_told_gain(options, other, gain)}")
+        both = [name for name in result.each if name in other.each]
+        if len(both) < 2:
+            message = f"{len(both)} images are in both folders; a comparison needs at least 2"
+            raise CamkitError(message)
+        base, ours = (torch.stack([side.each[name] for name in both]) for side in (other, result))
+        gain = paired_gain(base, ours, definition=options.definition)
+        print(f"\nagainst {options.against}: mIoU {percent(gain.mean_iou_base)}")
+        _print_score(options, other)
+        low, high = 100 * gain.low, 100 * gain.high
+        print(f"gain {100 * gain.gain:+.2f}, 95% interval {low:+.2f} to {high:+.2f}")
         figures["gain"] = {"against": str(options.against), **asdict(gain)}
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +136,8 @@ def execute(options: argparse.Namespace) -> int:
             draft.write_text(text + "\n", encoding="utf-8")
     show_failures(failures)
     if failures:
-        told = f"camkit: {len(failures)} images could not be counted and are in no figure"
-        print(told, file=sys.stderr)
+        message = f"camkit: {len(failures)} images could not be counted and are in no figure"
+        print(message, file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -121,29 +153,29 @@ def _class_names(options: argparse.Namespace) -> Sequence[str]:
     if count is not None and len(names) != count:
         raise ValueError(
             f"{options.classes} names {len(names)} classes with background, but --num-classes is "
-            f"{count}; leave that out"
+            f"{count}; omit --num-classes"
         )
     return names
 
 
 def _are_cams(options: argparse.Namespace) -> bool:
     if not options.masks.is_dir():
-        raise DataError(f"{options.masks} is not a folder; name the one that holds the masks")
-    endings = {path.suffix.lower() for path in options.masks.iterdir()}
-    cams = bool(options.cams or (endings & set(CAM_ENDINGS) and not endings & set(MASK_ENDINGS)))
-    given = background_score(options)
-    if not cams and (given is not None or options.tune_list or options.resize or options.labels):
+        raise DataError(f"{options.masks} is not a folder; give the folder of the masks")
+    suffixes = {path.suffix.lower() for path in options.masks.iterdir()}
+    cams = options.cams or (suffixes & set(CAM_SUFFIXES) and not suffixes & set(MASK_SUFFIXES))
+    score = background_score(options)
+    if not cams and (score is not None or options.tune_list or options.resize or options.labels):
         raise ValueError(
             f"{options.masks} holds masks: --background-score, --alpha, --tune-list, --labels and "
-            "--resize are for CAM files; --cams takes the CAM files of a folder that holds both"
+            "--resize are for CAM files; --cams scores the CAM files of a folder with both"
         )
-    return cams
+    return bool(cams)
 
 
 def _score(options: argparse.Namespace, folder: Path, cams: bool, num_classes: int) -> ScoreResult:
     labels = None if options.labels is None else read_labels(options.labels)
 
-    def paired(listing: Path | None) -> list[TruthItem]:
+    def paired(listing: Path | None) -> list[FileItem]:
         return pair_truth(
             folder,
             options.gt,
@@ -173,78 +205,15 @@ def _score(options: argparse.Namespace, folder: Path, cams: bool, num_classes: i
     )
 
 
-def _told(options: argparse.Namespace, scored: ScoreResult, names: Sequence[str]) -> str:
-    means = _means(scored)
-    others = [f"{one} {percent(means[one])}" for one in DEFINITIONS if one != options.definition]
-    listed = f" of {options.list}" if options.list else ""
-    return "\n".join(
-        [
-            f"{options.masks}: {scored.images} images{listed}, truth in {options.gt}",
-            *_told_score(options, scored),
-            "",
-            class_table(class_scores(scored.confusion, names)),
-            "",
-            f"mIoU ({options.definition}) {percent(means[options.definition])}"
-            f"    by the other definitions: {', '.join(others)}",
-            f"pixel accuracy {percent(pixel_accuracy(scored.confusion))}",
-        ]
-    )
-
-
-def _told_score(options: argparse.Namespace, scored: ScoreResult) -> list[str]:
-    if scored.background_score is None:
-        return []
-    why = {
-        "given": "as given",
-        "tuned": f"the best on {options.tune_list}",
-        "oracle": "ORACLE: the best on these very images; choose it on others by --tune-list",
-    }
-    return [f"background score {scored.background_score:.4g}, {why[scored.choice]}"]
-
-
-def _means(scored: ScoreResult) -> dict[Definition, float]:
-    return {one: float(mean_iou(scored.confusion, definition=one)) for one in DEFINITIONS}
-
-
-def _figures(
-    options: argparse.Namespace, scored: ScoreResult, names: Sequence[str]
-) -> dict[str, object]:
-    return {
-        "camkit": version("camkit"),
-        "masks": str(options.masks),
-        "truth": str(options.gt),
-        "images": scored.images,
-        "definition": options.definition,
-        "background_score": scored.background_score,
-        "background_score_is": None if scored.background_score is None else scored.choice,
-        "mean_iou": {one: _number(mean) for one, mean in _means(scored).items()},
-        "pixel_accuracy": _number(pixel_accuracy(scored.confusion)),
-        "classes": [
-            {key: _number(value) for key, value in asdict(one).items()}
-            for one in class_scores(scored.confusion, names)
-        ],
-        "failed": {one.name: one.reason for one in scored.failures},
-    }
+def _print_score(options: argparse.Namespace, result: ScoreResult) -> None:
+    if result.background_score is not None:
+        why = {
+            "given": "given",
+            "tuned": f"the best on {options.tune_list}",
+            "oracle": "ORACLE: the best on the images scored; choose it on others with --tune-list",
+        }
+        print(f"background score {result.background_score:.4g}, {why[result.choice]}")
 
 
 def _number(value: object) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _gain(scored: ScoreResult, other: ScoreResult, definition: Definition) -> Gain:
-    names = [name for name in scored.each if name in other.each]
-    if len(names) < 2:
-        raise CamkitError(f"{len(names)} images are in both folders; a comparison needs at least 2")
-    base, ours = (torch.stack([side.each[name] for name in names]) for side in (other, scored))
-    return paired_gain(base, ours, definition=definition)
-
-
-def _told_gain(options: argparse.Namespace, other: ScoreResult, gain: Gain) -> str:
-    low, high = 100 * gain.low, 100 * gain.high
-    return "\n".join(
-        [
-            f"against {options.against}: mIoU {percent(gain.mean_iou_base)}",
-            *_told_score(options, other),
-            f"gain {100 * gain.gain:+.2f}, 95% interval {low:+.2f} to {high:+.2f}",
-        ]
-    )

@@ -30,9 +30,10 @@ refine at half size (camkit.refiners.AtReducedSize). NAME may also be the dotted
 a function."""
 
 METHOD_GRAMMAR = f"""Seeds: {", ".join(list(SEEDS)[:7])},
-{", ".join(list(SEEDS)[7:])}. Edits: {", ".join(EDITS)}, and gates:EDIT
-(random gates of the strength of an edit). Settings follow a colon: gradcam:variant=layercam,
-doei:strength=2. A name may also be the dotted path of a class: camkit.contrib.LogitLensSeed:9."""
+{", ".join(list(SEEDS)[7:])}. Edits: {", ".join(EDITS)}, and
+gates:EDIT (random gates of the strength of an edit). Settings follow a colon: doei:strength=2,
+gradcam:variant=layercam. A name may also be the dotted path of a class, such as
+camkit.contrib.LogitLensSeed:9."""
 
 
 def refiners_help(names: Names = PICTURE_REFINERS) -> str:

@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from camkit.bulk import CamFolder, Failure, FileResult, RefineCam, read_labels, read_list, write_all
+from camkit.bulk import CamFolder, Failure, RefineCam, read_labels, read_list, write_all
+from camkit.bulk.camjobs import CamJob
 from camkit.cli.options import GRAMMAR, refiners_help
 from camkit.method import read_refiners
 from camkit.refiners import chain
@@ -15,16 +17,16 @@ EXAMPLES = f"""examples:
   camkit refine cams --images JPEGImages --refine par:steps=15,scale=0.5+crf:psa --out refined
   camkit refine cams --images JPEGImages --refine guided --form psa --workers 16 --out refined
 
-CAM files are .npy, .npz or .safetensors in any form that camkit.data.read_cam knows; none of their
-code is run. Photos are found by name. Files that are there already are kept, so the same command
-goes on where it was interrupted. Where each file came from and what failed stands in OUT.
+CAM files are .npy, .npz or .safetensors in any form that camkit.data.read_cam supports; they are
+read without running code. Photos are matched by name. Existing files are kept, so the same command
+continues an interrupted run. OUT also gets settings.json, and errors.tsv if files failed.
 
 {GRAMMAR}
 
 {refiners_help()}
 
 Presets of crf: {", ".join(PRESETS)}.
-Behind crf, class and background are even at 0.5: camkit mask OUT --background-score 0.5"""
+After crf, class and background are equal at 0.5: camkit mask OUT --background-score 0.5"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,50 +37,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="STEP",
-        help="refiner and its settings, see below; give it again for steps one after another",
+        help="refiner with settings, see below; repeat the option for further steps",
     )
     parser.add_argument(
         "--form",
         choices=("both", "psa", "irn", "clip-es"),
         default="both",
-        help="whose evaluators can read the result: both = ToCo, CLIP-ES and IRN; psa = MCTformer, "
-        "TransCAM, PSA (default: %(default)s)",
+        help="codebases whose evaluators can read the result: both = ToCo, CLIP-ES and IRN; psa = "
+        "MCTformer, TransCAM, PSA (default: %(default)s)",
     )
 
 
 def execute(options: argparse.Namespace) -> int:
     steps = read_refiners(options.refine)
-    job = RefineCam(steps[0] if len(steps) == 1 else chain(*steps), options.form)
-    written = write_all(
-        job,
-        opened_folder(options),
-        options.out,
-        workers=options.workers,
-        overwrite=options.overwrite,
-    )
-    return tell(written, options.out, "CAM files")
+    refine = steps[0] if len(steps) == 1 else chain(*steps)
+    return write_files(options, RefineCam(refine, options.form), "CAM files")
 
 
 def add_cam_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that every command shares which reads a folder of CAM files and writes another."""
+    """Add the options of the commands that read a folder of CAM files and write another one."""
     parser.add_argument("cams", type=Path, metavar="CAM_DIR", help="folder of CAM files")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=Path, required=True, help="results folder")
     parser.add_argument(
         "--labels",
         type=Path,
-        help="classes of each image, for CAM files that do not say them: cls_labels.npy or JSON",
+        help="classes of each image, for CAM files without them: cls_labels.npy or JSON",
     )
     parser.add_argument(
-        "--list", type=Path, help="file of image names, one a line (default: all CAM files)"
+        "--list", type=Path, help="file of image names, one per line (default: all CAM files)"
     )
     parser.add_argument(
         "--any-aspect",
         action="store_true",
-        help="stretch maps onto photos of another aspect ratio: of models that squash photos",
+        help="stretch maps onto photos of another aspect ratio, for models that resize photos to "
+        "squares",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="make files again that are there already"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="write files again that exist")
     add_workers(parser)
 
 
@@ -86,42 +80,35 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        help="processes to work in, 0 for none but this one (default: one a core)",
+        help="worker processes, 0 for this process only (default: one per core)",
     )
 
 
-def opened_folder(options: argparse.Namespace) -> CamFolder:
-    """The folder of CAM files that the options name."""
-    return CamFolder(
+def write_files(options: argparse.Namespace, job: CamJob, kind: str) -> int:
+    """Run a job on the folder of the options; return the exit status: 1 if files failed, else 0."""
+    folder = CamFolder(
         options.cams,
         options.images,
         labels=None if options.labels is None else read_labels(options.labels),
         names=None if options.list is None else read_list(options.list),
         any_aspect=options.any_aspect,
     )
+    out, workers = options.out, options.workers
+    summary = write_all(job, folder, out, workers=workers, overwrite=options.overwrite)
+    show_failures(summary.failures)
+    kept = f", {summary.kept} existed already" if summary.kept else ""
+    print(f"{out}: {summary.written} {kind} written{kept}")
+    if not summary.failures:
+        return 0
+    failed = len(summary.failures)
+    total = summary.written + summary.kept + failed
+    print(f"camkit: {failed} of {total} failed, see {out / 'errors.tsv'}", file=sys.stderr)
+    return 1
 
 
-def tell(written: FileResult, out: Path, kind: str) -> int:
-    """Say what became of the files.
-
-    Returns:
-        1 when some failed, else 0.
-    """
-    show_failures(written.failures)
-    kept = f", {written.kept} were there already" if written.kept else ""
-    print(f"{out}: {written.written} {kind} written{kept}")
-    if written.failures:
-        total = written.written + written.kept + len(written.failures)
-        print(
-            f"camkit: {len(written.failures)} of {total} failed, listed in {out / 'errors.tsv'}",
-            file=sys.stderr,
-        )
-    return 1 if written.failures else 0
-
-
-def show_failures(failures: tuple[Failure, ...], most: int = 20) -> None:
-    """Tell the first failures on the error stream."""
+def show_failures(failures: Sequence[Failure], most: int = 20) -> None:
+    """Print the first failures on the error stream."""
     for failure in failures[:most]:
-        print(f"camkit: {failure.name}: {failure.reason}", file=sys.stderr)
+        print(f"camkit: {failure.key}: {failure.reason}", file=sys.stderr)
     if len(failures) > most:
         print(f"camkit: ... and {len(failures) - most} more", file=sys.stderr)

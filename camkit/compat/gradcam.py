@@ -1,8 +1,7 @@
-"""Classes of pytorch-grad-cam, with its names, arguments and results."""
+"""The classes of pytorch-grad-cam, with its names, arguments and results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import ClassVar, TypeAlias
 
 import cv2
@@ -52,7 +51,7 @@ class BinaryClassifierOutputTarget:
 
 @dataclass(frozen=True)
 class FinerWeightedTarget:
-    """The score of a class less those of others, each weighted by its probability (Finer-CAM)."""
+    """The score of a class less the scores of others, weighted by probability (Finer-CAM)."""
 
     main_category: int
     comparison_categories: Sequence[int]
@@ -67,17 +66,12 @@ class FinerWeightedTarget:
         )
 
 
-def likeliest(outputs: Tensor) -> list[Target]:
-    """The first guess of each image."""
-    return [ClassifierOutputTarget(int(index)) for index in outputs.argmax(-1)]
-
-
 def total(targets: Sequence[Target], outputs: Tensor) -> Tensor:
-    """Sum of each image's own target.
+    """Return the sum of the targets, each of its own image.
 
     Raises:
-        ValueError: there are not as many targets as images, or one asks for a class that the model
-            does not have, or makes several numbers.
+        ValueError: the number of targets differs from that of images, or a target asks for a class
+            that the model lacks, or returns several numbers.
     """
     if len(targets) != len(outputs):
         raise ValueError(
@@ -89,11 +83,11 @@ def total(targets: Sequence[Target], outputs: Tensor) -> Tensor:
             value = target(output)
         except IndexError as error:
             raise ValueError(
-                f"{target!r} asks for what outputs of shape {tuple(output.shape)} do not hold"
+                f"{target!r} asks for a class that outputs of shape {tuple(output.shape)} lack"
             ) from error
         if value.numel() != 1:
             raise ValueError(
-                f"{target!r} must make one number of the outputs of an image, got shape "
+                f"{target!r} must return one number for the outputs of an image, got shape "
                 f"{tuple(value.shape)}"
             )
         values.append(value.reshape(()))
@@ -109,15 +103,15 @@ def show_cam_on_image(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Lay a map over a picture, as grad-cam does; `camkit.paint.overlay_cam` keeps the photo clear.
 
-    The brightest value of the mixture becomes 255. Unlike in grad-cam, a map that leaves [0, 1] is
-    refused, as its colours would start anew.
+    The brightest value of the mixture becomes 255. Unlike in grad-cam, a map outside [0, 1] is an
+    error, because its colours would wrap around.
 
     Args:
         img: the picture in [0, 1].
         mask: the map in [0, 1], at the size of the picture.
-        use_rgb: whether red comes first in the picture; blue does otherwise, as in OpenCV.
-        colormap: one of OpenCV's.
-        image_weight: of the picture, in [0, 1]; the map has the rest.
+        use_rgb: whether red is the first channel of the picture; otherwise blue is, as in OpenCV.
+        colormap: a colour map of OpenCV.
+        image_weight: weight of the picture, in [0, 1]; the map has the rest.
     """
     if not 0.0 <= image_weight <= 1.0:
         raise ValueError(f"`image_weight` must lie in [0, 1], got {image_weight}")
@@ -144,16 +138,16 @@ _BRIGHTNESS = (0.9, 1.0, 1.1)  # grad-cam's own augmentation, with mirror images
 
 
 class CAM:
-    """What all methods share.
+    """Base of all methods.
 
-    Unlike grad-cam's, hooks are on the model during a call only, its mode and the gradients of its
-    parameters stay as they are, no graph outlives the call, and errors come out.
+    Unlike grad-cam's classes, these put hooks on the model during a call only, leave its mode and
+    the gradients of its parameters as they are, keep no graph after the call, and raise errors.
 
     Args:
-        model: any module that is called with images; frozen, compiled or in half precision, too.
-        target_layers: layers to look at; None is the norm before the last attention.
-        reshape_transform: makes ``(b, channels, h, w)`` of a layer's output; None reads the layout
-            of tokens off the model.
+        model: any module that takes images; it may be frozen, compiled or in half precision.
+        target_layers: layers to read; None is the norm before the last attention.
+        reshape_transform: turns a layer's output into ``(b, channels, h, w)``; None derives the
+            layout of tokens from the model.
     """
 
     method: ClassVar[str] = ""
@@ -177,34 +171,29 @@ class CAM:
         aug_smooth: bool = False,
         eigen_smooth: bool = False,
     ) -> Maps:
-        """Maps in [0, 1] at the size of the images.
+        """Return maps in [0, 1] at the size of the images.
 
         Args:
             input_tensor: the images, as the model takes them.
-            targets: one for each image; None is the model's first guess.
+            targets: one for each image; None takes the most probable class.
             aug_smooth: average over mirror images and three brightnesses.
-            eigen_smooth: first principal component instead of the sum over channels.
+            eigen_smooth: take the first principal component instead of the sum over channels.
         """
         if not aug_smooth:
             return self.forward(input_tensor, targets, eigen_smooth).cpu().numpy()
-        found = []
+        views = []
         for mirrored in (False, True):
             for factor in _BRIGHTNESS:
                 pixels = input_tensor.flip(-1) if mirrored else input_tensor
                 maps = self.forward(pixels * factor, targets, eigen_smooth)
-                found.append(maps.flip(-1) if mirrored else maps)
-        return torch.stack(found).mean(0).cpu().numpy()
+                views.append(maps.flip(-1) if mirrored else maps)
+        return torch.stack(views).mean(0).cpu().numpy()
 
     def __enter__(self) -> "CAM":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing has to be given back, and no error is swallowed."""
+    def __exit__(self, *_: object) -> None:
+        """Do nothing: the hooks are off already. Errors are not swallowed."""
 
     def forward(
         self, pixels: Tensor, targets: Chosen, eigen_smooth: bool
@@ -213,23 +202,36 @@ class CAM:
         run = self._layers(pixels, gradients=self.uses_gradients)
         outputs = run.output if isinstance(run.output, Tensor) else scores_of(run.output)
         if outputs is None:
-            raise CaptureError("the model returned no scores: neither a tensor nor logits")
+            raise CaptureError("the model returned no scores: expected a tensor or logits")
         self.outputs = outputs.detach()
         gradients: Sequence[Tensor | None] = [None] * len(run.layers)
         if self.uses_gradients:
             with torch.inference_mode(mode=False), torch.enable_grad():
                 chosen = targets(self.outputs) if callable(targets) else targets
-                asked = total(likeliest(self.outputs) if chosen is None else chosen, outputs)
-                gradients = _gradients(asked, run.layers)
+                if chosen is None:
+                    indices = self.outputs.argmax(-1).tolist()
+                    chosen = [ClassifierOutputTarget(index) for index in indices]
+                score = total(chosen, outputs)
+                gradients = [torch.zeros_like(layer) for layer in run.layers]
+                if score.requires_grad:
+                    gradients = torch.autograd.grad(
+                        score, run.layers, allow_unused=True, materialize_grads=True
+                    )
         with torch.no_grad():
             maps = []
             for name, layer, slopes in zip(self._layers.names, run.layers, gradients, strict=True):
                 tokens, size = self._places(layer.detach(), pixels.shape[-2:])
                 gradient = tokens if slopes is None else self._places(slopes, pixels.shape[-2:])[0]
                 if self.uses_gradients and not gradient.any():
-                    raise CaptureError(self._dead(name))
-                found = self._map(tokens, gradient, eigen_smooth).clamp_min(0.0)
-                maps.append(_scaled(found.unflatten(1, size), pixels.shape[-2:]))
+                    right = self._layers.right_layer()
+                    use = f"`{right}`" if right not in (None, name) else None
+                    raise CaptureError(
+                        f"the scores do not depend on the patches in the output of {name}: every "
+                        "gradient there is zero, and so would be every map; use "
+                        f"{use or 'a layer before the last attention'}"
+                    )
+                cam = self._map(tokens, gradient, eigen_smooth).clamp_min(0.0)
+                maps.append(_scaled(cam.unflatten(1, size), pixels.shape[-2:]))
             return _scaled(torch.stack(maps).mean(0))
 
     def _map(self, tokens: Tensor, gradient: Tensor, eigen_smooth: bool) -> Float[Tensor, "b n"]:
@@ -238,25 +240,17 @@ class CAM:
         return principal_component(weighted) if eigen_smooth else weighted.sum(-1)
 
     def _places(self, output: Tensor, image: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
-        """A layer's output as ``(b, places, channels)``, and rows and columns of places."""
+        """Return a layer's output as ``(b, places, channels)``, with rows and columns of places."""
         planes = output if self.reshape_transform is None else self.reshape_transform(output)
         if planes.dim() == 3 and self.reshape_transform is None:
             positions, grid = self._layers.patches(planes.shape[1], image)
             return planes[:, positions].float(), (grid.rows, grid.cols)
         if planes.dim() != 4:
             raise ValueError(
-                "`reshape_transform` must make (b, channels, h, w) of the output of a layer, got "
+                "`reshape_transform` must return (b, channels, h, w) for a layer's output, got "
                 f"shape {tuple(planes.shape)}"
             )
         return planes.flatten(2).mT.float(), (planes.shape[2], planes.shape[3])
-
-    def _dead(self, name: str) -> str:
-        right = self._layers.right_layer()
-        use = "a layer before the last attention" if right in (None, name) else f"`{right}`"
-        return (
-            f"the scores do not depend on what {name} makes of the patches: every gradient there "
-            f"is zero, and so would be every map; use {use}"
-        )
 
 
 class GradCAM(CAM):
@@ -290,7 +284,7 @@ class LayerCAM(CAM):
 
 
 class GradCAMElementWise(CAM):
-    """What is positive of gradient times activation."""
+    """Positive part of gradient times activation."""
 
     method = "elementwise"
 
@@ -316,15 +310,8 @@ class EigenGradCAM(CAM):
         return principal_component(tokens * gradient)
 
 
-def _gradients(asked: Tensor, layers: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Gradient at each layer's output, and nowhere else."""
-    if not asked.requires_grad:
-        return [torch.zeros_like(layer) for layer in layers]
-    return torch.autograd.grad(asked, layers, allow_unused=True, materialize_grads=True)
-
-
 def _scaled(maps: Float[Tensor, "b h w"], size: Sequence[int] = ()) -> Float[Tensor, "b H W"]:
-    """Each map from 0 to 1, resized or not; the small number is grad-cam's."""
+    """Stretch each map to [0, 1], and resize it if a size is given; grad-cam's small number."""
     lowest = maps.amin((1, 2), keepdim=True)
     spread = (maps - lowest).amax((1, 2), keepdim=True)
     maps = (maps - lowest) / (spread + 1e-7)
@@ -334,13 +321,13 @@ def _scaled(maps: Float[Tensor, "b h w"], size: Sequence[int] = ()) -> Float[Ten
 
 
 class FinerCAM:
-    """Any of the others, on what tells a class from those that score most like it.
+    """Any of the other methods, on the contrast of a class with the most similarly scored ones.
 
     Args:
-        model: as for the others.
-        target_layers: as for the others.
-        reshape_transform: as for the others.
-        base_method: the class of the map.
+        model: see `CAM`, as for the next two.
+        target_layers: layers to read.
+        reshape_transform: turns a layer's output into ``(b, channels, h, w)``.
+        base_method: the class that makes the maps.
     """
 
     def __init__(
@@ -361,15 +348,15 @@ class FinerCAM:
         comparison_categories: Sequence[int] | None = None,
         target_idx: int | None = None,
     ) -> Maps:
-        """Maps in [0, 1] at the size of the images.
+        """Return maps in [0, 1] at the size of the images.
 
         Args:
             input_tensor: the images.
-            targets: one for each image, instead of all that follows.
-            eigen_smooth: as for the others.
-            alpha: strength of what is taken off.
-            comparison_categories: ranks by likeness of score, 1 being the class most alike.
-            target_idx: the class; None is the model's first guess.
+            targets: one for each image; they replace the last three arguments.
+            eigen_smooth: take the first principal component instead of the sum over channels.
+            alpha: factor of the subtracted scores.
+            comparison_categories: ranks by similarity of score; 1 is the most similar class.
+            target_idx: the class; None takes the most probable one.
         """
         ranks = (1, 2, 3) if comparison_categories is None else tuple(comparison_categories)
 
@@ -379,12 +366,11 @@ class FinerCAM:
             kept = [rank for rank in ranks if rank < outputs.shape[-1]]
             return [FinerWeightedTarget(row[0], [row[r] for r in kept], alpha) for row in order]
 
-        cam = self.base_cam
-        asked = contrasts if targets is None else (lambda _: list(targets))
-        return cam.forward(input_tensor, asked, eigen_smooth).cpu().numpy()
+        chosen = contrasts if targets is None else targets
+        return self.base_cam.forward(input_tensor, chosen, eigen_smooth).cpu().numpy()
 
     def __enter__(self) -> "FinerCAM":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing has to be given back, and no error is swallowed."""
+        """Do nothing: the hooks are off already. Errors are not swallowed."""
