@@ -6,6 +6,7 @@ import os
 import torch
 
 import camkit
+from camkit.capture import find_attention
 from camkit.capture.record import required_by
 
 
@@ -53,10 +54,10 @@ def state_of(model):
 
 
 def with_outputs_scaled(model, factors):
-    """A copy whose attention outputs, by number of the block, are multiplied in plain hooks."""
+    """A copy whose attention outputs are multiplied in plain hooks, all alike or by their block."""
     twin = copy.deepcopy(model)
-    for index, module in enumerate(camkit.capture.find_attention(twin).values()):
-        factor = factors.get(index, 1.0)
+    for index, module in enumerate(find_attention(twin).values()):
+        factor = factors.get(index, 1.0) if isinstance(factors, dict) else factors
         module.register_forward_hook(lambda *call, factor=factor: call[2] * factor)
     return twin
 

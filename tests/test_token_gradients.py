@@ -8,9 +8,8 @@ import oracles
 import pytest
 import timm
 import torch
-from helpers import capture_of
+from helpers import capture_of, state_of
 from hosts import HandMade, shaken, tiny
-from test_watch_hygiene import state_of
 from torch import nn
 
 import camkit
