@@ -330,7 +330,7 @@ def run_jobs(
             yield item, result
 
 
-def progress_bar(total: int | None, label: str, done: int = 0) -> "tqdm[None]":
+def progress_bar(total: int | None, label: str, done: int = 0) -> "tqdm":
     """Return a bar with rate and time left; a log file gets a line every 30 seconds."""
     return tqdm(
         total=total,
