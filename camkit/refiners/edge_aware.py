@@ -230,8 +230,7 @@ class PixelAdaptive:
 
     def __post_init__(self) -> None:
         check_dilations(self.steps, self.dilations, self.colour_width, self.position_weight)
-        if not 0.0 < self.scale < math.inf:
-            raise ValueError(f"`scale` must be positive and finite, got {self.scale}")
+        check_positive("scale", self.scale)
         if self.size is not None and self.scale != 1.0:
             raise ValueError(f"give `scale` or `size`, got {self.scale} and {self.size}")
         if self.size is not None and min(self.size) < 1:

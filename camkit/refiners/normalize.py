@@ -1,12 +1,12 @@
 """Refiners that need the map alone: normalize, amplify, blur."""
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.ops.confidence import Confidence, TanhAroundMean, amplify
 from camkit.ops.images import gaussian_blur
+from camkit.ops.similarity import check_positive
 from camkit.seeds.protocol import scaled_to_max
 from camkit.tensors import Cam
 
@@ -82,8 +82,7 @@ class Blur:
     requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.width < math.inf:
-            raise ValueError(f"`width` must be positive and finite, got {self.width}")
+        check_positive("width", self.width)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:  # noqa: ARG002 - as above
         return gaussian_blur(cam, self.width)
