@@ -48,6 +48,7 @@ class PhotoSettings:
     multiple: int = 16
 
     def load(self, path: str | Path) -> Photo:
+        """Read one photo from a file, as `load_photo` does."""
         return load_photo(path, **vars(self))
 
 

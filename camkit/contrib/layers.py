@@ -71,6 +71,7 @@ class BlockSeed:
 
     @property
     def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         return required_by(self.seed)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
@@ -117,6 +118,7 @@ class BestAgreementSeed:
 
     @property
     def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         return required_by(*self.seeds, *((self.reference,) if self.reference else ()))
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:

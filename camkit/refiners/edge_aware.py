@@ -113,6 +113,7 @@ class AtReducedSize:
 
     @property
     def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         return required_by(self.refiner)
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:

@@ -24,6 +24,7 @@ class Chain:
 
     @property
     def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         return required_by(*self.refiners)
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:

@@ -24,6 +24,7 @@ class ProductSeed:
 
     @property
     def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         return required_by(self.first, self.second)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
@@ -51,6 +52,7 @@ class FusedSeed:
 
     @property
     def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         return required_by(*self.seeds)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
@@ -86,6 +88,7 @@ class GatedProductSeed:
 
     @property
     def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         return required_by(self.seed, self.other)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:

@@ -55,6 +55,7 @@ class LeGradSeed:
 
     @property
     def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         if self.token == "class":
             return WatchSpec(class_paths=True, last_patches=self.text is not None)
         return WatchSpec(within_blocks=self.token == "mean", leaving=self.token == "pool")

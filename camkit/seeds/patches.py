@@ -62,6 +62,7 @@ class PrototypeSeed:
 
     @property
     def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         return WatchSpec() | required_by(self.seed)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:

@@ -127,6 +127,7 @@ class GradCAMSeed:
 
     @property
     def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
         return WatchSpec(
             entering=self.blocks, entering_gradients=True, noise=self.noise, last_patches=False
         )
