@@ -23,6 +23,7 @@ class TwoSidedAlignment(HybridAlignment):
     """
 
     def cues(self, tokens: Tokens, site: BlockContext) -> Interaction:
+        """Return K G K', or G without colours, between classes and patches."""
         one_sided = super().cues(tokens, site)
         if self.colour_width is None:
             return one_sided
@@ -56,6 +57,7 @@ class DescriptorAlignment(HybridAlignment):
     """
 
     def cues(self, tokens: Tokens, site: BlockContext) -> Interaction:
+        """Return the similarity of gathered colours, or G without colours."""
         if self.colour_width is None:
             return super().cues(tokens, site)
         width, classes = self.colour_width, list(site.anatomy.class_tokens)
