@@ -22,7 +22,7 @@ from camkit.ops.edge_aware import (
     adapt_to_colours,
     check_dilations,
     check_guided_settings,
-    guided_upsample,
+    guided_filter,
 )
 from camkit.ops.images import resize_cam
 from camkit.ops.similarity import check_positive
@@ -75,7 +75,7 @@ class GuidedFilter:
         rgb = rgb.to(cam.device, dtype)
         low = rgb if self.scale == 1.0 else resize_cam(rgb, size)
         maps = resize_cam(cam.to(dtype), size)
-        filtered = guided_upsample(maps, low, rgb, radius=self.radius, eps=self.eps)
+        filtered = guided_filter(maps, low, rgb, radius=self.radius, eps=self.eps)
         return _clip_to_range(filtered, cam).to(cam.dtype)
 
 
@@ -135,7 +135,7 @@ class AtReducedSize:
                 f"`refiner` must return maps of the size of its picture, {size[0]}x{size[1]}, got "
                 f"{refined.shape[-2]}x{refined.shape[-1]}; {self.refiner!r} does not"
             )
-        large = guided_upsample(refined, small, rgb, radius=self.radius, eps=self.eps)
+        large = guided_filter(refined, small, rgb, radius=self.radius, eps=self.eps)
         return _clip_to_range(large, refined)
 
 
