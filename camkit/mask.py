@@ -93,13 +93,10 @@ def power_threshold(alpha: float) -> float:
     """Return the constant score that draws the same mask as the background ``(1 - max) ** alpha``.
 
     The strongest class m beats that background exactly where it beats the root of
-    ``m = (1 - m) ** alpha``.
+    ``m = (1 - m) ** alpha``; ``alpha`` must be above 0.
 
     >>> power_threshold(1.0)
     0.5
-
-    Raises:
-        ValueError: ``alpha`` is not above 0.
     """
     if not alpha > 0.0:
         raise ValueError(f"the exponent of a power background must be above 0, got {alpha}")

@@ -32,12 +32,8 @@ def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: s
 
     The write is atomic.
 
-    Args:
-        mask: ids in 0..255.
-        path: must end in ``.png``, and its folder must exist.
-
     Raises:
-        ValueError: the mask has other ids, or the path another ending.
+        ValueError: the mask has ids outside of 0..255, or ``path`` does not end in ``.png``.
         DataError: the folder does not exist.
     """
     path = Path(path)
@@ -136,8 +132,7 @@ def contact_sheet(
         cell: width of a cell in pixels and its greatest height; 260 puts five columns on a screen.
 
     Raises:
-        ValueError: the numbers of rows, titles and captions do not match, or cells are below 32
-            pixels.
+        ValueError: rows, titles and captions do not match, or cells are below 32 pixels.
     """
     _check_table(rows, titles, captions, cell)
     fitted = [[_fit(picture, cell) for picture in row] for row in rows]

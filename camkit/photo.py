@@ -19,8 +19,6 @@ from camkit.tensors import RGB, Pixels
 
 # PIL's exceptions for a broken file, depending on where it breaks
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
-_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class PhotoSettings:
-    """How photos are prepared for a model; the settings are those of `load_photo`."""
+    """Settings of `load_photo`, to prepare photos for a model."""
 
     size: int | tuple[int, int] = 384
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -50,10 +48,7 @@ class PhotoSettings:
     multiple: int = 16
 
     def load(self, path: str | Path) -> Photo:
-        """Read one photo from a file, as `load_photo` does."""
-        return load_photo(
-            path, size=self.size, mean=self.mean, std=self.std, multiple=self.multiple
-        )
+        return load_photo(path, **vars(self))
 
 
 def load_photo(
@@ -92,10 +87,9 @@ def load_photo(
 
 
 def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
-    """Read an image file as colours in 0..255 at its own size, upright, on white.
+    """Read an image file as colours in 0..255 at its own size; errors are those of `decode`.
 
-    Raises:
-        DataError: the file is missing or cannot be decoded.
+    The picture is upright, and on white where it is transparent.
     """
     path = Path(path)
     image = decode(path)
@@ -169,7 +163,7 @@ def _decoding_errors(path: str | Path) -> Iterator[None]:
             warnings.simplefilter("ignore")  # odd metadata does not matter to the pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
-    except _BOMB as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"{path} holds more than the {Image.MAX_IMAGE_PIXELS} pixels PIL trusts; reduce it, "
             "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust its source"
@@ -183,7 +177,7 @@ def _decoding_errors(path: str | Path) -> Iterator[None]:
 
 def _upright_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     image = ImageOps.exif_transpose(image)
-    if image.mode in _SIXTEEN_BIT:
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
         levels = np.asarray(image).astype(np.int64)  # PIL's own conversion clips at 255
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError(f"values {levels.min()} to {levels.max()}, expected 0 to 65535")

@@ -45,11 +45,9 @@ class Vocabulary:
         return len(self.names)
 
     def index(self, name_or_index: str | int) -> int:
-        """Return the index of a class.
+        """Return the index of a class, given by index, name, or one of its synonyms in any case.
 
-        Args:
-            name_or_index: an index, a whole name, or one of the synonyms within a name, in upper or
-                lower case. A whole name takes precedence over another class's synonym.
+        A whole name takes precedence over another class's synonym.
         """
         if isinstance(name_or_index, int):
             if not 0 <= name_or_index < len(self):

@@ -113,7 +113,7 @@ def write_cam(
 ) -> None:
     """Write class maps in a layout that other codebases read.
 
-    The write is atomic. Codebases that run on numpy 1 can read the file as well.
+    The write is atomic. Codebases that run on numpy 1 can read the file, too.
 
     Args:
         path: by convention ``<image name>.npy``.
@@ -306,17 +306,14 @@ def _kind(value: object) -> str:
 
 
 def _check_writable(indices: list[int], cam: Tensor) -> None:
-    if cam.ndim != 3 or len(cam) != len(indices):
+    fits = cam.ndim == 3 and len(cam) == len(indices) and 0 not in cam.shape[1:]
+    if not fits or not cam.is_floating_point():
         raise ValueError(
-            f"`cam` must be one map of rows x columns for each of the {len(indices)} classes, "
-            f"got shape {tuple(cam.shape)}"
+            f"`cam` must be one map of rows x columns for each of the {len(indices)} classes, of "
+            f"floating-point pixels, got {cam.dtype} of shape {tuple(cam.shape)}"
         )
     if not _distinct(indices):
         raise ValueError(f"`classes` must be distinct indices from 0, got {indices}")
-    if not cam.is_floating_point() or 0 in cam.shape[1:]:
-        raise ValueError(
-            f"`cam` must hold floating-point pixels, got {cam.dtype} of shape {tuple(cam.shape)}"
-        )
     if indices:
         lowest, highest = cam.min().item(), cam.max().item()
         if not (lowest >= 0 and highest <= 1):  # NaN fails this comparison too

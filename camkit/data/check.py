@@ -25,11 +25,8 @@ Problem: TypeAlias = Literal[
 class Finding:
     """One fault of a data set.
 
-    Attributes:
-        problem: the kind of the fault.
-        file: the file that has it.
-        message: names the file, the fault and what to do.
-        certain: False if only a person can tell whether it is a fault.
+    ``message`` names the file, the fault and what to do. ``certain`` is False if only a person can
+    tell whether it is a fault.
     """
 
     problem: Problem
@@ -92,10 +89,6 @@ def shared_images(first: Sequence[Sample], second: Sequence[Sample]) -> list[tup
 
     A photo that was saved again, resized or cropped is not found.
 
-    Args:
-        first: samples of a split.
-        second: samples of another.
-
     Returns:
         The names in the first and in the second split, in the order of the first.
 
@@ -107,7 +100,7 @@ def shared_images(first: Sequence[Sample], second: Sequence[Sample]) -> list[tup
     by_content: dict[str, list[str]] = defaultdict(list)
     for sample in second:
         by_content[contents[sample.photo]].append(sample.name)
-    pairs: list[tuple[str, str]] = []
+    pairs = []
     for sample in first:
         twins = by_content.get(contents[sample.photo], [])
         if sample.name in names and sample.name not in twins:
@@ -189,10 +182,8 @@ def _check_palette(mask: Path, shown: Sequence[int], count: int) -> Iterator[Fin
 def _check_labels(
     classes: Sequence[str], sample: Sample, mask: Path, shown: Sequence[int]
 ) -> Iterator[Finding]:
-    unlabelled, unseen = (
-        ", ".join(classes[index] for index in sorted(difference))
-        for difference in (set(shown) - set(sample.classes), set(sample.classes) - set(shown))
-    )
+    unlabelled = ", ".join(classes[index] for index in shown if index not in sample.classes)
+    unseen = ", ".join(classes[index] for index in sample.classes if index not in shown)
     if unlabelled:
         message = f"{mask} shows {unlabelled}, which the labels of {sample.name} lack"
         yield Finding("labels", mask, f"{message}; add to the labels or correct the mask")

@@ -36,12 +36,12 @@ hair drier, toothbrush"""
 _UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
 COCO_CLASSES = tuple(name.strip() for name in _NAMES.split(","))
-"""The 80 classes in the order of their ids; the contiguous ids 1 to 80 are their places."""
+"""The 80 classes in the order of their ids; the contiguous ids 1 to 80 are their positions."""
 
 COCO_IDS: dict[str, int] = dict(
     zip(COCO_CLASSES, (id_ for id_ in range(1, 91) if id_ not in _UNUSED_IDS), strict=True)
 )
-"""The category id of each class; 10 of the numbers up to 90 are unused."""
+"""The category id of each class."""
 
 _RENAMED = {
     "aeroplane": "airplane",
@@ -61,17 +61,17 @@ _MASK_FOLDERS = ("SegmentationClass", "masks", "annotations", "stuffthingmaps")
 
 def coco_form(ids: CocoIds, *, voc: bool = False) -> MaskForm:
     """Return the form of COCO's masks; with ``voc`` they are read as the 20 classes of VOC."""
-    places = _places(voc=voc)
+    mask_ids = _mask_ids(voc=voc)
     if ids == "contiguous":
-        return MaskForm(ids={0: 0} | {index + 1: place for index, place in enumerate(places)})
-    category = dict(zip(COCO_IDS.values(), places, strict=True))
+        return MaskForm(ids={0: 0} | dict(enumerate(mask_ids, start=1)))
+    category = dict(zip(COCO_IDS.values(), mask_ids, strict=True))
     if ids == "original":
         return MaskForm(ids={0: 0} | category)
     # COCO-Stuff counts from 0: 90 categories of things, then 92 of stuff, which is background
     return MaskForm(ids={number - 1: category.get(number, 0) for number in range(1, 183)})
 
 
-def _places(*, voc: bool) -> list[int]:
+def _mask_ids(*, voc: bool) -> list[int]:
     """Return the mask id of each COCO class in COCO's order; 0 is background."""
     if not voc:
         return list(range(1, len(COCO_CLASSES) + 1))
@@ -141,9 +141,9 @@ class CocoFolder:
             raise DataError(f"{source} lists {stem}.jpg, which is not there; add it or remove it")
         mask, form = mask_and_form or (None, VOC_FORM)
         if labels is not None:
-            places = _places(voc=self.voc)
+            mask_ids = _mask_ids(voc=self.voc)
             known = labels.classes_of(stem, str(photo))
-            classes = sorted(places[index] - 1 for index in known if places[index])
+            classes = sorted(mask_ids[index] - 1 for index in known if mask_ids[index])
             return Sample(stem, photo, mask, tuple(classes), form)
         if mask is None:
             raise DataError(
@@ -224,7 +224,7 @@ def _listing(path: Path, kind: str, expected: str) -> Iterator[Any]:
 
 def _instances(path: Path) -> dict[str, tuple[int, ...]]:
     """Read the indices of COCO classes by image."""
-    index = {number: place for place, number in enumerate(COCO_IDS.values())}
+    index = {category: position for position, category in enumerate(COCO_IDS.values())}
     expected = "images, and annotations with their image_id and category_id"
     with _listing(path, "instances", expected) as content:
         stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
@@ -235,7 +235,7 @@ def _instances(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _panoptic_forms(path: Path, *, voc: bool) -> dict[str, MaskForm]:
-    category = dict(zip(COCO_IDS.values(), _places(voc=voc), strict=True))
+    category = dict(zip(COCO_IDS.values(), _mask_ids(voc=voc), strict=True))
     forms = {}
     expected = "annotations with file_name and segments_info"
     with _listing(path, "panoptic masks", expected) as content:

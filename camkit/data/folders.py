@@ -74,12 +74,7 @@ class PlainFolder:
     splits: tuple[str, ...] = (_ALL,)
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of a split, in the order of its list.
-
-        Raises:
-            ValueError: there is no such split.
-            DataError: a line of ``labels.csv`` or of the split's list cannot be used.
-        """
+        """List the samples of a split, in the order of its list."""
         check_split(name, self.splits)
         samples = {}
         for stem, (photo, labels, line) in _read_rows(self.root).items():

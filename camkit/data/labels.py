@@ -16,11 +16,7 @@ VECTOR_FILES = ("cls_labels.npy", "cls_labels_onehot.npy")
 
 
 def read_text(path: Path) -> str:
-    """Read a small UTF-8 file, with or without a byte order mark.
-
-    Raises:
-        DataError: the file is missing or is not text.
-    """
+    """Read a small UTF-8 file, with or without a byte order mark, or raise DataError."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -72,9 +68,7 @@ class LabelFile:
     def classes_of(self, name: str, source: str) -> tuple[int, ...]:
         """Return the class indices of an image, ascending.
 
-        Args:
-            name: the name of the image.
-            source: the line that lists the image, for error messages.
+        ``source``, in errors, is the line that lists the image.
 
         Raises:
             DataError: the file has no labels for the image, or one that is not a class.

@@ -43,7 +43,7 @@ class Sample:
     Attributes:
         name: the file name without its ending.
         photo: the image file.
-        mask: the ground truth, if there is one.
+        mask: the file of the ground truth, if there is one.
         classes: indices of the classes present, from 0, ascending; the background is not a class.
         form: how the mask encodes classes.
     """
@@ -170,11 +170,7 @@ def _mask_ids(
 
 
 def mask_values(path: Path, *, form: MaskForm = VOC_FORM) -> Integer[np.ndarray, "H W"]:
-    """Read the pixel values of a mask file, before they are mapped to classes.
-
-    Raises:
-        DataError: the file holds no values of this form.
-    """
+    """Read the pixel values of a mask file, before they are mapped to classes."""
     image = decode(path)
     if form.colours:
         if image.format != "PNG" or image.mode != "RGB":

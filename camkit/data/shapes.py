@@ -95,9 +95,8 @@ def _draw(
     boxes = [(0, 0, rows, cols)]  # top, left, bottom, right
     classes = [first]
     if rng.random() < 0.5:
-        if cols >= rows:
-            boxes = [(0, 0, rows, cols // 2), (0, cols // 2, rows, cols)]
-        else:
+        boxes = [(0, 0, rows, cols // 2), (0, cols // 2, rows, cols)]
+        if cols < rows:
             boxes = [(0, 0, rows // 2, cols), (rows // 2, 0, rows, cols)]
         rng.shuffle(boxes)
         classes.append((first + int(rng.integers(1, len(SHAPE_CLASSES)))) % len(SHAPE_CLASSES))

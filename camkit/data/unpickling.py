@@ -77,7 +77,7 @@ class _Constructor:
         return self._function(*args)
 
     def __setstate__(self, state: object) -> None:
-        # Without this method, a pickle could set attributes that outlive it.
+        # without this method, a pickle could set attributes that outlive it
         raise pickle.UnpicklingError("it changes a function")
 
 
@@ -154,7 +154,7 @@ def _load(file: io.BytesIO, names: Mapping[tuple[str, str], object]) -> Any:
     start = file.tell()
     end = len(file.getbuffer())
     for opcode, argument, _ in pickletools.genops(file):
-        # The unpickler allocates every slot below the highest one, whether it is used or not.
+        # the unpickler allocates every slot below the highest one, whether it is used or not
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > end:
             raise pickle.UnpicklingError("its memory slots do not fit its length")
     file.seek(start)
@@ -166,7 +166,7 @@ def _to_plain(value: object) -> object:
         array = value.array()
         value = array.item() if array.dtype == object and array.shape == () else array
     if isinstance(value, dict):
-        # Class maps need one level; deeper ones may share parts and grow without end.
+        # class maps need one level; deeper ones may share parts and grow without end
         return {key: v.array() if isinstance(v, _Array) else v for key, v in value.items()}
     return value
 

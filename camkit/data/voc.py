@@ -39,10 +39,7 @@ class VOCFolder:
     masks: Literal["SegmentationClass", "SegmentationClassAug"] | None = None
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of a split, in the order of its list.
-
-        Without a file of labels, every mask is read once.
-        """
+        """List the samples of a split; without a file of labels, every mask is read once."""
         return all_usable(self.entries(name))
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:

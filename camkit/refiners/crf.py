@@ -114,20 +114,19 @@ class DenseCRF:
                 f"`masks` must have the size of `rgb`, got {tuple(masks.shape)} and "
                 f"{tuple(rgb.shape[:3])}"
             )
-        pairs = zip(masks, rgb, strict=True)
-        return torch.stack(
-            [self._refined_mask(mask, colours, confidence) for mask, colours in pairs]
-        )
-
-    def _refined_mask(self, mask: Tensor, rgb: Tensor, confidence: float) -> Tensor:
-        present = mask[mask != IGNORE].unique()
-        if len(present) < 2:
-            return mask if not len(present) else torch.full_like(mask, int(present[0]))
-        own = mask == present[:, None, None]
-        others = (1.0 - confidence) / (len(present) - 1)
-        scores = torch.where(own, confidence, others).float()
-        scores[:, mask == IGNORE] = 1.0 / len(present)
-        return present[self.probabilities(scores[None], rgb[None])[0].argmax(0)]
+        refined = masks.clone()
+        for mask, colours in zip(refined, rgb, strict=True):
+            present = mask[mask != IGNORE].unique()
+            if len(present) == 1:
+                mask.fill_(present[0])
+            elif len(present):
+                own = mask == present[:, None, None]
+                others = (1.0 - confidence) / (len(present) - 1)
+                scores = torch.where(own, confidence, others).float()
+                scores[:, mask == IGNORE] = 1.0 / len(present)
+                likely = self.probabilities(scores[None], colours[None])[0]
+                mask.copy_(present[likely.argmax(0)])
+        return refined
 
     def probabilities(
         self, scores: Float[Tensor, "b k H W"], rgb: UInt8[Tensor, "b H W 3"]

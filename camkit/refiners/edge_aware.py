@@ -210,7 +210,7 @@ class PixelAdaptive:
     Attributes:
         steps: number of steps.
         scale: share of the picture's size to refine at; 0.5 is about four times faster.
-        size: rows and columns to refine at instead, for pictures of any size.
+        size: rows and columns to refine at, instead of ``scale``.
         dilations: distances of the neighbours, in pixels at the size of refinement.
         colour_width: difference in colour at which similarity fades, in standard deviations of the
             neighbours.
@@ -268,10 +268,10 @@ class Superpixels:
     Attributes:
         method: ``"slic"`` or ``"felzenszwalb"``.
         size: pixels of a segment: the average that SLIC aims at, or the minimum that Felzenszwalb
-            leaves. None is the method's default.
-        coherence: SLIC: ``compactness``, weight of nearness against colour. Felzenszwalb:
-            ``scale``, larger values merge more. None is the method's default.
-        sigma: width of the blur before the segmentation, in pixels. None is the method's default.
+            leaves. None here and below is the method's default.
+        coherence: SLIC's ``compactness``, weight of nearness against colour, or Felzenszwalb's
+            ``scale``, of which larger values merge more.
+        sigma: width of the blur before the segmentation, in pixels.
         vote: background score with which every pixel votes for its strongest class; the result is
             each class's share of the votes in a segment. None averages the scores.
 

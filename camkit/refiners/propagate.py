@@ -54,8 +54,8 @@ class Propagate:
     """Spread scores along the patch-to-patch attention of the captured blocks.
 
     Each step replaces a patch's score by the average over the patches it attends to, heads and
-    blocks averaged, as MCTformer and TransCAM do with their summed maps. Scaling rows to sum to one
-    is our choice; it keeps scores within the range of the incoming map.
+    blocks averaged, as in MCTformer and TransCAM. Scaling rows to sum to one is our choice; it
+    keeps scores within the range of the incoming map.
 
     Attributes:
         steps: number of steps.

@@ -50,8 +50,7 @@ def paired_gain(  # noqa: PLR0913 - each of the five settings is a choice of its
     """Compare two methods on the same images, with the interval due to the choice of images.
 
     Images are drawn with replacement, the same images for both methods, and the mean IoU of each
-    drawn set is taken from its summed confusion. A drawn set without any of ``classes`` has no
-    mean IoU and is left out.
+    drawn set is taken from its summed confusion. Sets without any of ``classes`` are left out.
 
     Args:
         base: one confusion matrix per image.

@@ -79,9 +79,6 @@ def box_accuracy(
     Args:
         hits: results of `box_hits`, stacked over images.
         thresholds: as given to `box_hits`.
-
-    Raises:
-        ValueError: there are no images, or the thresholds are not those of the hits.
     """
     if not len(hits) or hits.shape[-1] != len(thresholds):
         raise ValueError(

@@ -83,7 +83,6 @@ class Overlap:
         return cls(counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2))
 
     def class_iou(self) -> Float[Tensor, "*n c"]:
-        """Compute the IoU of each class, NaN where it is neither true nor predicted."""
         return self.hit.double() / (self.true + self.predicted - self.hit)
 
     def mean_iou(
@@ -112,13 +111,9 @@ class Overlap:
 
 
 def class_iou(confusion: Int[Tensor, "*n c c"]) -> Float[Tensor, "*n c"]:
-    """Compute the IoU of each class.
+    """Compute the IoU of each class, NaN for a class that is neither true nor predicted.
 
-    Args:
-        confusion: row = truth, column = prediction; leading axes are kept.
-
-    Returns:
-        float64 in [0, 1]; NaN for a class that is neither true nor predicted anywhere.
+    Leading axes of the confusion matrices (row = truth, column = prediction) are kept.
     """
     return Overlap.of(confusion).class_iou()
 
@@ -154,15 +149,8 @@ def mean_iou(
 class ClassScore:
     """Scores of one class in [0, 1]; NaN where the divisor is 0.
 
-    Attributes:
-        name: the name of the class.
-        iou: intersection over union.
-        precision: share of the predicted pixels that are true.
-        recall: share of the true pixels that are predicted.
-        false_positives: share of the union that is predicted and not true.
-        false_negatives: share of the union that is true and not predicted; with ``iou`` and
-            ``false_positives`` it adds up to 1, as the evaluators of PSA and SEAM report it.
-        pixels: number of true pixels.
+    ``false_positives`` and ``false_negatives`` are shares of the union, so they add up to 1 with
+    ``iou``, as the evaluators of PSA and SEAM report them. ``pixels`` counts the true pixels.
     """
 
     name: str

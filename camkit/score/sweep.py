@@ -24,7 +24,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean IoU at each background score, both in [0, 1]."""
+    """Mean IoU at each background score."""
 
     thresholds: tuple[float, ...]
     mean_iou: tuple[float, ...]

@@ -18,8 +18,8 @@ from camkit.tensors import Cam, Classes
 class ClassAttentionSeed:
     """Class-to-patch attention, averaged over heads and watched blocks.
 
-    A model with one class token per class (MCTformer) gives each class its own row. A model with a
-    single class token gives every class the same map, which says where something is, not what.
+    A model with one class token per class (MCTformer) has a row for each class. A model with a
+    single class token gives every class the same map.
     """
 
     requires: ClassVar[WatchSpec] = WatchSpec()
@@ -118,7 +118,7 @@ class RelevanceSeed:
 
     Each block adds ``relevance @ mean over heads of relu(A * dA)`` to the relevance above it, where
     dA is the gradient of the class score (Chefer et al. 2021). Ours: where single queries pool the
-    patches (SigLIP, CaiT), relevance starts from what these queries attend to; a model with neither
+    patches (SigLIP, CaiT), relevance starts from the patches these attend to; a model with neither
     class token nor pooling query starts from the mean of its patches. Watch all blocks for the
     published method.
     """

@@ -18,7 +18,6 @@ Features: TypeAlias = Literal["keys", "tokens"]
 
 
 def _features(capture: Capture, features: Features) -> Float[Tensor, "b n d"]:
-    """Return the embeddings of the patches in float32."""
     if features == "tokens":
         return capture.patch_embeddings().detach().float()
     keys: Tensor | None = getattr(capture.blocks[-1], "k", None)
@@ -37,7 +36,6 @@ def _check_features(features: str) -> None:
 
 
 def _same_for_all(capture: Capture, classes: Classes, scores: Float[Tensor, "b n"]) -> Cam:
-    """Use one map for every class."""
     check_classes(classes, len(scores), None)
     return fold_maps(capture, scores[:, None].expand(*classes.shape, -1), classes)
 
@@ -52,8 +50,8 @@ class PrototypeSeed:
 
     Attributes:
         seed: returns the map that weights the patches.
-        features: embeddings to compare: the "keys" of the last block, as LOST and TokenCut use
-            them, or the "tokens" behind the last norm.
+        features: the embeddings to compare: "keys" of the last block, as in LOST and TokenCut, or
+            "tokens" behind the last norm.
     """
 
     seed: Seed = field(default_factory=ClassAttentionSeed)

@@ -266,13 +266,13 @@ class ContributionSeed:
         The shares of all tokens add up to the score less the score without any patch.
         """
         attention = next((m for m in call.module.modules() if is_attention(m)), call.module)
-        total = torch.zeros(())
+        heads, total = head_count(attention), torch.zeros(())
         with torch.inference_mode(mode=False), torch.enable_grad():
             tokens = call.input.clone()
             for node, weight in zip(*np.polynomial.legendre.leggauss(self.nodes), strict=True):
                 place = float(node + 1) / 2  # from [-1, 1] to [0, 1]
                 leaves: list[Tensor] = []
-                with scaled_weights(place, leaves, head_count(attention)):
+                with scaled_weights(place, leaves, heads):
                     pooled = call.module.forward(tokens)
                     score = (_normed(norm, pooled) * direction).sum()
                 if len(leaves) != 1 or leaves[0].shape[2] != 1:
@@ -284,9 +284,8 @@ class ContributionSeed:
                 (gradient,) = torch.autograd.grad(score, leaves)
                 share = (leaves[0] * gradient)[:, :, 0].sum(1).detach()
                 total = float(weight) / 2 / place * share + total.to(share)
-        if tokens.shape[1] <= max(capture.patches):  # the head pools the patches alone
-            return total
-        return total[:, capture.patches]
+        pools_patches_alone = tokens.shape[1] <= max(capture.patches)
+        return total if pools_patches_alone else total[:, capture.patches]
 
 
 def _output_weights(capture: Capture, outputs: Tensor, column: Tensor) -> Float[Tensor, "b o"]:

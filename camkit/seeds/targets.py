@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -14,11 +14,6 @@ from camkit.seeds.text import TextClasses
 from camkit.tensors import Cam, Classes
 from camkit.vocabulary import Vocabulary
 
-Activation: TypeAlias = Literal["sigmoid", "softmax"]
-"""How scores become probabilities: "sigmoid" of each class, for a classifier trained with several
-classes per image; "softmax" over all classifier outputs, summed within a class, for a classifier
-trained with one class per image."""
-
 
 @dataclass(frozen=True)
 class PredictedClasses:
@@ -26,19 +21,21 @@ class PredictedClasses:
 
     Attributes:
         threshold: probability from which a class counts as present.
-        activation: see `Activation`.
+        activation: makes probabilities of scores: "sigmoid" of each class, for a classifier trained
+            with several classes per image, or "softmax" over all classifier outputs, summed within
+            a class, for one class per image.
         least: number of most probable classes that are always present; with 0, an image may have
             no map.
     """
 
     threshold: float = 0.5
-    activation: Activation = "sigmoid"
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
     least: int = 1
 
     def __post_init__(self) -> None:
         if not 0.0 < self.threshold < 1.0:
             raise ValueError(f"`threshold` must lie in (0, 1), got {self.threshold}")
-        if self.activation not in get_args(Activation):
+        if self.activation not in ("sigmoid", "softmax"):
             raise ValueError(f'`activation` must be "sigmoid" or "softmax", got {self.activation}')
         if self.least < 0:
             raise ValueError(f"`least` must be at least 0, got {self.least}")
@@ -152,9 +149,9 @@ class _CustomScoreSeed:
             return None
         rows = []
         with torch.inference_mode(mode=False), torch.enable_grad():
-            for row, wanted in zip(outputs, slots.tolist(), strict=True):
+            for row, requested in zip(outputs, slots.tolist(), strict=True):
                 values = [
-                    _evaluate(function, row) if place in wanted else row.new_zeros(())
+                    _evaluate(function, row) if place in requested else row.new_zeros(())
                     for place, function in enumerate(self.functions)
                 ]
                 rows.append(torch.cat([row, torch.stack(values)]))
@@ -218,19 +215,14 @@ def _rows(request: Any, images: int) -> list[list[Any]]:
     if isinstance(request, str) or not isinstance(request, Sequence):
         raise TypeError(f"`classes` must be a list of names or indices, got {request!r}")
     nested = [isinstance(item, Sequence | Tensor) and not isinstance(item, str) for item in request]
-    if any(nested):
-        if not all(nested) or len(request) != images:
-            raise ValueError(
-                f"`classes` must hold one list for each of {images} images, got "
-                f"{sum(nested)} lists among {len(request)} items"
-            )
-        return [row.tolist() if isinstance(row, Tensor) else list(row) for row in request]
-    if images > 1 and request:
+    if not any(nested) and (images == 1 or not request):
+        return [list(request)] * images
+    if not all(nested) or len(request) != images:
         raise ValueError(
             f"`classes` must hold one list for each of {images} images, such as [[1], [4, 2]]; "
-            f"got {list(request)!r}"
+            f"got {sum(nested)} lists among {len(request)} items"
         )
-    return [list(request)] * images
+    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in request]
 
 
 def _numbers(

@@ -52,7 +52,7 @@ def weight_tokens(
 def principal_component(tokens: Tokens) -> Float[Tensor, "b n"]:
     """Project each token on the first principal component of the tokens of its image.
 
-    A component has no sign. As in SegEigenCAM (equation 13), the larger extreme is made positive.
+    The sign is chosen so that the larger extreme is positive, as in SegEigenCAM (equation 13).
     """
     centred = (tokens - tokens.mean(1, keepdim=True)).double()
     if centred.shape[1] <= centred.shape[2]:

@@ -111,8 +111,8 @@ class ModelRunner:
             behind the last block, and there is no edit, that block runs for the class token only.
         edit: changes attention blocks during the forward.
         edit_blocks: the blocks to change, as in `camkit.attach`.
-        vocabulary: joins classifier outputs to classes.
-        scores: computes ``(b, classes)`` scores from the model's output, as in `camkit.watch`.
+        vocabulary: as in `camkit.watch`.
+        scores: as in `camkit.watch`.
     """
 
     model: nn.Module

@@ -29,7 +29,7 @@ _LARGEST = 127.0
 
 
 def demo_model() -> Any:
-    """Make the model that comes with camkit; nothing is downloaded.
+    """Make the small model that comes with camkit; nothing is downloaded.
 
     It is a ViT of width 192, patch 16 and nine blocks with 1000 ImageNet outputs, trained by
     ``benchmarks/train_demo_model.py`` to imitate timm's twelve-block ViT-Ti/16 of "How to train
@@ -56,7 +56,7 @@ def demo_model() -> Any:
 
 
 def blank_model() -> Any:
-    """Make the model that comes with camkit, with random weights."""
+    """Make a model like `demo_model`'s, with random weights."""
     import timm
 
     return timm.create_model("vit_tiny_patch16_224", depth=9, dynamic_img_size=True)
@@ -108,11 +108,7 @@ class DemoPhotos:
     splits: tuple[str, ...] = ("all",)
 
     def split(self, name: str = "all") -> tuple[Sample, ...]:
-        """List the photographs; there is one split, "all".
-
-        Raises:
-            DataError: this version of scikit-image lacks a photograph.
-        """
+        """List the photographs, or raise DataError if this version of scikit-image lacks one."""
         check_split(name, self.splits)
         samples = []
         for file, shown in _CONTENT.items():
