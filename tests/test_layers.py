@@ -1,4 +1,6 @@
-"""Logit lens, fusion of layers, and the layer that agrees best."""
+"""Logit lens, fusion of layers, the layer that agrees best, and concepts."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,21 +10,27 @@ from torch import nn
 
 import camkit
 from camkit import GradientSeed, Vocabulary
-from camkit.bench import SuppressionChoice, Variant
-from camkit.bench.evaluator import variant_maps
 from camkit.contrib import (
     BestAgreementSeed,
     BlockSeed,
+    ConceptBank,
+    CRAFTSeed,
     LogitLensSeed,
 )
+from camkit.contrib.craft import (
+    amounts_of,
+    least_squares,
+    semi_nmf,
+    sobol_pairs,
+    swapped,
+    total_sobol,
+)
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.photo import Photo
 from camkit.seeds import (
     ClassWeightSeed,
     FusedSeed,
     GatedProductSeed,
     RelevanceSeed,
-    Views,
 )
 
 CLASSES = torch.tensor([[1, 4, 0], [3, -1, 2]])
@@ -236,6 +244,87 @@ def test_a_fusion_runs_in_a_pipeline():
     torch.testing.assert_close(stages.cam, expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 30, 12), (1, 8, 20)])
+def test_factorisation_never_gets_worse(shape):
+    data = torch.randn(shape).double()
+    errors = []
+    for steps in (1, 2, 4, 8, 16, 32):
+        amounts, directions = semi_nmf(data, 4, steps=steps)
+        assert (amounts >= 0).all()
+        errors.append(float((data - amounts @ directions).square().sum()))
+    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(errors))
+    assert errors[-1] < float((data - data.mean(1, keepdim=True)).square().sum())
+
+
+def test_exact_parts_are_found():
+    """Rows made of two directions, the pure ones among them, are explained without rest."""
+    directions = torch.tensor([[1.0, -2.0, 0.5], [-1.0, 0.0, 3.0]]).double()
+    amounts = torch.rand(1, 40, 2).double()
+    amounts[0, 0], amounts[0, 1] = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    data = amounts @ directions
+    found, parts = semi_nmf(data, 2, steps=200)
+    assert float((data - found @ parts).norm() / data.norm()) < 1e-2
+    torch.testing.assert_close(
+        amounts_of(data, directions[None], steps=2000), amounts, atol=1e-3, rtol=0
+    )
+
+
+def test_directions_are_the_least_squares_ones():
+    data, amounts = torch.randn(1, 9, 4).double(), torch.rand(1, 9, 3).double()
+    expected = torch.linalg.lstsq(amounts, data).solution
+    torch.testing.assert_close(least_squares(data, amounts), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_data_of_one_value_does_not_break_it():
+    amounts, directions = semi_nmf(torch.ones(1, 6, 3), 4)
+    torch.testing.assert_close(amounts @ directions, torch.ones(1, 6, 3), atol=1e-3, rtol=0)
+
+
+def test_total_sobol_indices_of_a_linear_function():
+    """Of a sum of independent terms the index of each is its share of the variance."""
+    weights = torch.tensor([1.0, 2.0, -3.0])
+    first, second = sobol_pairs(3, 4096, torch.zeros(()))
+    changed = torch.stack([points @ weights for points in swapped(first, second)])
+    found = total_sobol(first @ weights, changed)
+    torch.testing.assert_close(found, weights**2 / 14, atol=0.01, rtol=0)
+
+
+def test_total_sobol_indices_count_what_acts_together():
+    """For x * y on the unit square both indices are 4/7: 3/7 alone, 1/7 together."""
+    first, second = sobol_pairs(2, 4096, torch.zeros(()))
+    changed = torch.stack([points.prod(1) for points in swapped(first, second)])
+    found = total_sobol(first.prod(1), changed)
+    torch.testing.assert_close(found, torch.full((2,), 4 / 7), atol=0.02, rtol=0)
+
+
+def test_concepts_of_a_linear_host_matter_by_the_square_of_what_they_add():
+    host, pixels = tiny("average pooled")
+    host.fc_norm, pixels = nn.Identity(), pixels[:1]
+    seed = CRAFTSeed(rank=3, designs=512)
+    capture = capture_of(host, pixels, seed)
+    patches = capture.leaving[-1].tokens[:, capture.patches]
+    amounts, directions = semi_nmf(patches, 3)
+    added = amounts.mean(1)[0] * (directions[0] @ host.head.weight[2]).detach()
+    weights = (added**2 / added.square().sum()).masked_fill(added < 0, 0.0)
+    expected = (amounts[0] @ weights).view(4, 4)
+    found = seed(capture, torch.tensor([[2]]))[0, 0]
+    torch.testing.assert_close(found, expected, rtol=0.08, atol=0.02 * float(expected.max()))
+
+
+def test_learnt_concepts_serve_other_images():
+    model, pixels = tiny("vit")
+    capture = capture_of(model, pixels, CRAFTSeed())
+    patches = capture.leaving[-1].tokens[:, capture.patches]
+    concepts = ConceptBank.of(patches.flatten(0, 1), rank=5)
+    assert concepts.directions.shape == (5, 48)
+    seed = CRAFTSeed(concepts)
+    both = seed(capture, CLASSES)
+    single = seed(capture_of(model, pixels[1:], seed), CLASSES[1:])
+    torch.testing.assert_close(both[1:], single, rtol=1e-3, atol=1e-4)
+    assert not both[1, 1].any()
+    assert (both >= 0).all()
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -248,54 +337,11 @@ def test_a_fusion_runs_in_a_pipeline():
             lambda: BestAgreementSeed((GradientSeed(), RelevanceSeed()), threshold=1.0),
             r"\(0, 1\), got 1.0",
         ),
+        (lambda: CRAFTSeed(rank=0), "at least 1, got 0"),
+        (lambda: CRAFTSeed(designs=1), "at least 2, got 1"),
+        (lambda: semi_nmf(torch.zeros(1, 3, 2), 4), "1 to the 3 rows, got 4"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(call, words, no_shape_checks):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-def test_the_choice_by_suppression_is_the_best_of_a_slow_loop():
-    model, _ = tiny("vit")
-    photo = Photo(torch.randn(1, 3, 64, 96), torch.rand(1, 3, 64, 96), (64, 96))
-    names = Vocabulary(tuple("abcde"))
-    variants = [
-        Variant("lens", camkit.Method(LogitLensSeed(0), refine=())),
-        Variant("weight", camkit.Method(ClassWeightSeed(), refine=())),
-        Variant("both ways", camkit.Method(ClassWeightSeed(), views=Views(flip=True), refine=())),
-    ]
-    with torch.no_grad():
-        model.head.bias += 5.0  # scores of which something can be left
-    choose = SuppressionChoice(thresholds=(0.3, 0.6), area_weight=0.5, batch=3)
-    picked = choose(model, photo, (1, 4), variants, names)
-    maps = variant_maps(model, photo, torch.tensor([[1, 4]]), variants, names)
-    with torch.no_grad():
-        whole = model(photo.pixels)[0].clamp_min(0)
-        for slot, index in enumerate((1, 4)):
-            costs = {}
-            for variant in variants:
-                cam = camkit.resize_cam(maps[variant], (64, 96))[0, slot]
-                for threshold in (0.3, 0.6):
-                    shown = (cam > threshold).float()
-                    left = model(photo.pixels * (1 - shown))[0, index].clamp_min(0) / whole[index]
-                    costs[variant, threshold] = float(left.clamp_max(1) + 0.5 * shown.mean())
-            variant, threshold = min(costs, key=costs.get)
-            assert (picked[slot].variant, picked[slot].threshold) == (variant, threshold)
-            found = picked[slot].left + 0.5 * picked[slot].area
-            assert found == pytest.approx(costs[variant, threshold], abs=1e-4)
-            assert float((picked[slot].cam > 0.5).float().mean()) == pytest.approx(
-                picked[slot].area, abs=1e-3
-            )
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"thresholds": (0.5, 1.0)}, r"must lie in \(0, 1\)"),
-        ({"area_weight": -1.0}, "at least 0, got -1.0"),
-        ({"batch": 0}, "at least 1, got 0"),
-    ],
-)
-def test_a_choice_that_cannot_be_made_is_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        SuppressionChoice(**settings)

@@ -4,6 +4,7 @@ from camkit.contrib.alignment import (
     DescriptorAlignment as DescriptorAlignment,
     TwoSidedAlignment as TwoSidedAlignment,
 )
+from camkit.contrib.craft import ConceptBank as ConceptBank, CRAFTSeed as CRAFTSeed
 from camkit.contrib.layers import (
     BestAgreementSeed as BestAgreementSeed,
     BlockSeed as BlockSeed,

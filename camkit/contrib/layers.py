@@ -1,9 +1,10 @@
-"""Seeds read from inner or chosen blocks: logit lens, single blocks, the best agreement."""
+"""Seeds read from inner or chosen blocks: logit lens, single blocks, the seed that agrees best."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from camkit.capture.record import Capture, WatchSpec, required_by
@@ -20,8 +21,8 @@ class LogitLensSeed:
     Patches of inner blocks differ more than those of the last block, which is why ToCo (Ru et al.
     2023) trains an auxiliary classifier there. The logit lens (nostalgebraist 2020) needs no
     training; using it in that place, and for class maps, is ours. Scores below the image's mean
-    patch score become zero. At the last block of a model that applies only norms and the classifier
-    to its patches, this is `camkit.seeds.ClassWeightSeed`.
+    patch score become zero, as in `camkit.seeds.ClassWeightSeed`. At the last block of a model that
+    applies only norms and the classifier to its patches, the two seeds are equal.
 
     Attributes:
         layer: index of the block, from 0, or negative from the last; ToCo has its auxiliary
@@ -33,29 +34,42 @@ class LogitLensSeed:
     requires: ClassVar[WatchSpec] = WatchSpec(leaving=True)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        count = len(capture.leaving)
-        if not count:
-            raise CaptureError(
-                "this capture does not hold the tokens that leave each block, which LogitLensSeed "
-                "reads; watch the forward with camkit.watch(model, requires=seed.requires). If you "
-                "did, the model has no module that holds a block with its attention; use another "
-                "seed"
-            )
-        if not -count <= self.layer < count:
-            raise ValueError(f"`layer` must lie in {-count} to {count - 1}, got {self.layer}")
-        patches = capture.leaving[self.layer].tokens.detach()[:, capture.patches]
-        with torch.no_grad():
-            outputs = token_scores(capture.tail, capture.outputs, patches.flatten(0, 1))
-            scores = outputs.unflatten(0, patches.shape[:2])
-            if capture.vocabulary is not None:
-                scores = capture.vocabulary.score(scores)
+        scores = lens_scores(capture, leaving_patches(capture, self.layer, self))
         check_classes(classes, len(scores), scores.shape[-1])
         return fold_maps(capture, above_mean(pick(scores, classes)), classes)
 
 
+def leaving_patches(capture: Capture, layer: int, seed: object) -> Float[Tensor, "b n d"]:
+    """Return the patch tokens that leave a block.
+
+    Raises:
+        CaptureError: they were not recorded.
+        ValueError: there is no such block.
+    """
+    if not capture.leaving:
+        raise CaptureError(
+            f"this capture does not hold the tokens that leave each block, which "
+            f"{type(seed).__name__} reads; watch the forward with "
+            "camkit.watch(model, requires=seed.requires). If you did, the model has no module that "
+            "holds a block with its attention; use another seed"
+        )
+    count = len(capture.leaving)
+    if not -count <= layer < count:
+        raise ValueError(f"`layer` must lie in {-count} to {count - 1}, got {layer}")
+    return capture.leaving[layer].tokens.detach()[:, capture.patches]
+
+
+def lens_scores(capture: Capture, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n C"]:
+    """Score each token with the last norm and the classifier, as if it were the pooled token."""
+    with torch.no_grad():
+        flat = token_scores(capture.tail, capture.outputs, tokens.flatten(0, 1))
+        scores = flat.unflatten(0, tokens.shape[:2])
+        return scores if capture.vocabulary is None else capture.vocabulary.score(scores)
+
+
 @dataclass(frozen=True)
 class BlockSeed:
-    """A seed that reads only some of the watched blocks.
+    """An attention seed read from some of the watched blocks only.
 
     Attributes:
         seed: such as `camkit.GradientSeed`, which averages the blocks it is given.
@@ -96,9 +110,9 @@ class BestAgreementSeed:
     """For each image and class, the candidate seed that agrees best with a reference.
 
     After the layer selection of DoNuSeg (2024), which compares binary maps of every layer with a
-    first label, from points, and takes the most similar layer. Neither its threshold nor its
-    measure of similarity is published: a share of each map's range, and intersection over union,
-    are ours.
+    first label and takes the most similar layer. There the label comes from points; here it is
+    another seed, or the mean of all candidates. Neither the threshold nor the measure of similarity
+    is published: 0.5 of the range of each map, and intersection over union, are ours.
 
     Attributes:
         seeds: candidates, such as one seed at several layers.
