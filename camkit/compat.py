@@ -225,11 +225,11 @@ class CAM:
                 gradient = tokens if slopes is None else self._places(slopes, pixels.shape[-2:])[0]
                 if self.uses_gradients and not gradient.any():
                     right = self._layers.right_layer()
-                    use = f"`{right}`" if right not in (None, name) else None
+                    earlier = "a layer before the last attention"
                     raise CaptureError(
                         f"the scores do not depend on the patches in the output of {name}: every "
                         "gradient there is zero, and so would be every map; use "
-                        f"{use or 'a layer before the last attention'}"
+                        f"{earlier if right in (None, name) else f'`{right}`'}"
                     )
                 cam = self._map(tokens, gradient, eigen_smooth).clamp_min(0.0)
                 maps.append(_scaled(cam.unflatten(1, size), pixels.shape[-2:]))

@@ -36,9 +36,9 @@ def to_rgb(pixels: Pixels, normalisation: Normalisation | None = None) -> RGB:
 def detect_normalisation(pixels: Pixels) -> Normalisation | None:
     """Return the first of `NORMALISATIONS` that puts all values of a batch in range, if any.
 
-    The first one that fits uses most of the range. This rule is ours: it distinguishes 0..1 images,
-    -1..1 images and ImageNet statistics once a batch has light and dark pixels, and colour
-    similarities need no more.
+    This rule is ours: the first that fits uses most of the range. It distinguishes 0..1 images,
+    -1..1 images and ImageNet statistics once a batch has light and dark pixels, which is enough for
+    colour similarities.
     """
     if pixels.numel() == 0:
         return NORMALISATIONS["none"]

@@ -107,8 +107,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]
     """Store the inputs, of which tensors come first, and the outputs."""
     tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
     ctx.settings = inputs[len(tensors) :]
-    ctx.save_for_backward(*tensors, *(output if isinstance(output, tuple) else (output,)))
-    ctx.set_materialize_grads(False)
+    outputs = output if isinstance(output, tuple) else (output,)
+    ctx.save_for_backward(*tensors, *outputs)
+    ctx.set_materialize_grads(len(outputs) < 2)  # None saves work if outputs are not used
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -117,18 +118,14 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _attention_gradient(
-    namespace: str,
-    ctx: Any,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_rows: Tensor | None,
+    namespace: str, ctx: Any, *at_outputs: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *heads, log_weights, out, lse, rows = ctx.saved_tensors
     *settings, _ = ctx.settings
     to_weights = log_weights is not None and ctx.needs_input_grad[3]
     backward = getattr(torch.ops, namespace).reweighted_attention_backward
     forward = (*heads, out, lse, rows, log_weights, *settings)
-    *gradients, weights = backward(grad_out, grad_lse, grad_rows, *forward, to_weights)
+    *gradients, weights = backward(*at_outputs, *forward, to_weights)
     return *gradients, weights if to_weights else None, None, None, None
 
 

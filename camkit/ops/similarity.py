@@ -101,10 +101,7 @@ def colour_mass(colours: Float[Tensor, "b n 3"], *, width: float) -> Float[Tenso
 
 
 class _CosineLogSumExp(torch.autograd.Function):
-    """Log of the summed exponentials of each token's cosines over a temperature.
-
-    The backward keeps ``(t, d)``. Cosines are symmetric, which saves it half of its products.
-    """
+    """Log of the summed exponentials of each token's cosines; the backward keeps ``(t, d)``."""
 
     @staticmethod
     def forward(ctx: Any, directions: Tensor, temperature: float) -> Tensor:
