@@ -4,6 +4,7 @@ Change the import line and keep the script.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -132,7 +133,7 @@ _Reshape: TypeAlias = Callable[[Tensor], Tensor]
 _Maps: TypeAlias = Float[np.ndarray, "b H W"]
 
 
-class CAM:
+class CAM(AbstractContextManager["CAM"]):
     """Base of all methods; a subclass names its weighting in `camkit.seeds.token_gradients`.
 
     Unlike grad-cam's classes, these put hooks on the model during a call only, leave its mode and
@@ -186,9 +187,6 @@ class CAM:
                 maps = self.forward(pixels * factor, targets, eigen_smooth)
                 views.append(maps.flip(-1) if mirrored else maps)
         return torch.stack(views).mean(0).cpu().numpy()
-
-    def __enter__(self) -> "CAM":
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: the hooks are off already. Errors are not swallowed."""
@@ -309,7 +307,7 @@ def _scaled(maps: Float[Tensor, "b h w"], size: Sequence[int] = ()) -> Float[Ten
     return F.interpolate(maps[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
 
-class FinerCAM:
+class FinerCAM(AbstractContextManager["FinerCAM"]):
     """Another method (``base_method``) applied to the contrast of a class with similar classes.
 
     Similar classes are those with the nearest scores. `CAM` explains the other arguments.
@@ -353,9 +351,6 @@ class FinerCAM:
 
         chosen = contrasts if targets is None else targets
         return self.base_cam.forward(input_tensor, chosen, eigen_smooth).cpu().numpy()
-
-    def __enter__(self) -> "FinerCAM":
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: the hooks are off already. Errors are not swallowed."""

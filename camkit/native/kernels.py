@@ -161,17 +161,17 @@ def _cached(key: str, targets: Sequence[int]) -> Path | None:
 
 def _compile(folder: Path, key: str, targets: Sequence[int], selection: Selection) -> Path:
     compiler = nvcc()
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        built, log = Path(place) / "attention.so", Path(place) / "attention.log"
+    with tempfile.TemporaryDirectory(dir=folder) as build_folder:
+        built, log = Path(build_folder) / "attention.so", Path(build_folder) / "attention.log"
         # the sources need nothing newer than compute_80, whose PTX also runs on future GPUs
         codes = ",".join([f"sm_{x}" for x in targets] + [f"compute_{_OLDEST}"])
         target = f"-gencode=arch=compute_{_OLDEST},code=[{codes}]"
         device = [compiler, *_FLAGS, *selection.flags, target, "-c"]
         commands = [
-            [*device, str(source), "-o", f"{place}/{source.stem}.o"]
+            [*device, str(source), "-o", f"{build_folder}/{source.stem}.o"]
             for source in sorted(SOURCES.glob("*.cu"))
         ]
-        commands.append(binding_command(f"{place}/binding.o"))
+        commands.append(binding_command(f"{build_folder}/binding.o"))
         with concurrent.futures.ThreadPoolExecutor() as pool:
             log.write_text("\n".join(pool.map(_run, commands)))
         objects = [command[-1] for command in commands]
@@ -197,10 +197,10 @@ def torch_library() -> list[str]:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+        process = subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
     except (OSError, subprocess.SubprocessError) as error:
         raise CamkitError(loader.reason(error)) from error
-    return (done.stdout + done.stderr).decode(errors="replace")
+    return (process.stdout + process.stderr).decode(errors="replace")
 
 
 @contextlib.contextmanager

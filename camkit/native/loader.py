@@ -63,8 +63,8 @@ def _find_or_build(source: Path) -> ctypes.CDLL:
     for path in built_libraries(stem):
         return ctypes.CDLL(str(path))
     folder = cache_folder()
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        built = Path(place) / f"{stem}.so"
+    with tempfile.TemporaryDirectory(dir=folder) as build_folder:
+        built = Path(build_folder) / f"{stem}.so"
         command = [*compiler, *flags, str(source), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
         if folder is None:

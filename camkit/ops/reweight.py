@@ -150,8 +150,8 @@ def propagate_mean(  # noqa: PLR0913 - all of one attention call
 
 def log_of(weights: Tensor) -> Tensor:
     """Return log-weights; a weight of zero becomes -inf and gets no gradient."""
-    nothing = weights <= 0.0
-    return weights.masked_fill(nothing, 1.0).log().masked_fill(nothing, -torch.inf)
+    suppressed = weights <= 0.0
+    return weights.masked_fill(suppressed, 1.0).log().masked_fill(suppressed, -torch.inf)
 
 
 def compiled_for(q: Tensor, *others: Tensor) -> bool:
