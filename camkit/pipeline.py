@@ -89,10 +89,15 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
 class Pipeline:
     """A model and the method that segments photos with it; printing it shows the method.
 
-    Attributes:
-        model: borrowed: its weights, hooks, modes and gradients stay as they are.
-        vocabulary: class names, and the classifier outputs behind each; may be None.
-        scores: computes class scores from the model's output; may be None.
+    Args:
+        model: a Vision Transformer; its weights, hooks, modes and gradients stay as they are.
+        method: how maps are made; or presets, of which the first that the model supports is used.
+            Presets are tried on the first photo.
+        vocabulary: class names, and the classifier outputs behind each.
+        scores: computes ``(b, classes)`` scores from the model's output.
+
+    Raises:
+        UnsupportedModelError: the model has no attention.
     """
 
     def __init__(
@@ -103,18 +108,6 @@ class Pipeline:
         vocabulary: Vocabulary | None = None,
         scores: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        """Wrap a model; `camkit.wrap` is the short way.
-
-        Args:
-            model: a Vision Transformer.
-            method: how maps are made; or presets, of which the first one that the model supports
-                is used. Presets are tried on the first photo.
-            vocabulary: class names, and the classifier outputs behind each.
-            scores: computes ``(b, classes)`` scores from the model's output.
-
-        Raises:
-            UnsupportedModelError: the model has no attention.
-        """
         find_attention(model)  # refuse a model without attention here, not at the first photo
         self.model = model
         self.vocabulary = vocabulary

@@ -4,14 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import capture_of
 from hosts import HandMade, tiny
 from torch import nn
 
 import camkit
 from camkit import GradientSeed, Vocabulary
-from camkit.bench import SuppressionChoice, Variant
-from camkit.bench.evaluator import variant_maps
-from camkit.capture.record import required_by
 from camkit.contrib import (
     BestAgreementSeed,
     BlockSeed,
@@ -28,23 +26,15 @@ from camkit.contrib.craft import (
     total_sobol,
 )
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.photo import Photo
 from camkit.seeds import (
     ClassWeightSeed,
     FusedSeed,
     GatedProductSeed,
     RelevanceSeed,
-    Views,
 )
 
 CLASSES = torch.tensor([[1, 4, 0], [3, -1, 2]])
 PICTURE = camkit.Capture.of_picture(torch.zeros(1, 3, 1, 4))
-
-
-def seen_by(model, pixels, *seeds, **options):
-    with torch.no_grad(), camkit.watch(model, requires=required_by(*seeds), **options) as seen:
-        model(pixels)
-    return seen.capture
 
 
 def evidence(scores):
@@ -59,7 +49,7 @@ def evidence(scores):
 )
 def test_the_lens_is_the_hosts_own_norm_and_head_on_an_inner_block(family):
     model, pixels = tiny(family)
-    capture = seen_by(model, pixels, LogitLensSeed(0))
+    capture = capture_of(model, pixels, LogitLensSeed(0))
     left = []
     hooks = [
         block.register_forward_hook(lambda *call: left.append(call[-1])) for block in model.blocks
@@ -78,7 +68,7 @@ def test_the_lens_is_the_hosts_own_norm_and_head_on_an_inner_block(family):
 @pytest.mark.parametrize("family", ["vit", "average pooled"])
 def test_at_the_last_block_the_lens_is_the_class_weight_seed(family):
     model, pixels = tiny(family)
-    capture = seen_by(model, pixels, LogitLensSeed(-1))
+    capture = capture_of(model, pixels, LogitLensSeed(-1))
     expected = ClassWeightSeed()(capture, CLASSES)
     torch.testing.assert_close(LogitLensSeed(-1)(capture, CLASSES), expected)
 
@@ -99,7 +89,7 @@ class MaxPooled(nn.Module):
 
 def test_the_lens_reads_inner_patches_by_a_convolution_too():
     host, pixels, seed = MaxPooled(), torch.randn(2, 3, 64, 96), LogitLensSeed(0)
-    capture = seen_by(host, pixels, seed)
+    capture = capture_of(host, pixels, seed)
     left = []
     hook = host.encoder.blocks[0].register_forward_hook(lambda *call: left.append(call[-1]))
     with torch.no_grad(), hook:
@@ -113,8 +103,8 @@ def test_the_lens_takes_groups_of_outputs():
     model, pixels = tiny("vit")
     groups = Vocabulary(("a", "b"), members=((0, 3), (2,)))
     seed = LogitLensSeed(1)
-    capture = seen_by(model, pixels, seed, vocabulary=groups)
-    plain = seen_by(model, pixels, seed)
+    capture = capture_of(model, pixels, seed, vocabulary=groups)
+    plain = capture_of(model, pixels, seed)
     one = seed(capture, torch.tensor([[1], [1]]))
     torch.testing.assert_close(one, seed(plain, torch.tensor([[2], [2]])))
 
@@ -123,9 +113,9 @@ def test_the_lens_needs_its_tokens_and_a_classifier():
     model, pixels = tiny("vit")
     seed = LogitLensSeed()
     with pytest.raises(CaptureError, match=r"LogitLensSeed reads; watch.*requires=seed.requires"):
-        seed(seen_by(model, pixels), CLASSES)
+        seed(capture_of(model, pixels), CLASSES)
     with pytest.raises(ValueError, match="must lie in -3 to 2, got 3"):
-        LogitLensSeed(3)(seen_by(model, pixels, seed), CLASSES)
+        LogitLensSeed(3)(capture_of(model, pixels, seed), CLASSES)
 
     class Scaled(HandMade):
         def forward(self, pixels):
@@ -133,7 +123,7 @@ def test_the_lens_needs_its_tokens_and_a_classifier():
 
     host = Scaled()
     with pytest.raises((UnsupportedModelError, CaptureError)):
-        seed(seen_by(host, torch.randn(2, 3, 16, 24), seed), CLASSES)
+        seed(capture_of(host, torch.randn(2, 3, 16, 24), seed), CLASSES)
 
 
 def test_watching_what_leaves_the_blocks_changes_nothing_and_builds_no_graph():
@@ -149,8 +139,8 @@ def test_watching_what_leaves_the_blocks_changes_nothing_and_builds_no_graph():
 def test_a_seed_of_some_blocks_is_the_seed_with_those_watched_alone():
     model, pixels = tiny("vit")
     classes = CLASSES[:, :1]
-    whole = seen_by(model, pixels, GradientSeed())
-    part = seen_by(model, pixels, GradientSeed(), blocks=[0, 2])
+    whole = capture_of(model, pixels, GradientSeed())
+    part = capture_of(model, pixels, GradientSeed(), blocks=[0, 2])
     found = BlockSeed(GradientSeed(), (-1, 0))(whole, classes)
     torch.testing.assert_close(found, GradientSeed()(part, classes))
     with pytest.raises(ValueError, match="-3 to 2, as 3 were watched, got 3"):
@@ -215,25 +205,24 @@ def test_the_layer_that_agrees_best_is_taken_for_each_image_and_class():
     shifted = maps_of(0.0, 1.0, 1.0, 0.0)  # overlap 1 of 3
     candidates = (Fixed(shifted), Fixed(wide))
     seed = BestAgreementSeed(candidates, Fixed(reference))
-    assert seed.chosen(PICTURE, torch.tensor([[0]])).tolist() == [[1]]
     assert torch.equal(seed(PICTURE, torch.tensor([[0]])), wide)
     turned = torch.cat([maps_of(1.0, 1.0, 0.0, 0.0), maps_of(0.0, 1.0, 1.0, 0.0)], 1)
     both = BestAgreementSeed(
         (Fixed(torch.cat([shifted, shifted], 1)), Fixed(torch.cat([wide, wide], 1))), Fixed(turned)
     )
-    assert both.chosen(PICTURE, torch.tensor([[0, 1]])).tolist() == [[1, 0]]
+    assert torch.equal(both(PICTURE, torch.tensor([[0, 1]])), torch.cat([wide, shifted], 1))
 
 
 def test_without_a_reference_the_odd_one_out_is_not_taken():
     like, alike, odd = maps_of(1.0, 1.0, 0.0), maps_of(1.0, 0.9, 0.1), maps_of(0.0, 0.0, 1.0)
     seed = BestAgreementSeed((Fixed(odd), Fixed(like), Fixed(alike)))
-    assert seed.chosen(PICTURE, torch.tensor([[0]])).tolist() == [[1]]
+    assert torch.equal(seed(PICTURE, torch.tensor([[0]])), like)
 
 
 def test_seeds_of_seeds_need_what_their_parts_need():
     fused = FusedSeed((LogitLensSeed(0), LogitLensSeed(-1)))
     model, pixels = tiny("vit")
-    capture = seen_by(model, pixels, fused)
+    capture = capture_of(model, pixels, fused)
     parts = [LogitLensSeed(layer)(capture, CLASSES) for layer in (0, -1)]
     tops = [part.amax((-2, -1), keepdim=True).clamp_min(1e-8) for part in parts]
     expected = (parts[0] / tops[0] + parts[1] / tops[1]) / 2
@@ -250,7 +239,7 @@ def test_a_fusion_runs_in_a_pipeline():
     pixels = torch.randn(1, 3, 64, 96)
     fused = FusedSeed((LogitLensSeed(0), GradientSeed()), "max")
     stages = camkit.wrap(model, seed=fused, refine=[]).stages(pixels, rgb=pixels, classes=1)
-    capture = seen_by(model, pixels, fused)
+    capture = capture_of(model, pixels, fused)
     expected = camkit.normalize_cam(fused(capture, torch.tensor([[1]])))
     torch.testing.assert_close(stages.cam, expected)
 
@@ -312,7 +301,7 @@ def test_concepts_of_a_linear_host_matter_by_the_square_of_what_they_add():
     host, pixels = tiny("average pooled")
     host.fc_norm, pixels = nn.Identity(), pixels[:1]
     seed = CRAFTSeed(rank=3, designs=512)
-    capture = seen_by(host, pixels, seed)
+    capture = capture_of(host, pixels, seed)
     patches = capture.leaving[-1].tokens[:, capture.patches]
     amounts, directions = semi_nmf(patches, 3)
     added = amounts.mean(1)[0] * (directions[0] @ host.head.weight[2]).detach()
@@ -324,13 +313,13 @@ def test_concepts_of_a_linear_host_matter_by_the_square_of_what_they_add():
 
 def test_learnt_concepts_serve_other_images():
     model, pixels = tiny("vit")
-    capture = seen_by(model, pixels, CRAFTSeed())
+    capture = capture_of(model, pixels, CRAFTSeed())
     patches = capture.leaving[-1].tokens[:, capture.patches]
     concepts = ConceptBank.of(patches.flatten(0, 1), rank=5)
     assert concepts.directions.shape == (5, 48)
     seed = CRAFTSeed(concepts)
     both = seed(capture, CLASSES)
-    single = seed(seen_by(model, pixels[1:], seed), CLASSES[1:])
+    single = seed(capture_of(model, pixels[1:], seed), CLASSES[1:])
     torch.testing.assert_close(both[1:], single, rtol=1e-3, atol=1e-4)
     assert not both[1, 1].any()
     assert (both >= 0).all()
@@ -356,49 +345,3 @@ def test_learnt_concepts_serve_other_images():
 def test_settings_that_mean_nothing_are_refused(call, words, no_shape_checks):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-def test_the_choice_by_suppression_is_the_best_of_a_slow_loop():
-    model, _ = tiny("vit")
-    photo = Photo(torch.randn(1, 3, 64, 96), torch.rand(1, 3, 64, 96), (64, 96))
-    names = Vocabulary(tuple("abcde"))
-    variants = [
-        Variant("lens", camkit.Method(LogitLensSeed(0), refine=())),
-        Variant("weight", camkit.Method(ClassWeightSeed(), refine=())),
-        Variant("both ways", camkit.Method(ClassWeightSeed(), views=Views(flip=True), refine=())),
-    ]
-    with torch.no_grad():
-        model.head.bias += 5.0  # scores of which something can be left
-    choose = SuppressionChoice(thresholds=(0.3, 0.6), area_weight=0.5, batch=3)
-    picked = choose(model, photo, (1, 4), variants, names)
-    maps = variant_maps(model, photo, torch.tensor([[1, 4]]), variants, names)
-    with torch.no_grad():
-        whole = model(photo.pixels)[0].clamp_min(0)
-        for slot, index in enumerate((1, 4)):
-            costs = {}
-            for variant in variants:
-                cam = camkit.resize_cam(maps[variant], (64, 96))[0, slot]
-                for threshold in (0.3, 0.6):
-                    shown = (cam > threshold).float()
-                    left = model(photo.pixels * (1 - shown))[0, index].clamp_min(0) / whole[index]
-                    costs[variant, threshold] = float(left.clamp_max(1) + 0.5 * shown.mean())
-            variant, threshold = min(costs, key=costs.get)
-            assert (picked[slot].variant, picked[slot].threshold) == (variant, threshold)
-            found = picked[slot].left + 0.5 * picked[slot].area
-            assert found == pytest.approx(costs[variant, threshold], abs=1e-4)
-            assert float((picked[slot].cam > 0.5).float().mean()) == pytest.approx(
-                picked[slot].area, abs=1e-3
-            )
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"thresholds": (0.5, 1.0)}, r"must lie in \(0, 1\)"),
-        ({"area_weight": -1.0}, "at least 0, got -1.0"),
-        ({"batch": 0}, "at least 1, got 0"),
-    ],
-)
-def test_a_choice_that_cannot_be_made_is_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        SuppressionChoice(**settings)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import resource
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import errors_of
 from PIL import Image
 from safetensors.torch import save_file
 from small_runs import (
@@ -28,12 +30,14 @@ from small_runs import (
     write_photos,
 )
 
-from camkit import Vocabulary, load_photo, wrap
-from camkit.bulk.finishing import OutputError
+from camkit import Views, Vocabulary, load_photo, wrap
 from camkit.bulk.recipe import Recipe, Writing
 from camkit.bulk.running import Rank, rank_of, run
 from camkit.bulk.sources import DataSetPhotos, PhotoFolder
+from camkit.bulk.stages import OutputError
 from camkit.cli import main
+from camkit.cli.models import open_model
+from camkit.cli.run import TimmModel
 from camkit.data import read_cam, write_shapes
 from camkit.errors import CamkitError, DataError
 from camkit.refiners import Blur, Normalize, Propagate
@@ -61,11 +65,6 @@ def start(recipe, source, out, **settings):
 
 def rows(out):
     return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
-
-
-def errors(out):
-    lines = (out / "errors.tsv").read_text().splitlines()[1:]
-    return {name: (stage, reason) for name, stage, reason in (line.split("\t") for line in lines)}
 
 
 # Output
@@ -191,8 +190,8 @@ def test_the_classifier_predicts_classes_without_labels(photos, tmp_path):
 def test_images_without_labels_need_a_prediction(photos, tmp_path):
     ran = start(small_recipe(labels=None), Some(list(photos)[:3]), tmp_path)
     assert (ran.written, ran.failed) == (0, 3)
-    assert {stage for stage, _ in errors(tmp_path).values()} == {"model"}
-    assert "give labels, or let the classifier predict" in str(errors(tmp_path))
+    assert {stage for stage, _ in errors_of(tmp_path).values()} == {"model"}
+    assert "give labels, or let the classifier predict" in str(errors_of(tmp_path))
 
 
 def test_an_unknown_label_fails_only_its_image(photos, tmp_path):
@@ -201,7 +200,7 @@ def test_an_unknown_label_fails_only_its_image(photos, tmp_path):
     few[5] = replace(few[5], classes=())
     ran = start(small_recipe(labels=None), Some(few), tmp_path)
     assert (ran.written, ran.failed) == (7, 1)
-    assert "must lie in 0 to 2" in errors(tmp_path)[few[3].key][1]
+    assert "must lie in 0 to 2" in errors_of(tmp_path)[few[3].key][1]
 
 
 # Bad input
@@ -226,7 +225,7 @@ def test_bad_files_are_reported_and_the_others_done(tmp_path):
     (folder / "p000.jpg").write_bytes(good)
     out = tmp_path / "out"
     ran = start(small_recipe(), PhotoFolder(folder), out)
-    reported = errors(out)
+    reported = errors_of(out)
     assert (ran.written, ran.failed) == (14, len(reported)) == (14, 7)
     assert {name: stage for name, (stage, _) in reported.items()} == {
         **dict.fromkeys(["empty", "short", "text", "loop", "pipe", "bomb"], "read"),
@@ -292,7 +291,7 @@ def test_killed_workers_cost_nothing(photos, undisturbed, tmp_path):
 
     def kill():
         luck = random.Random(3)
-        while not over.wait(luck.uniform(0.1, 0.4)) and len(killed) < 4:
+        while not over.wait(luck.uniform(0.1, 0.4)) and len(killed) < 3:  # a fourth may give up
             if living := workers_of(os.getpid()):
                 killed.append(luck.choice(living))
                 os.kill(killed[-1], signal.SIGKILL)
@@ -317,7 +316,7 @@ def test_an_image_that_kills_its_worker_is_given_up(tmp_path):
     recipe = small_recipe(finish=(DiesOfDarkness(),))
     ran = start(recipe, PhotoFolder(folder), tmp_path / "out", workers=1)
     assert (ran.written, ran.failed) == (5, 1)
-    stage, reason = errors(tmp_path / "out")["dark"]
+    stage, reason = errors_of(tmp_path / "out")["dark"]
     assert (stage, reason[:38]) == ("write", "the process that worked on it died: ki")
 
 
@@ -339,6 +338,20 @@ def test_a_full_disk_ends_the_run_and_the_next_run_continues(photos, undisturbed
     assert {**actual, "settings.json": None} == {**undisturbed, "settings.json": None}
 
 
+def test_a_batch_beyond_the_memory_of_the_device_ends_the_run(photos, tmp_path):
+    def open_large():
+        model = OpenSmall()()
+        model.register_forward_pre_hook(exceed_memory)
+        return model
+
+    def exceed_memory(*_):
+        raise torch.OutOfMemoryError
+
+    recipe = replace(small_recipe(), model=open_large)
+    with pytest.raises(CamkitError, match=r"2 images of .* do not fit the memory .* \(--batch\)"):
+        start(recipe, photos, tmp_path)
+
+
 def test_a_folder_that_takes_no_files_ends_the_run(photos, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -357,6 +370,9 @@ def test_other_settings_are_kept_out_of_a_folder(photos, tmp_path):
         start(small_recipe(background_score=0.3), few, tmp_path)
     with pytest.raises(DataError, match="weights_sha256"):
         start(replace(small_recipe(), model=OpenSmall(1)), few, tmp_path)
+    mirrored = replace(small_recipe().method, views=Views(flip=True))
+    with pytest.raises(DataError, match=r"views: None there, Views\("):
+        start(replace(small_recipe(), method=mirrored), few, tmp_path)
     start(replace(small_recipe(), batch=2, chunk=3), few, tmp_path)  # no other results
     anew = start(small_recipe(background_score=0.3), few, tmp_path, overwrite=True)
     assert (anew.written, anew.settled, len(rows(tmp_path))) == (2, 0, 2)
@@ -410,6 +426,24 @@ def weights(tmp_path, monkeypatch):
     (tmp_path / "data" / "weights").mkdir(parents=True)
     save_file(state, tmp_path / "data" / "weights" / "vit_tiny_patch16_224.test.safetensors")
     monkeypatch.setenv("CAMKIT_DATA", str(tmp_path / "data"))
+
+
+def test_the_command_opens_the_model_once_and_sends_its_name_to_other_processes(
+    weights, tmp_path, monkeypatch
+):
+    opened = []
+
+    def counted(*arguments, **options):
+        opened.append(open_model(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr("camkit.cli.run.open_model", counted)
+    write_photos(tmp_path / "in", 1)
+    command = ["run", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--size", "48"]
+    assert main([*command, "--model", "vit_tiny_patch16_224.test", "--workers", "0"]) == 0
+    assert len(opened) == 1
+    sent = pickle.loads(pickle.dumps(TimmModel("name", 48, opened[0].model)))
+    assert (sent, sent.opened) == (TimmModel("name", 48), None)
 
 
 def test_the_command_runs_continues_and_refuses(weights, tmp_path, capsys):

@@ -72,63 +72,46 @@ class Table:
 
 def extra_tables(report: Report) -> list[Table]:
     """Return the tables besides the main one, each only if the report has figures for it."""
-    controls = [
+    rows, names, gain = report.rows, get_args(Definition), ("gain", "95% interval")
+    tables: list[Table] = []
+    lines: list[tuple[Cell, ...]]
+    if lines := [
         (Cell(row.name), Cell(other.name), *gain_cells(other.gain))
-        for row in report.rows
+        for row in rows
         for other in row.over_controls
-    ]
-    names = get_args(Definition)
-    definitions = [
+    ]:
+        heads = ("variant", "control", *gain)
+        tables.append(Table("controls", "Against controls", "Gains over controls", heads, lines))
+    if lines := [
         (Cell(row.name), *(percent(row.definitions[name]) for name in names))
-        for row in report.rows
+        for row in rows
         if len({round(value, 6) for value in row.definitions.values()}) > 1
-    ]
-    outlines = [
+    ]:
+        heads = ("variant", *names)
+        title = "Definitions of mIoU"
+        tables.append(Table("definitions", title, "mIoU by definition", heads, lines))
+    if lines := [
         (Cell(row.name), percent(row.outlines.mean_iou), *gain_cells(row.outlines.gain))
-        for row in report.rows
+        for row in rows
         if row.outlines is not None
-    ]
-    qualities = [(row, row.quality) for row in report.rows if row.quality is not None]
-    quality = [
-        (
-            Cell(row.name),
-            *(
-                Cell(f"{mean:.3f} ± {error:.3f}", mean)
-                for mean, error in zip(astuple(each.means), astuple(each.errors), strict=True)
-            ),
+    ]:
+        heads = ("variant", "boundary IoU", *gain)
+        tables.append(Table("outlines", "Outlines", "Boundary IoU and gains", heads, lines))
+    measured = [(row.name, row.quality) for row in rows if row.quality is not None]
+    lines = []
+    for name, quality in measured:
+        pairs = zip(astuple(quality.means), astuple(quality.errors), strict=True)
+        lines.append(
+            (Cell(name), *(Cell(f"{mean:.3f} ± {error:.3f}", mean) for mean, error in pairs))
         )
-        for row, each in qualities
-    ]
-    maps = qualities[0][1].maps if qualities else 0
-    gain = ("gain", "95% interval")
-    return [
-        table
-        for table in (
-            Table(
-                *("controls", "Against controls", "Gains over controls"),
-                ("variant", "control", *gain),
-                controls,
-            ),
-            Table(
-                *("definitions", "Definitions of mIoU", "mIoU by definition"),
-                ("variant", *names),
-                definitions,
-            ),
-            Table(
-                *("outlines", "Outlines", "Boundary IoU and gains"),
-                ("variant", "boundary IoU", *gain),
-                outlines,
-            ),
-            Table(
-                *("quality", "By the classifier", "Without masks"),
-                ("variant", "insertion", "deletion", "left behind"),
-                quality,
-                f"By the classifier's scores, over {maps} maps, with standard errors. Higher "
-                "insertion is better; lower deletion and a lower score left behind are better.",
-            ),
+    if lines:
+        heads = ("variant", "insertion", "deletion", "left behind")
+        note = (
+            f"By the classifier's scores, over {measured[0][1].maps} maps, with standard errors. "
+            "Higher insertion is better; lower deletion and a lower score left behind are better."
         )
-        if table.rows
-    ]
+        tables.append(Table("quality", "By the classifier", "Without masks", heads, lines, note))
+    return tables
 
 
 def to_markdown(report: Report) -> str:

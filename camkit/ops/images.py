@@ -69,6 +69,8 @@ def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
     """
     if min(size) < 1:
         raise ValueError(f"`size` must be at least 1x1 (rows, columns), got {size[0]}x{size[1]}")
+    if not cam.shape[1]:  # torch resizes no images, but not images without classes
+        return cam.new_zeros(len(cam), 0, *size)
     rows, cols = cam.shape[-2:]
     shrinks = size[0] < rows or size[1] < cols
     # torch has no antialiased kernel for half precision
