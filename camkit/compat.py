@@ -4,6 +4,7 @@ Change the import line and keep the script.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -132,7 +133,7 @@ _Reshape: TypeAlias = Callable[[Tensor], Tensor]
 _Maps: TypeAlias = Float[np.ndarray, "b H W"]
 
 
-class CAM:
+class CAM(AbstractContextManager["CAM"]):
     """Base of all methods; a subclass names its weighting in `camkit.seeds.token_gradients`.
 
     Unlike grad-cam's classes, these put hooks on the model during a call only, leave its mode and
@@ -187,9 +188,6 @@ class CAM:
                 views.append(maps.flip(-1) if mirrored else maps)
         return torch.stack(views).mean(0).cpu().numpy()
 
-    def __enter__(self) -> "CAM":
-        return self
-
     def __exit__(self, *_: object) -> None:
         """Do nothing: the hooks are off already. Errors are not swallowed."""
 
@@ -225,11 +223,11 @@ class CAM:
                 gradient = tokens if slopes is None else self._places(slopes, pixels.shape[-2:])[0]
                 if self.uses_gradients and not gradient.any():
                     right = self._layers.right_layer()
-                    use = f"`{right}`" if right not in (None, name) else None
+                    earlier = "a layer before the last attention"
                     raise CaptureError(
                         f"the scores do not depend on the patches in the output of {name}: every "
                         "gradient there is zero, and so would be every map; use "
-                        f"{use or 'a layer before the last attention'}"
+                        f"{earlier if right in (None, name) else f'`{right}`'}"
                     )
                 cam = self._map(tokens, gradient, eigen_smooth).clamp_min(0.0)
                 maps.append(_scaled(cam.unflatten(1, size), pixels.shape[-2:]))
@@ -308,7 +306,7 @@ def _scaled(maps: Float[Tensor, "b h w"], size: Sequence[int] = ()) -> Float[Ten
     return F.interpolate(maps[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
 
-class FinerCAM:
+class FinerCAM(AbstractContextManager["FinerCAM"]):
     """Another method (``base_method``) applied to the contrast of a class with similar classes.
 
     Similar classes are those with the nearest scores. `CAM` explains the other arguments.
@@ -352,9 +350,6 @@ class FinerCAM:
 
         chosen = contrasts if targets is None else targets
         return self.base_cam.forward(input_tensor, chosen, eigen_smooth).cpu().numpy()
-
-    def __enter__(self) -> "FinerCAM":
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: the hooks are off already. Errors are not swallowed."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from camkit.ops import reweight
+from camkit.ops.reweight import Heads as Heads, LogWeights, Normaliser as Normaliser
 from camkit.ops.reweight_plain import (
     ALL,
     at_least_float32,
@@ -27,10 +28,8 @@ from camkit.ops.reweight_plain import (
     row_logsumexp,
 )
 
-Heads = Float[Tensor, "b a t d"]
 Keys = Float[Tensor, "b a s d"]
 Bias = Float[Tensor, "#b #a #t s"]
-Normaliser = Float[Tensor, "b a t"]
 
 
 def attention_rows(
@@ -117,7 +116,7 @@ def relevance_hop(  # noqa: PLR0913 - all of one attention call
 
 def operator_inputs(
     q: Heads, k: Keys, scale: float, bias: Bias | None, normaliser: Normaliser | None
-) -> tuple[Normaliser, Normaliser | None] | None:
+) -> tuple[Normaliser, LogWeights | None] | None:
     """Return the normaliser and the log-weights of the keys that `camkit.ops.reweight` takes.
 
     Returns None if the normaliser is unknown or the bias differs between queries.
@@ -170,7 +169,7 @@ class _LogNormaliser(torch.autograd.Function):
         to_q, to_k = torch.zeros_like(q), torch.zeros_like(k)
         with torch.autocast(q.device.type, enabled=False):
             for part in query_chunks(q, k):
-                # a query that may attend to nothing has a normaliser of -inf and no gradient
+                # a query that may attend to no key has a normaliser of -inf and no gradient
                 level = lse[:, :, part, None].clamp_min(torch.finfo(q.dtype).min)
                 weights = logits_of(q, k, ctx.scale, bias, part).sub_(level).exp_()
                 weights.mul_(grad_output[:, :, part, None])
@@ -217,5 +216,5 @@ def _softmax(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, rows: slic
         logits = logits_of(q.to(dtype), k.to(dtype), scale, bias, rows)
         if bias is None:
             return logits.softmax(-1)
-        nothing = logits.detach().amax(-1, keepdim=True) == -torch.inf
-        return logits.softmax(-1).masked_fill(nothing, 0.0)
+        no_key = logits.detach().amax(-1, keepdim=True) == -torch.inf
+        return logits.softmax(-1).masked_fill(no_key, 0.0)

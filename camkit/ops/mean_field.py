@@ -47,7 +47,7 @@ def check_kernels(kernels: Kernels) -> None:
 
 
 def _largest_features(kernels: Kernels, rows: int, cols: int) -> tuple[list[float], list[float]]:
-    """Return bounds of x, y of the Gaussian kernel and of x, y, red, green, blue of the other."""
+    """Return bounds of x, y (Gaussian kernel) and of x, y, red, green, blue (bilateral kernel)."""
     gauss = [(cols - 1) / kernels.gauss_sxy, (rows - 1) / kernels.gauss_sxy]
     bilateral = [(cols - 1) / kernels.bilateral_sxy, (rows - 1) / kernels.bilateral_sxy]
     bilateral += 3 * [255 / kernels.bilateral_srgb]

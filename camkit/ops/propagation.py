@@ -146,10 +146,6 @@ def component_boxes(cam: Cam, share: float) -> Bool[Tensor, "b k h w"]:
 
 
 def check_share(share: float) -> None:
-    """Check the share of `component_boxes`.
-
-    Raises:
-        ValueError: it does not lie in [0, 1).
-    """
+    """Raise a ValueError if the share of `component_boxes` does not lie in [0, 1)."""
     if not 0.0 <= share < 1.0:
         raise ValueError(f"`boxes` must lie in [0, 1), got {share}")

@@ -224,8 +224,8 @@ class Gradients:
         self.q = torch.zeros_like(q, dtype=dtype, memory_format=torch.contiguous_format)
         self.k = torch.zeros_like(k, dtype=dtype, memory_format=torch.contiguous_format)
         self.lse = torch.zeros_like(lse, memory_format=torch.contiguous_format)
-        self.log_weights = (
-            None if log_weights is None else log_weights.new_zeros(log_weights.shape, dtype=dtype)
+        self.log_weights = k.new_zeros(
+            () if log_weights is None else log_weights.shape, dtype=dtype
         )
 
     def add(self, at_logits: Tensor, heads: slice, rows: slice, keys: slice = ALL) -> None:
@@ -233,7 +233,7 @@ class Gradients:
         q, k, scale = self.attention.q, self.attention.k, self.attention.scale
         self.q[:, heads, rows] += at_logits @ k[:, heads, keys].to(self.q.dtype) * scale
         self.k[:, heads, keys] += at_logits.mT @ q[:, heads, rows].to(self.q.dtype) * scale
-        if self.log_weights is not None:
+        if self.attention.log_weights is not None:
             to_weights = self.attention.gated(at_logits, rows).sum(2)
             if self.log_weights.dim() == 3:
                 self.log_weights[:, heads, keys] += to_weights
@@ -267,9 +267,7 @@ class Gradients:
     def cast(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return the sums in the dtypes of the inputs."""
         q, k, _, log_weights, *_ = self.attention
-        to_weights = self.log_weights
-        if to_weights is not None and log_weights is not None:
-            to_weights = to_weights.to(log_weights.dtype)
+        to_weights = None if log_weights is None else self.log_weights.to(log_weights)
         return self.q.to(q.dtype), self.k.to(k.dtype), self.lse, to_weights
 
 
