@@ -160,9 +160,8 @@ def measure_quality(
         photo, classes = labelled.photo, labelled.classes
         size = (photo.pixels.shape[-2], photo.pixels.shape[-1])
         for variant, cam in evaluator.maps(labelled, variants).items():
-            cam = resize_cam(cam, size)
             scores[variant] += settings(
-                evaluator.model, photo, cam, classes, evaluator.vocabulary
+                evaluator.model, photo, resize_cam(cam, size), classes, evaluator.vocabulary
             )
     return {variant: _mean(each) for variant, each in scores.items() if each}
 

@@ -1,4 +1,4 @@
-"""Measure methods on a data set with masks, tuned on one split, reported on another."""
+"""Measure methods on a data set with masks: tuned on one split, reported on another."""
 
 import argparse
 import json
@@ -26,12 +26,18 @@ from camkit.bench import (
     to_json,
     to_markdown,
 )
+from camkit.bench.evaluator import LabelSource
 from camkit.cli.models import add_model_arguments, open_model
-from camkit.cli.options import GRAMMAR, METHOD_GRAMMAR, default_method, refiners_help
+from camkit.cli.options import (
+    GRAMMAR,
+    METHOD_GRAMMAR,
+    default_method,
+    read_predicted,
+    refiners_help,
+)
 from camkit.data import open_dataset
 from camkit.errors import CamkitError
-from camkit.method import CALIBRATED, REFINERS, Method
-from camkit.seeds import PredictedClasses
+from camkit.method import CALIBRATED, REFINERS, Method, read_refiners
 
 EXAMPLES = f"""examples:
   camkit bench VOC2012 --split val --tune-split train
@@ -54,15 +60,13 @@ which the best on the tuning split is reported.
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of a benchmark in words.
+    """The options of `add_arguments` that describe rows.
 
     Attributes:
-        seeds: seeds, each a row of its own.
-        edits: edits, each measured with every seed and chain.
-        refine: chains of refiners; the gain of each is over its seed.
-        controls: chains that every other chain is compared with as well.
+        edits: each is measured with every seed and chain.
+        refine: chains; the gain of each is over its seed.
+        controls: chains that every chain of ``refine`` is compared with as well.
         edit_blocks: number of last blocks to edit; None edits all.
-        stages: measure each chain step by step.
     """
 
     seeds: tuple[str, ...] = ("gradient",)
@@ -73,18 +77,14 @@ class Plan:
     stages: bool = False
 
     def entries(self) -> tuple[Entry, ...]:
-        """Return the rows.
-
-        Raises:
-            ValueError: a name or a setting does not exist, or there is no seed.
-        """
+        """Return the rows of the table; `ValueError` if a name or a setting does not exist."""
         if not self.seeds:
             raise ValueError("a benchmark needs at least one seed")
         entries: list[Entry] = []
         for seed in self.seeds:
             base = Variant(seed, Method.from_words(seed=seed, refine=()))
-            controls = [self._row(base, chain, base) for chain in self.controls]
-            rows = [self._row(base, chain, base, controls) for chain in self.refine]
+            controls = [_row(base, chain, base) for chain in self.controls]
+            rows = [_row(base, chain, base, controls) for chain in self.refine]
             entries += [base, *controls]
             for row in rows:
                 if self.stages and isinstance(row, Variant):
@@ -93,28 +93,24 @@ class Plan:
                 else:
                     entries.append(row)
             for edit in self.edits:
-                method = Method.from_words(
-                    seed=seed, edit=edit, edit_blocks=self.edit_blocks, refine=()
-                )
+                blocks = self.edit_blocks
+                method = Method.from_words(seed=seed, edit=edit, edit_blocks=blocks, refine=())
                 edited = Variant(f"{seed} @ {edit}", method, base)
                 entries.append(edited)
                 for chain, row in zip(self.refine, rows, strict=True):
-                    entries.append(self._row(edited, chain, row, controls))
+                    entries.append(_row(edited, chain, row, controls))
         return tuple(entries)
 
-    def _row(
-        self, seed: Variant, chains: str, base: Entry, controls: Sequence[Entry] = ()
-    ) -> Entry:
-        """Return the variant of one chain, or the choice among several."""
-        variants = []
-        for chain in (part.strip() for part in chains.split("|")):
-            refine = Method.from_words(refine=[chain]).refine
-            method = replace(seed.method, refine=refine)
-            variants.append(Variant(f"{seed.name} > {chain}", method, base, tuple(controls)))
-        if len(variants) == 1:
-            return variants[0]
-        name = f"{seed.name} > best of {len(variants)}"
-        return Choice(name, tuple(variants), base, tuple(controls))
+
+def _row(seed: Variant, chains: str, base: Entry, controls: Sequence[Entry] = ()) -> Entry:
+    """Return the variant of one chain, or the choice among several."""
+    variants = []
+    for chain in (part.strip() for part in chains.split("|")):
+        method = replace(seed.method, refine=read_refiners([chain], REFINERS))
+        variants.append(Variant(f"{seed.name} > {chain}", method, base, tuple(controls)))
+    if len(variants) == 1:
+        return variants[0]
+    return Choice(f"{seed.name} > best of {len(variants)}", tuple(variants), base, tuple(controls))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,9 +158,13 @@ def execute(options: argparse.Namespace) -> int:
     if options.html is not None and find_spec("matplotlib") is None:
         raise CamkitError("--html needs matplotlib; install it with `pip install 'camkit[report]'`")
     dataset = open_dataset(Path(settings["dataset"]))
-    listed = settings["classes"]
-    names = dataset.classes if listed is None else [name.strip() for name in listed.split(",")]
-    labels = _labels(settings["labels"])
+    names = list(dataset.classes)
+    if settings["classes"] is not None:
+        names = [name.strip() for name in settings["classes"].split(",")]
+    source = settings["labels"]
+    labels: LabelSource | None = "dataset" if source == "dataset" else read_predicted(source)
+    if labels is None:
+        raise ValueError(f"--labels must be dataset or predicted[:THRESHOLD], got {source!r}")
     variants: tuple[Entry, ...] = ()
     words = {key: tuple(settings[key]) for key in ("seed", "edit", "refine", "control")}
     if any(words.values()):
@@ -178,7 +178,7 @@ def execute(options: argparse.Namespace) -> int:
         ).entries()
     opened = open_model(settings["model"], size=settings["size"])
     print(f"model {settings['model']} from {opened.source}", file=sys.stderr)
-    vocabulary = opened.vocabulary.subset(list(names))
+    vocabulary = opened.vocabulary.subset(names)
     if not variants:
         variants = standard_variants(calibrated=default_method(opened) == CALIBRATED.method)
     report = measure.run(
@@ -192,7 +192,7 @@ def execute(options: argparse.Namespace) -> int:
         labels=labels,
         limit=settings["limit"],
         oracle_threshold=settings["oracle-threshold"],
-        cache=None if options.no_cache else options.cache or _cache(),
+        cache=None if options.no_cache else options.cache or _cache_path(),
         quality=Quality() if settings["quality"] else None,
         outlines=settings["outlines"],
     )
@@ -217,9 +217,8 @@ def execute(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings by long option: from flags, else from the file, else the defaults."""
-    settings = {key.replace("_", "-"): value for key, value in vars(options).items()}
-    for key in ("execute", "config", "out", "html", "examples", "cache", "no-cache"):
-        settings.pop(key, None)
+    others = ("execute", "config", "out", "html", "examples", "cache", "no_cache")
+    settings = {k.replace("_", "-"): v for k, v in vars(options).items() if k not in others}
     if options.config is not None:
         settings = _with_file(settings, options.config)
     if settings["dataset"] is None:
@@ -253,19 +252,7 @@ def _with_file(flagged: dict[str, Any], path: Path) -> dict[str, Any]:
     return flagged
 
 
-def _labels(text: str) -> Any:
-    kind, _, threshold = text.partition(":")
-    if kind == "dataset" and not threshold:
-        return "dataset"
-    try:
-        if kind == "predicted":
-            return PredictedClasses(float(threshold or 0.1), "softmax", least=0)
-    except ValueError as error:
-        raise ValueError(f"--labels {text}: {error}") from error
-    raise ValueError(f"--labels must be dataset or predicted[:THRESHOLD], got {text!r}")
-
-
-def _cache() -> Path:
+def _cache_path() -> Path:
     named = os.environ.get("CAMKIT_CACHE")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "camkit"
     return (Path(named) if named else folder) / "measured.sqlite"
