@@ -1,4 +1,4 @@
-"""Confusion matrices of variants, image by image, at every background score."""
+"""Maps of variants, and their confusion matrices image by image at every background score."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +26,13 @@ from camkit.seeds.targets import PredictedClasses
 from camkit.seeds.views import ModelRunner, MultiViewReader, Views
 from camkit.tensors import Cam
 from camkit.vocabulary import Vocabulary
+
+
+LabelSource = Literal["dataset"] | PredictedClasses
+"""Where image-level labels come from: the data set, or the classifier's own prediction."""
+
+Requests = Mapping[Variant, float | None]
+"""Variants to measure, and the background score to measure outlines at, if any."""
 
 
 def variant_maps(
@@ -57,8 +64,7 @@ def variant_maps(
     pixels, rgb = photo.pixels.to(weight), photo.rgb.to(weight.device)
     maps: dict[Variant, Cam] = {}
     for (edit, blocks, _), group in groups.items():
-        seeds = [variant.method.seed for variant in group]
-        requires = WatchSpec() | required_by(*seeds)
+        requires = WatchSpec() | required_by(*(variant.method.seed for variant in group))
         runner = ModelRunner(
             model, requires=requires, edit=edit, edit_blocks=blocks, vocabulary=vocabulary
         )
@@ -78,10 +84,6 @@ def variant_maps(
     return maps
 
 
-LabelSource = Literal["dataset"] | PredictedClasses
-"""Where image-level labels come from: the data set, or the classifier's own prediction."""
-
-
 class Counts(NamedTuple):
     """Pixels of one image by true and predicted class.
 
@@ -92,10 +94,6 @@ class Counts(NamedTuple):
 
     swept: Int[Tensor, "s c c"]
     outline: Int[Tensor, "d d"] | None
-
-
-Requests = Mapping[Variant, float | None]
-"""Variants to measure, and the background score to measure outlines at, if any."""
 
 
 @dataclass(frozen=True)

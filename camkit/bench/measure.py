@@ -1,4 +1,4 @@
-"""Measure methods on held-out masks: tuned on one split, reported on another."""
+"""`run`: measure methods on held-out masks, tuned on one split, reported on another."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

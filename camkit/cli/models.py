@@ -1,4 +1,4 @@
-"""Models for the command line: from a local folder, from timm's hub, or the embedded one."""
+"""Models for the command line: from a local folder, timm's hub, or camkit itself."""
 
 import argparse
 import os
