@@ -9,7 +9,7 @@ CAMKIT_DATA ?= $(wildcard ../shared/data)
 export CAMKIT_DATA
 
 .NOTPARALLEL:
-.PHONY: demo test check lint types layers docs package bench clean
+.PHONY: demo test lowest check lint types layers docs package bench clean
 
 # What a user installs is enough for this one.
 demo: $(VENV)/.made
@@ -17,7 +17,14 @@ demo: $(VENV)/.made
 
 # Two processes with one thread each: on tiny models a second thread is waited for longer than it works.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# The same tests with the lowest versions that pyproject.toml allows (.ci/lowest.txt), on Python 3.11; optional packages are left out.
+lowest:
+	$(PYTHON) -m venv out/lowest
+	out/lowest/bin/python -m pip --disable-pip-version-check install -q -c .ci/lowest.txt -e . \
+		beartype hypothesis matplotlib open_clip_torch pyarrow pytest pytest-xdist setuptools torchmetrics transformers
+	OMP_NUM_THREADS=1 out/lowest/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types layers
 

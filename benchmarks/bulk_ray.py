@@ -1,12 +1,12 @@
-"""The same bulk run by the local engine and by Ray on this machine: seconds of CPU and of the wall.
+"""The same bulk run by the local engine and by Ray on this machine: CPU and wall-clock seconds.
 
     python benchmarks/bulk_ray.py [--images 500] [--repeats 3] [--data VOC_FOLDER]
 
-Both engines make masks and maps with a dense CRF of the same real photos, the model on one core
-and everything else on another, in turns. Each run is a process of its own; the CPU time of all
-processes that came of it is read from /proc, so a busy machine disturbs little but the wall clock.
-Counted is the whole, and from the tenth part of the images onwards, when everything has begun. The
-entry "ray" in benchmarks/results/bulk.json is replaced.
+Both engines write masks and maps of the same photos with a dense CRF, in turns, with the model on
+one core and everything else on another. Each run is a separate process; the CPU time of it and its
+descendants is read from /proc, so that a busy machine disturbs only the wall clock. Both times are
+reported for the whole run and for the images after the first tenth, when everything has started.
+Replaces the entry "ray" in benchmarks/results/bulk.json.
 """
 
 import argparse
@@ -24,32 +24,32 @@ from typing import Any
 
 import torch
 from bulk_report import report
-from bulk_setting import RESULTS, below, cpu, link_photos, made_in, recipe, tree
+from bulk_setting import RESULTS, below, bulk_recipe, count_masks, cpu, link_photos, tree
 
 from camkit.bulk import RayEngine, run
 from camkit.bulk.sources import PhotoFolder
 
 ENGINES = ("local", "ray")
 TICKS = os.sysconf("SC_CLK_TCK")
-_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: what Ray leaves to init stays below this process
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans of Ray become children of this process
 
 
 def work(engine: str, photos: Path, out: Path, size: int) -> None:
-    """One run, in the process that is measured."""
+    """Run one engine, in the process that is measured."""
     torch.set_num_threads(1)
     source = PhotoFolder(photos)
     if engine == "local":
-        run(recipe(size), source, out, workers=1, threads=1)
+        run(bulk_recipe(size), source, out, workers=1, threads=1)
         return
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    run(recipe(size), source, out, ray=RayEngine(actors=1), threads=1)
+    run(bulk_recipe(size), source, out, ray=RayEngine(actors=1), threads=1)
     ray.shutdown()
 
 
 def measured(engine: str, photos: Path, out: Path, size: int, images: int) -> dict[str, float]:
-    """Seconds of one run, as a whole and from the tenth part of the images onwards."""
+    """Return seconds of one run, as a whole and after the first tenth of the images."""
     began, spent = time.monotonic(), {}
     command = [
         sys.executable,
@@ -64,9 +64,9 @@ def measured(engine: str, photos: Path, out: Path, size: int, images: int) -> di
     process = subprocess.Popen(command)
     early: tuple[int, float, float] | None = None
     while process.poll() is None:
-        for one in below(os.getpid()):
-            spent[one] = max(spent.get(one, 0.0), cpu_of(one))
-        done = made_in(out)
+        for process_id in below(os.getpid()):
+            spent[process_id] = max(spent.get(process_id, 0.0), cpu_of(process_id))
+        done = count_masks(out)
         if early is None and done >= images / 10:
             early = done, time.monotonic() - began, sum(spent.values())
         time.sleep(0.2)
@@ -83,16 +83,16 @@ def measured(engine: str, photos: Path, out: Path, size: int, images: int) -> di
 
 
 def cpu_of(process: int) -> float:
-    """Seconds that a process has used, threads that ended among them."""
+    """Return CPU seconds of a process, including threads that ended."""
     try:
-        told = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0.0
-    return (int(told[11]) + int(told[12])) / TICKS
+    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def ray(photos: list[Path], folder: Path, images: int, repeats: int, size: int) -> dict[str, Any]:
-    """Both engines in turns, medians, and what Ray costs more."""
+    """Run both engines in turns; return medians and the additional cost of Ray."""
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     link_photos(folder / "in", photos, images)
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
@@ -101,17 +101,17 @@ def ray(photos: list[Path], folder: Path, images: int, repeats: int, size: int) 
             out = folder / f"{engine}-{number}"
             runs[engine].append(measured(engine, folder / "in", out, size, images))
             print(engine, runs[engine][-1], flush=True)
-    found = {
-        engine: {name: median(one[name] for one in some) for name in some[0]}
-        for engine, some in runs.items()
+    results = {
+        engine: {name: median(run[name] for run in engine_runs) for name in engine_runs[0]}
+        for engine, engine_runs in runs.items()
     }
     return {
         "images": images,
         "size": size,
         "repeats": repeats,
-        **found,
+        **results,
         "ray_costs_more": {
-            name: found["ray"][name] / found["local"][name] - 1 for name in found["ray"]
+            name: results["ray"][name] / results["local"][name] - 1 for name in results["ray"]
         },
         "files_identical": tree(folder / "ray-0") == tree(folder / "local-0"),
         "runs": runs,
@@ -133,16 +133,16 @@ def main() -> None:
         return
     photos = sorted((options.data / "JPEGImages").glob("*.jpg"))
     with tempfile.TemporaryDirectory() as folder:
-        found = ray(photos, Path(folder), options.images, options.repeats, options.size)
+        results = ray(photos, Path(folder), options.images, options.repeats, options.size)
     path = RESULTS / "bulk.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    report_parts = json.loads(path.read_text()) if path.exists() else {}
     machine = {"torch": torch.__version__, "python": platform.python_version()}
     machine |= {"cpu": cpu(), "cores": os.cpu_count()}
     command = f"python benchmarks/bulk_ray.py --images {options.images}"
     command += f" --repeats {options.repeats}"
-    kept["ray"] = found | {"command": command, "machine": machine}
-    path.write_text(json.dumps(kept, indent=1) + "\n")
-    (RESULTS / "bulk.md").write_text(report(kept))
+    report_parts["ray"] = results | {"command": command, "machine": machine}
+    path.write_text(json.dumps(report_parts, indent=1) + "\n")
+    (RESULTS / "bulk.md").write_text(report(report_parts))
 
 
 if __name__ == "__main__":

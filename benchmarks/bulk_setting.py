@@ -1,4 +1,4 @@
-"""What the benchmarks of bulk runs share: their recipe, their photos, and looks at processes."""
+"""Shared by the benchmarks of bulk runs: recipe, photos, and figures of processes."""
 
 import threading
 import time
@@ -17,16 +17,16 @@ RESULTS = Path(__file__).parent / "results"
 MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 
-def recipe(size: int, *, crf: bool = True) -> Recipe:
-    """Two classes for each image; with a dense CRF, class maps are written too."""
+def bulk_recipe(size: int, *, crf: bool = True) -> Recipe:
+    """Return a recipe with two classes per image; with a dense CRF it also writes class maps."""
     opened = open_model(MODEL, size=size)
-    finishing = (Normalize("minmax"), DenseCRF()) if crf else (Normalize("minmax"),)
+    finish = (Normalize("minmax"), DenseCRF()) if crf else (Normalize("minmax"),)
     cams = "npz" if crf else "none"
     return Recipe(
         TimmModel(MODEL, size),
         Method(refine=(Propagate(steps=2, blocks=6, balance=3),)),
         loading=Loading(**vars(opened.photos)),
-        writing=Writing(finishing, background_score=0.5, cams=cams),
+        writing=Writing(finish, background_score=0.5, cams=cams),
         vocabulary=opened.vocabulary,
         labels=(281, 207),
         chunk=16,
@@ -34,7 +34,7 @@ def recipe(size: int, *, crf: bool = True) -> Recipe:
 
 
 def link_photos(folder: Path, photos: list[Path], count: int) -> PhotoFolder:
-    """So many real photos by links, repeated where there are fewer."""
+    """Link ``count`` photos into a folder; repeat them if there are fewer."""
     folder.mkdir(parents=True)
     for index in range(count):
         source = photos[index % len(photos)]
@@ -42,7 +42,7 @@ def link_photos(folder: Path, photos: list[Path], count: int) -> PhotoFolder:
     return PhotoFolder(folder)
 
 
-def made_in(out: Path) -> int:
+def count_masks(out: Path) -> int:
     return sum(1 for _ in (out / "masks").glob("*.png"))
 
 
@@ -50,33 +50,33 @@ def made_in(out: Path) -> int:
 
 
 def parents() -> dict[int, int]:
-    """Who began whom, of all processes that live."""
-    found = {}
+    """Return the parent of every living process."""
+    table = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            told = path.read_text().rpartition(")")[2].split()
+            fields = path.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if told[0] != "Z":
-            found[int(path.parent.name)] = int(told[1])
-    return found
+        if fields[0] != "Z":
+            table[int(path.parent.name)] = int(fields[1])
+    return table
 
 
 def workers_of(process: int) -> list[int]:
-    """The processes that the server of a process has forked."""
+    """Return the workers of a process: children of its fork server."""
     known = parents()
-    return [one for one, parent in known.items() if known.get(parent) == process]
+    return [child for child, parent in known.items() if known.get(parent) == process]
 
 
 def below(process: int) -> list[int]:
-    """All processes that came of one: the server, its workers, the tracker of resources."""
+    """Return all descendants of a process: fork server, workers, resource tracker."""
     known = parents()
-    children = [one for one, parent in known.items() if parent == process]
-    return children + [one for child in children for one in below(child)]
+    children = [child for child, parent in known.items() if parent == process]
+    return children + [child for child in children for child in below(child)]
 
 
 def resident(process: int) -> int:
-    """MiB in memory, pages that processes share counted in each."""
+    """Return resident memory in MiB; pages shared by processes count in each."""
     try:
         text = Path(f"/proc/{process}/status").read_text()
     except OSError:
@@ -85,43 +85,43 @@ def resident(process: int) -> int:
 
 
 def scheduled(process: int) -> dict[str, tuple[float, float]]:
-    """For each thread the seconds that it ran, and stood ready but did not."""
-    found = {}
+    """Return, for each thread, the seconds it ran and the seconds it waited for a core."""
+    table = {}
     for path in Path(f"/proc/{process}/task").glob("*/schedstat"):
         try:
-            told = path.read_text().split()
+            fields = path.read_text().split()
         except OSError:
             continue
-        found[path.parent.name] = int(told[0]) / 1e9, int(told[1]) / 1e9
-    return found
+        table[path.parent.name] = int(fields[0]) / 1e9, int(fields[1]) / 1e9
+    return table
 
 
 def undisturbed() -> float:
-    """A clock that stands while this thread is ready to run but something else is run."""
+    """Return the time of a clock that stops while this thread waits for a core."""
     waited = Path("/proc/thread-self/schedstat").read_text().split()[1]
     return time.monotonic() - int(waited) / 1e9
 
 
 @contextmanager
-def watched(seconds: float, look: Callable[[], None]) -> Iterator[None]:
-    """Look again and again, in a thread of its own, until the block ends."""
-    over = threading.Event()
+def watched(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Call a function every ``seconds`` in a thread until the block ends."""
+    ended = threading.Event()
 
     def watch() -> None:
-        while not over.wait(seconds):
-            look()
+        while not ended.wait(seconds):
+            call()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         watcher.join()
 
 
 def tree(out: Path) -> dict[str, bytes]:
-    """The bytes of all that must not depend on how it came to be."""
+    """Return the bytes of all files that must be equal whatever interrupted the run."""
     return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in out.rglob("*")
@@ -130,6 +130,6 @@ def tree(out: Path) -> dict[str, bytes]:
 
 
 def cpu() -> str:
-    """The name that the system gives its processor."""
+    """Return the name of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))

@@ -1,12 +1,11 @@
-"""The pipeline of bulk runs, simulated: does it explain the measured ones, what would a GPU need?
+"""A simulation of bulk runs: does it explain the measured runs, and what would a GPU need?
 
     python benchmarks/bulk_sim.py
 
-Takes the stage times that benchmarks/bulk.py measured alone (results/bulk.json, part rates). For
-the agreement with the measured runs, the times of the two sides are those for which each was at
-work in that run, so that a machine whose speed drifts does not pass for an error; what is simulated
-is who waits for whom. Writes results/bulk_sim.json and .md, the tables of docs/scale.md. What is
-assumed, not measured, says so.
+Uses the stage times that benchmarks/bulk.py measured alone (results/bulk.json, part rates). To
+compare with measured runs, it uses the time that each side worked in that run, so that a drifting
+machine does not count as an error; the simulation decides who waits for whom. Writes
+results/bulk_sim.json and .md, the tables of docs/scale.md. Assumed values are marked as such.
 """
 
 import heapq
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-AHEAD = 3  # chunks under way at once, as in camkit/bulk/local.py
+AHEAD = 3  # chunks under way at once, as in camkit/bulk/running.py
 SETTINGS = {"crf": "dense CRF, maps written", "plain": "no CRF, masks alone"}
 STAGES = {
     "read": "read, decode, shrink",
@@ -34,7 +33,7 @@ LINK, DISK = 10e9, 0.5e9  # bytes a second to the device and from or to a disk: 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of each stage, for one image."""
+    """Seconds of each stage per image."""
 
     read: float
     model: float
@@ -43,14 +42,14 @@ class Seconds:
 
 @dataclass
 class Line:
-    """Workers that read and finish, two images each sent ahead; one model; a few chunks at once."""
+    """Workers that read and finish, with two images each in advance; one model; a few chunks."""
 
     seconds: Seconds
     chunks: Sequence[Sequence[int]]
     workers: int
     ahead: int = AHEAD
     now: float = 0.0
-    made: list[float] = field(default_factory=list)
+    finished: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._order, self._events = count(), list[tuple[float, int, str, int, int]]()
@@ -61,7 +60,7 @@ class Line:
         self._unmade = list(self._unread)
 
     def run(self) -> list[float]:
-        """When each image was done, in seconds from the start."""
+        """Return when each image was done, in seconds from the start."""
         self._hand_out()
         while self._events:
             self.now, _, kind, chunk, images = heapq.heappop(self._events)
@@ -72,11 +71,11 @@ class Line:
                 self._free += 1
                 self._worked(kind, chunk)
             self._hand_out()
-        return self.made
+        return self.finished
 
     def _worked(self, kind: str, chunk: int) -> None:
         if kind == "finish":
-            self.made.append(self.now)
+            self.finished.append(self.now)
             self._unmade[chunk] -= 1
             return
         self._unread[chunk] -= 1
@@ -106,10 +105,10 @@ class Line:
         heapq.heappush(self._events, event)
 
 
-def seconds_an_image(made: Sequence[float]) -> float:
-    """While the run is under way, as benchmarks/bulk.py measures it."""
-    first, last = int(0.15 * len(made)), int(0.85 * len(made))
-    return (made[last] - made[first]) / (last - first)
+def seconds_an_image(finished: Sequence[float]) -> float:
+    """Return the rate in the middle of the run, as benchmarks/bulk.py measures it."""
+    first, last = int(0.15 * len(finished)), int(0.85 * len(finished))
+    return (finished[last] - finished[first]) / (last - first)
 
 
 def of_stages(alone: dict[str, float]) -> Seconds:
@@ -117,14 +116,14 @@ def of_stages(alone: dict[str, float]) -> Seconds:
 
 
 def at_work(alone: Seconds, ran: dict[str, Any]) -> Seconds:
-    """Seconds that each side was at work for an image of one run; a worker's stages as alone."""
+    """Return seconds per image that each side worked in a run; a worker's stages as alone."""
     model, worker = (ran["busiest_thread"][side]["ran"] for side in ("model", "worker"))
     read = worker * alone.read / (alone.read + alone.finish)
     return Seconds(read, model, worker - read)
 
 
 def workers_needed(seconds: Seconds, chunk: int) -> int:
-    """The fewest workers that let the model have 95% of its own rate."""
+    """Return the smallest number of workers with which the model reaches 95% of its rate."""
     fewest = ceil((seconds.read + seconds.finish) / seconds.model)
     images = max(20 * chunk, 60 * fewest)
     chunks = [[8] * (chunk // 8)] * ceil(images / chunk)
@@ -135,43 +134,46 @@ def workers_needed(seconds: Seconds, chunk: int) -> int:
 
 
 def simulated(rates: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in SETTINGS:
         measured = rates[name]
         seconds = of_stages(measured["alone_seconds"])
-        told = [
-            seconds_an_image(Line(at_work(seconds, one), measured["chunks"], 1).run())
-            for one in measured["runs"]
+        predicted = [
+            seconds_an_image(Line(at_work(seconds, run), measured["chunks"], 1).run())
+            for run in measured["runs"]
         ]
-        whole = [one["without_others"] for one in measured["runs"]]
+        whole = [run["without_others"] for run in measured["runs"]]
         needed = {}
         for rate in FORWARDS:
             gpu = Seconds(seconds.read, 1 / rate, seconds.finish)
             fewest = ceil((gpu.read + gpu.finish) * rate)
             wide = 8 * ceil(max(32, 2 * fewest) / 8)
             needed[rate] = {"arithmetic": fewest, "chunk": wide, **_needed(gpu, wide)}
-        found[name] = {
-            "simulated": told,
+        results[name] = {
+            "simulated": predicted,
             "measured": whole,
-            "errors": [a / b - 1 for a, b in zip(told, whole, strict=True)],
+            "errors": [a / b - 1 for a, b in zip(predicted, whole, strict=True)],
             "workers": needed,
         }
-    return found
+    return results
 
 
 def _needed(seconds: Seconds, wide: int) -> dict[str, int]:
     return {"simulated": workers_needed(seconds, wide)}
 
 
-def report(rates: dict[str, Any], found: dict[str, Any]) -> str:
-    """The tables of docs/scale.md."""
-    return "\n\n".join([measured(rates), limits(rates), agreement(found), needs(found)]) + "\n"
+def report(rates: dict[str, Any], results: dict[str, Any]) -> str:
+    """Return the tables of docs/scale.md."""
+    return "\n\n".join([measured(rates), limits(rates), agreement(results), needs(results)]) + "\n"
 
 
 def measured(rates: dict[str, Any]) -> str:
     rows = [
-        [told, *(f"{1000 * rates[one]['alone_seconds'][stage]:.1f} ms" for one in SETTINGS)]
-        for stage, told in STAGES.items()
+        [
+            label,
+            *(f"{1000 * rates[setting]['alone_seconds'][stage]:.1f} ms" for setting in SETTINGS),
+        ]
+        for stage, label in STAGES.items()
     ]
     sizes = {
         "file": "image file",
@@ -183,8 +185,8 @@ def measured(rates: dict[str, Any]) -> str:
         "cams": "class maps",
     }
     rows += [
-        [told, *(f"{rates[one]['alone_bytes'][size] / 1000:.1f} kB" for one in SETTINGS)]
-        for size, told in sizes.items()
+        [label, *(f"{rates[setting]['alone_bytes'][size] / 1000:.1f} kB" for setting in SETTINGS)]
+        for size, label in sizes.items()
     ]
     machine = rates["machine"]
     head = f"Measured: one core of {machine['cpu']}, long side {rates['size']}"
@@ -192,7 +194,7 @@ def measured(rates: dict[str, Any]) -> str:
 
 
 def limits(rates: dict[str, Any]) -> str:
-    """Images a second that each part lets through, and core hours of a million."""
+    """Return the limit of each part in images per second, and core hours per million."""
     rows = []
     parts = {
         "a worker core: 1 / (read + refine + write)": lambda s, _: 1 / (s.read + s.finish),
@@ -205,33 +207,37 @@ def limits(rates: dict[str, Any]) -> str:
             DISK / (b["mask"] + b["cams"])
         ),
     }
-    for told, rate in parts.items():
+    for label, rate in parts.items():
         values = [
-            rate(of_stages(rates[one]["alone_seconds"]), rates[one]["alone_bytes"])
-            for one in SETTINGS
+            rate(of_stages(rates[setting]["alone_seconds"]), rates[setting]["alone_bytes"])
+            for setting in SETTINGS
         ]
-        rows.append([told, *(f"{value:,.1f}/s" for value in values)])
+        rows.append([label, *(f"{value:,.1f}/s" for value in values)])
     rest = [
-        1 / rates[one]["whole"]["busiest_thread"]["model"]["other_threads_ran"] for one in SETTINGS
+        1 / rates[setting]["whole"]["busiest_thread"]["model"]["other_threads_ran"]
+        for setting in SETTINGS
     ]
     rows.append(
-        ["the main process: 1 / what it does beside the model", *(f"{one:,.1f}/s" for one in rest)]
+        [
+            "the main process: 1 / what it does beside the model",
+            *(f"{rate:,.1f}/s" for rate in rest),
+        ]
     )
-    for told, stages in (("workers", ("read", "refine", "write")), ("model", ("model",))):
+    for label, stages in (("workers", ("read", "refine", "write")), ("model", ("model",))):
         hours = [
-            sum(rates[one]["alone_seconds"][stage] for stage in stages) * 1e6 / 3600
-            for one in SETTINGS
+            sum(rates[setting]["alone_seconds"][stage] for stage in stages) * 1e6 / 3600
+            for setting in SETTINGS
         ]
         rows.append(
-            [f"core hours of a million images, {told}", *(f"{value:,.1f} h" for value in hours)]
+            [f"core hours of a million images, {label}", *(f"{value:,.1f} h" for value in hours)]
         )
     return table(["By arithmetic", *SETTINGS.values()], rows)
 
 
-def agreement(found: dict[str, Any]) -> str:
+def agreement(results: dict[str, Any]) -> str:
     def cells(name: str, scale: float, form: str) -> list[str]:
         return [
-            ", ".join(f"{scale * one:{form}}" for one in found[setting][name])
+            ", ".join(f"{scale * value:{form}}" for value in results[setting][name])
             for setting in SETTINGS
         ]
 
@@ -243,16 +249,16 @@ def agreement(found: dict[str, Any]) -> str:
     return table(["An image of the whole run, one worker, by run", *SETTINGS.values()], rows)
 
 
-def needs(found: dict[str, Any]) -> str:
+def needs(results: dict[str, Any]) -> str:
     rows = []
     for rate in FORWARDS:
-        cells = [found[one]["workers"][rate] for one in SETTINGS]
+        cells = [results[setting]["workers"][rate] for setting in SETTINGS]
         rows.append(
             [
                 f"{rate} images/s: {1e6 / rate / 3600:.1f} GPU hours a million",
                 *(
-                    f"{one['simulated']} ({one['arithmetic']}), `--chunk {one['chunk']}`"
-                    for one in cells
+                    f"{cell['simulated']} ({cell['arithmetic']}), `--chunk {cell['chunk']}`"
+                    for cell in cells
                 ),
             ]
         )
@@ -266,9 +272,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main() -> None:
     rates = json.loads((RESULTS / "bulk.json").read_text())["rates"]
-    found = simulated(rates)
-    (RESULTS / "bulk_sim.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "bulk_sim.md").write_text(report(rates, found))
+    results = simulated(rates)
+    (RESULTS / "bulk_sim.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "bulk_sim.md").write_text(report(rates, results))
 
 
 if __name__ == "__main__":

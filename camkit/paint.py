@@ -24,13 +24,13 @@ _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _FULLY_PAINTED = 0.6  # from this evidence on, the paint has its full opacity
 _LIGHT_GREY = (224, 224, 224)
 _PAPER, _INK, _FAINT_INK = (248, 248, 246), (34, 34, 34), (96, 96, 96)
-_GAP, _MARGIN = 10, 20
+_GAP, _MARGIN = 10, 20  # pixels
 
 
 def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: str | Path) -> None:
     """Write a mask as a PNG whose pixel values are the ids, in the colours of PASCAL VOC.
 
-    The write is atomic: the file is written under another name and then renamed.
+    The write is atomic.
 
     Args:
         mask: ids in 0..255.
@@ -70,9 +70,6 @@ def overlay_mask(
         mask: ids at photo size; 0 stays clear, 255 becomes light grey.
         opacity: of the colours, in [0, 1]; 0.55 keeps texture visible under the darkest of them.
 
-    Returns:
-        The painted photo.
-
     Raises:
         ValueError: the sizes differ, or a value is out of range.
     """
@@ -102,10 +99,7 @@ def overlay_cam(
         rgb: the photo.
         cam: evidence in [0, 1] at photo size.
         opacity: of evidence above 0.6, in [0, 1]; weaker evidence is more transparent, and zero
-            evidence leaves the photo as it is. At 0.5 paint and photo are equally visible.
-
-    Returns:
-        The painted photo.
+            evidence leaves the photo as it is.
 
     Raises:
         ValueError: the sizes differ, or a value is out of range.
@@ -140,9 +134,6 @@ def contact_sheet(
         titles: one for each column.
         captions: one for each row, written above it; or none.
         cell: width of a cell in pixels and its greatest height; 260 puts five columns on a screen.
-
-    Returns:
-        The sheet.
 
     Raises:
         ValueError: the numbers of rows, titles and captions do not match, or cells are below 32

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from camkit.errors import DataError
 from camkit.tensors import RGB, Pixels
 
-# The exceptions that PIL raises for a broken file, depending on where it breaks.
+# PIL's exceptions for a broken file, depending on where it breaks
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -66,16 +66,16 @@ def load_photo(
 ) -> Photo:
     """Read an image file for a model.
 
-    The picture is rotated upright, put over white where it is transparent, and resized by PIL's
-    antialiased bicubic filter, which timm evaluates with and which cannot overshoot [0, 1].
+    The picture is rotated upright, put on white where it is transparent, and resized by PIL's
+    antialiased bicubic filter, as timm does for evaluation.
 
     Args:
         path: an image in any format that PIL reads, 8 or 16 bits per channel.
         size: the long side, aspect kept and both sides rounded to ``multiple``; or exact rows and
             columns; or None for the original size rounded to ``multiple``. 384 keeps small objects
             a few patches wide and is what most ViTs were fine-tuned at.
-        mean: is subtracted from the colours, one number or three; 0.5 is the value that the
-            augreg and other "inception"-normalised checkpoints were trained with.
+        mean: subtracted from the colours, one number or three; 0.5 is the value of the augreg and
+            other "inception"-normalised checkpoints.
         std: divides the difference, one number or three.
         multiple: the patch size of the model, or any multiple of it.
 
@@ -84,7 +84,7 @@ def load_photo(
 
     Raises:
         DataError: the file is missing or cannot be decoded.
-        ValueError: a setting cannot be used.
+        ValueError: a setting is out of range.
     """
     path, rgb = Path(path), read_picture(path)
     photo = photo_from_array(rgb, size=size, mean=mean, std=std, multiple=multiple)
@@ -92,7 +92,7 @@ def load_photo(
 
 
 def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
-    """Read an image file as colours in 0..255 at its own size, upright, over white.
+    """Read an image file as colours in 0..255 at its own size, upright, on white.
 
     Raises:
         DataError: the file is missing or cannot be decoded.
@@ -106,11 +106,7 @@ def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
 def picture_from_file(
     file: BufferedReader | BytesIO, name: str | Path
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Read an open image file as `read_picture` does; errors call it ``name``.
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
+    """Read an open image file as `read_picture` does; errors call it ``name``."""
     with _decoding_errors(name), Image.open(file) as image:
         image.load()
         return _upright_rgb(image)
@@ -129,7 +125,7 @@ def photo_from_array(
     Red comes first (OpenCV reads blue first). The settings are those of `load_photo`.
 
     Raises:
-        ValueError: the array is not a colour picture, or a setting cannot be used.
+        ValueError: the array is not a colour picture, or a setting is out of range.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.size == 0:
         raise ValueError(
@@ -153,8 +149,7 @@ def decode(path: Path) -> Image.Image:
     """Read an image file as it is stored, without rotation or change of mode.
 
     Raises:
-        DataError: the file is missing, a folder, broken, of an unknown format, or suspiciously
-            large.
+        DataError: the file is missing, a folder, broken, of an unknown format, or too large.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")

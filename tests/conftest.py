@@ -27,6 +27,18 @@ if os.environ.get("CAMKIT_DATA"):  # tests and their child processes change the 
     os.environ["CAMKIT_DATA"] = str(Path(os.environ["CAMKIT_DATA"]).absolute())
 torch.set_num_threads(1)  # on tiny models a second thread is waited for longer than it works
 
+SLOWEST_FILES = (
+    *("ray_engine", "contract_compile", "cuda_emulation", "run_command", "bulk", "cli_files"),
+    *("cuda_build", "cli_bench", "bench", "real", "cli", "run", "reweight", "bench_edit"),
+    *("contract_parallel", "contract_training", "docs", "examples"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the slowest files, so that no process waits for another at the end."""
+    place = {f"test_{name}.py": place for place, name in enumerate(SLOWEST_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
 
 @pytest.fixture(autouse=True)
 def rng_seed():
@@ -46,3 +58,13 @@ def real_data() -> Path:
     if not folder or not (Path(folder) / "voc12_animals").is_dir():
         pytest.skip("CAMKIT_DATA does not name a folder with voc12_animals/ and weights/")
     return Path(folder)
+
+
+@pytest.fixture
+def pydensecrf():
+    return pytest.importorskip("pydensecrf.densecrf", reason="needs the extra camkit[crf]")
+
+
+@pytest.fixture
+def ximgproc():
+    return pytest.importorskip("cv2").ximgproc

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from camkit.bulk.finishing import ImageResult, OutFolder
 from camkit.bulk.ledger import Journal
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
+from camkit.bulk.stages import ImageResult, OutFolder
 from camkit.method import Method
 from camkit.refiners import Blur, Normalize, Propagate
 from camkit.vocabulary import Vocabulary

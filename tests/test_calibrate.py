@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import zoo
+from helpers import hooks_on, modes_on
 from hosts import HandMade, shaken, tiny
 
 from camkit import attach, watch
@@ -19,11 +20,6 @@ VARIANTS = [
     StaticCalibration(of="v", heads="own"),
     StaticCalibration(of="qk", heads="mean"),
 ]
-
-
-def hooks_on(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def by_hand(model, pixels, edit, blocks):
@@ -178,7 +174,7 @@ def test_a_calibration_leaves_nothing_also_after_an_error(error):
         with watch(model) as seen:
             model(pixels)
         assert not torch.allclose(last_tokens(seen.capture), expected, atol=1e-3)
-    assert hooks_on(model) == torch._C._len_torch_function_stack() == 0
+    assert hooks_on(model) == modes_on() == 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 import camkit
 from camkit.bulk import CamFolder, DrawMask, RefineCam, write_all
-from camkit.bulk.finishing import ImageResult, OutFolder
 from camkit.bulk.ledger import Journal
+from camkit.bulk.stages import ImageResult, OutFolder
 from camkit.capture import Capture
 from camkit.cli import main
 from camkit.data import read_cam, write_cam, write_shapes

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import hooks_on, modes_on, with_outputs_scaled
 from hosts import EDITS, Block, HandMade, TowardsTheFirstKeys, tiny
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -27,19 +28,6 @@ LABELS = torch.tensor([1, 3])
 @pytest.fixture(params=EDITS)
 def edit(request):
     return EDITS[request.param]
-
-
-def doubled_by_hand(model):
-    """A copy whose attention outputs are doubled by plain hooks."""
-    twin = copy.deepcopy(model)
-    for module in find_attention(twin).values():
-        module.register_forward_hook(lambda *call: call[2] * 2.0)
-    return twin
-
-
-def hooks_on(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def gradients(model, *images):
@@ -153,7 +141,7 @@ def test_a_watched_checkpointed_forward_is_recorded_once(checkpointed, backward)
         {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
         {n: p.grad for n, p in twin.named_parameters() if p.grad is not None},
     )
-    assert hooks_on(model) == torch._C._len_torch_function_stack() == 0
+    assert hooks_on(model) == modes_on() == 0
 
 
 def test_a_capture_is_that_of_the_latest_checkpointed_forward(checkpointed):
@@ -253,7 +241,7 @@ def test_outputs_watched_and_not_are_the_same_bits(host, with_graph, training):
 
 def test_an_output_edit_gives_the_bits_of_plain_hooks(host):
     model, image, place = host
-    twin = doubled_by_hand(model)
+    twin = with_outputs_scaled(model, 2.0)
     with place():
         expected = twin(image)
         with attach(model, ScaleOutput(2.0)):
@@ -305,7 +293,7 @@ def test_a_watcher_sees_the_keys_as_edited_whichever_came_first(edit_first):
 
 def test_gradients_through_an_edit_in_a_mode_are_those_of_plain_hooks(host):
     model, image, place = host
-    twin = doubled_by_hand(model)
+    twin = with_outputs_scaled(model, 2.0)
     with place():
         gradients(twin, image)
         with attach(model, ScaleOutput(2.0)):
@@ -329,7 +317,7 @@ OPTIMIZERS = {
 def test_three_steps_with_an_edit_end_where_plain_hooks_end(optimizer, watching):
     model, images = HandMade().train(), torch.randn(3, 2, 3, 16, 24)
     start = copy.deepcopy(model.state_dict())
-    twin = doubled_by_hand(model)
+    twin = with_outputs_scaled(model, 2.0)
     attach(model, ScaleOutput(2.0))
     for host in (twin, model):
         steps = optimizer([p for n, p in host.named_parameters() if n != "dist_token"])
@@ -344,7 +332,7 @@ def test_three_steps_with_an_edit_end_where_plain_hooks_end(optimizer, watching)
 
 def test_scaled_half_precision_steps_end_where_plain_hooks_end():
     model, images = HandMade().train(), torch.randn(3, 2, 3, 16, 24)
-    twin = doubled_by_hand(model)
+    twin = with_outputs_scaled(model, 2.0)
     attach(model, ScaleOutput(2.0))
     scales = []
     for host in (twin, model):
@@ -468,7 +456,7 @@ def belongings(model):
         "rng": torch.get_rng_state().tolist(),
         "python rng": random.getstate(),
         "grad mode": torch.is_grad_enabled(),
-        "modes": torch._C._len_torch_function_stack(),
+        "modes": modes_on(),
     }
 
 
@@ -490,7 +478,7 @@ def test_attaching_and_a_forward_leave_what_is_the_users(edit, training, frozen,
 
 def test_an_edit_draws_the_dropout_of_the_plain_model():
     model, image = HandMade(dropout=0.5).train(), torch.randn(2, 3, 16, 24)
-    twin = doubled_by_hand(model)
+    twin = with_outputs_scaled(model, 2.0)
     torch.manual_seed(3)
     expected, state = twin(image), torch.get_rng_state()
     torch.manual_seed(3)
@@ -552,7 +540,7 @@ def test_a_module_swapped_under_a_watcher_is_noticed(swap, ran):
         swap(model, donor)
         with pytest.raises(CaptureError, match=r"blocks\.1.* was replaced"):
             model(image)
-    assert hooks_on(model) == hooks_on(replaced) == torch._C._len_torch_function_stack() == 0
+    assert hooks_on(model) == hooks_on(replaced) == modes_on() == 0
 
 
 def test_a_swapped_model_can_be_edited_and_watched_anew():
@@ -561,7 +549,7 @@ def test_a_swapped_model_can_be_edited_and_watched_anew():
     with watch(model):
         model(image)
     model.blocks[1] = Block()
-    twin = doubled_by_hand(model)
+    twin = with_outputs_scaled(model, 2.0)
     with attach(model, ScaleOutput(2.0)), watch(model) as seen:
         torch.testing.assert_close(model(image), twin(image))
     assert len(seen.capture.blocks) == 2
@@ -579,13 +567,13 @@ def test_a_forgotten_watch_leaves_no_hook():
     assert hooks_on(model) > 0
     del seen
     gc.collect()
-    assert hooks_on(model) == torch._C._len_torch_function_stack() == 0
+    assert hooks_on(model) == modes_on() == 0
     assert torch.equal(model(image), expected)
 
 
 def test_a_forgotten_handle_keeps_its_edit_on():
     model, image = HandMade(), torch.randn(2, 3, 16, 24)
-    expected = doubled_by_hand(model)(image)
+    expected = with_outputs_scaled(model, 2.0)(image)
     handle = attach(model, ScaleOutput(2.0))
     torch.testing.assert_close(model(image), expected)
     del handle
@@ -601,7 +589,7 @@ def test_an_edit_goes_with_its_block_also_when_that_raises(error, edit):
         changed.append(model(image))
         raise error
     assert not torch.allclose(changed[0], plain, atol=1e-2)
-    assert hooks_on(model) == torch._C._len_torch_function_stack() == 0
+    assert hooks_on(model) == modes_on() == 0
     assert torch.equal(model(image), plain)
 
 

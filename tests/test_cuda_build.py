@@ -13,7 +13,7 @@ import torch
 
 from camkit.cli import main
 from camkit.errors import CamkitError
-from camkit.native import kernels
+from camkit.native import kernels, loader
 from camkit.ops import kernel_ops
 
 ARCHITECTURES = (80, 90)
@@ -33,17 +33,18 @@ print(sum(has(name, "CUDA") for name in names), len(names))
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
+def cache(request):
+    """A folder kept between runs, of this nvcc: what was compiled serves until a source changes."""
+    try:
+        version = subprocess.run([kernels.nvcc(), "--version"], check=True, capture_output=True)
+    except CamkitError as error:
+        pytest.skip(f"the CUDA kernels are NOT compiled here: {error}")
+    return request.config.cache.mkdir(f"kernels-{loader.digest(version.stdout)}")
 
 
 @pytest.fixture(scope="module")
 def built(cache):
     """Compiled by the real nvcc, for two GPUs that need not be here."""
-    try:
-        kernels.nvcc()
-    except CamkitError as error:
-        pytest.skip(f"the CUDA kernels are NOT compiled here: {error}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAMKIT_CACHE", str(cache))
         return kernels.build(ARCHITECTURES, selection=PART)

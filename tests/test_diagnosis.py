@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import hooks_on
 from hosts import ClassTokenLast, DistillationFirst, HandMade, OneTokenPerClass
 from torch import nn
 from zoo import ZOO
@@ -17,11 +18,6 @@ class Embeds(HandMade):
 
     def forward(self, pixels):
         return self.tokens(pixels)[:, 0]
-
-
-def hooks_on(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def test_a_plain_host_is_told_whole():

@@ -5,35 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import hooks_on, modes_on, with_outputs_scaled
 from hosts import FAMILIES, HandMade, tiny
 from torch import nn
 
 from camkit import attach, watch
-from camkit.capture import find_attention
 from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError
 
 
 def unchanged(tokens, output, attention, site):
     return output
-
-
-def hooks_on(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
-
-
-def modes_on():
-    return torch._C._len_torch_function_stack()
-
-
-def scaled_by_hand(model, factors):
-    """A copy whose attention outputs are multiplied by plain hooks."""
-    twin = copy.deepcopy(model)
-    for index, module in enumerate(find_attention(twin).values()):
-        factor = factors.get(index, 1.0)
-        module.register_forward_hook(lambda *call, factor=factor: call[2] * factor)
-    return twin
 
 
 class ReturnsItsMap(nn.Module):
@@ -92,7 +74,7 @@ def test_an_edit_that_changes_nothing_leaves_the_logits_bit_equal(family, edit):
 )
 def test_exactly_the_chosen_blocks_are_scaled(blocks, chosen):
     model, pixels = tiny("vit")
-    expected = scaled_by_hand(model, dict.fromkeys(chosen, 2.0))(pixels)
+    expected = with_outputs_scaled(model, dict.fromkeys(chosen, 2.0))(pixels)
     with attach(model, ScaleOutput(2.0), blocks=blocks):
         torch.testing.assert_close(model(pixels), expected)
 
@@ -142,7 +124,7 @@ def test_of_a_returned_tuple_only_the_tokens_are_edited():
 
 def test_gradients_flow_through_an_edit_as_by_hand(family):
     model, pixels = tiny(family)
-    twin = scaled_by_hand(model, {0: 2.0, 1: 2.0, 2: 2.0})
+    twin = with_outputs_scaled(model, {0: 2.0, 1: 2.0, 2: 2.0})
     twin(pixels).square().sum().backward()
     with attach(model, ScaleOutput(2.0)):
         model(pixels).square().sum().backward()
@@ -156,18 +138,18 @@ def test_gradients_reach_a_weight_inside_the_edit():
     with attach(model, lambda *told: told[1] * factor, blocks=[1]):
         model(pixels).sum().backward()
     step = 1e-2
-    above, below = (scaled_by_hand(model, {1: 1.0 + s})(pixels).sum() for s in (step, -step))
+    above, below = (with_outputs_scaled(model, {1: 1.0 + s})(pixels).sum() for s in (step, -step))
     torch.testing.assert_close(factor.grad, (above - below) / (2 * step), rtol=1e-2, atol=1e-2)
 
 
 def test_two_edits_act_one_after_the_other():
     model, pixels = tiny("vit")
-    expected = scaled_by_hand(model, {0: 2.0, 1: 2.0, 2: 6.0})(pixels)
+    expected = with_outputs_scaled(model, {0: 2.0, 1: 2.0, 2: 6.0})(pixels)
     first = attach(model, ScaleOutput(2.0))
     with attach(model, ScaleOutput(3.0), blocks=1):
         torch.testing.assert_close(model(pixels), expected)
         first.remove()
-        expected = scaled_by_hand(model, {2: 3.0})(pixels)
+        expected = with_outputs_scaled(model, {2: 3.0})(pixels)
         torch.testing.assert_close(model(pixels), expected)
     assert hooks_on(model) == modes_on() == 0
 
@@ -176,7 +158,7 @@ def test_two_edits_act_one_after_the_other():
 @pytest.mark.parametrize("edit_first", [False, True])
 def test_an_edit_and_a_watcher_live_together_in_either_order(edit_first, gradients):
     model, pixels = tiny("vit")
-    twin = scaled_by_hand(model, dict.fromkeys(range(3), 2.0))
+    twin = with_outputs_scaled(model, dict.fromkeys(range(3), 2.0))
     with watch(twin) as expected:
         logits = twin(pixels)
     handles = [attach(model, ScaleOutput(2.0))] if edit_first else []
@@ -224,7 +206,7 @@ def test_a_forward_that_breaks_leaves_nothing_and_the_next_one_is_edited(
     place, error, hooked_first
 ):
     model, pixels = HandMade(), torch.randn(2, 3, 16, 24)
-    expected = scaled_by_hand(model, {0: 2.0, 1: 2.0})(pixels)
+    expected = with_outputs_scaled(model, {0: 2.0, 1: 2.0})(pixels)
     with watch(model):
         model(pixels)
     if hooked_first:

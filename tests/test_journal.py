@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from small_runs import hold_journal, leave_transaction_open
 
-from camkit.bulk.finishing import ImageResult, OutFolder
 from camkit.bulk.items import Failure, FilePlace, Item
 from camkit.bulk.ledger import Journal, plan
 from camkit.bulk.running import Rank
+from camkit.bulk.stages import ImageResult, OutFolder
 from camkit.errors import CamkitError, DataError
 
 SETTINGS = {"model": "a", "source": "folder /x"}

@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import capture_of
 from hosts import HandMade, tiny
 from torch import nn
 
 import camkit
 from camkit import GradientSeed, Vocabulary
-from camkit.capture.record import required_by
 from camkit.contrib import (
     BestAgreementSeed,
     BlockSeed,
@@ -37,12 +37,6 @@ CLASSES = torch.tensor([[1, 4, 0], [3, -1, 2]])
 PICTURE = camkit.Capture.of_picture(torch.zeros(1, 3, 1, 4))
 
 
-def seen_by(model, pixels, *seeds, **options):
-    with torch.no_grad(), camkit.watch(model, requires=required_by(*seeds), **options) as seen:
-        model(pixels)
-    return seen.capture
-
-
 def evidence(scores):
     """Scores ``(b, n, C)`` as maps of CLASSES, zero below the mean and where padded."""
     picked = torch.stack([s[:, row.clamp_min(0)].T for s, row in zip(scores, CLASSES, strict=True)])
@@ -55,7 +49,7 @@ def evidence(scores):
 )
 def test_the_lens_is_the_hosts_own_norm_and_head_on_an_inner_block(family):
     model, pixels = tiny(family)
-    capture = seen_by(model, pixels, LogitLensSeed(0))
+    capture = capture_of(model, pixels, LogitLensSeed(0))
     left = []
     hooks = [
         block.register_forward_hook(lambda *call: left.append(call[-1])) for block in model.blocks
@@ -74,7 +68,7 @@ def test_the_lens_is_the_hosts_own_norm_and_head_on_an_inner_block(family):
 @pytest.mark.parametrize("family", ["vit", "average pooled"])
 def test_at_the_last_block_the_lens_is_the_class_weight_seed(family):
     model, pixels = tiny(family)
-    capture = seen_by(model, pixels, LogitLensSeed(-1))
+    capture = capture_of(model, pixels, LogitLensSeed(-1))
     expected = ClassWeightSeed()(capture, CLASSES)
     torch.testing.assert_close(LogitLensSeed(-1)(capture, CLASSES), expected)
 
@@ -95,7 +89,7 @@ class MaxPooled(nn.Module):
 
 def test_the_lens_reads_inner_patches_by_a_convolution_too():
     host, pixels, seed = MaxPooled(), torch.randn(2, 3, 64, 96), LogitLensSeed(0)
-    capture = seen_by(host, pixels, seed)
+    capture = capture_of(host, pixels, seed)
     left = []
     hook = host.encoder.blocks[0].register_forward_hook(lambda *call: left.append(call[-1]))
     with torch.no_grad(), hook:
@@ -109,8 +103,8 @@ def test_the_lens_takes_groups_of_outputs():
     model, pixels = tiny("vit")
     groups = Vocabulary(("a", "b"), members=((0, 3), (2,)))
     seed = LogitLensSeed(1)
-    capture = seen_by(model, pixels, seed, vocabulary=groups)
-    plain = seen_by(model, pixels, seed)
+    capture = capture_of(model, pixels, seed, vocabulary=groups)
+    plain = capture_of(model, pixels, seed)
     one = seed(capture, torch.tensor([[1], [1]]))
     torch.testing.assert_close(one, seed(plain, torch.tensor([[2], [2]])))
 
@@ -119,9 +113,9 @@ def test_the_lens_needs_its_tokens_and_a_classifier():
     model, pixels = tiny("vit")
     seed = LogitLensSeed()
     with pytest.raises(CaptureError, match=r"LogitLensSeed reads; watch.*requires=seed.requires"):
-        seed(seen_by(model, pixels), CLASSES)
+        seed(capture_of(model, pixels), CLASSES)
     with pytest.raises(ValueError, match="must lie in -3 to 2, got 3"):
-        LogitLensSeed(3)(seen_by(model, pixels, seed), CLASSES)
+        LogitLensSeed(3)(capture_of(model, pixels, seed), CLASSES)
 
     class Scaled(HandMade):
         def forward(self, pixels):
@@ -129,7 +123,7 @@ def test_the_lens_needs_its_tokens_and_a_classifier():
 
     host = Scaled()
     with pytest.raises((UnsupportedModelError, CaptureError)):
-        seed(seen_by(host, torch.randn(2, 3, 16, 24), seed), CLASSES)
+        seed(capture_of(host, torch.randn(2, 3, 16, 24), seed), CLASSES)
 
 
 def test_watching_what_leaves_the_blocks_changes_nothing_and_builds_no_graph():
@@ -145,8 +139,8 @@ def test_watching_what_leaves_the_blocks_changes_nothing_and_builds_no_graph():
 def test_a_seed_of_some_blocks_is_the_seed_with_those_watched_alone():
     model, pixels = tiny("vit")
     classes = CLASSES[:, :1]
-    whole = seen_by(model, pixels, GradientSeed())
-    part = seen_by(model, pixels, GradientSeed(), blocks=[0, 2])
+    whole = capture_of(model, pixels, GradientSeed())
+    part = capture_of(model, pixels, GradientSeed(), blocks=[0, 2])
     found = BlockSeed(GradientSeed(), (-1, 0))(whole, classes)
     torch.testing.assert_close(found, GradientSeed()(part, classes))
     with pytest.raises(ValueError, match="-3 to 2, as 3 were watched, got 3"):
@@ -229,7 +223,7 @@ def test_without_a_reference_the_odd_one_out_is_not_taken():
 def test_seeds_of_seeds_need_what_their_parts_need():
     fused = FusedSeed((LogitLensSeed(0), LogitLensSeed(-1)))
     model, pixels = tiny("vit")
-    capture = seen_by(model, pixels, fused)
+    capture = capture_of(model, pixels, fused)
     parts = [LogitLensSeed(layer)(capture, CLASSES) for layer in (0, -1)]
     tops = [part.amax((-2, -1), keepdim=True).clamp_min(1e-8) for part in parts]
     expected = (parts[0] / tops[0] + parts[1] / tops[1]) / 2
@@ -246,7 +240,7 @@ def test_a_fusion_runs_in_a_pipeline():
     pixels = torch.randn(1, 3, 64, 96)
     fused = FusedSeed((LogitLensSeed(0), GradientSeed()), "max")
     stages = camkit.wrap(model, seed=fused, refine=[]).stages(pixels, rgb=pixels, classes=1)
-    capture = seen_by(model, pixels, fused)
+    capture = capture_of(model, pixels, fused)
     expected = camkit.normalize_cam(fused(capture, torch.tensor([[1]])))
     torch.testing.assert_close(stages.cam, expected)
 
@@ -308,7 +302,7 @@ def test_concepts_of_a_linear_host_matter_by_the_square_of_what_they_add():
     host, pixels = tiny("average pooled")
     host.fc_norm, pixels = nn.Identity(), pixels[:1]
     seed = CRAFTSeed(rank=3, designs=512)
-    capture = seen_by(host, pixels, seed)
+    capture = capture_of(host, pixels, seed)
     patches = capture.leaving[-1].tokens[:, capture.patches]
     amounts, directions = semi_nmf(patches, 3)
     added = amounts.mean(1)[0] * (directions[0] @ host.head.weight[2]).detach()
@@ -320,13 +314,13 @@ def test_concepts_of_a_linear_host_matter_by_the_square_of_what_they_add():
 
 def test_learnt_concepts_serve_other_images():
     model, pixels = tiny("vit")
-    capture = seen_by(model, pixels, CRAFTSeed())
+    capture = capture_of(model, pixels, CRAFTSeed())
     patches = capture.leaving[-1].tokens[:, capture.patches]
     concepts = ConceptBank.of(patches.flatten(0, 1), rank=5)
     assert concepts.directions.shape == (5, 48)
     seed = CRAFTSeed(concepts)
     both = seed(capture, CLASSES)
-    single = seed(seen_by(model, pixels[1:], seed), CLASSES[1:])
+    single = seed(capture_of(model, pixels[1:], seed), CLASSES[1:])
     torch.testing.assert_close(both[1:], single, rtol=1e-3, atol=1e-4)
     assert not both[1, 1].any()
     assert (both >= 0).all()

@@ -26,11 +26,6 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture
-def pydensecrf():
-    return pytest.importorskip("pydensecrf.densecrf", reason="needs the extra camkit[crf]")
-
-
 def picture(rows, cols, *, labels=3, images=1):
     """Smooth scores and a picture of a few colours with noise."""
     coarse = torch.rand(images, labels, rows // 16 + 2, cols // 16 + 2)

@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
+from coarse import captured
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from camkit import resize_cam
-from camkit.capture import Anatomy, Capture
-from camkit.capture.attention import ExplicitAttention
-from camkit.errors import CaptureError
-from camkit.grid import Grid
 from camkit.ops.edge_aware import adapt_to_colours
 from camkit.refiners.edge_aware import PixelAdaptive
 
@@ -281,11 +278,6 @@ def test_colours_of_another_shape_are_refused(shape):
         adapt_to_colours(maps, torch.rand(shape), steps=1)
 
 
-def captured(rgb):
-    rows = ExplicitAttention(torch.full((1, 1, 6, 6), 1 / 6))
-    return Capture((rows,), ("a",), Anatomy(), Grid(2, 3), rgb=rgb)
-
-
 @pytest.mark.parametrize(
     ("settings", "size"),
     [({}, (20, 30)), ({"scale": 0.5}, (10, 15)), ({"size": (7, 9)}, (7, 9))],
@@ -324,35 +316,7 @@ def test_maps_in_half_precision_are_rounded_once_at_the_end(dtype, error):
     torch.testing.assert_close(found.float(), expected, rtol=error, atol=0)
 
 
-def test_a_gradient_reaches_the_maps_through_the_refiner():
-    cam = torch.rand(1, 2, 2, 3, requires_grad=True)
-    PixelAdaptive(steps=2)(cam, captured(torch.rand(1, 3, 20, 30))).sum().backward()
-    torch.testing.assert_close(cam.grad.sum(), torch.tensor(1200.0), rtol=0.05, atol=0)
-
-
 @pytest.mark.parametrize("settings", [{}, {"scale": 0.5}], ids=str)
 def test_no_images_are_refined_to_no_images(settings):
     found = PixelAdaptive(**settings)(torch.rand(0, 2, 2, 3), captured(torch.rand(0, 3, 20, 30)))
     assert found.shape[:2] == (0, 2)
-
-
-def test_a_missing_picture_is_an_error():
-    with pytest.raises(CaptureError, match=r"needs the picture; watch with `rgb=photo.rgb`"):
-        PixelAdaptive()(torch.rand(2, 1, 2, 3), captured(None))
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        *WRONG,
-        ({"scale": 0.0}, "`scale` must be positive and finite, got 0.0"),
-        ({"scale": math.nan}, "`scale` must be positive and finite, got nan"),
-        ({"size": (0, 4)}, "`size` must be at least 1x1, got 0x4"),
-        ({"size": (4, 4), "scale": 0.5}, r"give `scale` or `size`, got 0.5 and \(4, 4\)"),
-    ],
-    ids=str,
-)
-@pytest.mark.usefixtures("no_shape_checks")
-def test_settings_of_the_refiner_out_of_range_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        PixelAdaptive(**settings)

@@ -244,26 +244,3 @@ def test_a_squared_affinity_with_masked_columns_is_clip_es():
     mask = component_boxes(cam, 0.4).view(1, 12)
     expected = ((affinity @ affinity) * mask) @ cam.view(12, 1)
     torch.testing.assert_close(found.view(12, 1), expected)
-
-
-@pytest.mark.usefixtures("no_shape_checks")
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"beta": 0.0}, "`beta` must be positive and finite, got 0.0"),
-        ({"beta": math.nan}, "`beta` must be positive and finite, got nan"),
-        ({"logt": -1}, r"`logt` must lie in \[0, 20\], got -1"),
-        ({"logt": 64}, r"`logt` must lie in \[0, 20\], got 64: 2\^logt steps are taken"),
-        ({"blocks": 0}, "`blocks` must be at least 1, got 0"),
-        ({"balance": -1}, "`balance` must be at least 0, got -1"),
-        ({"boxes": 1.0}, r"`boxes` must lie in \[0, 1\), got 1.0"),
-        ({"boxes": math.nan}, r"`boxes` must lie in \[0, 1\), got nan"),
-    ],
-    ids=str,
-)
-def test_settings_out_of_range_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        RandomWalk(**settings)
-    if "boxes" in settings:
-        with pytest.raises(ValueError, match=words):
-            Propagate(**settings)

@@ -28,10 +28,9 @@ from small_runs import (
 )
 
 from camkit.bulk import Loading, PhotoFolder, Rank, RayEngine, run
-from camkit.bulk.finishing import OutFolder
 from camkit.bulk.items import FilePlace
 from camkit.bulk.ray_engine import Message, ReadChunk, RunContext, RunModel, unpacked
-from camkit.bulk.stages import read
+from camkit.bulk.stages import OutFolder, read
 from camkit.cli import main
 from camkit.errors import CamkitError
 from camkit.manifest import weights_hash

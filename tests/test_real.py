@@ -17,7 +17,7 @@ from camkit.score import confusion_matrix, mean_iou
 
 pytestmark = pytest.mark.slow
 
-PHOTOS = 16
+PHOTOS = 10
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def scores_of(maps, background_scores):
 def test_the_classifier_names_the_animal_in_most_photos(results):
     right = [int(r.logits.argmax()) in VOC_IN_IMAGENET[name] for name, _, r in results]
     assert len(right) == PHOTOS
-    assert sum(right) >= 12  # 13 of 16 when this was written
+    assert sum(right) >= 7  # 8 of 10 when this was written
 
 
 def test_each_stage_beats_the_one_before_at_its_best_background_score(opened, dataset, results):
@@ -72,7 +72,7 @@ def test_each_stage_beats_the_one_before_at_its_best_background_score(opened, da
         (truth, plain(result.photo, classes=result.names).seed) for _, truth, result in results
     ]
     uncalibrated = max(scores_of(alone, steps))
-    told = {"gradient": uncalibrated, "calibrated": best, "refined": refined}
-    assert best > uncalibrated + 0.05, told
-    assert refined > best + 0.03, told
-    assert refined > 0.75, told
+    scores = {"gradient": uncalibrated, "calibrated": best, "refined": refined}
+    assert best > uncalibrated + 0.05, scores
+    assert refined > best + 0.03, scores
+    assert refined > 0.75, scores

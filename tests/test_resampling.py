@@ -53,8 +53,9 @@ def test_the_gradient_of_resizing_is_right(size):
     assert torch.autograd.gradcheck(lambda x: resize_cam(x, size), cam)
 
 
-def test_no_image_at_all_gives_none():
-    assert resize_cam(torch.zeros(0, 2, 4, 4), (8, 2)).shape == (0, 2, 8, 2)
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0), (0, 0)], ids=str)
+def test_no_image_or_no_class_at_all_gives_none(shape):
+    assert resize_cam(torch.zeros(*shape, 4, 4), (8, 2)).shape == (*shape, 8, 2)
 
 
 def test_a_strided_cam_resizes_like_its_copy():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import resource
 import signal
@@ -28,12 +29,14 @@ from small_runs import (
     write_photos,
 )
 
-from camkit import Vocabulary, load_photo, wrap
-from camkit.bulk.finishing import OutputError
+from camkit import Views, Vocabulary, load_photo, wrap
 from camkit.bulk.recipe import Recipe, Writing
 from camkit.bulk.running import Rank, rank_of, run
 from camkit.bulk.sources import DataSetPhotos, PhotoFolder
+from camkit.bulk.stages import OutputError
 from camkit.cli import main
+from camkit.cli.models import open_model
+from camkit.cli.run import TimmModel
 from camkit.data import read_cam, write_shapes
 from camkit.errors import CamkitError, DataError
 from camkit.refiners import Blur, Normalize, Propagate
@@ -339,6 +342,20 @@ def test_a_full_disk_ends_the_run_and_the_next_run_continues(photos, undisturbed
     assert {**actual, "settings.json": None} == {**undisturbed, "settings.json": None}
 
 
+def test_a_batch_beyond_the_memory_of_the_device_ends_the_run(photos, tmp_path):
+    def open_large():
+        model = OpenSmall()()
+        model.register_forward_pre_hook(exceed_memory)
+        return model
+
+    def exceed_memory(*_):
+        raise torch.OutOfMemoryError
+
+    recipe = replace(small_recipe(), model=open_large)
+    with pytest.raises(CamkitError, match=r"2 images of .* do not fit the memory .* \(--batch\)"):
+        start(recipe, photos, tmp_path)
+
+
 def test_a_folder_that_takes_no_files_ends_the_run(photos, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -357,6 +374,9 @@ def test_other_settings_are_kept_out_of_a_folder(photos, tmp_path):
         start(small_recipe(background_score=0.3), few, tmp_path)
     with pytest.raises(DataError, match="weights_sha256"):
         start(replace(small_recipe(), model=OpenSmall(1)), few, tmp_path)
+    mirrored = replace(small_recipe().method, views=Views(flip=True))
+    with pytest.raises(DataError, match=r"views: None there, Views\("):
+        start(replace(small_recipe(), method=mirrored), few, tmp_path)
     start(replace(small_recipe(), batch=2, chunk=3), few, tmp_path)  # no other results
     anew = start(small_recipe(background_score=0.3), few, tmp_path, overwrite=True)
     assert (anew.written, anew.settled, len(rows(tmp_path))) == (2, 0, 2)
@@ -410,6 +430,24 @@ def weights(tmp_path, monkeypatch):
     (tmp_path / "data" / "weights").mkdir(parents=True)
     save_file(state, tmp_path / "data" / "weights" / "vit_tiny_patch16_224.test.safetensors")
     monkeypatch.setenv("CAMKIT_DATA", str(tmp_path / "data"))
+
+
+def test_the_command_opens_the_model_once_and_sends_its_name_to_other_processes(
+    weights, tmp_path, monkeypatch
+):
+    opened = []
+
+    def counted(*arguments, **options):
+        opened.append(open_model(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr("camkit.cli.run.open_model", counted)
+    write_photos(tmp_path / "in", 1)
+    command = ["run", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--size", "48"]
+    assert main([*command, "--model", "vit_tiny_patch16_224.test", "--workers", "0"]) == 0
+    assert len(opened) == 1
+    sent = pickle.loads(pickle.dumps(TimmModel("name", 48, opened[0].model)))
+    assert (sent, sent.opened) == (TimmModel("name", 48), None)
 
 
 def test_the_command_runs_continues_and_refuses(weights, tmp_path, capsys):

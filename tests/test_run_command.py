@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from small_runs import nobody, tree, write_photos
 
-from camkit.bulk.finishing import OutFolder
 from camkit.bulk.ledger import Journal
+from camkit.bulk.stages import OutFolder
 from camkit.cli import main
 from camkit.errors import CamkitError
 

@@ -5,6 +5,7 @@ from functools import partial
 import oracles
 import pytest
 import torch
+from helpers import capture_of as any_capture_of
 from hosts import HandMade, OneTokenPerClass, tiny
 
 import camkit
@@ -35,12 +36,7 @@ WITH_CLASS_TOKEN = [
     "learned bias",
     "eva02",
 ]
-
-
-def seen_by(model, pixels, *, gradients=True, **options):
-    with watch(model, gradients=gradients, **options) as seen:
-        model(pixels)
-    return seen.capture
+capture_of = partial(any_capture_of, gradients=True)
 
 
 @pytest.fixture(params=SEEDS, ids=repr)
@@ -51,7 +47,7 @@ def seed(request):
 @pytest.mark.parametrize("family", WITH_CLASS_TOKEN)
 def test_the_gradient_seed_is_attention_times_its_gradient(family):
     model, pixels = tiny(family)
-    capture = seen_by(model, pixels)
+    capture = capture_of(model, pixels)
     outputs, maps = oracles.unfused(model, pixels)
     found = GradientSeed()(capture, CLASSES).flatten(2)
     for slot, column in enumerate(CLASSES.T):
@@ -62,7 +58,7 @@ def test_the_gradient_seed_is_attention_times_its_gradient(family):
 @pytest.mark.parametrize("family", [*WITH_CLASS_TOKEN, "average pooled"])
 def test_the_rollout_seed_is_the_published_matrix_rule(family):
     model, pixels = tiny(family)
-    capture = seen_by(model, pixels)
+    capture = capture_of(model, pixels)
     outputs, maps = oracles.unfused(model, pixels)
     start = capture.patches if family == "average pooled" else [0]
     found = RelevanceSeed()(capture, CLASSES).flatten(2)
@@ -76,7 +72,7 @@ def test_the_gradient_seed_averages_the_watched_blocks_only(blocks):
     model, pixels = tiny("vit")
     outputs, maps = oracles.unfused(model, pixels)
     kept = [maps[i] for i in ([2] if blocks == 1 else blocks)]
-    capture = seen_by(model, pixels, blocks=blocks)
+    capture = capture_of(model, pixels, blocks=blocks)
     expected = oracles.gradient_seed(outputs, kept, CLASSES[:, 0], [0], capture.patches)
     torch.testing.assert_close(GradientSeed()(capture, CLASSES[:, :1]).flatten(1), expected)
 
@@ -92,7 +88,7 @@ def layers_behind_pooling(family, model):
 @pytest.mark.parametrize("family", [*WITH_CLASS_TOKEN[:-1], "average pooled"])
 def test_the_class_weight_seed_scores_every_token_alone(family):
     model, pixels = tiny(family)
-    capture = seen_by(model, pixels, gradients=False)
+    capture = capture_of(model, pixels, gradients=False)
     tokens, patches = model.forward_features(pixels), capture.patches
     scored = [
         oracles.patch_scores(tokens, patches, *layers)
@@ -107,7 +103,7 @@ def test_the_class_weight_seed_scores_every_token_alone(family):
 
 def test_class_attention_of_a_single_token_is_the_same_map_for_every_class():
     model, pixels = tiny("vit")
-    capture = seen_by(model, pixels, gradients=False)
+    capture = capture_of(model, pixels, gradients=False)
     _, maps = oracles.unfused(model, pixels)
     expected = torch.stack(maps).mean((0, 2))[:, :1, 1:].detach().expand(-1, 3, -1)
     torch.testing.assert_close(ClassAttentionSeed()(capture, CLASSES).flatten(2), expected)
@@ -115,7 +111,7 @@ def test_class_attention_of_a_single_token_is_the_same_map_for_every_class():
 
 def test_class_attention_of_one_token_per_class_gives_each_its_row():
     model, pixels = OneTokenPerClass(class_tokens=5), torch.randn(2, 3, 16, 24)
-    capture = seen_by(model, pixels, gradients=False)
+    capture = capture_of(model, pixels, gradients=False)
     assert capture.anatomy.class_tokens == (0, 1, 2, 3, 4)
     rows = torch.stack([block.head_mean()[:, :5, 5:] for block in capture.blocks]).mean(0)
     expected = torch.stack([rows[0, CLASSES[0]], rows[1, CLASSES[1]]])
@@ -123,14 +119,14 @@ def test_class_attention_of_one_token_per_class_gives_each_its_row():
 
 
 def test_several_classes_in_one_call_equal_single_calls(seed):
-    capture = seen_by(*tiny("deit distilled"))
+    capture = capture_of(*tiny("deit distilled"))
     together = seed(capture, CLASSES)
     for slot in range(3):
         torch.testing.assert_close(together[:, [slot]], seed(capture, CLASSES[:, [slot]]))
 
 
 def test_padding_gives_zeros_and_leaves_the_rest(seed):
-    capture = seen_by(*tiny("vit"))
+    capture = capture_of(*tiny("vit"))
     classes = torch.tensor([[1, -1, 0], [-1, -1, 2]])
     cam, full = seed(capture, classes), seed(capture, CLASSES)
     assert torch.equal(cam[classes < 0], torch.zeros(3, 4, 6))
@@ -138,13 +134,13 @@ def test_padding_gives_zeros_and_leaves_the_rest(seed):
 
 
 def test_permuted_classes_give_permuted_maps(seed):
-    capture, order = seen_by(*tiny("vit")), [2, 0, 1]
+    capture, order = capture_of(*tiny("vit")), [2, 0, 1]
     torch.testing.assert_close(seed(capture, CLASSES[:, order]), seed(capture, CLASSES)[:, order])
 
 
 @pytest.mark.parametrize("family", ["vit", "explicit softmax", "learned bias"])
 def test_maps_are_never_negative_and_hold_no_graph(seed, family):
-    cam = seed(seen_by(*tiny(family)), CLASSES)
+    cam = seed(capture_of(*tiny(family)), CLASSES)
     assert (cam >= 0).all()
     assert not cam.requires_grad
 
@@ -152,13 +148,13 @@ def test_maps_are_never_negative_and_hold_no_graph(seed, family):
 @pytest.mark.parametrize("change", ["frozen", "no_grad", "frozen no_grad", "explicit softmax"])
 def test_a_seed_is_the_same_on_a_host_that_is(seed, change):
     model, pixels = tiny("vit")
-    expected = seed(seen_by(model, pixels), CLASSES)
+    expected = seed(capture_of(model, pixels), CLASSES)
     model.requires_grad_("frozen" not in change)
     if change == "explicit softmax":
         for block in model.blocks:
             block.attn.fused_attn = False
     with torch.set_grad_enabled("no_grad" not in change):
-        found = seed(seen_by(model, pixels), CLASSES)
+        found = seed(capture_of(model, pixels), CLASSES)
     torch.testing.assert_close(found, expected)
 
 
@@ -166,7 +162,7 @@ def test_gradients_of_parameters_are_left_alone(seed):
     model, pixels = tiny("vit")
     model(pixels).sum().backward()
     before = [parameter.grad.clone() for parameter in model.parameters()]
-    seed(seen_by(model, pixels), CLASSES)
+    seed(capture_of(model, pixels), CLASSES)
     for parameter, grad in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter.grad, grad)
 
@@ -174,7 +170,7 @@ def test_gradients_of_parameters_are_left_alone(seed):
 def test_the_score_of_a_group_is_the_log_of_its_summed_mass():
     model, pixels = tiny("vit")
     members = ((0, 3), (2,), (1, 4))
-    capture = seen_by(model, pixels, vocabulary=Vocabulary(("a", "b", "c"), members=members))
+    capture = capture_of(model, pixels, vocabulary=Vocabulary(("a", "b", "c"), members=members))
     expected = oracles.grouped(model(pixels), members).float()
     torch.testing.assert_close(capture.scores, expected)
 
@@ -183,8 +179,8 @@ def test_the_score_of_a_group_is_the_log_of_its_summed_mass():
 def test_a_group_of_one_is_that_output(of_group):
     model, pixels = tiny("vit")
     groups = Vocabulary(("one", "four"), members=((1,), (4,)))
-    found = of_group(seen_by(model, pixels, vocabulary=groups), torch.tensor([[0, 1], [1, 0]]))
-    plain = of_group(seen_by(model, pixels), torch.tensor([[1, 4], [4, 1]]))
+    found = of_group(capture_of(model, pixels, vocabulary=groups), torch.tensor([[0, 1], [1, 0]]))
+    plain = of_group(capture_of(model, pixels), torch.tensor([[1, 4], [4, 1]]))
     torch.testing.assert_close(found, plain)
 
 
@@ -199,14 +195,14 @@ def test_a_group_of_one_is_that_output(of_group):
 )
 @pytest.mark.parametrize("asked", SEEDS[1:], ids=repr)
 def test_classes_that_do_not_fit_are_refused(asked, classes, words):
-    capture = seen_by(*tiny("vit"))
+    capture = capture_of(*tiny("vit"))
     with pytest.raises(ValueError, match=words):
         asked(capture, torch.tensor(classes, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("asked", [ClassAttentionSeed(), GradientSeed()], ids=repr)
 def test_a_host_without_class_token_is_sent_elsewhere(asked):
-    capture = seen_by(*tiny("average pooled"))
+    capture = capture_of(*tiny("average pooled"))
     with pytest.raises(CaptureError, match=r"no class token.*use"):
         asked(capture, CLASSES)
 
@@ -214,7 +210,7 @@ def test_a_host_without_class_token_is_sent_elsewhere(asked):
 @pytest.mark.parametrize("asked", [GradientSeed(), RelevanceSeed()], ids=repr)
 @pytest.mark.parametrize("family", ["vit", "explicit softmax"])
 def test_a_capture_without_gradients_says_how_to_get_them(asked, family):
-    capture = seen_by(*tiny(family), gradients=False)
+    capture = capture_of(*tiny(family), gradients=False)
     with pytest.raises(CaptureError, match=r"watch\(model, gradients=True\)"):
         asked(capture, CLASSES)
 
@@ -242,7 +238,7 @@ class Scaled(HandMade):
     ],
 )
 def test_a_pooling_that_patches_cannot_go_through_is_refused(host, words):
-    capture = seen_by(host(), torch.randn(2, 3, 16, 24))
+    capture = capture_of(host(), torch.randn(2, 3, 16, 24))
     with pytest.raises(UnsupportedModelError, match=words):
         capture.patch_scores()
 
@@ -254,8 +250,8 @@ def test_every_seed_says_whether_it_needs_gradients():
 def test_a_class_of_several_outputs_is_read_from_all_their_tokens():
     model, pixels = OneTokenPerClass(class_tokens=5), torch.randn(2, 3, 16, 24)
     both = Vocabulary(("both",), members=((1, 3),))
-    grouped = ClassAttentionSeed()(seen_by(model, pixels, vocabulary=both), CLASSES[:, :1] * 0)
-    single = ClassAttentionSeed()(seen_by(model, pixels), torch.tensor([[1, 3]] * 2))
+    grouped = ClassAttentionSeed()(capture_of(model, pixels, vocabulary=both), CLASSES[:, :1] * 0)
+    single = ClassAttentionSeed()(capture_of(model, pixels), torch.tensor([[1, 3]] * 2))
     torch.testing.assert_close(grouped[:, 0], single.mean(1))
 
 
@@ -263,8 +259,8 @@ def test_a_class_of_several_outputs_is_read_from_all_their_tokens():
 def test_a_class_with_its_own_token_is_seeded_the_same_under_another_number(seed):
     model, pixels = OneTokenPerClass(class_tokens=5), torch.randn(2, 3, 16, 24)
     renamed = Vocabulary(("fourth", "second"), members=((3,), (1,)))
-    found = seed(seen_by(model, pixels, vocabulary=renamed), torch.tensor([[0, 1]] * 2))
-    torch.testing.assert_close(found, seed(seen_by(model, pixels), torch.tensor([[3, 1]] * 2)))
+    found = seed(capture_of(model, pixels, vocabulary=renamed), torch.tensor([[0, 1]] * 2))
+    torch.testing.assert_close(found, seed(capture_of(model, pixels), torch.tensor([[3, 1]] * 2)))
 
 
 def own_seed(capture, classes):

@@ -4,15 +4,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from coarse import captured, coarse_iou
+from coarse import captured
 
-from camkit import CamkitError, CaptureError, resize_cam
+from camkit import CamkitError, resize_cam
 from camkit.refiners import FastGlobalSmooth
-
-
-@pytest.fixture
-def ximgproc():
-    return pytest.importorskip("cv2").ximgproc
 
 
 def direct(ximgproc, plane, rgb, smoothness, sigma):
@@ -75,45 +70,7 @@ def test_a_map_that_misses_an_edge_is_drawn_to_it():
     assert torch.equal(FastGlobalSmooth()(off, captured(rgb)) > 0.5, left > 0.5)
 
 
-def test_no_images_are_smoothed_to_no_images():
-    found = FastGlobalSmooth()(torch.rand(0, 2, 2, 3), captured(torch.rand(0, 3, 8, 9)))
-    assert found.shape == (0, 2, 8, 9)
-
-
 def test_an_opencv_without_its_extra_modules_is_told_with_the_way_to_get_them(monkeypatch):
     monkeypatch.delattr(cv2, "ximgproc")
     with pytest.raises(CamkitError, match="pip install opencv-contrib-python-headless"):
         FastGlobalSmooth()(torch.rand(1, 1, 2, 3), captured(torch.rand(1, 3, 20, 31)))
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"smoothness": 0.0}, r"`smoothness` must lie in \(0, 100000\], got 0.0"),
-        ({"smoothness": 1e6}, r"`smoothness` must lie in \(0, 100000\], got 1000000.0"),
-        ({"smoothness": float("nan")}, r"`smoothness` must lie in \(0, 100000\], got nan"),
-        ({"colour_width": 0.0}, "`colour_width` must be positive and finite, got 0.0"),
-        ({"colour_width": float("inf")}, "`colour_width` must be positive and finite, got inf"),
-    ],
-    ids=str,
-)
-def test_settings_out_of_range_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        FastGlobalSmooth(**settings)
-
-
-def test_a_missing_picture_is_an_error():
-    with pytest.raises(CaptureError, match=r"FastGlobalSmooth needs the picture; watch with `rgb="):
-        FastGlobalSmooth()(torch.rand(1, 1, 2, 3), captured(None))
-
-
-def test_maps_that_are_not_finite_are_refused():
-    cam = torch.full((1, 1, 2, 3), torch.inf)
-    with pytest.raises(ValueError, match="`cam` must be finite, got NaN or inf"):
-        FastGlobalSmooth()(cam, captured(torch.rand(1, 3, 20, 30)))
-
-
-def test_on_photos_objects_known_to_the_patch_are_found_better(real_data):
-    before = coarse_iou(lambda cam, _: cam, real_data)
-    found = coarse_iou(FastGlobalSmooth(smoothness=1000.0, colour_width=4 / 255), real_data)
-    assert found > before + 0.015

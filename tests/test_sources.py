@@ -17,8 +17,15 @@ from small_runs import nobody
 from camkit.bulk.camfiles import read_labels
 from camkit.bulk.items import Failure, FilePlace, Item, result_path, safe_key
 from camkit.bulk.recipe import Loading
-from camkit.bulk.shards import ParquetRows, TarShards
-from camkit.bulk.sources import DataSetPhotos, Labelled, PhotoFolder, PhotoList, open_source
+from camkit.bulk.sources import (
+    DataSetPhotos,
+    Labelled,
+    ParquetRows,
+    PhotoFolder,
+    PhotoList,
+    TarShards,
+    open_source,
+)
 from camkit.bulk.stages import read
 from camkit.data import write_shapes
 from camkit.errors import DataError

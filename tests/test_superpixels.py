@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from coarse import captured, coarse_iou
+from coarse import captured
 from skimage.segmentation import felzenszwalb, slic
 
-from camkit import CaptureError, resize_cam
+from camkit import resize_cam
 from camkit.refiners import Superpixels
 from camkit.refiners.edge_aware import segment_means
 
@@ -104,58 +104,10 @@ def test_means_are_differentiable_in_the_maps():
     assert torch.autograd.gradcheck(lambda maps: refiner(maps, capture), (cam,))
 
 
-def test_half_precision_is_rounded_once_at_the_end():
-    cam, capture = torch.rand(1, 2, 5, 6).half(), captured(blotches())
-    found = Superpixels()(cam, capture)
-    assert found.dtype == torch.float16
-    assert torch.equal(found, Superpixels()(cam.float(), capture).half())
-
-
 @BOTH
-def test_small_and_flat_pictures_and_none_at_all(method):
+def test_small_and_flat_pictures(method):
     pixel = Superpixels(method)(torch.full((1, 1, 1, 1), 0.3), captured(torch.rand(1, 3, 1, 1)))
     torch.testing.assert_close(pixel, torch.full((1, 1, 1, 1), 0.3))
     cam, flat = torch.rand(1, 1, 20, 30), torch.full((1, 3, 20, 30), 0.5)
     whole = Superpixels(method, size=600)(cam, captured(flat))
     torch.testing.assert_close(whole, cam.mean().expand(1, 1, 20, 30))
-    none = Superpixels(method)(torch.rand(0, 2, 2, 3), captured(torch.rand(0, 3, 8, 9)))
-    assert none.shape == (0, 2, 8, 9)
-
-
-@pytest.mark.usefixtures("no_shape_checks")
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"method": "quickshift"}, "must be one of slic, felzenszwalb, got 'quickshift'"),
-        ({"size": 0}, "`size` must be at least 1 pixel, got 0"),
-        ({"coherence": 0.0}, "`coherence` must be positive and finite, got 0.0"),
-        ({"coherence": float("nan")}, "`coherence` must be positive and finite, got nan"),
-        ({"sigma": -1.0}, "`sigma` must be at least 0 and finite, got -1.0"),
-        ({"sigma": float("nan")}, "`sigma` must be at least 0 and finite, got nan"),
-        ({"vote": 0.0}, r"`vote` must lie in \(0, 1\), got 0.0"),
-        ({"vote": 1.0}, r"`vote` must lie in \(0, 1\), got 1.0"),
-    ],
-    ids=str,
-)
-def test_settings_out_of_range_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        Superpixels(**settings)
-
-
-def test_a_missing_picture_is_an_error():
-    with pytest.raises(CaptureError, match=r"Superpixels needs the picture; watch with `rgb="):
-        Superpixels()(torch.rand(1, 1, 2, 3), captured(None))
-
-
-def test_maps_that_are_not_finite_are_refused():
-    cam = torch.full((1, 1, 2, 3), torch.nan)
-    with pytest.raises(ValueError, match="`cam` must be finite, got NaN or inf"):
-        Superpixels()(cam, captured(torch.rand(1, 3, 20, 30)))
-
-
-@pytest.mark.parametrize(
-    "refiner", [Superpixels("slic", size=400, coherence=10.0), Superpixels("felzenszwalb")], ids=str
-)
-def test_on_photos_objects_known_to_the_patch_are_found_better(real_data, refiner):
-    before = coarse_iou(lambda cam, _: cam, real_data)
-    assert coarse_iou(refiner, real_data) > before + 0.015

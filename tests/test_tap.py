@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from camkit import attach, watch
 from camkit.capture.attention import FusedAttention
+from camkit.capture.class_query import SingleQueryAttention
 from camkit.capture.intercept import Intercept, Tap
 from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError, UnsupportedModelError
@@ -371,6 +372,14 @@ def test_a_private_softmax_is_seen_only_if_it_is_torchs(recorder, function, show
         weights = private(*told)
     assert torch.equal(weights, function(*told))
     assert [seen is weights for seen in recorder.maps] == [True] * shown
+
+
+def test_a_private_copy_is_proven_also_where_only_one_query_is_computed(recorder):
+    private = overriding(multi_head_attention_forward, "multi_head_attention_forward")
+    x = torch.randn(7, 2, 32)
+    with Intercept(SingleQueryAttention(0)), recorder.tap:
+        PrivateCopy(private)(x, x, x, need_weights=False)
+    assert len(recorder.maps) == 1
 
 
 def test_a_host_whose_private_copy_differs_is_left_alone_and_its_attention_is_called_hidden():

@@ -5,9 +5,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import capture_of
 from hosts import HandMade, OneTokenPerClass, shaken, tiny
 
-import camkit
 from camkit import GradientSeed, Vocabulary, photo_from_array, wrap
 from camkit.seeds import (
     ClassAttentionSeed,
@@ -185,12 +185,6 @@ def test_a_custom_score_needs_gradients(model, pixels, seed):
 def test_a_score_that_is_no_number_of_the_outputs_is_refused(model, pixels, score):
     with pytest.raises(ValueError, match="must return one number from the outputs of an image"):
         wrap(model).stages(pixels, rgb=pixels, classes=[[score], [0]])
-
-
-def capture_of(model, pixels, **options):
-    with camkit.watch(model, **options) as seen, torch.no_grad():
-        model(pixels)
-    return seen.capture
 
 
 def test_present_classes_are_those_above_the_threshold(model, pixels):

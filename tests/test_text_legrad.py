@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import capture_of
 from test_text_similarity import NAMES, build
 
 import camkit
@@ -15,12 +16,6 @@ PIXELS = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 def opened(name):
     model, tokenize, encode = build(name)
     return model, camkit.seeds.TextClasses.from_prompts(model, NAMES, tokenize=tokenize), encode
-
-
-def seen_by(model, encode, seed):
-    with torch.no_grad(), camkit.watch(model, requires=seed.requires) as seen:
-        encode(PIXELS)
-    return seen.capture
 
 
 def blocks_of(model):
@@ -72,7 +67,7 @@ def likeness(model, text, token):
 def test_each_block_answers_for_the_likeness_of_its_own_token(name, token):
     model, text, encode = opened(name)
     seed = camkit.seeds.LeGradSeed(token=token, text=text)
-    found = seed(seen_by(model, encode, seed), CLASSES).flatten(2)
+    found = seed(capture_of(model, PIXELS, seed, call=encode), CLASSES).flatten(2)
     expected = torch.zeros(2, 2, 16)
     for block, (tokens, after) in zip(blocks_of(model), passed(model, encode), strict=True):
         left, maps = left_by(block, tokens)
@@ -92,7 +87,7 @@ def test_each_block_answers_for_the_likeness_of_its_own_token(name, token):
 def test_a_pooling_head_answers_for_the_tokens_of_each_block():
     model, text, encode = opened("transformers siglip")
     seed = camkit.seeds.LeGradSeed(token="pool", text=text)
-    found = seed(seen_by(model, encode, seed), CLASSES).flatten(2)
+    found = seed(capture_of(model, PIXELS, seed, call=encode), CLASSES).flatten(2)
     tower = model.vision_model
     head, expected = tower.head, torch.zeros(2, 2, 16)
     for _, left in passed(model, encode):

@@ -8,8 +8,8 @@ import oracles
 import pytest
 import timm
 import torch
+from helpers import capture_of, state_of
 from hosts import HandMade, shaken, tiny
-from test_watch_hygiene import state_of
 from torch import nn
 
 import camkit
@@ -35,17 +35,6 @@ SEEDS = [
 ]
 
 
-def seen_by(model, pixels, *seeds, class_query=False, **options):
-    with (
-        torch.no_grad(),
-        camkit.watch(
-            model, requires=required_by(*seeds), skip_unused_patches=class_query, **options
-        ) as seen,
-    ):
-        model(pixels)
-    return seen.capture
-
-
 @pytest.fixture(params=SEEDS, ids=repr)
 def seed(request):
     return request.param
@@ -65,7 +54,7 @@ def slow_tokens(model, pixels, column, block=-1):
 def test_each_method_is_its_formula_written_out_place_by_place(family):
     model, pixels = tiny(family, depth=2)
     model, pixels = model.double(), pixels.double()
-    capture = seen_by(model, pixels, camkit.seeds.GradCAMSeed())
+    capture = capture_of(model, pixels, camkit.seeds.GradCAMSeed())
     slow = slow_tokens(model, pixels, CLASSES[:, 0])
     tokens, gradient = (each[:, capture.patches] for each in slow)
     for method in METHODS:
@@ -78,8 +67,8 @@ def test_each_method_is_its_formula_written_out_place_by_place(family):
 def test_the_class_query_alone_gives_the_same_scores_and_maps(family):
     model, pixels = tiny(family)
     seed = camkit.seeds.GradCAMSeed()
-    whole = seen_by(model, pixels, seed)
-    short = seen_by(model, pixels, seed, class_query=True)
+    whole = capture_of(model, pixels, seed)
+    short = capture_of(model, pixels, seed, skip_unused_patches=True)
     assert (whole.class_query_only, short.class_query_only) == (False, True)
     torch.testing.assert_close(short.outputs, whole.outputs, rtol=1e-5, atol=1e-5)
     for each in (seed, camkit.seeds.GradCAMSeed("layercam")):
@@ -108,7 +97,7 @@ class ReadsBoth(nn.Module):
 def test_a_host_that_reads_more_than_its_class_token_is_evaluated_whole(host):
     model, pixels = tiny("vit" if host == "both" else host, depth=2)
     model = ReadsBoth().eval() if host == "both" else model
-    capture = seen_by(model, pixels, camkit.seeds.GradCAMSeed(), class_query=True)
+    capture = capture_of(model, pixels, camkit.seeds.GradCAMSeed(), skip_unused_patches=True)
     assert not capture.class_query_only
     torch.testing.assert_close(capture.outputs, model(pixels))
 
@@ -116,9 +105,9 @@ def test_a_host_that_reads_more_than_its_class_token_is_evaluated_whole(host):
 def test_a_host_is_tried_again_when_its_weights_have_changed():
     model, seed = ReadsBoth().eval(), camkit.seeds.EigenCAMSeed()
     nn.init.zeros_(model.head.weight)  # now nothing is read at all
-    assert seen_by(model, PIXELS, seed, class_query=True).class_query_only
+    assert capture_of(model, PIXELS, seed, skip_unused_patches=True).class_query_only
     nn.init.normal_(model.head.weight)
-    assert not seen_by(model, PIXELS, seed, class_query=True).class_query_only
+    assert not capture_of(model, PIXELS, seed, skip_unused_patches=True).class_query_only
 
 
 @pytest.mark.parametrize("other", ["training", "hook", "edit"])
@@ -131,12 +120,12 @@ def test_a_seed_that_reads_all_tokens_gets_them(other):
         model.norm.register_forward_hook(lambda *call: shapes.append(call[-1].shape))
     if other == "edit":
         camkit.attach(model, camkit.edits.ScaleOutput(2.0))
-    assert not seen_by(model, pixels, seed, class_query=True).class_query_only
+    assert not capture_of(model, pixels, seed, skip_unused_patches=True).class_query_only
 
 
 def test_patches_behind_the_last_block_are_not_read_when_they_were_not_evaluated():
     model, pixels = tiny("vit")
-    capture = seen_by(model, pixels, camkit.seeds.EigenCAMSeed(), class_query=True)
+    capture = capture_of(model, pixels, camkit.seeds.EigenCAMSeed(), skip_unused_patches=True)
     for read in (capture.patch_embeddings, capture.patch_scores):
         with pytest.raises(CaptureError, match="evaluated for the class token only"):
             read()
@@ -147,7 +136,7 @@ def test_smooth_maps_average_powers_of_the_gradient_over_noised_images():
     noise = camkit.seeds.SmoothGrad(samples=3, spread=0.2, rng_seed=5)
     seed = camkit.seeds.GradCAMSeed("gradcam++", noise=noise)
     before = torch.get_rng_state()
-    capture = seen_by(model, pixels, seed)
+    capture = capture_of(model, pixels, seed)
     assert torch.equal(torch.get_rng_state(), before)
     draws = torch.Generator().manual_seed(5)
     found = [
@@ -169,7 +158,7 @@ def test_a_contrast_of_no_strength_is_the_class_score():
     weak = camkit.seeds.GradCAMSeed(
         "hirescam", contrast=camkit.seeds.FinerCAMContrast(strength=0.0)
     )
-    capture = seen_by(model, pixels, plain, weak)
+    capture = capture_of(model, pixels, plain, weak)
     torch.testing.assert_close(weak(capture, CLASSES), plain(capture, CLASSES))
 
 
@@ -205,7 +194,7 @@ def test_the_first_component_is_that_of_a_singular_value_decomposition():
 def test_legrad_is_the_positive_gradient_of_every_blocks_own_score(family, blocks):
     model, pixels = tiny(family)
     seed = camkit.seeds.LeGradSeed(blocks=blocks)
-    capture = seen_by(model, pixels, seed)
+    capture = capture_of(model, pixels, seed)
     found = seed(capture, CLASSES).flatten(2)
     for slot, column in enumerate(CLASSES.T):
         expected = oracles.legrad(model, pixels, column, capture.patches, blocks or 3)
@@ -217,7 +206,7 @@ def test_legrad_is_the_positive_gradient_of_every_blocks_own_score(family, block
 def test_legrad_of_the_class_token_is_the_gradient_at_its_row_alone(family, class_query):
     model, pixels = tiny(family)
     seed = camkit.seeds.LeGradSeed(blocks=2, token="class")
-    capture = seen_by(model, pixels, seed, class_query=class_query)
+    capture = capture_of(model, pixels, seed, skip_unused_patches=class_query)
     found = seed(capture, CLASSES).flatten(2)
     for slot, column in enumerate(CLASSES.T):
         expected = oracles.legrad(model, pixels, column, capture.patches, 2, "class")
@@ -277,8 +266,8 @@ def test_a_callers_own_graph_keeps_the_gradients_of_its_weights():
 
 def test_legrad_of_a_graph_that_others_need_whole_is_the_same():
     model, pixels = tiny("vit")
-    alone = seen_by(model, pixels, camkit.seeds.LeGradSeed())
-    beside = seen_by(model, pixels, camkit.seeds.LeGradSeed(), camkit.GradientSeed())
+    alone = capture_of(model, pixels, camkit.seeds.LeGradSeed())
+    beside = capture_of(model, pixels, camkit.seeds.LeGradSeed(), camkit.GradientSeed())
     seed = camkit.seeds.LeGradSeed()
     torch.testing.assert_close(seed(beside, CLASSES), seed(alone, CLASSES))
     with pytest.raises(CaptureError, match="does not hold the tokens that GradCAMSeed"):
@@ -307,7 +296,7 @@ def test_attention_rollout_is_the_product_of_all_maps(residual):
     for attention in maps:
         mixed = (1 - residual) * attention.mean(1) + residual * torch.eye(len(whole[-1]))
         whole = mixed.detach() @ whole
-    found = seed(seen_by(model, pixels, seed), CLASSES).flatten(2)
+    found = seed(capture_of(model, pixels, seed), CLASSES).flatten(2)
     torch.testing.assert_close(found, whole[:, :1, 1:].expand(-1, 2, -1))
 
 
@@ -322,7 +311,7 @@ class Dead(HandMade):
 
 def test_a_place_that_no_score_depends_on_is_an_error_with_its_name():
     model, pixels, seed = Dead(), torch.randn(2, 3, 16, 24), camkit.seeds.GradCAMSeed()
-    capture = seen_by(model, pixels, seed, scores=lambda output: output)
+    capture = capture_of(model, pixels, seed, scores=lambda output: output)
     with pytest.raises(CaptureError, match=r"no gradients|do not depend on .* enter blocks\.1"):
         seed(capture, CLASSES)
 
@@ -337,7 +326,7 @@ def test_a_capture_for_another_seed_says_what_to_do():
 
 
 def test_classes_in_one_call_equal_single_calls_and_padding_gives_zeros(seed):
-    capture = seen_by(*tiny("vit", depth=2), seed)
+    capture = capture_of(*tiny("vit", depth=2), seed)
     together = seed(capture, CLASSES)
     for slot in range(2):
         torch.testing.assert_close(together[:, [slot]], seed(capture, CLASSES[:, [slot]]))
@@ -350,7 +339,7 @@ def test_classes_in_one_call_equal_single_calls_and_padding_gives_zeros(seed):
 
 def test_modes_and_frozen_weights_change_nothing_and_nothing_changes(seed):
     model, pixels = tiny("vit", depth=2)
-    expected = seed(seen_by(model, pixels, seed, class_query=True), CLASSES)
+    expected = seed(capture_of(model, pixels, seed, skip_unused_patches=True), CLASSES)
     model(pixels).sum().backward()
     for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
         model.requires_grad_(mode is not torch.no_grad)
@@ -365,9 +354,9 @@ def test_modes_and_frozen_weights_change_nothing_and_nothing_changes(seed):
 
 def test_a_model_in_half_precision_makes_nearly_the_same_map(seed):
     model, pixels = tiny("vit", depth=2)
-    expected = seed(seen_by(model, pixels, seed), CLASSES)
+    expected = seed(capture_of(model, pixels, seed), CLASSES)
     half = copy.deepcopy(model).bfloat16()
-    found = seed(seen_by(half, pixels.bfloat16(), seed), CLASSES).float()
+    found = seed(capture_of(half, pixels.bfloat16(), seed), CLASSES).float()
     assert found.isfinite().all()
     likeness = torch.corrcoef(torch.stack((found.flatten(), expected.flatten())))[0, 1]
     assert likeness > 0.9
@@ -379,8 +368,8 @@ def test_a_compiled_model_makes_the_same_maps():
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     compiled(pixels)
     for seed in (camkit.seeds.GradCAMSeed(), camkit.seeds.LeGradSeed()):
-        expected = seed(seen_by(model, pixels, seed), CLASSES)
-        found = seed(seen_by(compiled, pixels, seed, class_query=True), CLASSES)
+        expected = seed(capture_of(model, pixels, seed), CLASSES)
+        found = seed(capture_of(compiled, pixels, seed, skip_unused_patches=True), CLASSES)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     torch.compiler.reset()
 
@@ -388,7 +377,7 @@ def test_a_compiled_model_makes_the_same_maps():
 def test_a_forward_that_breaks_in_the_last_block_leaves_no_trace():
     model, pixels = tiny("vit")
     seed = camkit.seeds.GradCAMSeed()
-    seen_by(model, pixels, seed, class_query=True)
+    capture_of(model, pixels, seed, skip_unused_patches=True)
     before = state_of(model)
     with torch.no_grad(), camkit.watch(model, requires=seed.requires, skip_unused_patches=True):
         with pytest.raises(RuntimeError):
@@ -400,9 +389,9 @@ def test_a_forward_that_breaks_in_the_last_block_leaves_no_trace():
 
 def test_one_forward_serves_seeds_of_every_kind_as_one_each():
     model, pixels = tiny("vit")
-    together = seen_by(model, pixels, *SEEDS)
+    together = capture_of(model, pixels, *SEEDS)
     for one in SEEDS:
-        alone = one(seen_by(model, pixels, one), CLASSES)
+        alone = one(capture_of(model, pixels, one), CLASSES)
         torch.testing.assert_close(one(together, CLASSES), alone, rtol=1e-4, atol=1e-6)
 
 
@@ -431,11 +420,11 @@ def test_settings_that_make_no_sense_are_refused(make, words, no_shape_checks):
 
 def test_legrad_refuses_a_classifier_of_other_tokens():
     seed = camkit.seeds.LeGradSeed()
-    capture = seen_by(ReadsBoth(beside=True).eval(), PIXELS, seed)
+    capture = capture_of(ReadsBoth(beside=True).eval(), PIXELS, seed)
     with pytest.raises(UnsupportedModelError, match="not those of a linear classifier of one"):
         seed(capture, CLASSES)
     with pytest.raises(UnsupportedModelError, match="lie in no block, so there are no tokens"):
-        seen_by(HandMade(), PIXELS, seed)
+        capture_of(HandMade(), PIXELS, seed)
 
 
 def test_a_pipeline_takes_any_of_them(seed):
@@ -453,7 +442,7 @@ def test_a_pipeline_takes_any_of_them(seed):
     stages = camkit.wrap(model, seed=seed, refine=()).stages(
         (rgb - 0.5) / 0.5, rgb=rgb, classes=torch.tensor([[2]])
     )
-    capture = seen_by(model, (rgb - 0.5) / 0.5, seed)
+    capture = capture_of(model, (rgb - 0.5) / 0.5, seed)
     expected = camkit.normalize_cam(seed(capture, torch.tensor([[2]])).float())
     torch.testing.assert_close(stages.cam, expected, rtol=1e-4, atol=1e-6)
 

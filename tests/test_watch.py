@@ -4,6 +4,7 @@ import oracles
 import pytest
 import timm
 import torch
+from helpers import capture_of
 from hosts import FAMILIES, ClassTokenLast, DistillationFirst, HandMade, tiny
 from torch import nn
 
@@ -23,12 +24,6 @@ ANATOMIES = {  # class, distillation, register tokens; grid
 }
 
 
-def seen_by(model, pixels, **options):
-    with torch.no_grad(), watch(model, **options) as seen:
-        model(pixels)
-    return seen.capture
-
-
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
@@ -36,7 +31,7 @@ def family(request):
 
 def test_attention_equals_what_the_block_computes_unfused(family):
     model, pixels = tiny(family)
-    capture = seen_by(model, pixels)
+    capture = capture_of(model, pixels)
     _, maps = oracles.unfused(model, pixels)
     assert len(capture.blocks) == len(maps) == 3
     for block, whole in zip(capture.blocks, maps, strict=True):
@@ -48,7 +43,7 @@ def test_attention_equals_what_the_block_computes_unfused(family):
 
 def test_patches_spread_as_the_unfused_map_says(family):
     model, pixels = tiny(family)
-    capture = seen_by(model, pixels)
+    capture = capture_of(model, pixels)
     values = torch.rand(2, 3, capture.grid.size)
     for block, whole in zip(capture.blocks, oracles.unfused(model, pixels)[1], strict=True):
         affinity = whole.mean(1)[:, capture.patches][:, :, capture.patches]
@@ -57,7 +52,7 @@ def test_patches_spread_as_the_unfused_map_says(family):
 
 
 def test_token_roles_and_grid_are_found(family):
-    capture = seen_by(*tiny(family))
+    capture = capture_of(*tiny(family))
     anatomy = capture.anatomy
     roles = (anatomy.class_tokens, anatomy.distillation_tokens, anatomy.register_tokens)
     assert (*roles, capture.grid) == ANATOMIES[family]
@@ -75,14 +70,14 @@ def test_outputs_have_the_same_bits_watched_and_not(family, gradients):
 
 
 def test_a_class_token_behind_the_patches_is_counted_from_the_end():
-    capture = seen_by(ClassTokenLast(), torch.randn(2, 3, 16, 24))
+    capture = capture_of(ClassTokenLast(), torch.randn(2, 3, 16, 24))
     assert capture.anatomy.class_tokens == (-1,)
     assert capture.patches == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_class_token_behind_the_patches_is_found_again_at_another_size():
     model, pixels = ClassTokenLast(), torch.randn(1, 3, 32, 32)
-    seen_by(model, torch.randn(2, 3, 16, 24))
+    capture_of(model, torch.randn(2, 3, 16, 24))
     with torch.no_grad(), watch(model) as seen:
         model(pixels)
     expected = torch.stack([block.head_mean()[:, -1, :16] for block in seen.capture.blocks])
@@ -90,7 +85,7 @@ def test_a_class_token_behind_the_patches_is_found_again_at_another_size():
 
 
 def test_a_distillation_token_before_the_class_token_is_told_apart():
-    capture = seen_by(DistillationFirst(), torch.randn(2, 3, 16, 24))
+    capture = capture_of(DistillationFirst(), torch.randn(2, 3, 16, 24))
     assert capture.anatomy.class_tokens == (1,)
     assert capture.anatomy.distillation_tokens == (0,)
     assert capture.patches == [2, 3, 4, 5, 6, 7]
@@ -109,7 +104,7 @@ def test_a_distillation_token_before_the_class_token_is_told_apart():
     ],
 )
 def test_only_the_chosen_blocks_are_kept(blocks, kept):
-    capture = seen_by(HandMade(blocks=4), torch.randn(1, 3, 16, 16), blocks=blocks)
+    capture = capture_of(HandMade(blocks=4), torch.randn(1, 3, 16, 16), blocks=blocks)
     assert capture.names == tuple(f"blocks.{i}" for i in kept)
 
 
@@ -128,7 +123,7 @@ def test_a_choice_of_no_block_is_refused(blocks, words):
 )
 def test_more_blocks_than_ran_are_refused(blocks, words):
     with pytest.raises(CaptureError, match=words):
-        seen_by(HandMade(blocks=2), torch.randn(1, 3, 16, 16), blocks=blocks)
+        capture_of(HandMade(blocks=2), torch.randn(1, 3, 16, 16), blocks=blocks)
 
 
 def test_without_a_forward_there_is_no_capture():
@@ -169,21 +164,21 @@ def test_torchscript_is_refused():
 def test_attention_that_relates_no_patches_one_to_one_is_refused(name, options, words):
     model = timm.create_model(name, pretrained=False, **options).eval()
     with pytest.raises(UnsupportedModelError, match=words):
-        seen_by(model, torch.randn(2, 3, 56, 56))
+        capture_of(model, torch.randn(2, 3, 56, 56))
 
 
 def test_broken_weights_are_named():
     model = HandMade()
     nn.init.constant_(model.patch_embed.weight, torch.nan)
     with pytest.raises(UnsupportedModelError, match="NaN or inf; check the weights and pixels"):
-        seen_by(model, torch.randn(1, 3, 16, 16))
+        capture_of(model, torch.randn(1, 3, 16, 16))
 
 
 def test_scores_that_are_not_finite_are_named():
     model = HandMade()
     nn.init.constant_(model.head.weight, torch.nan)
     with pytest.raises(CaptureError, match="the scores hold NaN or inf"):
-        _ = seen_by(model, torch.randn(1, 3, 16, 16)).scores
+        _ = capture_of(model, torch.randn(1, 3, 16, 16)).scores
 
 
 class Returning(HandMade):
@@ -209,13 +204,13 @@ def test_scores_are_found_in_what_the_model_returns(wrap, monkeypatch):
     monkeypatch.setattr(Returning, "wrap", staticmethod(wrap))
     model, pixels = Returning(), torch.randn(2, 3, 16, 16)
     expected = model.head(model.tokens(pixels)[:, 0])
-    torch.testing.assert_close(seen_by(model, pixels).scores, expected.detach())
+    torch.testing.assert_close(capture_of(model, pixels).scores, expected.detach())
 
 
 @pytest.mark.parametrize("wrap", [lambda _, tokens: tokens, lambda *_: {}, lambda *_: 7])
 def test_a_model_without_scores_is_read_all_the_same(wrap, monkeypatch):
     monkeypatch.setattr(Returning, "wrap", staticmethod(wrap))
-    capture = seen_by(Returning(), torch.randn(2, 3, 16, 16))
+    capture = capture_of(Returning(), torch.randn(2, 3, 16, 16))
     assert capture.class_to_patch().shape == (2, 1, 4)
     with pytest.raises(CaptureError, match="no class scores: the model returned none"):
         _ = capture.scores
@@ -223,8 +218,8 @@ def test_a_model_without_scores_is_read_all_the_same(wrap, monkeypatch):
 
 def test_class_rows_alone_are_those_of_a_whole_watch(family):
     model, pixels = tiny(family)
-    whole = seen_by(model, pixels)
-    rows = seen_by(model, pixels, class_rows_only=True)
+    whole = capture_of(model, pixels)
+    rows = capture_of(model, pixels, class_rows_only=True)
     if not whole.anatomy.class_tokens:
         with pytest.raises(CaptureError, match="no class token and no pooling query"):
             rows.class_to_patch()
@@ -233,7 +228,7 @@ def test_class_rows_alone_are_those_of_a_whole_watch(family):
 
 
 def test_a_watch_that_kept_class_rows_alone_refuses_what_it_let_go():
-    capture = seen_by(HandMade(), torch.randn(1, 3, 16, 16), class_rows_only=True)
+    capture = capture_of(HandMade(), torch.randn(1, 3, 16, 16), class_rows_only=True)
     block = capture.blocks[0]
     for ask in (
         block.watched,

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from helpers import state_of
 from hosts import HandMade
 
 from camkit import attach
@@ -15,31 +16,6 @@ from camkit.edits import ScaleOutput
 from camkit.seeds import RelevanceSeed
 
 CLASSES = torch.tensor([[1], [2]])
-
-
-def hooks_on(model):
-    kinds = (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_forward_hooks_always_called",
-    )
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
-
-
-def state_of(model):
-    """Everything that watching must leave alone."""
-    return {
-        "hooks": hooks_on(model),
-        "training": [module.training for module in model.modules()],
-        "fused": [getattr(module, "fused_attn", None) for module in model.modules()],
-        "frozen": [parameter.requires_grad for parameter in model.parameters()],
-        "grad": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
-        "weights": {name: value.tolist() for name, value in model.state_dict().items()},
-        "forward": ["forward" in vars(module) for module in model.modules()],
-        "grad mode": torch.is_grad_enabled(),
-        "modes": torch._C._len_torch_function_stack(),
-    }
 
 
 class Broken(HandMade):

@@ -4,9 +4,10 @@ import pytest
 import timm
 import torch
 import transformers
+from helpers import hooks_on
 from hosts import shaken
 from torch import nn
-from zoo import PATCHES, SIDES, ZOO
+from zoo import PATCHES, SIDES, ZOO, timm_model
 
 from camkit.capture import watch
 from camkit.errors import CamkitError
@@ -64,8 +65,7 @@ def test_watching_moves_no_output_and_leaves_no_hook(name):
     for one, two, three in zip(before, during, after, strict=True):
         torch.testing.assert_close(two, one, atol=5e-6, rtol=1e-5)
         assert torch.equal(three, one)
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    assert not any(getattr(module, kind) for module in model.modules() for kind in kinds)
+    assert hooks_on(model) == 0
 
 
 def _traced():
@@ -128,7 +128,7 @@ REFUSED = {
         "makes several maps in a call and mixes them in its own way",
     ),
     "timm differential": (
-        lambda: timm.create_model("vit_dlittle_patch16_reg1_gap_256", depth=2, img_size=64),
+        lambda: timm_model("vit_dlittle_patch16_reg1_gap_256", depth=2, img_size=64),
         "makes several maps in a call and mixes them in its own way",
     ),
     "no attention": (lambda: nn.Linear(4, 4), "no attention found in Linear"),

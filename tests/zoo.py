@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import open_clip
+import pytest
 import timm
 import torch
 import torchvision
@@ -195,6 +196,20 @@ def from_norms(model, call):
     return maps
 
 
+def timm_model(name, **options):
+    """A model of timm; the test skips where the installed timm does not have it yet."""
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    return timm.create_model(name, **options)
+
+
+def of_transformers(name):
+    """A class of transformers; the test skips where the installed one does not have it yet."""
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return getattr(transformers, name)
+
+
 NONE = ((), (), (), ())
 CLASS = ((0,), (), (), ())
 
@@ -208,14 +223,14 @@ def _timm(name, *, shape=(64, 96), roles=CLASS, ways=(unfused, unfused_tilted), 
     elif "naflex" not in name:
         options["dynamic_img_size"] = True
     options = {"depth": 2, **options}
-    return Entry(lambda: timm.create_model(name, **options), *ways, shape, patch, roles=roles)
+    return Entry(lambda: timm_model(name, **options), *ways, shape, patch, roles=roles)
 
 
 def _hugging_face(kind, *, config=None, roles=CLASS, implementation="sdpa", **options):
     def build():
-        settings = getattr(transformers, config or kind.split("For")[0] + "Config")
+        settings = of_transformers(config or kind.split("For")[0] + "Config")
         made = settings(**{**SIDES, **PATCHES, "attn_implementation": implementation, **options})
-        return getattr(transformers, kind)(made)
+        return of_transformers(kind)(made)
 
     return Entry(build, eager, interface_tilted, roles=roles, call=lambda m, x: m(pixel_values=x))
 
@@ -230,6 +245,8 @@ def _whole_clip():
 
 def _clip(**vision):
     vision |= {"layers": 2, "width": 64, "head_width": 16, "patch_size": 16, "image_size": 64}
+    if unknown := vision.keys() - open_clip.CLIPVisionCfg.__dataclass_fields__.keys():
+        pytest.skip(f"open_clip {open_clip.__version__} has no {', '.join(sorted(unknown))}")
     text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 4, "layers": 2}
     return open_clip.model.CLIP(16, vision, text)
 

@@ -27,7 +27,6 @@ from camkit.seeds.views import ModelRunner, MultiViewReader, Views
 from camkit.tensors import Cam
 from camkit.vocabulary import Vocabulary
 
-
 LabelSource = Literal["dataset"] | PredictedClasses
 """Where image-level labels come from: the data set, or the classifier's own prediction."""
 

@@ -84,7 +84,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         cache: file of measurements by a hash of weights, image, settings and code, so that a killed
             run continues and only changed variants are measured again.
         quality: also measure how well the maps explain the classifier, by many forwards per image.
-        outlines: also measure boundary IoU (`camkit.score.boundary_overlap`), at the same
+        outlines: also measure boundary IoU (`camkit.score.boundary_confusion`), at the same
             background scores.
 
     Raises:

@@ -23,12 +23,13 @@ from camkit.bulk.scoring import (
     score_cams as score_cams,
     score_masks as score_masks,
 )
-from camkit.bulk.shards import ParquetRows as ParquetRows, TarShards as TarShards
 from camkit.bulk.sources import (
     DataSetPhotos as DataSetPhotos,
     Labelled as Labelled,
+    ParquetRows as ParquetRows,
     PhotoFolder as PhotoFolder,
     PhotoList as PhotoList,
+    TarShards as TarShards,
     open_source as open_source,
 )
 from camkit.bulk.workers import run_jobs as run_jobs

@@ -11,9 +11,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from camkit.bulk.camfiles import EVEN, CamFolder, ClassMaps, FileItem, read_maps, to_photo_size
-from camkit.bulk.finishing import OutFolder
 from camkit.bulk.items import Failure
 from camkit.bulk.ledger import Journal
+from camkit.bulk.stages import OutFolder
 from camkit.bulk.workers import run_jobs
 from camkit.capture.record import Capture
 from camkit.data.camfiles import write_cam

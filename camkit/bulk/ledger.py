@@ -14,8 +14,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from camkit.atomic import unfinished
-from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, write_part
 from camkit.bulk.items import Failure, Item
+from camkit.bulk.stages import ImageResult, OutFolder, OutputError, write_part
 from camkit.errors import CamkitError, DataError
 
 JOURNAL, SETTINGS = "journal.sqlite", "settings.json"

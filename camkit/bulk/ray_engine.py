@@ -23,11 +23,20 @@ from typing import Any
 import cv2
 import torch
 
-from camkit.bulk.finishing import ImageResult, OutFolder, OutputError, finish
 from camkit.bulk.items import Failure, Place
 from camkit.bulk.ledger import ChunkPlan, Ledger
 from camkit.bulk.recipe import Recipe
-from camkit.bulk.stages import Maps, batches, chunks, forward, read
+from camkit.bulk.stages import (
+    ImageResult,
+    Maps,
+    OutFolder,
+    OutputError,
+    batches,
+    chunks,
+    finish,
+    forward,
+    read,
+)
 from camkit.bulk.workers import DIED, WorkerPool
 from camkit.errors import CamkitError
 from camkit.manifest import weights_hash

@@ -54,7 +54,7 @@ class _WorkerProcess:
         forks = "forkserver" in multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
-            context.set_forkserver_preload([__name__, "camkit.bulk.finishing"])
+            context.set_forkserver_preload([__name__, "camkit.bulk.stages"])
         for _ in range(_STARTS):
             self._pipe, theirs = context.Pipe()
             arguments = (theirs, dict(os.environ))
@@ -330,7 +330,7 @@ def run_jobs(
             yield item, result
 
 
-def progress_bar(total: int | None, label: str, done: int = 0) -> "tqdm[None]":
+def progress_bar(total: int | None, label: str, done: int = 0) -> "tqdm":
     """Return a bar with rate and time left; a log file gets a line every 30 seconds."""
     return tqdm(
         total=total,

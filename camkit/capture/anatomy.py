@@ -132,15 +132,11 @@ def measure_anatomy(
         ("distillation_tokens", DISTILLATION_PARAMETERS),
         ("register_tokens", REGISTER_PARAMETERS),
     ):
-        ramped = {
-            name: _ramped(parameter)
-            for name, parameter in model.named_parameters()
-            if name.rpartition(".")[2] in names
-        }
+        ramped = _ramped(model, names)
         changed = _changed(plain, tokens_of(probe, ramped)) if ramped else []
         roles[role] = tuple(position for position in changed if position not in patches)
     known = {position for positions in roles.values() for position in positions}
-    count = _sequence_length(plain)
+    count = plain.shape[1] if plain.shape[0] == 2 else plain.shape[0]
     rest = tuple(p for p in range(count) if p not in known and p not in patches)
     last_patch = max(patches)
     return Anatomy(
@@ -202,13 +198,14 @@ def _first_tokens(
     )
 
 
-def _ramped(parameter: Tensor) -> Tensor:
-    ramp = torch.linspace(-1, 1, parameter.shape[-1], device=parameter.device)
-    return (parameter.detach() + ramp).to(parameter.dtype)
-
-
-def _sequence_length(tokens: Tensor) -> int:
-    return tokens.shape[1] if tokens.shape[0] == 2 else tokens.shape[0]
+def _ramped(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return changed copies of the parameters of these names, wherever they are in the model."""
+    ramped = {}
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in names:
+            ramp = torch.linspace(-1, 1, parameter.shape[-1], device=parameter.device)
+            ramped[name] = (parameter.detach() + ramp).to(parameter.dtype)
+    return ramped
 
 
 def _changed(before: Tensor, after: Tensor) -> list[int]:

@@ -40,10 +40,14 @@ _HERE = local()
 
 
 @contextmanager
-def taps_suspended() -> Iterator[None]:
-    """Disable all taps in this thread, so that camkit's own calls are not taken for the host's."""
-    before = getattr(_HERE, "suspended", False)
-    _HERE.suspended = True
+def taps_suspended(*, all_handlers: bool = False) -> Iterator[None]:
+    """Disable all taps in this thread, so that camkit's own calls are not taken for the host's.
+
+    Args:
+        all_handlers: disable handlers that replace attention, too.
+    """
+    before = getattr(_HERE, "suspended", None)
+    _HERE.suspended = object if all_handlers else before or Tap
     try:
         yield
     finally:
@@ -69,10 +73,11 @@ class Intercept(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        suspended = getattr(_HERE, "suspended", None)
+        if suspended is not None and isinstance(self._handler, suspended):
+            return func(*args, **kwargs)
         kind = _known_functions().get(id(func))
-        if getattr(_HERE, "suspended", False) and isinstance(self._handler, Tap):
-            kind = None
-        elif kind is None and type(func) is FunctionType and func.__name__ in _REFERENCES:
+        if kind is None and type(func) is FunctionType and func.__name__ in _REFERENCES:
             kind = _proven_kind(func, args, kwargs)
         if kind is None:
             return func(*args, **kwargs)
@@ -95,7 +100,7 @@ def _exclude_from_compilation() -> None:
 
 @cache
 def _known_functions() -> dict[int, str]:
-    """The method of a handler for each function of torch and camkit, by identity."""
+    """Name the method of a handler for each function of torch and camkit, by identity."""
     aten = torch.ops.aten
     functions: dict[str, list[Any]] = {
         "fused": [F.scaled_dot_product_attention, aten.scaled_dot_product_attention],
@@ -112,7 +117,7 @@ def _known_functions() -> dict[int, str]:
 
 
 def _explicit_multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """multi_head_attention without its fused kernel, for copies that write the softmax out."""
+    """Run multi_head_attention without its fused kernel, as copies that write the softmax out."""
     given = signature(multi_head_attention).bind(*args, **kwargs).arguments
     given |= given.pop("unknown", {}) | {"need_weights": True}
     return multi_head_attention(**given)[0], None
@@ -131,7 +136,7 @@ _PROVEN: "WeakKeyDictionary[FunctionType, dict[tuple[Any, ...], str | None]]" = 
 
 
 def _proven_kind(func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """What a private function of a host may be handled as: the one that returns the same bits.
+    """Name the function of torch that returns the same bits as a private function of a host.
 
     It is compared once for each form of its arguments (types, devices, options).
     """
@@ -149,7 +154,7 @@ def _proven_kind(func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, An
     if form in proven:
         return proven[form]
     proven[form] = None
-    with taps_suspended():
+    with taps_suspended(all_handlers=True):
         with isolated_rng(device):
             expected = tree_leaves(func(*args, **kwargs))
         for kind, reference in _REFERENCES[func.__name__].items():
@@ -312,7 +317,7 @@ class Tap:
 def _described(
     q: Tensor, k: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> FusedAttention:
-    """What is known of a fused call before it runs."""
+    """Describe a fused call before it runs."""
     scale = q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
     return FusedAttention(q, k, scale, bias_of(mask, options["is_causal"], q, k))
 

@@ -110,8 +110,10 @@ def _project(
         own, shared = (None, None) if bias is None else (bias[:dim], bias[dim:])
         q = F.linear(query, joined_weight[:dim], own)
         return q, *_linear_parts(key, joined_weight[dim:], shared, 2)
-    weights = separate if separate is not None else _thirds(joined_weight)
-    biases = (None, None, None) if bias is None else bias.chunk(3)
+    nothing = (None, None, None)
+    joined = nothing if joined_weight is None else joined_weight.chunk(3)
+    weights = joined if separate is None else separate
+    biases = nothing if bias is None else bias.chunk(3)
     return tuple(
         F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True) if w is not None
     )
@@ -120,10 +122,6 @@ def _project(
 def _linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> tuple[Tensor, ...]:
     projected = F.linear(x, weight, bias).unflatten(-1, (parts, x.shape[-1]))
     return tuple(projected.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous())
-
-
-def _thirds(weight: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (None, None, None) if weight is None else weight.chunk(3)
 
 
 def _merge(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident, local
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ from camkit.capture.intercept import Intercept, Tap
 from camkit.capture.tail import tokens_of
 from camkit.errors import CaptureError
 from camkit.grid import Grid
+
+Arguments: TypeAlias = tuple[Any, ...]
+Named: TypeAlias = dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -41,8 +44,8 @@ class ForwardContext:
 
     anatomy: Anatomy
     entrance: nn.Module | None = None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    args: Arguments = ()
+    kwargs: Named = field(default_factory=dict)
     images: int | None = None
     size: Sequence[int] = ()
     grid: Grid | None = None
@@ -74,8 +77,8 @@ class AttentionCall(Generic[C]):
     name: str
     heads: int
     order_known: bool
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    args: Arguments = ()
+    kwargs: Named = field(default_factory=dict)
     maps: int = 0
     attention: Attention | None = None
 
@@ -129,6 +132,19 @@ class AttentionCall(Generic[C]):
 class Subscriber(Generic[C]):
     """Receives the events of a session, and may change the forwards; by default nothing happens.
 
+    Events:
+        start: the session has put its hooks on; more may be added.
+        forward_begins: a model is called; an error raised here ends the forward.
+        attention_begins: an attention module is called; may return other arguments for it.
+        key_log_weights: attention is about to be computed; may return log-weights on its keys.
+        attention: attention was computed; returns its output (fused) or weights (softmax).
+        attention_ends: an attention module returned; may return another output.
+        block_begins: a block is called.
+        block_leaves: a block returned tokens, after its attention call; may return other tokens.
+        module_ends: an observed module returned, in a forward or outside any.
+        forward_ends: a forward ended, with None if it raised; may return another output.
+        forward_interrupted: the session stops before a forward has ended.
+
     Attributes:
         outermost: tap attention outside all other hooks, so that it is seen as they leave it.
         one_thread: refuse forwards in two threads at once.
@@ -151,54 +167,36 @@ class Subscriber(Generic[C]):
     normaliser: bool = True
     enabled: bool = True
 
-    def start(self, hooks: Hooks) -> None:
-        """Add further hooks, when those of the session are on."""
+    def start(self, hooks: Hooks) -> None: ...
 
-    def forward_begins(self, context: C) -> None:
-        """Called when a forward begins; an error raised here ends it."""
+    def forward_begins(self, context: C) -> None: ...
 
     def context_outside(self) -> C | None:
         """Return the context of attention that runs outside any forward; None ignores it."""
         return None
 
-    def attention_begins(
-        self, call: AttentionCall[C]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Called before an attention module runs; may return other arguments for it."""
+    def attention_begins(self, call: AttentionCall[C]) -> tuple[Arguments, Named] | None: ...
 
-    def key_log_weights(self, call: AttentionCall[C], attention: Attention) -> Tensor | None:
-        """Called before attention is computed; may return log-weights to add to its keys."""
+    def key_log_weights(self, call: AttentionCall[C], attention: Attention) -> Tensor | None: ...
 
     def attention(self, call: AttentionCall[C], output: Tensor, attention: Attention) -> Tensor:
-        """Called with an output (fused) or weights (softmax); returns what the host uses."""
         raise NotImplementedError
 
-    def attention_ends(self, call: AttentionCall[C], output: Any) -> Any:
-        """Called after an attention module ran; may return another output."""
+    def attention_ends(self, call: AttentionCall[C], output: Any) -> Any: ...
 
-    def block_begins(self) -> None:
-        """Called before a block runs."""
+    def block_begins(self) -> None: ...
 
     def block_leaves(
-        self,
-        name: str,
-        call: AttentionCall[C],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tokens: Tensor,
-    ) -> Tensor | None:
-        """Called with the tokens that leave a block and its attention call; may return others."""
+        self, name: str, call: AttentionCall[C], args: Arguments, kwargs: Named, tokens: Tensor
+    ) -> Tensor | None: ...
 
     def module_ends(
-        self, context: C | None, module: nn.Module, args: tuple[Any, ...], output: Any
-    ) -> None:
-        """Called after an observed module ran, in a forward or outside any."""
+        self, context: C | None, module: nn.Module, args: Arguments, output: Any
+    ) -> None: ...
 
-    def forward_ends(self, context: C, output: Any) -> Any:
-        """Called with the output, None if the forward raised; may return another output."""
+    def forward_ends(self, context: C, output: Any) -> Any: ...
 
-    def forward_interrupted(self, context: C) -> None:
-        """Called when the session stops before the forward has ended."""
+    def forward_interrupted(self, context: C) -> None: ...
 
 
 class _Here(local, Generic[C]):
@@ -254,7 +252,7 @@ class ForwardSession(Generic[C]):
         while here.contexts:
             self._subscriber.forward_interrupted(here.contexts.pop())
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: Arguments, kwargs: Named) -> None:
         contexts = self._here.contexts
         inner = bool(contexts) and contexts[-1].entrance is not module
         if measuring() or not self._subscriber.enabled or inner:
@@ -302,8 +300,8 @@ class ForwardSession(Generic[C]):
         return contexts[-1] if contexts else self._subscriber.context_outside()
 
     def _before_attention(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self, module: nn.Module, args: Arguments, kwargs: Named
+    ) -> tuple[Arguments, Named] | None:
         context, subscriber = self._current(), self._subscriber
         if context is None:
             return None

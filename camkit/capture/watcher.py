@@ -25,7 +25,14 @@ from camkit.capture.record import (
     WatchSpec,
     scores_of,
 )
-from camkit.capture.session import AttentionCall, ForwardContext, ForwardSession, Subscriber
+from camkit.capture.session import (
+    Arguments,
+    AttentionCall,
+    ForwardContext,
+    ForwardSession,
+    Named,
+    Subscriber,
+)
 from camkit.capture.tail import TailCall, is_classifier, tokens_of
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
@@ -363,9 +370,7 @@ class Recorder(Subscriber[Recording]):
             self.forward = Recording(Anatomy(class_tokens=named))
         return self.forward if self.forward.entrance is None else None
 
-    def attention_begins(
-        self, call: AttentionCall[Recording]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def attention_begins(self, call: AttentionCall[Recording]) -> tuple[Arguments, Named] | None:
         if call.name not in self._entering:
             return None
         context, args, kwargs = call.context, call.args, call.kwargs
@@ -438,8 +443,8 @@ class Recorder(Subscriber[Recording]):
         self,
         name: str,
         call: AttentionCall[Recording],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Arguments,
+        kwargs: Named,
         tokens: Tensor,
     ) -> Tensor | None:
         context, spec = call.context, self._spec
@@ -463,7 +468,7 @@ class Recorder(Subscriber[Recording]):
         return tokens.detach() if cut else None
 
     def module_ends(
-        self, context: Recording | None, module: nn.Module, args: tuple[Any, ...], output: Any
+        self, context: Recording | None, module: nn.Module, args: Arguments, output: Any
     ) -> None:
         is_block = self.observed[module]
         # a head may be called behind the forward of its backbone, but blocks are then replayed

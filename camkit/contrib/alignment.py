@@ -1,7 +1,6 @@
-"""Other ways for colours to enter DOEI, in the place of `camkit.edits.HybridAlignment`.
+"""Other ways to use colours in DOEI, in place of `camkit.edits.HybridAlignment`.
 
-The shapes of the paper's figure do not fit as drawn, so these are as possible as K G is. G and K
-are as there.
+The shapes in the paper's figure do not fit, so these are as plausible as K G. G and K are as there.
 """
 
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ class TwoSidedAlignment(HybridAlignment):
     """
 
     def cues(self, tokens: Tokens, site: BlockContext) -> Interaction:
+        """Return K G K', or G without colours, between classes and patches."""
         one_sided = super().cues(tokens, site)
         if self.colour_width is None:
             return one_sided
@@ -56,6 +56,7 @@ class DescriptorAlignment(HybridAlignment):
     """
 
     def cues(self, tokens: Tokens, site: BlockContext) -> Interaction:
+        """Return the similarity of gathered colours, or G without colours."""
         if self.colour_width is None:
             return super().cues(tokens, site)
         width, classes = self.colour_width, list(site.anatomy.class_tokens)

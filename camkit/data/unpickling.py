@@ -33,12 +33,8 @@ def unpickle(data: bytes, source: Path) -> object:
     """Read what `numpy.save` pickles: an array of objects, such as one dict of arrays.
 
     Nothing that the pickle names is imported or called. The few names that such files need are
-    mapped to functions of this module, which build numpy arrays from bytes; every other name is
-    refused.
-
-    Args:
-        data: the pickle.
-        source: the file that it comes from, for error messages.
+    mapped to functions of this module, which build numpy arrays from bytes; every other name is an
+    error. Errors mention ``source``.
 
     Returns:
         The single object of a 0-d array, else the pickled object. Arrays and torch tensors in a
@@ -50,7 +46,7 @@ def unpickle(data: bytes, source: Path) -> object:
     try:
         file = io.BytesIO(data)
         content = _to_plain(_load(file, _NAMES))
-        if file.read(1):  # a damaged pickle may end early and then looks like a shorter one
+        if file.read(1):  # a damaged pickle may end early and look like a shorter one
             raise pickle.UnpicklingError("bytes follow its end")
     except _ForbiddenNameError as error:
         raise DataError(
@@ -105,7 +101,7 @@ class _Dtype:
 
 
 class _Array:
-    """A pickled array; its content is known once the pickle has given its state."""
+    """A pickled array; the pickle sets its content as the state."""
 
     def __init__(self, array: np.ndarray | None = None) -> None:
         self._array = array

@@ -95,29 +95,25 @@ ClassTokens = Float[Tensor, "b k d"]
 Weights = Float[Tensor, "b n c"]
 
 
-def prototypes(weights: Weights, patches: Patches, classes: ClassTokens) -> Patches:
+def prototypes(weights: Weights, patches: Patches, _: ClassTokens) -> Patches:
     """Rebuild patches from prototypes of their classes, and these from confident patches."""
-    del classes
     return _stochastic(weights, -1) @ (_stochastic(weights, 1).mT @ patches)
 
 
-def from_classes(weights: Weights, patches: Patches, classes: ClassTokens) -> Patches:
+def from_classes(weights: Weights, _: Patches, classes: ClassTokens) -> Patches:
     """Rebuild patches from the class tokens they belong to."""
-    del patches
     return _stochastic(weights, -1) @ classes
 
 
-def affinity(weights: Weights, patches: Patches, classes: ClassTokens) -> Patches:
+def affinity(weights: Weights, patches: Patches, _: ClassTokens) -> Patches:
     """Rebuild patches from patches of the same classes, without the map of all pairs."""
-    del classes
     total = weights.sum(1, keepdim=True)
     mass = (weights * total).sum(-1, keepdim=True)
     return weights @ (weights.mT @ patches) / mass.clamp_min(1e-12)
 
 
-def gate(weights: Weights, patches: Patches, classes: ClassTokens) -> Patches:
+def gate(weights: Weights, patches: Patches, _: ClassTokens) -> Patches:
     """Scale each patch by how confident it is of a class."""
-    del classes
     confidence = weights.amax(-1, keepdim=True)
     return patches * (confidence / confidence.mean(1, keepdim=True).clamp_min(1e-12))
 

@@ -14,7 +14,14 @@ from camkit.capture.attention import Attention
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules, is_whole_block, way_out
 from camkit.capture.intercept import taps_suspended
-from camkit.capture.session import AttentionCall, ForwardContext, ForwardSession, Subscriber
+from camkit.capture.session import (
+    Arguments,
+    AttentionCall,
+    ForwardContext,
+    ForwardSession,
+    Named,
+    Subscriber,
+)
 from camkit.edits.protocol import BlockContext, Edit, KeyEdit, Picture, StreamEdit
 from camkit.edits.stream import BlockStream
 from camkit.errors import CaptureError, UnsupportedModelError
@@ -318,8 +325,8 @@ class Editor(Subscriber[EditedForward]):
         self,
         name: str,
         call: AttentionCall[EditedForward],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Arguments,
+        kwargs: Named,
         tokens: Tensor,
     ) -> Tensor | None:
         """Carry the second stream through the block, and merge it behind the last one."""

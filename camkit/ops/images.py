@@ -72,6 +72,8 @@ def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
         The maps at ``size``; gradients flow back.
     """
     _check_size(size)
+    if not cam.shape[1]:  # torch resizes no images, but not images without classes
+        return cam.new_zeros(len(cam), 0, *size)
     rows, cols = cam.shape[-2:]
     shrinks = size[0] < rows or size[1] < cols
     # torch has no antialiased kernel for half precision

@@ -30,7 +30,7 @@ def cosine_rows_and_columns(
     tokens, not of their pairs.
 
     Args:
-        tokens: tokens of one block; a token of zeros is equally similar to all.
+        tokens: of one block; a token of zeros is equally similar to all.
         places: positions of the rows and columns, negative from the end.
         temperature: divides the cosines before the softmax; small values keep only the most
             similar.
@@ -49,11 +49,7 @@ def cosine_smooth(
 ) -> Float[Tensor, "b n c"]:
     """Average values over similar tokens: the softmax over cosine similarities, times the values.
 
-    Args:
-        tokens: one for each row of values; a token of zeros is equally similar to all.
-        values: c values per token.
-        temperature: divides the cosines before the softmax; small values keep only the most
-            similar.
+    Each token has c values; `cosine_rows_and_columns` explains the other arguments.
     """
     check_positive("temperature", temperature)
     with torch.autocast(tokens.device.type, enabled=False):
@@ -90,12 +86,8 @@ def colour_smooth(
 def colour_mass(colours: Float[Tensor, "b n 3"], *, width: float) -> Float[Tensor, "b n"]:
     """Sum up the similarity of each colour to all: ``exp(-|r_i - r_j|^2 / (2 width^2))`` over j.
 
-    This is what `colour_smooth` divides by, at least 1 (a colour's similarity to itself). It gets
-    no gradient.
-
-    Args:
-        colours: one for each token.
-        width: distance in colour at which similarity fades, a standard deviation.
+    `colour_smooth` divides by this mass, which is at least 1 (a colour's similarity to itself). It
+    gets no gradient.
     """
     check_positive("width", width)
     with torch.no_grad(), torch.autocast(colours.device.type, enabled=False):
@@ -170,10 +162,24 @@ def _directions(tokens: Tensor) -> Tensor:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Check that a setting is positive and finite.
-
-    Raises:
-        ValueError: it is zero, negative, infinite or NaN.
-    """
+    """Raise a ValueError if a setting is zero, negative, infinite or NaN."""
     if not 0.0 < value < math.inf:
         raise ValueError(f"`{name}` must be positive and finite, got {value}")
+
+
+def check_shape(
+    name: str, tensor: Tensor, expected: tuple[int, ...], reference: str, advice: str = ""
+) -> None:
+    """Raise a ValueError if a tensor has another shape than expected.
+
+    Args:
+        name: of the argument.
+        tensor: its value.
+        expected: the shape.
+        reference: what the shape follows from, such as "to match `maps`".
+        advice: what to do.
+    """
+    if tensor.shape != expected:
+        wanted, given = ("x".join(map(str, shape)) for shape in (expected, tensor.shape))
+        text = f"`{name}` must be {wanted} {reference}, got {given}"
+        raise ValueError(f"{text}; {advice}" if advice else text)

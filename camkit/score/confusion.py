@@ -20,10 +20,9 @@ def confusion_matrix(
 ) -> Int[Tensor, "c c"]:
     """Count the pixels of each true class by the class predicted there.
 
-    Pixels whose truth is 255 are left out. A predicted 255 counts as background, because no class
-    was predicted there; leaving it out would reward a mask for ignoring what is hard. So a missed
-    object pixel lowers the IoU of its class and of the background alike, and the ignore band of
-    `to_mask` changes no score. Add the matrices of all images before taking an IoU.
+    Pixels whose truth is 255 are left out. A predicted 255 counts as background, as leaving it out
+    would reward a mask for ignoring hard pixels. Add the matrices of all images before taking an
+    IoU.
 
     Args:
         truth: values below ``num_classes``, or 255.
@@ -52,16 +51,9 @@ def confusion_matrix(
 def checked_mask(
     mask: Integer[Tensor, "*b H W"], *, num_classes: int, name: str, ignored: int
 ) -> Int[Tensor, "*b H W"]:
-    """Check a mask and replace 255 by ``ignored``.
+    """Check that a mask holds classes or 255, and replace 255 by ``ignored``.
 
-    Args:
-        mask: values below ``num_classes``, or 255.
-        num_classes: number of classes, the background included.
-        name: the name of the mask in an error.
-        ignored: the value that replaces 255.
-
-    Returns:
-        The mask in int64.
+    ``name`` is the name of the mask in an error.
     """
     if not 1 <= num_classes <= IGNORE:
         raise ValueError(f"`num_classes` must lie in 1 to {IGNORE}, got {num_classes}")
@@ -79,7 +71,7 @@ def checked_mask(
 
 @dataclass(frozen=True)
 class Overlap:
-    """Pixel counts of each class that an IoU is made of: hit, true and predicted."""
+    """Pixel counts of each class: correctly predicted, true, and predicted."""
 
     hit: Int[Tensor, "*n c"]
     true: Int[Tensor, "*n c"]
@@ -187,10 +179,7 @@ def class_scores(confusion: Int[Tensor, "c c"], names: Sequence[str]) -> tuple[C
 
     Args:
         confusion: row = truth, column = prediction, summed over a set.
-        names: the names of the classes, the background's first.
-
-    Raises:
-        ValueError: there is not one name for each class.
+        names: one name per class, the background's first.
     """
     if len(names) != len(confusion):
         raise ValueError(

@@ -1,0 +1,203 @@
+"""What holds of every refiner that reads the picture, and of the settings of all refiners."""
+
+import math
+
+import pytest
+import torch
+from coarse import captured, coarse_iou
+
+from camkit import CaptureError, DenseCRF, Propagate
+from camkit.ops.mean_field import Kernels
+from camkit.refiners import (
+    AtReducedSize,
+    FastGlobalSmooth,
+    GuidedFilter,
+    PixelAdaptive,
+    RandomWalk,
+    Superpixels,
+)
+
+NAN, INF = math.nan, math.inf
+CRF = DenseCRF(preset="clip_es", temperature=0.25, background_score=0.5)
+REFINERS = {
+    "DenseCRF": CRF,
+    "GuidedFilter": GuidedFilter(radius=4),
+    "GuidedFilter at half size": GuidedFilter(radius=2, scale=0.5),
+    "FastGlobalSmooth": FastGlobalSmooth(),
+    "Superpixels slic": Superpixels("slic", size=40, sigma=0.0),
+    "Superpixels felzenszwalb": Superpixels("felzenszwalb", size=40, sigma=0.0),
+    "PixelAdaptive": PixelAdaptive(steps=10),
+    "AtReducedSize": AtReducedSize(FastGlobalSmooth()),
+}
+every_refiner = pytest.mark.parametrize("name", REFINERS)
+
+
+def stripes(images=1):
+    """Pictures of 20 x 30 pixels in three colours, with a little noise."""
+    rgb = torch.zeros(images, 3, 20, 30)
+    for channel in range(3):
+        rgb[:, channel, :, 10 * channel : 10 * channel + 10] = 0.8
+    return (rgb + 0.1 * torch.rand_like(rgb)).clamp(0, 1)
+
+
+@every_refiner
+def test_a_missing_picture_is_an_error(name):
+    words = rf"^{type(REFINERS[name]).__name__} needs the picture; watch with `rgb=photo\.rgb`"
+    with pytest.raises(CaptureError, match=words):
+        REFINERS[name](torch.rand(2, 1, 2, 3), captured(None))
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("name", [name for name in REFINERS if name != "PixelAdaptive"])
+def test_maps_that_are_not_finite_are_refused(name, value):
+    cam = torch.rand(1, 1, 2, 3)
+    cam[..., 1, 2] = value
+    with pytest.raises(ValueError, match="`cam` must be finite, got NaN or inf"):
+        REFINERS[name](cam, captured(stripes()))
+
+
+@every_refiner
+@pytest.mark.parametrize("shape", [(0, 2, 2, 3), (2, 0, 2, 3)], ids=["images", "classes"])
+def test_no_images_or_no_classes_come_back_as_none(name, shape):
+    refined = REFINERS[name](torch.rand(shape), captured(stripes(shape[0])))
+    assert refined.shape == (*shape[:2], 20, 30)
+
+
+@every_refiner
+def test_a_map_from_the_grid_comes_back_at_the_size_of_the_picture_within_its_range(name):
+    cam = torch.rand(2, 3, 2, 3)
+    refined = REFINERS[name](cam, captured(stripes(2)))
+    assert refined.shape == (2, 3, 20, 30)
+    assert refined.dtype == torch.float32
+    assert refined.min() >= 0
+    assert refined.max() <= 1 + 1e-5
+
+
+@every_refiner
+def test_images_and_classes_do_not_mix(name):
+    """In the CRF classes compete, but their order does not count."""
+    refiner, cam, rgb = REFINERS[name], torch.rand(3, 3, 2, 3), stripes(3)
+    refined, order = refiner(cam, captured(rgb)), [2, 0, 1]
+    torch.testing.assert_close(refiner(cam[:, order], captured(rgb)), refined[:, order])
+    for image in range(3):
+        single = refiner(cam[image : image + 1], captured(rgb[image : image + 1]))
+        torch.testing.assert_close(refined[image], single[0])
+        if name != "DenseCRF":
+            first = refiner(cam[image : image + 1, :1], captured(rgb[image : image + 1]))
+            torch.testing.assert_close(refined[image, :1], first[0])
+
+
+@every_refiner
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once_at_the_end(name, dtype):
+    cam, capture = torch.rand(1, 2, 2, 3).to(dtype), captured(stripes())
+    refined = REFINERS[name](cam, capture)
+    assert refined.dtype == dtype
+    torch.testing.assert_close(refined, REFINERS[name](cam.float(), capture).to(dtype))
+
+
+@every_refiner
+def test_a_map_that_misses_an_edge_is_drawn_to_it(name):
+    left = torch.zeros(1, 1, 40, 60)
+    left[..., :30] = 1.0
+    off = left.clone()
+    off[..., 30:32] = 1.0  # two columns too wide
+    rgb = torch.cat([0.8 * left, 0.5 * left, 1 - left], 1)
+    assert torch.equal(REFINERS[name](off, captured(rgb)) > 0.5, left > 0.5)
+
+
+@pytest.mark.parametrize(
+    "refiner",
+    [GuidedFilter(radius=2, eps=1e-2, scale=1.0), PixelAdaptive(steps=2), Superpixels("slic")],
+    ids=repr,
+)
+def test_a_gradient_reaches_the_maps_through_the_refiner(refiner):
+    cam = torch.rand(1, 2, 2, 3, requires_grad=True)
+    refiner(cam, captured(torch.rand(1, 3, 20, 30))).sum().backward()
+    torch.testing.assert_close(cam.grad.sum(), torch.tensor(1200.0), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    "refiner",
+    [
+        CRF,
+        GuidedFilter(radius=16, scale=1.0),
+        GuidedFilter(radius=4, scale=0.25),
+        FastGlobalSmooth(smoothness=1000.0, colour_width=4 / 255),
+        Superpixels("slic", size=400, coherence=10.0),
+        Superpixels("felzenszwalb"),
+        AtReducedSize(CRF, scale=0.5),
+    ],
+    ids=repr,
+)
+def test_on_photos_objects_known_to_the_patch_are_found_better(real_data, refiner):
+    assert coarse_iou(refiner, real_data) > coarse_iou(None, real_data) + 0.015
+
+
+def test_on_photos_a_crf_of_a_reduced_picture_finds_objects_as_well(real_data):
+    half = coarse_iou(AtReducedSize(CRF, scale=0.5), real_data)
+    assert half > coarse_iou(CRF, real_data) - 0.01
+
+
+def reduced(**settings):
+    return AtReducedSize(CRF, **settings)
+
+
+REFUSED = [
+    (DenseCRF, "preset", ["deeplab"], "must be one of clip_es, psa, irn, .*, convcrf, got"),
+    (DenseCRF, "preset", [Kernels(3, 3, 80, 0, 10)], "`bilateral_srgb` must be above 0 .*, got 0"),
+    (DenseCRF, "preset", [Kernels(3, -1, 80, 13, 10)], "`gauss_weight` must be at least 0 .* -1"),
+    (DenseCRF, "backend", ["cuda"], "must be one of auto, native, torch, pydensecrf, got 'cuda'"),
+    (DenseCRF, "steps", [0], "must be at least 1, got {}"),
+    (DenseCRF, "background_score", [0.0, 1.0, NAN], r"must lie in \(0, 1\), got {}"),
+    (DenseCRF, "temperature", [0.0, NAN], "must be above 0, got {}"),
+    (GuidedFilter, "radius", [0, NAN], "must be at least 1 pixel, got {}"),
+    (GuidedFilter, "eps", [0.0, NAN], "must be positive and finite, got {}"),
+    (GuidedFilter, "scale", [0.0, 1.5, NAN], r"must lie in \(0, 1\], got {}"),
+    (FastGlobalSmooth, "smoothness", [0.0, 1e6, NAN], r"must lie in \(0, 100000\], got {}"),
+    (FastGlobalSmooth, "colour_width", [0.0, INF], "must be positive and finite, got {}"),
+    (Superpixels, "method", ["quickshift"], "must be one of slic, felzenszwalb, got 'quickshift'"),
+    (Superpixels, "size", [0], "must be at least 1 pixel, got {}"),
+    (Superpixels, "coherence", [0.0, NAN], "must be positive and finite, got {}"),
+    (Superpixels, "sigma", [-1.0, NAN], "must be at least 0 and finite, got {}"),
+    (Superpixels, "vote", [0.0, 1.0], r"must lie in \(0, 1\), got {}"),
+    (PixelAdaptive, "steps", [0, NAN], "must be at least 1, got {}"),
+    (PixelAdaptive, "dilations", [()], "must name at least one distance, got none"),
+    (PixelAdaptive, "dilations", [(1, 0)], r"must be at least 1 each, got \(1, 0\)"),
+    (PixelAdaptive, "dilations", [(NAN,)], r"must be at least 1 each, got \(nan,\)"),
+    (PixelAdaptive, "colour_width", [0.0, NAN, INF], "must be positive and finite, got {}"),
+    (PixelAdaptive, "position_weight", [-0.1, NAN], "must be .*, got {}"),
+    (PixelAdaptive, "scale", [0.0, NAN], "must be positive and finite, got {}"),
+    (PixelAdaptive, "size", [(0, 4)], "must be at least 1x1, got 0x4"),
+    (reduced, "scale", [0.0, 2.0, NAN], r"must lie in \(0, 1\], got {}"),
+    (reduced, "radius", [0], "must be at least 1 pixel, got {}"),
+    (reduced, "eps", [0.0], "must be positive and finite, got {}"),
+    (RandomWalk, "beta", [0.0, NAN], "must be positive and finite, got {}"),
+    (RandomWalk, "logt", [-1], r"must lie in \[0, 20\], got {}"),
+    (RandomWalk, "logt", [64], r"must lie in \[0, 20\], got 64: 2\^logt steps are taken"),
+    (RandomWalk, "blocks", [0], "must be at least 1, got {}"),
+    (RandomWalk, "balance", [-1], "must be at least 0, got {}"),
+    (RandomWalk, "boxes", [1.0, NAN], r"must lie in \[0, 1\), got {}"),
+    (Propagate, "steps", [0], "must be at least 1, got {}"),
+    (Propagate, "blocks", [0], "must be at least 1, got {}"),
+    (Propagate, "mix", [1.5, NAN], r"must lie in \[0, 1\], got {}"),
+    (Propagate, "boxes", [1.0, NAN], r"must lie in \[0, 1\), got {}"),
+]
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize(
+    ("refiner", "setting", "value", "words"),
+    [(refiner, name, value, words) for refiner, name, values, words in REFUSED for value in values],
+)
+def test_settings_out_of_range_are_refused(refiner, setting, value, words):
+    if not isinstance(value, Kernels):  # whose own fields are named
+        words = f"`{setting}` {words}"
+    with pytest.raises(ValueError, match=words.format(value)):
+        refiner(**{setting: value})
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_a_scale_and_a_size_are_not_given_together():
+    with pytest.raises(ValueError, match=r"give `scale` or `size`, got 0.5 and \(4, 4\)"):
+        PixelAdaptive(size=(4, 4), scale=0.5)
