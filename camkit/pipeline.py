@@ -147,7 +147,7 @@ class Pipeline:
         )
 
     def stages(self, pixels: Pixels, *, rgb: RGB, classes: ClassRequest = None) -> "Stages":
-        """Compute the maps of a batch; it raises the errors of `__call__`.
+        """Compute the maps of a batch; raises the errors of `__call__`.
 
         Args:
             pixels: normalised images of one size.
@@ -245,7 +245,7 @@ class Pipeline:
 
     @property
     def method(self) -> Method:
-        """The method in use; before the first photo has decided it, a `CamkitError`."""
+        """The method in use; raises `CamkitError` until the first photo has decided it."""
         if self._method is None:
             raise CamkitError(
                 "the method is decided at the first photo; call the pipeline on a photo first, or "
@@ -255,7 +255,7 @@ class Pipeline:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting, versions and the hash of the weights, JSON-ready; raises as `method`."""
+        """Every setting, versions and the hash of the weights, JSON-ready; raises like `method`."""
         return self._settings(self.method)
 
     def _settings(self, method: Method) -> dict[str, Any]:
@@ -320,7 +320,7 @@ class Result:
     settings: dict[str, Any]
 
     def picture(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the photo at its own size; from its file, if it has one."""
+        """Return the photo at its own size, read from its file if it has one."""
         if self.photo.path is not None:
             return read_picture(self.photo.path)
         colours = resize_cam(self.photo.rgb, self.photo.size)[0].clamp(0, 1)

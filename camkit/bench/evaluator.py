@@ -173,7 +173,7 @@ class Evaluator:
         return {variant: counts[variant] for variant in requests}
 
     def load(self, sample: Sample) -> LabelledPhoto:
-        """Read one image, its mask and its labels; raises as `measure`."""
+        """Read one image, its mask and its labels; raises the errors of `measure`."""
         if sample.mask is None:
             raise DataError(f"{sample.photo} has no mask; a benchmark needs one")
         photo = self.photos.load(sample.photo)

@@ -39,9 +39,9 @@ class Reported:
     """Confusion matrices of a variant on the reported split.
 
     Attributes:
-        swept: of all images, one for each background score.
-        images: of each image, at the background score picked.
-        outlines: the same for outlines, if requested.
+        swept: summed over the images, one for each background score.
+        images: one for each image, at the background score picked.
+        outlines: the same of outlines, if requested.
     """
 
     swept: Int[Tensor, "s c c"]
@@ -106,7 +106,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
             f"splits {tune_split!r} and {split!r} share {len(shared)} images "
             f"({shared[0][0]}, ...): the same name or the same content; "
             "a background score picked on the images it is reported on is an oracle; name another "
-            "split, or allow it with --oracle-threshold"
+            "split, or allow it with `oracle_threshold` (--oracle-threshold)"
         )
     skipped: list[str] = []
     with ExitStack() as stack:
