@@ -6,7 +6,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -58,48 +58,47 @@ which the best on the tuning split is reported.
 {refiners_help(REFINERS)}"""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The options of `add_arguments` that describe rows.
+def read_entries(
+    *,
+    seeds: Sequence[str] = ("gradient",),
+    edits: Sequence[str] = (),
+    refine: Sequence[str] = (),
+    controls: Sequence[str] = (),
+    edit_blocks: int | None = 3,
+    by_stages: bool = False,
+) -> tuple[Entry, ...]:
+    """Return the rows of a benchmark that the command line describes.
 
-    Attributes:
+    Args:
+        seeds: each is a row of its own.
         edits: each is measured with every seed and chain.
         refine: chains; the gain of each is over its seed.
         controls: chains that every chain of ``refine`` is compared with as well.
         edit_blocks: number of last blocks to edit; None edits all.
+        by_stages: measure each chain step by step.
+
+    Raises:
+        ValueError: a name or a setting does not exist.
     """
-
-    seeds: tuple[str, ...] = ("gradient",)
-    edits: tuple[str, ...] = ()
-    refine: tuple[str, ...] = ()
-    controls: tuple[str, ...] = ()
-    edit_blocks: int | None = 3
-    stages: bool = False
-
-    def entries(self) -> tuple[Entry, ...]:
-        """Return the rows of the table; `ValueError` if a name or a setting does not exist."""
-        if not self.seeds:
-            raise ValueError("a benchmark needs at least one seed")
-        entries: list[Entry] = []
-        for seed in self.seeds:
-            base = Variant(seed, Method.from_words(seed=seed, refine=()))
-            controls = [_row(base, chain, base) for chain in self.controls]
-            rows = [_row(base, chain, base, controls) for chain in self.refine]
-            entries += [base, *controls]
-            for row in rows:
-                if self.stages and isinstance(row, Variant):
-                    _, first, *others = stages(row)  # the seed is a row already
-                    entries += [replace(first, base=base), *others]
-                else:
-                    entries.append(row)
-            for edit in self.edits:
-                blocks = self.edit_blocks
-                method = Method.from_words(seed=seed, edit=edit, edit_blocks=blocks, refine=())
-                edited = Variant(f"{seed} @ {edit}", method, base)
-                entries.append(edited)
-                for chain, row in zip(self.refine, rows, strict=True):
-                    entries.append(_row(edited, chain, row, controls))
-        return tuple(entries)
+    entries: list[Entry] = []
+    for seed in seeds:
+        base = Variant(seed, Method.from_words(seed=seed, refine=()))
+        baselines = [_row(base, chain, base) for chain in controls]
+        rows = [_row(base, chain, base, baselines) for chain in refine]
+        entries += [base, *baselines]
+        for row in rows:
+            if by_stages and isinstance(row, Variant):
+                _, first, *others = stages(row)  # the seed is a row already
+                entries += [replace(first, base=base), *others]
+            else:
+                entries.append(row)
+        for edit in edits:
+            method = Method.from_words(seed=seed, edit=edit, edit_blocks=edit_blocks, refine=())
+            edited = Variant(f"{seed} @ {edit}", method, base)
+            entries.append(edited)
+            for chain, row in zip(refine, rows, strict=True):
+                entries.append(_row(edited, chain, row, baselines))
+    return tuple(entries)
 
 
 def _row(seed: Variant, chains: str, base: Entry, controls: Sequence[Entry] = ()) -> Entry:
@@ -166,16 +165,15 @@ def execute(options: argparse.Namespace) -> int:
     if labels is None:
         raise ValueError(f"--labels must be dataset or predicted[:THRESHOLD], got {source!r}")
     variants: tuple[Entry, ...] = ()
-    words = {key: tuple(settings[key]) for key in ("seed", "edit", "refine", "control")}
-    if any(words.values()):
-        variants = Plan(
-            seeds=words["seed"] or ("gradient",),
-            edits=words["edit"],
-            refine=words["refine"],
-            controls=words["control"],
+    if any(settings[key] for key in ("seed", "edit", "refine", "control")):
+        variants = read_entries(
+            seeds=settings["seed"] or ("gradient",),
+            edits=settings["edit"],
+            refine=settings["refine"],
+            controls=settings["control"],
             edit_blocks=settings["edit-blocks"] or None,
-            stages=settings["stages"],
-        ).entries()
+            by_stages=settings["stages"],
+        )
     opened = open_model(settings["model"], size=settings["size"])
     print(f"model {settings['model']} from {opened.source}", file=sys.stderr)
     vocabulary = opened.vocabulary.subset(names)
