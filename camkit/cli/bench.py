@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from camkit.cli.options import (
 from camkit.data import open_dataset
 from camkit.errors import CamkitError
 from camkit.method import CALIBRATED, REFINERS, Method, read_refiners
+from camkit.native.loader import named_cache
 
 EXAMPLES = f"""examples:
   camkit bench VOC2012 --split val --tune-split train
@@ -234,14 +234,14 @@ def _with_file(flagged: dict[str, Any], path: Path) -> dict[str, Any]:
         raise CamkitError(f"{path} is not valid TOML: {error}") from error
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    defaults = {k.replace("_", "-"): v for k, v in vars(parser.parse_args([])).items()}
+    defaults = vars(parser.parse_args([]))
     unknown = sorted(set(content) - set(flagged))
     if unknown:
         raise CamkitError(
             f"{path} sets {', '.join(unknown)}; its options may be {', '.join(flagged)}"
         )
     for key, value in content.items():
-        default = defaults[key]
+        default = defaults[key.replace("-", "_")]
         kind = int if key == "limit" else str if default is None else type(default)
         if type(value) is not kind:
             raise CamkitError(f"{path}: {key} must be {kind.__name__}, got {value!r}")
@@ -251,9 +251,10 @@ def _with_file(flagged: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _cache_path() -> Path:
-    named = os.environ.get("CAMKIT_CACHE")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "camkit"
-    return (Path(named) if named else folder) / "measured.sqlite"
+    folder = named_cache()
+    if folder is None:
+        raise CamkitError("no folder to keep measurements in; name a --cache, or use --no-cache")
+    return folder / "measured.sqlite"
 
 
 def _write(out: Path, report: Report, settings: dict[str, Any]) -> None:
