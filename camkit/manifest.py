@@ -15,11 +15,10 @@ _HASHES: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary(
 def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of the names, types, shapes and bytes of parameters and buffers.
 
-    The hash is cached until a tensor is replaced or written to. Torch's version counter misses
-    writes through ``tensor.data``, so sums are compared too.
+    The hash is cached until a tensor is replaced or written to.
     """
     state = {k: v for k, v in sorted(model.state_dict().items()) if isinstance(v, torch.Tensor)}
-    fingerprint = tuple(
+    fingerprint = tuple(  # the version misses writes through ``tensor.data``, the sum shows them
         (name, t.data_ptr(), t._version, float(t.detach().sum(dtype=torch.float64)))
         for name, t in state.items()
     )
@@ -37,7 +36,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def provenance(model: nn.Module) -> dict[str, Any]:
-    """Return the hash of a model's weights, versions and machine, JSON-ready."""
+    """Return the hash of a model's weights, and the `environment`; JSON-ready."""
     return {"weights_sha256": weights_hash(model), "environment": environment()}
 
 

@@ -1,4 +1,4 @@
-"""Seeds and refiners measured on held-out masks."""
+"""Measure methods on held-out masks: `run` returns a `Report` of `Variant`s."""
 
 from camkit.bench.examples import Example as Example, collect_examples as collect_examples
 from camkit.bench.markup import to_markdown as to_markdown
