@@ -1,7 +1,9 @@
-"""Module hooks, gradient mode and evaluation mode that are always restored."""
+"""Module hooks, gradient mode, evaluation mode and random state, all of which are restored."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import local
 from typing import Any
 
 import torch
@@ -9,16 +11,30 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-class Hook:
-    """A hook that stays with its module: copies and pickles of the module carry a dead one.
+class _Thread(local):
+    measuring = False
 
-    Without this, a deep copy of a watched model (an EMA teacher, say) would write into the
-    original's record, and a watched model could not be saved.
+
+_THREAD = _Thread()
+
+
+class Hook:
+    """A hook that stays with its module: copies and pickles of the module hold an empty one.
+
+    Otherwise a deep copy of a watched model (an EMA teacher, say) would write into the original's
+    record, and a watched model could not be saved.
     """
 
-    def __init__(self, function: Callable[..., Any] | None) -> None:
-        # compiled code calls it, instead of tracing what it does
-        self.function = None if function is None else torch.compiler.disable(function)
+    def __init__(
+        self, function: Callable[..., Any] | None, *, while_measuring: bool = False
+    ) -> None:
+        def run(*args: Any) -> Any:
+            if _THREAD.measuring and not while_measuring:
+                return None
+            return None if function is None else function(*args)
+
+        # compiled code calls it instead of tracing it
+        self.function = None if function is None else torch.compiler.disable(run)
 
     def __call__(self, *args: Any) -> Any:
         return None if self.function is None else self.function(*args)
@@ -31,30 +47,45 @@ class Hook:
 
 
 class Hooks:
-    """A set of hooks, removed together; removing twice is harmless."""
+    """A set of hooks, removed together; removing them twice is harmless.
+
+    ``outermost`` puts a hook around all others; else newer hooks run inside older ones. Forwards
+    that camkit itself runs inside `measurement` call only hooks with ``while_measuring``.
+    """
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
 
     def before(
-        self, module: nn.Module, function: Callable[..., Any], *, outermost: bool = False
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        outermost: bool = False,
+        while_measuring: bool = False,
     ) -> None:
         """Call ``function(module, args, kwargs)`` before each forward of ``module``."""
+        hook = Hook(function, while_measuring=while_measuring)
         self._handles.append(
-            module.register_forward_pre_hook(Hook(function), with_kwargs=True, prepend=outermost)
+            module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outermost)
         )
 
     def after(
-        self, module: nn.Module, function: Callable[..., Any], *, outermost: bool = False
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        outermost: bool = False,
+        while_measuring: bool = False,
     ) -> None:
-        """Call ``function(module, args, kwargs, output)`` after each forward, also one that raised.
+        """Call ``function(module, args, kwargs, output)`` after each forward.
 
-        What was entered last is left first: newer hooks run inside older ones, unless they are to
-        be the outermost of all.
+        It is called after a forward that raised, too; then the output is None.
         """
+        hook = Hook(function, while_measuring=while_measuring)
         self._handles.append(
             module.register_forward_hook(
-                Hook(function), with_kwargs=True, always_call=True, prepend=not outermost
+                hook, with_kwargs=True, always_call=True, prepend=not outermost
             )
         )
 
@@ -63,14 +94,31 @@ class Hooks:
             self._handles.pop().remove()
 
 
-_ABANDONED: list[Any] = []  # freeing one would switch inference mode on where its user left it
+@contextmanager
+def measurement(device: torch.device) -> Iterator[None]:
+    """Disable camkit's hooks in this thread, and fix the random numbers drawn on ``device``.
+
+    All random number generators are restored at the end.
+    """
+    before, python_state = _THREAD.measuring, random.getstate()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        _THREAD.measuring = True
+        try:
+            yield
+        finally:
+            _THREAD.measuring = before
+            random.setstate(python_state)
+
+
+_ABANDONED: list[Any] = []  # inference modes: freeing one would switch the mode on again
 
 
 class Graph:
     """The gradient mode of one forward.
 
-    Everything before the first tensor given to ``begin`` runs as the caller wished, without a graph
-    under `torch.no_grad`. A forward under `torch.inference_mode` runs outside of it.
+    Everything before the first tensor given to ``begin`` runs in the caller's mode, without a graph
+    under `torch.no_grad`. `torch.inference_mode` is switched off during the forward.
     """
 
     def __init__(self) -> None:
@@ -78,7 +126,7 @@ class Graph:
         self._normal: Any = None
 
     def enter(self) -> None:
-        """A forward begins."""
+        """Store the caller's mode as the forward begins."""
         self._before = torch.is_grad_enabled()
         if torch.is_inference_mode_enabled():
             self._normal = torch.inference_mode(mode=False)
@@ -86,7 +134,7 @@ class Graph:
             torch.set_grad_enabled(False)
 
     def begin(self, tensor: Tensor) -> Tensor:
-        """Return the tensor as a node of the graph: itself if it is one, else a new leaf."""
+        """Return the tensor if it is in a graph, else a new leaf that begins one."""
         if tensor.requires_grad:
             return tensor
         torch.set_grad_enabled(True)  # until the model returns
@@ -94,14 +142,14 @@ class Graph:
         return start.requires_grad_()
 
     def pause(self) -> bool:
-        """Go on without a graph if the caller wanted none, and return whether that is so."""
+        """Stop the graph if the caller's mode has none, and return whether it was stopped."""
         if self._before is not False:
             return False
         torch.set_grad_enabled(False)
         return True
 
     def leave(self) -> bool:
-        """The forward has ended; returns whether it had a graph its caller did not ask for."""
+        """Restore the caller's mode, and return whether there was a graph only for camkit."""
         if self._before is None:
             return False
         began = not self._before and torch.is_grad_enabled()
@@ -113,7 +161,7 @@ class Graph:
         return began
 
     def abandon(self, mode: bool) -> None:
-        """The forward was interrupted; gradient mode is set to ``mode``."""
+        """Set the gradient mode to ``mode`` after an interrupted forward."""
         if self._before is not None:
             torch.set_grad_enabled(mode)
             self._before = None
@@ -124,7 +172,7 @@ class Graph:
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, outside inference mode; each module's own mode comes back."""
+    """Switch to evaluation mode, outside inference mode; restore the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

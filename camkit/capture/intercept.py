@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from camkit import torch_internals
-from camkit.capture.anatomy import isolated_rng
 from camkit.capture.attention import (
     Attention,
     ExplicitAttention,
@@ -31,6 +30,7 @@ from camkit.capture.attention import (
     gated_bias,
     key_bias,
 )
+from camkit.capture.hooks import measurement
 from camkit.capture.mha import multi_head_attention
 from camkit.errors import UnsupportedModelError
 from camkit.ops.reweight import compiled_for, reweighted_attention
@@ -155,11 +155,11 @@ def _proven_kind(func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, An
         return proven[form]
     proven[form] = None
     with taps_suspended(all_handlers=True):
-        with isolated_rng(device):
+        with measurement(device):
             expected = tree_leaves(func(*args, **kwargs))
         for kind, reference in _REFERENCES[func.__name__].items():
             try:
-                with isolated_rng(device):
+                with measurement(device):
                     outputs = tree_leaves(reference(*args, **kwargs))
             except (RuntimeError, TypeError, ValueError, UnsupportedModelError):
                 continue  # the private function takes other arguments

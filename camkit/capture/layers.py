@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.anatomy import Anatomy, grid_of_aspect, measuring
+from camkit.capture.anatomy import Anatomy, grid_of_aspect
 from camkit.capture.class_query import ClassQuery
 from camkit.capture.hooks import Graph, Hooks, borrowed
 from camkit.capture.host import Host, block_modules
@@ -101,7 +101,7 @@ class Layers:
         graph, hooks = Graph(), Hooks()
 
         def keep(layer: nn.Module, *call: Any) -> Tensor | None:
-            if measuring() or not isinstance(call[-1], Tensor):
+            if not isinstance(call[-1], Tensor):
                 return None
             outputs[layer] = graph.begin(call[-1]) if gradients else call[-1]
             return outputs[layer]

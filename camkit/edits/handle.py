@@ -294,6 +294,7 @@ class Editor(Subscriber[EditedForward]):
         self, call: AttentionCall[EditedForward], output: Tensor, attention: Attention
     ) -> Tensor:
         _check_readable(call, attention)
+        call.maps += 1
         call.attention = attention
         return output
 
