@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from camkit.capture.hooks import Hooks, measurement
+from camkit.capture.modes import measurement
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 
@@ -168,10 +168,9 @@ def _first_tokens(
         if get_ident() == thread:
             raise _Reached(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
 
-    thread, hooks = get_ident(), Hooks()
+    thread, untraced = get_ident(), torch.compiler.disable(stop)
+    handles = [m.register_forward_pre_hook(untraced, with_kwargs=True) for m in attention]
     try:
-        for module in attention:
-            hooks.before(module, stop, while_measuring=True)
         # copies of the buffers take the running statistics of a stem in training mode
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with warnings.catch_warnings():  # reentrant checkpoints miss gradients nobody takes
@@ -182,7 +181,8 @@ def _first_tokens(
         # tokens on their grid, channels last
         return tokens.flatten(1, 2) if tokens.dim() == 4 and len(tokens) == 2 else tokens
     finally:
-        hooks.remove()
+        for handle in handles:
+            handle.remove()
     raise CaptureError(
         "the model ran but none of its attention modules did; name those that run with `modules=`"
     )

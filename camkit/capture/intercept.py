@@ -30,8 +30,8 @@ from camkit.capture.attention import (
     gated_bias,
     key_bias,
 )
-from camkit.capture.hooks import measurement
 from camkit.capture.mha import multi_head_attention
+from camkit.capture.modes import measurement
 from camkit.errors import UnsupportedModelError
 from camkit.ops.reweight import compiled_for, reweighted_attention
 from camkit.torch_internals import tree_leaves
@@ -319,7 +319,10 @@ def _described(
 ) -> FusedAttention:
     """Describe a fused call before it runs."""
     scale = q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
-    return FusedAttention(q, k, scale, bias_of(mask, options["is_causal"], q, k))
+    biased = mask is not None or options["is_causal"]
+    return FusedAttention(
+        q, k, scale, bias_of(mask, options["is_causal"], q, k) if biased else None
+    )
 
 
 def _compiled(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:

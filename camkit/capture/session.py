@@ -1,29 +1,107 @@
 """One forward of a host, observed from its start to its end.
 
 A session puts hooks on a host, keeps the state of the forwards that run, and reports four kinds of
-events to one subscriber: a forward begins, attention is computed, a block leaves its tokens, a
-forward ends. `camkit.watch` stores what is reported, `camkit.attach` edits it.
+events to one subscriber: a forward begins, attention is computed, a block returns its tokens, a
+forward ends. `camkit.watch` stores the reported tensors, `camkit.attach` edits them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident, local
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from camkit.capture.anatomy import WINDOWS, Anatomy, image_batch
 from camkit.capture.attention import Attention
-from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, head_count
 from camkit.capture.intercept import Intercept, Tap
+from camkit.capture.modes import THREAD
 from camkit.capture.tail import tokens_of
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 
 Arguments: TypeAlias = tuple[Any, ...]
 Named: TypeAlias = dict[str, Any]
+
+
+class Hook:
+    """A hook that stays with its module: copies and pickles of the module hold an empty one.
+
+    Otherwise a deep copy of a watched model (an EMA teacher, say) would write into the original's
+    record, and a watched model could not be saved.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any] | None, *, while_measuring: bool = False
+    ) -> None:
+        def run(*args: Any) -> Any:
+            if THREAD.measuring and not while_measuring:
+                return None
+            return None if function is None else function(*args)
+
+        # compiled code calls it instead of tracing it
+        self.function = None if function is None else torch.compiler.disable(run)
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.function is None else self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
+        return Hook(None)
+
+    def __reduce__(self) -> tuple[type["Hook"], tuple[None]]:
+        return Hook, (None,)
+
+
+class Hooks:
+    """A set of hooks, removed together; removing them twice is harmless.
+
+    ``outermost`` puts a hook around all others; else newer hooks run inside older ones. Forwards
+    that camkit itself runs inside `measurement` call only hooks with ``while_measuring``.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def before(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        outermost: bool = False,
+        while_measuring: bool = False,
+    ) -> None:
+        """Call ``function(module, args, kwargs)`` before each forward of ``module``."""
+        hook = Hook(function, while_measuring=while_measuring)
+        self._handles.append(
+            module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outermost)
+        )
+
+    def after(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        outermost: bool = False,
+        while_measuring: bool = False,
+    ) -> None:
+        """Call ``function(module, args, kwargs, output)`` after each forward.
+
+        It is called after a forward that raised, too; then the output is None.
+        """
+        hook = Hook(function, while_measuring=while_measuring)
+        self._handles.append(
+            module.register_forward_hook(
+                hook, with_kwargs=True, always_call=True, prepend=not outermost
+            )
+        )
+
+    def remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
 
 @dataclass(eq=False)
@@ -40,6 +118,7 @@ class ForwardContext:
         grid: rows and columns of patches, once a patch embedding has run.
         ran: the attention modules that have run, in order.
         running: whether the forward is under way.
+        thread: that runs it.
     """
 
     anatomy: Anatomy
@@ -51,6 +130,7 @@ class ForwardContext:
     grid: Grid | None = None
     ran: list[nn.Module] = field(default_factory=list)
     running: bool = False
+    thread: int = field(default_factory=get_ident)
 
 
 C = TypeVar("C", bound=ForwardContext)
@@ -140,7 +220,6 @@ class Subscriber(Generic[C]):
         attention: attention was computed; returns its output (fused) or weights (softmax).
         attention_ends: an attention module returned; may return another output.
         block_leaves: a block returned tokens, after its attention call; may return other tokens.
-        module_ends: an observed module returned, in a forward or outside any.
         forward_ends: a forward ended, with None if it raised; may return another output.
         forward_interrupted: the session stops before a forward has ended.
 
@@ -150,7 +229,6 @@ class Subscriber(Generic[C]):
         context_type: holds the state of one forward.
         attention_modules: modules whose attention is reported, by name.
         blocks: blocks whose tokens are reported, by the name of their attention.
-        observed: other modules whose outputs are reported; True reports them behind all hooks.
         weighs_keys: call `key_log_weights`.
         normaliser: take the normaliser of the softmax from the kernel where it returns it.
         enabled: whether forwards are reported.
@@ -161,7 +239,6 @@ class Subscriber(Generic[C]):
     context_type: type[C]
     attention_modules: Mapping[str, nn.Module]
     blocks: Mapping[str, nn.Module]
-    observed: Mapping[nn.Module, bool]
     weighs_keys: bool = False
     normaliser: bool = True
     enabled: bool = True
@@ -186,10 +263,6 @@ class Subscriber(Generic[C]):
     def block_leaves(
         self, name: str, call: AttentionCall[C], args: Arguments, kwargs: Named, tokens: Tensor
     ) -> Tensor | None: ...
-
-    def module_ends(
-        self, context: C | None, module: nn.Module, args: Arguments, output: Any
-    ) -> None: ...
 
     def forward_ends(self, context: C, output: Any) -> Any: ...
 
@@ -219,7 +292,8 @@ class ForwardSession(Generic[C]):
         self._hooks = Hooks()
         self._here: _Here[C] = _Here()
         self._thread: int | None = None
-        self._modules: dict[nn.Module, tuple[str, int]] = {}
+        attention = subscriber.attention_modules
+        self._modules = {m: (name, head_count(m)) for name, m in attention.items()}
 
     def start(self) -> None:
         """Register the hooks."""
@@ -227,14 +301,11 @@ class ForwardSession(Generic[C]):
         for entrance in self._host.entrances:
             hooks.before(entrance, self._enter)
             hooks.after(entrance, self._leave)
-        for attention, module in self._subscriber.attention_modules.items():
-            self._modules[module] = (attention, head_count(module))
+        for module in self._modules:
             hooks.before(module, self._before_attention, outermost=outermost)
             hooks.after(module, self._after_attention, outermost=outermost)
         for embedding in self._host.embeddings:
             hooks.after(embedding, self._after_embedding)
-        for observed, last in self._subscriber.observed.items():
-            hooks.after(observed, self._after_observed, outermost=last)
         for name, block in self._subscriber.blocks.items():
             hooks.after(block, partial(self._after_block, name))
         self._subscriber.start(hooks)
@@ -333,13 +404,6 @@ class ForwardSession(Generic[C]):
         contexts, patches = self._here.contexts, call[-1]
         if contexts and isinstance(patches, Tensor):
             contexts[-1].grid = Grid(*patches.shape[-2:])
-
-    def _after_observed(self, module: nn.Module, *call: Any) -> None:
-        contexts, output = self._here.contexts, call[-1]
-        elsewhere = self._thread not in (None, get_ident())
-        if not elsewhere and output is not None:
-            context = contexts[-1] if contexts else None
-            self._subscriber.module_ends(context, module, call[0], output)
 
     def _after_block(self, name: str, *rest: Any) -> Any:
         _, args, kwargs, output = rest

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from camkit.capture.anatomy import Anatomy, grid_of_aspect, image_batch
 from camkit.capture.attention import Attention, ClassRows, ExplicitAttention, FusedAttention
 from camkit.capture.class_query import ClassPath, ClassQuery
-from camkit.capture.hooks import Graph, Hooks
 from camkit.capture.host import Host, block_modules, tail_modules, way_out
 from camkit.capture.intercept import EvenRows, Intercept
+from camkit.capture.modes import Graph
 from camkit.capture.record import (
     Capture,
     NoisyForward,
@@ -30,6 +31,7 @@ from camkit.capture.session import (
     AttentionCall,
     ForwardContext,
     ForwardSession,
+    Hooks,
     Named,
     Subscriber,
 )
@@ -305,7 +307,7 @@ class Recorder(Subscriber[Recording]):
         around = block_modules(host.model, host.attention)
         self.attention_modules = host.attention
         tail = tail_modules(host.model, list(host.attention))
-        self.observed = dict.fromkeys(tail, False) | dict.fromkeys(around.values(), True)
+        self._observed = dict.fromkeys(tail, False) | dict.fromkeys(around.values(), True)
         leaving = spec.within_blocks or spec.leaving or spec.class_paths
         self.blocks = around if leaving else {}
         if (spec.within_blocks or spec.class_paths) and not around:
@@ -321,6 +323,8 @@ class Recorder(Subscriber[Recording]):
         self._query = None if self.normaliser else ClassQuery(host)
 
     def start(self, hooks: Hooks) -> None:
+        for module, is_block in self._observed.items():  # blocks as all other hooks leave them
+            hooks.after(module, self._after_observed, outermost=is_block)
         if self._cuts_graph and self._spec.within_blocks:
             for block in self.blocks.values():
                 hooks.before(block, self._begin_even_rows)
@@ -367,7 +371,7 @@ class Recorder(Subscriber[Recording]):
     def attention(
         self, call: AttentionCall[Recording], output: Tensor, attention: Attention
     ) -> Tensor:
-        context, pools = call.context, attention.shape[2] == 1
+        context, pools = call.context, output.shape[2] == 1
         if self._with_gradients:
             if pools or self._may_be_selected(context.count):
                 output = context.graph.begin(output)
@@ -452,13 +456,14 @@ class Recorder(Subscriber[Recording]):
         cut = self._cuts_graph and not last and context.graph.pause()
         return tokens.detach() if cut else None
 
-    def module_ends(
-        self, context: Recording | None, module: nn.Module, args: Arguments, output: Any
-    ) -> None:
-        is_block = self.observed[module]
+    def _after_observed(self, module: nn.Module, args: Arguments, _: Named, output: Any) -> None:
+        forward, is_block = self.forward, self._observed[module]
+        if forward is None or forward.count == 0 or not args or output is None:
+            return
+        if forward.running and forward.thread != get_ident():
+            return
         # a head may be called behind the forward of its backbone, but blocks are then replayed
-        forward = self.forward if context is None and not is_block else context
-        if forward is None or forward.count == 0 or not args:
+        if is_block and not forward.running:
             return
         given, left = (tokens_of(args), tokens_of(output)) if is_block else (args[0], output)
         if not isinstance(given, Tensor) or not isinstance(left, Tensor):

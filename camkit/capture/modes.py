@@ -1,97 +1,21 @@
-"""Module hooks, gradient mode, evaluation mode and random state, all of which are restored."""
+"""Modes that camkit switches on a model or in a thread, and always restores."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import local
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
 class _Thread(local):
     measuring = False
 
 
-_THREAD = _Thread()
-
-
-class Hook:
-    """A hook that stays with its module: copies and pickles of the module hold an empty one.
-
-    Otherwise a deep copy of a watched model (an EMA teacher, say) would write into the original's
-    record, and a watched model could not be saved.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any] | None, *, while_measuring: bool = False
-    ) -> None:
-        def run(*args: Any) -> Any:
-            if _THREAD.measuring and not while_measuring:
-                return None
-            return None if function is None else function(*args)
-
-        # compiled code calls it instead of tracing it
-        self.function = None if function is None else torch.compiler.disable(run)
-
-    def __call__(self, *args: Any) -> Any:
-        return None if self.function is None else self.function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
-        return Hook(None)
-
-    def __reduce__(self) -> tuple[type["Hook"], tuple[None]]:
-        return Hook, (None,)
-
-
-class Hooks:
-    """A set of hooks, removed together; removing them twice is harmless.
-
-    ``outermost`` puts a hook around all others; else newer hooks run inside older ones. Forwards
-    that camkit itself runs inside `measurement` call only hooks with ``while_measuring``.
-    """
-
-    def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
-
-    def before(
-        self,
-        module: nn.Module,
-        function: Callable[..., Any],
-        *,
-        outermost: bool = False,
-        while_measuring: bool = False,
-    ) -> None:
-        """Call ``function(module, args, kwargs)`` before each forward of ``module``."""
-        hook = Hook(function, while_measuring=while_measuring)
-        self._handles.append(
-            module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outermost)
-        )
-
-    def after(
-        self,
-        module: nn.Module,
-        function: Callable[..., Any],
-        *,
-        outermost: bool = False,
-        while_measuring: bool = False,
-    ) -> None:
-        """Call ``function(module, args, kwargs, output)`` after each forward.
-
-        It is called after a forward that raised, too; then the output is None.
-        """
-        hook = Hook(function, while_measuring=while_measuring)
-        self._handles.append(
-            module.register_forward_hook(
-                hook, with_kwargs=True, always_call=True, prepend=not outermost
-            )
-        )
-
-    def remove(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+THREAD = _Thread()
+"""Whether camkit itself runs the model in this thread (`measurement`); its hooks then do nothing."""
 
 
 @contextmanager
@@ -100,14 +24,14 @@ def measurement(device: torch.device) -> Iterator[None]:
 
     All random number generators are restored at the end.
     """
-    before, python_state = _THREAD.measuring, random.getstate()
+    before, python_state = THREAD.measuring, random.getstate()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        _THREAD.measuring = True
+        THREAD.measuring = True
         try:
             yield
         finally:
-            _THREAD.measuring = before
+            THREAD.measuring = before
             random.setstate(python_state)
 
 
