@@ -11,8 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from camkit import edits, refiners, seeds
-from camkit.capture.hooks import borrowed
 from camkit.capture.host import find_attention
+from camkit.capture.modes import borrowed
 from camkit.capture.record import WatchSpec, required_by
 from camkit.edits import Edit, KeyEdit
 from camkit.errors import CaptureError, UnsupportedModelError, closest

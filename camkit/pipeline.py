@@ -12,8 +12,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from camkit.atomic import unfinished
-from camkit.capture.hooks import borrowed
 from camkit.capture.host import find_attention
+from camkit.capture.modes import borrowed
 from camkit.capture.record import Capture, required_by
 from camkit.edits.protocol import Edit, KeyEdit
 from camkit.errors import CamkitError

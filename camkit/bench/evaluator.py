@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from camkit.bench.cache import ResultCache, code_fingerprint, fingerprint
 from camkit.bench.protocol import Variant
-from camkit.capture.hooks import borrowed
+from camkit.capture.modes import borrowed
 from camkit.capture.record import WatchSpec, required_by
 from camkit.data import DataSet, Sample, read_mask
 from camkit.errors import DataError

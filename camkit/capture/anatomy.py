@@ -1,18 +1,16 @@
 """The roles of tokens, measured on the model itself."""
 
-import random
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import local
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from camkit.capture.hooks import Hooks
+from camkit.capture.modes import measurement
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 
@@ -24,8 +22,6 @@ WINDOWS = (
     "attention runs on {windows} windows for {images} images: windowed attention (Swin) has no "
     "class-to-patch rows and no affinity across windows"
 )
-
-_HERE = local()  # a measurement silences camkit's hooks in its own thread only
 
 
 @dataclass(frozen=True)
@@ -60,11 +56,6 @@ class Anatomy:
         """Return positions of the patches in a sequence of ``tokens`` tokens."""
         special = {position % tokens for position in self.special_tokens}
         return [position for position in range(tokens) if position not in special]
-
-
-def measuring() -> bool:
-    """Whether camkit itself runs the model in this thread; its hooks ignore such forwards."""
-    return getattr(_HERE, "measuring", False)
 
 
 def image_batch(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
@@ -111,7 +102,7 @@ def measure_anatomy(
 
         new_args = tuple(paired(value) for value in args)
         new_kwargs = {name: paired(value) for name, value in kwargs.items()}
-        with isolated_rng(pixels.device), torch.no_grad():
+        with measurement(pixels.device), torch.no_grad():
             return _first_tokens(model, attention, parameters, new_args, new_kwargs)
 
     plain = tokens_of(probe, {})
@@ -174,14 +165,12 @@ def _first_tokens(
     kwargs: dict[str, Any],
 ) -> Tensor:
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not measuring():  # another thread
-            return
-        raise _Reached(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
+        if get_ident() == thread:
+            raise _Reached(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
 
-    hooks = Hooks()
+    thread, untraced = get_ident(), torch.compiler.disable(stop)
+    handles = [m.register_forward_pre_hook(untraced, with_kwargs=True) for m in attention]
     try:
-        for module in attention:
-            hooks.before(module, stop)
         # copies of the buffers take the running statistics of a stem in training mode
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with warnings.catch_warnings():  # reentrant checkpoints miss gradients nobody takes
@@ -192,7 +181,8 @@ def _first_tokens(
         # tokens on their grid, channels last
         return tokens.flatten(1, 2) if tokens.dim() == 4 and len(tokens) == 2 else tokens
     finally:
-        hooks.remove()
+        for handle in handles:
+            handle.remove()
     raise CaptureError(
         "the model ran but none of its attention modules did; name those that run with `modules=`"
     )
@@ -234,18 +224,3 @@ def grid_of_aspect(size: Sequence[int], count: int) -> Grid:
         "no patch embedding found (a convolution with 3 input channels, stride = kernel >= 4), "
         "so the patch grid is unknown; name it with `grid=(rows, cols)`"
     )
-
-
-@contextmanager
-def isolated_rng(device: torch.device) -> Iterator[None]:
-    """Draw the same random numbers each time, restore all generators, disable camkit's hooks."""
-    devices = [device] if device.type == "cuda" else []
-    python_state = random.getstate()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        _HERE.measuring = True
-        try:
-            yield
-        finally:
-            _HERE.measuring = False
-            random.setstate(python_state)

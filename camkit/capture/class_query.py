@@ -12,12 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.anatomy import Anatomy, image_batch, isolated_rng
+from camkit.capture.anatomy import Anatomy, image_batch
 from camkit.capture.attention import Attention, FusedAttention
-from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules, head_count
 from camkit.capture.intercept import Intercept, Tap
+from camkit.capture.modes import measurement
 from camkit.capture.record import TokenCall
+from camkit.capture.session import Hooks
 from camkit.capture.tail import tokens_of
 from camkit.errors import UnsupportedModelError
 from camkit.torch_internals import count_hooks, tensor_version, tree_leaves
@@ -52,12 +53,14 @@ class ClassQuery:
         """Put the hooks on, outside those that tap the attention module, as the last of all."""
         if self._block is None or self._attention is None or self._had_hooks:
             return
-        hooks.before(self._attention, self._before_attention, outermost=True)
-        hooks.after(self._attention, self._after_attention, outermost=True)
-        hooks.after(self._block, self._after_block)
+        # the trial on one image is a measurement
+        first = {"outermost": True, "while_measuring": True}
+        hooks.before(self._attention, self._before_attention, **first)
+        hooks.after(self._attention, self._after_attention, **first)
+        hooks.after(self._block, self._after_block, while_measuring=True)
         for module in self._block.modules():
             if next(module.children(), None) is None:
-                hooks.before(module, self._pass_class_token)
+                hooks.before(module, self._pass_class_token, while_measuring=True)
         self._hooks_expected = count_hooks(self._model)
 
     def arm(
@@ -118,16 +121,21 @@ class ClassQuery:
         def outputs() -> list[Any]:
             first = [_first(value, len(pixels)) for value in args]
             named = {name: _first(value, len(pixels)) for name, value in kwargs.items()}
-            with isolated_rng(pixels.device), torch.no_grad():
+            with measurement(pixels.device), torch.no_grad():
                 return tree_leaves(entrance(*first, **named))
 
         late: list[nn.Module] = []
+
+        def note_late(module: nn.Module, *_: Any) -> None:
+            if query.ran:
+                late.append(module)
+
         self._query = None
         expected = outputs()
         self._query = query
         watching = Hooks()
         for module in early:
-            watching.after(module, lambda module, *_: late.append(module) if query.ran else None)
+            watching.after(module, note_late, while_measuring=True)
         try:
             shortened = outputs()
         except RuntimeError:  # shapes that do not broadcast
@@ -268,7 +276,7 @@ class ClassPath:
 
         tap = Intercept(Tap(replace_output, heads=head_count(self._attention)))
         try:
-            with isolated_rng(left.device), torch.enable_grad(), tap:
+            with measurement(left.device), torch.enable_grad(), tap:
                 again = self._block.forward(
                     *(own if value is entered else value for value in args),
                     **{name: own if v is entered else v for name, v in kwargs.items()},

@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from camkit import torch_internals
-from camkit.capture.anatomy import isolated_rng
 from camkit.capture.attention import (
     Attention,
     ExplicitAttention,
@@ -32,6 +31,7 @@ from camkit.capture.attention import (
     key_bias,
 )
 from camkit.capture.mha import multi_head_attention
+from camkit.capture.modes import measurement
 from camkit.errors import UnsupportedModelError
 from camkit.ops.reweight import compiled_for, reweighted_attention
 from camkit.torch_internals import tree_leaves
@@ -155,11 +155,11 @@ def _proven_kind(func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, An
         return proven[form]
     proven[form] = None
     with taps_suspended(all_handlers=True):
-        with isolated_rng(device):
+        with measurement(device):
             expected = tree_leaves(func(*args, **kwargs))
         for kind, reference in _REFERENCES[func.__name__].items():
             try:
-                with isolated_rng(device):
+                with measurement(device):
                     outputs = tree_leaves(reference(*args, **kwargs))
             except (RuntimeError, TypeError, ValueError, UnsupportedModelError):
                 continue  # the private function takes other arguments
@@ -319,7 +319,10 @@ def _described(
 ) -> FusedAttention:
     """Describe a fused call before it runs."""
     scale = q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
-    return FusedAttention(q, k, scale, bias_of(mask, options["is_causal"], q, k))
+    biased = mask is not None or options["is_causal"]
+    return FusedAttention(
+        q, k, scale, bias_of(mask, options["is_causal"], q, k) if biased else None
+    )
 
 
 def _compiled(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.anatomy import Anatomy, grid_of_aspect, measuring
+from camkit.capture.anatomy import Anatomy, grid_of_aspect
 from camkit.capture.class_query import ClassQuery
-from camkit.capture.hooks import Graph, Hooks, borrowed
 from camkit.capture.host import Host, block_modules
+from camkit.capture.modes import Graph, borrowed
+from camkit.capture.session import Hooks
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.torch_internals import is_compiled
@@ -101,7 +102,7 @@ class Layers:
         graph, hooks = Graph(), Hooks()
 
         def keep(layer: nn.Module, *call: Any) -> Tensor | None:
-            if measuring() or not isinstance(call[-1], Tensor):
+            if not isinstance(call[-1], Tensor):
                 return None
             outputs[layer] = graph.begin(call[-1]) if gradients else call[-1]
             return outputs[layer]

@@ -1,23 +1,25 @@
-"""One forward of a host, followed from its entrance to its end.
+"""One forward of a host, observed from its start to its end.
 
 A session puts hooks on a host, keeps the state of the forwards that run, and reports four kinds of
-events to one subscriber: a forward begins, attention is computed, a block leaves its tokens, a
-forward ends. `camkit.watch` stores what is reported, `camkit.attach` edits it.
+events to one subscriber: a forward begins, attention is computed, a block returns its tokens, a
+forward ends. `camkit.watch` stores the reported tensors, `camkit.attach` edits them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident, local
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from camkit.capture.anatomy import WINDOWS, Anatomy, image_batch, measuring
+from camkit.capture.anatomy import WINDOWS, Anatomy, image_batch
 from camkit.capture.attention import Attention
-from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, head_count
 from camkit.capture.intercept import Intercept, Tap
+from camkit.capture.modes import THREAD
 from camkit.capture.tail import tokens_of
 from camkit.errors import CaptureError
 from camkit.grid import Grid
@@ -26,20 +28,97 @@ Arguments: TypeAlias = tuple[Any, ...]
 Named: TypeAlias = dict[str, Any]
 
 
+class Hook:
+    """A hook that stays with its module: copies and pickles of the module hold an empty one.
+
+    Otherwise a deep copy of a watched model (an EMA teacher, say) would write into the original's
+    record, and a watched model could not be saved.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any] | None, *, while_measuring: bool = False
+    ) -> None:
+        def run(*args: Any) -> Any:
+            if THREAD.measuring and not while_measuring:
+                return None
+            return None if function is None else function(*args)
+
+        # compiled code calls it instead of tracing it
+        self.function = None if function is None else torch.compiler.disable(run)
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.function is None else self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
+        return Hook(None)
+
+    def __reduce__(self) -> tuple[type["Hook"], tuple[None]]:
+        return Hook, (None,)
+
+
+class Hooks:
+    """A set of hooks, removed together; removing them twice is harmless.
+
+    ``outermost`` puts a hook around all others; else newer hooks run inside older ones. Forwards
+    that camkit itself runs inside `measurement` call only hooks with ``while_measuring``.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def before(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        outermost: bool = False,
+        while_measuring: bool = False,
+    ) -> None:
+        """Call ``function(module, args, kwargs)`` before each forward of ``module``."""
+        hook = Hook(function, while_measuring=while_measuring)
+        self._handles.append(
+            module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outermost)
+        )
+
+    def after(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        outermost: bool = False,
+        while_measuring: bool = False,
+    ) -> None:
+        """Call ``function(module, args, kwargs, output)`` after each forward.
+
+        It is called after a forward that raised, too; then the output is None.
+        """
+        hook = Hook(function, while_measuring=while_measuring)
+        self._handles.append(
+            module.register_forward_hook(
+                hook, with_kwargs=True, always_call=True, prepend=not outermost
+            )
+        )
+
+    def remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
 @dataclass(eq=False)
 class ForwardContext:
     """The state of one forward in one thread.
 
     Attributes:
         anatomy: roles of its tokens.
-        entrance: the module it began at; None where attention runs outside a known forward.
-        args: what the entrance was called with, until the forward ends.
-        kwargs: what it was called with by name, until the forward ends.
-        images: how many; None where they are not known.
+        entrance: the module it began at; None if attention runs outside a known forward.
+        args: positional arguments of the entrance, until the forward ends.
+        kwargs: its arguments by name, until the forward ends.
+        images: how many; None if unknown.
         size: rows and columns of pixels.
         grid: rows and columns of patches, once a patch embedding has run.
         ran: the attention modules that have run, in order.
         running: whether the forward is under way.
+        thread: that runs it.
     """
 
     anatomy: Anatomy
@@ -51,6 +130,7 @@ class ForwardContext:
     grid: Grid | None = None
     ran: list[nn.Module] = field(default_factory=list)
     running: bool = False
+    thread: int = field(default_factory=get_ident)
 
 
 C = TypeVar("C", bound=ForwardContext)
@@ -58,7 +138,7 @@ C = TypeVar("C", bound=ForwardContext)
 
 @dataclass(eq=False)
 class AttentionCall(Generic[C]):
-    """One call of an attention module; its tensors are dropped when the module has returned.
+    """One call of an attention module; its tensors are dropped when the module returns.
 
     Attributes:
         context: the forward it belongs to.
@@ -66,9 +146,9 @@ class AttentionCall(Generic[C]):
         name: of the module.
         heads: of the module.
         order_known: whether the order of batch and sequence is measured.
-        args: what the module was called with.
-        kwargs: what it was called with, by name.
-        maps: how many attention maps it has made so far.
+        args: positional arguments of the module.
+        kwargs: its arguments by name.
+        maps: how many attention maps the subscriber has accepted so far.
         attention: the latest of them, if the subscriber keeps it here.
     """
 
@@ -83,7 +163,7 @@ class AttentionCall(Generic[C]):
     attention: Attention | None = None
 
     def why_unreadable(self, attention: Attention) -> str:
-        """Say why a map of this call does not relate tokens one to one; empty if it does."""
+        """Return why a map of this call does not relate tokens one to one; empty if it does."""
         images, _, tokens, keys = attention.shape
         if self.maps:
             return (
@@ -139,9 +219,7 @@ class Subscriber(Generic[C]):
         key_log_weights: attention is about to be computed; may return log-weights on its keys.
         attention: attention was computed; returns its output (fused) or weights (softmax).
         attention_ends: an attention module returned; may return another output.
-        block_begins: a block is called.
         block_leaves: a block returned tokens, after its attention call; may return other tokens.
-        module_ends: an observed module returned, in a forward or outside any.
         forward_ends: a forward ended, with None if it raised; may return another output.
         forward_interrupted: the session stops before a forward has ended.
 
@@ -150,8 +228,7 @@ class Subscriber(Generic[C]):
         one_thread: refuse forwards in two threads at once.
         context_type: holds the state of one forward.
         attention_modules: modules whose attention is reported, by name.
-        blocks: blocks whose begin and end are reported, by the name of their attention.
-        observed: other modules whose outputs are reported; True reports them behind all hooks.
+        blocks: blocks whose tokens are reported, by the name of their attention.
         weighs_keys: call `key_log_weights`.
         normaliser: take the normaliser of the softmax from the kernel where it returns it.
         enabled: whether forwards are reported.
@@ -162,7 +239,6 @@ class Subscriber(Generic[C]):
     context_type: type[C]
     attention_modules: Mapping[str, nn.Module]
     blocks: Mapping[str, nn.Module]
-    observed: Mapping[nn.Module, bool]
     weighs_keys: bool = False
     normaliser: bool = True
     enabled: bool = True
@@ -184,15 +260,9 @@ class Subscriber(Generic[C]):
 
     def attention_ends(self, call: AttentionCall[C], output: Any) -> Any: ...
 
-    def block_begins(self) -> None: ...
-
     def block_leaves(
         self, name: str, call: AttentionCall[C], args: Arguments, kwargs: Named, tokens: Tensor
     ) -> Tensor | None: ...
-
-    def module_ends(
-        self, context: C | None, module: nn.Module, args: Arguments, output: Any
-    ) -> None: ...
 
     def forward_ends(self, context: C, output: Any) -> Any: ...
 
@@ -200,7 +270,7 @@ class Subscriber(Generic[C]):
 
 
 class _Here(local, Generic[C]):
-    """The forwards and attention calls that one thread is in."""
+    """The forwards and attention calls of one thread."""
 
     def __init__(self) -> None:
         self.contexts: list[C] = []
@@ -213,7 +283,7 @@ class ForwardSession(Generic[C]):
 
     Args:
         host: the model.
-        subscriber: is told of every forward until the session stops.
+        subscriber: receives the events of every forward until the session stops.
     """
 
     def __init__(self, host: Host, subscriber: Subscriber[C]) -> None:
@@ -222,29 +292,26 @@ class ForwardSession(Generic[C]):
         self._hooks = Hooks()
         self._here: _Here[C] = _Here()
         self._thread: int | None = None
-        self._modules: dict[nn.Module, tuple[str, int]] = {}
+        attention = subscriber.attention_modules
+        self._modules = {m: (name, head_count(m)) for name, m in attention.items()}
 
     def start(self) -> None:
-        """Put the hooks on."""
+        """Register the hooks."""
         hooks, outermost = self._hooks, self._subscriber.outermost
         for entrance in self._host.entrances:
             hooks.before(entrance, self._enter)
             hooks.after(entrance, self._leave)
-        for attention, module in self._subscriber.attention_modules.items():
-            self._modules[module] = (attention, head_count(module))
+        for module in self._modules:
             hooks.before(module, self._before_attention, outermost=outermost)
             hooks.after(module, self._after_attention, outermost=outermost)
         for embedding in self._host.embeddings:
             hooks.after(embedding, self._after_embedding)
-        for observed, last in self._subscriber.observed.items():
-            hooks.after(observed, self._after_observed, outermost=last)
         for name, block in self._subscriber.blocks.items():
-            hooks.before(block, self._before_block)
             hooks.after(block, partial(self._after_block, name))
         self._subscriber.start(hooks)
 
     def stop(self) -> None:
-        """Take the hooks off, and leave every mode that an interrupted forward left on."""
+        """Remove the hooks, and exit every mode that an interrupted forward left on."""
         self._hooks.remove()
         self._close_taps()
         here = self._here
@@ -255,7 +322,7 @@ class ForwardSession(Generic[C]):
     def _enter(self, module: nn.Module, args: Arguments, kwargs: Named) -> None:
         contexts = self._here.contexts
         inner = bool(contexts) and contexts[-1].entrance is not module
-        if measuring() or not self._subscriber.enabled or inner:
+        if not self._subscriber.enabled or inner:
             return
         images = image_batch(args, kwargs)
         if images is None:  # an outer module that is called with something else
@@ -281,7 +348,7 @@ class ForwardSession(Generic[C]):
 
     def _leave(self, module: nn.Module, *call: Any) -> Any:
         here = self._here
-        if measuring() or not here.contexts or here.contexts[-1].entrance is not module:
+        if not here.contexts or here.contexts[-1].entrance is not module:
             return None
         context = here.contexts.pop()
         context.running, here.latest = False, None
@@ -292,17 +359,13 @@ class ForwardSession(Generic[C]):
         finally:
             context.args, context.kwargs = (), {}
 
-    def _current(self) -> C | None:
-        """The forward this thread is in; None while camkit measures the model."""
-        if measuring() or not self._subscriber.enabled:
-            return None
-        contexts = self._here.contexts
-        return contexts[-1] if contexts else self._subscriber.context_outside()
-
     def _before_attention(
         self, module: nn.Module, args: Arguments, kwargs: Named
     ) -> tuple[Arguments, Named] | None:
-        context, subscriber = self._current(), self._subscriber
+        subscriber, contexts = self._subscriber, self._here.contexts
+        if not subscriber.enabled:
+            return None
+        context = contexts[-1] if contexts else subscriber.context_outside()
         if context is None:
             return None
         name, heads = self._modules[module]
@@ -310,21 +373,16 @@ class ForwardSession(Generic[C]):
         call = AttentionCall(context, module, name, heads, order_known, args, kwargs)
         context.ran.append(module)
         changed = subscriber.attention_begins(call)
-        report = partial(self._on_attention, call)
+        report = partial(subscriber.attention, call)
         weigh = partial(subscriber.key_log_weights, call) if subscriber.weighs_keys else None
         tap = Intercept(Tap(report, weigh, heads=heads, normaliser=subscriber.normaliser))
         self._here.calls.append((call, tap))
         tap.__enter__()
         return changed
 
-    def _on_attention(self, call: AttentionCall[C], output: Tensor, attention: Attention) -> Tensor:
-        output = self._subscriber.attention(call, output, attention)
-        call.maps += 1
-        return output
-
     def _after_attention(self, module: nn.Module, *rest: Any) -> Any:
         calls = self._here.calls
-        if measuring() or not calls or calls[-1][0].module is not module:
+        if not calls or calls[-1][0].module is not module:
             return None
         call, tap = calls.pop()
         tap.__exit__(None, None, None)
@@ -337,31 +395,20 @@ class ForwardSession(Generic[C]):
             call.args, call.kwargs, call.attention = (), {}, None
 
     def _close_taps(self) -> None:
-        """Leave the modes of interrupted calls, whose hooks never ran."""
+        """Exit the modes of interrupted calls, whose hooks never ran."""
         calls = self._here.calls
         while calls:
             calls.pop()[1].__exit__(None, None, None)
 
     def _after_embedding(self, *call: Any) -> None:
         contexts, patches = self._here.contexts, call[-1]
-        if contexts and not measuring() and isinstance(patches, Tensor):
+        if contexts and isinstance(patches, Tensor):
             contexts[-1].grid = Grid(*patches.shape[-2:])
-
-    def _after_observed(self, module: nn.Module, *call: Any) -> None:
-        contexts, output = self._here.contexts, call[-1]
-        elsewhere = self._thread not in (None, get_ident())
-        if not measuring() and not elsewhere and output is not None:
-            context = contexts[-1] if contexts else None
-            self._subscriber.module_ends(context, module, call[0], output)
-
-    def _before_block(self, *_: Any) -> None:
-        if self._current() is not None:
-            self._subscriber.block_begins()
 
     def _after_block(self, name: str, *rest: Any) -> Any:
         _, args, kwargs, output = rest
         latest, tokens = self._here.latest, tokens_of(output)
-        if measuring() or latest is None or tokens is None:
+        if latest is None or tokens is None:
             return None
         changed = self._subscriber.block_leaves(name, latest, args, kwargs, tokens)
         if changed is None:

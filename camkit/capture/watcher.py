@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from camkit.capture.anatomy import Anatomy, grid_of_aspect, image_batch
 from camkit.capture.attention import Attention, ClassRows, ExplicitAttention, FusedAttention
 from camkit.capture.class_query import ClassPath, ClassQuery
-from camkit.capture.hooks import Graph, Hooks
 from camkit.capture.host import Host, block_modules, tail_modules, way_out
 from camkit.capture.intercept import EvenRows, Intercept
+from camkit.capture.modes import Graph
 from camkit.capture.record import (
     Capture,
     NoisyForward,
@@ -30,6 +31,7 @@ from camkit.capture.session import (
     AttentionCall,
     ForwardContext,
     ForwardSession,
+    Hooks,
     Named,
     Subscriber,
 )
@@ -94,18 +96,23 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
     if (spec.gradients or spec.within_blocks or spec.class_paths) and class_rows_only:
         raise ValueError("`class_rows_only` drops what `gradients` needs; choose one of them")
     host = Host.of(model, modules=modules, class_tokens=class_tokens, grid=grid)
-    selection = Selection(blocks)
-
+    if isinstance(blocks, int):
+        if blocks < 1:
+            raise ValueError(f"`blocks` must be at least 1, got {blocks}")
+        blocks = range(-blocks, 0)
+    if blocks is not None and not list(blocks):
+        raise ValueError("`blocks` must name at least one block, got none")
+    selected = None if blocks is None else list(blocks)
     recorder = partial(
         Recorder,
         host,
-        selection,
+        selected,
         spec,
         class_rows_only=class_rows_only,
         skip_unused_patches=skip_unused_patches,
         scores=scores,
     )
-    return Watch(host, selection, recorder, rgb=rgb, vocabulary=vocabulary)
+    return Watch(host, selected, recorder, rgb=rgb, vocabulary=vocabulary)
 
 
 class Watch:
@@ -114,15 +121,15 @@ class Watch:
     def __init__(
         self,
         host: Host,
-        selection: "Selection",
-        recorder: "Callable[[], Recorder]",
+        selected: list[int] | None,
+        new_recorder: "Callable[[], Recorder]",
         *,
         rgb: RGB | None,
         vocabulary: Vocabulary | None,
     ) -> None:
         self._host = host
-        self._selection = selection
-        self._new_recorder = recorder
+        self._selected = selected
+        self._new_recorder = new_recorder
         self._rgb = rgb
         self._vocabulary = vocabulary
         self._recorder: Recorder | None = None
@@ -152,7 +159,13 @@ class Watch:
         forward = None if self._recorder is None else self._recorder.forward
         if forward is None or forward.count == 0:
             raise CaptureError(self._why_nothing(forward))
-        kept = self._selection.pick(forward.kept, forward.count)
+        kept, count = list(forward.kept), forward.count
+        if self._selected is not None:
+            outside = [b for b in self._selected if not -count <= b < count]
+            if outside:
+                raise CaptureError(f"{count} attention blocks ran, but `blocks` asks for {outside}")
+            selected = {b % count for b in self._selected}
+            kept = [record for record in kept if record.index in selected]
         return Capture(
             blocks=tuple(record.attention for record in kept),
             names=tuple(record.name for record in kept),
@@ -204,42 +217,6 @@ class AttentionRecord:
     name: str
     attention: Attention
     why_unreadable: str
-
-
-class Selection:
-    """All blocks, the last n, or indices; negative ones count from the last block that runs."""
-
-    def __init__(self, blocks: int | Sequence[int] | None) -> None:
-        if isinstance(blocks, int):
-            if blocks < 1:
-                raise ValueError(f"`blocks` must be at least 1, got {blocks}")
-            blocks = range(-blocks, 0)
-        if blocks is not None and not list(blocks):
-            raise ValueError("`blocks` must name at least one block, got none")
-        self._blocks = None if blocks is None else list(blocks)
-
-    def may_include(self, index: int, count: int | None) -> bool:
-        """Whether call ``index`` of ``count`` is selected, or may be if the count is unknown."""
-        if self._blocks is None or index in self._blocks:
-            return True
-        return min(self._blocks) < 0 if count is None else index - count in self._blocks
-
-    def prune(self, kept: list[AttentionRecord]) -> None:
-        """Drop records that can no longer be selected."""
-        if self._blocks is None:
-            return
-        newest, reach = kept[-1].index, -min(0, *self._blocks)
-        kept[:] = [r for r in kept if r.index in self._blocks or newest - r.index < reach]
-
-    def pick(self, kept: list[AttentionRecord], count: int) -> list[AttentionRecord]:
-        """Return the selected records of a finished forward, in the order they ran."""
-        if self._blocks is None:
-            return list(kept)
-        outside = [b for b in self._blocks if not -count <= b < count]
-        if outside:
-            raise CaptureError(f"{count} attention blocks ran, but `blocks` asks for {outside}")
-        selected = {b % count for b in self._blocks}
-        return [record for record in kept if record.index in selected]
 
 
 @dataclass(eq=False)
@@ -306,7 +283,7 @@ class Recorder(Subscriber[Recording]):
     def __init__(
         self,
         host: Host,
-        selection: Selection,
+        selected: list[int] | None,
         spec: WatchSpec,
         *,
         class_rows_only: bool,
@@ -315,7 +292,7 @@ class Recorder(Subscriber[Recording]):
     ) -> None:
         self.forward: Recording | None = None
         self._host = host
-        self._selection = selection
+        self._selected = selected
         self._spec = spec
         self._class_rows_only = class_rows_only
         self._scores = scores
@@ -330,7 +307,7 @@ class Recorder(Subscriber[Recording]):
         around = block_modules(host.model, host.attention)
         self.attention_modules = host.attention
         tail = tail_modules(host.model, list(host.attention))
-        self.observed = dict.fromkeys(tail, False) | dict.fromkeys(around.values(), True)
+        self._observed = dict.fromkeys(tail, False) | dict.fromkeys(around.values(), True)
         leaving = spec.within_blocks or spec.leaving or spec.class_paths
         self.blocks = around if leaving else {}
         if (spec.within_blocks or spec.class_paths) and not around:
@@ -346,8 +323,11 @@ class Recorder(Subscriber[Recording]):
         self._query = None if self.normaliser else ClassQuery(host)
 
     def start(self, hooks: Hooks) -> None:
+        for module, is_block in self._observed.items():  # blocks as all other hooks leave them
+            hooks.after(module, self._after_observed, outermost=is_block)
         if self._cuts_graph and self._spec.within_blocks:
             for block in self.blocks.values():
+                hooks.before(block, self._begin_even_rows)
                 hooks.after(block, self._end_even_rows)
         if self._query is not None:
             self._query.start(hooks)
@@ -391,10 +371,9 @@ class Recorder(Subscriber[Recording]):
     def attention(
         self, call: AttentionCall[Recording], output: Tensor, attention: Attention
     ) -> Tensor:
-        context, pools = call.context, attention.shape[2] == 1
+        context, pools = call.context, output.shape[2] == 1
         if self._with_gradients:
-            count = _COUNTS.get(self._host.model)
-            if pools or self._selection.may_include(context.count, count):
+            if pools or self._may_be_selected(context.count):
                 output = context.graph.begin(output)
             if isinstance(attention, FusedAttention):
                 attention = replace(attention, output=output)
@@ -407,14 +386,25 @@ class Recorder(Subscriber[Recording]):
         if self._class_rows_only:
             attention = ClassRows.of(attention, context.anatomy.class_tokens)
         if pools:  # its query is no patch
+            call.maps += 1
             self._store_pooling(call, attention)
             return output
         context.tail.clear()
-        why = call.why_unreadable(attention)
-        context.kept.append(AttentionRecord(context.count, call.name, attention, why))
+        index, why = context.count, call.why_unreadable(attention)
+        call.maps += 1
         context.count += 1
-        self._selection.prune(context.kept)
+        context.kept.append(AttentionRecord(index, call.name, attention, why))
+        if self._selected is not None:  # drop records that can no longer be selected
+            reach = index + min(0, *self._selected)
+            kept = [r for r in context.kept if r.index in self._selected or r.index > reach]
+            context.kept = kept
         return output
+
+    def _may_be_selected(self, index: int) -> bool:
+        if self._selected is None or index in self._selected:
+            return True
+        count = _COUNTS.get(self._host.model)
+        return min(self._selected) < 0 if count is None else index - count in self._selected
 
     def _store_pooling(self, call: AttentionCall[Recording], attention: Attention) -> None:
         context, keys = call.context, attention.shape[3]
@@ -427,10 +417,9 @@ class Recorder(Subscriber[Recording]):
             )
         context.pooling.append(PoolingCall(attention, anatomy))
 
-    def block_begins(self) -> None:
+    def _begin_even_rows(self, *_: Any) -> None:
         self._end_even_rows()  # of a block that holds two attention modules, or was interrupted
-        cuts = self._cuts_graph and self._spec.within_blocks
-        if cuts and not torch.is_grad_enabled():  # a caller's graph needs gradients of weights
+        if not torch.is_grad_enabled():  # a caller's graph needs gradients of weights
             self._even_rows = Intercept(EvenRows())
             self._even_rows.__enter__()
 
@@ -467,13 +456,14 @@ class Recorder(Subscriber[Recording]):
         cut = self._cuts_graph and not last and context.graph.pause()
         return tokens.detach() if cut else None
 
-    def module_ends(
-        self, context: Recording | None, module: nn.Module, args: Arguments, output: Any
-    ) -> None:
-        is_block = self.observed[module]
+    def _after_observed(self, module: nn.Module, args: Arguments, _: Named, output: Any) -> None:
+        forward, is_block = self.forward, self._observed[module]
+        if forward is None or forward.count == 0 or not args or output is None:
+            return
+        if forward.running and forward.thread != get_ident():
+            return
         # a head may be called behind the forward of its backbone, but blocks are then replayed
-        forward = self.forward if context is None and not is_block else context
-        if forward is None or forward.count == 0 or not args:
+        if is_block and not forward.running:
             return
         given, left = (tokens_of(args), tokens_of(output)) if is_block else (args[0], output)
         if not isinstance(given, Tensor) or not isinstance(left, Tensor):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy, image_batch
 from camkit.capture.attention import Attention
-from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules, is_whole_block, way_out
 from camkit.capture.intercept import taps_suspended
 from camkit.capture.session import (
@@ -19,6 +18,7 @@ from camkit.capture.session import (
     AttentionCall,
     ForwardContext,
     ForwardSession,
+    Hooks,
     Named,
     Subscriber,
 )
@@ -201,7 +201,6 @@ class Editor(Subscriber[EditedForward]):
         self.rgb: RGB | None = None
         self.labels: Labels | None = None
         self.attention_modules = {name: held[name] for name in chosen}
-        self.observed = {}
         self.weighs_keys = isinstance(edit, KeyEdit)
         self.normaliser = not self.weighs_keys  # edits of outputs read columns
         self._host = host
@@ -294,6 +293,7 @@ class Editor(Subscriber[EditedForward]):
         self, call: AttentionCall[EditedForward], output: Tensor, attention: Attention
     ) -> Tensor:
         _check_readable(call, attention)
+        call.maps += 1
         call.attention = attention
         return output
 
