@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from camkit.capture.layers import Layers
 from camkit.capture.record import scores_of
 from camkit.errors import CaptureError
-from camkit.seeds.token_gradients import WEIGHTED, principal_component
+from camkit.seeds.token_gradients import principal_component, weight_tokens
 
 Target: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -236,8 +236,7 @@ class CAM:
             return _scaled(torch.stack(maps).mean(0))
 
     def _map(self, tokens: Tensor, gradient: Tensor, eigen_smooth: bool) -> Float[Tensor, "b n"]:
-        powers = (gradient, gradient.square(), gradient.pow(3))
-        weighted = WEIGHTED[self.weighting](tokens, powers)
+        weighted = weight_tokens(self.weighting, tokens, gradient[None])
         return principal_component(weighted) if eigen_smooth else weighted.sum(-1)
 
     def _places(self, output: Tensor, image: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:

@@ -275,9 +275,7 @@ def test_shapes_written_to_a_relative_folder_stay_readable(tmp_path, monkeypatch
 def test_an_unknown_layout_says_what_is_known_and_what_was_found(tmp_path):
     (tmp_path / "VOC2012").mkdir()
     _write(tmp_path / "readme.txt", "")
-    with pytest.raises(
-        DataError, match=r"\(VOC\), or images/ .* found VOC2012/, readme\.txt; name"
-    ):
+    with pytest.raises(DataError, match=r"\(VOC\), or images/ .* got VOC2012/, readme\.txt; name"):
         open_dataset(tmp_path)
 
 

@@ -14,10 +14,8 @@ from camkit.bench.protocol import (
 )
 from camkit.bench.quality import (
     MeanQuality as MeanQuality,
-    Picked as Picked,
     Quality as Quality,
     QualityScores as QualityScores,
-    SuppressionChoice as SuppressionChoice,
 )
 from camkit.bench.results import (
     Comparison as Comparison,

@@ -84,7 +84,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         oracle_threshold: allow the splits to share images; the report is then marked ORACLE.
         cache: file that keeps measurements, image by image, under a hash of weights, files,
             settings and code: a killed run continues, and a changed variant costs only itself.
-        outlines: also measure boundary IoU (`camkit.score.boundary_overlap`), at the same
+        outlines: also measure boundary IoU (`camkit.score.boundary_confusion`), at the same
             background scores.
         quality: also measure how well the maps explain the classifier, by many forwards per image.
 

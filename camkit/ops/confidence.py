@@ -2,7 +2,8 @@
 
 The DOEI paper amplifies confident tokens and suppresses the others; its figure shows each row of an
 attention matrix split into two groups around two stars and changed by unequal amounts (Zhu et al.
-2025, https://arxiv.org/abs/2502.15885). Neither gives a rule; these are interpretations, and their defaults are our choice.
+2025, https://arxiv.org/abs/2502.15885). Neither gives a rule; these are interpretations, and their
+defaults are our choice.
 
 A rule gives flat rows confidence 0, except `TopShare`, and no gradient flows through it.
 """

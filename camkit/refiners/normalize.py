@@ -29,11 +29,7 @@ def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max") -> Cam:
 
 @dataclass(frozen=True)
 class Normalize:
-    """`normalize_cam` as a refiner.
-
-    Attributes:
-        mode: as in `normalize_cam`.
-    """
+    """`normalize_cam` as a refiner."""
 
     mode: Literal["max", "minmax"] = "max"
 
@@ -51,9 +47,9 @@ class Normalize:
 class Amplify:
     """Raise the confident scores of each class map and lower the others, at a constant sum.
 
-    What DOEI does to class-to-patch interactions (`camkit.edits.PatchDecoupling`), applied to maps.
-    The smooth rules keep the order of scores within a map, so they matter where classes compete or
-    the background score is fixed.
+    The rule of DOEI for class-to-patch interactions (`camkit.edits.PatchDecoupling`), applied to
+    maps. The smooth rules keep the order of scores within a map, so they matter where classes
+    compete or the background score is fixed.
 
     Attributes:
         strength: how far scores are raised and lowered, in [0, 1); 0 changes nothing.

@@ -1,10 +1,7 @@
 """Scores against true masks: confusion matrices, mean IoU, sweeps and significance of a gain."""
 
 from camkit.score.bootstrap import Gain as Gain, holm as holm, paired_gain as paired_gain
-from camkit.score.boundary import (
-    boundary_confusion as boundary_confusion,
-    boundary_overlap as boundary_overlap,
-)
+from camkit.score.boundary import boundary_confusion as boundary_confusion
 from camkit.score.boxes import (
     BoxAccuracy as BoxAccuracy,
     box_accuracy as box_accuracy,

@@ -8,41 +8,8 @@ import torch
 from jaxtyping import Int, Integer, UInt8
 from torch import Tensor
 
-from camkit.score.confusion import Overlap, checked_mask
+from camkit.score.confusion import checked_mask
 from camkit.tensors import IGNORE
-
-
-def boundary_overlap(
-    truth: Integer[Tensor, "H W"],
-    predicted: Integer[Tensor, "H W"],
-    *,
-    num_classes: int,
-    width: float = 0.02,
-) -> Overlap:
-    """Count one image's pixels near the outline of each class: hit, true and predicted.
-
-    Boundary IoU (Cheng et al. 2021): only the pixels of a class count that lie within a band
-    inside its outline, in the truth and in the prediction, each with its own outline. The edge of
-    the image is an outline too. These steps are the paper's; it measures single objects, we treat
-    all pixels of a class as one object, the background included.
-
-    The class of an ignored pixel is unknown, and so is the outline there. Our choice: before bands
-    are drawn, ignored pixels take the value of the nearest counted pixel, in both masks, and are
-    then left out. So the prediction there does not matter, and the ignored line around the objects
-    of VOC is not an outline. A predicted 255 is background elsewhere.
-
-    Args:
-        truth: values below ``num_classes``, or 255.
-        predicted: the same.
-        num_classes: number of classes, the background included.
-        width: width of the band, as a share of the diagonal of the image; the paper's 2 % are
-            at least one pixel.
-
-    Returns:
-        int64 counts of each class; add those of all images before taking an IoU.
-    """
-    hit, true, claimed, _ = _counts(truth, predicted, num_classes, width)
-    return Overlap(hit, true, claimed)
 
 
 def boundary_confusion(
@@ -52,29 +19,31 @@ def boundary_confusion(
     num_classes: int,
     width: float = 0.02,
 ) -> Int[Tensor, "d d"]:
-    """Write `boundary_overlap` as a matrix that `mean_iou` and `paired_gain` take.
+    """Count one image's pixels near the outline of each class, as a confusion matrix.
 
-    A last class "no outline" is added, so that the row sums do not depend on the prediction: a
-    band is hit by its own class or missed, and a band that is wrongly predicted was no outline of
-    that class. Leave it out of means: ``mean_iou(matrices.sum(0), classes=range(num_classes))``.
-    The arguments are those of `boundary_overlap`.
+    Boundary IoU (Cheng et al. 2021): only the pixels of a class within a band inside its outline
+    count, in the truth and in the prediction, each with its own outline. The edge of the image is
+    an outline too. Ours: all pixels of a class are one object, the background included. Before
+    bands are drawn, ignored pixels take the value of the nearest counted pixel, in both masks, and
+    are then left out, so the ignored line around the objects of VOC is not an outline. A predicted
+    255 is background elsewhere.
+
+    Args:
+        truth: values below ``num_classes``, or 255.
+        predicted: the same.
+        num_classes: number of classes, the background included.
+        width: width of the band, as a share of the diagonal of the image; the paper's 2 % are
+            at least one pixel.
 
     Returns:
-        int64 counts; row = truth, column = prediction.
+        int64 counts; row = truth, column = prediction. The last class is "no outline", so that row
+        sums do not depend on the prediction: a band that is wrongly predicted was no outline of
+        that class. Leave it out of means: ``mean_iou(matrix, classes=range(num_classes))``.
+
+    Raises:
+        ValueError: the masks differ in size or hold a value that is not a class, or the width is
+            out of range.
     """
-    hit, true, claimed, counted = _counts(truth, predicted, num_classes, width)
-    confusion = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
-    confusion.diagonal()[:-1] = hit
-    confusion[:-1, -1] = true - hit
-    confusion[-1, :-1] = claimed - hit
-    confusion[-1, -1] = counted - (claimed - hit).sum()
-    return confusion
-
-
-def _counts(
-    truth: Tensor, predicted: Tensor, num_classes: int, width: float
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Count the hit, true and predicted pixels of each class, and all that are not ignored."""
     if not 0.0 < width <= 1.0:
         raise ValueError(
             f"`width` must be a share of the image diagonal in (0, 1], got {width}; 0.02 is usual"
@@ -84,10 +53,10 @@ def _counts(
             f"`truth` and `predicted` must have one size, got {truth.shape[0]}x{truth.shape[1]} "
             f"and {predicted.shape[0]}x{predicted.shape[1]}; resize the prediction"
         )
+    confusion = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
     counted = (truth != IGNORE).cpu().numpy()
     if not counted.any():
-        nothing = torch.zeros(num_classes, dtype=torch.int64)
-        return nothing, nothing, nothing, 0
+        return confusion
     pixels = max(1, round(width * math.hypot(*counted.shape)))
     classes, bands = [], []
     for name, mask in (("truth", truth), ("predicted", predicted)):
@@ -99,7 +68,11 @@ def _counts(
         torch.from_numpy(np.bincount(values[chosen], minlength=num_classes))
         for values, chosen in zip([classes[0], *classes], [agreed, *bands], strict=True)
     )
-    return hit, true, claimed, int(counted.sum())
+    confusion.diagonal()[:-1] = hit
+    confusion[:-1, -1] = true - hit
+    confusion[-1, :-1] = claimed - hit
+    confusion[-1, -1] = int(counted.sum()) - (claimed - hit).sum()
+    return confusion
 
 
 def _band(classes: UInt8[np.ndarray, "H W"], pixels: int) -> np.ndarray:

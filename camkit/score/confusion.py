@@ -20,10 +20,9 @@ def confusion_matrix(
 ) -> Int[Tensor, "c c"]:
     """Count the pixels of each true class by the class predicted there.
 
-    Pixels whose truth is 255 are left out. A predicted 255 counts as background, because no class
-    was predicted there; leaving it out would reward a mask for ignoring what is hard. So a missed
-    object pixel lowers the IoU of its class and of the background alike, and the ignore band of
-    `to_mask` changes no score. Add the matrices of all images before taking an IoU.
+    Pixels whose truth is 255 are left out. A predicted 255 counts as background, as leaving it out
+    would reward a mask for ignoring hard pixels. Add the matrices of all images before taking an
+    IoU.
 
     Args:
         truth: values below ``num_classes``, or 255.
@@ -52,16 +51,9 @@ def confusion_matrix(
 def checked_mask(
     mask: Integer[Tensor, "*b H W"], *, num_classes: int, name: str, ignored: int
 ) -> Int[Tensor, "*b H W"]:
-    """Check a mask and replace 255 by ``ignored``.
+    """Check that a mask holds classes or 255, and replace 255 by ``ignored``.
 
-    Args:
-        mask: values below ``num_classes``, or 255.
-        num_classes: number of classes, the background included.
-        name: the name of the mask in an error.
-        ignored: the value that replaces 255.
-
-    Returns:
-        The mask in int64.
+    ``name`` is the name of the mask in an error.
     """
     if not 1 <= num_classes <= IGNORE:
         raise ValueError(f"`num_classes` must lie in 1 to {IGNORE}, got {num_classes}")
@@ -79,7 +71,7 @@ def checked_mask(
 
 @dataclass(frozen=True)
 class Overlap:
-    """Pixel counts of each class that an IoU is made of: hit, true and predicted."""
+    """Pixel counts of each class: correctly predicted, true, and predicted."""
 
     hit: Int[Tensor, "*n c"]
     true: Int[Tensor, "*n c"]
@@ -91,7 +83,6 @@ class Overlap:
         return cls(counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2))
 
     def class_iou(self) -> Float[Tensor, "*n c"]:
-        """Compute the IoU of each class, NaN where it is neither true nor predicted."""
         return self.hit.double() / (self.true + self.predicted - self.hit)
 
     def mean_iou(
@@ -120,13 +111,9 @@ class Overlap:
 
 
 def class_iou(confusion: Int[Tensor, "*n c c"]) -> Float[Tensor, "*n c"]:
-    """Compute the IoU of each class.
+    """Compute the IoU of each class, NaN for a class that is neither true nor predicted.
 
-    Args:
-        confusion: row = truth, column = prediction; leading axes are kept.
-
-    Returns:
-        float64 in [0, 1]; NaN for a class that is neither true nor predicted anywhere.
+    Leading axes of the confusion matrices (row = truth, column = prediction) are kept.
     """
     return Overlap.of(confusion).class_iou()
 
@@ -162,15 +149,8 @@ def mean_iou(
 class ClassScore:
     """Scores of one class in [0, 1]; NaN where the divisor is 0.
 
-    Attributes:
-        name: the name of the class.
-        iou: intersection over union.
-        precision: share of the predicted pixels that are true.
-        recall: share of the true pixels that are predicted.
-        false_positives: share of the union that is predicted and not true.
-        false_negatives: share of the union that is true and not predicted; with ``iou`` and
-            ``false_positives`` it adds up to 1, as the evaluators of PSA and SEAM report it.
-        pixels: number of true pixels.
+    ``false_positives`` and ``false_negatives`` are shares of the union, so they add up to 1 with
+    ``iou``, as the evaluators of PSA and SEAM report them. ``pixels`` counts the true pixels.
     """
 
     name: str
@@ -187,10 +167,7 @@ def class_scores(confusion: Int[Tensor, "c c"], names: Sequence[str]) -> tuple[C
 
     Args:
         confusion: row = truth, column = prediction, summed over a set.
-        names: the names of the classes, the background's first.
-
-    Raises:
-        ValueError: there is not one name for each class.
+        names: one name per class, the background's first.
     """
     if len(names) != len(confusion):
         raise ValueError(
