@@ -102,7 +102,7 @@ class LatticeCache {
 };
 
 LatticeCache& lattice_cache() {
-  static LatticeCache* const cache = new LatticeCache;  // not deleted: threads may outlive statics
+  static LatticeCache* const cache = new LatticeCache;  // not deleted: threads may outlive static objects
   return *cache;
 }
 
