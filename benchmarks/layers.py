@@ -1,4 +1,4 @@
-"""Layer tools on real photos: the lens by depth, fusions, the layer that agrees best.
+"""Layer tools on real photos: the lens by depth, fusions, the layer that agrees best, concepts.
 
     CAMKIT_DATA=folder python benchmarks/layers.py [--limit 24]
 
@@ -24,6 +24,7 @@ SEEDS = {
     ),
     "gradient": camkit.GradientSeed(),
     "gradient, last block": camkit.contrib.BlockSeed(camkit.GradientSeed(), (-1,)),
+    "concepts": camkit.contrib.CRAFTSeed(),
 }
 
 

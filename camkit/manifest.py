@@ -1,8 +1,13 @@
-"""Versions, machine and weights of a result, so that it can be reproduced."""
+"""What a result records: versions, machine and weights; and files written whole or not at all."""
 
 import hashlib
+import os
 import platform
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,3 +54,18 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Yield a draft path in the same folder, and rename the draft to ``path`` after the block.
+
+    If the block raises, the draft is deleted and ``path`` stays as it was.
+    """
+    # 50 characters are at most 200 bytes, and a file name may have 255
+    draft = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex}.part")
+    try:
+        yield draft
+        os.replace(draft, path)  # noqa: PTH105 - the rename is what makes it atomic
+    finally:
+        draft.unlink(missing_ok=True)

@@ -10,8 +10,8 @@ from jaxtyping import Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from camkit.atomic import unfinished
 from camkit.errors import DataError
+from camkit.manifest import unfinished
 from camkit.mask import voc_palette
 from camkit.tensors import IGNORE
 

@@ -11,13 +11,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from camkit.atomic import unfinished
 from camkit.capture.host import find_attention
 from camkit.capture.modes import borrowed
 from camkit.capture.record import Capture, required_by
 from camkit.edits.protocol import Edit, KeyEdit
 from camkit.errors import CamkitError
-from camkit.manifest import provenance
+from camkit.manifest import provenance, unfinished
 from camkit.mask import to_mask
 from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset
 from camkit.ops.images import resize_cam

@@ -15,7 +15,7 @@ class _Thread(local):
 
 
 THREAD = _Thread()
-"""Whether camkit itself runs the model in this thread (`measurement`); its hooks then do nothing."""
+"""Whether camkit itself runs the model in this thread; its hooks then do nothing."""
 
 
 @contextmanager

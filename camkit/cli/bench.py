@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from camkit.atomic import unfinished
 from camkit.bench import (
     Choice,
     Entry,
@@ -36,6 +35,7 @@ from camkit.cli.options import (
 )
 from camkit.data import open_dataset
 from camkit.errors import CamkitError
+from camkit.manifest import unfinished
 from camkit.method import CALIBRATED, REFINERS, Method, read_refiners
 from camkit.native.loader import named_cache
 

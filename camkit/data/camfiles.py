@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from torch import Tensor
 
-from camkit.atomic import unfinished
 from camkit.data.unpickling import unpickle
 from camkit.errors import DataError
+from camkit.manifest import unfinished
 from camkit.ops.images import resize_cam
 
 CamForm: TypeAlias = Literal[
