@@ -31,6 +31,7 @@ from small_runs import (
 )
 
 from camkit import Views, Vocabulary, load_photo, wrap
+from camkit.bulk.ledger import Journal
 from camkit.bulk.recipe import Recipe, Writing
 from camkit.bulk.running import Rank, rank_of, run
 from camkit.bulk.sources import DataSetPhotos, PhotoFolder
@@ -414,6 +415,26 @@ def test_ranks_are_those_of_torchrun():
 def test_settings_that_cannot_be_used_are_refused(make, reported):
     with pytest.raises(ValueError, match=reported):
         make()
+
+
+def test_an_interrupt_between_a_file_of_maps_and_the_journal_loses_nothing(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    recipe, photos = small_recipe(cams="parquet"), write_photos(tmp_path / "in", 8)
+    start(recipe, photos, tmp_path / "whole")
+    record, calls = Journal.record, []
+
+    def interrupted_once(journal, outcomes):
+        calls.append(outcomes)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        record(journal, outcomes)
+
+    monkeypatch.setattr(Journal, "record", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        start(recipe, photos, tmp_path / "out")
+    assert len(calls) == 2  # the run ends by recording what is finished
+    assert start(recipe, photos, tmp_path / "out").settled == 4
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 # The command

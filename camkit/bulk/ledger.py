@@ -343,10 +343,13 @@ class Ledger:
         ready = [self._open[number] for number in complete]
         if self._by_chunk:
             for chunk in ready:
-                results = [entry for entry in chunk.outcomes if isinstance(entry, ImageResult)]
-                failures = [entry for entry in chunk.outcomes if isinstance(entry, Failure)]
-                parts = write_part(results, self.folder, chunk.plan.part)
-                chunk.outcomes = [*parts, *failures]
+                # an interrupt before the journal leaves a chunk here whose file is already written
+                held = [
+                    x for x in chunk.outcomes if isinstance(x, ImageResult) and x.cam is not None
+                ]
+                others = [x for x in chunk.outcomes if isinstance(x, Failure) or x.cam is None]
+                parts = write_part(held, self.folder, chunk.plan.part)
+                chunk.outcomes = [*parts, *others]
         else:
             ready = list(self._open.values())
         recorded = [outcome for chunk in ready for outcome in chunk.outcomes]
