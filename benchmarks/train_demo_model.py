@@ -32,12 +32,11 @@ from torch import Tensor, nn
 from torchvision import transforms
 from tqdm import tqdm
 
-from camkit.atomic import unfinished
 from camkit.bench import Variant, run
 from camkit.cli.models import DEFAULT_MODEL, OpenedModel, data_folder, open_model
 from camkit.data import Sample, demo_model, open_dataset
 from camkit.data.embedded import DEMO_WEIGHTS, blank_model, round_rows
-from camkit.manifest import environment, weights_hash
+from camkit.manifest import environment, unfinished, weights_hash
 from camkit.method import CALIBRATED
 
 KEPT = (0, 1, 2, 3, 5, 6, 8, 9, 11)

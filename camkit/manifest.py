@@ -1,8 +1,13 @@
-"""Versions, machine and weights of a result, so that it can be reproduced."""
+"""What a result records: versions, machine and weights; and files written whole or not at all."""
 
 import hashlib
+import os
 import platform
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,11 +20,10 @@ _HASHES: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary(
 def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of the names, types, shapes and bytes of parameters and buffers.
 
-    The hash is cached until a tensor is replaced or written to. Torch's version counter misses
-    writes through ``tensor.data``, so sums are compared too.
+    The hash is cached until a tensor is replaced or written to.
     """
     state = {k: v for k, v in sorted(model.state_dict().items()) if isinstance(v, torch.Tensor)}
-    fingerprint = tuple(
+    fingerprint = tuple(  # the version misses writes through ``tensor.data``, the sum shows them
         (name, t.data_ptr(), t._version, float(t.detach().sum(dtype=torch.float64)))
         for name, t in state.items()
     )
@@ -37,7 +41,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def provenance(model: nn.Module) -> dict[str, Any]:
-    """Return the hash of a model's weights, versions and machine, JSON-ready."""
+    """Return the hash of a model's weights, and the `environment`; JSON-ready."""
     return {"weights_sha256": weights_hash(model), "environment": environment()}
 
 
@@ -50,3 +54,18 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """Yield a draft path in the same folder, and rename the draft to ``path`` after the block.
+
+    If the block raises, the draft is deleted and ``path`` stays as it was.
+    """
+    # 50 characters are at most 200 bytes, and a file name may have 255
+    draft = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex}.part")
+    try:
+        yield draft
+        os.replace(draft, path)  # noqa: PTH105 - the rename is what makes it atomic
+    finally:
+        draft.unlink(missing_ok=True)

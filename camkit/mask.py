@@ -8,11 +8,11 @@ from torch import Tensor
 
 from camkit.tensors import IGNORE, Cam, Classes
 
-_TOLERANCE = 1e-4  # what resizing and half precision may add to a normalised map
+_TOLERANCE = 1e-4  # resizing and half precision may move a normalised map out of [0, 1] by this
 
 
 def voc_palette() -> list[int]:
-    """Return the VOC colour map as PIL wants it: red, green, blue of 256 colours in one list.
+    """Return the VOC colour map for PIL: red, green, blue of 256 colours in one list.
 
     The bits of a class id are assigned in turn to red, green and blue, highest colour bit first.
 
@@ -38,9 +38,8 @@ def to_mask(
 
     With a constant background a class must beat ``background_score``; a tie goes to the
     background, a tie between classes to the first of them. With a power background it must beat
-    ``(1 - max) ** background_score``, the background plane of PSA and its followers. The strongest
-    class m beats that plane exactly where it beats the root of ``m = (1 - m) ** alpha``, so for a
-    mask both are one threshold, which `power_threshold` computes.
+    ``(1 - max) ** background_score``, the background plane of PSA and its followers, which for a
+    mask is a constant too (`power_threshold`).
 
     Args:
         cam: maps of the requested classes in [0, 1], already at image size.
@@ -93,13 +92,11 @@ def to_mask(
 def power_threshold(alpha: float) -> float:
     """Return the constant score that draws the same mask as the background ``(1 - max) ** alpha``.
 
-    It is the root of ``m = (1 - m) ** alpha``, between 0 and 1.
+    The strongest class m beats that background exactly where it beats the root of
+    ``m = (1 - m) ** alpha``; ``alpha`` must be above 0.
 
     >>> power_threshold(1.0)
     0.5
-
-    Raises:
-        ValueError: ``alpha`` is not above 0.
     """
     if not alpha > 0.0:
         raise ValueError(f"the exponent of a power background must be above 0, got {alpha}")
@@ -114,15 +111,7 @@ def power_threshold(alpha: float) -> float:
 
 
 def gate(cam: Cam, classes: Classes) -> Cam:
-    """Zero the maps of padded slots, so that they never win.
-
-    Args:
-        cam: maps of the requested classes.
-        classes: the classes of the maps, -1 where a slot is padding.
-
-    Returns:
-        The same maps, with zeros where ``classes`` is -1.
-    """
+    """Zero the maps of padded slots, where ``classes`` is -1, so that they never win."""
     if classes.shape != cam.shape[:2]:
         raise ValueError(
             f"`classes` must name the {cam.shape[1]} maps of each of {cam.shape[0]} images, "
@@ -133,21 +122,18 @@ def gate(cam: Cam, classes: Classes) -> Cam:
             f"`classes` must hold indices from 0, or -1 for padding, got {int(classes.min())}"
         )
     padding = classes < 0
-    # most images of a data set fill their slots, and copying every map takes longer than this test
+    # most images of a data set fill their slots, and copying all maps takes longer than this test
     return cam.masked_fill(padding[:, :, None, None], 0.0) if padding.any() else cam
 
 
 def strongest(
     cam: Cam, classes: Classes | None = None
 ) -> tuple[Float[Tensor, "b h w"], Int[Tensor, "b h w"]]:
-    """Find the score and the slot of each pixel's strongest class.
+    """Return the score and the slot, from 0, of each pixel's strongest class.
 
     Args:
         cam: maps of the requested classes in [0, 1].
         classes: the classes of the maps, -1 where a slot is padding; None if no slot is.
-
-    Returns:
-        Scores, and slots counted from 0.
     """
     if cam.shape[1] == 0:
         raise ValueError("`cam` must hold at least one class map, got none; pad with class -1")

@@ -1,8 +1,8 @@
-"""Method: all settings between a photo and its maps; presets, and methods in words."""
+"""Method: every setting between a photo and its mask; presets; methods written in words."""
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
 from types import NoneType, UnionType
@@ -77,16 +77,16 @@ DEFAULT_REFINE: tuple[Refiner, ...] = (
 class Method:
     """How class maps and masks are made: the settings of every stage.
 
-    The same `Method` serves one photo (`Pipeline(model, method)`), a benchmark (`bench.Variant`)
-    and a bulk run.
+    One `Method` serves a photo (`Pipeline(model, method)`), a benchmark (`bench.Variant`) and a
+    bulk run (`bulk.Recipe`).
 
     Attributes:
         seed: makes the first maps.
         edit: changes attention blocks while the model runs, and only then.
-        edit_blocks: the blocks to change, as in `camkit.attach`; the last three are what
-            docs/methods.md recommends for models that were not trained with the edit.
+        edit_blocks: the blocks to change, as in `camkit.attach`; docs/methods.md recommends the
+            last three for models that were not trained with the edit.
         views: other sizes and mirror images to read the seed from; None reads the photo as given,
-            which is also what refiners see.
+            as refiners always do.
         refine: refiners, applied in order.
         background_score: score that a class must exceed to own a pixel, in [0, 1].
     """
@@ -158,7 +158,7 @@ class Preset:
         depth: smallest number of attention blocks; edits were not tuned for shallower models.
         classifier: whether the seed reads the model's own classifier, and so cannot explain texts
             or custom scores.
-        also_requires: a second seed that the model must support, though the method does not use it.
+        also_requires: a seed that the model must support besides the seed of the method.
     """
 
     method: Method
@@ -169,12 +169,12 @@ class Preset:
     def supports(self, runner: ModelRunner, pixels: Pixels, rgb: RGB) -> bool:
         """Return whether a model supports this preset, by a trial on one batch.
 
-        The edit must be possible and the seeds readable. The edit must also leave the class scores
-        as they are: where patches are pooled, it would change what the classifier sees.
+        The edit must be possible and the seeds readable, and the edit must not change the class
+        scores: where patches are pooled, it would change the classifier's input.
 
         Args:
             runner: runs the model, without an edit.
-            pixels: ``(b, 3, H, W)`` as the model takes them, on any device.
+            pixels: ``(b, 3, H, W)``, normalised, on any device.
             rgb: the same pictures in [0, 1].
         """
         if len(find_attention(runner.model)) < self.depth:
@@ -215,7 +215,7 @@ CALIBRATED = Preset(
 patch."""
 
 GRADIENT = Preset(Method(seeds.GradientSeed(), background_score=0.55))
-"""For other models with a class token or a pooling query; it requires least of a model."""
+"""For other models with a class token or a pooling query; it demands least of a model."""
 
 POOLED = Preset(
     Method(seeds.ClassWeightSeed(), background_score=0.64),
@@ -226,19 +226,6 @@ POOLED = Preset(
 background score is that of the same seed on a class token."""
 
 PRESETS: tuple[Preset, ...] = (CALIBRATED, GRADIENT, POOLED)
-
-
-def first_supported(
-    presets: Sequence[Preset], runner: ModelRunner, pixels: Pixels, rgb: RGB
-) -> Preset:
-    """Return the first preset the model supports; the arguments are those of `Preset.supports`.
-
-    If it supports none, return the first that reads no classifier, whose errors explain why.
-    """
-    for preset in presets:
-        if preset.supports(runner, pixels, rgb):
-            return preset
-    return next(preset for preset in presets if not preset.classifier)
 
 
 def read_refiners(texts: Sequence[str], names: Names = PICTURE_REFINERS) -> tuple[Refiner, ...]:
@@ -253,10 +240,10 @@ def read_refiners(texts: Sequence[str], names: Names = PICTURE_REFINERS) -> tupl
         ValueError: a name, a setting or a value does not exist.
     """
     chain: list[Refiner] = []
-    for step in (step for text in texts for step in re.split(r"\+(?=\D)", text)):  # 1e+3 is one
-        kind, settings = _read_spec(step, names, "refiner", reduced=float)
+    for step in (step for text in texts for step in re.split(r"\+(?=\D)", text)):  # not in 1e+3
+        build_step, settings = _read_spec(step, names, "refiner", reduced=float)
         scale = settings.pop("reduced", None)
-        refiner = kind(**settings) if isinstance(kind, type) else kind
+        refiner = build_step(**settings)
         chain.append(refiner if scale is None else refiners.AtReducedSize(refiner, scale=scale))
     return tuple(chain)
 
@@ -273,8 +260,8 @@ def build(text: str, names: Names, what: str) -> Any:
     Raises:
         ValueError: a name, a setting or a value does not exist.
     """
-    kind, settings = _read_spec(text, names, what)
-    return kind(**settings) if isinstance(kind, type) else kind
+    build_object, settings = _read_spec(text, names, what)
+    return build_object(**settings)
 
 
 def settings_of(kind: Any) -> dict[str, Any]:
@@ -299,8 +286,10 @@ def _read_edit(text: str) -> Any:
     return build(text, EDITS, "edit")
 
 
-def _read_spec(text: str, names: Names, what: str, **extra: type) -> tuple[Any, dict[str, Any]]:
-    """Return the class (or function) that a text names, and its settings with the extra ones."""
+def _read_spec(
+    text: str, names: Names, what: str, **extra: type
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return a factory of the object that a text names, and the settings in the text."""
     name, _, written = text.strip().partition(":")
     kind: Any = names.get(name)
     if kind is None and "." in name:
@@ -326,7 +315,7 @@ def _read_spec(text: str, names: Names, what: str, **extra: type) -> tuple[Any, 
                 f"{text}: {part.strip()!r} is no setting of {name}; its settings are {listed}"
             )
         settings[key] = _read_value(value, known[key], text, key)
-    return kind, settings
+    return kind if isinstance(kind, type) else (lambda: kind), settings
 
 
 _PLAIN = (NoneType, bool, int, float, str)  # in the order in which a union tries them

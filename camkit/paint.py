@@ -10,8 +10,8 @@ from jaxtyping import Float, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from camkit.atomic import unfinished
 from camkit.errors import DataError
+from camkit.manifest import unfinished
 from camkit.mask import voc_palette
 from camkit.tensors import IGNORE
 
@@ -24,20 +24,16 @@ _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _FULLY_PAINTED = 0.6  # from this evidence on, the paint has its full opacity
 _LIGHT_GREY = (224, 224, 224)
 _PAPER, _INK, _FAINT_INK = (248, 248, 246), (34, 34, 34), (96, 96, 96)
-_GAP, _MARGIN = 10, 20
+_GAP, _MARGIN = 10, 20  # pixels
 
 
 def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: str | Path) -> None:
     """Write a mask as a PNG whose pixel values are the ids, in the colours of PASCAL VOC.
 
-    The write is atomic: the file is written under another name and then renamed.
-
-    Args:
-        mask: ids in 0..255.
-        path: must end in ``.png``, and its folder must exist.
+    The write is atomic.
 
     Raises:
-        ValueError: the mask has other ids, or the path another ending.
+        ValueError: the mask has ids outside of 0..255, or ``path`` does not end in ``.png``.
         DataError: the folder does not exist.
     """
     path = Path(path)
@@ -70,9 +66,6 @@ def overlay_mask(
         mask: ids at photo size; 0 stays clear, 255 becomes light grey.
         opacity: of the colours, in [0, 1]; 0.55 keeps texture visible under the darkest of them.
 
-    Returns:
-        The painted photo.
-
     Raises:
         ValueError: the sizes differ, or a value is out of range.
     """
@@ -102,10 +95,7 @@ def overlay_cam(
         rgb: the photo.
         cam: evidence in [0, 1] at photo size.
         opacity: of evidence above 0.6, in [0, 1]; weaker evidence is more transparent, and zero
-            evidence leaves the photo as it is. At 0.5 paint and photo are equally visible.
-
-    Returns:
-        The painted photo.
+            evidence leaves the photo as it is.
 
     Raises:
         ValueError: the sizes differ, or a value is out of range.
@@ -141,12 +131,8 @@ def contact_sheet(
         captions: one for each row, written above it; or none.
         cell: width of a cell in pixels and its greatest height; 260 puts five columns on a screen.
 
-    Returns:
-        The sheet.
-
     Raises:
-        ValueError: the numbers of rows, titles and captions do not match, or cells are below 32
-            pixels.
+        ValueError: rows, titles and captions do not match, or cells are below 32 pixels.
     """
     _check_table(rows, titles, captions, cell)
     fitted = [[_fit(picture, cell) for picture in row] for row in rows]

@@ -17,10 +17,8 @@ from PIL import Image, ImageOps
 from camkit.errors import DataError
 from camkit.tensors import RGB, Pixels
 
-# The exceptions that PIL raises for a broken file, depending on where it breaks.
+# PIL's exceptions for a broken file, depending on where it breaks
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
-_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class PhotoSettings:
-    """How photos are prepared for a model; the settings are those of `load_photo`."""
+    """Settings of `load_photo`, to prepare photos for a model."""
 
     size: int | tuple[int, int] = 384
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -51,9 +49,7 @@ class PhotoSettings:
 
     def load(self, path: str | Path) -> Photo:
         """Read one photo from a file, as `load_photo` does."""
-        return load_photo(
-            path, size=self.size, mean=self.mean, std=self.std, multiple=self.multiple
-        )
+        return load_photo(path, **vars(self))
 
 
 def load_photo(
@@ -66,16 +62,16 @@ def load_photo(
 ) -> Photo:
     """Read an image file for a model.
 
-    The picture is rotated upright, put over white where it is transparent, and resized by PIL's
-    antialiased bicubic filter, which timm evaluates with and which cannot overshoot [0, 1].
+    The picture is rotated upright, put on white where it is transparent, and resized by PIL's
+    antialiased bicubic filter, as timm does for evaluation.
 
     Args:
         path: an image in any format that PIL reads, 8 or 16 bits per channel.
         size: the long side, aspect kept and both sides rounded to ``multiple``; or exact rows and
             columns; or None for the original size rounded to ``multiple``. 384 keeps small objects
             a few patches wide and is what most ViTs were fine-tuned at.
-        mean: is subtracted from the colours, one number or three; 0.5 is the value that the
-            augreg and other "inception"-normalised checkpoints were trained with.
+        mean: subtracted from the colours, one number or three; 0.5 is the value of the augreg and
+            other "inception"-normalised checkpoints.
         std: divides the difference, one number or three.
         multiple: the patch size of the model, or any multiple of it.
 
@@ -84,7 +80,7 @@ def load_photo(
 
     Raises:
         DataError: the file is missing or cannot be decoded.
-        ValueError: a setting cannot be used.
+        ValueError: a setting is out of range.
     """
     path, rgb = Path(path), read_picture(path)
     photo = photo_from_array(rgb, size=size, mean=mean, std=std, multiple=multiple)
@@ -92,10 +88,9 @@ def load_photo(
 
 
 def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
-    """Read an image file as colours in 0..255 at its own size, upright, over white.
+    """Read an image file as colours in 0..255 at its own size; errors are those of `decode`.
 
-    Raises:
-        DataError: the file is missing or cannot be decoded.
+    The picture is upright, and on white where it is transparent.
     """
     path = Path(path)
     image = decode(path)
@@ -106,11 +101,7 @@ def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
 def picture_from_file(
     file: BufferedReader | BytesIO, name: str | Path
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Read an open image file as `read_picture` does; errors call it ``name``.
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
+    """Read an open image file as `read_picture` does; errors call it ``name``."""
     with _decoding_errors(name), Image.open(file) as image:
         image.load()
         return _upright_rgb(image)
@@ -129,7 +120,7 @@ def photo_from_array(
     Red comes first (OpenCV reads blue first). The settings are those of `load_photo`.
 
     Raises:
-        ValueError: the array is not a colour picture, or a setting cannot be used.
+        ValueError: the array is not a colour picture, or a setting is out of range.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.size == 0:
         raise ValueError(
@@ -153,8 +144,7 @@ def decode(path: Path) -> Image.Image:
     """Read an image file as it is stored, without rotation or change of mode.
 
     Raises:
-        DataError: the file is missing, a folder, broken, of an unknown format, or suspiciously
-            large.
+        DataError: the file is missing, a folder, broken, of an unknown format, or too large.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
@@ -174,7 +164,7 @@ def _decoding_errors(path: str | Path) -> Iterator[None]:
             warnings.simplefilter("ignore")  # odd metadata does not matter to the pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
-    except _BOMB as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"{path} holds more than the {Image.MAX_IMAGE_PIXELS} pixels PIL trusts; reduce it, "
             "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust its source"
@@ -188,7 +178,7 @@ def _decoding_errors(path: str | Path) -> Iterator[None]:
 
 def _upright_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     image = ImageOps.exif_transpose(image)
-    if image.mode in _SIXTEEN_BIT:
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
         levels = np.asarray(image).astype(np.int64)  # PIL's own conversion clips at 255
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError(f"values {levels.min()} to {levels.max()}, expected 0 to 65535")

@@ -1,4 +1,4 @@
-"""wrap(model): a photo goes in; seed, refined maps, mask and class scores come out."""
+"""From a photo to a mask: `wrap` makes a `Pipeline`, and `Pipeline.stages` shows every step."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,15 +11,14 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from camkit.atomic import unfinished
 from camkit.capture.host import find_attention
 from camkit.capture.modes import borrowed
 from camkit.capture.record import Capture, required_by
 from camkit.edits.protocol import Edit, KeyEdit
 from camkit.errors import CamkitError
-from camkit.manifest import provenance
+from camkit.manifest import provenance, unfinished
 from camkit.mask import to_mask
-from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset, first_supported
+from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset
 from camkit.ops.images import resize_cam
 from camkit.paint import overlay_mask, save_mask, save_picture
 from camkit.photo import Photo, read_picture
@@ -59,19 +58,19 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
         seed: makes the first maps. Without seed and edit, the pipeline takes both from the first of
             `camkit.method.PRESETS` that the model supports: `CALIBRATED`, `GRADIENT` or `POOLED`.
             With an edit alone, the seed is `GradientSeed`.
-        edit: see `Method`, as for the next four.
-        edit_blocks: which attention blocks to edit.
+        edit: see `Method`, also for `edit_blocks`, `views` and `refine`.
+        edit_blocks: the attention blocks to edit.
         views: other sizes and mirror images to read the seed from.
         refine: refiners, applied in order.
-        background_score: score that a class must exceed to own a pixel, in [0, 1]; None takes that
-            of the preset, or 0.55 with a seed or edit of your own.
+        background_score: score that a class must exceed to own a pixel, in [0, 1]; None takes the
+            score of the preset, or 0.55 with a seed or edit of your own.
         vocabulary: class names, and the classifier outputs behind each; without it, classes are
             output indices.
         scores: computes ``(b, classes)`` scores from the model's output, as in `camkit.watch`.
 
     Raises:
         UnsupportedModelError: the model has no attention.
-        ValueError: the background score lies outside [0, 1].
+        ValueError: ``background_score`` is outside [0, 1].
     """
     shared: dict[str, Any] = {"views": views, "refine": tuple(refine)}
     if background_score is not None:
@@ -91,10 +90,10 @@ class Pipeline:
 
     Args:
         model: a Vision Transformer; its weights, hooks, modes and gradients stay as they are.
-        method: how maps are made; or presets, of which the first that the model supports is used.
-            Presets are tried on the first photo.
-        vocabulary: class names, and the classifier outputs behind each.
-        scores: computes ``(b, classes)`` scores from the model's output.
+        method: how maps are made; or presets, which are tried on the first photo: the pipeline uses
+            the first that the model supports.
+        vocabulary: see `wrap`.
+        scores: see `wrap`.
 
     Raises:
         UnsupportedModelError: the model has no attention.
@@ -147,17 +146,13 @@ class Pipeline:
         )
 
     def stages(self, pixels: Pixels, *, rgb: RGB, classes: ClassRequest = None) -> "Stages":
-        """Compute the maps of a batch.
+        """Compute the maps of a batch; raises the errors of `__call__`.
 
         Args:
             pixels: normalised images of one size.
             rgb: the same pictures in [0, 1].
             classes: classes of each image, padded with -1, or any other form that
                 `camkit.seeds.read_targets` takes; None takes the most probable class of each.
-
-        Raises:
-            ValueError: a class is unknown, or the size does not fit the model's patches.
-            UnsupportedModelError: the model's attention cannot be read.
         """
         # 1. The classes, checked before the model runs. Texts bring their own names and scores.
         vocabulary, scores = self.vocabulary, self.scores
@@ -179,7 +174,7 @@ class Pipeline:
 
         # 2. The method. The model's classifier cannot explain texts and custom scores.
         if len(self._presets) > 1 and (scores is not self.scores or targets.functions):
-            method = next(preset.method for preset in self._presets if not preset.classifier)
+            method = self._without_classifier()
         else:
             method = self.decide(pixels, rgb)
         seed = with_targets(method.seed, targets)
@@ -233,24 +228,23 @@ class Pipeline:
     def decide(self, pixels: Pixels, rgb: RGB) -> Method:
         """Return the method for this model; the first call decides it, by trying the presets.
 
-        Args:
-            pixels: normalised images of one size.
-            rgb: the same pictures in [0, 1].
+        The arguments are those of `stages`.
         """
         if self._method is None:
             runner = ModelRunner(self.model, vocabulary=self.vocabulary, scores=self.scores)
             if self.scores is None:  # otherwise `scores` may depend on the batch size
                 pixels, rgb = pixels[:1], rgb[:1]
-            self._method = first_supported(self._presets, runner, pixels, rgb).method
+            supported = (p.method for p in self._presets if p.supports(runner, pixels, rgb))
+            # if the model supports none, the errors of the least demanding preset explain why
+            self._method = next(supported, None) or self._without_classifier()
         return self._method
+
+    def _without_classifier(self) -> Method:
+        return next(preset.method for preset in self._presets if not preset.classifier)
 
     @property
     def method(self) -> Method:
-        """The method in use.
-
-        Raises:
-            CamkitError: it is decided at the first photo.
-        """
+        """The method in use; raises `CamkitError` until the first photo has decided it."""
         if self._method is None:
             raise CamkitError(
                 "the method is decided at the first photo; call the pipeline on a photo first, or "
@@ -260,22 +254,19 @@ class Pipeline:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting, versions and the hash of the weights, JSON-ready; see `method`."""
+        """Every setting, versions and the hash of the weights, JSON-ready; raises like `method`."""
         return self._settings(self.method)
 
     def _settings(self, method: Method) -> dict[str, Any]:
-        model = {"model": type(self.model).__name__}
-        return method.settings() | model | provenance(self.model)
+        return method.settings() | {"model": type(self.model).__name__} | provenance(self.model)
 
     def __repr__(self) -> str:
         name = type(self.model).__name__
         if self._method is not None:
             return f"Pipeline({name}, {self._method})"
-        candidates = "\n  ".join(repr(preset.method) for preset in self._presets)
-        return (
-            f"Pipeline({name}, method decided at the first photo: the first of these that the "
-            f"model supports\n  {candidates})"
-        )
+        candidates = "".join(f"\n  {preset.method!r}" for preset in self._presets)
+        choice = "method decided at the first photo: the first of these that the model supports"
+        return f"Pipeline({name}, {choice}{candidates})"
 
 
 @dataclass(frozen=True)
@@ -307,7 +298,7 @@ class Result:
 
     Attributes:
         photo: the photo that was segmented.
-        classes: vocabulary indices of the K classes.
+        classes: indices of the K classes.
         names: their names.
         seed: the first maps, on the patch grid, in [0, 1].
         cam: the refined maps at the photo's own size, in [0, 1].
@@ -328,7 +319,7 @@ class Result:
     settings: dict[str, Any]
 
     def picture(self) -> UInt8[np.ndarray, "H W 3"]:
-        """Return the photo at its own size, read again from its file if it has one."""
+        """Return the photo at its own size, read from its file if it has one."""
         if self.photo.path is not None:
             return read_picture(self.photo.path)
         colours = resize_cam(self.photo.rgb, self.photo.size)[0].clamp(0, 1)
@@ -372,9 +363,7 @@ class Result:
 
 
 def mask_legend(classes: tuple[int, ...], names: tuple[str, ...], known: int) -> dict[int, str]:
-    """Return the name of each mask value.
-
-    Values are class + 1 if all known classes fit in a byte, else slot + 1.
+    """Return the name of each mask value: class + 1 if `fits_a_byte`, else slot + 1.
 
     >>> mask_legend((281, 207), ("tabby", "golden retriever"), 1000)
     {1: 'tabby', 2: 'golden retriever'}
@@ -384,5 +373,5 @@ def mask_legend(classes: tuple[int, ...], names: tuple[str, ...], known: int) ->
 
 
 def fits_a_byte(known: int) -> bool:
-    """Return whether class + 1 of every known class stays below 255, the value that is ignored."""
+    """Return whether class + 1 of every known class is below 255, the value that is ignored."""
     return known <= 254

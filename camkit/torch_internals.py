@@ -3,6 +3,10 @@
 A release of torch may rename or change these parts without notice. Each is looked up here, and only
 used if it still has the form camkit knows; otherwise camkit gets the same values from public
 functions, more slowly or without an optimisation.
+
+The functions about attention take ``q``, ``k``, ``v`` as ``(b, a, t, d)``, ``mask`` as the
+``attn_mask`` of scaled_dot_product_attention, and ``options``: ``dropout_p``, ``is_causal``,
+``scale`` and, if given, ``enable_gqa``.
 """
 
 import sys
@@ -26,7 +30,7 @@ _CUDA_KERNELS = {
 KERNELS = (CPU_KERNEL, *_CUDA_KERNELS.values())
 _CHOICE, _CPU_BACKWARD = "_fused_sdp_choice", f"{CPU_KERNEL}_backward"
 _OPTIONS = ("dropout_p", "is_causal", "scale")
-_MASKED = ("attn_bias", "compute_log_sumexp", "dropout_p", "is_causal", "scale")
+_MASKED = ("attn_bias", "compute_log_sumexp", *_OPTIONS)
 _ARGUMENTS = {  # behind query, key and value, in order
     _CHOICE: ("attn_mask", *_OPTIONS),
     _CPU_BACKWARD: ("out", "logsumexp", "dropout_p", "is_causal", "attn_mask", "scale"),
@@ -55,15 +59,7 @@ def _operator(name: str) -> Callable[..., Any] | None:
 def chosen_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> str | None:
-    """Name the kernel scaled_dot_product_attention would run, if it can return its normaliser.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        mask: as ``attn_mask``.
-        options: ``dropout_p``, ``is_causal``, ``scale`` and, if given, ``enable_gqa``.
-    """
+    """Name the kernel scaled_dot_product_attention would run, if it can return its normaliser."""
     device, choose = q.device.type, _operator(_CHOICE)
     plain = q.dim() == 4 and not options.get("enable_gqa") and device in ("cpu", "cuda")
     if choose is None or not plain or torch.is_autocast_enabled(device):
@@ -85,13 +81,6 @@ def call_with_normaliser(
 ) -> tuple[Tensor, Tensor] | None:
     """Run the kernel scaled_dot_product_attention would run, by name.
 
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        mask: as ``attn_mask``.
-        options: as in `chosen_kernel`.
-
     Returns:
         The same bits as scaled_dot_product_attention, ``(b, a, t, e)``, and the normaliser
         ``(b, a, t)``; None if no such kernel would run.
@@ -112,12 +101,9 @@ def call_with_normaliser(
 def kernel_options(
     name: str, args: Iterable[Any], kwargs: dict[str, Any]
 ) -> tuple[Tensor | None, bool, float | None]:
-    """Read the mask, causality and scale of a call of a kernel.
+    """Read the mask, causality and scale of a call of one of `KERNELS`.
 
-    Args:
-        name: one of `KERNELS`.
-        args: positional arguments behind query, key and value.
-        kwargs: arguments by name.
+    ``args`` are the positional arguments behind query, key and value.
     """
     given = dict(zip(_ARGUMENTS[name], args, strict=False)) | kwargs
     mask = given.get("attn_mask", given.get("attn_bias"))
@@ -138,16 +124,17 @@ def cpu_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Run the backward of the CPU kernel.
 
+    Kernels of other devices need values that only their own forward stores.
+
     Args:
         gradient: at the output.
         heads: queries, keys and values.
         forward: output and normaliser.
-        mask: as ``attn_mask``.
+        mask: as in the forward.
         scale: factor on the dot products.
 
     Returns:
-        Gradients at queries, keys and values; None if torch would run another kernel. Kernels of
-        other devices need values that only their own forward stores.
+        Gradients at queries, keys and values; None if torch would run another kernel.
     """
     backward = _operator(_CPU_BACKWARD)
     options = {"dropout_p": 0.0, "is_causal": False, "scale": scale}
@@ -202,21 +189,17 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 def count_hooks(module: nn.Module) -> int:
     """Count the forward hooks and forward pre-hooks of a module and all modules in it."""
-    return sum(_hooks_of(part) for part in module.modules())
-
-
-def _hooks_of(module: nn.Module) -> int:
-    try:
-        return len(module._forward_hooks) + len(module._forward_pre_hooks)
-    except AttributeError:
-        pass
     count = 0
-    for register in (module.register_forward_hook, module.register_forward_pre_hook):
-        handle = register(lambda *_: None)
-        # refers to the dictionary of all hooks of this kind; if it is gone, assume there is a hook
-        hooks = getattr(handle, "hooks_dict_ref", lambda: ("unknown",))()
-        handle.remove()
-        count += len(hooks or ())
+    for part in module.modules():
+        try:
+            count += len(part._forward_hooks) + len(part._forward_pre_hooks)
+        except AttributeError:
+            for register in (part.register_forward_hook, part.register_forward_pre_hook):
+                handle = register(lambda *_: None)
+                # refers to the dictionary of all hooks of this kind; without it, assume a hook
+                hooks = getattr(handle, "hooks_dict_ref", lambda: ("unknown",))()
+                handle.remove()
+                count += len(hooks or ())
     return count
 
 

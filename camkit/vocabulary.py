@@ -1,4 +1,4 @@
-"""Class names, and the classifier outputs that belong to each."""
+"""Class names and the classifier outputs that belong to each class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,11 +45,9 @@ class Vocabulary:
         return len(self.names)
 
     def index(self, name_or_index: str | int) -> int:
-        """Return the index of a class.
+        """Return the index of a class, given by index, name, or one of its synonyms in any case.
 
-        Args:
-            name_or_index: an index, a whole name, or one of the synonyms within a name, in upper or
-                lower case. A whole name takes precedence over another class's synonym.
+        A whole name takes precedence over another class's synonym.
         """
         if isinstance(name_or_index, int):
             if not 0 <= name_or_index < len(self):
@@ -77,8 +75,7 @@ class Vocabulary:
     def resolve(self, items: Sequence[str | int]) -> tuple[int, ...]:
         """Return the indices of several classes, in the given order.
 
-        Args:
-            items: names or indices; no class may come twice, under whatever name.
+        No class may come twice, not even under two names.
         """
         if not items:
             raise ValueError("name at least one class, got none")
@@ -93,14 +90,7 @@ class Vocabulary:
         return indices
 
     def subset(self, items: Sequence[str | int]) -> "Vocabulary":
-        """Keep some classes, under the given names and in the given order.
-
-        Args:
-            items: names or indices; no class may come twice.
-
-        Returns:
-            A vocabulary over the same classifier outputs.
-        """
+        """Keep some classes of the same classifier, under the given names, in the given order."""
         indices = self.resolve(items)
         names = tuple(
             item if isinstance(item, str) else self.names[index]
@@ -114,12 +104,7 @@ class Vocabulary:
 
         The score is the logsumexp over the members: the log of their summed softmax mass, up to
         the constant that all classes share. That is our choice; it lets many weak members count.
-
-        Args:
-            outputs: classifier scores before softmax, one per output.
-
-        Returns:
-            One score per class; the outputs themselves without ``members``.
+        Without ``members``, the outputs are the scores.
         """
         count = outputs.shape[-1]
         if self.members is None:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import camkit
-from camkit.atomic import unfinished
 from camkit.data import Sample, open_dataset, read_mask, write_shapes
+from camkit.manifest import unfinished
 from camkit.score import THRESHOLDS, best_threshold, mean_iou, sweep_confusions
 
 Samples = tuple[Sample, ...]

@@ -9,7 +9,6 @@ from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention
 from camkit.data import open_dataset, read_mask
 from camkit.grid import Grid
-from camkit.ops.images import resize_mask
 
 
 def captured(rgb, grid=(2, 3)):
@@ -28,7 +27,10 @@ def coarse_objects(folder, count=6, patch=32):
         photo = load_photo(sample.photo, size=256)
         size = tuple(photo.rgb.shape[-2:])
         mask = read_mask(sample.mask, size=photo.size, num_classes=len(dataset.classes))
-        truth = resize_mask(mask[None, None], size)
+        truth = torch.nn.functional.interpolate(
+            mask[None, None].float(), size, mode="nearest-exact"
+        )
+        truth = truth.to(mask.dtype)
         covered = (truth > 0).float().masked_fill(truth == 255, 0.5)
         cam = (torch.nn.functional.avg_pool2d(covered, patch) > 0.5).float()
         objects.append((cam, captured(photo.rgb, tuple(cam.shape[-2:])), truth))

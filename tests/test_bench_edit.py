@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import state_of, with_outputs_scaled
 from hosts import shaken
 
 from camkit import (
@@ -68,27 +69,6 @@ def measured(model, dataset, *variants, photos=PHOTOS):
     )
 
 
-def scaled_by_hand(model, factors):
-    """A copy whose attention outputs are multiplied by plain hooks."""
-    twin = copy.deepcopy(model)
-    for index, factor in factors.items():
-        twin.blocks[index].attn.register_forward_hook(lambda *call, factor=factor: call[2] * factor)
-    return twin
-
-
-def state_of(model):
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
-    return {
-        "hooks": [len(getattr(m, kind)) for m in model.modules() for kind in kinds],
-        "training": [module.training for module in model.modules()],
-        "frozen": [parameter.requires_grad for parameter in model.parameters()],
-        "grad": [parameter.grad for parameter in model.parameters()],
-        "weights": [value.tolist() for value in model.state_dict().values()],
-        "grad mode": torch.is_grad_enabled(),
-        "modes": torch._C._len_torch_function_stack(),
-    }
-
-
 class AttentionRecord:
     """A refiner that hands its maps on and keeps them."""
 
@@ -119,7 +99,7 @@ def test_maps_of_an_edited_variant_are_those_of_a_model_edited_by_hand(
         "edited", Method(seed, edit=ScaleOutput(2.0), edit_blocks=blocks, refine=(kept,))
     )
     measured(model, shapes, edited)
-    twin = scaled_by_hand(model, dict.fromkeys(chosen, 2.0))
+    twin = with_outputs_scaled(model, dict.fromkeys(chosen, 2.0))
     assert len(kept.maps) == len(samples(shapes)) == 4
     for sample, maps in zip(samples(shapes), kept.maps, strict=True):
         photo = load_photo(sample.photo, size=64)
@@ -136,7 +116,7 @@ def test_figures_of_an_edited_variant_are_those_of_a_model_edited_by_hand(model,
     )
     plain = Variant("same", Method(GradientSeed(), refine=refine))
     (row,) = measured(model, shapes, edited).rows
-    twin = scaled_by_hand(model, {1: 2.0, 2: 2.0})
+    twin = with_outputs_scaled(model, {1: 2.0, 2: 2.0})
     (expected,) = measured(twin, shapes, plain).rows
     assert row.mean_iou == pytest.approx(expected.mean_iou, abs=1e-4)
     assert row.tuned_mean_iou == pytest.approx(expected.tuned_mean_iou, abs=1e-4)
@@ -288,7 +268,7 @@ def test_the_pipeline_edits_the_blocks_that_were_asked_for(model, photo, blocks,
     seed, refine = GradientSeed(), (Propagate(blocks=2), Normalize("minmax"))
     pipeline = wrap(model, seed=seed, edit=ScaleOutput(2.0), edit_blocks=blocks, refine=refine)
     found = pipeline(photo, classes=[1, 2])
-    twin = scaled_by_hand(model, dict.fromkeys(chosen, 2.0))
+    twin = with_outputs_scaled(model, dict.fromkeys(chosen, 2.0))
     expected = wrap(twin, seed=seed, refine=refine)(photo, classes=[1, 2])
     torch.testing.assert_close(found.seed, expected.seed, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.cam, expected.cam, atol=1e-4, rtol=1e-3)

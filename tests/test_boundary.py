@@ -11,7 +11,6 @@ from scipy.ndimage import binary_erosion
 
 from camkit.score import (
     boundary_confusion,
-    boundary_overlap,
     confusion_matrix,
     mean_iou,
     paired_gain,
@@ -40,6 +39,12 @@ def by_erosion(truth: np.ndarray, predicted: np.ndarray, classes: int, pixels: i
 def blobs(rng: np.random.Generator, classes: int, size: tuple[int, int]) -> np.ndarray:
     coarse = rng.integers(0, classes, (1 + size[0] // 9, 1 + size[1] // 9))
     return np.kron(coarse, np.ones((9, 9), np.int64))[: size[0], : size[1]]
+
+
+def boundary_overlap(truth, predicted, *, num_classes, **settings) -> Overlap:
+    """Hit, true and predicted pixels of every class, without the last one, "no outline"."""
+    whole = Overlap.of(boundary_confusion(truth, predicted, num_classes=num_classes, **settings))
+    return Overlap(whole.hit[:-1], whole.true[:-1], whole.predicted[:-1])
 
 
 def counts(overlap: Overlap) -> np.ndarray:
@@ -149,7 +154,7 @@ def test_the_inside_of_large_objects_does_not_hide_a_rough_outline():
     assert float(outline) < 0.8
 
 
-def test_the_matrix_holds_the_same_counts_and_rows_that_no_prediction_moves():
+def test_the_matrix_has_rows_that_no_prediction_moves():
     rng = np.random.default_rng(3)
     truth = torch.from_numpy(blobs(rng, 4, (50, 60)))
     truth[:5] = 255
@@ -157,8 +162,7 @@ def test_the_matrix_holds_the_same_counts_and_rows_that_no_prediction_moves():
     for _ in range(2):
         predicted = torch.from_numpy(blobs(rng, 4, (50, 60)))
         matrix = boundary_confusion(truth, predicted, num_classes=4)
-        overlap, read = boundary_overlap(truth, predicted, num_classes=4), Overlap.of(matrix)
-        np.testing.assert_array_equal(counts(read)[:, :4], counts(overlap))
+        overlap = boundary_overlap(truth, predicted, num_classes=4)
         assert mean_iou(matrix, classes=range(4)) == overlap.mean_iou()
         assert matrix.sum() == truth.ne(255).sum() + overlap.true.sum()
         assert matrix.min() >= 0

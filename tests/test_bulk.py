@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import Hostile
 from PIL import Image
 from workers import (
     DiesOfBlack,
@@ -347,11 +348,6 @@ def test_labels_of_every_codebase_say_the_same(tmp_path):
         assert labels.of("2007_000032") == (3, 14)
         with pytest.raises(DataError, match="has no labels for 2007_000033; add them"):
             labels.of("2007_000033")
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.system, ("touch ran",)
 
 
 def test_labels_run_no_code(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from camkit import DOEI, DenseCRF, GradientSeed, Propagate, Vocabulary
 from camkit.bench import Choice, Variant
 from camkit.cli import main
-from camkit.cli.bench import Plan
+from camkit.cli.bench import read_entries
 from camkit.data import write_shapes
 from camkit.edits import OneMoreHop, RandomGates
 from camkit.refiners import Blur, Normalize
@@ -21,8 +21,8 @@ NAME = "vit_tiny_patch16_224"
 
 
 def test_seeds_and_chains_become_lines():
-    plan = Plan(seeds=("gradient", "attention"), refine=("propagate:steps=2+normalize:minmax",))
-    first, chain, second, other = plan.entries()
+    chains = ("propagate:steps=2+normalize:minmax",)
+    first, chain, second, other = read_entries(seeds=("gradient", "attention"), refine=chains)
     assert (first.method.seed, second.method.seed) == (GradientSeed(), ClassAttentionSeed())
     assert chain.method.refine == (Propagate(steps=2), Normalize("minmax"))
     assert (chain.base, other.base) == (first, second)
@@ -30,34 +30,34 @@ def test_seeds_and_chains_become_lines():
 
 
 def test_controls_stand_beside_every_chain_of_their_seed():
-    seed, control, chain = Plan(refine=("propagate",), controls=("blur:2",)).entries()
+    seed, control, chain = read_entries(refine=("propagate",), controls=("blur:2",))
     assert control.method.refine == (Blur(2.0),)
     assert (control.base, chain.controls) == (seed, (control,))
 
 
 def test_candidates_become_a_choice():
-    _, choice = Plan(refine=("crf:psa | crf:clip_es",)).entries()
+    _, choice = read_entries(refine=("crf:psa | crf:clip_es",))
     assert isinstance(choice, Choice)
     first, second = (v.method.refine for v in choice.variants)
     assert (first, second) == ((DenseCRF("psa"),), (DenseCRF("clip_es"),))
 
 
 def test_stages_are_lines_of_their_own():
-    plan = Plan(refine=("propagate+normalize+blur",), controls=("blur",), stages=True)
-    seed, _, first, second, last = plan.entries()
+    chains = ("propagate+normalize+blur",)
+    seed, _, first, second, last = read_entries(refine=chains, controls=("blur",), by_stages=True)
     assert [len(v.method.refine) for v in (first, second, last)] == [1, 2, 3]
     assert [first.base, second.base, last.base] == [seed, first, second]
     assert (first.controls, len(last.controls)) == ((), 1)
 
 
 def test_edits_are_compared_with_the_same_chain_without_them():
-    plan = Plan(edits=("doei:strength=2", "hop", "gates:doei"), refine=("propagate",))
-    seed, chain, *edited = plan.entries()
+    words = ("doei:strength=2", "hop", "gates:doei")
+    seed, chain, *edited = read_entries(edits=words, refine=("propagate",))
     edits = [v.method.edit for v in edited[::2]]
     assert edits == [DOEI(strength=2.0), OneMoreHop(), RandomGates(DOEI())]
     assert [v.base for v in edited] == [seed, chain] * 3
     assert all(v.method.edit_blocks == 3 for v in edited)
-    (_, _, alone, both) = Plan(edits=("hop",), refine=("blur | blur:2",)).entries()
+    (_, _, alone, both) = read_entries(edits=("hop",), refine=("blur | blur:2",))
     assert isinstance(alone, Variant)
     assert [v.method.edit for v in both.variants] == [OneMoreHop()] * 2
 
@@ -65,7 +65,6 @@ def test_edits_are_compared_with_the_same_chain_without_them():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"seeds": ()}, "at least one seed"),
         ({"seeds": ("gradien",)}, "no seed is called 'gradien'; did you mean 'gradient'"),
         ({"edits": ("deoi",)}, "no edit is called 'deoi'"),
         ({"edits": ("doei:reading=mean",)}, "reading must be .*proto"),
@@ -74,7 +73,7 @@ def test_edits_are_compared_with_the_same_chain_without_them():
 )
 def test_words_that_mean_nothing_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        Plan(**settings).entries()
+        read_entries(**settings)
 
 
 @pytest.fixture(scope="module")

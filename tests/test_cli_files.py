@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import Hostile
 from PIL import Image
 
 import camkit
@@ -313,11 +314,6 @@ def test_the_results_of_a_bulk_run_are_refused_and_kept(cams, photos, tmp_path, 
 # Bad input
 
 
-class Hostile:
-    def __reduce__(self):
-        return os.system, ("touch ran",)
-
-
 def spoil(cams, photos):
     """Five files that cannot be used, each for a reason of its own."""
     good = (cams / f"{NAMES[0]}.npy").read_bytes()
@@ -523,17 +519,3 @@ def test_a_power_background_needs_its_exponent_in_python_too():
 def test_masks_and_maps_do_not_share_a_folder(small, tmp_path):
     with pytest.raises(DataError, match="is the folder of the CAM files"):
         write_all(DrawMask(), CamFolder(small), small, workers=0)
-
-
-@pytest.mark.slow
-def test_no_command_for_files_imports_a_library_of_models():
-    code = (
-        "import sys; from camkit.cli import main\n"
-        "for command in ('refine', 'mask', 'eval'):\n"
-        "    try: main([command, '--help'])\n"
-        "    except SystemExit: pass\n"
-        "print('actual', [name for name in ('timm', 'transformers', 'torchvision')"
-        " if name in sys.modules])"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.endswith("actual []\n")

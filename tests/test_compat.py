@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import state_of
 from hosts import shaken
 from oracles import chosen, token_cam
-from test_watch_hygiene import state_of
 from torch import nn
 from torch.nn.functional import interpolate
 

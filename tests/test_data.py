@@ -1,6 +1,8 @@
 """Data sets: folders written by hand, drawn shapes, and the counts of real ones."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +97,15 @@ def test_a_lossy_mask_is_refused(tmp_path):
 
 def test_grey_levels_of_four_bits_are_refused_because_pil_stretches_them(tmp_path):
     path = tmp_path / "m.png"
-    Image.fromarray(np.array([[0, 1]], np.uint8)).save(path, bits=4)
+
+    def chunk(name, data):
+        check = zlib.crc32(name + data).to_bytes(4, "big")
+        return len(data).to_bytes(4, "big") + name + data + check
+
+    header = struct.pack(">IIBBBBB", 2, 1, 4, 0, 0, 0, 0)  # 2 columns, 1 row, 4 bits of grey
+    row = zlib.compress(b"\0\x01")  # no filter; 0 and 1 in one byte
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     assert np.array(Image.open(path)).tolist() == [[0, 17]]
     with pytest.raises(DataError, match="8-bit grey levels"):
         read_mask(path, size=(1, 2), num_classes=20)
@@ -265,9 +275,7 @@ def test_shapes_written_to_a_relative_folder_stay_readable(tmp_path, monkeypatch
 def test_an_unknown_layout_says_what_is_known_and_what_was_found(tmp_path):
     (tmp_path / "VOC2012").mkdir()
     _write(tmp_path / "readme.txt", "")
-    with pytest.raises(
-        DataError, match=r"\(VOC\), or images/ .* found VOC2012/, readme\.txt; name"
-    ):
+    with pytest.raises(DataError, match=r"\(VOC\), or images/ .* got VOC2012/, readme\.txt; name"):
         open_dataset(tmp_path)
 
 

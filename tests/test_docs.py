@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
@@ -91,13 +91,13 @@ def stand_ins(tmp_path_factory):
 def tiny_clip(*_, **__):
     vision = {"image_size": (64, 96), "patch_size": 16, "width": 32, "layers": 5, "head_width": 16}
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    return open_clip.model.CLIP(16, vision, text).eval(), None, None
+    return sys.modules["open_clip"].model.CLIP(16, vision, text).eval(), None, None
 
 
 @pytest.fixture
 def world(page, stand_ins, monkeypatch, tmp_path):
     """The names that pages assume to exist; pretrained models are tiny and random here."""
-    create_model = timm.create_model
+    open_clip, create_model = pytest.importorskip("open_clip"), timm.create_model
 
     def tiny(name, *, pretrained=False, **options):
         small = {"depth": 3, "embed_dim": 48, "num_heads": 3} if pretrained else {}

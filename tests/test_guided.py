@@ -7,7 +7,7 @@ import torch
 from coarse import captured
 
 from camkit import resize_cam
-from camkit.ops.edge_aware import box_mean, guided_filter, guided_upsample
+from camkit.ops.edge_aware import box_mean, guided_filter
 from camkit.refiners import GuidedFilter
 
 SIZES = [(1, 1), (1, 9), (7, 1), (11, 14)]
@@ -65,7 +65,7 @@ def test_it_equals_a_fit_in_every_window(size, dtype, error, radius, eps):
 def test_upsampling_equals_the_small_fits_applied_to_the_large_picture(size):
     maps, low = pictures((11, 14), images=1)
     high = torch.rand(1, 3, *size, dtype=torch.float64)
-    found = guided_upsample(maps, low, high, radius=2, eps=1e-3)
+    found = guided_filter(maps, low, high, radius=2, eps=1e-3)
     expected = plain(maps[0], low[0], high[0], 2, 1e-3)
     torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-9)
 
@@ -165,7 +165,7 @@ def test_it_is_linear_and_differentiable_in_the_maps_and_colours_get_no_gradient
     maps.requires_grad_()
 
     def upsampled(values):
-        return guided_upsample(values, low, high, radius=1, eps=1e-2)
+        return guided_filter(values, low, high, radius=1, eps=1e-2)
 
     torch.testing.assert_close(upsampled(3 * maps), 3 * upsampled(maps))
     assert torch.autograd.gradcheck(upsampled, (maps,))
@@ -220,7 +220,7 @@ def test_the_refiner_fits_at_its_scale_and_keeps_the_range(scale, size):
     cam, rgb = torch.rand(2, 4, 2, 3), torch.rand(2, 3, 20, 31)
     found = GuidedFilter(radius=2, eps=1e-2, scale=scale)(cam, captured(rgb))
     low = rgb if scale == 1 else resize_cam(rgb, size)
-    free = guided_upsample(resize_cam(cam, size), low, rgb, radius=2, eps=1e-2)
+    free = guided_filter(resize_cam(cam, size), low, rgb, radius=2, eps=1e-2)
     inside = (free > cam.amin((2, 3), keepdim=True)) & (free < cam.amax((2, 3), keepdim=True))
     torch.testing.assert_close(found[inside], free[inside])
     assert (found <= cam.amax((2, 3), keepdim=True)).all()

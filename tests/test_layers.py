@@ -10,8 +10,6 @@ from torch import nn
 
 import camkit
 from camkit import GradientSeed, Vocabulary
-from camkit.bench import SuppressionChoice, Variant
-from camkit.bench.evaluator import variant_maps
 from camkit.contrib import (
     BestAgreementSeed,
     BlockSeed,
@@ -28,13 +26,11 @@ from camkit.contrib.craft import (
     total_sobol,
 )
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.photo import Photo
 from camkit.seeds import (
     ClassWeightSeed,
     FusedSeed,
     GatedProductSeed,
     RelevanceSeed,
-    Views,
 )
 
 CLASSES = torch.tensor([[1, 4, 0], [3, -1, 2]])
@@ -209,19 +205,18 @@ def test_the_layer_that_agrees_best_is_taken_for_each_image_and_class():
     shifted = maps_of(0.0, 1.0, 1.0, 0.0)  # overlap 1 of 3
     candidates = (Fixed(shifted), Fixed(wide))
     seed = BestAgreementSeed(candidates, Fixed(reference))
-    assert seed.chosen(PICTURE, torch.tensor([[0]])).tolist() == [[1]]
     assert torch.equal(seed(PICTURE, torch.tensor([[0]])), wide)
     turned = torch.cat([maps_of(1.0, 1.0, 0.0, 0.0), maps_of(0.0, 1.0, 1.0, 0.0)], 1)
     both = BestAgreementSeed(
         (Fixed(torch.cat([shifted, shifted], 1)), Fixed(torch.cat([wide, wide], 1))), Fixed(turned)
     )
-    assert both.chosen(PICTURE, torch.tensor([[0, 1]])).tolist() == [[1, 0]]
+    assert torch.equal(both(PICTURE, torch.tensor([[0, 1]])), torch.cat([wide, shifted], 1))
 
 
 def test_without_a_reference_the_odd_one_out_is_not_taken():
     like, alike, odd = maps_of(1.0, 1.0, 0.0), maps_of(1.0, 0.9, 0.1), maps_of(0.0, 0.0, 1.0)
     seed = BestAgreementSeed((Fixed(odd), Fixed(like), Fixed(alike)))
-    assert seed.chosen(PICTURE, torch.tensor([[0]])).tolist() == [[1]]
+    assert torch.equal(seed(PICTURE, torch.tensor([[0]])), like)
 
 
 def test_seeds_of_seeds_need_what_their_parts_need():
@@ -350,49 +345,3 @@ def test_learnt_concepts_serve_other_images():
 def test_settings_that_mean_nothing_are_refused(call, words, no_shape_checks):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-def test_the_choice_by_suppression_is_the_best_of_a_slow_loop():
-    model, _ = tiny("vit")
-    photo = Photo(torch.randn(1, 3, 64, 96), torch.rand(1, 3, 64, 96), (64, 96))
-    names = Vocabulary(tuple("abcde"))
-    variants = [
-        Variant("lens", camkit.Method(LogitLensSeed(0), refine=())),
-        Variant("weight", camkit.Method(ClassWeightSeed(), refine=())),
-        Variant("both ways", camkit.Method(ClassWeightSeed(), views=Views(flip=True), refine=())),
-    ]
-    with torch.no_grad():
-        model.head.bias += 5.0  # scores of which something can be left
-    choose = SuppressionChoice(thresholds=(0.3, 0.6), area_weight=0.5, batch=3)
-    picked = choose(model, photo, (1, 4), variants, names)
-    maps = variant_maps(model, photo, torch.tensor([[1, 4]]), variants, names)
-    with torch.no_grad():
-        whole = model(photo.pixels)[0].clamp_min(0)
-        for slot, index in enumerate((1, 4)):
-            costs = {}
-            for variant in variants:
-                cam = camkit.resize_cam(maps[variant], (64, 96))[0, slot]
-                for threshold in (0.3, 0.6):
-                    shown = (cam > threshold).float()
-                    left = model(photo.pixels * (1 - shown))[0, index].clamp_min(0) / whole[index]
-                    costs[variant, threshold] = float(left.clamp_max(1) + 0.5 * shown.mean())
-            variant, threshold = min(costs, key=costs.get)
-            assert (picked[slot].variant, picked[slot].threshold) == (variant, threshold)
-            found = picked[slot].left + 0.5 * picked[slot].area
-            assert found == pytest.approx(costs[variant, threshold], abs=1e-4)
-            assert float((picked[slot].cam > 0.5).float().mean()) == pytest.approx(
-                picked[slot].area, abs=1e-3
-            )
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"thresholds": (0.5, 1.0)}, r"must lie in \(0, 1\)"),
-        ({"area_weight": -1.0}, "at least 0, got -1.0"),
-        ({"batch": 0}, "at least 1, got 0"),
-    ],
-)
-def test_a_choice_that_cannot_be_made_is_refused(settings, words):
-    with pytest.raises(ValueError, match=words):
-        SuppressionChoice(**settings)

@@ -20,7 +20,7 @@ HEAVY = (
 )
 IMPORT = f"""
 import json, sys, time
-import torch
+import torch, torch._dynamo
 before, begun = set(sys.modules), time.process_time()
 import camkit
 seconds = time.process_time() - begun
@@ -112,7 +112,7 @@ def test_importing_camkit_is_quick_without_warnings_and_brings_in_nothing_heavy(
     """A fresh interpreter; warnings are errors. 0.5 s of computing when this was written."""
     seconds, heavy, _ = imported
     assert heavy == []
-    assert seconds < 1.5
+    assert seconds < 1.0
 
 
 def test_no_command_for_files_imports_a_library_of_models(imported):
@@ -129,5 +129,5 @@ def test_ci_runs_targets_that_the_makefile_has():
     steps = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     asked = re.findall(r"- run: make (\w+)", steps)
     known = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert asked == ["check", "docs", "demo", "test", "package"]
+    assert asked == ["check", "docs", "demo", "test", "package", "lowest"]
     assert set(asked) <= set(known)

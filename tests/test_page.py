@@ -120,7 +120,7 @@ def report(model, shapes):
 
 
 def collected(model, shapes, report, **options):
-    settings = {"vocabulary": SHAPES, "photos": PHOTOS, "line": "refined", "count": 3} | options
+    settings = {"vocabulary": SHAPES, "photos": PHOTOS, "row": "refined", "count": 3} | options
     return list(collect_examples(model, shapes, report, **settings))
 
 
@@ -243,7 +243,7 @@ def test_a_report_says_where_it_comes_from_and_what_it_lacks(report, source):
 
 
 def test_hostile_names_stay_text(report, examples):
-    named = [replace(one, name=HOSTILE[1], line=HOSTILE[2], base=HOSTILE[3]) for one in examples]
+    named = [replace(one, name=HOSTILE[1], row=HOSTILE[2], base=HOSTILE[3]) for one in examples]
     source = to_html(hostile(report), named)
     page = Page(source)
     assert len(page.of("script")) == 1
@@ -364,10 +364,10 @@ def test_few_images_are_shown_once_each(model, shapes, report):
 
 
 def test_the_row_shown_is_the_best_on_the_tuning_split_unless_named(model, shapes, report):
-    found = collected(model, shapes, report, line=None, count=1)
+    found = collected(model, shapes, report, row=None, count=1)
     compared = [row for row in report.rows if row.gain is not None]
-    assert {one.line for one in found} == {max(compared, key=lambda r: r.tuned_mean_iou).name}
-    alone = collected(model, shapes, report, line="seed", count=1)
+    assert {one.row for one in found} == {max(compared, key=lambda r: r.tuned_mean_iou).name}
+    alone = collected(model, shapes, report, row="seed", count=1)
     assert {(one.base, one.base_mask) for one in alone} == {(None, None)}
     assert all(one.gain == one.iou for one in alone)
 
@@ -377,7 +377,7 @@ def test_the_row_shown_is_the_best_on_the_tuning_split_unless_named(model, shape
     [
         ({"photos": PhotoSettings(size=64)}, "other photos: .*size=96.*, got .*size=64"),
         ({"vocabulary": Vocabulary(("circle",), members=((0,),))}, "other classes"),
-        ({"line": "spread"}, "no row 'spread'; it has seed, blurred, refined"),
+        ({"row": "spread"}, "no row 'spread'; it has seed, blurred, refined"),
         ({"count": 0}, "at least 1, got 0"),
     ],
 )
@@ -548,7 +548,7 @@ def test_both_schemes_are_legible_at_any_width_without_a_network(browser, file, 
 
 def test_hostile_names_run_nothing_in_a_browser(browser, report, examples, tmp_path):
     path = tmp_path / "hostile.html"
-    named = [replace(one, name=HOSTILE[1], line=HOSTILE[2], base=HOSTILE[3]) for one in examples]
+    named = [replace(one, name=HOSTILE[1], row=HOSTILE[2], base=HOSTILE[3]) for one in examples]
     path.write_text(to_html(hostile(report), named), encoding="utf-8")
     browser.open(path)
     assert browser.run("document.title") == f"camkit benchmark: {HOSTILE[2]}, train"

@@ -14,7 +14,7 @@ import camkit
 from camkit.bench import PhotoSettings, Variant, run
 from camkit.cli.models import OpenedModel
 from camkit.data import SHAPE_CLASSES, write_shapes
-from camkit.seeds.protocol import class_gradients
+from camkit.seeds.attention import class_gradients
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import peer_maps

@@ -1,6 +1,7 @@
 """Methods: what wrap decides on without settings, and methods in words."""
 
 import ast
+import copy
 import gc
 import logging
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import state_of
 from hosts import shaken
 from torch import nn
 
@@ -173,11 +175,13 @@ def test_a_score_of_ones_own_is_read_by_gradients(deep, photo):
 
 
 def test_a_batch_is_what_its_photos_are(deep, photo):
-    pixels = torch.cat([photo.pixels, photo.pixels.flip(-1)])
-    rgb = torch.cat([photo.rgb, photo.rgb.flip(-1)])
-    both = wrap(deep).stages(pixels, rgb=rgb, classes=torch.tensor([[1], [3]]))
-    one = wrap(deep).stages(pixels[1:], rgb=rgb[1:], classes=torch.tensor([[3]]))
-    assert torch.allclose(both.cam[1:], one.cam, rtol=1e-3, atol=1e-3)
+    """In double: on a random model the last map is nearly flat, and min-max stretches rounding."""
+    model, pixels = copy.deepcopy(deep).double(), photo.pixels.double()
+    pixels = torch.cat([pixels, pixels.flip(-1)])
+    rgb = torch.cat([photo.rgb, photo.rgb.flip(-1)]).double()
+    both = wrap(model).stages(pixels, rgb=rgb, classes=torch.tensor([[1], [3]]))
+    single = wrap(model).stages(pixels[1:], rgb=rgb[1:], classes=torch.tensor([[3]]))
+    torch.testing.assert_close(both.cam[1:], single.cam, rtol=0, atol=1e-9)
 
 
 def test_what_is_asked_for_is_kept(deep, photo):
@@ -203,14 +207,10 @@ def test_grouped_outputs_are_read_together(deep, photo):
 
 def test_the_model_is_as_it_was(deep, photo):
     deep.train()
-    weights = {name: value.clone() for name, value in deep.state_dict().items()}
-    hooks = [len(one._forward_hooks) + len(one._forward_pre_hooks) for one in deep.modules()]
+    before = state_of(deep)
     wrap(deep)(photo, classes=[1])
-    after = [len(one._forward_hooks) + len(one._forward_pre_hooks) for one in deep.modules()]
+    assert state_of(deep) == before
     assert deep.training
-    assert hooks == after
-    assert all(torch.equal(value, weights[name]) for name, value in deep.state_dict().items())
-    assert all(value.grad is None for value in deep.parameters())
     deep.eval()
 
 
@@ -290,9 +290,9 @@ def test_a_method_that_cannot_be_used_is_refused(settings, error, words, no_shap
 PACKAGE = Path(camkit.__file__).parent
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
-def test_no_frozen_class_holds_a_collection_to_write_into(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def test_no_frozen_class_holds_a_collection_to_write_into():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.ClassDef) and any(
             "frozen=True" in ast.unparse(d) for d in node.decorator_list
         ):

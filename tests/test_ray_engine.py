@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from helpers import errors_of
 from PIL import Image
 from small_runs import (
     BLUR,
+    ON_A_NODE,
     SLOW,
     DiesOfDarkness,
     OpenSmall,
@@ -35,6 +37,7 @@ from camkit.cli import main
 from camkit.errors import CamkitError
 from camkit.manifest import weights_hash
 
+SOURCES = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="Ray's clusters of several nodes"),
     pytest.mark.filterwarnings(
@@ -43,28 +46,38 @@ pytestmark = [
 ]
 
 
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Two nodes on this machine, of two cores and of one, and a connection to them."""
+    """A node of two cores on this machine, and a connection to it."""
     pytest.importorskip("ray.data")
-    settings = {"PYTHONPATH": str(Path(__file__).parent), "RAY_USAGE_STATS_ENABLED": "0"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
     import ray
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
     try:
-        small = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
-        cluster.add_node(num_cpus=2, **small)
-        cluster.lost = cluster.add_node(num_cpus=1, **small)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(SOURCES))
+            patch.setenv(ON_A_NODE, "1")
+            patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            patch.setenv("RAY_health_check_period_ms", "500")  # a lost node is soon noticed
+            cluster.add_node(**NODE | {"num_cpus": 2})
         ray.init(cluster.address, log_to_driver=False)
         yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def second_node(cluster):
+    """A node of one core, which a test may lose."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(SOURCES))
+        patch.setenv(ON_A_NODE, "1")
+        return cluster.add_node(**NODE)
 
 
 @dataclass(frozen=True)
@@ -74,9 +87,9 @@ class TellsItsNode:
     folder: Path
 
     def __call__(self, cam, _):
-        import ray
+        if ON_A_NODE in os.environ:
+            import ray
 
-        if ray.is_initialized():
             node = ray.get_runtime_context().get_node_id()
             (self.folder / f"{node}-{time.monotonic_ns()}").touch()
             time.sleep(0.1)  # so that there is time to lose it
@@ -85,11 +98,6 @@ class TellsItsNode:
 
 def local(recipe, source, out):
     return run(recipe, source, out, workers=0, threads=1)
-
-
-def reported(out):
-    lines = (out / "errors.tsv").read_text().splitlines()[1:]
-    return {name: (stage, reason) for name, stage, reason in (line.split("\t") for line in lines)}
 
 
 def when(condition, act):
@@ -106,7 +114,9 @@ def when(condition, act):
     return lambda: (over.set(), thread.join())
 
 
-def test_files_are_those_of_the_local_engine_also_where_a_node_is_lost(cluster, tmp_path):
+def test_files_are_those_of_the_local_engine_also_where_a_node_is_lost(
+    cluster, second_node, tmp_path
+):
     photos = write_photos(tmp_path / "in", 24)
     (tmp_path / "in" / "empty.png").touch()
     (tmp_path / "nodes").mkdir()
@@ -116,9 +126,9 @@ def test_files_are_those_of_the_local_engine_also_where_a_node_is_lost(cluster, 
 
     def lose():
         lost.append(len(list((tmp_path / "ray" / "masks").rglob("*.png"))))
-        cluster.remove_node(cluster.lost, allow_graceful=False)
+        cluster.remove_node(second_node, allow_graceful=False)
 
-    stop = when(lambda: any((tmp_path / "nodes").glob(f"{cluster.lost.node_id}*")), lose)
+    stop = when(lambda: any((tmp_path / "nodes").glob(f"{second_node.node_id}*")), lose)
     try:
         ran = run(recipe, photos, tmp_path / "ray", ray=RayEngine())
     finally:
@@ -132,10 +142,11 @@ def test_files_are_those_of_the_local_engine_also_where_a_node_is_lost(cluster, 
 
 
 def test_a_stopped_run_continues_with_the_other_engine(cluster, tmp_path):
-    recipe, photos = small_recipe(cams="parquet"), write_photos(tmp_path / "in", 24)
+    recipe = small_recipe(cams="parquet", finish=SLOW.writing.finish)
+    photos = write_photos(tmp_path / "in", 24)
     local(recipe, photos, tmp_path / "whole")
     out = tmp_path / "out"
-    stop = when(lambda: len(list(out.glob("masks/*.png"))) > 8, _thread.interrupt_main)
+    stop = when(lambda: any(out.glob("cams/*.parquet")), _thread.interrupt_main)
     try:
         with pytest.raises(KeyboardInterrupt):
             run(recipe, photos, out, ray=RayEngine())
@@ -153,7 +164,8 @@ def test_a_run_continues_after_its_leading_process_is_killed(cluster, tmp_path):
     photos, out = write_photos(tmp_path / "in", 24), tmp_path / "out"
     leading = "import sys, small_runs; small_runs.run_on_ray(*sys.argv[1:])"
     lead = subprocess.Popen(
-        [sys.executable, "-c", leading, cluster.address, str(photos.root), str(out)]
+        [sys.executable, "-c", leading, cluster.address, str(photos.root), str(out)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(SOURCES)},
     )
     until = time.monotonic() + 200
     while not begun(out) and lead.poll() is None and time.monotonic() < until:
@@ -183,7 +195,7 @@ def test_an_image_that_kills_its_process_is_given_up(cluster, tmp_path):
     recipe = small_recipe(finish=(*BLUR, DiesOfDarkness()))
     ran = run(recipe, photos, tmp_path / "ray", ray=RayEngine())
     assert (ran.written, ran.failed) == (5, 1)
-    stage, reason = reported(tmp_path / "ray")["dark"]
+    stage, reason = errors_of(tmp_path / "ray")["dark"]
     assert (stage, reason[:38]) == ("write", "the process that worked on it died: ki")
     masks = [path.relative_to(tmp_path / "ray") for path in tmp_path.glob("ray/masks/**/*.png")]
     assert len(masks) == 5

@@ -6,7 +6,7 @@ import torch
 from coarse import captured
 
 from camkit import DenseCRF, chain, resize_cam
-from camkit.ops.edge_aware import guided_upsample
+from camkit.ops.edge_aware import guided_filter
 from camkit.ops.mean_field import Kernels
 from camkit.refiners import AtReducedSize, FastGlobalSmooth, Normalize, PixelAdaptive
 
@@ -29,7 +29,7 @@ def test_the_refiner_sees_the_small_picture_and_its_maps_are_brought_back(scale,
     found = AtReducedSize(refiner, scale=scale, radius=2, eps=1e-3)(cam, captured(rgb))
     torch.testing.assert_close(seen[0], resize_cam(rgb, size))
     small = resize_cam(cam, size)
-    expected = guided_upsample(small, resize_cam(rgb, size), rgb, radius=2, eps=1e-3)
+    expected = guided_filter(small, resize_cam(rgb, size), rgb, radius=2, eps=1e-3)
     low, high = small.amin((2, 3), keepdim=True), small.amax((2, 3), keepdim=True)
     torch.testing.assert_close(found, torch.minimum(torch.maximum(expected, low), high))
 
@@ -112,7 +112,7 @@ def test_in_a_reduced_crf_the_bilateral_kernel_shrinks_with_the_picture_and_the_
     away = {}
     for reach in (50 / 4, 50):
         refined = crf_of_small_picture(scores[0], low[0], reach)
-        expected = guided_upsample(refined, low, rgb, radius=4, eps=1e-5)
+        expected = guided_filter(refined, low, rgb, radius=4, eps=1e-5)
         away[reach] = (found - expected.clamp(refined.min(), refined.max())).abs()
     assert away[50 / 4].mean() < 1e-4
     assert away[50].mean() > 5e-3

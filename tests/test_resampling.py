@@ -3,9 +3,8 @@
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from torch.nn import functional as F
 
-from camkit.ops.images import resize_cam, resize_mask
+from camkit.ops.images import resize_cam
 
 SIDES = st.integers(1, 12)
 
@@ -63,22 +62,8 @@ def test_a_strided_cam_resizes_like_its_copy():
     torch.testing.assert_close(resize_cam(cam, (9, 4)), resize_cam(cam.contiguous(), (9, 4)))
 
 
-@given(rows=SIDES, cols=SIDES, new_rows=SIDES, new_cols=SIDES)
-def test_masks_follow_the_nearest_exact_rule_of_torch(rows, cols, new_rows, new_cols):
-    mask = torch.randint(0, 256, (2, rows, cols), dtype=torch.uint8)
-    known = F.interpolate(mask[:, None].float(), size=(new_rows, new_cols), mode="nearest-exact")
-    assert torch.equal(resize_mask(mask, (new_rows, new_cols)), known[:, 0].to(torch.uint8))
-
-
-def test_tripling_a_mask_repeats_each_value_in_any_integer_dtype():
-    mask = torch.tensor([[7, 2**40]])
-    assert resize_mask(mask, (1, 6)).tolist() == [[7, 7, 7, 2**40, 2**40, 2**40]]
-
-
 @pytest.mark.parametrize("size", [(0, 4), (4, -1)])
 def test_a_size_below_one_is_refused(size):
     words = f"at least 1x1 .rows, columns., got {size[0]}x{size[1]}"
     with pytest.raises(ValueError, match=words):
         resize_cam(torch.rand(1, 1, 2, 2), size)
-    with pytest.raises(ValueError, match=words):
-        resize_mask(torch.zeros(1, 2, 2, dtype=torch.int64), size)

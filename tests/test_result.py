@@ -12,9 +12,8 @@ from hosts import HandMade, shaken
 from PIL import Image
 
 from camkit import GradientSeed, Vocabulary, load_photo, wrap
-from camkit.atomic import unfinished
 from camkit.errors import DataError
-from camkit.manifest import weights_hash
+from camkit.manifest import unfinished, weights_hash
 from camkit.refiners import Normalize
 
 FILES = ["cam.npy", "manifest.json", "mask.png", "overlay.png"]

@@ -1,4 +1,4 @@
-"""Seeds and refiners measured on held-out masks."""
+"""Measure methods on held-out masks: `run` returns a `Report` of `Variant`s."""
 
 from camkit.bench.examples import Example as Example, collect_examples as collect_examples
 from camkit.bench.markup import to_markdown as to_markdown
@@ -14,10 +14,8 @@ from camkit.bench.protocol import (
 )
 from camkit.bench.quality import (
     MeanQuality as MeanQuality,
-    Picked as Picked,
     Quality as Quality,
     QualityScores as QualityScores,
-    SuppressionChoice as SuppressionChoice,
 )
 from camkit.bench.results import (
     Comparison as Comparison,

@@ -1,4 +1,4 @@
-"""Measurements kept on disk, so that an interrupted benchmark continues."""
+"""A cache of measurements on disk, so that an interrupted benchmark continues."""
 
 import hashlib
 import sqlite3
@@ -21,10 +21,10 @@ _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 def fingerprint(value: Any) -> str | None:
-    """Return a hash of settings that is the same for equal settings in every process.
+    """Return a hash that is the same for equal settings in every process.
 
-    Dataclasses are hashed by name and fields, tensors by their bytes. Other objects and functions
-    may change without a trace: settings that contain one have no fingerprint, None.
+    Dataclasses are hashed by name and fields, tensors by their bytes. Functions and other objects
+    may change unnoticed, so settings that contain one get None.
     """
     digest = hashlib.sha256()
     return digest.hexdigest() if _feed(digest, value) else None
@@ -51,7 +51,7 @@ def _feed(digest: Any, value: Any) -> bool:
     return False
 
 
-_IRRELEVANT = (
+_IRRELEVANT = (  # to the measurements; a change here keeps the cache valid
     *("bulk", "cli", "compat", "losses", "bench/examples.py", "bench/figures.py"),
     *("bench/markup.py", "bench/page.py", "bench/quality.py", "bench/results.py"),
 )
@@ -60,7 +60,7 @@ _SOURCES = (".py", ".cpp", ".hpp", ".cu", ".cuh")
 
 @cache
 def code_fingerprint() -> str:
-    """Return a hash of the source that makes maps and counts pixels: other code may differ."""
+    """Return a hash of the code that makes maps and counts pixels."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*")):

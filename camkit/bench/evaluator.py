@@ -1,4 +1,4 @@
-"""Confusion matrices of variants, image by image, at every background score."""
+"""Maps of variants, and their confusion matrices image by image at every background score."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +27,12 @@ from camkit.seeds.views import ModelRunner, MultiViewReader, Views
 from camkit.tensors import Cam
 from camkit.vocabulary import Vocabulary
 
+LabelSource = Literal["dataset"] | PredictedClasses
+"""Where image-level labels come from: the data set, or the classifier's own prediction."""
+
+Requests = Mapping[Variant, float | None]
+"""Variants to measure, and the background score to measure outlines at, if any."""
+
 
 def variant_maps(
     model: nn.Module,
@@ -37,15 +43,15 @@ def variant_maps(
 ) -> dict[Variant, Cam]:
     """Return the maps of every variant, in the sizes that their last refiners return.
 
-    Variants of the same edit and noise share one forward of each view, and what they have in common
-    beyond that is computed once.
+    Variants of the same edit and noise share one forward of each view, and variants that begin with
+    the same seed, views and refiners compute these once.
 
     Args:
         model: borrowed, in evaluation mode.
-        photo: the picture.
-        classes: of the vocabulary.
+        photo: the photo to make maps of.
+        classes: classes of the vocabulary.
         variants: the methods to apply.
-        vocabulary: joins classifier outputs to classes.
+        vocabulary: class names, and the classifier outputs behind each.
     """
     groups: dict[Any, list[Variant]] = {}
     for variant in variants:
@@ -57,22 +63,16 @@ def variant_maps(
     pixels, rgb = photo.pixels.to(weight), photo.rgb.to(weight.device)
     maps: dict[Variant, Cam] = {}
     for (edit, blocks, _), group in groups.items():
-        seeds = [variant.method.seed for variant in group]
+        requires = WatchSpec() | required_by(*(variant.method.seed for variant in group))
         runner = ModelRunner(
-            model,
-            requires=WatchSpec() | required_by(*seeds),
-            edit=edit,
-            edit_blocks=blocks,
-            vocabulary=vocabulary,
+            model, requires=requires, edit=edit, edit_blocks=blocks, vocabulary=vocabulary
         )
         with torch.no_grad():
             capture = runner(pixels, rgb)  # the forward that all refiners of the group see
             requests = [(v.method.seed, v.method.views or Views()) for v in group]
             reader = MultiViewReader(runner, pixels, rgb, capture)
             first = reader.seeds(classes.to(weight.device), requests)
-            refined: dict[Any, Cam] = {
-                (request, ()): normalize_cam(cam) for request, cam in first.items()
-            }
+            refined: dict[Any, Cam] = {(r, ()): normalize_cam(cam) for r, cam in first.items()}
             for variant, request in zip(group, requests, strict=True):
                 chain = variant.method.refine
                 for count, refiner in enumerate(chain, start=1):
@@ -81,10 +81,6 @@ def variant_maps(
                         refined[request, chain[:count]] = refiner(before, capture)
                 maps[variant] = refined[request, chain]
     return maps
-
-
-LabelSource = Literal["dataset"] | PredictedClasses
-"""Where image-level labels come from: the data set, or the classifier's own prediction."""
 
 
 class Counts(NamedTuple):
@@ -97,10 +93,6 @@ class Counts(NamedTuple):
 
     swept: Int[Tensor, "s c c"]
     outline: Int[Tensor, "d d"] | None
-
-
-Requests = Mapping[Variant, float | None]
-"""Variants to measure, and the background score to measure outlines at, if any."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +109,11 @@ class LabelledPhoto:
         return torch.tensor([self.classes or (-1,)], dtype=torch.int64)
 
 
+@dataclass(eq=False)
 class Evaluator:
     """Measures variants on images.
 
-    Args:
+    Attributes:
         model: borrowed, in evaluation mode.
         dataset: images with masks.
         vocabulary: the measured classes.
@@ -129,30 +122,22 @@ class Evaluator:
         cache: keeps measurements; None measures everything again.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dataset: DataSet,
-        vocabulary: Vocabulary,
-        photos: PhotoSettings,
-        labels: LabelSource = "dataset",
-        cache: ResultCache | None = None,
-    ) -> None:
-        self.model = model
-        self.dataset = dataset
-        self.vocabulary = vocabulary
-        self.photos = photos
-        self.labels = labels
-        self._cache = cache
+    model: nn.Module
+    dataset: DataSet
+    vocabulary: Vocabulary
+    photos: PhotoSettings
+    labels: LabelSource = "dataset"
+    cache: ResultCache | None = None
+
+    def __post_init__(self) -> None:
         self._fingerprints: dict[Variant, str | None] = {}
-        weight = next(model.parameters())
-        setup = (
-            *(repr(model), str(weight.dtype), weight.device.type, torch.__version__),
-            *(vocabulary, photos, labels, dataset.classes),
-        )
-        self._setup = None
-        if cache is not None:
-            self._setup = fingerprint((code_fingerprint(), weights_hash(model), *setup))
+        self._setup = None  # without a fingerprint nothing is cached
+        if self.cache is not None:
+            weight = next(self.model.parameters())
+            code = code_fingerprint(), weights_hash(self.model), repr(self.model)
+            machine = str(weight.dtype), weight.device.type, torch.__version__
+            data = self.vocabulary, self.photos, self.labels, self.dataset.classes
+            self._setup = fingerprint((*code, *machine, *data))
 
     def measure_all(
         self, samples: Sequence[Sample], requests: Requests, title: str, skipped: list[str]
@@ -188,11 +173,7 @@ class Evaluator:
         return {variant: counts[variant] for variant in requests}
 
     def load(self, sample: Sample) -> LabelledPhoto:
-        """Read one image, its mask and its labels.
-
-        Raises:
-            DataError: the photo or its mask cannot be used.
-        """
+        """Read one image, its mask and its labels; raises the errors of `measure`."""
         if sample.mask is None:
             raise DataError(f"{sample.photo} has no mask; a benchmark needs one")
         photo = self.photos.load(sample.photo)
@@ -236,11 +217,9 @@ class Evaluator:
         if self._setup is None or sample.mask is None:
             return None
         if variant not in self._fingerprints:
-            method = variant.method
-            edit = None if method.edit is None else (method.edit, method.edit_blocks)
-            self._fingerprints[variant] = fingerprint(
-                (method.seed, method.views, method.refine, edit)
-            )
+            m = variant.method
+            edit = None if m.edit is None else (m.edit, m.edit_blocks)
+            self._fingerprints[variant] = fingerprint((m.seed, m.views, m.refine, edit))
         settings = self._fingerprints[variant]
         if settings is None:
             return None
@@ -253,18 +232,18 @@ class Evaluator:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _read_cache(self, key: str | None, score: float | None) -> Counts | None:
-        if key is None or self._cache is None:
+        if key is None or self.cache is None:
             return None
         values = len(self.vocabulary) + 1
-        swept = self._cache.get_counts(key, values)
+        swept = self.cache.get_counts(key, values)
         if swept is None or score is None:
             return None if swept is None else Counts(swept, None)
-        outline = self._cache.get_counts(f"{key} outline {score}", values + 1)
+        outline = self.cache.get_counts(f"{key} outline {score}", values + 1)
         return None if outline is None else Counts(swept, outline[0])
 
     def _write_cache(self, key: str | None, score: float | None, counts: Counts) -> None:
-        if key is None or self._cache is None:
+        if key is None or self.cache is None:
             return
-        self._cache.put_counts(key, counts.swept)
+        self.cache.put_counts(key, counts.swept)
         if counts.outline is not None:
-            self._cache.put_counts(f"{key} outline {score}", counts.outline)
+            self.cache.put_counts(f"{key} outline {score}", counts.outline)

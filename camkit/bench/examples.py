@@ -41,9 +41,9 @@ class Example:
 
     Attributes:
         name: name of the image.
-        line: name of the row.
+        row: name of the row.
         base: name of the row that the gain is over, if any.
-        groups: why the image was chosen; a random image may be one of the best, too.
+        groups: why the image was chosen; a random image may also be one of the best.
         iou: mean IoU of this image alone, by the row.
         base_iou: the same by the base.
         classes: classes in the ground truth, as mask values from 1.
@@ -56,7 +56,7 @@ class Example:
     """
 
     name: str
-    line: str
+    row: str
     base: str | None
     groups: tuple[Group, ...]
     iou: float
@@ -83,30 +83,30 @@ def collect_examples(  # noqa: PLR0913 - each setting is a choice of its own
     vocabulary: Vocabulary,
     photos: PhotoSettings | None = None,
     labels: LabelSource = "dataset",
-    line: str | None = None,
+    row: str | None = None,
     count: int = 12,
     rng_seed: int = 0,
 ) -> Iterator[Example]:
     """Run the model again on a few images of a finished benchmark.
 
     Images are ranked by the gain of their own mean IoU over the base of a row. The best and the
-    worst never overlap; the random ones are drawn from all images, so they show what is usual. The
-    arguments must be those given to `run`.
+    worst never overlap; the random images are drawn from all, so they are typical. The arguments
+    must be those given to `run`.
 
     Args:
         model: the measured model.
         dataset: the data set it was measured on.
         report: the report of the benchmark.
-        vocabulary: the measured classes.
+        vocabulary: as given to `run`, like `photos` and `labels`.
         photos: how photos were prepared.
         labels: where image-level labels came from.
-        line: name of the row to show; None takes the best row on the tuning split, among those with
-            a base if there are any.
-        count: number of best, of worst and of random images, or fewer if there are not as many.
+        row: name of the row to show; None takes the best row on the tuning split, among the rows
+            with a base if there are any.
+        count: at most this many best, worst and random images each.
         rng_seed: seed of the random draw.
 
     Returns:
-        Examples in the order of the report, made one at a time: each is as large as its photo.
+        Examples in the order of the report, made one at a time to save memory.
 
     Raises:
         ValueError: the report has no such row, or was made with another model, data set or setting.
@@ -115,9 +115,9 @@ def collect_examples(  # noqa: PLR0913 - each setting is a choice of its own
         raise ValueError(f"`count` must be at least 1, got {count}")
     evaluator = Evaluator(model, dataset, vocabulary, photos or PhotoSettings(), labels)
     _check_same(evaluator, report)
-    row = _find(report, line)
-    base = None if row.entry.base is None else _find(report, row.entry.base.name)
-    groups = _choose(row, base, count, rng_seed)
+    shown = _find(report, row)
+    base = None if shown.entry.base is None else _find(report, shown.entry.base.name)
+    groups = _choose(shown, base, count, rng_seed)
     entries = (entry for entry in dataset.entries(report.split) if isinstance(entry, Sample))
     samples = {sample.name: sample for sample in entries}
     missing = [report.names[index] for index in groups if report.names[index] not in samples]
@@ -127,8 +127,8 @@ def collect_examples(  # noqa: PLR0913 - each setting is a choice of its own
             "changed since the report was made: measure again"
         )
     return (
-        _example(evaluator, samples[report.names[index]], row, base, (index, reasons))
-        for index, reasons in sorted(groups.items())
+        _example(evaluator, samples[report.names[index]], index, reasons, shown, base)
+        for index, reasons in groups.items()
     )
 
 
@@ -170,20 +170,18 @@ def _check_same(evaluator: Evaluator, report: Report) -> None:
             )
 
 
-def _find(report: Report, line: str | None) -> Row:
-    if line is None:
+def _find(report: Report, name: str | None) -> Row:
+    if name is None:
         compared = [row for row in report.rows if row.entry.base is not None]
         return max(compared or report.rows, key=lambda row: row.tuned_mean_iou)
-    for row in report.rows:
-        if row.name == line:
-            return row
-    raise ValueError(
-        f"the report has no row {line!r}; it has {', '.join(row.name for row in report.rows)}"
-    )
+    by_name = {row.name: row for row in report.rows}
+    if name not in by_name:
+        raise ValueError(f"the report has no row {name!r}; it has {', '.join(by_name)}")
+    return by_name[name]
 
 
 def _choose(row: Row, base: Row | None, count: int, rng_seed: int) -> dict[int, tuple[Group, ...]]:
-    """Return the places of the chosen images in the report, and why each was chosen."""
+    """Return the index of each chosen image in the report, and why it was chosen."""
     gains = np.array(row.image_iou) - (0.0 if base is None else np.array(base.image_iou))
     ranked = np.argsort(-gains, kind="stable").tolist()  # images without a counted pixel come last
     ranked = [index for index in ranked if not np.isnan(gains[index])]
@@ -201,11 +199,11 @@ def _choose(row: Row, base: Row | None, count: int, rng_seed: int) -> dict[int, 
 def _example(
     evaluator: Evaluator,
     sample: Sample,
+    index: int,
+    groups: tuple[Group, ...],
     row: Row,
     base: Row | None,
-    chosen: tuple[int, tuple[Group, ...]],
 ) -> Example:
-    index, groups = chosen
     labelled = evaluator.load(sample)
     steps = stages(row.variant)
     refiners = row.variant.method.refine
@@ -213,14 +211,14 @@ def _example(
     variants = steps if base is None else (*steps, base.variant)
     maps = evaluator.maps(labelled, tuple(dict.fromkeys(variants)))
 
-    def mask_of(variant: Variant, line: Row) -> UInt8[Tensor, "H W"]:
-        return to_mask(maps[variant], labelled.slots, background_score=line.background_score)[0]
+    def mask_of(variant: Variant, score: float) -> UInt8[Tensor, "H W"]:
+        return to_mask(maps[variant], labelled.slots, background_score=score)[0]
 
-    mask = mask_of(steps[-1], row)
+    mask = mask_of(steps[-1], row.background_score)
     present = [value for value in labelled.truth.unique().tolist() if value not in (0, IGNORE)]
     return Example(
         name=sample.name,
-        line=row.name,
+        row=row.name,
         base=None if base is None else base.name,
         groups=groups,
         iou=row.image_iou[index],
@@ -232,6 +230,6 @@ def _example(
             Stage(name, maps[step][0]) for name, step in zip(step_names, steps, strict=True)
         ),
         mask=mask,
-        base_mask=None if base is None else mask_of(base.variant, base),
+        base_mask=None if base is None else mask_of(base.variant, base.background_score),
         errors=error_map(labelled.truth, mask),
     )

@@ -30,9 +30,30 @@ COLOURS = (
 """Line colours, in turn: dark enough for white paper, light enough for a dark screen."""
 
 STROKES = ("solid", "dashed", "dotted")
-"""Line styles, in turn: neighbours differ by more than colour."""
+"""Line styles, in turn, so that neighbours do not differ by colour alone."""
 
-_INK = "#010203"  # placeholder for the text colour, which differs between light and dark
+SIDE = 240
+"""Long side of a picture in pixels: 36 examples of eight pictures stay below 5 MB."""
+
+ERRORS = {
+    HIT: ("hit", (0, 158, 115)),
+    MISSED: ("missed", (0, 114, 178)),
+    FALSE: ("false", (213, 94, 0)),
+    WRONG: ("wrong class", (240, 228, 66)),
+    IGNORE: ("ignored", (200, 200, 200)),
+}
+"""Names and colours of an error map; colours of Okabe and Ito, safe for the colour-blind."""
+
+_ORDERS = {
+    "random": "random draw",
+    "best": "best gains",
+    "worst": "worst gains",
+    "all": "all, best first",
+}
+_QUALITY = 74  # of WebP: no visible blocks at this size, about 8 kB per picture
+_STRENGTH = 0.75  # of error colours over the grey photo
+
+_INK = "#010203"  # placeholder for the text colour, which differs between light and dark screens
 _ON_LIGHT, _ON_DARK = "#3a3a3a", "#d0d0d0"
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the fonts of the browser, which has every script
@@ -65,7 +86,7 @@ def curves_plot(report: Report) -> str:
         axes.set_ylim(bottom=0)
         axes.grid(visible=True)
         alt = f"mIoU over background scores on {report.tune_split}. Picked: {'; '.join(picked)}"
-        return _picture(figure, alt)
+        return _plot_html(figure, alt)
 
 
 def classes_plot(report: Report, row: Row, base: Row | None) -> str:
@@ -86,11 +107,11 @@ def classes_plot(report: Report, row: Row, base: Row | None) -> str:
         axes.set_xlabel(f"IoU on {printable(report.split)} (%)")
         axes.invert_yaxis()
         against = "" if base is None else f", beside its base {base.name}"
-        return _picture(figure, f"IoU by class of {row.name}{against}; the table has the figures")
+        return _plot_html(figure, f"IoU by class of {row.name}{against}; the table has the figures")
 
 
 def legend(report: Report, rows: Sequence[Row]) -> str:
-    """Return the legend as HTML, outside the plot, where long names have room."""
+    """Return the legend as HTML; it stands outside the plot, so that long names have room."""
     items = []
     for row in rows:
         colour, stroke = line_style(report, row)
@@ -122,7 +143,7 @@ def _drawing(width: float, height: float) -> Iterator[tuple[Any, Any]]:
         yield figure, figure.subplots()
 
 
-def _picture(figure: Any, alt: str) -> str:
+def _plot_html(figure: Any, alt: str) -> str:
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -136,37 +157,15 @@ def _picture(figure: Any, alt: str) -> str:
     )
 
 
-SIDE = 240
-"""Long side of a picture in pixels: 36 examples of eight pictures stay below 5 MB."""
-
-ERRORS = {
-    HIT: ("hit", (0, 158, 115)),
-    MISSED: ("missed", (0, 114, 178)),
-    FALSE: ("false", (213, 94, 0)),
-    WRONG: ("wrong class", (240, 228, 66)),
-    IGNORE: ("ignored", (200, 200, 200)),
-}
-"""Names and colours of an error map; colours of Okabe and Ito, safe for the colour-blind."""
-
-_ORDERS = {
-    "random": "random draw",
-    "best": "best gains",
-    "worst": "worst gains",
-    "all": "all, best first",
-}
-_QUALITY = 74  # of WebP: no visible blocks at this size, about 8 kB per picture
-_STRENGTH = 0.75  # of error colours over the grey photo
-
-
 def show_examples(report: Report, examples: Iterable[Example]) -> str:
-    """Return all examples with the controls that filter them; empty without examples."""
+    """Return all examples as HTML with controls to filter them; empty without examples."""
     articles: list[str] = []
     compared: dict[str, None] = {}
     present = dict.fromkeys(range(1, len(report.classes)), 0)
     for example in examples:
         articles.append(_article(report, example))
         base = "" if example.base is None else f" over {example.base}"
-        compared[f"{example.line}{base}"] = None
+        compared[f"{example.row}{base}"] = None
         for value in example.classes:
             present[value] += 1
     if not articles:
@@ -208,11 +207,11 @@ def _article(report: Report, example: Example) -> str:
         _swatch((palette[3 * v], palette[3 * v + 1], palette[3 * v + 2]), report.classes[v])
         for v in example.classes
     )
-    summary = f"{example.line} {example.iou * 100:.1f}"
+    summary = f"{example.row} {example.iou * 100:.1f}"
     if example.base is not None and example.base_iou is not None:
         summary += f", {example.base} {example.base_iou * 100:.1f}: {points(example.gain)}"
     figures = ""
-    for title, alt, picture in _pictures(example, names):
+    for title, alt, picture in _example_pictures(example, names):
         file = io.BytesIO()
         Image.fromarray(picture).save(file, format="WEBP", quality=_QUALITY, method=4)
         figures += (
@@ -228,7 +227,7 @@ def _article(report: Report, example: Example) -> str:
     )
 
 
-def _pictures(example: Example, names: str) -> Iterable[tuple[str, str, Picture]]:
+def _example_pictures(example: Example, names: str) -> Iterable[tuple[str, str, Picture]]:
     """Yield title, description and picture, from the photo to the errors."""
     rows, cols = example.photo.shape[:2]
     scale = min(1.0, SIDE / max(rows, cols))

@@ -17,7 +17,7 @@ class Cell:
 
     Attributes:
         shown: its text.
-        value: its sort key, if not the text; NaN and None come last.
+        value: its sort key, if that is not the text; NaN and None come last.
         note: smaller text below.
     """
 
@@ -51,15 +51,15 @@ def gain_cells(gain: Gain | None) -> tuple[Cell, Cell]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the report.
+    """A table of the report, in a section of its own.
 
     Attributes:
-        key: its name within the page.
-        title: heading of its section.
+        key: HTML id of the section.
+        title: heading of the section.
         caption: a line above the table.
         heads: names of the columns.
         rows: cells by row; the first column holds names.
-        note: a sentence of explanation.
+        note: explains the table.
     """
 
     key: str
@@ -97,14 +97,12 @@ def extra_tables(report: Report) -> list[Table]:
     ]:
         heads = ("variant", "boundary IoU", *gain)
         tables.append(Table("outlines", "Outlines", "Boundary IoU and gains", heads, lines))
-    measured = [(row.name, row.quality) for row in rows if row.quality is not None]
-    lines = []
-    for name, quality in measured:
-        pairs = zip(astuple(quality.means), astuple(quality.errors), strict=True)
-        lines.append(
-            (Cell(name), *(Cell(f"{mean:.3f} ± {error:.3f}", mean) for mean, error in pairs))
-        )
-    if lines:
+    if measured := [(row.name, row.quality) for row in rows if row.quality is not None]:
+        lines = []
+        for name, quality in measured:
+            pairs = zip(astuple(quality.means), astuple(quality.errors), strict=True)
+            shown = (Cell(f"{mean:.3f} ± {error:.3f}", mean) for mean, error in pairs)
+            lines.append((Cell(name), *shown))
         heads = ("variant", "insertion", "deletion", "left behind")
         note = (
             f"By the classifier's scores, over {measured[0][1].maps} maps, with standard errors. "
@@ -116,11 +114,11 @@ def extra_tables(report: Report) -> list[Table]:
 
 def to_markdown(report: Report) -> str:
     """Return the report as Markdown tables with an explanation."""
-    splits = f"{report.split} ({report.images} images)"
+    split = f"{report.split} ({report.images} images)"
     tuned = f"{report.tune_split} ({report.tune_images} images)"
     lines = [
         f"mIoU in % over {', '.join(report.classes)}",
-        f"on {splits} of {report.dataset}. Definition: mean over the classes present in the ground",
+        f"on {split} of {report.dataset}. Definition: mean over the classes present in the ground",
         "truth, one confusion matrix over all images; other objects count as background.",
         f"Image-level labels: {report.labels}, for every image.",
         f"Background scores and choices picked on {tuned}. Gains: 95% intervals of a paired",
@@ -198,9 +196,9 @@ def _content(cell: Cell) -> str:
     return text(cell.shown) + (f"<small>{text(cell.note)}</small>" if cell.note else "")
 
 
-def facts(pairs: Iterable[tuple[str, str]]) -> str:
+def facts(values: Mapping[str, object]) -> str:
     """Return a list of names and values."""
-    items = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in pairs)
+    items = "".join(f"<dt>{text(k)}</dt><dd>{text(value)}</dd>" for k, value in values.items())
     return f"<dl>{items}</dl>"
 
 

@@ -1,4 +1,4 @@
-"""Measure methods on held-out masks: tuned on one split, reported on another."""
+"""`run`: measure methods on held-out masks, tuned on one split, reported on another."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -39,9 +39,9 @@ class Reported:
     """Confusion matrices of a variant on the reported split.
 
     Attributes:
-        swept: of all images, one for each background score.
-        images: of each image, at the background score picked.
-        outlines: the same for outlines, if requested.
+        swept: summed over the images, one for each background score.
+        images: one for each image, at the background score picked.
+        outlines: the same of outlines, if requested.
     """
 
     swept: Int[Tensor, "s c c"]
@@ -78,15 +78,14 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         split: the figures come from this split.
         tune_split: background scores and choices are picked on this split.
         photos: how photos are prepared.
-        labels: "dataset" takes image-level labels from the data set,
-            `camkit.seeds.PredictedClasses` from the classifier.
+        labels: "dataset", or `camkit.seeds.PredictedClasses` for the prediction of the classifier.
         limit: use only the first images of each split.
         oracle_threshold: allow the splits to share images; the report is then marked ORACLE.
-        cache: file that keeps measurements, image by image, under a hash of weights, files,
-            settings and code: a killed run continues, and a changed variant costs only itself.
-        outlines: also measure boundary IoU (`camkit.score.boundary_overlap`), at the same
-            background scores.
+        cache: file of measurements by a hash of weights, image, settings and code, so that a killed
+            run continues and only changed variants are measured again.
         quality: also measure how well the maps explain the classifier, by many forwards per image.
+        outlines: also measure boundary IoU (`camkit.score.boundary_confusion`), at the same
+            background scores.
 
     Raises:
         ValueError: the splits share images without ``oracle_threshold``, or a class is not in the
@@ -107,22 +106,25 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
             f"splits {tune_split!r} and {split!r} share {len(shared)} images "
             f"({shared[0][0]}, ...): the same name or the same content; "
             "a background score picked on the images it is reported on is an oracle; name another "
-            "split, or allow it with --oracle-threshold"
+            "split, or allow it with `oracle_threshold` (--oracle-threshold)"
         )
     skipped: list[str] = []
     with ExitStack() as stack:
         results = None if cache is None else stack.enter_context(ResultCache(cache))
         photos = photos or PhotoSettings()
         evaluator = Evaluator(model, dataset, vocabulary, photos, labels, results)
-        tuned = _tune(evaluator, tuning, entries, f"tuning on {tune_split}", skipped)
+        tuned: dict[Variant, Tensor] = {}
+        requests = dict.fromkeys(variant for entry in entries for variant in entry.variants)
+        title = f"tuning on {tune_split}"
+        for _, by_variant in evaluator.measure_all(tuning, requests, title, skipped):
+            for variant, counts in by_variant.items():
+                tuned[variant] = counts.swept + tuned.get(variant, 0)
         tune_images = len(tuning) - len(skipped)
         best = {variant: best_threshold(counts, THRESHOLDS) for variant, counts in tuned.items()}
         chosen = {entry.name: entry.reported(best) for entry in entries}
         scores = {v: best[v].threshold for picked in chosen.values() for v in picked}
         title = f"measuring on {split}"
-        names, reported = _report_on(
-            evaluator, held_out, scores, skipped, title=title, outlines=outlines
-        )
+        names, reported = _report_on(evaluator, held_out, scores, title, skipped, outlines)
         explained = () if quality is None else dict.fromkeys(v[0] for v in chosen.values())
         qualities = measure_quality(evaluator, held_out, tuple(explained), quality or Quality())
     rows = [_row(entry, chosen, tuned, best, reported) for entry in entries]
@@ -150,29 +152,12 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     )
 
 
-def _tune(
-    evaluator: Evaluator,
-    samples: Sequence[Sample],
-    entries: Sequence[Entry],
-    title: str,
-    skipped: list[str],
-) -> dict[Variant, Int[Tensor, "s c c"]]:
-    """Return the confusion matrices of every variant, summed over the images."""
-    variants = tuple(dict.fromkeys(v for entry in entries for v in entry.variants))
-    totals: dict[Variant, Tensor] = {}
-    for _, by_variant in evaluator.measure_all(samples, dict.fromkeys(variants), title, skipped):
-        for variant, counts in by_variant.items():
-            totals[variant] = counts.swept + totals.get(variant, 0)
-    return totals
-
-
 def _report_on(
     evaluator: Evaluator,
     samples: Sequence[Sample],
     scores: Mapping[Variant, float],
-    skipped: list[str],
-    *,
     title: str,
+    skipped: list[str],
     outlines: bool,
 ) -> tuple[tuple[str, ...], dict[Variant, Reported]]:
     """Return the names of the usable images, and the counts on them."""

@@ -41,18 +41,13 @@ def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
     content = [
         _about(report),
         section("summary", "Summary", _summary(report)),
-        *(
-            section(
-                extra.key,
-                extra.title,
-                (f"<p>{text(extra.note)}</p>" if extra.note else "")
-                + html_table(extra.caption, extra.heads, extra.rows),
-            )
-            for extra in extra_tables(report)
-        ),
-        section("curves", "Background scores", _curves(report)),
-        section("classes", "Classes", _classes(report)),
     ]
+    for table in extra_tables(report):
+        note = f"<p>{text(table.note)}</p>" if table.note else ""
+        figures = html_table(table.caption, table.heads, table.rows)
+        content.append(section(table.key, table.title, note + figures))
+    content.append(section("curves", "Background scores", _curves(report)))
+    content.append(section("classes", "Classes", _classes(report)))
     shown = show_examples(report, examples)
     content.append(section("gallery", "Examples", shown) if shown else "")
     content.append(section("settings", "Settings", _settings(report)))
@@ -69,45 +64,32 @@ def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
 
 
 def _about(report: Report) -> str:
-    oracle = (
-        '<p class="oracle"><strong>ORACLE</strong> Background scores were picked on images that '
-        "are also reported, so these figures are too high for new images.</p>"
-        if report.oracle
-        else ""
-    )
-    skipped = (
-        f"<details open><summary>{len(report.skipped)} images could not be used</summary>"
-        f"{bullets(report.skipped)}</details>"
-        if report.skipped
-        else ""
-    )
-    return (
+    about = (
         f"<header><h1>{text(report.dataset)}</h1>"
         f"<p>{len(report.rows)} variants measured on {report.images} images.</p></header>"
-        + oracle
-        + facts(
-            [
-                ("Figures from", f"{report.split} ({report.images} images)"),
-                (
-                    "Background scores and choices from",
-                    f"{report.tune_split} ({report.tune_images} images)",
-                ),
-                ("Classes", ", ".join(report.classes)),
-                ("Image-level labels", f"{report.labels}, for every image"),
-                (
-                    "mIoU",
-                    "mean over the classes present in the ground truth, one confusion matrix over "
-                    "all images; other objects count as background, in %",
-                ),
-                (
-                    "Gains",
-                    "over the base of each row, in points of mIoU, with 95% intervals of a paired "
-                    "bootstrap over images; p is two-sided, corrected for all gains (Holm)",
-                ),
-            ]
-        )
-        + skipped
     )
+    if report.oracle:
+        about += (
+            '<p class="oracle"><strong>ORACLE</strong> Background scores were picked on images '
+            "that are also reported, so these figures are too high for new images.</p>"
+        )
+    tuned = f"{report.tune_split} ({report.tune_images} images)"
+    about += facts(
+        {
+            "Figures from": f"{report.split} ({report.images} images)",
+            "Background scores and choices from": tuned,
+            "Classes": ", ".join(report.classes),
+            "Image-level labels": f"{report.labels}, for every image",
+            "mIoU": "mean over the classes present in the ground truth, one confusion matrix over "
+            "all images; other objects count as background, in %",
+            "Gains": "over the base of each row, in points of mIoU, with 95% intervals of a paired "
+            "bootstrap over images; p is two-sided, corrected for all gains (Holm)",
+        }
+    )
+    if report.skipped:
+        summary = f"{len(report.skipped)} images could not be used"
+        about += f"<details open><summary>{summary}</summary>{bullets(report.skipped)}</details>"
+    return about
 
 
 def _summary(report: Report) -> str:
@@ -173,23 +155,17 @@ def _classes(report: Report) -> str:
 
 def _settings(report: Report) -> str:
     content = facts(
-        [
-            ("photos", report.photos),
-            ("weights, SHA-256", report.weights_sha256),
-            *((name, str(value)) for name, value in report.environment.items()),
-        ]
+        {"photos": report.photos, "weights, SHA-256": report.weights_sha256} | report.environment
     )
     for row in report.rows:
         lines = []
         for variant in row.entry.variants:
             method = variant.method
-            edit = (
-                f"{method.edit!r} (blocks: {method.edit_blocks}), "
-                if method.edit is not None
-                else ""
-            )
-            views = f"{method.views!r}, " if method.views else ""
             steps = " → ".join(repr(stage) for stage in (method.seed, *method.refine))
-            lines.append(f"{variant.name}: {edit}{views}{steps}")
+            if method.views:
+                steps = f"{method.views!r}, {steps}"
+            if method.edit is not None:
+                steps = f"{method.edit!r} (blocks: {method.edit_blocks}), {steps}"
+            lines.append(f"{variant.name}: {steps}")
         content += f"<details><summary>{text(row.name)}</summary>{bullets(lines)}</details>"
     return content

@@ -41,14 +41,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class _Several:
-    """Several variants in one row.
-
-    Attributes:
-        name: name of the row.
-        variants: at least two.
-        base: entry to compute the gain over.
-        controls: entries that a real gain must exceed as well.
-    """
+    """A row of at least two variants; other attributes as in `Variant`."""
 
     name: str
     variants: tuple[Variant, ...]
@@ -56,10 +49,9 @@ class _Several:
     controls: tuple["Entry", ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        if len(set(self.variants)) < 2:
-            raise ValueError(
-                f"`variants` of {self.name!r} must hold at least two, got {len(set(self.variants))}"
-            )
+        count = len(set(self.variants))
+        if count < 2:
+            raise ValueError(f"`variants` of {self.name!r} must hold at least two, got {count}")
 
 
 @dataclass(frozen=True)
@@ -93,9 +85,8 @@ Entry: TypeAlias = Variant | Choice | Repeats
 
 
 def stages(variant: Variant) -> tuple[Variant, ...]:
-    """Return a variant step by step: its seed, then one more refiner each, based on the one before.
+    """Return a variant step by step: its seed, then one refiner more each, based on the last step.
 
-    >>> from camkit.refiners.normalize import Normalize
     >>> variant = Variant("gradient", Method(GradientSeed(), refine=(Normalize(),)))
     >>> [stage.name for stage in stages(variant)]
     ['gradient: seed', 'gradient']
@@ -126,8 +117,8 @@ def check_entries(entries: tuple[Entry, ...]) -> None:
     missing = [
         f"{other.name} (for {entry.name})"
         for entry in entries
-        for other in (*([] if entry.base is None else [entry.base]), *entry.controls)
-        if other not in entries
+        for other in (entry.base, *entry.controls)
+        if other is not None and other not in entries
     ]
     if missing:
         raise ValueError(

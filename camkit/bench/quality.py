@@ -1,7 +1,6 @@
-"""Quality of maps without masks: insertion, deletion, and the variant that suits one photo.
+"""Quality of maps without masks: whether they contain what the classifier needs.
 
-These figures show whether a map contains what the classifier needs, not whether its outline is
-right.
+These figures say nothing about outlines.
 """
 
 import math
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camkit.bench.evaluator import Evaluator, variant_maps
+from camkit.bench.evaluator import Evaluator
 from camkit.bench.protocol import Variant
 from camkit.capture.record import scores_of
 from camkit.data import Sample
@@ -68,14 +67,12 @@ class Quality:
     batch: int = 16
 
     def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise ValueError(f"`steps` must be at least 2, got {self.steps}")
-        if self.images is not None and self.images < 1:
-            raise ValueError(f"`images` must be at least 1, got {self.images}")
+        for name, least in (("steps", 2), ("images", 1), ("batch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}")
         if not self.blur_width > 0.0:
             raise ValueError(f"`blur_width` must be above 0, got {self.blur_width}")
-        if self.batch < 1:
-            raise ValueError(f"`batch` must be at least 1, got {self.batch}")
 
     def __call__(
         self,
@@ -119,7 +116,9 @@ class Quality:
                 QualityScores(
                     insertion=float(torch.trapezoid(insertion) / (self.steps - 1)),
                     deletion=float(torch.trapezoid(deletion) / (self.steps - 1)),
-                    background=float(_remaining(logits[-2], logits[-1])),
+                    background=float(
+                        (logits[-2].clamp_min(0) / logits[-1].clamp_min(1e-8)).clamp_max(1)
+                    ),
                 )
             )
         return results
@@ -142,11 +141,6 @@ def class_scores(
     return logits, (logits - scores.logsumexp(-1)).exp()
 
 
-def _remaining(faded: Float[Tensor, "..."], whole: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return the part of a class's score that remains without the pixels of its map, in [0, 1]."""
-    return (faded.clamp_min(0) / whole.clamp_min(0).clamp_min(1e-8)).clamp_max(1.0)
-
-
 def measure_quality(
     evaluator: Evaluator, samples: Sequence[Sample], variants: Sequence[Variant], settings: Quality
 ) -> Mapping[Variant, MeanQuality]:
@@ -163,15 +157,11 @@ def measure_quality(
         if not labelled.classes:
             continue
         measured += 1
-        photo = labelled.photo
+        photo, classes = labelled.photo, labelled.classes
         size = (photo.pixels.shape[-2], photo.pixels.shape[-1])
         for variant, cam in evaluator.maps(labelled, variants).items():
             scores[variant] += settings(
-                evaluator.model,
-                photo,
-                resize_cam(cam, size),
-                labelled.classes,
-                evaluator.vocabulary,
+                evaluator.model, photo, resize_cam(cam, size), classes, evaluator.vocabulary
             )
     return {variant: _mean(each) for variant, each in scores.items() if each}
 
@@ -184,96 +174,3 @@ def _mean(scores: Sequence[QualityScores]) -> MeanQuality:
         for name, values in columns.items()
     }
     return MeanQuality(QualityScores(**means), QualityScores(**errors), len(scores))
-
-
-@dataclass(frozen=True, eq=False)
-class Picked:
-    """The best candidate for one class of one photo.
-
-    Attributes:
-        variant: the candidate.
-        threshold: a pixel belongs to the class from this value of the map.
-        left: the part of the class's score that remains without those pixels.
-        area: their share of the picture.
-        cam: the map, at the size of the model's input, raised to the power that takes the threshold
-            to 0.5: one background score then suits all classes and photos.
-    """
-
-    variant: Variant
-    threshold: float
-    left: float
-    area: float
-    cam: Float[Tensor, "H W"]
-
-
-@dataclass(frozen=True)
-class SuppressionChoice:
-    """Chooses the candidate that leaves least of the class's score outside a small area.
-
-    After BAS (Wu et al. 2022), which trains with the sum of both; choosing by it, among binary maps
-    and on faded pixels instead of features, is ours.
-
-    Attributes:
-        thresholds: thresholds to try on each map, in (0, 1).
-        area_weight: weight of the area in the sum; 1.2 is what BAS trains with.
-        batch: pictures per forward.
-    """
-
-    thresholds: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-    area_weight: float = 1.2
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        if not self.thresholds or not all(0.0 < t < 1.0 for t in self.thresholds):
-            raise ValueError(f"`thresholds` must lie in (0, 1), got {self.thresholds}")
-        if not self.area_weight >= 0.0:
-            raise ValueError(f"`area_weight` must be at least 0, got {self.area_weight}")
-        if self.batch < 1:
-            raise ValueError(f"`batch` must be at least 1, got {self.batch}")
-
-    def __call__(
-        self,
-        model: nn.Module,
-        photo: Photo,
-        classes: Sequence[int],
-        variants: Sequence[Variant],
-        vocabulary: Vocabulary,
-    ) -> list[Picked]:
-        """Choose a candidate for each class.
-
-        Args:
-            model: borrowed, in evaluation mode.
-            photo: the photo to make maps of.
-            classes: classes of the vocabulary that the photo shows.
-            variants: candidates: seeds, layers, views, refiners.
-            vocabulary: joins classifier outputs to classes.
-        """
-        if not variants or not classes:
-            raise ValueError("name at least one variant and one class to choose for")
-        indices = torch.tensor([list(classes)], dtype=torch.int64)
-        size = (photo.pixels.shape[-2], photo.pixels.shape[-1])
-        cams = variant_maps(model, photo, indices, variants, vocabulary)
-        maps = [resize_cam(cams[v], size).clamp(0, 1).cpu().float() for v in variants]
-        pairs = [(v, t) for v in range(len(variants)) for t in self.thresholds]
-        choices = []
-        for slot, index in enumerate(classes):
-            shown = torch.stack([(maps[v][0, slot] > t).float() for v, t in pairs])[:, None]
-            pictures = torch.cat([photo.pixels, photo.pixels * (1 - shown)])
-            scores, _ = class_scores(model, pictures, index, vocabulary, self.batch)
-            left, area = _remaining(scores[1:], scores[0]), shown.mean((1, 2, 3))
-            best = int((left + self.area_weight * area).argmin())
-            place, threshold = pairs[best]
-            cam = gamma_to_half(maps[place][0, slot], threshold)
-            choices.append(
-                Picked(variants[place], threshold, float(left[best]), float(area[best]), cam)
-            )
-        return choices
-
-
-def gamma_to_half(cam: Float[Tensor, "H W"], threshold: float) -> Float[Tensor, "H W"]:
-    """Raise a map in [0, 1] to the power that takes the threshold to 0.5.
-
-    >>> gamma_to_half(torch.tensor([[0.0, 0.25, 1.0]]), 0.25)
-    tensor([[0.0000, 0.5000, 1.0000]])
-    """
-    return cam.pow(math.log(0.5) / math.log(threshold))

@@ -11,12 +11,7 @@ from camkit.score import Gain
 
 @dataclass(frozen=True)
 class Comparison:
-    """A gain over a control.
-
-    Attributes:
-        name: name of the control.
-        gain: the gain over it, with its interval.
-    """
+    """The gain over the control of this name."""
 
     name: str
     gain: Gain
@@ -43,12 +38,12 @@ class Row:
         definitions: the same by each definition used in the field.
         spread: lowest and highest mean IoU of repeats; None for other entries.
         class_iou: IoU of each class, background first; NaN for absent classes.
-        class_precision: pixel average precision of each class on the reported split, without the
-            background; it needs no background score.
-        confusion: confusion matrix of the reported split, rows are the truth; of repeats the sum.
-        image_iou: mean IoU of each reported image alone, in the order of `Report.names`; it only
-            ranks the example pictures.
-        curve: mean IoU on the tuning split at each background score of `camkit.score.THRESHOLDS`.
+        class_precision: pixel average precision of each class, without the background; it needs no
+            background score.
+        confusion: confusion matrix, rows are the truth; of repeats the sum.
+        image_iou: mean IoU of each image alone, in the order of `Report.names`; it only ranks the
+            example pictures.
+        curve: mean IoU on the tuning split at each of `camkit.score.THRESHOLDS`.
         area: mean of the curve.
         gain: gain over the base, with its interval; None without a base.
         over_controls: gains over the controls.
@@ -124,21 +119,22 @@ class Report:
 
 def to_json(report: Report) -> str:
     """Return the whole report as JSON; stages as their settings."""
-    data = {name: getattr(report, name) for name in Report.__dataclass_fields__}
-    data["images"] = report.images
-    data["rows"] = [_row(row) for row in report.rows]
+    data = vars(report) | {"images": report.images, "rows": [_row(row) for row in report.rows]}
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
 def _row(row: Row) -> dict[str, Any]:
-    data = {name: getattr(row, name) for name in Row.__dataclass_fields__ if name != "entry"}
-    data["name"], data["kind"] = row.name, type(row.entry).__name__
-    data["variant"] = _variant(row.variant)
-    data["variants"] = [_variant(variant) for variant in row.entry.variants]
-    data["gain"] = None if row.gain is None else vars(row.gain)
-    data["over_controls"] = [{"name": c.name, **vars(c.gain)} for c in row.over_controls]
-    data["outlines"] = None if row.outlines is None else asdict(row.outlines)
-    data["quality"] = None if row.quality is None else asdict(row.quality)
+    data = vars(row) | {
+        "name": row.name,
+        "kind": type(row.entry).__name__,
+        "variant": _variant(row.variant),
+        "variants": [_variant(variant) for variant in row.entry.variants],
+        "gain": None if row.gain is None else vars(row.gain),
+        "over_controls": [{"name": c.name, **vars(c.gain)} for c in row.over_controls],
+        "outlines": None if row.outlines is None else asdict(row.outlines),
+        "quality": None if row.quality is None else asdict(row.quality),
+    }
+    del data["entry"]
     return {name: _without_nan(value) for name, value in data.items()}
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from camkit.atomic import unfinished
 from camkit.bulk.items import Failure, Item
 from camkit.bulk.stages import ImageResult, OutFolder, OutputError, write_part
 from camkit.errors import CamkitError, DataError
+from camkit.manifest import unfinished
 
 JOURNAL, SETTINGS = "journal.sqlite", "settings.json"
 MANIFEST, ERRORS = "manifest.jsonl", "errors.tsv"

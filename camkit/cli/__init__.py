@@ -1,4 +1,4 @@
-"""The command line; `data`, `refine`, `mask` and `eval` need no model."""
+"""The command line; the commands `data`, `refine`, `mask` and `eval` need no model."""
 
 import argparse
 import sys
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name in arguments[:1]:  # no other command needs its options now
+        if name in arguments[:1]:  # build the options of this command only
             module.add_arguments(command)
         command.set_defaults(execute=module.execute)
     options = parser.parse_args(arguments)

@@ -1,17 +1,15 @@
-"""Measure methods on a data set with masks, tuned on one split, reported on another."""
+"""Measure methods on a data set with masks: tuned on one split, reported on another."""
 
 import argparse
 import json
-import os
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from camkit.atomic import unfinished
 from camkit.bench import (
     Choice,
     Entry,
@@ -26,12 +24,20 @@ from camkit.bench import (
     to_json,
     to_markdown,
 )
+from camkit.bench.evaluator import LabelSource
 from camkit.cli.models import add_model_arguments, open_model
-from camkit.cli.options import GRAMMAR, METHOD_GRAMMAR, default_method, refiners_help
+from camkit.cli.options import (
+    GRAMMAR,
+    METHOD_GRAMMAR,
+    default_method,
+    read_predicted,
+    refiners_help,
+)
 from camkit.data import open_dataset
 from camkit.errors import CamkitError
-from camkit.method import CALIBRATED, REFINERS, Method
-from camkit.seeds import PredictedClasses
+from camkit.manifest import unfinished
+from camkit.method import CALIBRATED, REFINERS, Method, read_refiners
+from camkit.native.loader import named_cache
 
 EXAMPLES = f"""examples:
   camkit bench VOC2012 --split val --tune-split train
@@ -52,69 +58,58 @@ which the best on the tuning split is reported.
 {refiners_help(REFINERS)}"""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The rows of a benchmark in words.
+def read_entries(
+    *,
+    seeds: Sequence[str] = ("gradient",),
+    edits: Sequence[str] = (),
+    refine: Sequence[str] = (),
+    controls: Sequence[str] = (),
+    edit_blocks: int | None = 3,
+    by_stages: bool = False,
+) -> tuple[Entry, ...]:
+    """Return the rows of a benchmark that the command line describes.
 
-    Attributes:
-        seeds: seeds, each a row of its own.
-        edits: edits, each measured with every seed and chain.
-        refine: chains of refiners; the gain of each is over its seed.
-        controls: chains that every other chain is compared with as well.
+    Args:
+        seeds: each is a row of its own.
+        edits: each is measured with every seed and chain.
+        refine: chains; the gain of each is over its seed.
+        controls: chains that every chain of ``refine`` is compared with as well.
         edit_blocks: number of last blocks to edit; None edits all.
-        stages: measure each chain step by step.
+        by_stages: measure each chain step by step.
+
+    Raises:
+        ValueError: a name or a setting does not exist.
     """
+    entries: list[Entry] = []
+    for seed in seeds:
+        base = Variant(seed, Method.from_words(seed=seed, refine=()))
+        baselines = [_row(base, chain, base) for chain in controls]
+        rows = [_row(base, chain, base, baselines) for chain in refine]
+        entries += [base, *baselines]
+        for row in rows:
+            if by_stages and isinstance(row, Variant):
+                _, first, *others = stages(row)  # the seed is a row already
+                entries += [replace(first, base=base), *others]
+            else:
+                entries.append(row)
+        for edit in edits:
+            method = Method.from_words(seed=seed, edit=edit, edit_blocks=edit_blocks, refine=())
+            edited = Variant(f"{seed} @ {edit}", method, base)
+            entries.append(edited)
+            for chain, row in zip(refine, rows, strict=True):
+                entries.append(_row(edited, chain, row, baselines))
+    return tuple(entries)
 
-    seeds: tuple[str, ...] = ("gradient",)
-    edits: tuple[str, ...] = ()
-    refine: tuple[str, ...] = ()
-    controls: tuple[str, ...] = ()
-    edit_blocks: int | None = 3
-    stages: bool = False
 
-    def entries(self) -> tuple[Entry, ...]:
-        """Return the rows.
-
-        Raises:
-            ValueError: a name or a setting does not exist, or there is no seed.
-        """
-        if not self.seeds:
-            raise ValueError("a benchmark needs at least one seed")
-        entries: list[Entry] = []
-        for seed in self.seeds:
-            base = Variant(seed, Method.from_words(seed=seed, refine=()))
-            controls = [self._row(base, chain, base) for chain in self.controls]
-            rows = [self._row(base, chain, base, controls) for chain in self.refine]
-            entries += [base, *controls]
-            for row in rows:
-                if self.stages and isinstance(row, Variant):
-                    _, first, *others = stages(row)  # the seed is a row already
-                    entries += [replace(first, base=base), *others]
-                else:
-                    entries.append(row)
-            for edit in self.edits:
-                method = Method.from_words(
-                    seed=seed, edit=edit, edit_blocks=self.edit_blocks, refine=()
-                )
-                edited = Variant(f"{seed} @ {edit}", method, base)
-                entries.append(edited)
-                for chain, row in zip(self.refine, rows, strict=True):
-                    entries.append(self._row(edited, chain, row, controls))
-        return tuple(entries)
-
-    def _row(
-        self, seed: Variant, chains: str, base: Entry, controls: Sequence[Entry] = ()
-    ) -> Entry:
-        """Return the variant of one chain, or the choice among several."""
-        variants = []
-        for chain in (part.strip() for part in chains.split("|")):
-            refine = Method.from_words(refine=[chain]).refine
-            method = replace(seed.method, refine=refine)
-            variants.append(Variant(f"{seed.name} > {chain}", method, base, tuple(controls)))
-        if len(variants) == 1:
-            return variants[0]
-        name = f"{seed.name} > best of {len(variants)}"
-        return Choice(name, tuple(variants), base, tuple(controls))
+def _row(seed: Variant, chains: str, base: Entry, controls: Sequence[Entry] = ()) -> Entry:
+    """Return the variant of one chain, or the choice among several."""
+    variants = []
+    for chain in (part.strip() for part in chains.split("|")):
+        method = replace(seed.method, refine=read_refiners([chain], REFINERS))
+        variants.append(Variant(f"{seed.name} > {chain}", method, base, tuple(controls)))
+    if len(variants) == 1:
+        return variants[0]
+    return Choice(f"{seed.name} > best of {len(variants)}", tuple(variants), base, tuple(controls))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,23 +157,26 @@ def execute(options: argparse.Namespace) -> int:
     if options.html is not None and find_spec("matplotlib") is None:
         raise CamkitError("--html needs matplotlib; install it with `pip install 'camkit[report]'`")
     dataset = open_dataset(Path(settings["dataset"]))
-    listed = settings["classes"]
-    names = dataset.classes if listed is None else [name.strip() for name in listed.split(",")]
-    labels = _labels(settings["labels"])
+    names = list(dataset.classes)
+    if settings["classes"] is not None:
+        names = [name.strip() for name in settings["classes"].split(",")]
+    source = settings["labels"]
+    labels: LabelSource | None = "dataset" if source == "dataset" else read_predicted(source)
+    if labels is None:
+        raise ValueError(f"--labels must be dataset or predicted[:THRESHOLD], got {source!r}")
     variants: tuple[Entry, ...] = ()
-    words = {key: tuple(settings[key]) for key in ("seed", "edit", "refine", "control")}
-    if any(words.values()):
-        variants = Plan(
-            seeds=words["seed"] or ("gradient",),
-            edits=words["edit"],
-            refine=words["refine"],
-            controls=words["control"],
+    if any(settings[key] for key in ("seed", "edit", "refine", "control")):
+        variants = read_entries(
+            seeds=settings["seed"] or ("gradient",),
+            edits=settings["edit"],
+            refine=settings["refine"],
+            controls=settings["control"],
             edit_blocks=settings["edit-blocks"] or None,
-            stages=settings["stages"],
-        ).entries()
+            by_stages=settings["stages"],
+        )
     opened = open_model(settings["model"], size=settings["size"])
     print(f"model {settings['model']} from {opened.source}", file=sys.stderr)
-    vocabulary = opened.vocabulary.subset(list(names))
+    vocabulary = opened.vocabulary.subset(names)
     if not variants:
         variants = standard_variants(calibrated=default_method(opened) == CALIBRATED.method)
     report = measure.run(
@@ -192,7 +190,7 @@ def execute(options: argparse.Namespace) -> int:
         labels=labels,
         limit=settings["limit"],
         oracle_threshold=settings["oracle-threshold"],
-        cache=None if options.no_cache else options.cache or _cache(),
+        cache=None if options.no_cache else options.cache or _cache_path(),
         quality=Quality() if settings["quality"] else None,
         outlines=settings["outlines"],
     )
@@ -217,9 +215,8 @@ def execute(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings by long option: from flags, else from the file, else the defaults."""
-    settings = {key.replace("_", "-"): value for key, value in vars(options).items()}
-    for key in ("execute", "config", "out", "html", "examples", "cache", "no-cache"):
-        settings.pop(key, None)
+    others = ("execute", "config", "out", "html", "examples", "cache", "no_cache")
+    settings = {k.replace("_", "-"): v for k, v in vars(options).items() if k not in others}
     if options.config is not None:
         settings = _with_file(settings, options.config)
     if settings["dataset"] is None:
@@ -237,14 +234,14 @@ def _with_file(flagged: dict[str, Any], path: Path) -> dict[str, Any]:
         raise CamkitError(f"{path} is not valid TOML: {error}") from error
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    defaults = {k.replace("_", "-"): v for k, v in vars(parser.parse_args([])).items()}
+    defaults = vars(parser.parse_args([]))
     unknown = sorted(set(content) - set(flagged))
     if unknown:
         raise CamkitError(
             f"{path} sets {', '.join(unknown)}; its options may be {', '.join(flagged)}"
         )
     for key, value in content.items():
-        default = defaults[key]
+        default = defaults[key.replace("-", "_")]
         kind = int if key == "limit" else str if default is None else type(default)
         if type(value) is not kind:
             raise CamkitError(f"{path}: {key} must be {kind.__name__}, got {value!r}")
@@ -253,22 +250,11 @@ def _with_file(flagged: dict[str, Any], path: Path) -> dict[str, Any]:
     return flagged
 
 
-def _labels(text: str) -> Any:
-    kind, _, threshold = text.partition(":")
-    if kind == "dataset" and not threshold:
-        return "dataset"
-    try:
-        if kind == "predicted":
-            return PredictedClasses(float(threshold or 0.1), "softmax", least=0)
-    except ValueError as error:
-        raise ValueError(f"--labels {text}: {error}") from error
-    raise ValueError(f"--labels must be dataset or predicted[:THRESHOLD], got {text!r}")
-
-
-def _cache() -> Path:
-    named = os.environ.get("CAMKIT_CACHE")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "camkit"
-    return (Path(named) if named else folder) / "measured.sqlite"
+def _cache_path() -> Path:
+    folder = named_cache()
+    if folder is None:
+        raise CamkitError("no folder to keep measurements in; name a --cache, or use --no-cache")
+    return folder / "measured.sqlite"
 
 
 def _write(out: Path, report: Report, settings: dict[str, Any]) -> None:

@@ -41,20 +41,18 @@ probable class is taken.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    parser.add_argument(
-        "--classes", default=None, help="classes in the pictures: names or indices, by commas"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    add("--classes", help="classes in the pictures: names or indices, by commas")
+    add(
         "--out",
         type=Path,
         default=Path("out/cam"),
         help="folder to write to, one sub-folder per photo (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--background-score",
         type=float,
-        default=None,
         help="score that a class must exceed to own a pixel, in [0, 1]; a higher score means "
         "smaller masks",
     )

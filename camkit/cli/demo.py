@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,13 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from camkit.bench import Variant, measure, to_markdown
-from camkit.cli.models import (
-    EMBEDDED,
-    OpenedModel,
-    add_model_arguments,
-    data_folder,
-    open_model,
-)
+from camkit.cli.models import EMBEDDED, OpenedModel, add_model_arguments, data_folder, open_model
 from camkit.cli.options import default_method
 from camkit.data import DataSet, Sample, demo_photos, open_dataset, read_mask
 from camkit.mask import to_mask
@@ -53,14 +48,8 @@ _DEFAULT = "The README's table shows how well it works."
 _EMBEDDED = """The model is the small one that comes with camkit. It needs no download, but it
 recognises classes less well than the default model; docs/start.md compares both."""
 
-
-@dataclass(frozen=True)
-class Demo:
-    """Contact sheet and table of a demo."""
-
-    rows: list[list[np.ndarray]]
-    captions: list[str]
-    table: str
+CaptionedRow: TypeAlias = tuple[list[np.ndarray], str]
+"""A row of the contact sheet, and its caption."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,25 +71,28 @@ def execute(options: argparse.Namespace) -> int:
     animals = None if folder is None else folder / "voc12_animals"
     if animals is not None and animals.is_dir():
         dataset = open_dataset(animals)
-        result = _benchmark(opened, dataset, images=options.images, count=options.photos)
+        table, sheet = _benchmark(opened, dataset, images=options.images, count=options.photos)
     else:
         print(
             f"{animals or 'CAMKIT_DATA with voc12_animals/'} does not exist; "
             "showing photographs that come with scikit-image",
             file=sys.stderr,
         )
-        result = _photographs(opened, demo_photos(), count=options.photos)
+        table, sheet = _photographs(opened, demo_photos(), count=options.photos)
     options.out.mkdir(parents=True, exist_ok=True)
-    sheet = options.out / "sheet.png"
-    save_picture(contact_sheet(result.rows, titles=TITLES, captions=result.captions), sheet)
-    (options.out / "table.md").write_text(result.table, encoding="utf-8")
-    print(result.table)
-    print(f"wrote {sheet}")
+    path = options.out / "sheet.png"
+    rows, captions = [row for row, _ in sheet], [caption for _, caption in sheet]
+    save_picture(contact_sheet(rows, titles=TITLES, captions=captions), path)
+    (options.out / "table.md").write_text(table, encoding="utf-8")
+    print(table)
+    print(f"wrote {path}")
     return 0
 
 
-def _benchmark(opened: OpenedModel, dataset: DataSet, *, images: int, count: int) -> Demo:
-    """Measure with `camkit bench` on two splits, and show photos from all over the second."""
+def _benchmark(
+    opened: OpenedModel, dataset: DataSet, *, images: int, count: int
+) -> tuple[str, list[CaptionedRow]]:
+    """Measure as `camkit bench` does on two splits, and show photos from all over the second."""
     vocabulary = opened.vocabulary.subset(CLASSES)
     method = default_method(opened)
     base = Variant("seed", replace(method, refine=()))
@@ -118,32 +110,29 @@ def _benchmark(opened: OpenedModel, dataset: DataSet, *, images: int, count: int
     pipeline = wrap(opened.model, vocabulary=vocabulary, background_score=score)
     usable = [sample for sample in dataset.split("val") if _present(dataset, sample, CLASSES)]
     stride = max(1, len(usable) // count)
+    sheet = []
     samples = usable[stride // 2 :: stride][:count]
-    rows, captions = [], []
     for sample in tqdm(samples, desc="painting", unit="photo", delay=2):
         result, truth = _segment(pipeline, opened, dataset, sample, CLASSES)
-        rows.append(_row(result, truth))
-        captions.append(f"{sample.name}: {', '.join(result.names)}")
+        sheet.append((_row(result, truth), f"{sample.name}: {', '.join(result.names)}"))
     note = f"{_EMBEDDED}\n\n" if opened.embedded else ""
-    return Demo(rows, captions, note + to_markdown(report))
+    return note + to_markdown(report), sheet
 
 
-def _photographs(opened: OpenedModel, dataset: DataSet, *, count: int) -> Demo:
+def _photographs(
+    opened: OpenedModel, dataset: DataSet, *, count: int
+) -> tuple[str, list[CaptionedRow]]:
     """Show a few photographs, with fixed background scores: they are too few to pick any."""
     names = dataset.classes
     columns = ("background", *names)
     scores = EMBEDDED_SCORES if opened.embedded else SCORES
-    pipeline = wrap(
-        opened.model,
-        vocabulary=opened.vocabulary.subset(names),
-        background_score=scores["refined"],
-    )
+    vocabulary = opened.vocabulary.subset(names)
+    pipeline = wrap(opened.model, vocabulary=vocabulary, background_score=scores["refined"])
     samples = dataset.split(dataset.splits[0])[:count]
     totals = dict.fromkeys(scores, torch.zeros(len(columns), len(columns), dtype=torch.int64))
-    rows, captions = [], []
+    sheet = []
     for sample in samples:
         result, truth = _segment(pipeline, opened, dataset, sample, names)
-        rows.append(_row(result, truth))
         seed = resize_cam(result.seed, result.photo.size).clamp(0, 1)
         shares = []
         for (name, score), cam in zip(scores.items(), (seed, result.cam), strict=True):
@@ -151,7 +140,8 @@ def _photographs(opened: OpenedModel, dataset: DataSet, *, count: int) -> Demo:
             counts = confusion_matrix(truth, mask.long(), num_classes=len(columns))
             totals[name] = totals[name] + counts
             shares.append(f"{100 * float(mean_iou(counts)):.0f}")
-        captions.append(f"{sample.name}: {', '.join(result.names)}; mIoU {' to '.join(shares)}")
+        caption = f"{sample.name}: {', '.join(result.names)}; mIoU {' to '.join(shares)}"
+        sheet.append((_row(result, truth), caption))
     photographs = "One photograph is" if len(samples) == 1 else f"{len(samples)} photographs are"
     lines = [
         _NO_BENCHMARK.format(
@@ -167,7 +157,7 @@ def _photographs(opened: OpenedModel, dataset: DataSet, *, count: int) -> Demo:
         cells = " | ".join("-" if value != value else f"{value:.0f}" for value in by_class)
         mean = 100 * float(mean_iou(total))
         lines.append(f"| {name} | {scores[name]:.2f} | {mean:.1f} | {cells} |")
-    return Demo(rows, captions, "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n", sheet
 
 
 def _present(dataset: DataSet, sample: Sample, classes: tuple[str, ...]) -> list[str]:

@@ -12,7 +12,6 @@ from typing import get_args
 
 import torch
 
-from camkit.atomic import unfinished
 from camkit.bulk import (
     FileItem,
     ScoreResult,
@@ -28,6 +27,7 @@ from camkit.cli.refine import add_workers, show_failures
 from camkit.data import VOC_CLASSES
 from camkit.data.labels import read_names
 from camkit.errors import CamkitError, DataError
+from camkit.manifest import unfinished
 from camkit.mask import power_threshold
 from camkit.score import (
     Definition,

@@ -1,4 +1,4 @@
-"""Models for the command line: from a local folder, from timm's hub, or the embedded one."""
+"""Models for the command line: from a local folder, timm's hub, or camkit itself."""
 
 import argparse
 import os
@@ -62,14 +62,13 @@ def data_folder() -> Path | None:
 def open_model(name: str, *, size: int = 384, or_embedded: bool = False) -> OpenedModel:
     """Load a timm model with trained weights, never with random ones.
 
-    Looks for ``CAMKIT_DATA/weights/NAME[.fp16].safetensors``, then in timm's hub. The name "demo"
-    is the model that comes with camkit and needs neither.
+    The weights come from ``CAMKIT_DATA/weights/NAME[.fp16].safetensors``, else from timm's hub.
 
     Args:
-        name: timm's name with the weights tag, or "demo".
+        name: timm's name with the weights tag, or "demo", the model that comes with camkit.
         size: long side of photos in pixels, for models that take any size.
-        or_embedded: if neither folder nor hub has the default model, use the model that comes
-            with camkit, and print so. Do not use it for figures: it is another model.
+        or_embedded: if neither folder nor hub has the default model, use the embedded model, and
+            say so on the error stream. Do not publish its figures: it is another model.
 
     Raises:
         CamkitError: timm does not know the model, or its weights cannot be found.
@@ -104,11 +103,7 @@ def open_model(name: str, *, size: int = 384, or_embedded: bool = False) -> Open
 
 
 def known_architecture(name: str) -> str:
-    """Return the architecture in a timm model name.
-
-    Raises:
-        CamkitError: timm does not know it.
-    """
+    """Return the architecture in a timm model name, or raise `CamkitError` if timm lacks it."""
     import timm
 
     architecture = name.partition(".")[0]
@@ -140,13 +135,10 @@ def _from_folder(name: str, architecture: str) -> tuple[Any, str] | None:
     path = next((path for path in files if path.is_file()), None)
     if path is None:
         return None
-    # a patch head is a second classifier for training, which the ViT itself lacks
     try:
-        weights = {
-            key: value.float()
-            for key, value in load_file(path).items()
-            if not key.startswith("patch_head.")
-        }
+        # a patch head is a second classifier for training, which timm's ViT lacks
+        state = load_file(path).items()
+        weights = {k: value.float() for k, value in state if not k.startswith("patch_head.")}
         outputs = len(weights["head.weight"]) if "head.weight" in weights else 0
         model = create(architecture, pretrained=False, num_classes=outputs)
         model.load_state_dict(weights)
@@ -156,12 +148,7 @@ def _from_folder(name: str, architecture: str) -> tuple[Any, str] | None:
 
 
 def _from_hub(name: str, *, wait: bool = True) -> tuple[Any, str]:
-    """Load weights from timm's hub, or from an earlier download.
-
-    Args:
-        name: timm's, with the weights tag.
-        wait: let timm contact a hub that is slow to answer.
-    """
+    """Load weights from timm's hub or an earlier download; ``wait`` for a hub that is slow."""
     import timm
 
     place = data_folder() or "CAMKIT_DATA names no folder"
@@ -219,9 +206,8 @@ def _hub_answers(*, slow_counts: bool) -> bool:
 
 def _embedded(size: int) -> OpenedModel:
     source = "camkit itself (a small student of the default model)"
-    return OpenedModel(
-        demo_model(), imagenet_vocabulary(), PhotoSettings(size=size), source, embedded=True
-    )
+    photos = PhotoSettings(size=size)
+    return OpenedModel(demo_model(), imagenet_vocabulary(), photos, source, embedded=True)
 
 
 def _vocabulary(outputs: int) -> Vocabulary:

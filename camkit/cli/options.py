@@ -21,6 +21,7 @@ from camkit.method import (
 )
 from camkit.pipeline import wrap
 from camkit.refiners import AtReducedSize, DenseCRF, Refiner
+from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
 
 GRAMMAR = """A step is NAME[:SETTINGS]. Join steps with +, or give --refine several times. Settings
@@ -68,10 +69,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
 def method_of(options: argparse.Namespace, opened: OpenedModel) -> Method:
     """Return the method that the options describe.
 
-    A chain that ends in a CRF returns probabilities, so its background score is 0.5.
-
-    Raises:
-        ValueError: a name, a setting or a value does not exist.
+    Chains that end with a CRF return probabilities, so their background score is 0.5.
     """
     refine = read_refiners(options.refine, REFINERS) if options.refine else DEFAULT_REFINE
     if options.seed is None and options.edit is None:
@@ -89,7 +87,7 @@ def method_of(options: argparse.Namespace, opened: OpenedModel) -> Method:
 
 
 def split_refiners(refine: Sequence[Refiner]) -> tuple[tuple[Refiner, ...], tuple[Refiner, ...]]:
-    """Return the refiners up to the last that needs a model, and those that need only a picture."""
+    """Return the refiners up to the last that needs a model, and the rest, which need a photo."""
     cut = len(refine)
     while cut and isinstance(_inner(refine[cut - 1]), tuple(PICTURE_REFINERS.values())):
         cut -= 1
@@ -101,7 +99,7 @@ def _inner(refiner: Refiner) -> Refiner:
 
 
 def default_method(opened: OpenedModel) -> Method:
-    """Return the method that `camkit.wrap` decides on, by a grey picture of the photos' size."""
+    """Return the method that `camkit.wrap` decides on, tried on a grey picture of photo size."""
     size, step = opened.photos.size, opened.photos.multiple
     sides = (size, size) if isinstance(size, int) else size
     rows, cols = (max(1, round(side / step)) * step for side in sides)
@@ -115,3 +113,14 @@ def read_classes(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:
         return vocabulary.resolve([text])
     items = [item.strip() for item in text.split(",") if item.strip()]
     return vocabulary.resolve([int(item) if item.isdigit() else item for item in items])
+
+
+def read_predicted(text: str) -> PredictedClasses | None:
+    """Read ``predicted[:THRESHOLD]`` of --labels; return None for any other text."""
+    kind, _, threshold = text.partition(":")
+    if kind != "predicted":
+        return None
+    try:
+        return PredictedClasses(float(threshold or 0.1), "softmax", least=0)
+    except ValueError as error:
+        raise ValueError(f"--labels {text}: {error}") from error

@@ -21,6 +21,7 @@ from camkit.cli.options import (
     add_method_arguments,
     method_of,
     read_classes,
+    read_predicted,
     refiners_help,
     split_refiners,
 )
@@ -163,7 +164,6 @@ def execute(options: argparse.Namespace) -> int:
 
 def _labelled(source: Source, text: str | None) -> tuple[Source, PredictedClasses | None]:
     """Return the source with the labels of ``--labels``, or the prediction that replaces them."""
-    kind, _, threshold = (text or "").partition(":")
     if text is None:
         first = next((entry for entry in source if isinstance(entry, Item)), None)
         return source, None if first is not None and first.classes is not None else _FIRST
@@ -171,13 +171,8 @@ def _labelled(source: Source, text: str | None) -> tuple[Source, PredictedClasse
         return source, None
     if text == "first":
         return source, _FIRST
-    if kind == "predicted":
-        try:
-            score = float(threshold) if threshold else 0.1
-            return source, PredictedClasses(score, "softmax", least=0)
-        except ValueError as error:
-            raise ValueError(f"--labels {text}: {error}") from error
-    return Labelled(source, read_labels(text)), None
+    predicted = read_predicted(text)
+    return (Labelled(source, read_labels(text)), None) if predicted is None else (source, predicted)
 
 
 def _recipe(options: argparse.Namespace, source: Source, labels: PredictedClasses | None) -> Recipe:

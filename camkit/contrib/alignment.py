@@ -1,7 +1,6 @@
-"""Other ways for colours to enter DOEI, in the place of `camkit.edits.HybridAlignment`.
+"""Other ways to use colours in DOEI, in place of `camkit.edits.HybridAlignment`.
 
-The shapes of the paper's figure do not fit as drawn, so these are as possible as K G is. G and K
-are as there.
+The shapes in the paper's figure do not fit, so these are as plausible as K G. G and K are as there.
 """
 
 from dataclasses import dataclass

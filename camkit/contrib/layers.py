@@ -136,15 +136,6 @@ class BestAgreementSeed:
         return required_by(*self.seeds, *((self.reference,) if self.reference else ()))
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        maps, best = self._compared(capture, classes)
-        return maps.gather(0, best[None, :, :, None, None].expand_as(maps[:1]))[0]
-
-    def chosen(self, capture: Capture, classes: Classes) -> Tensor:
-        """Return the index of the chosen seed for each image and class, ``(b, k)``."""
-        return self._compared(capture, classes)[1]
-
-    def _compared(self, capture: Capture, classes: Classes) -> tuple[Tensor, Tensor]:
-        """Return the candidates' maps ``(s, b, k, h, w)`` and the index of the best of them."""
         maps = torch.stack([scaled_to_max(seed(capture, classes).float()) for seed in self.seeds])
         reference = maps.mean(0)
         if self.reference is not None:
@@ -152,7 +143,8 @@ class BestAgreementSeed:
         expected, shown = self._binary(reference), self._binary(maps)
         shared = (shown & expected).sum((-2, -1))
         agreement = shared / (shown | expected).sum((-2, -1)).clamp_min(1)
-        return maps, agreement.argmax(0)
+        best = agreement.argmax(0)[None, :, :, None, None]
+        return maps.gather(0, best.expand_as(maps[:1]))[0]
 
     def _binary(self, maps: Tensor) -> Tensor:
         low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)

@@ -1,10 +1,6 @@
 """Data sets: image files with image-level labels, and masks to measure against."""
 
-from camkit.data.camfiles import (
-    CamFile as CamFile,
-    read_cam as read_cam,
-    write_cam as write_cam,
-)
+from camkit.data.camfiles import CamFile as CamFile, read_cam as read_cam, write_cam as write_cam
 from camkit.data.check import (
     Finding as Finding,
     check_dataset as check_dataset,

@@ -16,22 +16,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from torch import Tensor
 
-from camkit.atomic import unfinished
 from camkit.data.unpickling import unpickle
 from camkit.errors import DataError
+from camkit.manifest import unfinished
 from camkit.ops.images import resize_cam
 
 CamForm: TypeAlias = Literal[
     "psa", "psa-crf", "irn", "toco", "clip-es", "both", "logits", "excel", "array"
 ]
 
-_SUM_TOLERANCE = 5e-3  # float16 probabilities of a few classes add up to 1 within this
 _LOGITS = ("msc_segs", "msc_seg", "segs")  # several scales are preferred to one
 _KNOWN_FORMS = (
     "{class index: map}, {keys, high_res}, {keys, attn_highres}, {msc_seg}, {segs, msc_segs} or "
     "{valid_lam, keys_gt}"
 )
-_IRN_STRIDE = 4  # IRN keeps a second copy of the maps at a quarter of the size
 _UNREADABLE = (
     OSError,
     EOFError,
@@ -55,7 +53,7 @@ class CamFile:
         classes: the classes of the maps, from 0; the background is not a class.
         cam: one float32 map for each class, in the file's own range; for the form "logits" the
             softmax over all classes and the background.
-        background: the map of the background, where the file has one.
+        background: the map of the background, if the file has one.
         form: the layout of the file. "psa": {class: map} (PSA, SEAM, MCTformer, TransCAM);
             "psa-crf": {0: background, class + 1: probability} (MCTformer); "irn": {keys, cam,
             high_res}; "toco": {keys, high_res}; "clip-es": {keys, attn_highres}; "both": toco and
@@ -70,10 +68,10 @@ class CamFile:
 
 
 def read_cam(path: str | Path, *, classes: Sequence[int] | None = None) -> CamFile:
-    """Read class maps that any codebase wrote, without running anything in the file.
+    """Read class maps in the layout of any codebase, without running anything in the file.
 
-    The content tells the form. {class: map} with a key 0 may count classes from 0 or hold the
-    background there: it holds the background if its maps add up to 1 at each pixel.
+    The layout is recognised by the content. Key 0 of {class: map} is the background if the maps add
+    up to 1 at each pixel, else a class.
 
     Args:
         path: a ``.npy`` file, or the same entries as ``.npz`` or safetensors.
@@ -84,7 +82,7 @@ def read_cam(path: str | Path, *, classes: Sequence[int] | None = None) -> CamFi
         The maps in the order of the file. An empty dict is an image without classes: 0 maps, 0x0.
 
     Raises:
-        DataError: the file cannot be read, asks for code to be run, or holds no class maps.
+        DataError: the file cannot be read, would run code, or holds no class maps.
     """
     path = Path(path)
     given = None if classes is None else tuple(classes)
@@ -115,7 +113,7 @@ def write_cam(
 ) -> None:
     """Write class maps in a layout that other codebases read.
 
-    The write is atomic. Codebases that run on numpy 1 can read the file as well.
+    The write is atomic. Codebases that run on numpy 1 can read the file, too.
 
     Args:
         path: by convention ``<image name>.npy``.
@@ -131,13 +129,13 @@ def write_cam(
     path = Path(path)
     indices = [int(index) for index in classes]
     _check_writable(indices, cam)
-    # Copy: the pickle of a view would hold the whole tensor behind it.
+    # copy, because the pickle of a view would hold the whole tensor behind it
     maps = cam.detach().to("cpu", torch.float32, copy=True).contiguous()
     content: dict[Any, object]
     if form == "psa":
         content = {index: map_.numpy() for index, map_ in zip(indices, maps, strict=True)}
     elif form == "irn":
-        rows, cols = ((side - 1) // _IRN_STRIDE + 1 for side in maps.shape[-2:])
+        rows, cols = ((side - 1) // 4 + 1 for side in maps.shape[-2:])
         small = maps.new_zeros(0, rows, cols)
         if indices:
             small = resize_cam(maps[None], (rows, cols))[0].clone()
@@ -151,10 +149,10 @@ def write_cam(
     else:
         raise ValueError(f"`form` must be both, psa, irn or clip-es, got {form!r}")
     with unfinished(path) as draft, draft.open("wb") as file:
-        # This is `numpy.save`, except that numpy is called by the module name that 1 and 2 know.
+        # `numpy.save`, except that the pickle names a module that numpy 1 and numpy 2 both have
         header = {"descr": "|O", "fortran_order": False, "shape": ()}
         np.lib.format.write_array_header_1_0(file, header)
-        # Protocol 3, as in numpy 1, writes names as plain lines, and numpy's comes first.
+        # protocol 3, as in numpy 1, writes names as plain lines, and numpy's is the first
         data = pickle.dumps(np.array(content, dtype=object), protocol=3)
         file.write(data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1))
 
@@ -163,7 +161,7 @@ def read_arrays(path: Path) -> object:
     """Read the dict or the array in a file without running anything that a pickle in it names.
 
     Raises:
-        DataError: the file cannot be read, or asks for code to be run.
+        DataError: the file cannot be read, or would run code.
     """
     try:
         with path.open("rb") as file:
@@ -198,7 +196,7 @@ def _read_npy(file: BinaryIO, path: Path) -> object:
 
 
 def _from_dict(content: dict[Any, object], given: tuple[int, ...] | None, path: Path) -> CamFile:
-    """Recognise the layout of a dict by its entries, and take the maps out."""
+    """Recognise the layout of a dict by its entries, and read its maps."""
     if all(type(key) is int for key in content):
         return _from_class_keys(content, given, path)
     logits = next((name for name in _LOGITS if name in content), None)
@@ -208,16 +206,13 @@ def _from_dict(content: dict[Any, object], given: tuple[int, ...] | None, path: 
         classes = _classes(content["keys_gt"], "keys_gt", path)
         maps = _maps(content["valid_lam"], "valid_lam", len(classes) + 1, path)
         return CamFile(classes, maps[1:], maps[0], "excel")
-    form: CamForm
-    name = "high_res"
-    if "keys" in content and "attn_highres" in content:
-        form = "both" if name in content else "clip-es"
-        name = name if name in content else "attn_highres"
-    elif "keys" in content and name in content:
-        form = "irn" if "cam" in content else "toco"
-    else:
+    name = "high_res" if "high_res" in content else "attn_highres"
+    if "keys" not in content or name not in content:
         entries = ", ".join(map(repr, content))
         raise DataError(f"{path} has the entries {entries}; expected {_KNOWN_FORMS}")
+    form: CamForm = "irn" if "cam" in content else "toco"
+    if "attn_highres" in content:
+        form = "both" if name == "high_res" else "clip-es"
     classes = _classes(content["keys"], "keys", path)
     return CamFile(classes, _maps(content[name], name, len(classes), path), None, form)
 
@@ -236,7 +231,8 @@ def _from_class_keys(
                 f"{tuple(maps[keys[0]].shape)}; all maps of an image must have its size"
             )
     stacked = torch.stack(list(maps.values()))
-    has_background = 0 in keys and not ((stacked.sum(0) - 1).abs() > _SUM_TOLERANCE).any()
+    # float16 probabilities of a few classes add up to 1 within 0.005
+    has_background = 0 in keys and not ((stacked.sum(0) - 1).abs() > 5e-3).any()
     if has_background and len(keys) == 1:
         if given is None:
             raise DataError(
@@ -296,7 +292,7 @@ def _pixels(value: object, name: str, ndim: int, path: Path) -> Float[Tensor, ".
     if value.ndim != ndim or 0 in value.shape:
         axes = "maps x rows x columns" if ndim == 3 else "rows x columns"
         raise DataError(f"{path}: {name} must be {axes}, got {_kind(value)}")
-    with np.errstate(over="ignore"):  # a value too large for float32 is reported as infinity below
+    with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity, see below
         pixels = torch.from_numpy(value.astype(np.float32, order="C"))
     if not pixels.isfinite().all():
         raise DataError(f"{path}: {name} holds NaN or infinity; compute the maps again")
@@ -310,17 +306,14 @@ def _kind(value: object) -> str:
 
 
 def _check_writable(indices: list[int], cam: Tensor) -> None:
-    if cam.ndim != 3 or len(cam) != len(indices):
+    fits = cam.ndim == 3 and len(cam) == len(indices) and 0 not in cam.shape[1:]
+    if not fits or not cam.is_floating_point():
         raise ValueError(
-            f"`cam` must be one map of rows x columns for each of the {len(indices)} classes, "
-            f"got shape {tuple(cam.shape)}"
+            f"`cam` must be one map of rows x columns for each of the {len(indices)} classes, of "
+            f"floating-point pixels, got {cam.dtype} of shape {tuple(cam.shape)}"
         )
     if not _distinct(indices):
         raise ValueError(f"`classes` must be distinct indices from 0, got {indices}")
-    if not cam.is_floating_point() or 0 in cam.shape[1:]:
-        raise ValueError(
-            f"`cam` must hold floating-point pixels, got {cam.dtype} of shape {tuple(cam.shape)}"
-        )
     if indices:
         lowest, highest = cam.min().item(), cam.max().item()
         if not (lowest >= 0 and highest <= 1):  # NaN fails this comparison too

@@ -1,4 +1,4 @@
-"""Checks of a data set, file by file, that find faults before a benchmark does."""
+"""Checks that find the faults of a data set before a benchmark does."""
 
 import hashlib
 from collections import defaultdict
@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from camkit.data.sample import VOC_FORM, DataSet, Sample, classes_in, mask_ids
+from camkit.data.sample import VOC_FORM, DataSet, Sample, mask_classes
 from camkit.errors import DataError
 from camkit.mask import voc_palette
 from camkit.photo import read_picture
@@ -19,20 +19,14 @@ from camkit.photo import read_picture
 Problem: TypeAlias = Literal[
     "entry", "photo", "mask", "orientation", "palette", "labels", "no mask", "repeated", "shared"
 ]
-"""The kind of a finding."""
-
-_MOST_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Finding:
     """One fault of a data set.
 
-    Attributes:
-        problem: the kind of the fault.
-        file: the file that has it.
-        message: what is wrong and what to do; it names the file.
-        certain: False if only a person can tell whether it is a fault.
+    ``message`` names the file, the fault and what to do. ``certain`` is False if only a person can
+    tell whether it is a fault.
     """
 
     problem: Problem
@@ -47,19 +41,19 @@ class Finding:
 def check_dataset(dataset: DataSet, *, splits: Sequence[str] | None = None) -> list[Finding]:
     """Read every photo and mask of a data set, and compare them, their labels and the splits.
 
-    Errors are photos and masks that cannot be read to their end, masks of another size than their
-    upright photo, ids of no class, a palette that an editor has renumbered, classes in a mask that
-    the labels lack, listed images that are missing, and images with one content under two names,
-    within a split or in two. Notes are labels without a pixel, images without a mask beside others
-    that have one, photos stored upside down, and splits that share images by name, as trainval and
-    train do.
+    Errors are listed images that are missing, photos and masks that cannot be read to their end,
+    masks whose size differs from that of their upright photo, ids of no class, a palette that an
+    editor has renumbered, classes in a mask that the labels lack, and one content under two names,
+    within a split or across splits. Notes are labels without a pixel, images without a mask beside
+    others that have one, photos stored rotated, and splits that share images by name, as trainval
+    and train do.
 
     Args:
         dataset: the data set to check.
         splits: the splits to check and to compare; None takes all.
 
     Returns:
-        The findings, split by split; an empty list if there are none.
+        The findings, split by split.
 
     Raises:
         ValueError: there is no such split.
@@ -91,14 +85,9 @@ def check_dataset(dataset: DataSet, *, splits: Sequence[str] | None = None) -> l
 
 
 def shared_images(first: Sequence[Sample], second: Sequence[Sample]) -> list[tuple[str, str]]:
-    """Find images that are in both splits.
+    """Find images that are in both splits: those of the same name or the same file content.
 
-    Two images count as one if they have the same name or the same file content. Only files of
-    equal size are read. A photo that was saved again, resized or cropped is not found.
-
-    Args:
-        first: samples of a split.
-        second: samples of another.
+    A photo that was saved again, resized or cropped is not found.
 
     Returns:
         The names in the first and in the second split, in the order of the first.
@@ -111,7 +100,7 @@ def shared_images(first: Sequence[Sample], second: Sequence[Sample]) -> list[tup
     by_content: dict[str, list[str]] = defaultdict(list)
     for sample in second:
         by_content[contents[sample.photo]].append(sample.name)
-    pairs: list[tuple[str, str]] = []
+    pairs = []
     for sample in first:
         twins = by_content.get(contents[sample.photo], [])
         if sample.name in names and sample.name not in twins:
@@ -121,7 +110,7 @@ def shared_images(first: Sequence[Sample], second: Sequence[Sample]) -> list[tup
 
 
 def _contents(samples: Iterable[Sample]) -> dict[Path, str]:
-    """Identify the content of each photo: its hash, or its path if no other has its size."""
+    """Identify the content of each photo: by its hash, or by its path if its size is unique."""
     by_size: dict[int, list[Path]] = defaultdict(list)
     contents: dict[Path, str] = {}
     path = Path()  # the file that an error is about
@@ -151,11 +140,10 @@ def _check_sample(dataset: DataSet, sample: Sample, *, mask_expected: bool) -> I
         return
     count = len(dataset.classes)
     try:
-        ids = mask_ids(sample.mask, size=size, num_classes=count, form=sample.form)
+        shown = mask_classes(sample.mask, num_classes=count, form=sample.form, size=size)
     except DataError as error:
         yield Finding("mask", sample.mask, str(error))
         return
-    shown = classes_in(ids)
     yield from _check_orientation(sample.photo, sample.mask)
     if sample.form == VOC_FORM:
         yield from _check_palette(sample.mask, shown, count)
@@ -166,7 +154,7 @@ def _check_orientation(photo: Path, mask: Path) -> Iterator[Finding]:
     with Image.open(photo) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         square = image.width == image.height
-    # A quarter turn changes the size, which has been compared, unless the photo is square.
+    # a quarter turn changes the size, which has been compared, unless the photo is square
     if orientation in (2, 3, 4) or (orientation in (5, 6, 7, 8) and square):
         message = (
             f"{photo} is stored rotated or mirrored (EXIF orientation {orientation}) and is read "
@@ -194,10 +182,8 @@ def _check_palette(mask: Path, shown: Sequence[int], count: int) -> Iterator[Fin
 def _check_labels(
     classes: Sequence[str], sample: Sample, mask: Path, shown: Sequence[int]
 ) -> Iterator[Finding]:
-    unlabelled, unseen = (
-        ", ".join(classes[index] for index in sorted(difference))
-        for difference in (set(shown) - set(sample.classes), set(sample.classes) - set(shown))
-    )
+    unlabelled = ", ".join(classes[index] for index in shown if index not in sample.classes)
+    unseen = ", ".join(classes[index] for index in sample.classes if index not in shown)
     if unlabelled:
         message = f"{mask} shows {unlabelled}, which the labels of {sample.name} lack"
         yield Finding("labels", mask, f"{message}; add to the labels or correct the mask")
@@ -222,7 +208,7 @@ def _shared(
     pairs = shared_images(first[1], second[1])
     same = [name for name, other in pairs if name == other]
     if same:
-        shown = ", ".join(same[:_MOST_SHOWN]) + ", ..." * (len(same) > _MOST_SHOWN)
+        shown = ", ".join(same[:3]) + ", ..." * (len(same) > 3)
         message = (
             f"{dataset.root}: {first[0]} and {second[0]} share {len(same)} images ({shown}); "
             "do not tune on one and report on the other"

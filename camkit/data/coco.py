@@ -1,8 +1,9 @@
-"""MS COCO: its classes, its folder layouts, and masks in several forms."""
+"""MS COCO: its classes, folder layouts and forms of masks."""
 
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -35,12 +36,12 @@ hair drier, toothbrush"""
 _UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
 COCO_CLASSES = tuple(name.strip() for name in _NAMES.split(","))
-"""The 80 classes in the order of their ids; the contiguous ids 1 to 80 are their places."""
+"""The 80 classes in the order of their ids; the contiguous ids 1 to 80 are their positions."""
 
 COCO_IDS: dict[str, int] = dict(
     zip(COCO_CLASSES, (id_ for id_ in range(1, 91) if id_ not in _UNUSED_IDS), strict=True)
 )
-"""The category id of each class; 10 of the numbers up to 90 are unused."""
+"""The category id of each class."""
 
 _RENAMED = {
     "aeroplane": "airplane",
@@ -56,28 +57,22 @@ VOC_IN_COCO: dict[str, str] = {name: _RENAMED.get(name, name) for name in VOC_CL
 _SPLIT = re.compile(r"(train|val|test)(20\d\d)?")
 _PHOTO_FOLDERS = ("", "images", "JPEGImages")
 _MASK_FOLDERS = ("SegmentationClass", "masks", "annotations", "stuffthingmaps")
-_EVIDENCE = 100  # masks that are read to recognise their ids; a few are nearly always enough
 
 
 def coco_form(ids: CocoIds, *, voc: bool = False) -> MaskForm:
-    """Return the form of COCO's masks.
-
-    Args:
-        ids: the ids in the masks.
-        voc: read them as the 20 classes of VOC.
-    """
-    places = _places(voc=voc)
+    """Return the form of COCO's masks; with ``voc`` they are read as the 20 classes of VOC."""
+    mask_ids = _mask_ids(voc=voc)
     if ids == "contiguous":
-        return MaskForm(ids={0: 0} | {index + 1: place for index, place in enumerate(places)})
-    category = dict(zip(COCO_IDS.values(), places, strict=True))
+        return MaskForm(ids={0: 0} | dict(enumerate(mask_ids, start=1)))
+    category = dict(zip(COCO_IDS.values(), mask_ids, strict=True))
     if ids == "original":
         return MaskForm(ids={0: 0} | category)
     # COCO-Stuff counts from 0: 90 categories of things, then 92 of stuff, which is background
     return MaskForm(ids={number - 1: category.get(number, 0) for number in range(1, 183)})
 
 
-def _places(*, voc: bool) -> list[int]:
-    """Map each COCO class, in the order of COCO, to its id among the classes; 0 is background."""
+def _mask_ids(*, voc: bool) -> list[int]:
+    """Return the mask id of each COCO class in COCO's order; 0 is background."""
     if not voc:
         return list(range(1, len(COCO_CLASSES) + 1))
     order = list(VOC_IN_COCO.values())
@@ -98,9 +93,8 @@ class CocoFolder:
     Attributes:
         root: the folder of the data set.
         splits: such as train2017.
-        ids: the ids in the masks. None takes "contiguous" or "original", whichever makes more of
-            the first 100 masks agree with the labels; without labels, or where both agree, masks
-            are contiguous. Masks in ``stuffthingmaps`` are "stuff".
+        ids: the ids in the masks. None takes "stuff" in ``stuffthingmaps``, else "original" if more
+            of the first 100 masks agree with the labels that way, else "contiguous".
         voc: use the 20 classes of VOC, by VOC's names; all others become background.
     """
 
@@ -114,14 +108,10 @@ class CocoFolder:
         return tuple(VOC_IN_COCO) if self.voc else COCO_CLASSES
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of a split, in the order of ``instances_<split>.json`` or by name.
-
-        Raises the first error of `entries`.
-        """
+        """List the samples of a split, in the order of ``instances_<split>.json`` or by name."""
         return all_usable(self.entries(name))
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
-        """Yield the samples of a split, and an error in place of each that cannot be used."""
         check_split(name, self.splits)
         folders = (_files(self.root / folder / name, "jpg") for folder in _PHOTO_FOLDERS)
         photos = next(filter(None, folders), None)
@@ -151,9 +141,9 @@ class CocoFolder:
             raise DataError(f"{source} lists {stem}.jpg, which is not there; add it or remove it")
         mask, form = mask_and_form or (None, VOC_FORM)
         if labels is not None:
-            places = _places(voc=self.voc)
+            mask_ids = _mask_ids(voc=self.voc)
             known = labels.classes_of(stem, str(photo))
-            classes = sorted(places[index] - 1 for index in known if places[index])
+            classes = sorted(mask_ids[index] - 1 for index in known if mask_ids[index])
             return Sample(stem, photo, mask, tuple(classes), form)
         if mask is None:
             raise DataError(
@@ -164,7 +154,7 @@ class CocoFolder:
         return Sample(stem, photo, mask, shown, form)
 
     def _masks(self, name: str, labels: LabelFile | None) -> dict[str, tuple[Path, MaskForm]]:
-        """Find the mask of each image, and its form."""
+        """Map each image to its mask and the form of the mask."""
         for folder in _MASK_FOLDERS:
             if masks := _files(self.root / folder / name, "png"):
                 stuff: CocoIds | None = "stuff" if folder == "stuffthingmaps" else None
@@ -184,11 +174,8 @@ def open_coco(root: str | Path, *, ids: CocoIds | None = None, voc: bool = False
 
     Args:
         root: the folder that holds the folders of photos, such as train2017 and val2017.
-        ids: the ids in the masks; None recognises them by the labels, see `CocoFolder`.
-        voc: use the 20 classes of VOC.
-
-    Returns:
-        The data set, with 80 or 20 classes.
+        ids: the ids in the masks; None recognises them, see `CocoFolder`.
+        voc: use the 20 classes of VOC instead of COCO's 80.
 
     Raises:
         DataError: the folder holds no photos.
@@ -221,55 +208,52 @@ def _files(folder: Path, ending: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob(f"*.{ending}"))}
 
 
+@contextmanager
+def _listing(path: Path, kind: str, expected: str) -> Iterator[Any]:
+    """Read JSON, and turn errors of its content inside the `with` block into a DataError."""
+    try:
+        yield json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON ({error}); copy it again") from error
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no list of COCO {kind} ({type(error).__name__}: {error}); expected "
+            f"{expected}"
+        ) from error
+
+
 def _instances(path: Path) -> dict[str, tuple[int, ...]]:
     """Read the indices of COCO classes by image."""
-    index = {number: place for place, number in enumerate(COCO_IDS.values())}
-    content = _read_json(path)
-    try:
+    index = {category: position for position, category in enumerate(COCO_IDS.values())}
+    expected = "images, and annotations with their image_id and category_id"
+    with _listing(path, "instances", expected) as content:
         stems = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
         present: dict[str, set[int]] = {stem: set() for stem in stems.values()}
         for annotation in content["annotations"]:
             present[stems[annotation["image_id"]]].add(index[annotation["category_id"]])
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is no list of COCO instances ({type(error).__name__}: {error}); expected "
-            "images, and annotations with their image_id and category_id"
-        ) from error
     return {stem: tuple(sorted(classes)) for stem, classes in present.items()}
 
 
 def _panoptic_forms(path: Path, *, voc: bool) -> dict[str, MaskForm]:
-    category = dict(zip(COCO_IDS.values(), _places(voc=voc), strict=True))
-    content = _read_json(path)
+    category = dict(zip(COCO_IDS.values(), _mask_ids(voc=voc), strict=True))
     forms = {}
-    try:
+    expected = "annotations with file_name and segments_info"
+    with _listing(path, "panoptic masks", expected) as content:
         for image in content["annotations"]:
             ids = {s["id"]: category.get(s["category_id"], 0) for s in image["segments_info"]}
             form = MaskForm(colours=True, ids=ids, ignored=(0,))
             forms[Path(image["file_name"]).stem] = form
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is no list of COCO panoptic masks ({type(error).__name__}: {error}); expected "
-            "annotations with file_name and segments_info"
-        ) from error
     return forms
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}); copy it again") from error
-
-
 def _recognise_ids(masks: Mapping[str, Path], labels: LabelFile | None) -> CocoIds:
-    """Count, for either kind of ids, the masks that show only classes of their labels."""
+    """Return the kind of ids with which more of the first masks agree with their labels."""
     kinds = {
         "contiguous": coco_form("contiguous").ids or {},
         "original": coco_form("original").ids or {},
     }
     fits = dict.fromkeys(kinds, 0)
-    for stem, path in list(masks.items())[:_EVIDENCE]:
+    for stem, path in list(masks.items())[:100]:
         try:
             known = () if labels is None else labels.classes_of(stem, str(path))
             values = unique_values(mask_values(path)).tolist()

@@ -15,7 +15,6 @@ from camkit.errors import DataError, closest
 _HEADER = ["image", "labels"]
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ALL = "all"
-_MOST_SHOWN = 8
 
 
 def open_dataset(path: str | Path) -> DataSet:
@@ -27,11 +26,8 @@ def open_dataset(path: str | Path) -> DataSet:
             (ImageNet-S), or photos in folders such as ``train2017/`` (COCO). `open_voc` and
             `open_coco` have settings.
 
-    Returns:
-        The data set; its paths are absolute.
-
     Raises:
-        DataError: the folder has none of these layouts, or a file in it cannot be used.
+        DataError: the folder has another layout, or a file in it cannot be used.
     """
     root = Path(path)
     if not root.is_dir():
@@ -40,13 +36,13 @@ def open_dataset(path: str | Path) -> DataSet:
     if opener is not None:
         return opener(root)
     entries = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
-    shown = ", ".join(entries[:_MOST_SHOWN]) or "nothing"
-    more = ", ..." if len(entries) > _MOST_SHOWN else ""
+    shown = ", ".join(entries[:8]) or "nothing"
+    more = ", ..." if len(entries) > 8 else ""
     raise DataError(
         f"{root} is no known data set: expected JPEGImages/ and ImageSets/Segmentation/ (VOC), or "
-        "images/ and labels.csv (plain folder), or train2017/ and the like (COCO), or validation/ "
-        f"and validation-segmentation/ (ImageNet-S), found {shown}{more}; name the folder above "
-        "these"
+        "images/ and labels.csv (plain folder), or folders such as train2017/ (COCO), or "
+        f"validation/ and validation-segmentation/ (ImageNet-S), got {shown}{more}; name the "
+        "folder that holds these"
     )
 
 
@@ -78,12 +74,7 @@ class PlainFolder:
     splits: tuple[str, ...] = (_ALL,)
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of a split, in the order of its list.
-
-        Raises:
-            ValueError: there is no such split.
-            DataError: a line of ``labels.csv`` or of the split's list cannot be used.
-        """
+        """List the samples of a split, in the order of its list."""
         check_split(name, self.splits)
         samples = {}
         for stem, (photo, labels, line) in _read_rows(self.root).items():
@@ -109,7 +100,7 @@ class PlainFolder:
         return tuple(samples[stem] for stem in stems)
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
-        """Yield the samples of a split; `open_folder` has refused unusable rows."""
+        """Yield the samples of a split; `open_folder` has already raised errors of rows."""
         yield from self.split(name)
 
 
@@ -118,9 +109,6 @@ def open_folder(root: str | Path) -> PlainFolder:
 
     Args:
         root: the folder that holds ``images`` and ``labels.csv``.
-
-    Returns:
-        The data set.
 
     Raises:
         DataError: the folder is empty, or a file in it has another form.

@@ -1,4 +1,4 @@
-"""ImageNet: classifier outputs that stand for VOC classes, and the layout of ImageNet-S."""
+"""ImageNet: the classifier outputs of VOC classes, and the folder layout of ImageNet-S."""
 
 import re
 from collections.abc import Iterator
@@ -32,15 +32,14 @@ VOC_IN_IMAGENET: dict[str, tuple[int, ...]] = {
     "train": (466, 547, 705, 820),  # bullet train, electric and steam locomotive, passenger car
     "tvmonitor": (664, 782, 851),  # monitor, screen, television
 }
-"""Output indices by VOC class, chosen by the WordNet names of the outputs; the score of a class is
-the logsumexp of its outputs. Close relatives replace animals of VOC that ImageNet lacks."""
+"""Output indices by VOC class, chosen by the WordNet names of the outputs. Close relatives replace
+animals of VOC that ImageNet lacks."""
 
 
 def imagenet_vocabulary() -> Vocabulary:
-    """Name the 1000 outputs of an ImageNet-1k classifier, followed by the 20 classes of VOC.
+    """Name the 1000 outputs of an ImageNet-1k classifier (as timm does), then the 20 VOC classes.
 
-    The names of outputs are timm's, in the order of the outputs; ``camkit.wrap(model,
-    vocabulary=imagenet_vocabulary())`` understands "tabby" as well as "cat".
+    ``camkit.wrap(model, vocabulary=imagenet_vocabulary())`` understands "tabby" as well as "cat".
     """
     names = tuple(_wordnet_names().values())
     single = tuple((index,) for index in range(len(names)))
@@ -69,9 +68,8 @@ class ImageNetSFolder:
 
     Photos are ``<split>/<WordNet id>/*.JPEG``, masks ``<split>-segmentation/<WordNet id>/*.png``,
     for train-semi and validation. The label of an image is its folder. Classes have ImageNet's
-    names, as in the vocabulary of an ImageNet classifier. In the set of 919, five classes join two
-    ImageNet classes each (such as sunglasses and sunglass); their names are those of the class
-    that names the folder.
+    names; in the set of 919, five classes join two ImageNet classes each (such as sunglasses and
+    sunglass) and have the name of the folder's class.
     """
 
     root: Path
@@ -80,7 +78,7 @@ class ImageNetSFolder:
     splits: tuple[str, ...]
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of a split, class by class; raises the first error of `entries`."""
+        """List the samples of a split, class by class."""
         return all_usable(self.entries(name))
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
@@ -107,9 +105,6 @@ def open_imagenet_s(root: str | Path) -> ImageNetSFolder:
 
     Args:
         root: such as ImageNetS50, the folder that holds ``validation`` and its masks.
-
-    Returns:
-        The data set.
 
     Raises:
         DataError: the folder has no split, or some of its classes are missing and not listed.

@@ -16,11 +16,7 @@ VECTOR_FILES = ("cls_labels.npy", "cls_labels_onehot.npy")
 
 
 def read_text(path: Path) -> str:
-    """Read a small UTF-8 file, with or without a byte order mark.
-
-    Raises:
-        DataError: the file is missing or is not text.
-    """
+    """Read a small UTF-8 file, with or without a byte order mark, or raise DataError."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -60,7 +56,7 @@ class LabelFile:
     """Labels by image.
 
     Attributes:
-        path: the file that they come from.
+        path: the file of the labels.
         classes: the classes that the labels refer to.
         labels: class names or class indices by image name or image number (see `label_keys`).
     """
@@ -72,9 +68,7 @@ class LabelFile:
     def classes_of(self, name: str, source: str) -> tuple[int, ...]:
         """Return the class indices of an image, ascending.
 
-        Args:
-            name: the name of the image.
-            source: the line that lists the image, for error messages.
+        ``source``, in errors, is the line that lists the image.
 
         Raises:
             DataError: the file has no labels for the image, or one that is not a class.
@@ -98,8 +92,8 @@ class LabelFile:
 def find_labels(root: Path, classes: tuple[str, ...]) -> LabelFile | None:
     """Read ``labels.json`` if the folder has it, else the first of `VECTOR_FILES`.
 
-    ``labels.json`` holds ``{"classes": [names], "labels": {image: [names]}}``; ``classes`` are
-    those of the vectors.
+    ``labels.json`` holds ``{"classes": [names], "labels": {image: [names]}}``. The argument
+    ``classes`` names those of the vectors.
 
     Raises:
         DataError: the file has another form.
@@ -111,14 +105,10 @@ def find_labels(root: Path, classes: tuple[str, ...]) -> LabelFile | None:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON ({error}); correct it or remove it") from error
-    names, labels = None, None
-    if isinstance(content, dict):
-        names, labels = content.get("classes"), content.get("labels")
-    if (
-        not names
-        or not isinstance(labels, dict)
-        or not all(map(_are_names, (names, *labels.values())))
-    ):
+    form: Any = content if isinstance(content, dict) else {}
+    names, labels = form.get("classes"), form.get("labels")
+    named = isinstance(labels, dict) and all(map(_are_names, (names, *labels.values())))
+    if not names or not named:
         raise DataError(
             f'{path} must hold {{"classes": [names], "labels": {{image: [names]}}}}; '
             "correct it, or remove it to take the labels from the masks"
@@ -135,16 +125,14 @@ def find_label_vectors(root: Path, classes: tuple[str, ...]) -> LabelFile | None
 
 
 def label_vectors(path: Path, *, length: int | None = None) -> dict[str | int, tuple[int, ...]]:
-    """Read a dict of 0/1 vectors by image, as PSA, IRN, MCTformer and ToCo keep them.
-
-    Code that the file asks for is never run.
+    """Read a dict of 0/1 vectors by image from a ``.npy`` file, as PSA, IRN and ToCo keep them.
 
     Args:
-        path: a ``.npy`` file with one dict.
+        path: the file; nothing in it is run.
         length: the number of classes, if it is known.
 
     Returns:
-        The classes of each image, from 0; `label_keys` lists the keys that an image may have.
+        The classes of each image, from 0, by one of the keys that `label_keys` lists.
 
     Raises:
         DataError: the file holds something else, or vectors of another length.

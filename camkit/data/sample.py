@@ -1,4 +1,4 @@
-"""The parts of a data set: samples with image-level labels, and masks with class ids."""
+"""Data sets: the protocol, samples with image-level labels, and masks with class ids."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +13,6 @@ from torch import Tensor
 from camkit.errors import DataError
 from camkit.photo import decode
 from camkit.tensors import IGNORE
-
-_COUNTABLE = 2**16  # up to here, counting every value is far faster than sorting
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Sample:
     Attributes:
         name: the file name without its ending.
         photo: the image file.
-        mask: the ground truth, if there is one.
+        mask: the file of the ground truth, if there is one.
         classes: indices of the classes present, from 0, ascending; the background is not a class.
         form: how the mask encodes classes.
     """
@@ -62,8 +60,8 @@ class DataSet(Protocol):
     """Images with image-level labels, in named splits.
 
     A mask holds 0 for background, the index in ``classes`` plus one, and 255 for ignore, unless its
-    sample names another `MaskForm`. The openers make ``root`` and all paths of samples absolute, so
-    that they stay valid when the working directory changes.
+    sample names another `MaskForm`. ``root`` and all paths of samples are absolute, so that they
+    stay valid when the working directory changes.
     """
 
     @property
@@ -76,7 +74,7 @@ class DataSet(Protocol):
     def splits(self) -> tuple[str, ...]: ...
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of a split, in the order of its list.
+        """List the samples of a split, or raise the first error of `entries`.
 
         Raises:
             ValueError: there is no such split.
@@ -115,8 +113,7 @@ def read_mask(
         classes: the classes to keep, at most 254; all others become background. None keeps all.
 
     Returns:
-        0 for background, class index + 1 (with ``classes``: place in it + 1), 255 for ignore;
-        int64.
+        0 for background, class index + 1 (place in ``classes`` + 1), 255 for ignore; int64.
 
     Raises:
         DataError: the file holds no ids, ids of no class, or another size than the image.
@@ -128,35 +125,28 @@ def read_mask(
             f"a mask has room for {IGNORE - 1} classes, got {len(kept)}; pass the classes of "
             "interest as `classes`"
         )
-    ids = mask_ids(path, size=size, num_classes=num_classes, form=form)
+    ids = _mask_ids(path, size=size, num_classes=num_classes, form=form)
     values = np.zeros(num_classes + 2, np.int64)
     values[[index + 1 for index in kept]] = range(1, len(kept) + 1)
     values[-1] = IGNORE  # ignored pixels have the id -1
     return torch.from_numpy(values[ids])
 
 
-def mask_classes(path: Path, *, num_classes: int, form: MaskForm = VOC_FORM) -> tuple[int, ...]:
-    """List the classes in a mask, from 0, ascending, without background and ignore.
+def mask_classes(
+    path: Path, *, num_classes: int, form: MaskForm = VOC_FORM, size: tuple[int, int] | None = None
+) -> tuple[int, ...]:
+    """List the classes in a mask, from 0, ascending; arguments and errors are those of `read_mask`.
 
-    Raises:
-        DataError: the file holds no ids, or ids of no class.
+    ``size=None`` accepts any size.
     """
-    return classes_in(mask_ids(path, size=None, num_classes=num_classes, form=form))
-
-
-def classes_in(ids: Int[np.ndarray, "H W"]) -> tuple[int, ...]:
-    """List the classes in the ids of `mask_ids`, from 0, ascending."""
+    ids = _mask_ids(path, size=size, num_classes=num_classes, form=form)
     return tuple(value - 2 for value in unique_values(ids + 1).tolist() if value > 1)
 
 
-def mask_ids(
+def _mask_ids(
     path: Path, *, size: tuple[int, int] | None, num_classes: int, form: MaskForm
 ) -> Int[np.ndarray, "H W"]:
-    """Read a mask of any number of classes: 0 for background, class index + 1, -1 for ignore.
-
-    Raises:
-        DataError: the file holds no ids, ids of no class, or another size than the image.
-    """
+    """Read a mask of any number of classes: 0 for background, class index + 1, -1 for ignore."""
     values = mask_values(path, form=form)
     if size is not None and values.shape != size:
         raise DataError(
@@ -180,11 +170,7 @@ def mask_ids(
 
 
 def mask_values(path: Path, *, form: MaskForm = VOC_FORM) -> Integer[np.ndarray, "H W"]:
-    """Read the pixel values of a mask file, before they are mapped to classes.
-
-    Raises:
-        DataError: the file holds no values of this form.
-    """
+    """Read the pixel values of a mask file, before they are mapped to classes."""
     image = decode(path)
     if form.colours:
         if image.format != "PNG" or image.mode != "RGB":
@@ -194,8 +180,9 @@ def mask_values(path: Path, *, form: MaskForm = VOC_FORM) -> Integer[np.ndarray,
             )
         red, green, blue = np.moveaxis(np.array(image).astype(np.int32), -1, 0)
         return red + 256 * green + 65536 * blue
-    # PIL stretches 2- and 4-bit grey levels to 0..255, so only 8-bit levels are still ids.
-    stretched = image.mode == "L" and _png_bits(path) != 8
+    # PIL stretches 2- and 4-bit grey levels to 0..255, so only 8-bit levels are still ids. The bits
+    # follow signature (8 bytes), chunk length and name (8), width and height (8).
+    stretched = image.mode == "L" and path.read_bytes()[24] != 8
     if image.format != "PNG" or image.mode not in ("P", "L") or stretched:
         raise DataError(
             f"{path} is a {image.format} of mode {image.mode}; expected class ids in a PNG with a "
@@ -206,11 +193,6 @@ def mask_values(path: Path, *, form: MaskForm = VOC_FORM) -> Integer[np.ndarray,
 
 def unique_values(values: Integer[np.ndarray, "H W"]) -> Integer[np.ndarray, "n"]:
     """List the distinct values, all at least 0, in ascending order."""
-    if values.size and values.max() < _COUNTABLE:
+    if values.size and values.max() < 2**16:  # then counting is far faster than sorting
         return np.flatnonzero(np.bincount(values.ravel()))
     return np.unique(values)
-
-
-def _png_bits(path: Path) -> int:
-    with path.open("rb") as file:
-        return file.read(25)[-1]  # signature 8, chunk length and name 8, width 4, height 4, bits

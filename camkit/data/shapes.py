@@ -15,7 +15,7 @@ SHAPE_CLASSES = ("circle", "square", "triangle")
 """The classes of the drawn images; circles are red, squares blue, triangles yellow."""
 
 _COLOURS = ((214, 48, 49), (41, 98, 200), (243, 190, 38))
-_SMALLEST = 16  # pixels; smaller shapes have too few pixels to be told apart
+_SMALLEST = 16  # pixels; smaller shapes have too few pixels to tell them apart
 
 
 def draw_shapes(
@@ -23,14 +23,13 @@ def draw_shapes(
 ) -> list[tuple[UInt8[np.ndarray, "H W 3"], Int64[np.ndarray, "H W"]]]:
     """Draw images of one or two shapes on a noisy ground.
 
-    A pixel belongs to a shape if its centre does: nothing is antialiased, so the masks are exact.
-    First shapes take the classes in turn; a second shape has another class and another half of
-    the image. The same arguments always draw the same images.
+    Nothing is antialiased, so the masks are exact. The first shape of an image takes the classes in
+    turn; a second one has another class and another half of the image.
 
     Args:
         count: number of images.
         size: rows and columns; 64 x 96 is 4 x 6 patches of 16, the least that a map can resolve.
-        rng_seed: another seed draws other images.
+        rng_seed: seed of the draw; the same seed always draws the same images.
 
     Returns:
         Pictures with their masks: 0 background, 1 circle, 2 square, 3 triangle.
@@ -54,11 +53,11 @@ def write_shapes(
     Args:
         folder: is created if it does not exist.
         count: number of images; the last quarter, at least one, is "val", the rest is "train".
-        size: rows and columns of each image.
-        rng_seed: another seed draws other images.
+        size: as in `draw_shapes`.
+        rng_seed: as in `draw_shapes`.
 
     Returns:
-        The data set as `open_voc` would open it.
+        The data set, as `open_voc` opens it.
 
     Raises:
         ValueError: there are too few images for two splits, or a side is below 16.
@@ -73,8 +72,7 @@ def write_shapes(
     for index, (rgb, mask) in enumerate(draw_shapes(count, size=size, rng_seed=rng_seed)):
         name = f"shapes_{index:04d}"
         labels[name] = [SHAPE_CLASSES[value - 1] for value in np.unique(mask).tolist() if value]
-        # Full colour resolution: halved, it would bleed across the edges of the mask.
-        photo = root / "JPEGImages" / f"{name}.jpg"
+        photo = root / "JPEGImages" / f"{name}.jpg"  # subsampled colours would cross mask edges
         Image.fromarray(rgb).save(photo, quality=95, subsampling=0)
         ids = Image.fromarray(mask.astype(np.uint8))
         ids.putpalette(voc_palette())
@@ -97,9 +95,8 @@ def _draw(
     boxes = [(0, 0, rows, cols)]  # top, left, bottom, right
     classes = [first]
     if rng.random() < 0.5:
-        if cols >= rows:
-            boxes = [(0, 0, rows, cols // 2), (0, cols // 2, rows, cols)]
-        else:
+        boxes = [(0, 0, rows, cols // 2), (0, cols // 2, rows, cols)]
+        if cols < rows:
             boxes = [(0, 0, rows // 2, cols), (rows // 2, 0, rows, cols)]
         rng.shuffle(boxes)
         classes.append((first + int(rng.integers(1, len(SHAPE_CLASSES)))) % len(SHAPE_CLASSES))

@@ -33,12 +33,8 @@ def unpickle(data: bytes, source: Path) -> object:
     """Read what `numpy.save` pickles: an array of objects, such as one dict of arrays.
 
     Nothing that the pickle names is imported or called. The few names that such files need are
-    mapped to functions of this module, which build numpy arrays from bytes; every other name is
-    refused.
-
-    Args:
-        data: the pickle.
-        source: the file that it comes from, for error messages.
+    mapped to functions of this module, which build numpy arrays from bytes; every other name is an
+    error. Errors mention ``source``.
 
     Returns:
         The single object of a 0-d array, else the pickled object. Arrays and torch tensors in a
@@ -50,7 +46,7 @@ def unpickle(data: bytes, source: Path) -> object:
     try:
         file = io.BytesIO(data)
         content = _to_plain(_load(file, _NAMES))
-        if file.read(1):  # a damaged pickle may end early and then looks like a shorter one
+        if file.read(1):  # a damaged pickle may end early and look like a shorter one
             raise pickle.UnpicklingError("bytes follow its end")
     except _ForbiddenNameError as error:
         raise DataError(
@@ -81,7 +77,7 @@ class _Constructor:
         return self._function(*args)
 
     def __setstate__(self, state: object) -> None:
-        # Without this method, a pickle could set attributes that outlive it.
+        # without this method, a pickle could set attributes that outlive it
         raise pickle.UnpicklingError("it changes a function")
 
 
@@ -105,7 +101,7 @@ class _Dtype:
 
 
 class _Array:
-    """A pickled array; its content is known once the pickle has given its state."""
+    """A pickled array; the pickle sets its content as the state."""
 
     def __init__(self, array: np.ndarray | None = None) -> None:
         self._array = array
@@ -158,7 +154,7 @@ def _load(file: io.BytesIO, names: Mapping[tuple[str, str], object]) -> Any:
     start = file.tell()
     end = len(file.getbuffer())
     for opcode, argument, _ in pickletools.genops(file):
-        # The unpickler allocates every slot below the highest one, whether it is used or not.
+        # the unpickler allocates every slot below the highest one, whether it is used or not
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > end:
             raise pickle.UnpicklingError("its memory slots do not fit its length")
     file.seek(start)
@@ -170,7 +166,7 @@ def _to_plain(value: object) -> object:
         array = value.array()
         value = array.item() if array.dtype == object and array.shape == () else array
     if isinstance(value, dict):
-        # Class maps need one level; deeper ones may share parts and grow without end.
+        # class maps need one level; deeper ones may share parts and grow without end
         return {key: v.array() if isinstance(v, _Array) else v for key, v in value.items()}
     return value
 

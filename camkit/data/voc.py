@@ -29,8 +29,8 @@ class VOCFolder:
     ``cls_labels.npy`` or ``cls_labels_onehot.npy``, {name: 0/1 vector}, else from the masks.
 
     ``SegmentationClassAug`` holds the coarser masks of SBD for the 10 582 names of train_aug. With
-    ``masks=None`` a split is read from whichever folder has more masks of it, from
-    ``SegmentationClass`` where both have as many; never from both.
+    ``masks=None`` a split is read from the folder that has more masks of it, or from
+    ``SegmentationClass`` if both have as many.
     """
 
     root: Path
@@ -39,14 +39,10 @@ class VOCFolder:
     masks: Literal["SegmentationClass", "SegmentationClassAug"] | None = None
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of a split, in the order of its list.
-
-        Raises the first error of `entries`. Without a file of labels, every mask is read once.
-        """
+        """List the samples of a split; without a file of labels, every mask is read once."""
         return all_usable(self.entries(name))
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
-        """Yield the samples of a split, and an error in place of each that cannot be used."""
         check_split(name, self.splits)
         labels = find_labels(self.root, self.classes)
         listing = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
@@ -54,17 +50,11 @@ class VOCFolder:
             Path(text.split()[0]).stem if text.startswith("/JPEGImages/") else text: line
             for text, line in read_names(listing).items()
         }
-        masks = max(
-            (
-                {
-                    path.stem: path
-                    for path in (self.root / folder).glob("*.png")
-                    if path.stem in lines
-                }
-                for folder in (_MASK_FOLDERS if self.masks is None else (self.masks,))
-            ),
-            key=len,
-        )
+        masks: dict[str, Path] = {}
+        for folder in _MASK_FOLDERS if self.masks is None else (self.masks,):
+            files = (self.root / folder).glob("*.png")
+            listed = {path.stem: path for path in files if path.stem in lines}
+            masks = max(masks, listed, key=len)
         for stem, line in lines.items():
             try:
                 yield self._sample(stem, masks.get(stem), labels, f"{listing}, line {line}")

@@ -1,4 +1,4 @@
-"""Losses with texts (after DALNet) and background suppression (BAS)."""
+"""Text alignment losses (after DALNet) and background suppression (BAS)."""
 
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ class Suppression(NamedTuple):
     """The three terms of BAS, each a mean over the images.
 
     Attributes:
-        background: the share of the class's score that remains outside the map.
-        area: the share of the image that the map covers.
+        background: share of the class's score that remains outside the map.
+        area: share of the image that the map covers.
         foreground: cross-entropy of the class inside the map.
     """
 
@@ -40,16 +40,15 @@ def background_suppression_loss(
 ) -> Suppression:
     """Compute BAS for one class of each image (Wu et al. 2022), as its segmentation code does.
 
-    The host computes the scores: ``outside`` from detached features times one minus the map,
-    through a copy of its tail that takes no gradient; ``inside`` from detached features times the
-    map. The ratio is set to 1, without gradient, where the score outside exceeds that of the whole;
-    the classification code of the same authors sets it to 0.
+    Where the score outside exceeds that of the whole, the ratio is 1, without gradient; the
+    classification code of the same authors sets it to 0.
 
     Args:
         maps: maps of the chosen classes, in [0, 1].
         whole: class scores of the image; no gradient flows back.
-        outside: class scores without the part that the map covers.
-        inside: class scores of the part that the map covers.
+        outside: class scores of detached features times one minus the map, computed by a copy of
+            the model's tail that takes no gradient.
+        inside: class scores of detached features times the map.
         classes: one present class per image; the code draws it at random.
 
     Raises:
@@ -71,11 +70,11 @@ def text_alignment_loss(
     background: Float[Tensor, "m d"],
     labels: Labels,
 ) -> Float[Tensor, ""]:
-    """Pull an image to the texts of its classes, and push it away from texts of background.
+    """Pull an image to the texts of its classes, and push it away from background texts.
 
     The global alignment of DALNet (2024): ``-sum_c y_c log s(v, t_c) - log(1 - s(v, t_bg))``, mean
     over images. How it maps a cosine to a similarity s in (0, 1) is not published: (1 + cos) / 2 is
-    ours, and so is the mean over several texts of background.
+    ours, and so is the mean over several background texts.
 
     Args:
         image: embeddings of the class token in the space of the texts.
@@ -102,15 +101,15 @@ def patch_text_loss(
     background: Float[Tensor, "m d"],
     labels: Int[Tensor, "b n"],
 ) -> Float[Tensor, ""]:
-    """Pull patches of objects to the text of their class, and away from texts of background.
+    """Pull patches of objects to the text of their class, and away from background texts.
 
-    After the local alignment of DALNet (2024), whose description is all that is published; the
-    formula, `text_alignment_loss` for each patch of an object, and the mean over these are ours.
+    After the local alignment of DALNet (2024), which is published without its formula; taking
+    `text_alignment_loss` of each patch of an object, and the mean over these patches, is ours.
 
     Args:
         patches: embeddings of patches in the space of the texts.
         texts: one embedding for each class.
-        background: embeddings of texts of background.
+        background: embeddings of background texts.
         labels: 0 background, class + 1, 255 unknown (`camkit.losses.patch_labels`).
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from camkit.tensors import IGNORE, Cam, Labels, Pixels
 
-_TINY = 1e-4  # ToCo's, in both places where it divides
+_TINY = 1e-4  # ToCo's, wherever it divides
 
 
 class Crops(NamedTuple):
@@ -81,8 +81,8 @@ def uncertain_crops(  # noqa: PLR0913 - each is a constant of the rule
             candidates = (inner >= 0).nonzero()
         order = torch.randperm(len(candidates), generator=generator)[:count]
         for crop, (top, left) in enumerate(candidates[order].tolist()):
-            window = (slice(top, top + size), slice(left, left + size))
-            pixels[image, crop] = images[image][:, window[0], window[1]]
+            window = (..., slice(top, top + size), slice(left, left + size))
+            pixels[image, crop] = images[image][window]
             positive[image, crop] = bool(region[window].float().mean() > least)
     return Crops(pixels, positive)
 
@@ -97,17 +97,16 @@ def class_contrast_loss(
 ) -> Float[Tensor, ""]:
     """Pull positive views of an image to its teacher's global views, push the others away.
 
-    ToCo's CTC (Ru et al. 2023): the InfoNCE of every positive view against the negative ones of
-    its image, averaged over the teacher's views and the positives. Probably by mistake, its code
-    adds one more term, ``log(1 + sum of the negatives)``, for each image and teacher view;
-    ``extra_term=False`` gives the paper's formula.
+    ToCo's CTC (Ru et al. 2023): the InfoNCE of every positive view against the negative ones of its
+    image, averaged over the teacher's views and the positives.
 
     Args:
         student: projected class tokens of the views, global ones (always positive) among them.
         teacher: projected class tokens of the global views; no gradient flows back.
         positive: whether each of the student's views shows an object.
         temperature: 0.5 is ToCo's.
-        extra_term: see above.
+        extra_term: add ``log(1 + sum of the negatives)`` for each image and teacher view, as ToCo's
+            code does, probably by mistake; False is the paper's formula.
 
     Raises:
         ValueError: the temperature is not above 0, or the views do not match.
@@ -168,13 +167,12 @@ def patch_labels(
 def patch_contrast_loss(
     tokens: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"]
 ) -> Float[Tensor, ""]:
-    """Pull patches of one label together, push patches of two labels apart.
+    """Pull patches of equal labels together, push patches of different labels apart.
 
     ToCo's PTC (Ru et al. 2023), exactly as its code computes it: half of one minus the mean
     absolute cosine over pairs of equal labels, plus half of that mean over pairs of unequal ones.
-    Pairs are counted over the whole batch, never across images; a patch with itself and patches of
-    label 255 are left out; one is added to both counts. The absolute value, which makes opposite
-    tokens count as alike, and the added one are the code's, not the paper's.
+    Means are over all pairs within an image of the batch, without a patch and itself and without
+    label 255. The absolute value, and adding one to both counts, are the code's, not the paper's.
 
     Args:
         tokens: final patch tokens.

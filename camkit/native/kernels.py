@@ -23,9 +23,9 @@ from camkit.errors import CamkitError
 from camkit.native import loader
 from camkit.torch_internals import constant_when_compiled
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-WIDTHS = (32, 48, 64, 80, 96, 128)
-OLDEST = 80  # compute capability 8.0, the first with asynchronous copies and bfloat16 products
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_WIDTHS = (32, 48, 64, 80, 96, 128)
+_OLDEST = 80  # compute capability 8.0, the first with asynchronous copies and bfloat16 products
 SOURCES = Path(__file__).with_name("cuda")
 _FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
 # one binary for torch 2.10 and all later versions
@@ -37,27 +37,27 @@ _SECONDS = 1800  # a compiler that takes longer has failed
 class Selection:
     """The kernels to compile; fewer compile faster."""
 
-    widths: tuple[int, ...] = WIDTHS
-    dtypes: tuple[torch.dtype, ...] = DTYPES
+    widths: tuple[int, ...] = _WIDTHS
+    dtypes: tuple[torch.dtype, ...] = _DTYPES
 
     def __post_init__(self) -> None:
-        if not set(self.widths) <= set(WIDTHS) or not self.widths:
-            raise ValueError(f"`widths` must be of {WIDTHS}, got {self.widths}")
-        if not set(self.dtypes) <= set(DTYPES) or not self.dtypes:
-            raise ValueError(f"`dtypes` must be of {DTYPES}, got {self.dtypes}")
+        if not set(self.widths) <= set(_WIDTHS) or not self.widths:
+            raise ValueError(f"`widths` must be of {_WIDTHS}, got {self.widths}")
+        if not set(self.dtypes) <= set(_DTYPES) or not self.dtypes:
+            raise ValueError(f"`dtypes` must be of {_DTYPES}, got {self.dtypes}")
 
     @property
     def flags(self) -> list[str]:
         """Compiler flags: bit ``width / 16`` for each width, and a bit for each dtype."""
         widths = sum(1 << (width // 16) for width in set(self.widths))
-        types = sum(1 << DTYPES.index(dtype) for dtype in set(self.dtypes))
+        types = sum(1 << _DTYPES.index(dtype) for dtype in set(self.dtypes))
         return [f"-DCAMKIT_WIDTHS={widths}", f"-DCAMKIT_TYPES={types}"]
 
 
-ALL = Selection()
+_ALL = Selection()
 
 
-def build(architectures: Sequence[int] | None = None, *, selection: Selection = ALL) -> Path:
+def build(architectures: Sequence[int] | None = None, *, selection: Selection = _ALL) -> Path:
     """Return the library of the kernels; compile it unless the cache has one that fits.
 
     Args:
@@ -74,15 +74,15 @@ def build(architectures: Sequence[int] | None = None, *, selection: Selection = 
         return built  # also if the cache is read-only
     folder = loader.cache_folder()
     if folder is None:
-        place = loader.named_cache() or "any folder"
         raise CamkitError(
-            f"compiled kernels cannot be written to {place}; name a folder in CAMKIT_CACHE"
+            f"compiled kernels cannot be written to {loader.named_cache() or 'any folder'}; name a "
+            "folder in CAMKIT_CACHE"
         )
     with _locked(folder / f"attention-{key}.lock"):
         return _cached(key, targets) or _compile(folder, key, targets, selection)
 
 
-def find(architectures: Sequence[int] | None = None, *, selection: Selection = ALL) -> Path | None:
+def find(architectures: Sequence[int] | None = None, *, selection: Selection = _ALL) -> Path | None:
     """Return the library `build` would take from the cache; None if it would compile.
 
     Raises:
@@ -108,25 +108,21 @@ def nvcc() -> str:
     on_path = [Path(found)] if (found := shutil.which("nvcc")) else []
     for path in (*named, *on_path, Path("/usr/local/cuda/bin/nvcc")):
         if os.access(path, os.X_OK):
-            _check_release(str(path))
+            version = re.search(r"release (\d+)", _run([str(path), "--version"]))
+            theirs, ours = int(version[1]) if version else 0, _torch_release()
+            if ours is not None and theirs > ours:
+                raise CamkitError(
+                    f"{path} is of CUDA {theirs}, torch runs on CUDA {ours}; install a toolkit "
+                    "that is not newer and name its folder in CUDA_HOME"
+                )
             return str(path)
     raise CamkitError("no nvcc found; install the CUDA toolkit, or name its folder in CUDA_HOME")
 
 
 def _check_torch() -> None:
-    """Check the version: loading a library from the cache would crash an older torch."""
+    # an older torch would crash when it loads a library from the cache
     if TorchVersion(torch.__version__) < TorchVersion("2.10"):
         raise CamkitError(f"the kernels need torch 2.10 or newer, this is {torch.__version__}")
-
-
-def _check_release(compiler: str) -> None:
-    version = re.search(r"release (\d+)", _run([compiler, "--version"]))
-    theirs, ours = int(version[1]) if version else 0, _torch_release()
-    if ours is not None and theirs > ours:
-        raise CamkitError(
-            f"{compiler} is of CUDA {theirs}, torch runs on CUDA {ours}; install a toolkit that is "
-            "not newer and name its folder in CUDA_HOME"
-        )
 
 
 def _torch_release() -> int | None:
@@ -134,20 +130,14 @@ def _torch_release() -> int | None:
 
 
 def _targets(architectures: Sequence[int] | None) -> list[int]:
-    targets = sorted(set(architectures or _present() or (80, 90)))
-    if targets[0] < OLDEST:
-        raise ValueError(f"`architectures` must be {OLDEST} or newer, got {targets[0]}")
+    if not architectures and torch.cuda.is_available() and not torch.version.hip:
+        capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        present = [10 * major + minor for major, minor in capabilities]
+        architectures = [capability for capability in present if capability >= _OLDEST]
+    targets = sorted(set(architectures or (80, 90)))
+    if targets[0] < _OLDEST:
+        raise ValueError(f"`architectures` must be {_OLDEST} or newer, got {targets[0]}")
     return targets
-
-
-def _present() -> list[int]:
-    if not torch.cuda.is_available() or torch.version.hip:
-        return []
-    devices = range(torch.cuda.device_count())
-    present = [
-        10 * major + minor for major, minor in map(torch.cuda.get_device_capability, devices)
-    ]
-    return [capability for capability in present if capability >= OLDEST]
 
 
 def _key(selection: Selection) -> str:
@@ -158,37 +148,35 @@ def _key(selection: Selection) -> str:
 
 
 def _cached(key: str, targets: Sequence[int]) -> Path | None:
+    def runs_on(built: list[int], device: int) -> bool:
+        # a GPU runs code for older GPUs of its generation, and compiles PTX for all older ones
+        return device >= built[-1] or any(device // 10 == x // 10 and x <= device for x in built)
+
     for path in loader.built_libraries(f"attention-{key}"):
         built = [int(architecture) for architecture in path.stem.split("-")[2].split("_")]
-        if all(_runs_on(built, target) for target in targets):
+        if all(runs_on(built, target) for target in targets):
             return path
     return None
 
 
-def _runs_on(built: list[int], device: int) -> bool:
-    """A GPU runs code for older GPUs of its generation, and compiles PTX for all older ones."""
-    return device >= built[-1] or any(device // 10 == x // 10 and x <= device for x in built)
-
-
 def _compile(folder: Path, key: str, targets: Sequence[int], selection: Selection) -> Path:
     compiler = nvcc()
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        built, log = Path(place) / "attention.so", Path(place) / "attention.log"
+    with tempfile.TemporaryDirectory(dir=folder) as build_folder:
+        built, log = Path(build_folder) / "attention.so", Path(build_folder) / "attention.log"
         # the sources need nothing newer than compute_80, whose PTX also runs on future GPUs
-        codes = ",".join([f"sm_{x}" for x in targets] + [f"compute_{OLDEST}"])
-        target = f"-gencode=arch=compute_{OLDEST},code=[{codes}]"
+        codes = ",".join([f"sm_{x}" for x in targets] + [f"compute_{_OLDEST}"])
+        target = f"-gencode=arch=compute_{_OLDEST},code=[{codes}]"
         device = [compiler, *_FLAGS, *selection.flags, target, "-c"]
         commands = [
-            [*device, str(source), "-o", f"{place}/{source.stem}.o"]
+            [*device, str(source), "-o", f"{build_folder}/{source.stem}.o"]
             for source in sorted(SOURCES.glob("*.cu"))
         ]
-        commands.append(binding_command(f"{place}/binding.o"))
+        commands.append(binding_command(f"{build_folder}/binding.o"))
         with concurrent.futures.ThreadPoolExecutor() as pool:
             log.write_text("\n".join(pool.map(_run, commands)))
         objects = [command[-1] for command in commands]
-        _run(
-            [compiler, "-shared", "-cudart", "static", *objects, "-o", str(built), *torch_library()]
-        )
+        link = [compiler, "-shared", "-cudart", "static", *objects, "-o", str(built)]
+        _run([*link, *torch_library()])
         stem = f"attention-{key}-{'_'.join(map(str, targets))}-{loader.digest(built.read_bytes())}"
         log.replace(folder / f"{stem}.log")
         built.replace(folder / f"{stem}.so")  # atomic
@@ -209,10 +197,10 @@ def torch_library() -> list[str]:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+        process = subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
     except (OSError, subprocess.SubprocessError) as error:
         raise CamkitError(loader.reason(error)) from error
-    return (done.stdout + done.stderr).decode(errors="replace")
+    return (process.stdout + process.stderr).decode(errors="replace")
 
 
 @contextlib.contextmanager
@@ -250,13 +238,7 @@ def kernels_off() -> Iterator[None]:
 
 @constant_when_compiled
 def kernels_ready(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether there is a compiled kernel for heads of this width; build and load it on first use.
-
-    Args:
-        device: where the queries are.
-        dtype: of queries, keys and values.
-        width: channels of a head.
-    """
+    """Whether there is a compiled kernel for heads of a width; build and load it on first use."""
     if device.type != "cuda" or torch.version.hip or switched_off() or not fits(dtype, width):
         return False
     with _loading:
@@ -265,7 +247,7 @@ def kernels_ready(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 def fits(dtype: torch.dtype, width: int) -> bool:
     """Whether the kernels are written for heads of this width."""
-    return dtype in DTYPES and width in WIDTHS
+    return dtype in _DTYPES and width in _WIDTHS
 
 
 def switched_off() -> bool:
@@ -277,22 +259,18 @@ def kernel_state() -> str:
     """Describe what attention on CUDA runs in, and why; build nothing."""
     if switched_off():
         return "plain torch: switched off by CAMKIT_KERNEL=0 or kernels_off()"
-    if not torch.cuda.is_available() or torch.version.hip:
-        return f"plain torch: no CUDA device; {_stock()}"
-    device = torch.device("cuda")
-    if not _capable(device):
+    has_gpu = torch.cuda.is_available() and not torch.version.hip
+    if has_gpu and not _capable(torch.device("cuda")):
         return "plain torch: the kernels need compute capability 8.0, this GPU is older"
-    return _stock()
-
-
-def _stock() -> str:
     try:
         path = find()
     except CamkitError as error:
-        return f"plain torch: {error}"
-    if path is None:
-        return "kernels are built at first use on CUDA, or now by `camkit build-kernels`"
-    return f"compiled kernels are ready, {path}"
+        state = f"plain torch: {error}"
+    else:
+        state = f"compiled kernels are ready, {path}"
+        if path is None:
+            state = "kernels are built at first use on CUDA, or now by `camkit build-kernels`"
+    return state if has_gpu else f"plain torch: no CUDA device; {state}"
 
 
 def _capable(device: torch.device) -> bool:

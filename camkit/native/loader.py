@@ -28,11 +28,10 @@ _building = threading.Lock()
 def load(name: str) -> ctypes.CDLL | None:
     """Return the compiled ``name``.cpp of this folder, or None if it cannot be compiled.
 
-    The source is compiled on first use, by the compiler that CXX names or else c++, g++ or clang++.
-    The library is cached in $CAMKIT_CACHE, $XDG_CACHE_HOME/camkit or ~/.cache/camkit, under a name
-    derived from source, flags, compiler and processor; several processes may build at the same
-    time. With CAMKIT_NATIVE=0 in the environment nothing is built or loaded. The logger "camkit"
-    reports a failure once, at INFO.
+    The source is compiled on first use and cached (`named_cache`) under a name derived from source,
+    flags, compiler and processor; several processes may build at the same time. With
+    CAMKIT_NATIVE=0 in the environment nothing is built or loaded. The logger "camkit" reports a
+    failure once, at INFO.
     """
     if os.environ.get("CAMKIT_NATIVE") == "0":
         return None
@@ -51,7 +50,10 @@ def _load(name: str) -> ctypes.CDLL | None:
 
 def _find_or_build(source: Path) -> ctypes.CDLL:
     compiler = compiler_command()
-    flags = [*_FLAGS, *_processor_flags()]
+    flags = list(_FLAGS)
+    wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if wide and platform.machine() in ("x86_64", "AMD64"):
+        flags.append("-mavx2")  # eight lanes; results have the same bits
     headers = sorted(source.parent.glob("*.hpp"))
     texts = [path.read_bytes() for path in (source, *headers)]
     version = [*compiler, "--version"]
@@ -61,8 +63,8 @@ def _find_or_build(source: Path) -> ctypes.CDLL:
     for path in built_libraries(stem):
         return ctypes.CDLL(str(path))
     folder = cache_folder()
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        built = Path(place) / f"{stem}.so"
+    with tempfile.TemporaryDirectory(dir=folder) as build_folder:
+        built = Path(build_folder) / f"{stem}.so"
         command = [*compiler, *flags, str(source), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
         if folder is None:
@@ -84,10 +86,10 @@ def built_libraries(stem: str) -> Iterator[Path]:
 
 
 def compiler_command() -> list[str]:
-    """Return the command of the C++ compiler, with the arguments in CXX.
+    """Return the C++ compiler as a command: CXX with its arguments, else c++, g++ or clang++.
 
     Raises:
-        FileNotFoundError: there is no compiler.
+        FileNotFoundError: there is none.
     """
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
@@ -97,14 +99,8 @@ def compiler_command() -> list[str]:
     raise FileNotFoundError("no C++ compiler found; install g++ or clang++, or name one in CXX")
 
 
-def _processor_flags() -> list[str]:
-    """Enable eight lanes if the processor has them; results have the same bits."""
-    wide = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return ["-mavx2"] if wide and platform.machine() in ("x86_64", "AMD64") else []
-
-
 def named_cache() -> Path | None:
-    """Return the folder of the cache: CAMKIT_CACHE, else one in the user's cache, if any."""
+    """Return $CAMKIT_CACHE, $XDG_CACHE_HOME/camkit or ~/.cache/camkit; None without a home."""
     if os.environ.get("CAMKIT_CACHE"):
         return Path(os.environ["CAMKIT_CACHE"])
     if os.environ.get("XDG_CACHE_HOME"):
@@ -134,7 +130,7 @@ def digest(*parts: bytes) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Describe an error in one line; for a compiler that failed, its last line of output."""
+    """Describe an error in one line, a failed compiler by its last line of output."""
     if isinstance(error, subprocess.CalledProcessError):
         lines = error.stderr.decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")

@@ -1,11 +1,16 @@
 """Chosen rows and columns of an attention map, computed from q and k without the whole map.
 
-All functions take queries and keys exactly as the host's attention used them (after norms,
-rotations and biases), so they return the host's own attention, whichever fused kernel it ran.
-Softmax is computed in at least float32, also under autocast.
+Softmax is computed in at least float32, also under autocast. Arguments that the functions share:
+
+- ``q``, ``k``, ``v``: queries, keys and values of all tokens, exactly as the host's attention used
+  them (after norms and rotations), so that results are the host's own attention;
+- ``scale``: factor on the dot products, as the host used it;
+- ``bias``: added to the logits, broadcast over images, heads and queries; a masked key holds -inf;
+- ``normaliser``: log-sum-exp of each row, if the kernel that ran returned it. Then a weight is one
+  exponential, and no other logits are computed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,30 +19,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from camkit.ops import reweight
-from camkit.ops.reweight_plain import at_least_float32, chunks, logits_of, row_logsumexp
+from camkit.ops.reweight import Heads as Heads, LogWeights, Normaliser as Normaliser
+from camkit.ops.reweight_plain import (
+    ALL,
+    at_least_float32,
+    logits_of,
+    query_chunks,
+    row_logsumexp,
+)
 
-Heads = Float[Tensor, "b a t d"]
 Keys = Float[Tensor, "b a s d"]
 Bias = Float[Tensor, "#b #a #t s"]
 
 
 def attention_rows(
-    q: Heads,
-    k: Keys,
-    queries: Sequence[int],
-    *,
-    scale: float,
-    bias: Bias | None = None,
+    q: Heads, k: Keys, queries: Sequence[int], *, scale: float, bias: Bias | None = None
 ) -> Float[Tensor, "b a c s"]:
-    """Return the attention of the tokens ``queries``: one softmax row each, per head.
-
-    Args:
-        q: queries of all tokens.
-        k: keys of all tokens.
-        queries: positions of the rows, for example those of the class tokens.
-        scale: factor on the dot products, as the host used it.
-        bias: added to the logits; a masked key holds -inf.
-    """
+    """Return the attention of the tokens at positions ``queries``, one softmax row each."""
     return _softmax(take(q, queries, 2), k, scale, rows_of(bias, queries)).to(q.dtype)
 
 
@@ -48,32 +46,21 @@ def attention_columns(
     *,
     scale: float,
     bias: Bias | None = None,
-    normaliser: Float[Tensor, "b a t"] | None = None,
+    normaliser: Normaliser | None = None,
 ) -> Float[Tensor, "b a t c"]:
-    """Return how much every token attends to the tokens ``keys``, per head.
+    """Return how much every token attends to the tokens at positions ``keys``, per head.
 
-    Streamed over the queries, forward and backward. With the normaliser of the kernel that ran, the
-    forward computes the requested columns only.
-
-    Args:
-        q: queries of all tokens.
-        k: keys of all tokens.
-        keys: positions of the columns.
-        scale: factor on the dot products.
-        bias: added to the logits.
-        normaliser: log-sum-exp of each row, if a kernel computed it.
+    Streamed over the queries, forward and backward.
     """
-    weights, count = key_weights(bias, q), len(keys)
-    leading = run_of(keys, k.shape[2]) == range(count) and q.shape[2] == k.shape[2]
+    leading = run_of(keys, k.shape[2]) == range(len(keys)) and q.shape[2] == k.shape[2]
     with torch.autocast(q.device.type, enabled=False):
-        if normaliser is not None and leading and (bias is None or weights is not None):
-            lse = log_normaliser(q, k, scale, bias, normaliser)
-            columns = reweight.class_columns(q, k, lse, weights, columns=count, scale=scale)
+        inputs = operator_inputs(q, k, scale, bias, normaliser) if leading else None
+        if inputs is not None:
+            columns = reweight.class_columns(q, k, *inputs, columns=len(keys), scale=scale)
         else:
             dtype = at_least_float32(q.dtype)
-            logits = (q.to(dtype) * scale) @ take(k.to(dtype), keys, 2).mT
-            if bias is not None:
-                logits = logits + take(bias, keys, 3).to(dtype)
+            at_keys = None if bias is None else take(bias, keys, 3)
+            logits = logits_of(q.to(dtype), take(k.to(dtype), keys, 2), scale, at_keys, ALL)
             lse = log_normaliser(q, k, scale, bias, normaliser)[..., None]
             columns = (logits - lse.clamp_min(torch.finfo(dtype).min)).exp()
     return columns.to(q.dtype)
@@ -85,24 +72,13 @@ def head_mean(
     *,
     scale: float,
     bias: Bias | None = None,
-    normaliser: Float[Tensor, "b a t"] | None = None,
+    normaliser: Normaliser | None = None,
 ) -> Float[Tensor, "b t s"]:
-    """Return the whole attention map averaged over heads.
-
-    Built head by head; with the normaliser of the kernel that ran, each weight is one exponential.
-
-    Args:
-        q: queries.
-        k: keys.
-        scale: factor on the dot products.
-        bias: added to the logits.
-        normaliser: log-sum-exp of each row, if a kernel computed it.
-    """
-    weights = key_weights(bias, q)
-    if normaliser is not None and (bias is None or weights is not None):
-        with torch.autocast(q.device.type, enabled=False):
-            lse = log_normaliser(q, k, scale, bias, normaliser)
-            return reweight.affinity_mean(q, k, lse, weights, scale=scale).to(q.dtype)
+    """Return the whole attention map averaged over heads, built head by head."""
+    with torch.autocast(q.device.type, enabled=False):
+        inputs = operator_inputs(q, k, scale, bias, normaliser)
+        if inputs is not None:
+            return reweight.affinity_mean(q, k, *inputs, scale=scale).to(q.dtype)
     total = q.new_zeros(len(q), q.shape[2], k.shape[2], dtype=at_least_float32(q.dtype))
     for head in range(q.shape[1]):
         only = slice(head, head + 1)
@@ -124,21 +100,13 @@ def relevance_hop(  # noqa: PLR0913 - all of one attention call
     """Propagate token relevance one block down, along attention weighted by its own gradient.
 
     Computes ``relevance @ mean over heads of relu(A * dA)`` (Chefer et al. 2021, generic attention
-    explainability). The gradient of the attention map needs no map: with o = A v, dA[i, j] is the
-    product of the output gradient at i with the value at j.
-
-    Args:
-        relevance: how much each token matters after this block.
-        q: queries.
-        k: keys.
-        v: values.
-        grad_output: gradient of the class score at ``A @ v``, per head.
-        scale: factor on the dot products, as the host used it.
-        bias: added to the logits.
+    explainability), with ``grad_output`` the gradient of the class score at ``A @ v``. The gradient
+    of the attention map needs no map: dA[i, j] is the product of the output gradient at i with the
+    value at j.
     """
     propagated = relevance.new_zeros(len(relevance), k.shape[2])
-    for part in _query_chunks(q, k):
-        attention = _softmax(q[:, :, part], k, scale, rows_of(bias, part))
+    for part in query_chunks(q, k):
+        attention = _softmax(q, k, scale, bias, part)
         gradient = grad_output[:, :, part].to(attention.dtype) @ v.mT.to(attention.dtype)
         weighted = (attention * gradient).relu_().mean(1)
         own = relevance[:, part].to(weighted.dtype)
@@ -146,51 +114,51 @@ def relevance_hop(  # noqa: PLR0913 - all of one attention call
     return propagated.to(relevance.dtype)
 
 
+def operator_inputs(
+    q: Heads, k: Keys, scale: float, bias: Bias | None, normaliser: Normaliser | None
+) -> tuple[Normaliser, LogWeights | None] | None:
+    """Return the normaliser and the log-weights of the keys that `camkit.ops.reweight` takes.
+
+    Returns None if the normaliser is unknown or the bias differs between queries.
+    """
+    if normaliser is None:
+        return None
+    weights = None
+    if bias is not None:
+        if bias.shape[-2] != 1 or bias.shape[-1] != q.shape[2]:
+            return None
+        weights = bias[..., 0, :].expand(*q.shape[:2], -1)
+    return log_normaliser(q, k, scale, bias, normaliser), weights
+
+
 def log_normaliser(
     q: Heads,
     k: Keys,
     scale: float,
     bias: Bias | None = None,
-    known: Float[Tensor, "b a t"] | None = None,
-) -> Float[Tensor, "b a t"]:
+    normaliser: Normaliser | None = None,
+) -> Normaliser:
     """Return the log-sum-exp of each query's logits over all keys, in at least float32.
 
     Unless the bias needs a gradient, the memory kept for the backward grows with the number of
-    tokens, not of their pairs.
-
-    Args:
-        q: queries.
-        k: keys.
-        scale: factor on the dot products.
-        bias: added to the logits.
-        known: the result, if a kernel computed it; then only the backward has work to do.
+    tokens, not of their pairs. If ``normaliser`` is given, only the backward computes anything.
     """
-    dtype, of_bias = at_least_float32(q.dtype), bias is not None and bias.requires_grad
-    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or of_bias)
-    if known is not None and not differentiable:
-        return known.to(dtype)
-    symmetric = q is k
-    q = q.to(dtype)
-    k = q if symmetric else k.to(dtype)
-    if bias is not None and of_bias and differentiable:
-        return (scale * q @ k.mT + bias).logsumexp(-1)
-    result: Tensor = _LogNormaliser.apply(q, k, scale, bias, known, symmetric)
+    dtype, has_gradient = at_least_float32(q.dtype), torch.is_grad_enabled()
+    if has_gradient and bias is not None and bias.requires_grad:
+        return (scale * q.to(dtype) @ k.to(dtype).mT + bias).logsumexp(-1)
+    if normaliser is not None and not (has_gradient and (q.requires_grad or k.requires_grad)):
+        return normaliser.to(dtype)
+    result: Tensor = _LogNormaliser.apply(q.to(dtype), k.to(dtype), scale, bias, normaliser)
     return result
 
 
 class _LogNormaliser(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0913 - all of one attention call
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        scale: float,
-        bias: Tensor | None,
-        known: Tensor | None,
-        symmetric: bool,
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, scale: float, bias: Tensor | None, known: Tensor | None
     ) -> Tensor:
         lse = row_logsumexp(q, k, scale, bias) if known is None else known.to(q.dtype).clone()
-        ctx.save_for_backward(q, None if symmetric else k, bias, lse)
+        ctx.save_for_backward(q, k, bias, lse)
         ctx.scale = scale
         return lse
 
@@ -198,40 +166,23 @@ class _LogNormaliser(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         q, k, bias, lse = ctx.saved_tensors
-        symmetric, k = k is None, q if k is None else k
         to_q, to_k = torch.zeros_like(q), torch.zeros_like(k)
         with torch.autocast(q.device.type, enabled=False):
-            for part in _query_chunks(q, k):
-                # a query that may attend to nothing has a normaliser of -inf and no gradient
+            for part in query_chunks(q, k):
+                # a query that may attend to no key has a normaliser of -inf and no gradient
                 level = lse[:, :, part, None].clamp_min(torch.finfo(q.dtype).min)
-                logits = logits_of(q, k, ctx.scale, bias, part)
-                weights = (logits - level if symmetric else logits.sub_(level)).exp_()
+                weights = logits_of(q, k, ctx.scale, bias, part).sub_(level).exp_()
                 weights.mul_(grad_output[:, :, part, None])
-                if symmetric:  # the same logits serve these tokens as keys
-                    weights += logits.sub_(lse[:, :, None]).exp_().mul_(grad_output[:, :, None])
-                else:
-                    to_k += weights.mT @ q[:, :, part]
+                to_k += weights.mT @ q[:, :, part]
                 to_q[:, :, part] = weights @ k
-        return to_q * ctx.scale, None if symmetric else to_k * ctx.scale, *(None,) * 4
-
-
-def key_weights(bias: Bias | None, q: Heads) -> Float[Tensor, "b a t"] | None:
-    """Return a bias that is equal for all queries as log-weights of the keys; None for others."""
-    if bias is None or bias.shape[-2] != 1 or bias.shape[-1] != q.shape[2]:
-        return None
-    return bias[..., 0, :].expand(*q.shape[:2], -1)
+        return to_q * ctx.scale, to_k * ctx.scale, None, None, None
 
 
 def take(tensor: Tensor, places: Sequence[int], axis: int) -> Tensor:
-    """Select positions along one axis: a view if they are consecutive, else a copy.
+    """Select positions along one axis, negative from the end: a view if they are consecutive.
 
     Indexing with a list would send an index to the device each time, which waits for the device and
     cannot be part of a CUDA graph.
-
-    Args:
-        tensor: any tensor.
-        places: positions, negative from the end.
-        axis: axis they are along.
     """
     size = tensor.shape[axis]
     run = run_of(places, size)
@@ -253,25 +204,17 @@ def run_of(places: Sequence[int], size: int) -> range | None:
     return run if run.start >= 0 and run.stop <= size and positions == list(run) else None
 
 
-def rows_of(bias: Tensor | None, rows: slice | Sequence[int]) -> Tensor | None:
+def rows_of(bias: Tensor | None, queries: Sequence[int]) -> Tensor | None:
     """Return the part of a bias that belongs to some queries."""
-    if bias is None or bias.shape[-2] == 1:
-        return bias
-    return bias[..., rows, :] if isinstance(rows, slice) else take(bias, rows, bias.dim() - 2)
+    return bias if bias is None or bias.shape[-2] == 1 else take(bias, queries, bias.dim() - 2)
 
 
-def _query_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    images, heads, tokens, _ = q.shape
-    return chunks(tokens, images * heads * k.shape[2], q.device)
-
-
-def _softmax(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Compute rows of the map; one without any key is zero, as in torch's kernels."""
+def _softmax(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, rows: slice = ALL) -> Tensor:
+    """Compute rows of the map; a row without any key is zero, as in torch's kernels."""
     dtype = at_least_float32(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        logits = (q.to(dtype) * scale) @ k.to(dtype).mT
+        logits = logits_of(q.to(dtype), k.to(dtype), scale, bias, rows)
         if bias is None:
             return logits.softmax(-1)
-        logits = logits + bias.to(dtype)
-        nothing = logits.detach().amax(-1, keepdim=True) == -torch.inf
-        return logits.softmax(-1).masked_fill(nothing, 0.0)
+        no_key = logits.detach().amax(-1, keepdim=True) == -torch.inf
+        return logits.softmax(-1).masked_fill(no_key, 0.0)

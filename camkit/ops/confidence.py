@@ -2,7 +2,10 @@
 
 The DOEI paper amplifies confident tokens and suppresses the others; its figure shows each row of an
 attention matrix split into two groups around two stars and changed by unequal amounts (Zhu et al.
-2025, https://arxiv.org/abs/2502.15885). Neither gives a rule; these are interpretations.
+2025, https://arxiv.org/abs/2502.15885). Neither gives a rule; these are interpretations, and their
+defaults are our choice.
+
+A rule gives flat rows confidence 0, except `TopShare`, and no gradient flows through it.
 """
 
 import math
@@ -57,8 +60,8 @@ def gain(scores: Rows, rule: Confidence, strength: float) -> tuple[Rows, Float[T
 class TanhAroundMean:
     """Soft: tanh of a score's distance from its row's mean, in standard deviations.
 
-    As in the figure, amounts are unequal and low and high scores move apart; tanh, mean and both
-    defaults are our choice, and need no threshold. A flat row gets confidence 0.
+    As in the figure, amounts are unequal and low and high scores move apart; tanh and mean are our
+    choice, and need no threshold.
 
     Attributes:
         shift: distance from the mean, in standard deviations, at which confidence is 0.
@@ -75,14 +78,14 @@ class TanhAroundMean:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
 
     def __call__(self, scores: Rows) -> Rows:
-        unit, flat = _unit_range(scores)
-        confidence = ((_standardise(unit) - self.shift) / self.temperature).tanh()
+        deviations, flat = _standardise(scores)
+        confidence = ((deviations - self.shift) / self.temperature).tanh()
         return confidence.masked_fill(flat, 0.0).to(scores.dtype)
 
 
 @dataclass(frozen=True)
 class MeanSplit:
-    """Hard: 1 at and above the mean of the row, -1 below it; a flat row gets confidence 0.
+    """Hard: 1 at and above the mean of the row, -1 below it.
 
     The figure draws two groups; splitting them at the mean is our choice.
     """
@@ -98,10 +101,10 @@ class TwoMeans:
 
     Two-centre k-means along the row (Lloyd 1982), which takes the figure's two stars as the centres
     of its two groups. This is closest to the drawing, but the paper does not say so. The centres
-    start at the least and the greatest score. A flat row gets confidence 0.
+    start at the least and the greatest score.
 
     Attributes:
-        steps: how many times the centres move to the means of their groups; our choice.
+        steps: how many times the centres move to the means of their groups.
     """
 
     steps: int = 10
@@ -129,7 +132,7 @@ class TopShare:
     """Hard: 1 for a fixed share of the scores, the highest, and -1 for the others.
 
     Of equal scores the earlier one counts as higher, so that the count is exact, also in flat rows.
-    Neither the paper nor its figure fixes a share; rule and default are our choice.
+    Neither the paper nor its figure fixes a share; the rule is our choice.
 
     Attributes:
         share: of n scores, ``round(share * n)`` get 1, but at least one score.
@@ -153,10 +156,10 @@ class Otsu:
 
     The threshold is the upper edge of the last bin of the low group; scikit-image returns the
     middle of that bin, which would cut through the group. Neither the paper nor its figure mentions
-    a histogram; the rule is our choice. A flat row gets confidence 0.
+    a histogram; the rule is our choice.
 
     Attributes:
-        bins: equal bins between the least and the greatest score of the row; our choice, for rows
+        bins: equal bins between the least and the greatest score of the row; the default suits rows
             of a few hundred patches.
     """
 
@@ -184,8 +187,7 @@ class FuzzyMembership:
     """Soft: a straight ramp from -1 at ``low`` to 1 at ``high``, flat outside.
 
     Fuzzy membership instead of a hard cut is the idea of Yun et al. 2023 ("Focus on the Core").
-    Their membership function is not published; the piecewise linear ramp and its ends are our
-    choice. A flat row gets confidence 0.
+    Their membership function is not published; the linear ramp is our choice.
 
     Attributes:
         low: where confidence begins to rise, in standard deviations from the mean of the row.
@@ -202,16 +204,13 @@ class FuzzyMembership:
             )
 
     def __call__(self, scores: Rows) -> Rows:
-        unit, flat = _unit_range(scores)
-        ramp = (_standardise(unit) - self.low) / (self.high - self.low)
+        deviations, flat = _standardise(scores)
+        ramp = (deviations - self.low) / (self.high - self.low)
         return (2.0 * ramp - 1.0).clamp(-1.0, 1.0).masked_fill(flat, 0.0).to(scores.dtype)
 
 
 def _unit_range(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and scale each row to [0, 1], so that nothing over- or underflows; find flat rows.
-
-    Flat rows become zeros.
-    """
+    """Shift and scale each row to [0, 1], flat rows to 0; also return which rows are flat."""
     wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
     least = wide.amin(-1, keepdim=True)
     span = wide.amax(-1, keepdim=True) - least
@@ -219,11 +218,12 @@ def _unit_range(scores: Tensor) -> tuple[Tensor, Tensor]:
     return (wide - least) / span.masked_fill(flat, 1.0), flat
 
 
-def _standardise(unit: Tensor) -> Tensor:
-    """Return distances from the mean in (population) standard deviations of the row."""
+def _standardise(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return distances from the row's mean in standard deviations, and which rows are flat."""
+    unit, flat = _unit_range(scores)  # squares of it neither over- nor underflow
     distance = unit - unit.mean(-1, keepdim=True)
     spread = distance.square().mean(-1, keepdim=True).sqrt()
-    return distance / spread.masked_fill(spread == 0.0, 1.0)
+    return distance / spread.masked_fill(spread == 0.0, 1.0), flat
 
 
 def _split(upper: Tensor, flat: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,6 @@ from camkit.ops.confidence import TanhAroundMean, gain
 from camkit.ops.kernel_ops import NAMESPACES, declare
 from camkit.ops.reweight_plain import at_least_float32
 
-ANY_WIDTH = 64  # a head width that kernels are always compiled for; this one does not depend on it
 SCHEMA = (
     "(Tensor rows, Tensor columns, Tensor? cue_classes, Tensor? cue_rows, Tensor? cue_columns,"
     " Tensor? present, int skip, float share, float class_strength, float class_shift,"
@@ -31,10 +30,10 @@ class Cues(NamedTuple):
     """Interactions of classes and patches from another source than attention.
 
     Attributes:
-        classes: of classes with each other.
-        rows: of classes (rows) with patches.
-        columns: of patches (rows) with classes.
-        share: of the cues in the blend, in [0, 1].
+        classes: interactions of classes with each other.
+        rows: interactions of classes (rows) with patches.
+        columns: interactions of patches (rows) with classes.
+        share: weight of the cues in the blend, in [0, 1].
     """
 
     classes: Float[Tensor, "b c c"]
@@ -80,11 +79,11 @@ def doei_scores(  # noqa: PLR0913 - all that is decided before reconstruction
     joined = (None, None, None) if cues is None else cues[:3]
     share = 0.0 if cues is None else cues.share
     single = rows.is_cuda and rows.dtype != torch.float64
-    compiled = single and kernels_ready(rows.device, torch.float32, ANY_WIDTH)
+    # any head width for which there are kernels: this operator does not depend on it
+    compiled = single and kernels_ready(rows.device, torch.float32, 64)
     namespace = torch.ops.camkit if compiled else torch.ops.camkit_plain
-    mutual, weights, *_ = namespace.doei_scores(
-        *(rows, columns, *joined, present, skip, share, *classes, *patches, across_classes)
-    )
+    inputs = (rows, columns, *joined, present, skip, share)
+    mutual, weights, *_ = namespace.doei_scores(*inputs, *classes, *patches, across_classes)
     return mutual, weights
 
 
@@ -162,11 +161,11 @@ def _backward(ctx: Any, to_mutual: Tensor, to_weights: Tensor, *_: Any) -> tuple
     before = between.new_zeros(len(between), ctx.skip, count)
     to_rows = torch.cat([among, gap, between.mT], -1) * share
     to_columns = torch.cat([before, between], 1) * share
-    to_rows, to_columns = (
-        x.to(dtype)[:, None].expand(-1, heads, -1, -1)
-        for x, dtype in zip((to_rows, to_columns), ctx.dtypes, strict=True)
-    )
-    return (to_rows, to_columns, *to_cues, *(None,) * 10)
+    to_attention = [
+        gradient.to(dtype)[:, None].expand(-1, heads, -1, -1)
+        for gradient, dtype in zip((to_rows, to_columns), ctx.dtypes, strict=True)
+    ]
+    return (*to_attention, *to_cues, *(None,) * 10)
 
 
 def _amplify_backward(gradient: Tensor, amplified: Tensor, gains: Tensor, axis: int) -> Tensor:
@@ -177,4 +176,4 @@ def _amplify_backward(gradient: Tensor, amplified: Tensor, gains: Tensor, axis: 
 
 
 for _namespace in NAMESPACES:
-    declare(f"{_namespace}::doei_scores", SCHEMA, plain_scores, _shapes, (_keep, _backward))
+    declare(f"{_namespace}::doei_scores", SCHEMA, plain_scores, _shapes, _keep, _backward)

@@ -9,12 +9,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camkit.ops.images import resize_cam
-from camkit.ops.similarity import check_positive
+from camkit.ops.similarity import check_positive, check_shape
 from camkit.tensors import RGB
+
+_MATCH = ("to match `maps`", "use camkit.resize_cam first")
 
 
 def guided_filter(
-    maps: Float[Tensor, "b k H W"], rgb: RGB, *, radius: int, eps: float
+    maps: Float[Tensor, "b k h w"],
+    rgb: Float[Tensor, "b 3 h w"],
+    target: RGB | None = None,
+    *,
+    radius: int,
+    eps: float,
 ) -> Float[Tensor, "b k H W"]:
     """Fit each map by the colours within every window, then average the fits.
 
@@ -23,6 +30,10 @@ def guided_filter(
     over the windows that contain it. So maps get edges only where the picture has edges, and are
     flat elsewhere. Values may overshoot the range of the map.
 
+    With a ``target``, this is the fast guided filter of He and Sun (2015): the linear functions are
+    fitted on the small picture, resized by `camkit.resize_cam`, and applied to the colours of the
+    large picture.
+
     A window is cut off at the border of the picture, as in the paper; OpenCV mirrors the picture.
     Time does not grow with the square of the radius. Everything is computed in at least float32 and
     returned in the dtype of the maps. Gradients flow to the maps, not to the colours.
@@ -30,64 +41,30 @@ def guided_filter(
     Args:
         maps: values of any range, at the size of the colours.
         rgb: colours in [0, 1].
-        radius: windows have 2 radius + 1 pixels on a side; may exceed the picture.
+        target: colours at the size of the result; None takes ``rgb``.
+        radius: windows have 2 radius + 1 pixels of ``rgb`` on a side; may exceed the picture.
         eps: variance of a colour, in [0, 1], below which a window counts as flat.
-    """
-    return guided_upsample(maps, rgb, rgb, radius=radius, eps=eps)
-
-
-def guided_upsample(
-    maps: Float[Tensor, "b k h w"],
-    low: Float[Tensor, "b 3 h w"],
-    high: RGB,
-    *,
-    radius: int,
-    eps: float,
-) -> Float[Tensor, "b k H W"]:
-    """Upsample maps to the size of a picture, along its edges.
-
-    The fast guided filter of He and Sun (2015): the linear functions of `guided_filter` are fitted
-    on the small picture, resized by `camkit.resize_cam`, and applied to the colours of the large
-    picture.
-
-    Args:
-        maps: values of any range, at the size of the small picture.
-        low: colours of the small picture, in [0, 1].
-        high: colours of the large picture.
-        radius: of the windows, in pixels of the small picture.
-        eps: variance of a colour, in [0, 1], below which a window counts as flat.
-
-    Returns:
-        Maps at the size of the large picture.
     """
     check_guided_settings(radius, eps)
-    images, _, rows, cols = maps.shape
-    if low.shape != (images, 3, rows, cols):
-        raise ValueError(
-            f"the colours must be {images}x3x{rows}x{cols} to match `maps`, got "
-            f"{'x'.join(map(str, low.shape))}; use camkit.resize_cam first"
-        )
-    if maps.numel() == 0 or high.numel() == 0:
-        return maps.new_zeros(*maps.shape[:2], *high.shape[-2:])
+    check_shape("rgb", rgb, (len(maps), 3, *maps.shape[2:]), *_MATCH)
+    target = rgb if target is None else target
+    if maps.numel() == 0 or target.numel() == 0:
+        return maps.new_zeros(*maps.shape[:2], *target.shape[-2:])
     dtype = torch.promote_types(maps.dtype, torch.float32)
     with torch.autocast(maps.device.type, enabled=False):
-        small, large = low.detach().to(dtype), high.detach().to(dtype)
+        small, large = rgb.detach().to(dtype), target.detach().to(dtype)
         slopes, offset = _fits(maps.to(dtype), small, radius, eps)
         if large.shape != small.shape:
             size = (large.shape[-2], large.shape[-1])
             slopes, offset = [resize_cam(slope, size) for slope in slopes], resize_cam(offset, size)
         filtered = offset
-        for slope, channel in zip(slopes, _channels(large), strict=True):
+        for slope, channel in zip(slopes, large.split(1, dim=1), strict=True):
             filtered = filtered + slope * channel
     return filtered.to(maps.dtype)
 
 
 def check_guided_settings(radius: int, eps: float) -> None:
-    """Check settings of `guided_filter`.
-
-    Raises:
-        ValueError: a setting is out of range, or NaN.
-    """
+    """Raise a ValueError if a setting of `guided_filter` is out of range or NaN."""
     if not 1 <= radius < math.inf:
         raise ValueError(f"`radius` must be at least 1 pixel, got {radius}")
     check_positive("eps", eps)
@@ -95,15 +72,32 @@ def check_guided_settings(radius: int, eps: float) -> None:
 
 def box_mean(planes: Float[Tensor, "b c H W"], radius: int) -> Float[Tensor, "b c H W"]:
     """Average over the pixels of a square window that lie within the picture."""
+    # Sums of 1, 2, 4, ... neighbours add up to sums of 2 radius + 1. Differences of running sums
+    # are simpler, but lose digits with the length of the picture.
     for dim in (-1, -2):
-        planes = _mean_along(planes, radius, dim)
+        size = planes.shape[dim]
+        reach = min(radius, size - 1)
+        padded = F.pad(planes, (reach, reach) if dim == -1 else (0, 0, reach, reach))
+        total, start, length, left = torch.zeros_like(planes), 0, 1, 2 * reach + 1
+        while left:
+            if left & 1:
+                total = total + padded.narrow(dim, start, size)
+                start += length
+            left >>= 1
+            if left:
+                kept = padded.shape[dim] - length
+                padded = padded.narrow(dim, 0, kept) + padded.narrow(dim, length, kept)
+                length *= 2
+        places = torch.arange(size, device=planes.device)
+        count = (places + reach + 1).clamp_max(size) - (places - reach).clamp_min(0)
+        planes = total / count.to(planes).view(-1, *[1] * (-1 - dim))
     return planes
 
 
 def _fits(maps: Tensor, rgb: Tensor, radius: int, eps: float) -> tuple[list[Tensor], Tensor]:
     """Compute slopes of the three channels and offset at each pixel, averaged over its windows."""
     centre = rgb.mean((-2, -1), keepdim=True)  # small numbers lose fewer digits
-    colours = _channels(rgb - centre)
+    colours = (rgb - centre).split(1, dim=1)
     means = [box_mean(colour, radius) for colour in colours]
     level = box_mean(maps, radius)
     pairs = list(zip(colours, means, strict=True))
@@ -128,35 +122,9 @@ def _fits(maps: Tensor, rgb: Tensor, radius: int, eps: float) -> tuple[list[Tens
     for slope, mean in zip(slopes, means, strict=True):
         offset = offset - slope * mean
     slopes, offset = [box_mean(slope, radius) for slope in slopes], box_mean(offset, radius)
-    for slope, middle in zip(slopes, _channels(centre), strict=True):
+    for slope, middle in zip(slopes, centre.split(1, dim=1), strict=True):
         offset = offset - slope * middle
     return slopes, offset
-
-
-def _channels(rgb: Tensor) -> list[Tensor]:
-    return list(rgb.split(1, dim=1))
-
-
-def _mean_along(planes: Tensor, radius: int, dim: int) -> Tensor:
-    """Average over the window around each place of one axis."""
-    # Sums of 1, 2, 4, ... neighbours add up to sums of 2 radius + 1. Differences of running sums
-    # are simpler, but lose digits with the length of the picture.
-    size = planes.shape[dim]
-    reach = min(radius, size - 1)
-    padded = F.pad(planes, (reach, reach) if dim == -1 else (0, 0, reach, reach))
-    total, start, length, left = torch.zeros_like(planes), 0, 1, 2 * reach + 1
-    while left:
-        if left & 1:
-            total = total + padded.narrow(dim, start, size)
-            start += length
-        left >>= 1
-        if left:
-            kept = padded.shape[dim] - length
-            padded = padded.narrow(dim, 0, kept) + padded.narrow(dim, length, kept)
-            length *= 2
-    places = torch.arange(size, device=planes.device)
-    count = (places + reach + 1).clamp_max(size) - (places - reach).clamp_min(0)
-    return total / count.to(planes).view(-1, *[1] * (-1 - dim))
 
 
 DILATIONS = (1, 2, 4, 8, 12, 24)  # of the paper: near and far neighbours, 48 in all
@@ -201,18 +169,16 @@ def adapt_to_colours(
         position_weight: of nearness relative to similarity, at least 0.
     """
     check_dilations(steps, dilations, colour_width, position_weight)
-    images, _, rows, cols = maps.shape
-    if rgb.shape != (images, 3, rows, cols):
-        raise ValueError(
-            f"`rgb` must be {images}x3x{rows}x{cols} to match `maps`, got "
-            f"{'x'.join(map(str, rgb.shape))}; use camkit.resize_cam first"
-        )
+    check_shape("rgb", rgb, (len(maps), 3, *maps.shape[2:]), *_MATCH)
     if maps.numel() == 0:
         return maps.clone()
     dtype = torch.promote_types(maps.dtype, torch.float32)
     with torch.autocast(maps.device.type, enabled=False):
         affinity = _colour_affinity(rgb.detach().to(dtype), dilations, colour_width)
-        affinity += position_weight * _position_affinity(dilations).to(affinity)[:, None, None]
+        offsets = [math.hypot(*offset) for offset in _offsets(dilations)]
+        distances = torch.tensor(offsets, dtype=torch.float64)
+        nearness = -((distances / (distances.std() + _TINY) / _POSITION_WIDTH) ** 2)
+        affinity += position_weight * nearness.softmax(0).to(affinity)[:, None, None]
         weights = affinity[:, :, None].unbind(1)
         refined = maps.to(dtype)
         for _ in range(steps):
@@ -226,11 +192,7 @@ def adapt_to_colours(
 def check_dilations(
     steps: int, dilations: Sequence[int], colour_width: float, position_weight: float
 ) -> None:
-    """Check settings of `adapt_to_colours`.
-
-    Raises:
-        ValueError: a setting is out of range, or NaN.
-    """
+    """Raise a ValueError if a setting of `adapt_to_colours` is out of range or NaN."""
     if not steps >= 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}")
     if not dilations:
@@ -260,11 +222,6 @@ def _colour_affinity(
     # softmax in place: torch's own would allocate a second stack of planes
     affinity.sub_(affinity.amax(1, keepdim=True)).exp_()
     return affinity.div_(affinity.sum(1, keepdim=True))
-
-
-def _position_affinity(dilations: Sequence[int]) -> Float[Tensor, " neighbours"]:
-    distances = torch.tensor([math.hypot(*o) for o in _offsets(dilations)], dtype=torch.float64)
-    return (-((distances / (distances.std() + _TINY) / _POSITION_WIDTH) ** 2)).softmax(0)
 
 
 def _neighbours(planes: Float[Tensor, "b c H W"], dilations: Sequence[int]) -> list[Tensor]:

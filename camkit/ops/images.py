@@ -1,7 +1,7 @@
 """Colours and sizes of pictures and class maps."""
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,16 +17,12 @@ NORMALISATIONS: dict[str, Normalisation] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
-SLACK = 0.02  # resizing overshoots a little
-
 
 def to_rgb(pixels: Pixels, normalisation: Normalisation | None = None) -> RGB:
-    """Return colours in [0, 1].
+    """Return images, as the model takes them, with colours in [0, 1].
 
-    Args:
-        pixels: images as the model takes them.
-        normalisation: what they were normalised with; None takes that of `detect_normalisation`,
-            and stretches each image to its own range if none fits.
+    Without a ``normalisation``, `detect_normalisation` finds it; if none fits, each image is
+    stretched to its own range.
     """
     if normalisation is None:
         normalisation = detect_normalisation(pixels)
@@ -40,9 +36,9 @@ def to_rgb(pixels: Pixels, normalisation: Normalisation | None = None) -> RGB:
 def detect_normalisation(pixels: Pixels) -> Normalisation | None:
     """Return the first of `NORMALISATIONS` that puts all values of a batch in range, if any.
 
-    The first one that fits uses most of the range. This rule is ours: it distinguishes 0..1 images,
-    -1..1 images and ImageNet statistics once a batch has light and dark pixels, and colour
-    similarities need no more.
+    This rule is ours: the first that fits uses most of the range. It distinguishes 0..1 images,
+    -1..1 images and ImageNet statistics once a batch has light and dark pixels, which is enough for
+    colour similarities.
     """
     if pixels.numel() == 0:
         return NORMALISATIONS["none"]
@@ -51,7 +47,7 @@ def detect_normalisation(pixels: Pixels) -> Normalisation | None:
     for mean, std in NORMALISATIONS.values():
         shift, scale = low.new_tensor(mean), low.new_tensor(std)
         darkest, lightest = low * scale + shift, high * scale + shift
-        if darkest.min() >= -SLACK and lightest.max() <= 1 + SLACK:
+        if darkest.min() >= -0.02 and lightest.max() <= 1.02:  # resizing overshoots a little
             return mean, std
     return None
 
@@ -71,7 +67,8 @@ def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
     Returns:
         The maps at ``size``; gradients flow back.
     """
-    _check_size(size)
+    if min(size) < 1:
+        raise ValueError(f"`size` must be at least 1x1 (rows, columns), got {size[0]}x{size[1]}")
     if not cam.shape[1]:  # torch resizes no images, but not images without classes
         return cam.new_zeros(len(cam), 0, *size)
     rows, cols = cam.shape[-2:]
@@ -84,38 +81,10 @@ def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
     return resized.to(cam.dtype)
 
 
-def resize_mask(mask: Integer[Tensor, "... H W"], size: tuple[int, int]) -> Integer[Tensor, "..."]:
-    """Resize masks: each new pixel gets the value of the old pixel under its centre.
-
-    Classes are names, so no value is interpolated. Centres are those of `resize_cam`, computed in
-    integers, so that the result is exact for every integer dtype and size.
-
-    Args:
-        mask: class values, any leading axes.
-        size: rows and columns of the result.
-
-    Returns:
-        Masks of the same dtype at ``size``.
-    """
-    _check_size(size)
-    rows, cols = (
-        (2 * torch.arange(new, device=mask.device) + 1) * old // (2 * new)
-        for new, old in zip(size, mask.shape[-2:], strict=True)
-    )
-    return mask[..., rows[:, None], cols]
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    if min(size) < 1:
-        raise ValueError(f"`size` must be at least 1x1 (rows, columns), got {size[0]}x{size[1]}")
-
-
 def gaussian_blur(maps: Float[Tensor, "b k H W"], width: float) -> Float[Tensor, "b k H W"]:
-    """Blur maps or pictures; edges are repeated and the kernel ends at three standard deviations.
+    """Blur maps or pictures; ``width`` is the standard deviation in rows and columns.
 
-    Args:
-        maps: of any range.
-        width: standard deviation, in rows and columns.
+    Edges are repeated, and the kernel ends at three standard deviations.
     """
     reach = max(1, round(3 * width))
     steps = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)

@@ -16,24 +16,24 @@ from camkit.ops import reweight_plain as plain
 from camkit.ops.reweight_plain import ALL, AttentionMap, Gradients
 
 NAMESPACES = ("camkit", "camkit_plain")
-_TILT = "Tensor? log_weights, float scale, int gated_rows"
+_CALL = "Tensor? log_weights, float scale, int gated_rows"
 _GRADS = "Tensor? grad_out, Tensor? grad_lse, Tensor? grad_rows"
 SCHEMAS = {
     "reweighted_attention": (
-        f"(Tensor q, Tensor k, Tensor v, {_TILT}, int class_rows)"
+        f"(Tensor q, Tensor k, Tensor v, {_CALL}, int class_rows)"
         " -> (Tensor out, Tensor lse, Tensor rows)"
     ),
     "reweighted_attention_backward": (
-        f"({_GRADS}, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rows, {_TILT},"
+        f"({_GRADS}, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rows, {_CALL},"
         " bool to_weights) -> (Tensor to_q, Tensor to_k, Tensor to_v, Tensor to_log_weights)"
     ),
-    "class_columns": f"(Tensor q, Tensor k, Tensor lse, {_TILT}, int columns) -> Tensor",
-    "affinity_mean": f"(Tensor q, Tensor k, Tensor lse, {_TILT}, int skip) -> Tensor",
+    "class_columns": f"(Tensor q, Tensor k, Tensor lse, {_CALL}, int columns) -> Tensor",
+    "affinity_mean": f"(Tensor q, Tensor k, Tensor lse, {_CALL}, int skip) -> Tensor",
     "affinity_mean_": (
-        f"(Tensor(a!) affinity, Tensor q, Tensor k, Tensor lse, {_TILT}, int skip,"
+        f"(Tensor(a!) affinity, Tensor q, Tensor k, Tensor lse, {_CALL}, int skip,"
         " float alpha, float beta) -> ()"
     ),
-    "propagate_mean": f"(Tensor q, Tensor k, Tensor lse, Tensor cam, {_TILT}, int skip) -> Tensor",
+    "propagate_mean": f"(Tensor q, Tensor k, Tensor lse, Tensor cam, {_CALL}, int skip) -> Tensor",
 }
 
 
@@ -42,7 +42,8 @@ def declare(
     schema: str,
     kernel: Callable[..., Any],
     shapes: Callable[..., Any],
-    gradient: tuple[Callable[..., None], Callable[..., Any]] | None = None,
+    keep: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> None:
     """Declare an operator.
 
@@ -51,13 +52,13 @@ def declare(
         schema: its arguments and results.
         kernel: computes it in plain torch, on every device without a compiled kernel.
         shapes: returns empty tensors like its results.
-        gradient: what stores tensors for the backward, and the backward.
+        keep: stores what the backward needs.
+        backward: computes the gradients at the arguments; None for an operator without gradient.
     """
     torch.library.define(op, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(op, "CompositeExplicitAutograd", _in_full_precision(kernel))
     torch.library.register_fake(op, shapes)
-    if gradient is not None:
-        keep, backward = gradient
+    if backward is not None:
         torch.library.register_autograd(op, _in_full_precision(backward), setup_context=keep)
 
 
@@ -102,61 +103,54 @@ def _affinity_shape(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
     return lse.new_empty(len(q), q.shape[2] - rest[-1], k.shape[2] - rest[-1])
 
 
-def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, log_weights, *ctx.settings, _ = inputs
-    ctx.save_for_backward(q, k, v, log_weights, *output)
-    ctx.set_materialize_grads(False)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+    """Store the inputs, of which tensors come first, and the outputs."""
+    tensors = [value for value in inputs if value is None or isinstance(value, Tensor)]
+    ctx.settings = inputs[len(tensors) :]
+    outputs = output if isinstance(output, tuple) else (output,)
+    ctx.save_for_backward(*tensors, *outputs)
+    ctx.set_materialize_grads(len(outputs) < 2)  # None saves work if outputs are not used
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    _keep(ctx, inputs, ())
 
 
 def _attention_gradient(
-    namespace: str,
-    ctx: Any,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_rows: Tensor | None,
+    namespace: str, ctx: Any, *at_outputs: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, log_weights, out, lse, rows = ctx.saved_tensors
+    *heads, log_weights, out, lse, rows = ctx.saved_tensors
+    *settings, _ = ctx.settings
     to_weights = log_weights is not None and ctx.needs_input_grad[3]
-    gradients = getattr(torch.ops, namespace).reweighted_attention_backward(
-        *(grad_out, grad_lse, grad_rows, q, k, v, out, lse, rows, log_weights),
-        *(*ctx.settings, to_weights),
-    )
-    return *gradients[:3], gradients[3] if to_weights else None, None, None, None
-
-
-def _keep_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, lse, log_weights, scale, gated_rows, ctx.count = inputs
-    ctx.settings = scale, gated_rows
-    ctx.save_for_backward(q, k, lse, log_weights, output)
+    backward = getattr(torch.ops, namespace).reweighted_attention_backward
+    forward = (*heads, out, lse, rows, log_weights, *settings)
+    *gradients, weights = backward(*at_outputs, *forward, to_weights)
+    return *gradients, weights if to_weights else None, None, None, None
 
 
 def _columns_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, columns = ctx.saved_tensors
-    sums = Gradients(AttentionMap(*inputs, *ctx.settings))
+    *settings, count = ctx.settings
+    sums = Gradients(AttentionMap(*inputs, *settings))
     at_logits = columns * gradient
     sums.lse -= at_logits.sum(-1)
-    sums.add(at_logits, ALL, slice(0, None), slice(0, ctx.count))
+    sums.add(at_logits, ALL, slice(0, None), slice(0, count))
     return *sums.cast(), None, None, None
 
 
 def _affinity_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, _ = ctx.saved_tensors
-    sums = Gradients(AttentionMap(*inputs, *ctx.settings))
-    sums.add_mean(ctx.count, lambda rows: gradient[:, rows])
+    *settings, skip = ctx.settings
+    sums = Gradients(AttentionMap(*ctx.saved_tensors, *settings))
+    sums.add_mean(skip, lambda rows: gradient[:, rows])
     return *sums.cast(), None, None, None
-
-
-def _keep_propagated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    del output
-    q, k, lse, cam, log_weights, scale, gated_rows, ctx.skip = inputs
-    ctx.settings = scale, gated_rows
-    ctx.save_for_backward(q, k, lse, cam, log_weights)
 
 
 def _propagated_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     q, k, lse, cam, log_weights = ctx.saved_tensors
+    *settings, skip = ctx.settings
     maps, at_output = cam.to(lse.dtype), gradient.to(lse.dtype)
-    sums = Gradients(AttentionMap(q, k, lse, log_weights, *ctx.settings))
+    sums = Gradients(AttentionMap(q, k, lse, log_weights, *settings))
     to_cam = torch.zeros_like(maps)
 
     def at_mean(rows: slice) -> Tensor:
@@ -165,7 +159,7 @@ def _propagated_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...
     def on_part(weights: Tensor, rows: slice) -> None:
         to_cam.add_(at_output[:, :, rows] @ weights.sum(1), alpha=1 / q.shape[1])
 
-    sums.add_mean(ctx.skip, at_mean, on_part)
+    sums.add_mean(skip, at_mean, on_part)
     to_q, to_k, to_lse, to_weights = sums.cast()
     return to_q, to_k, to_lse, to_cam.to(cam.dtype), to_weights, None, None, None
 
@@ -187,27 +181,16 @@ def _propagated_shape(_q: Tensor, _k: Tensor, _lse: Tensor, cam: Tensor, *_: Any
     return cam.new_empty(cam.shape)
 
 
+_columns, _affinity = _of_map(plain.class_columns), _of_map(plain.affinity_mean)
 for _namespace in NAMESPACES:
-    _attention_backward = functools.partial(_attention_gradient, _namespace)
-    _parts: dict[str, tuple[Any, ...]] = {
-        "reweighted_attention": (
-            *(plain.reweighted_attention, _attention_shapes),
-            (_keep_attention, _attention_backward),
-        ),
-        "reweighted_attention_backward": (plain.attention_backward, _backward_shapes),
-        "class_columns": (
-            *(_of_map(plain.class_columns), _column_shape),
-            (_keep_map, _columns_gradient),
-        ),
-        "affinity_mean": (
-            *(_of_map(plain.affinity_mean), _affinity_shape),
-            (_keep_map, _affinity_gradient),
-        ),
-        "affinity_mean_": (_affinity_mean_, lambda *_: None),
-        "propagate_mean": (
-            *(_propagate_mean, _propagated_shape),
-            (_keep_propagated, _propagated_gradient),
-        ),
-    }
-    for _name, _of_operator in _parts.items():
-        declare(f"{_namespace}::{_name}", SCHEMAS[_name], *_of_operator)
+    _backward = functools.partial(_attention_gradient, _namespace)
+    _operators: list[tuple[Any, ...]] = [
+        ("reweighted_attention", plain.reweighted_attention, _attention_shapes, _keep, _backward),
+        ("reweighted_attention_backward", plain.attention_backward, _backward_shapes),
+        ("class_columns", _columns, _column_shape, _keep, _columns_gradient),
+        ("affinity_mean", _affinity, _affinity_shape, _keep_inputs, _affinity_gradient),
+        ("affinity_mean_", _affinity_mean_, lambda *_: None),
+        ("propagate_mean", _propagate_mean, _propagated_shape, _keep_inputs, _propagated_gradient),
+    ]
+    for _name, *_parts in _operators:
+        declare(f"{_namespace}::{_name}", SCHEMAS[_name], *_parts)

@@ -14,6 +14,13 @@ from torch import Tensor
 from camkit.errors import CamkitError
 from camkit.native import load
 from camkit.ops.permutohedral import Lattice, lattice, packing
+from camkit.ops.similarity import check_shape
+
+LEAST_SCORE = 1e-5  # as pydensecrf's unary_from_softmax; a score of zero would exclude a label
+_LARGEST = 2.0**18  # further out, float32 coordinates do not resolve where in a simplex a point is
+_CACHED_PIXELS = 2**18  # lattices of larger pictures would occupy much memory and gain little
+_TOLERANCE = 1e-3  # of the sum over labels
+Backend: TypeAlias = Literal["auto", "native", "torch", "pydensecrf"]
 
 
 class Kernels(NamedTuple):
@@ -30,11 +37,7 @@ class Kernels(NamedTuple):
 
 
 def check_kernels(kernels: Kernels) -> None:
-    """Check widths and weights.
-
-    Raises:
-        ValueError: a width is not positive, or a weight is negative, infinite or NaN.
-    """
+    """Raise a ValueError if a width is not positive, or a weight negative, infinite or NaN."""
     for name, value in kernels._asdict().items():
         if name.endswith("weight"):
             if not 0.0 <= value < math.inf:
@@ -43,18 +46,8 @@ def check_kernels(kernels: Kernels) -> None:
             raise ValueError(f"`{name}` must be above 0 and finite, got {value}")
 
 
-# further out, float32 coordinates do not resolve where in a simplex a point lies
-_LARGEST = 2.0**18
-
-
-def largest_features(kernels: Kernels, rows: int, cols: int) -> tuple[list[float], list[float]]:
-    """Return bounds of the features of the Gaussian and of the bilateral kernel.
-
-    The features are x, y and x, y, red, green, blue.
-
-    Raises:
-        ValueError: a width is too small for a lattice over pictures of this size.
-    """
+def _largest_features(kernels: Kernels, rows: int, cols: int) -> tuple[list[float], list[float]]:
+    """Return bounds of x, y (Gaussian kernel) and of x, y, red, green, blue (bilateral kernel)."""
     gauss = [(cols - 1) / kernels.gauss_sxy, (rows - 1) / kernels.gauss_sxy]
     bilateral = [(cols - 1) / kernels.bilateral_sxy, (rows - 1) / kernels.bilateral_sxy]
     bilateral += 3 * [255 / kernels.bilateral_srgb]
@@ -71,11 +64,7 @@ def largest_features(kernels: Kernels, rows: int, cols: int) -> tuple[list[float
     return gauss, bilateral
 
 
-LEAST_SCORE = 1e-5  # as pydensecrf's unary_from_softmax; a score of zero would exclude a label
-Infer = Callable[[Float[Tensor, "b k H W"], UInt8[Tensor, "b H W 3"], Kernels, int], Tensor]
-
-
-def infer_torch(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
+def _infer_torch(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
     """Compute the mean field in plain torch: any device, differentiable in the scores."""
     images, _, rows, cols = scores.shape
     dtype = torch.promote_types(scores.dtype, torch.float32)
@@ -124,7 +113,7 @@ def _lattices(rgb: UInt8[Tensor, "H W 3"], kernels: Kernels) -> tuple[Lattice, L
     with torch.inference_mode(mode=False), torch.no_grad():
         make = _cached_gauss if rows * cols <= _CACHED_PIXELS else _gauss
         gauss = make(rows, cols, kernels.gauss_sxy, kernels.gauss_weight, rgb.device)
-        _, largest = largest_features(kernels, rows, cols)
+        _, largest = _largest_features(kernels, rows, cols)
         colours = _divided(rgb.reshape(-1, 3).T.float(), kernels.bilateral_srgb)
         position = _positions(rows, cols, kernels.bilateral_sxy, rgb.device)
         bilateral = lattice(torch.cat([position, colours]), largest)
@@ -136,7 +125,6 @@ def _gauss(rows: int, cols: int, sxy: float, weight: float, device: torch.device
     return lattice(_positions(rows, cols, sxy, device), largest).normalised(weight)
 
 
-_CACHED_PIXELS = 2**18  # larger pictures would occupy much memory and gain little
 _cached_gauss = functools.lru_cache(maxsize=4)(_gauss)
 
 
@@ -150,7 +138,7 @@ def _divided(values: Tensor, width: float) -> Tensor:
     return values / values.new_tensor([width])
 
 
-def infer_native(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
+def _infer_native(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
     """Compute the mean field in compiled code: several threads, the interpreter lock released."""
     library = load("dense_crf")
     if library is None:
@@ -177,7 +165,7 @@ def infer_native(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> T
     return refined.to(scores.dtype)
 
 
-def infer_pydensecrf(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
+def _infer_pydensecrf(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> Tensor:
     """Compute the mean field with the library the field uses, which the others must agree with."""
     try:
         from pydensecrf import densecrf
@@ -204,10 +192,6 @@ def infer_pydensecrf(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) 
     return refined
 
 
-Backend: TypeAlias = Literal["auto", "native", "torch", "pydensecrf"]
-_TOLERANCE = 1e-3  # of the sum over labels
-
-
 def mean_field(
     scores: Float[Tensor, "b k H W"],
     rgb: UInt8[Tensor, "b H W 3"],
@@ -225,7 +209,7 @@ def mean_field(
 
     All backends agree up to rounding: "native" is compiled on first use (`camkit.native`), runs
     images on up to ``torch.get_num_threads()`` threads and lets other Python threads run; "torch"
-    runs on any device and is differentiable in the scores; "pydensecrf" is that library, if
+    runs on any device and is differentiable in the scores; "pydensecrf" is that library, if it is
     installed. "auto" is "native" for tensors on the CPU that need no gradient, if it can be
     compiled, else "torch".
 
@@ -243,12 +227,18 @@ def mean_field(
         raise ValueError(f"`steps` must be at least 1, got {steps}")
     check_kernels(kernels)
     check_backend(backend)
-    _check_rgb(scores, rgb)
+    if rgb.dtype != torch.uint8:
+        raise TypeError(
+            f"`rgb` must be uint8 with colours in 0..255, got {rgb.dtype}; convert colours in "
+            "[0, 1] by (rgb * 255).round().byte()"
+        )
+    shape = (len(scores), *scores.shape[2:], 3)
+    check_shape("rgb", rgb, shape, "to match `scores`", "resize one of them; channels come last")
     if scores.shape[1] == 0:
         raise ValueError("`scores` must hold at least one label, got none")
     if scores.numel() == 0:
         return scores.clone()
-    largest_features(kernels, *scores.shape[-2:])
+    _largest_features(kernels, *scores.shape[-2:])
     _check_scores(scores.detach())
     if scores.shape[1] == 1:
         return torch.ones_like(scores)
@@ -256,22 +246,18 @@ def mean_field(
 
 
 def check_backend(backend: str) -> None:
-    """Check the name of a backend.
-
-    Raises:
-        ValueError: there is no backend of this name.
-    """
+    """Raise a ValueError if there is no backend of this name."""
     if backend not in get_args(Backend):
         names = ", ".join(get_args(Backend))
         raise ValueError(f"`backend` must be one of {names}, got {backend!r}")
 
 
-def _implementation(backend: str, scores: Tensor) -> Infer:
+def _implementation(backend: str, scores: Tensor) -> Callable[..., Tensor]:
     wants_gradient = scores.requires_grad and torch.is_grad_enabled()
     on_cpu = scores.device.type == "cpu"
     if backend == "auto":
         usable = on_cpu and not wants_gradient and load("dense_crf") is not None
-        return infer_native if usable else infer_torch
+        return _infer_native if usable else _infer_torch
     if backend != "torch" and wants_gradient:
         raise ValueError(
             f"backend {backend!r} has no gradient, but `scores` need one; use "
@@ -282,22 +268,9 @@ def _implementation(backend: str, scores: Tensor) -> Infer:
             f"backend 'native' runs on the CPU, `scores` are on {scores.device}; use "
             "backend='torch', or pass scores.cpu()"
         )
-    by_name = {"native": infer_native, "torch": infer_torch, "pydensecrf": infer_pydensecrf}
-    return by_name[backend]
-
-
-def _check_rgb(scores: Tensor, rgb: Tensor) -> None:
-    if rgb.dtype != torch.uint8:
-        raise TypeError(
-            f"`rgb` must be uint8 with colours in 0..255, got {rgb.dtype}; convert colours in "
-            "[0, 1] by (rgb * 255).round().byte()"
-        )
-    images, _, rows, cols = scores.shape
-    if rgb.shape != (images, rows, cols, 3):
-        raise ValueError(
-            f"`rgb` must be {images}x{rows}x{cols}x3 to match `scores`, got "
-            f"{'x'.join(map(str, rgb.shape))}; resize one of them; channels come last"
-        )
+    if backend == "torch":
+        return _infer_torch
+    return _infer_native if backend == "native" else _infer_pydensecrf
 
 
 def _check_scores(scores: Tensor) -> None:

@@ -75,12 +75,11 @@ def lattice(features: Float[Tensor, "d n"], largest: Sequence[float]) -> Lattice
     corners = _numbers(pair, new).int().view(len(strides), -1)[:, _numbers(order, first)]
     touched, entry = corners.flatten().sort(stable=True)
     counts = touched.bincount(minlength=len(chains[0]))
+    points = torch.arange(len(key), dtype=torch.int32, device=key.device).repeat(len(strides))
     return Lattice(
         corners=corners.T.contiguous(),
         weights=weights.T.contiguous(),
-        points=torch.arange(len(key), dtype=torch.int32, device=key.device).repeat(len(strides))[
-            entry
-        ],
+        points=points[entry],
         point_weights=weights.flatten()[entry],
         starts=(counts.cumsum(0) - counts).int(),
         chains=chains,
@@ -89,10 +88,10 @@ def lattice(features: Float[Tensor, "d n"], largest: Sequence[float]) -> Lattice
 
 
 def packing(largest: Sequence[float]) -> list[int]:
-    """Return what a step in each lattice coordinate adds to the packed coordinates, an integer.
+    """Return the strides that pack lattice coordinates into one integer of 64 bits.
 
     Raises:
-        ValueError: the lattice is too fine to be packed into 64 bits.
+        ValueError: the lattice is too fine for that.
     """
     scaled = [width * scale for width, scale in zip(largest, _scales(len(largest)), strict=True)]
     # coordinate j is the sum of features from j on, less j times feature j - 1; the margin is for
@@ -152,7 +151,7 @@ def _by_rank(rank: Tensor, values: Tensor) -> Tensor:
 
 
 def _sorted_groups(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort keys; also return where each was, and which are the first of their value."""
+    """Sort keys; also return the old position of each, and which are the first of their value."""
     ordered, order = keys.sort()
     return ordered, order, ordered.diff(prepend=ordered[:1] - 1) != 0
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from camkit.ops.attention import Bias, Heads, key_weights, log_normaliser, rows_of, run_of, take
+from camkit.ops.attention import Bias, Heads, Normaliser, operator_inputs, rows_of, run_of, take
 from camkit.ops.reweight import compiled_for, propagate_mean
-from camkit.ops.similarity import check_positive
+from camkit.ops.similarity import check_positive, check_shape
 from camkit.tensors import Cam
 
 
@@ -23,31 +23,27 @@ def propagate(  # noqa: PLR0913 - all of one attention call
     *,
     scale: float,
     bias: Bias | None = None,
-    normaliser: Float[Tensor, "b a t"] | None = None,
+    normaliser: Normaliser | None = None,
 ) -> Float[Tensor, "b k n"]:
     """Average ``values`` over the patches each patch attends to, heads averaged.
 
     Equals ``A[patches, patches] @ values`` with A the head-mean attention and its patch-to-patch
     rows scaled to sum to one, so results stay within the range of ``values``. The map itself is
     never built: the values take the place of v in a fused attention kernel, together with a column
-    of ones that gives each row's sum.
+    of ones that gives each row's sum. With a normaliser, camkit's compiled kernel averages the
+    heads, where it is available.
 
-    Args:
-        q: queries of all tokens.
-        k: keys of all tokens.
-        values: one value per patch, for each of k maps.
-        patches: positions of the patches among the tokens.
-        scale: factor on the dot products, as the host used it.
-        bias: added to the logits.
-        normaliser: log-sum-exp of each row, if a kernel computed it; then camkit's compiled kernel
-            averages the heads, where it is available.
+    ``values`` holds one value per patch for each of k maps, ``patches`` the positions of the
+    patches among the tokens; `camkit.ops.attention` explains the other arguments.
     """
     maps = torch.cat([values, torch.ones_like(values[:, :1])], 1)
-    skip, weights = q.shape[2] - len(patches), key_weights(bias, q)
-    behind = run_of(patches, q.shape[2]) == range(skip, q.shape[2])
-    simple = behind and (bias is None or weights is not None)
-    if normaliser is not None and simple and compiled_for(q, k):
-        lse = log_normaliser(q, k, scale, bias, normaliser)
+    skip = q.shape[2] - len(patches)
+    last = run_of(patches, q.shape[2]) == range(skip, q.shape[2])
+    inputs = None
+    if last and compiled_for(q, k):
+        inputs = operator_inputs(q, k, scale, bias, normaliser)
+    if inputs is not None:
+        lse, weights = inputs
         maps = propagate_mean(q, k, lse, maps, weights, skip=skip, scale=scale)
     else:
         maps = _attend_to_maps(q, k, maps, patches, scale, bias)
@@ -83,10 +79,6 @@ def balance(affinity: Float[Tensor, "b n n"], *, rounds: int = 3) -> Float[Tenso
     Every round divides the columns, then the rows, by their sums, so that patches that everything
     attends to (sinks) do not absorb the scores. Rounds followed by the mean with the transpose are
     the recipe of CLIP-ES (Lin et al. 2023).
-
-    Args:
-        affinity: how much each patch takes from each other patch.
-        rounds: how many times columns and rows are scaled.
     """
     for _ in range(rounds):
         affinity = affinity / affinity.sum(-2, keepdim=True)
@@ -100,26 +92,22 @@ def random_walk(
     """Replace each score by its expectation after a walk from its place.
 
     Equals ``T^steps`` applied to each map, with T the affinity to the power ``beta``, rows scaled
-    to sum to one. Powers of T are never built: each step is one product with the scores, so the
-    memory is that of one ``(b, n, n)`` tensor. Scores keep their range, and constant scores their
-    value. If the affinity is symmetric, the sum of scores weighted by the row sums of
-    ``affinity ** beta`` is kept.
+    to sum to one. Each step is one product with the scores, so the memory is that of one
+    ``(b, n, n)`` tensor. Scores keep their range, and constant scores their value. If the affinity
+    is symmetric, the sum of scores weighted by the row sums of ``affinity ** beta`` is kept.
 
     Args:
         scores: one per place, for each of k maps.
         affinity: from each place (row) to each other, at least 0; no row may be all zeros.
-        beta: larger values let only the strongest affinities count.
+        beta: exponent, above 0; large values keep only the strongest affinities.
         steps: of the walk; 0 returns the scores unchanged.
     """
     check_positive("beta", beta)
     if steps < 0:
         raise ValueError(f"`steps` must be at least 0, got {steps}")
     images, _, places = scores.shape
-    if affinity.shape != (images, places, places):
-        raise ValueError(
-            f"`affinity` must be {images}x{places}x{places} for {images} images of {places} "
-            f"scores a map, got {'x'.join(map(str, affinity.shape))}"
-        )
+    needed = f"for {images} images of {places} scores a map"
+    check_shape("affinity", affinity, (images, places, places), needed)
     if not (affinity.isfinite() & (affinity >= 0)).all():
         raise ValueError("`affinity` must be finite and at least 0, got NaN, inf or less")
     if not (affinity.sum(-1) > 0).all():
@@ -158,10 +146,6 @@ def component_boxes(cam: Cam, share: float) -> Bool[Tensor, "b k h w"]:
 
 
 def check_share(share: float) -> None:
-    """Check the share of `component_boxes`.
-
-    Raises:
-        ValueError: it does not lie in [0, 1).
-    """
+    """Raise a ValueError if the share of `component_boxes` does not lie in [0, 1)."""
     if not 0.0 <= share < 1.0:
         raise ValueError(f"`boxes` must lie in [0, 1), got {share}")

@@ -2,11 +2,11 @@
 
 Multiplying attention weights by ``w`` and scaling every row back to sum to one is the same as
 adding ``log w`` to the logits, so reweighted attention is a fused kernel with one more number per
-key. With the normaliser (``lse``) such a kernel computes anyway, each part of the map is
+key. Such a kernel computes the normaliser (``lse``) anyway, and each part of the map is
 ``exp(logits - lse)``, so no function here holds the map of all pairs.
 
 On CUDA these functions run in compiled kernels (`camkit.native.kernels`) where they can be built,
-elsewhere in plain torch (`camkit.ops.reweight_plain`) with the same results. Arguments that all
+elsewhere in plain torch (`camkit.ops.reweight_plain`) with the same results. Arguments that the
 functions share:
 
 - ``q``, ``k``: queries and keys of one attention call;
@@ -59,16 +59,9 @@ def reweighted_attention(  # noqa: PLR0913 - all of one attention call
 ) -> Reweighted:
     """Attend with every key's weight multiplied by ``exp(log_weights)`` and rows scaled back.
 
-    If all keys of a row are suppressed, its output and its row are zero and its normaliser -inf.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values; if they are wider or narrower than the keys, plain torch computes the result.
-        log_weights: of every key; see the top of this module, also for ``scale``.
-        scale: factor on the dot products.
-        gated_rows: number of rows the weights apply to.
-        class_rows: number of rows of the map to return, from the first.
+    Also returns the first ``class_rows`` rows of the map. If all keys of a row are suppressed, its
+    output and its row are zero and its normaliser -inf. Values ``v`` wider or narrower than the
+    keys are computed in plain torch.
     """
     q, k, v = _dense_heads(q, k, v)
     _check_count(q, class_rows, "class_rows")
@@ -121,8 +114,7 @@ def add_affinity_(  # noqa: PLR0913 - all of one attention call
 ) -> None:
     """Set ``affinity`` to ``beta * affinity + alpha * affinity_mean(...)``, without gradient.
 
-    The maps of many blocks add up in one tensor this way. If ``beta`` is 0, ``affinity`` is not
-    read.
+    This sums the maps of many blocks in one tensor. If ``beta`` is 0, ``affinity`` is not read.
     """
     _check_count(k, skip, "skip")
     q, k = _dense_heads(q.detach(), k.detach())
@@ -158,12 +150,12 @@ def propagate_mean(  # noqa: PLR0913 - all of one attention call
 
 def log_of(weights: Tensor) -> Tensor:
     """Return log-weights; a weight of zero becomes -inf and gets no gradient."""
-    nothing = weights <= 0.0
-    return weights.masked_fill(nothing, 1.0).log().masked_fill(nothing, -torch.inf)
+    suppressed = weights <= 0.0
+    return weights.masked_fill(suppressed, 1.0).log().masked_fill(suppressed, -torch.inf)
 
 
 def compiled_for(q: Tensor, *others: Tensor) -> bool:
-    """Whether a compiled kernel takes heads like these; all must have the width of ``q``."""
+    """Whether a compiled kernel supports these heads; all must have the width of ``q``."""
     alike = all(x.dtype == q.dtype and x.shape[-1] == q.shape[-1] for x in others)
     filled = all(x.numel() > 0 for x in (q, *others))
     return q.is_cuda and alike and filled and kernels_ready(q.device, q.dtype, q.shape[-1])

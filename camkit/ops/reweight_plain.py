@@ -24,7 +24,7 @@ HELD_ON_DEVICE = 1 << 26
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return a dtype wide enough for softmax: rows of half precision do not sum to one."""
+    """Return the dtype for softmax: rows of half precision do not sum to one."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -32,6 +32,12 @@ def chunks(count: int, elements: int, device: torch.device) -> Iterator[slice]:
     """Cut ``count`` rows of ``elements`` each into slices that fit in memory together."""
     step = max(1, (HELD if device.type == "cpu" else HELD_ON_DEVICE) // max(1, elements))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def query_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Cut the rows of an attention map, of all images and heads, into slices."""
+    images, heads, tokens, _ = q.shape
+    return chunks(tokens, images * heads * k.shape[2], q.device)
 
 
 class AttentionMap(NamedTuple):
@@ -76,7 +82,7 @@ class AttentionMap(NamedTuple):
         return logits.exp_()
 
     def parts(self, skip: int = 0) -> Iterator[tuple[slice, list[slice]]]:
-        """Rows from ``skip`` on, and groups of heads, of the parts to compute one by one."""
+        """Yield rows from ``skip`` on, with the groups of heads to compute one by one."""
         images, heads, tokens, _ = self.q.shape
         keys, on_cpu = self.k.shape[2], self.q.device.type == "cpu"
         of_head = max(1, images * (tokens - skip) * keys)
@@ -157,12 +163,7 @@ def propagate_mean(attention: AttentionMap, cam: Tensor, skip: int) -> Tensor:
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_weights: Tensor | None,
-    scale: float,
-    gated_rows: int,
+    q: Tensor, k: Tensor, v: Tensor, log_weights: Tensor | None, scale: float, gated_rows: int
 ) -> tuple[Tensor, Tensor]:
     """Compute output and normaliser in torch's own kernels, as one call or as two.
 
@@ -197,10 +198,10 @@ def _attend_masked(
 
 def row_logsumexp(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """Compute the log-sum-exp of each row of logits, ``(b, a, t)``, in at least float32."""
-    dtype, (images, heads, tokens, _) = at_least_float32(q.dtype), q.shape
-    lse = q.new_empty(images, heads, tokens, dtype=dtype)
+    dtype = at_least_float32(q.dtype)
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
     q, k = q.to(dtype), k.to(dtype)
-    for rows in chunks(tokens, images * heads * k.shape[2], q.device):
+    for rows in query_chunks(q, k):
         lse[:, :, rows] = logits_of(q, k, scale, bias, rows).logsumexp(-1)
     return lse
 
@@ -223,22 +224,21 @@ class Gradients:
         self.q = torch.zeros_like(q, dtype=dtype, memory_format=torch.contiguous_format)
         self.k = torch.zeros_like(k, dtype=dtype, memory_format=torch.contiguous_format)
         self.lse = torch.zeros_like(lse, memory_format=torch.contiguous_format)
-        per_head = log_weights is not None and log_weights.dim() == 3
-        shape = k.shape[:3] if per_head else (len(k), k.shape[2])
-        self.log_weights = k.new_zeros(shape, dtype=dtype)
+        self.log_weights = k.new_zeros(
+            () if log_weights is None else log_weights.shape, dtype=dtype
+        )
 
     def add(self, at_logits: Tensor, heads: slice, rows: slice, keys: slice = ALL) -> None:
         """Add the gradient at the logits of one part."""
-        q, k, _, log_weights, scale, _ = self.attention
+        q, k, scale = self.attention.q, self.attention.k, self.attention.scale
         self.q[:, heads, rows] += at_logits @ k[:, heads, keys].to(self.q.dtype) * scale
         self.k[:, heads, keys] += at_logits.mT @ q[:, heads, rows].to(self.q.dtype) * scale
-        if log_weights is None:
-            return
-        to_weights = self.attention.gated(at_logits, rows).sum(2)
-        if log_weights.dim() == 3:
-            self.log_weights[:, heads, keys] += to_weights
-        else:
-            self.log_weights[:, keys] += to_weights.sum(1)
+        if self.attention.log_weights is not None:
+            to_weights = self.attention.gated(at_logits, rows).sum(2)
+            if self.log_weights.dim() == 3:
+                self.log_weights[:, heads, keys] += to_weights
+            else:
+                self.log_weights[:, keys] += to_weights.sum(1)
 
     def add_mean(
         self,
@@ -248,10 +248,8 @@ class Gradients:
     ) -> None:
         """Add a gradient at the map averaged over heads, without its first rows and columns.
 
-        Args:
-            skip: number of tokens left out.
-            at_mean: returns the gradient at some rows of the average.
-            on_part: called with the attention weights of each part and its rows.
+        ``at_mean`` returns the gradient at some rows of the average; ``on_part`` is called with the
+        attention weights of each part and its rows.
         """
         keys = slice(skip, None)
         attention = self.attention.columns(keys)
@@ -269,7 +267,7 @@ class Gradients:
     def cast(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return the sums in the dtypes of the inputs."""
         q, k, _, log_weights, *_ = self.attention
-        to_weights = None if log_weights is None else self.log_weights.to(log_weights.dtype)
+        to_weights = None if log_weights is None else self.log_weights.to(log_weights)
         return self.q.to(q.dtype), self.k.to(k.dtype), self.lse, to_weights
 
 
@@ -290,8 +288,8 @@ def attention_backward(  # noqa: PLR0913 - as declared
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients at q, k, v and the log-weights; the last is empty unless requested.
 
-    Torch's own backward computes the gradient through the output where it can be called. The rest
-    is computed in parts, and the class rows, which are inputs, cost two small products.
+    Torch's own backward computes the gradient through the output where it can be called, and the
+    rest is computed in parts. The class rows are stored by the forward: they cost two products.
     """
     attention = AttentionMap(q, k, lse, log_weights, scale, gated_rows)
     sums, dtype = Gradients(attention), at_least_float32(v.dtype)

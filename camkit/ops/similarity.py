@@ -20,25 +20,25 @@ from camkit.tensors import Tokens
 
 
 def cosine_rows_and_columns(
-    tokens: Tokens, places: Sequence[int], *, temperature: float
+    tokens: Tokens, positions: Sequence[int], *, temperature: float
 ) -> tuple[Float[Tensor, "b c t"], Float[Tensor, "b t c"]]:
     """Return rows and columns of the softmax over cosine similarities of tokens.
 
-    The rows say how the tokens ``places`` spread over all tokens by similarity; each sums to one.
+    The rows say how the tokens at ``positions`` spread over all tokens; each row sums to one.
     The columns say which share of every token's similarity goes to each of them. Cosines are
     symmetric, so one product serves both. Memory kept for the backward grows with the number of
     tokens, not of their pairs.
 
     Args:
-        tokens: tokens of one block; a token of zeros is equally similar to all.
-        places: positions of the rows and columns, negative from the end.
+        tokens: of one block; a token of zeros is equally similar to all.
+        positions: of the rows and columns among the tokens, negative from the end.
         temperature: divides the cosines before the softmax; small values keep only the most
             similar.
     """
     check_positive("temperature", temperature)
     with torch.autocast(tokens.device.type, enabled=False):
         directions = _directions(tokens)
-        logits = take(directions, places, 1) @ directions.mT / temperature
+        logits = take(directions, positions, 1) @ directions.mT / temperature
         lse: Tensor = _CosineLogSumExp.apply(directions, temperature)
         columns = (logits.mT - lse[..., None]).exp()
         return logits.softmax(-1).to(tokens.dtype), columns.to(tokens.dtype)
@@ -49,11 +49,7 @@ def cosine_smooth(
 ) -> Float[Tensor, "b n c"]:
     """Average values over similar tokens: the softmax over cosine similarities, times the values.
 
-    Args:
-        tokens: one for each row of values; a token of zeros is equally similar to all.
-        values: c values per token.
-        temperature: divides the cosines before the softmax; small values keep only the most
-            similar.
+    Each token has c values; `cosine_rows_and_columns` explains the other arguments.
     """
     check_positive("temperature", temperature)
     with torch.autocast(tokens.device.type, enabled=False):
@@ -90,12 +86,8 @@ def colour_smooth(
 def colour_mass(colours: Float[Tensor, "b n 3"], *, width: float) -> Float[Tensor, "b n"]:
     """Sum up the similarity of each colour to all: ``exp(-|r_i - r_j|^2 / (2 width^2))`` over j.
 
-    This is what `colour_smooth` divides by, at least 1 (a colour's similarity to itself). It gets
-    no gradient.
-
-    Args:
-        colours: one for each token.
-        width: distance in colour at which similarity fades, a standard deviation.
+    `colour_smooth` divides by this mass, which is at least 1 (a colour's similarity to itself). It
+    gets no gradient.
     """
     check_positive("width", width)
     with torch.no_grad(), torch.autocast(colours.device.type, enabled=False):
@@ -109,23 +101,20 @@ def colour_mass(colours: Float[Tensor, "b n 3"], *, width: float) -> Float[Tenso
 
 
 class _CosineLogSumExp(torch.autograd.Function):
-    """Log of the summed exponentials of each token's cosines over a temperature.
-
-    The backward keeps ``(t, d)``. Cosines are symmetric, which saves it half of its products.
-    """
+    """Log of the summed exponentials of each token's cosines; the backward keeps ``(t, d)``."""
 
     @staticmethod
     def forward(ctx: Any, directions: Tensor, temperature: float) -> Tensor:
         # a token is most similar to itself, so the maximum of each row is known
-        most = directions.square().sum(-1, keepdim=True) / temperature
-        sharp, keys = 1 / temperature, directions.mT
+        largest = directions.square().sum(-1, keepdim=True) / temperature
+        keys, factor = directions.mT, 1 / temperature
         parts = [
-            torch.baddbmm(most[:, part], directions[:, part], keys, beta=-1, alpha=sharp)
+            torch.baddbmm(largest[:, part], directions[:, part], keys, beta=-1, alpha=factor)
             .exp_()
             .sum(-1)
             for part in _token_chunks(directions)
         ]
-        lse = torch.cat(parts, 1).log() + most[..., 0]
+        lse = torch.cat(parts, 1).log() + largest[..., 0]
         ctx.save_for_backward(directions, lse)
         ctx.temperature = temperature
         return lse
@@ -139,9 +128,9 @@ class _CosineLogSumExp(torch.autograd.Function):
             for part in _token_chunks(directions):
                 # one product of cosines serves tokens as queries and as keys
                 logits = (directions[:, part] / ctx.temperature) @ directions.mT
-                pull = (logits - lse[:, part, None]).exp_().mul_(grad_output[:, part, None])
-                pull += logits.sub_(lse[:, None]).exp_().mul_(grad_output[:, None])
-                parts.append(pull @ directions)
+                weights = (logits - lse[:, part, None]).exp_().mul_(grad_output[:, part, None])
+                weights += logits.sub_(lse[:, None]).exp_().mul_(grad_output[:, None])
+                parts.append(weights @ directions)
         return torch.cat(parts, 1) / ctx.temperature, None
 
 
@@ -170,10 +159,19 @@ def _directions(tokens: Tensor) -> Tensor:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Check that a setting is positive and finite.
-
-    Raises:
-        ValueError: it is zero, negative, infinite or NaN.
-    """
+    """Raise a ValueError if a setting is zero, negative, infinite or NaN."""
     if not 0.0 < value < math.inf:
         raise ValueError(f"`{name}` must be positive and finite, got {value}")
+
+
+def check_shape(
+    name: str, tensor: Tensor, expected: tuple[int, ...], reference: str, advice: str = ""
+) -> None:
+    """Raise a ValueError if an argument has another shape than expected.
+
+    ``reference`` says what the shape follows from, such as "to match `maps`".
+    """
+    if tensor.shape != expected:
+        wanted, given = ("x".join(map(str, shape)) for shape in (expected, tensor.shape))
+        text = f"`{name}` must be {wanted} {reference}, got {given}"
+        raise ValueError(f"{text}; {advice}" if advice else text)

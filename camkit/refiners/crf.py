@@ -1,9 +1,4 @@
-"""Dense CRF: class maps that follow the colours of the picture.
-
-The presets name the codebases they come from. All run 10 updates; ConvCRF runs 5. A name with
-``_cam`` turns class maps into labels to train on; a name with ``_seg``, and those of ToCo, AFA and
-WeCLIP, refine the output of a segmentation network.
-"""
+"""Dense CRF: class maps that follow the colours of the picture."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,6 +13,8 @@ from camkit.ops.mean_field import Backend, Kernels, check_backend, check_kernels
 from camkit.refiners.protocol import check_finite, picture_bytes, picture_of
 from camkit.tensors import IGNORE, Cam, Mask
 
+# Kernels by the codebase they come from. All run 10 updates; ConvCRF runs 5. Names with _cam turn
+# class maps into labels; _seg, and those of ToCo, AFA and WeCLIP, refine the output of a network.
 PRESETS: dict[str, Kernels] = {
     "clip_es": Kernels(1, 3, 67, 3, 4),  # CLIP-ES eval_cam_with_crf.py, as deeplab-pytorch
     "psa": Kernels(3, 3, 80, 13, 10),  # PSA tool/imutils.py, also SEAM; too strong for weak CAMs
@@ -38,9 +35,8 @@ class DenseCRF:
     """Mean-field inference in a fully connected CRF (Kraehenbuehl and Koltun 2011).
 
     The unary is the softmax of background score and class maps over ``temperature``, at the size of
-    the captured picture; maps without any evidence take no part. `camkit.ops.mean_field` runs the
-    updates, compiled if a compiler is available and in plain torch otherwise. No gradient flows
-    through a call; it does through `probabilities`.
+    the captured picture; maps without evidence are left out. `camkit.ops.mean_field` runs the
+    updates. No gradient flows through a call; it does through `probabilities`.
 
     Attributes:
         preset: kernels of a codebase of the field, or your own `camkit.ops.mean_field.Kernels`.
@@ -49,8 +45,8 @@ class DenseCRF:
         temperature: small values trust the maps more; our choice.
         backend: "auto", "native", "torch" or "pydensecrf"; all agree up to rounding.
 
-    Returns, when called, maps of the picture's size in which 0.5 is where class and background are
-    equally probable: use ``background_score=0.5`` in `camkit.to_mask` behind it.
+    Returns, when called, maps of the picture's size that are 0.5 where class and background are
+    equally probable: use ``background_score=0.5`` in `camkit.to_mask`.
     """
 
     preset: str | Kernels = "toco_cam"  # the best on train, docs/crf.md
@@ -81,7 +77,7 @@ class DenseCRF:
             return cam.new_zeros(*cam.shape[:2], *rgb.shape[1:3])
         dtype = torch.promote_types(cam.dtype, torch.float32)
         maps = resize_cam(cam.detach().to(dtype), (rgb.shape[1], rgb.shape[2]))
-        present = (maps > 0).flatten(2).any(2)  # the others are padding, or without evidence
+        present = (maps > 0).flatten(2).any(2)  # other maps are padding or without evidence
         refined = torch.zeros_like(maps)
         counts = present.sum(1)
         for count in counts.unique().tolist():  # images with as many classes run together
@@ -109,8 +105,7 @@ class DenseCRF:
             confidence: in (0, 1); 0.7 is IRN's.
 
         Returns:
-            The most probable label of each pixel, in the dtype of the masks. 255 remains only in
-            images that hold nothing else.
+            The most probable label of each pixel. 255 remains only in images that are all 255.
         """
         if not 0.0 < confidence < 1.0:
             raise ValueError(f"`confidence` must lie in (0, 1), got {confidence}")
@@ -119,20 +114,19 @@ class DenseCRF:
                 f"`masks` must have the size of `rgb`, got {tuple(masks.shape)} and "
                 f"{tuple(rgb.shape[:3])}"
             )
-        pairs = zip(masks, rgb, strict=True)
-        return torch.stack(
-            [self._refined_mask(mask, colours, confidence) for mask, colours in pairs]
-        )
-
-    def _refined_mask(self, mask: Tensor, rgb: Tensor, confidence: float) -> Tensor:
-        present = mask[mask != IGNORE].unique()
-        if len(present) < 2:
-            return mask if not len(present) else torch.full_like(mask, int(present[0]))
-        own = mask == present[:, None, None]
-        others = (1.0 - confidence) / (len(present) - 1)
-        scores = torch.where(own, confidence, others).float()
-        scores[:, mask == IGNORE] = 1.0 / len(present)
-        return present[self.probabilities(scores[None], rgb[None])[0].argmax(0)]
+        refined = masks.clone()
+        for mask, colours in zip(refined, rgb, strict=True):
+            present = mask[mask != IGNORE].unique()
+            if len(present) == 1:
+                mask.fill_(present[0])
+            elif len(present):
+                own = mask == present[:, None, None]
+                others = (1.0 - confidence) / (len(present) - 1)
+                scores = torch.where(own, confidence, others).float()
+                scores[:, mask == IGNORE] = 1.0 / len(present)
+                likely = self.probabilities(scores[None], colours[None])[0]
+                mask.copy_(present[likely.argmax(0)])
+        return refined
 
     def probabilities(
         self, scores: Float[Tensor, "b k H W"], rgb: UInt8[Tensor, "b H W 3"]

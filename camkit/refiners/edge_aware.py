@@ -1,8 +1,4 @@
-"""Refiners that follow the edges of the picture, without a CRF or around a slow refiner.
-
-Guided filter, fast global smoothing, pixel-adaptive refinement, superpixels, and any refiner at a
-reduced size.
-"""
+"""Refiners that follow the edges of the picture without a CRF, and any refiner at reduced size."""
 
 import math
 from dataclasses import dataclass, replace
@@ -22,7 +18,7 @@ from camkit.ops.edge_aware import (
     adapt_to_colours,
     check_dilations,
     check_guided_settings,
-    guided_upsample,
+    guided_filter,
 )
 from camkit.ops.images import resize_cam
 from camkit.ops.similarity import check_positive
@@ -44,8 +40,7 @@ class GuidedFilter:
 
     The formula (`camkit.ops.edge_aware`) is the paper's. With ``scale`` below 1 the functions are
     computed on a reduced picture, as in the fast guided filter (He and Sun 2015). Ours: the
-    defaults, chosen for maps of patches of 16 pixels (a quarter of the size is no worse than half
-    or all of it), and clipping the results to the range of each map.
+    defaults, chosen for maps of patches of 16 pixels, and clipping to the range of each map.
 
     Attributes:
         radius: windows have 2 radius + 1 pixels on a side, at the size of the computation.
@@ -75,7 +70,7 @@ class GuidedFilter:
         rgb = rgb.to(cam.device, dtype)
         low = rgb if self.scale == 1.0 else resize_cam(rgb, size)
         maps = resize_cam(cam.to(dtype), size)
-        filtered = guided_upsample(maps, low, rgb, radius=self.radius, eps=self.eps)
+        filtered = guided_filter(maps, low, rgb, radius=self.radius, eps=self.eps)
         return _clip_to_range(filtered, cam).to(cam.dtype)
 
 
@@ -91,10 +86,9 @@ def _clip_to_range(maps: Float[Tensor, "b k H W"], cam: Cam) -> Float[Tensor, "b
 class AtReducedSize:
     """Refine on a reduced picture, then bring the maps to its full size by guided upsampling.
 
-    For refiners whose cost grows with the pixels of the picture, such as `camkit.DenseCRF`: at half
-    size they take about a quarter of the time. The masks differ from those at full size, but are
-    about as good. The upsampling is the fast guided filter of He and Sun (2015). Applying it to
-    maps refined at a small size is ours, as are the defaults.
+    At half size, a refiner such as `camkit.DenseCRF`, whose cost grows with the pixels, takes about
+    a quarter of the time for masks about as good. The upsampling is the fast guided filter of He
+    and Sun (2015). Applying it to maps refined at a small size is ours, as are the defaults.
 
     Attributes:
         refiner: gets a capture with the small picture, and must return maps of that size. The reach
@@ -135,7 +129,7 @@ class AtReducedSize:
                 f"`refiner` must return maps of the size of its picture, {size[0]}x{size[1]}, got "
                 f"{refined.shape[-2]}x{refined.shape[-1]}; {self.refiner!r} does not"
             )
-        large = guided_upsample(refined, small, rgb, radius=self.radius, eps=self.eps)
+        large = guided_filter(refined, small, rgb, radius=self.radius, eps=self.eps)
         return _clip_to_range(large, refined)
 
 
@@ -145,30 +139,25 @@ def _shrunk(refiner: Refiner, scale: float) -> Refiner:
         return Chain(tuple(_shrunk(part, scale) for part in refiner.refiners))
     if isinstance(refiner, DenseCRF):
         kernels = PRESETS[refiner.preset] if isinstance(refiner.preset, str) else refiner.preset
-        reach = kernels.bilateral_sxy * scale  # a few pixels of the Gaussian one stay a few pixels
+        reach = kernels.bilateral_sxy * scale
         return replace(refiner, preset=kernels._replace(bilateral_sxy=reach))
     return refiner
-
-
-_MAPS_PER_CALL = 4  # that OpenCV filters in one call
-_MAX_SMOOTHNESS = 1e5  # single precision loses the third digit beyond it
 
 
 @dataclass(frozen=True)
 class FastGlobalSmooth:
     """Smooth each map globally, less across edges of colour (Min et al. 2014).
 
-    Minimises a weighted least-squares energy: the result stays close to the given map and varies
-    little between neighbouring pixels of similar colour. It is solved along rows and columns in
-    turn, three times. Every result is an average of scores, so maps keep their range. The fastest
-    refiner here that uses the picture. Runs in OpenCV, one image at a time on the CPU, in float32;
-    not differentiable.
+    Minimises a weighted least-squares energy: the result stays close to the given map, within its
+    range, and varies little between neighbouring pixels of similar colour. The fastest refiner here
+    that uses the picture. Runs in OpenCV, one image at a time on the CPU, in float32; not
+    differentiable.
 
     Attributes:
-        smoothness: weight of the smoothness term, the paper's lambda. At most 1e5, where single
-            precision has lost all but three digits.
-        colour_width: distance in RGB, in [0, 1], at which likeness of neighbours fades; the paper's
-            sigma over 255.
+        smoothness: weight of the smoothness term, the paper's lambda; at most 1e5, where single
+            precision loses the third digit.
+        colour_width: difference in RGB, in [0, 1], at which neighbours stop being smoothed; the
+            paper's sigma over 255.
 
     Returns, when called, maps of the picture's size.
     """
@@ -179,10 +168,8 @@ class FastGlobalSmooth:
     requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.smoothness <= _MAX_SMOOTHNESS:
-            raise ValueError(
-                f"`smoothness` must lie in (0, {_MAX_SMOOTHNESS:g}], got {self.smoothness}"
-            )
+        if not 0.0 < self.smoothness <= 1e5:
+            raise ValueError(f"`smoothness` must lie in (0, 100000], got {self.smoothness}")
         check_positive("colour_width", self.colour_width)
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
@@ -201,11 +188,11 @@ class FastGlobalSmooth:
             smoother = library.createFastGlobalSmootherFilter(
                 colours, self.smoothness, 255.0 * self.colour_width
             )
-            for first in range(0, maps.shape[1], _MAPS_PER_CALL):
-                planes = maps[image, first : first + _MAPS_PER_CALL].cpu().numpy()
+            for first in range(0, maps.shape[1], 4):  # OpenCV filters up to four maps in one call
+                planes = maps[image, first : first + 4].cpu().numpy()
                 filtered = smoother.filter(np.ascontiguousarray(planes.transpose(1, 2, 0)))
                 filtered = filtered.reshape(*filtered.shape[:2], -1).transpose(2, 0, 1)
-                smooth[image, first : first + _MAPS_PER_CALL] = torch.from_numpy(filtered)
+                smooth[image, first : first + 4] = torch.from_numpy(filtered)
         return smooth.to(cam)
 
 
@@ -219,21 +206,16 @@ class PixelAdaptive:
 
     Ours: map and picture are resized by `camkit.resize_cam`, where AFA aligns corners. Maps are
     divided by ``(1 + position_weight) ** steps``, the growth of the formula, so that scores keep
-    their range and can be compared with a fixed background score. Where background and classes are
-    compared after the same refinement, as in the papers, this changes nothing.
-
-    ``rgb`` must be the colours in [0, 1]. Some repositories pass the normalised picture; that is
-    harmless, as the formula cancels each channel's shift and scale. Casting the normalised picture
-    to bytes is not harmless: values wrap around, which adds edges that do not exist.
+    their range and can be compared with a fixed background score.
 
     Attributes:
         steps: number of steps.
         scale: share of the picture's size to refine at; 0.5 is about four times faster.
-        size: rows and columns to refine at instead, for pictures of any size.
+        size: rows and columns to refine at, instead of ``scale``.
         dilations: distances of the neighbours, in pixels at the size of refinement.
-        colour_width: difference in colour at which likeness fades, in standard deviations of the
+        colour_width: difference in colour at which similarity fades, in standard deviations of the
             neighbours.
-        position_weight: weight of nearness beside likeness.
+        position_weight: weight of nearness, against 1 for similarity.
 
     Returns, when called, maps of the size of refinement. They are differentiable in the maps.
     """
@@ -249,8 +231,7 @@ class PixelAdaptive:
 
     def __post_init__(self) -> None:
         check_dilations(self.steps, self.dilations, self.colour_width, self.position_weight)
-        if not 0.0 < self.scale < math.inf:
-            raise ValueError(f"`scale` must be positive and finite, got {self.scale}")
+        check_positive("scale", self.scale)
         if self.size is not None and self.scale != 1.0:
             raise ValueError(f"give `scale` or `size`, got {self.scale} and {self.size}")
         if self.size is not None and min(self.size) < 1:
@@ -271,31 +252,26 @@ class PixelAdaptive:
         return (refined / (1.0 + self.position_weight) ** self.steps).to(cam.dtype)
 
 
-Segments = Int[Tensor, "b H W"]
-
-SEGMENT_DEFAULTS: dict[str, tuple[int, float, float]] = {
-    "slic": (200, 20.0, 0.0),
-    "felzenszwalb": (50, 100.0, 0.8),
-}
-"""Size, coherence and sigma of each method of `Superpixels`."""
+# size, coherence and sigma of each method of `Superpixels`
+_DEFAULTS = {"slic": (200, 20.0, 0.0), "felzenszwalb": (50, 100.0, 0.8)}
 
 
 @dataclass(frozen=True)
 class Superpixels:
     """Average each map, or count votes, within segments of similar colour.
 
-    Every pixel of a segment gets the same scores, so masks take the edges of the segments. They
-    come from scikit-image, one image at a time on the CPU: SLIC (Achanta et al. 2012) cuts pieces
-    of about equal size, Felzenszwalb and Huttenlocher (2004) merges pixels into pieces of any size.
-    Averaging, voting and the defaults are ours.
+    Every pixel of a segment gets the same scores, so masks take the edges of the segments.
+    scikit-image computes these, one image at a time on the CPU: SLIC (Achanta et al. 2012) cuts
+    pieces of about equal size, Felzenszwalb and Huttenlocher (2004) merge pixels into pieces of any
+    size. Averaging, voting and the defaults are ours.
 
     Attributes:
         method: ``"slic"`` or ``"felzenszwalb"``.
         size: pixels of a segment: the average that SLIC aims at, or the minimum that Felzenszwalb
-            leaves. None is the method's default.
-        coherence: SLIC: ``compactness``, weight of nearness against colour. Felzenszwalb:
-            ``scale``, larger values merge more. None is the method's default.
-        sigma: width of the blur before the segmentation, in pixels. None is the method's default.
+            leaves. None here and below is the method's default.
+        coherence: SLIC's ``compactness``, weight of nearness against colour, or Felzenszwalb's
+            ``scale``, of which larger values merge more.
+        sigma: width of the blur before the segmentation, in pixels.
         vote: background score with which every pixel votes for its strongest class; the result is
             each class's share of the votes in a segment. None averages the scores.
 
@@ -311,9 +287,8 @@ class Superpixels:
     requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
     def __post_init__(self) -> None:
-        if self.method not in SEGMENT_DEFAULTS:
-            known = ", ".join(SEGMENT_DEFAULTS)
-            raise ValueError(f"`method` must be one of {known}, got {self.method!r}")
+        if self.method not in _DEFAULTS:
+            raise ValueError(f"`method` must be one of {', '.join(_DEFAULTS)}, got {self.method!r}")
         if self.size is not None and self.size < 1:
             raise ValueError(f"`size` must be at least 1 pixel, got {self.size}")
         if self.coherence is not None:
@@ -334,16 +309,12 @@ class Superpixels:
             maps = F.one_hot(winner, maps.shape[1] + 1).movedim(-1, 1)[:, 1:].to(dtype)
         return segment_means(maps, self.segments(rgb).to(maps.device)).to(cam.dtype)
 
-    def segments(self, rgb: RGB) -> Segments:
+    def segments(self, rgb: RGB) -> Int[Tensor, "b H W"]:
         """Return the segment of every pixel, numbered from 0 in each image."""
         from skimage.segmentation import felzenszwalb, slic  # takes half a second
 
-        size, coherence, sigma = (
-            default if own is None else own
-            for own, default in zip(
-                (self.size, self.coherence, self.sigma), SEGMENT_DEFAULTS[self.method], strict=True
-            )
-        )
+        settings = zip((self.size, self.coherence, self.sigma), _DEFAULTS[self.method], strict=True)
+        size, coherence, sigma = (default if own is None else own for own, default in settings)
         segments = torch.zeros(len(rgb), *rgb.shape[-2:], dtype=torch.int64)
         for image, picture in enumerate(picture_bytes(rgb).cpu().numpy()):
             if self.method == "slic":
@@ -357,20 +328,13 @@ class Superpixels:
         return segments
 
 
-def segment_means(maps: Float[Tensor, "b k H W"], segments: Segments) -> Float[Tensor, "b k H W"]:
-    """Replace every value by the mean of its segment.
-
-    Args:
-        maps: values of any range.
-        segments: the segment of every pixel, from 0.
-    """
+def segment_means(
+    maps: Float[Tensor, "b k H W"], segments: Int[Tensor, "b H W"]
+) -> Float[Tensor, "b k H W"]:
+    """Replace every value by the mean of its segment; segments are numbered from 0."""
     if maps.numel() == 0:
         return maps.clone()
-    index = segments.flatten(1)[:, None]
-    count = int(index.max()) + 1
-    pixels = torch.zeros(len(maps), 1, count, dtype=maps.dtype, device=maps.device)
-    pixels.scatter_add_(2, index, torch.ones_like(index, dtype=maps.dtype))
-    index = index.expand(-1, maps.shape[1], -1)
-    sums = torch.zeros(*maps.shape[:2], count, dtype=maps.dtype, device=maps.device)
-    sums = sums.scatter_add(2, index, maps.flatten(2))
-    return (sums / pixels.clamp_min(1)).gather(2, index).view_as(maps)
+    index = segments.flatten(1)[:, None].expand(-1, maps.shape[1], -1)
+    means = maps.new_zeros(*maps.shape[:2], int(index.max()) + 1)
+    means = means.scatter_reduce(2, index, maps.flatten(2), "mean", include_self=False)
+    return means.gather(2, index).view_as(maps)

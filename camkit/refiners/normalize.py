@@ -1,12 +1,12 @@
 """Refiners that need the map alone: normalize, amplify, blur."""
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.ops.confidence import Confidence, TanhAroundMean, amplify
 from camkit.ops.images import gaussian_blur
+from camkit.ops.similarity import check_positive
 from camkit.seeds.protocol import scaled_to_max
 from camkit.tensors import Cam
 
@@ -29,11 +29,7 @@ def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max") -> Cam:
 
 @dataclass(frozen=True)
 class Normalize:
-    """`normalize_cam` as a refiner.
-
-    Attributes:
-        mode: as in `normalize_cam`.
-    """
+    """`normalize_cam` as a refiner."""
 
     mode: Literal["max", "minmax"] = "max"
 
@@ -51,9 +47,9 @@ class Normalize:
 class Amplify:
     """Raise the confident scores of each class map and lower the others, at a constant sum.
 
-    What DOEI does to class-to-patch interactions (`camkit.edits.PatchDecoupling`), applied to maps.
-    The smooth rules keep the order of scores within a map, so they matter where classes compete or
-    the background score is fixed.
+    The rule of DOEI for class-to-patch interactions (`camkit.edits.PatchDecoupling`), applied to
+    maps. The smooth rules keep the order of scores within a map, so they matter where classes
+    compete or the background score is fixed.
 
     Attributes:
         strength: how far scores are raised and lowered, in [0, 1); 0 changes nothing.
@@ -86,8 +82,7 @@ class Blur:
     requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.width < math.inf:
-            raise ValueError(f"`width` must be positive and finite, got {self.width}")
+        check_positive("width", self.width)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:  # noqa: ARG002 - as above
         return gaussian_blur(cam, self.width)

@@ -1,4 +1,4 @@
-"""Refiners that spread scores between patches: along attention, likeness, colour, any affinity."""
+"""Refiners that spread scores between patches: along attention, similarity, or any affinity."""
 
 import math
 from collections.abc import Callable
@@ -19,14 +19,16 @@ from camkit.tensors import Cam
 Spread: TypeAlias = Float[Tensor, "b k n"]
 
 
-def _patch_attention(capture: Capture, blocks: int | None) -> Float[Tensor, "b n n"]:
-    """Return patch-to-patch attention, summed over the last blocks and averaged over heads."""
+def _patch_attention(
+    capture: Capture, blocks: int | None, balance_rounds: int
+) -> Float[Tensor, "b n n"]:
+    """Return patch-to-patch attention, averaged over heads, summed over blocks, balanced."""
     patches = capture.patches
-    first, *others = capture.blocks if blocks is None else capture.blocks[-blocks:]
+    first, *others = capture.blocks[-(blocks or 0) :]
     total = first.head_mean()[:, patches][:, :, patches]
     for block in others:
         total = total + block.head_mean()[:, patches][:, :, patches]
-    return total
+    return balance(total, rounds=balance_rounds) if balance_rounds else total
 
 
 def _attention_step(
@@ -34,10 +36,9 @@ def _attention_step(
 ) -> Callable[[Spread], Spread]:
     """Return a function that averages scores over the patches that each patch attends to."""
     if balance_rounds:
-        affinity = balance(_patch_attention(capture, blocks), rounds=balance_rounds)
+        affinity = _patch_attention(capture, blocks, balance_rounds)
         return lambda scores: scores @ affinity.to(scores.dtype).mT
-    patches = capture.patches
-    used = capture.blocks if blocks is None else capture.blocks[-blocks:]
+    patches, used = capture.patches, capture.blocks[-(blocks or 0) :]
     return lambda scores: torch.stack([b.propagate(scores, patches) for b in used]).mean(0)
 
 
@@ -53,17 +54,16 @@ class Propagate:
     """Spread scores along the patch-to-patch attention of the captured blocks.
 
     Each step replaces a patch's score by the average over the patches it attends to, heads and
-    blocks averaged, as MCTformer and TransCAM do with their summed maps. Scaling rows to sum to one
-    is our choice; it keeps scores within the range of the incoming map.
+    blocks averaged, as in MCTformer and TransCAM. Scaling rows to sum to one is our choice; it
+    keeps scores within the range of the incoming map.
 
     Attributes:
         steps: number of steps.
         blocks: use only the last n captured blocks; None uses all.
         mix: share of the spread scores in the result; the rest is the incoming map.
-        balance: rounds of Sinkhorn normalisation of the affinity
-            (`camkit.ops.propagation.balance`); CLIP-ES uses 3. With 0, scores are streamed through
-            fused attention; otherwise one ``(b, n, n)`` affinity, heads and blocks averaged, exists
-            for the length of the call.
+        balance: rounds of Sinkhorn normalisation of the attention
+            (`camkit.ops.propagation.balance`), which needs a ``(b, n, n)`` map; CLIP-ES uses 3.
+            With 0, scores are streamed through fused attention.
         boxes: spread only scores within boxes around the parts of a map above this share of its
             maximum (`camkit.ops.propagation`); CLIP-ES uses 0.4. None spreads all scores.
     """
@@ -101,17 +101,17 @@ class HybridPropagate:
 
     ``cam <- (A cam + weight * K G cam) / (1 + weight)``: the hybrid attention of DOEI
     (`camkit.edits.HybridAlignment`) between patches, applied to a map. A is the attention of the
-    last blocks, G the row-softmax of the cosines between patch embeddings, K that of the likeness
-    of their mean colours. No ``(b, n, n)`` map is held, except for A if ``balance`` is above 0.
-    Applying it to a map is our choice, after the propagation of MCTformer and CLIP-ES.
+    last blocks, G the row-softmax of the cosines between patch embeddings, K that of the similarity
+    of their mean colours. Applying it to a map is our choice, after the propagation of MCTformer
+    and CLIP-ES.
 
     Attributes:
         steps: number of steps.
-        weight: of the likeness beside attention, at least 0.
+        weight: of similarity, against 1 for attention; at least 0.
         temperature: divides the cosines.
-        colour_width: distance in RGB, in [0, 1], at which likeness fades; None leaves colours out.
-        blocks: number of the last watched blocks that make A; None is all.
-        balance: Sinkhorn rounds on A (`camkit.Propagate`); 0 leaves it unchanged.
+        colour_width: difference in RGB, in [0, 1], at which similarity fades; None ignores colours.
+        blocks: use the attention of the last n captured blocks; None uses all.
+        balance: as in `camkit.Propagate`.
     """
 
     steps: int = 1
@@ -135,17 +135,17 @@ class HybridPropagate:
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
         attend = _attention_step(capture, self.blocks, self.balance)
-        resemble = self._likeness_step(capture) if self.weight > 0 else None
+        smooth = self._similarity_step(capture) if self.weight > 0 else None
         scores = capture.grid.flatten(cam)
         for _ in range(self.steps):
             spread = attend(scores)
-            if resemble is not None:
-                spread = torch.lerp(spread, resemble(scores), self.weight / (1.0 + self.weight))
+            if smooth is not None:
+                spread = torch.lerp(spread, smooth(scores), self.weight / (1.0 + self.weight))
             scores = spread
         return capture.grid.fold(scores)
 
-    def _likeness_step(self, capture: Capture) -> Callable[[Spread], Spread]:
-        """Return a function that averages scores along likeness of embeddings, then of colours."""
+    def _similarity_step(self, capture: Capture) -> Callable[[Spread], Spread]:
+        """Return a function that averages scores by similarity of embeddings, then of colours."""
         embeddings = capture.patch_embeddings()
         colours = None
         if self.colour_width is not None:
@@ -157,16 +157,14 @@ class HybridPropagate:
             size = (capture.grid.rows, capture.grid.cols)
             colours = F.adaptive_avg_pool2d(capture.rgb, size).flatten(2).mT
 
-        def resemble(scores: Spread) -> Spread:
-            values = scores.mT
-            values = cosine_smooth(
-                embeddings.to(values.dtype), values, temperature=self.temperature
-            )
+        def smooth(scores: Spread) -> Spread:
+            keys = embeddings.to(scores.dtype)
+            values = cosine_smooth(keys, scores.mT, temperature=self.temperature)
             if colours is not None and self.colour_width is not None:
                 values = colour_smooth(colours.to(values), values, width=self.colour_width)
             return values.mT
 
-        return resemble
+        return smooth
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,20 +174,18 @@ class RandomWalk:
     As in PSA (Ahn and Kwak 2018) and IRN (Ahn et al. 2019), with their learned affinities: T is
     ``affinity ** beta`` with rows scaled to sum to one. Their ``beta`` is 8 and 10, their ``logt``
     6 and 8, for affinities that are 1 between similar pixels and 0 across an edge. Attention is
-    spread much wider, so the defaults here are ours. T is never squared: it is applied 2^logt times
-    to the maps (`camkit.ops.propagation`), which keeps their range.
+    spread much wider, so the defaults here are ours. T is not squared but applied 2^logt times,
+    which keeps the range of the maps.
 
     Attributes:
         beta: exponent of the affinity; larger values keep only the strongest affinities.
         logt: base-2 logarithm of the number of steps.
-        affinity: ``(b, n, n)``, or a function from the capture to it; n is the number of scores in
-            a map, row by row, here of any size. None is the attention between patches, heads and
-            blocks averaged.
-        blocks: use only the last n captured blocks for attention; None uses all.
-        balance: rounds of Sinkhorn normalisation of the attention
-            (`camkit.ops.propagation.balance`); 0 leaves it unchanged.
-        boxes: walk only scores within boxes around the parts of a map above this share of its
-            maximum (`camkit.ops.propagation`); CLIP-ES uses 0.4. None walks all scores.
+        affinity: ``(b, n, n)``, or a function that returns it for a capture; n is the number of
+            scores in a map of any size, row by row. None is the attention between patches, heads
+            and blocks averaged.
+        blocks: use the attention of the last n captured blocks; None uses all.
+        balance: as in `camkit.Propagate`.
+        boxes: as in `camkit.Propagate`.
     """
 
     beta: float = 1.0
@@ -213,9 +209,7 @@ class RandomWalk:
         if self.boxes is not None:
             cam = cam * component_boxes(cam, self.boxes)
         if self.affinity is None:
-            affinity = _patch_attention(capture, self.blocks)
-            if self.balance:
-                affinity = balance(affinity, rounds=self.balance)
+            affinity = _patch_attention(capture, self.blocks, self.balance)
             scores = capture.grid.flatten(cam)
         else:
             affinity = self.affinity(capture) if callable(self.affinity) else self.affinity

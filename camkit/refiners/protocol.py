@@ -1,4 +1,4 @@
-"""Refiner: what a refiner is, how refiners are chained, and how they read the picture."""
+"""Refiner: the type, chains of refiners, and functions that refiners share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from camkit.errors import CaptureError
 from camkit.tensors import RGB, Cam
 
 Refiner: TypeAlias = Callable[[Cam, Capture], Cam]
-"""``(cam, capture) -> cam``: a frozen dataclass, whose repr is its settings and which states what
-it reads as ``requires``, or a plain function."""
+"""``(cam, capture) -> cam``: a plain function, or a frozen dataclass whose ``requires`` (a
+`camkit.capture.WatchSpec`) states what it reads."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,7 @@ def chain(*refiners: Refiner) -> Chain:
 
 
 def picture_of(capture: Capture, refiner: str) -> RGB:
-    """Return the detached pictures in [0, 1].
-
-    Args:
-        capture: of the watched model.
-        refiner: name of the refiner, for the error.
-
-    Raises:
-        CaptureError: the model was watched without pictures.
-    """
+    """Return the detached pictures in [0, 1], or raise CaptureError in the refiner's name."""
     if capture.rgb is None:
         raise CaptureError(f"{refiner} needs the picture; watch with `rgb=photo.rgb`")
     return capture.rgb.detach()

@@ -1,10 +1,6 @@
 """Scores against true masks: confusion matrices, mean IoU, sweeps and significance of a gain."""
 
 from camkit.score.bootstrap import Gain as Gain, holm as holm, paired_gain as paired_gain
-from camkit.score.boundary import (
-    boundary_confusion as boundary_confusion,
-    boundary_overlap as boundary_overlap,
-)
 from camkit.score.boxes import (
     BoxAccuracy as BoxAccuracy,
     box_accuracy as box_accuracy,
@@ -14,6 +10,7 @@ from camkit.score.boxes import (
 from camkit.score.confusion import (
     ClassScore as ClassScore,
     Definition as Definition,
+    boundary_confusion as boundary_confusion,
     class_iou as class_iou,
     class_scores as class_scores,
     class_table as class_table,

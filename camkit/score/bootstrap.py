@@ -14,7 +14,7 @@ _CHUNK_BYTES = 100 * 2**20  # of working memory, whatever the size of the set
 
 @dataclass(frozen=True)
 class Gain:
-    """What ``other`` gains over ``base``, in units of mean IoU, which lies in [0, 1].
+    """The gain of ``other`` over ``base`` in mean IoU, which lies in [0, 1].
 
     ``low`` to ``high`` is the percentile interval of the gain; ``chance_below_zero`` and
     ``chance_above_zero`` are the shares of resampled sets on which ``other`` is strictly worse or
@@ -32,12 +32,12 @@ class Gain:
 
     @property
     def p_value(self) -> float:
-        """Two-sided: twice the share of sets without a gain of this sign, at least one set."""
+        """Two-sided: twice the share of sets, at least one, without a gain of this sign."""
         lost = min(1.0 - self.chance_below_zero, 1.0 - self.chance_above_zero)
         return min(1.0, 2.0 * max(lost, 1.0 / (self.resamples + 1)))
 
 
-def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its own)
+def paired_gain(  # noqa: PLR0913 - each of the five settings is a choice of its own
     base: Int[Tensor, "n c c"],
     other: Int[Tensor, "n c c"],
     *,
@@ -50,8 +50,7 @@ def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its
     """Compare two methods on the same images, with the interval due to the choice of images.
 
     Images are drawn with replacement, the same images for both methods, and the mean IoU of each
-    drawn set is taken from its summed confusion. A drawn set without any of ``classes`` has no
-    mean IoU and is left out.
+    drawn set is taken from its summed confusion. Sets without any of ``classes`` are left out.
 
     Args:
         base: one confusion matrix per image.
@@ -61,9 +60,6 @@ def paired_gain(  # noqa: PLR0913  (each of the five settings is a choice of its
         resamples: number of drawn sets; 10 000 fix a 95 % interval to about its second digit.
         rng_seed: seed of the draw.
         level: share of the resampled gains that the interval holds.
-
-    Returns:
-        Mean IoU of both on the given images, their difference, and its interval.
 
     Raises:
         ValueError: the matrices are not of the same images, or a setting is out of range.

@@ -1,4 +1,4 @@
-"""Localisation by boxes: MaxBoxAccV2, for data sets that have boxes but no masks."""
+"""Localisation scores for data sets that have boxes but no masks: MaxBoxAccV2."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class BoxAccuracy:
     """Share of images with a correct box, in [0, 1].
 
     Attributes:
-        mean: over the overlaps; with the defaults, MaxBoxAccV2.
-        by_iou: the share at each overlap, with the threshold that is best for it.
-        thresholds: those thresholds; the lowest one where several tie.
+        mean: mean over the overlaps; with the defaults, MaxBoxAccV2.
+        by_iou: the share at each overlap, at the best threshold.
+        thresholds: the best threshold for each overlap; the lowest one where several tie.
     """
 
     mean: float
@@ -41,11 +41,10 @@ def box_hits(
 ) -> Bool[Tensor, "i s"]:
     """Test at which thresholds a map yields one of the true boxes of its class.
 
-    MaxBoxAccV2 (Choe et al. 2020), step by step as in the code of the paper: the map is rounded
-    down to 256 levels; the pixels above a share of its highest level form components; each
-    outline, also that of a hole, gives a box, which is one pixel wider and higher than the outline
-    where the image has room; the last row and column of a box belong to it. The paper has maps at
-    224x224.
+    MaxBoxAccV2 (Choe et al. 2020), as in the code of the paper: the map is rounded down to 256
+    levels; the pixels above a share of its highest level form components; each outline, also of a
+    hole, gives a box, which is one pixel wider and higher than the outline where the image has
+    room. The paper has maps at 224x224.
 
     Args:
         cam: the map of the true class in [0, 1], usually with lowest value 0 and highest 1.
@@ -55,9 +54,6 @@ def box_hits(
         thresholds: shares of the highest level, in [0, 1).
         components: "all" takes the best box of all components, as MaxBoxAccV2 does; "largest" only
             the component with the largest area, as the older MaxBoxAcc (with ``ious=(0.5,)``).
-
-    Returns:
-        For each overlap and threshold, whether a box is correct.
 
     Raises:
         ValueError: map, boxes, overlaps or thresholds are out of range.
@@ -83,9 +79,6 @@ def box_accuracy(
     Args:
         hits: results of `box_hits`, stacked over images.
         thresholds: as given to `box_hits`.
-
-    Raises:
-        ValueError: there are no images, or the thresholds are not those of the hits.
     """
     if not len(hits) or hits.shape[-1] != len(thresholds):
         raise ValueError(

@@ -1,12 +1,14 @@
-"""Confusion matrices of masks, the mIoU definitions of the field, and a table by class."""
+"""Confusion matrices of masks and their outlines, the mIoU definitions of the field, tables."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import cv2
+import numpy as np
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
 
 from camkit.tensors import IGNORE
@@ -20,10 +22,9 @@ def confusion_matrix(
 ) -> Int[Tensor, "c c"]:
     """Count the pixels of each true class by the class predicted there.
 
-    Pixels whose truth is 255 are left out. A predicted 255 counts as background, because no class
-    was predicted there; leaving it out would reward a mask for ignoring what is hard. So a missed
-    object pixel lowers the IoU of its class and of the background alike, and the ignore band of
-    `to_mask` changes no score. Add the matrices of all images before taking an IoU.
+    Pixels whose truth is 255 are left out. A predicted 255 counts as background, as leaving it out
+    would reward a mask for ignoring hard pixels. Add the matrices of all images before taking an
+    IoU.
 
     Args:
         truth: values below ``num_classes``, or 255.
@@ -52,16 +53,9 @@ def confusion_matrix(
 def checked_mask(
     mask: Integer[Tensor, "*b H W"], *, num_classes: int, name: str, ignored: int
 ) -> Int[Tensor, "*b H W"]:
-    """Check a mask and replace 255 by ``ignored``.
+    """Check that a mask holds classes or 255, and replace 255 by ``ignored``.
 
-    Args:
-        mask: values below ``num_classes``, or 255.
-        num_classes: number of classes, the background included.
-        name: the name of the mask in an error.
-        ignored: the value that replaces 255.
-
-    Returns:
-        The mask in int64.
+    ``name`` is the name of the mask in an error.
     """
     if not 1 <= num_classes <= IGNORE:
         raise ValueError(f"`num_classes` must lie in 1 to {IGNORE}, got {num_classes}")
@@ -79,7 +73,7 @@ def checked_mask(
 
 @dataclass(frozen=True)
 class Overlap:
-    """Pixel counts of each class that an IoU is made of: hit, true and predicted."""
+    """Pixel counts of each class: correctly predicted, true, and predicted."""
 
     hit: Int[Tensor, "*n c"]
     true: Int[Tensor, "*n c"]
@@ -91,7 +85,6 @@ class Overlap:
         return cls(counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2))
 
     def class_iou(self) -> Float[Tensor, "*n c"]:
-        """Compute the IoU of each class, NaN where it is neither true nor predicted."""
         return self.hit.double() / (self.true + self.predicted - self.hit)
 
     def mean_iou(
@@ -120,13 +113,9 @@ class Overlap:
 
 
 def class_iou(confusion: Int[Tensor, "*n c c"]) -> Float[Tensor, "*n c"]:
-    """Compute the IoU of each class.
+    """Compute the IoU of each class, NaN for a class that is neither true nor predicted.
 
-    Args:
-        confusion: row = truth, column = prediction; leading axes are kept.
-
-    Returns:
-        float64 in [0, 1]; NaN for a class that is neither true nor predicted anywhere.
+    Leading axes of the confusion matrices (row = truth, column = prediction) are kept.
     """
     return Overlap.of(confusion).class_iou()
 
@@ -162,15 +151,8 @@ def mean_iou(
 class ClassScore:
     """Scores of one class in [0, 1]; NaN where the divisor is 0.
 
-    Attributes:
-        name: the name of the class.
-        iou: intersection over union.
-        precision: share of the predicted pixels that are true.
-        recall: share of the true pixels that are predicted.
-        false_positives: share of the union that is predicted and not true.
-        false_negatives: share of the union that is true and not predicted; with ``iou`` and
-            ``false_positives`` it adds up to 1, as the evaluators of PSA and SEAM report it.
-        pixels: number of true pixels.
+    ``false_positives`` and ``false_negatives`` are shares of the union, so they add up to 1 with
+    ``iou``, as the evaluators of PSA and SEAM report them. ``pixels`` counts the true pixels.
     """
 
     name: str
@@ -187,10 +169,7 @@ def class_scores(confusion: Int[Tensor, "c c"], names: Sequence[str]) -> tuple[C
 
     Args:
         confusion: row = truth, column = prediction, summed over a set.
-        names: the names of the classes, the background's first.
-
-    Raises:
-        ValueError: there is not one name for each class.
+        names: one name per class, the background's first.
     """
     if len(names) != len(confusion):
         raise ValueError(
@@ -242,3 +221,87 @@ def percent(share: float) -> str:
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
+
+
+def boundary_confusion(
+    truth: Integer[Tensor, "H W"],
+    predicted: Integer[Tensor, "H W"],
+    *,
+    num_classes: int,
+    width: float = 0.02,
+) -> Int[Tensor, "d d"]:
+    """Count one image's pixels near the outline of each class, as a confusion matrix.
+
+    Boundary IoU (Cheng et al. 2021): only the pixels of a class within a band inside its outline
+    count, in the truth and in the prediction, each with its own outline. The edge of the image is
+    an outline too. Ours: all pixels of a class are one object, the background included. Before
+    bands are drawn, ignored pixels take the value of the nearest counted pixel, in both masks, and
+    are then left out, so the ignored line around the objects of VOC is not an outline. A predicted
+    255 is background elsewhere.
+
+    Args:
+        truth: values below ``num_classes``, or 255.
+        predicted: the same.
+        num_classes: number of classes, the background included.
+        width: width of the band, as a share of the diagonal of the image; the paper's 2 % are
+            at least one pixel.
+
+    Returns:
+        int64 counts; row = truth, column = prediction. The last class is "no outline", so that row
+        sums do not depend on the prediction: a band that is wrongly predicted was no outline of
+        that class. Leave it out of means: ``mean_iou(matrix, classes=range(num_classes))``.
+
+    Raises:
+        ValueError: the masks differ in size or hold a value that is not a class, or the width is
+            out of range.
+    """
+    if not 0.0 < width <= 1.0:
+        raise ValueError(
+            f"`width` must be a share of the image diagonal in (0, 1], got {width}; 0.02 is usual"
+        )
+    if truth.shape != predicted.shape:
+        raise ValueError(
+            f"`truth` and `predicted` must have one size, got {truth.shape[0]}x{truth.shape[1]} "
+            f"and {predicted.shape[0]}x{predicted.shape[1]}; resize the prediction"
+        )
+    confusion = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
+    counted = (truth != IGNORE).cpu().numpy()
+    if not counted.any():
+        return confusion
+    pixels = max(1, round(width * math.hypot(*counted.shape)))
+    classes, bands = [], []
+    for name, mask in (("truth", truth), ("predicted", predicted)):
+        values = checked_mask(mask, num_classes=num_classes, name=name, ignored=0)
+        classes.append(_fill_ignored(values.cpu().numpy().astype(np.uint8), counted))
+        bands.append(_band(classes[-1], pixels) & counted)
+    agreed = bands[0] & bands[1] & (classes[0] == classes[1])
+    hit, true, claimed = (
+        torch.from_numpy(np.bincount(values[chosen], minlength=num_classes))
+        for values, chosen in zip([classes[0], *classes], [agreed, *bands], strict=True)
+    )
+    confusion.diagonal()[:-1] = hit
+    confusion[:-1, -1] = true - hit
+    confusion[-1, :-1] = claimed - hit
+    confusion[-1, -1] = int(counted.sum()) - (claimed - hit).sum()
+    return confusion
+
+
+def _band(classes: UInt8[np.ndarray, "H W"], pixels: int) -> np.ndarray:
+    """Select pixels that have another class, or the image's edge, within a square around them."""
+    square = np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)
+    shifted = classes + 1  # 0 is outside the image; the highest class is 254
+    lowest = cv2.erode(shifted, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    highest = cv2.dilate(shifted, square, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return np.asarray(lowest != highest)
+
+
+def _fill_ignored(classes: np.ndarray, counted: np.ndarray) -> UInt8[np.ndarray, "H W"]:
+    """Give each ignored pixel the class of the nearest counted pixel."""
+    if counted.all():
+        return classes
+    _, nearest = cv2.distanceTransformWithLabels(
+        (~counted).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    by_label = np.zeros(int(nearest.max()) + 1, np.uint8)
+    by_label[nearest[counted]] = classes[counted]
+    return by_label[nearest]

@@ -1,4 +1,4 @@
-"""Sweeps over background scores: all of them counted in one pass, and the curve over them."""
+"""Sweeps over background scores, all counted in one pass: the best score, curve and precision."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from camkit.mask import strongest
 from camkit.score.confusion import Definition, checked_mask, mean_iou
 
 THRESHOLDS = torch.arange(96, dtype=torch.float64) / 100
-"""0.00 to 0.95 in steps of 0.01: the field's step, and past the 0.60 where its sweeps end."""
+"""0.00 to 0.95 in steps of 0.01, the usual step; published sweeps end at 0.60."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean IoU at each background score, both in [0, 1]."""
+    """Mean IoU at each background score."""
 
     thresholds: tuple[float, ...]
     mean_iou: tuple[float, ...]
@@ -51,10 +51,9 @@ def sweep_confusions(
 ) -> Int[Tensor, "s c c"]:
     """Count one image's confusion matrix for every background score.
 
-    Equal to `to_mask` and `confusion_matrix` at each score, ties included. The strongest class of
-    a pixel does not depend on the background score, only whether it wins does. So winners are
-    counted by the score interval they fall in, and a running sum over the intervals gives every
-    matrix.
+    Equal to `to_mask` and `confusion_matrix` at each score, ties included. As the strongest class
+    of a pixel does not depend on the background score, winners are counted by the interval of their
+    score, and a running sum over the intervals gives every matrix.
 
     Args:
         cam: maps of the requested classes in [0, 1], at the size of the truth.
@@ -116,17 +115,13 @@ def best_threshold(
 ) -> Best:
     """Find the background score with the highest mean IoU; the lowest one where several tie.
 
-    A score chosen on the set it is reported on flatters the maps: choose on one split, report on
-    another.
+    Choose on one split and report on another: a score chosen on the reported set flatters the maps.
 
     Args:
         confusions: one matrix per background score, summed over a set.
         thresholds: the background scores, as given to `sweep_confusions`.
         definition: which classes count, see `mean_iou`.
         classes: mask values to average over, 0 being the background; None takes all.
-
-    Returns:
-        The score and its mean IoU.
 
     Raises:
         ValueError: there is not one score for each matrix, or no pixel to score.
@@ -162,8 +157,8 @@ def average_precision(
 
     Pixels are ranked by the score with which the class wins them; pixels that another class wins
     come last. As in information retrieval, precision is summed over the gains of recall, without
-    interpolation. Scores between two neighbouring thresholds tie, so the steps of the sweep are the
-    resolution: with scores on the thresholds it is exact, else off by about one step of the curve.
+    interpolation. Scores between two neighbouring thresholds tie, so the error is about one step of
+    the sweep.
 
     Args:
         confusions: one matrix per background score, as by `sweep_confusions`, summed over a set.

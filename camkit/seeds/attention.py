@@ -1,12 +1,16 @@
 """Seeds from attention: class rows, rollout, gradients, and relevance."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from camkit.capture.attention import Attention
 from camkit.capture.record import Capture, WatchSpec
-from camkit.seeds.protocol import check_classes, class_gradients, fold_maps
+from camkit.seeds.protocol import check_classes, class_score, fold_maps
 from camkit.tensors import Cam, Classes
 
 
@@ -14,8 +18,8 @@ from camkit.tensors import Cam, Classes
 class ClassAttentionSeed:
     """Class-to-patch attention, averaged over heads and watched blocks.
 
-    A model with one class token per class (MCTformer) gives each class its own row. A model with a
-    single class token gives every class the same map, which says where something is, not what.
+    A model with one class token per class (MCTformer) has a row for each class. A model with a
+    single class token gives every class the same map.
     """
 
     requires: ClassVar[WatchSpec] = WatchSpec()
@@ -36,9 +40,8 @@ class AttentionRolloutSeed:
     """Attention rollout; the same map for every class.
 
     The row of the class token in the product of all blocks' ``(1 - residual) * A + residual * I``,
-    where A is the attention averaged over heads (Abnar and Zuidema 2020). Only that row is carried,
-    so maps are never multiplied with maps. Ours: a model without a class token starts from the mean
-    of its patches. Watch all blocks for the published method.
+    where A is the attention averaged over heads (Abnar and Zuidema 2020). Ours: a model without a
+    class token starts from the mean of its patches. Watch all blocks for the published method.
 
     Attributes:
         residual: share of the residual connection; the paper's is one half.
@@ -58,6 +61,7 @@ class AttentionRolloutSeed:
         check_classes(classes, images, None)
         patches = capture.patches
         starts = list(capture.anatomy.class_tokens) or patches
+        # only the row of the class token is carried, so maps are never multiplied with maps
         relevance = attention.rows([0]).new_zeros(images, 1, tokens).detach()
         relevance[..., starts] = 1.0 / len(starts)
         for block in reversed(capture.blocks):
@@ -66,14 +70,26 @@ class AttentionRolloutSeed:
         return fold_maps(capture, relevance[..., patches].expand(*classes.shape, -1), classes)
 
 
+def class_gradients(
+    capture: Capture, column: Int[Tensor, " b"], calls: Sequence[Attention]
+) -> tuple[Tensor, ...]:
+    """Differentiate one class score per image with respect to attention calls of the capture.
+
+    The gradient is zero where ``column`` is -1. Parameters get no gradient.
+    """
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        watched = [call.watched() for call in calls]
+        total = class_score(capture.scores, column)
+        return torch.autograd.grad(total, watched, retain_graph=True)
+
+
 @dataclass(frozen=True)
 class GradientSeed:
     """Class-to-patch attention times its gradient, averaged over heads and watched blocks.
 
     A class with its own token (MCTformer) is read from that token's rows alone. Negative products
-    count as zero. The gradient of the attention map is computed from the gradient of the attention
-    output, so no map is built and no parameter gradient is touched. Source: grad-weighted attention
-    of Chefer et al. 2021. The mean over blocks is our choice.
+    count as zero. Source: grad-weighted attention of Chefer et al. 2021. The mean over blocks is
+    our choice.
     """
 
     requires: ClassVar[WatchSpec] = WatchSpec(gradients=True)
@@ -102,7 +118,7 @@ class RelevanceSeed:
 
     Each block adds ``relevance @ mean over heads of relu(A * dA)`` to the relevance above it, where
     dA is the gradient of the class score (Chefer et al. 2021). Ours: where single queries pool the
-    patches (SigLIP, CaiT), relevance starts from what these queries attend to; a model with neither
+    patches (SigLIP, CaiT), relevance starts from the patches these attend to; a model with neither
     class token nor pooling query starts from the mean of its patches. Watch all blocks for the
     published method.
     """

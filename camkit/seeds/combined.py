@@ -1,4 +1,4 @@
-"""Seeds made of seeds: products, and fusions of any number."""
+"""Seeds that combine the maps of other seeds."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,12 +14,8 @@ from camkit.tensors import Cam, Classes
 class ProductSeed:
     """The product of two seeds' maps: high where both are high.
 
-    Class attention times patch head is MCTformer-V2's map; with ``root``, MCTformer+'s.
-
-    Attributes:
-        first: a seed.
-        second: another seed.
-        root: take the square root, so that maps keep their scale.
+    Class attention times patch head is MCTformer-V2's map; its square root, ``root``, is
+    MCTformer+'s.
     """
 
     first: Seed
@@ -41,11 +37,8 @@ class ProductSeed:
 class FusedSeed:
     """Maps of several seeds, each divided by its maximum, fused into one.
 
-    Mean and maximum over layers are torchcam's fusions (its mean is a sum). The product is ours.
-
-    Attributes:
-        seeds: such as one seed and another one.
-        join: "mean", "max", or "product", the geometric mean.
+    The mean and the maximum are torchcam's fusions of layers (its mean is a sum). The "product",
+    the geometric mean, is ours.
     """
 
     seeds: tuple[Seed, ...]
@@ -74,13 +67,13 @@ class GatedProductSeed:
     """A seed times another seed, to the degree that the two agree (ours).
 
     Maps a and b, each divided by its maximum, become ``a * b ** e``. The exponent e is ``trust``
-    times the correlation of ``sqrt(a)`` with b over the patches, clamped to [0, 1]. So the second
-    seed sharpens the first where both see the same thing, and is left out where it sees the
-    opposite, for each image and class.
+    times the correlation of ``sqrt(a)`` with b over the patches, clamped to [0, 1], for each image
+    and class. So the second seed sharpens the first where the two agree, and is left out where they
+    disagree.
 
     Attributes:
-        seed: the map to trust, such as `camkit.GradientSeed`.
-        other: the map that may be wrong, such as `camkit.seeds.ClassWeightSeed` of patches that no
+        seed: the seed to trust, such as `camkit.GradientSeed`.
+        other: the seed that may be wrong, such as `camkit.seeds.ClassWeightSeed` of patches that no
             loss has trained.
         trust: above 0; at 3, a correlation of a third is enough for the full product.
     """

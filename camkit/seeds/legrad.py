@@ -1,4 +1,4 @@
-"""LeGrad: gradients of each block's attention, for classes and for texts."""
+"""LeGrad: positive gradients of each block's attention, for classes and for texts."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -24,22 +24,19 @@ _NO_GRAPH = "this capture holds no gradients within its blocks; see `requires` o
 class LeGradSeed:
     """Positive gradients of each block's attention, for the score of the tokens that leave it.
 
-    A block's token is scored as the model scores its pooled token: by the last norm and the
-    classifier, or, with ``text``, by the last norm, the projection and its likeness to texts. The
-    gradient of that score with respect to the block's attention is clamped at zero and averaged
-    over heads and queries, then over blocks. Source: LeGrad (Bousselham et al. 2024). A block's
-    score does not reach other blocks, so the graph is cut between them. Ours: texts are compared at
-    the model's own scale of cosines, which the authors' code leaves at one.
+    Tokens that leave a block are scored as the model scores its pooled token: by the last norm and
+    the classifier or, with ``text``, by the last norm, the projection and the cosine with texts.
+    The gradient of that score with respect to the block's attention is clamped at zero and averaged
+    over heads and queries, then over blocks (LeGrad, Bousselham et al. 2024). Ours: cosines are
+    scaled by the model's own logit scale; the authors' code leaves it at one.
 
     Attributes:
         blocks: how many of the last blocks to average; None is all.
-        token: which token is scored. "mean" is the mean of all tokens, as in the authors' code.
-            "class" is the class token, as the model itself uses behind its last block; that is
-            ours. Only its row of each attention matters then, which costs hardly more than the
-            forward. "pool" is for ``text`` of a model whose head pools by attention (SigLIP): the
-            head is run on the tokens that leave a block, and the gradient is that of the head's own
-            attention, as in the authors' code; there, tokens skip the last norm, here they pass it,
-            as in the model.
+        token: the token to score. "mean" is the mean of all tokens, as in the authors' code.
+            "class" is the class token, which is ours; only its row of each attention matters then,
+            so it costs hardly more than the forward. "pool" is for ``text`` of a model whose head
+            pools by attention (SigLIP): the gradient is that of the head's own attention, as in the
+            authors' code; tokens pass the last norm first, as in the model, but not in that code.
         text: the classes, for CLIP and similar models; None takes the model's classifier.
     """
 
@@ -82,7 +79,7 @@ class LeGradSeed:
         return fold_maps(capture, torch.stack(maps).mean(0), classes)
 
     def _by_token(self, capture: Capture, call: TokenCall) -> tuple[Scores, Attention]:
-        """Return scores of the mean token, and the attention of the block that it leaves."""
+        """Return scores of the mean or class token, and the attention of the block it leaves."""
         if call.attention is None:
             raise CaptureError(_NO_GRAPH)
         with torch.inference_mode(mode=False), torch.enable_grad():

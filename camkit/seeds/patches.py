@@ -1,4 +1,4 @@
-"""Seeds from the likeness of patches: prototypes, TokenCut, LOST."""
+"""Seeds from similarities between patches: prototypes, TokenCut, LOST."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypeAlias
@@ -18,7 +18,6 @@ Features: TypeAlias = Literal["keys", "tokens"]
 
 
 def _features(capture: Capture, features: Features) -> Float[Tensor, "b n d"]:
-    """Return the embeddings of the patches in float32."""
     if features == "tokens":
         return capture.patch_embeddings().detach().float()
     keys: Tensor | None = getattr(capture.blocks[-1], "k", None)
@@ -37,23 +36,22 @@ def _check_features(features: str) -> None:
 
 
 def _same_for_all(capture: Capture, classes: Classes, scores: Float[Tensor, "b n"]) -> Cam:
-    """Return one map for every class."""
     check_classes(classes, len(scores), None)
     return fold_maps(capture, scores[:, None].expand(*classes.shape, -1), classes)
 
 
 @dataclass(frozen=True)
 class PrototypeSeed:
-    """Likeness of every patch to the mean of the patches that another seed highlights (ours).
+    """Similarity of every patch to the mean of the patches that another seed highlights (ours).
 
     The embeddings, weighted by the other seed's map, are averaged to a prototype. A patch's score
-    is its cosine with the prototype, less the image's mean cosine. For models without a classifier
-    (DINO) the other seed is the attention of their class token.
+    is its cosine with the prototype, less the image's mean cosine. The default works for models
+    without a classifier (DINO).
 
     Attributes:
-        seed: makes the map that weights the patches.
-        features: embeddings to compare: the "keys" of the last block, as LOST and TokenCut use
-            them, or the "tokens" behind the last norm.
+        seed: returns the map that weights the patches.
+        features: the embeddings to compare: "keys" of the last block, as in LOST and TokenCut, or
+            "tokens" behind the last norm.
     """
 
     seed: Seed = field(default_factory=ClassAttentionSeed)
@@ -82,10 +80,10 @@ class TokenCutSeed:
     with weight ``weak``. The map is the second smallest eigenvector of the normalised graph, less
     its mean, on the side of its largest entry. TokenCut thresholds the eigenvector and keeps the
     connected component with that entry; keeping the values, and all components, is ours. Every
-    class gets the same map, which says where something is, not what.
+    class gets the same map.
 
     Attributes:
-        threshold: cosine above which patches are alike; 0.2 is the paper's.
+        threshold: cosine above which patches are similar; 0.2 is the paper's.
         weak: weight of all other pairs, which keeps the graph connected; 1e-5 is the paper's.
         features: as in `camkit.seeds.PrototypeSeed`.
     """
@@ -105,12 +103,12 @@ class TokenCutSeed:
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         embedded = F.normalize(_features(capture, self.features), dim=-1)
-        alike = embedded @ embedded.mT > self.threshold
-        weights = alike.to(torch.float64).clamp_min(self.weak)
+        similar = embedded @ embedded.mT > self.threshold
+        weights = similar.to(torch.float64).clamp_min(self.weak)
         # (D - W) y = l D y, where D holds the sums of rows
         root = weights.sum(-1).rsqrt()
         _, vectors = torch.linalg.eigh(weights * root[:, :, None] * root[:, None])
-        vector = vectors[..., -2] * root  # values rise, so it is the last but one
+        vector = vectors[..., -2] * root  # ascending: the last but one of W is the second of D - W
         largest = vector.gather(1, vector.abs().argmax(1, keepdim=True))
         above = ((vector - vector.mean(1, keepdim=True)) * largest.sign()).clamp_min(0.0)
         return _same_for_all(capture, classes, above.to(embedded))
@@ -118,7 +116,7 @@ class TokenCutSeed:
 
 @dataclass(frozen=True)
 class LOSTSeed:
-    """Likeness to the patch with the fewest similar patches, after LOST (Simeoni et al. 2021).
+    """Similarity to the patch with the fewest similar patches, after LOST (Simeoni et al. 2021).
 
     The first patch is the one whose key has a non-negative product with the fewest other keys. Of
     the ``count`` patches with the fewest similar patches, those similar to the first join it. A

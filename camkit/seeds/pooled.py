@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -60,14 +61,13 @@ class GroupedGeM:
     """Generalised mean with one power for each group of channels (GGeM, Ko et al. 2022).
 
     The pooled value is ``(mean over patches of x^p)^(1/p)``, and the part of a patch is
-    ``x^p / (n pooled^(p - 1))``. The formula is read from the abstract and one unofficial
-    implementation; the decomposition is ours. Values below ``floor`` count as ``floor``, so about
-    half of the channels behind a layer norm are flat. A power of 1 is the mean; large powers
-    approach the maximum.
+    ``x^p / (n pooled^(p - 1))``. The formula is taken from the abstract and an unofficial
+    implementation; the decomposition is ours. A power of 1 is the mean; large powers approach the
+    maximum.
 
     Attributes:
         powers: one for each group; channels are split evenly, in order.
-        floor: least value, positive.
+        floor: positive; smaller values count as this one, about half of those behind a layer norm.
     """
 
     powers: tuple[float, ...] = (3.0,)
@@ -141,30 +141,25 @@ class ClassWeightSeed:
 class PatchHeadSeed:
     """The class maps of the model's own head for patches (MCTformer-V2's patch CAM).
 
-    The head has as many channels as the model has class scores. As there, negative scores count as
-    zero.
+    The head has as many channels as the model has class scores; negative scores count as zero.
     """
 
     requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        rows, cols = capture.grid.rows, capture.grid.cols
+        size = (capture.grid.rows, capture.grid.cols)
         outputs = [call.output for call in capture.tail if call.output.dim() == 4]
-        maps = [output for output in outputs if output.shape[2:] == (rows, cols)]
-        if not maps:
+        maps = [output for output in outputs if output.shape[2:] == size]
+        known = None if capture.outputs is None else capture.outputs.shape[-1]
+        heads = [output for output in maps if known in (None, output.shape[1])]
+        if not heads:
+            channels = sorted({output.shape[1] for output in maps})
             raise UnsupportedModelError(
-                f"no layer behind the last block returns maps of {rows}x{cols} patches, so the "
-                "model has no head for patches; use ClassWeightSeed"
+                "the model has no head for patches: expected a layer behind its last block that "
+                f"returns a {size[0]}x{size[1]} map for each class, got maps of {channels or 'no'} "
+                f"channels for {known} classes; use ClassWeightSeed"
             )
-        known = maps[-1].shape[1] if capture.outputs is None else capture.outputs.shape[-1]
-        scored = [output for output in maps if output.shape[1] == known]
-        if not scored:
-            raise UnsupportedModelError(
-                f"layers behind the last block return maps of {maps[-1].shape[1]} channels (a "
-                f"decoder's, perhaps), but the model scores {known} classes, so none of them is a "
-                "head for patches; use ClassWeightSeed"
-            )
-        scores = scored[-1].flatten(2).mT
+        scores = heads[-1].flatten(2).mT
         scores = scores if capture.vocabulary is None else capture.vocabulary.score(scores)
         check_classes(classes, len(scores), scores.shape[-1])
         return fold_maps(capture, pick(scores, classes).clamp_min(0.0), classes)
@@ -176,13 +171,13 @@ class ContributionSeed:
 
     `contributions` keeps the sign. Its sum over the patches is the class score, less the
     classifier's bias, the offset of a norm behind the pooling (whose scale is held at the image's),
-    and the contributions of special tokens if these are pooled too. The pooling is checked against
-    the classifier's recorded input. For mean and maximum pooling this is CAM (Zhou et al. 2016);
-    for other poolings the decomposition is ours.
+    and the contributions of special tokens if these are pooled too. For mean and maximum pooling
+    this is CAM (Zhou et al. 2016); for other poolings the decomposition is ours.
 
     Attributes:
-        pooling: how the model pools its patches: `GroupedGeM`, `RankPooling`, or your own. Not
-            needed for the mean, the maximum, and heads with one attention query (SigLIP).
+        pooling: how the model pools its patches: `GroupedGeM`, `RankPooling`, or your own. It is
+            compared with the classifier's recorded input. Not needed for the mean, the maximum, and
+            heads with one attention query (SigLIP).
         nodes: points of the integral along the attention weights of such a head; 1 is exact where
             everything behind the attention is linear.
     """
@@ -213,13 +208,10 @@ class ContributionSeed:
         check_classes(classes, len(scores), scores.shape[-1])
         outputs: Any = capture.outputs  # not None, as there are scores
         outputs = outputs.detach()
-        shares = [
-            self._shared(capture, outputs, _output_weights(capture, outputs, column))
-            for column in classes.unbind(1)
-        ]
-        return torch.stack(shares, 1)
+        weights = (_output_weights(capture, outputs, column) for column in classes.unbind(1))
+        return torch.stack([self._of_outputs(capture, outputs, w) for w in weights], 1)
 
-    def _shared(
+    def _of_outputs(
         self, capture: Capture, outputs: Tensor, weights: Float[Tensor, "b o"]
     ) -> Float[Tensor, "b n"]:
         """Return contributions to ``(outputs * weights).sum(1)``."""
@@ -245,7 +237,7 @@ class ContributionSeed:
     def _before_classifier(
         self, capture: Capture, head: TailCall, weights: Tensor, rules: Sequence[Pooling]
     ) -> Float[Tensor, "b n"] | None:
-        """Return contributions by way of a linear classifier of pooled patches, if it is one."""
+        """Return contributions through a linear classifier, if its input is pooled patches."""
         entered = head.input.flatten(1)
         layer: Any = head.module
         direction = weights @ layer.weight.detach().flatten(1).to(weights)
@@ -269,18 +261,18 @@ class ContributionSeed:
     ) -> Float[Tensor, "b n"]:
         """Return contributions to a score of an attention head's pooled token.
 
-        The attention weights are scaled from zero to their values along a straight line, and each
-        weight is credited with its gradient along the way (integrated gradients, Sundararajan et
-        al. 2017), at the nodes of Gauss-Legendre quadrature. All shares, those of other tokens
-        included, add up to the score less the score without any patch.
+        Integrated gradients (Sundararajan et al. 2017): the attention weights are scaled from zero
+        to their values, and each is credited with its mean gradient, by Gauss-Legendre quadrature.
+        The shares of all tokens add up to the score less the score without any patch.
         """
         attention = next((m for m in call.module.modules() if is_attention(m)), call.module)
-        total = torch.zeros(())
+        heads, total = head_count(attention), torch.zeros(())
         with torch.inference_mode(mode=False), torch.enable_grad():
             tokens = call.input.clone()
-            for place, weight in _gauss_legendre(self.nodes):
+            for node, weight in zip(*np.polynomial.legendre.leggauss(self.nodes), strict=True):
+                place = float(node + 1) / 2  # from [-1, 1] to [0, 1]
                 leaves: list[Tensor] = []
-                with scaled_weights(place, leaves, head_count(attention)):
+                with scaled_weights(place, leaves, heads):
                     pooled = call.module.forward(tokens)
                     score = (_normed(norm, pooled) * direction).sum()
                 if len(leaves) != 1 or leaves[0].shape[2] != 1:
@@ -291,18 +283,9 @@ class ContributionSeed:
                     )
                 (gradient,) = torch.autograd.grad(score, leaves)
                 share = (leaves[0] * gradient)[:, :, 0].sum(1).detach()
-                total = weight / place * share + total.to(share)
-        if tokens.shape[1] <= max(capture.patches):  # the head pools the patches alone
-            return total
-        return total[:, capture.patches]
-
-
-def _gauss_legendre(nodes: int) -> list[tuple[float, float]]:
-    """Return places in [0, 1] and weights of the quadrature (Golub and Welsch 1969)."""
-    k = torch.arange(1, nodes, dtype=torch.float64)
-    beside = k / (4 * k**2 - 1).sqrt()
-    places, vectors = torch.linalg.eigh(beside.diag(1) + beside.diag(-1))
-    return list(zip(((places + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True))
+                total = float(weight) / 2 / place * share + total.to(share)
+        pools_patches_alone = tokens.shape[1] <= max(capture.patches)
+        return total if pools_patches_alone else total[:, capture.patches]
 
 
 def _output_weights(capture: Capture, outputs: Tensor, column: Tensor) -> Float[Tensor, "b o"]:
@@ -320,15 +303,15 @@ def _output_weights(capture: Capture, outputs: Tensor, column: Tensor) -> Float[
 
 def _token_sequences(capture: Capture) -> Iterator[tuple[Tensor, list[int]]]:
     """Yield tokens that may have been pooled, and the positions of the patches among them."""
-    patches = capture.patches
+    patches, alone = capture.patches, list(range(len(capture.patches)))
     for call in reversed(capture.tail):
         tokens = call.output
         if tokens.dim() == 3 and len(tokens) == capture.images:
             if tokens.shape[1] > max(patches):
-                yield tokens[:, patches], list(range(len(patches)))
+                yield tokens[:, patches], alone
                 yield tokens, patches
             elif tokens.shape[1] == len(patches):
-                yield tokens, list(range(len(patches)))
+                yield tokens, alone
 
 
 def _normed(norm: nn.Module | None, tokens: Tensor) -> Tensor:

@@ -1,29 +1,25 @@
-"""Seed: the first class maps of a capture, and what all seeds share."""
+"""Seed: the first class maps of a capture, and functions that seeds share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from camkit.capture.attention import Attention
 from camkit.capture.record import Capture
 from camkit.tensors import Cam, Classes, Scores
 
 Seed: TypeAlias = Callable[[Capture, Classes], Cam]
 """``(capture, classes) -> cam``: one map for each class on the patch grid, at least 0, of any
-scale, zero where ``classes`` is -1. Either a frozen dataclass that states what it reads as
-``requires`` (a `camkit.capture.WatchSpec`), or a plain function."""
+scale, zero where ``classes`` is -1. Either a plain function, or a frozen dataclass whose
+``requires`` (a `camkit.capture.WatchSpec`) states what it reads."""
 
 
 def check_classes(classes: Classes, images: int, known: int | None) -> None:
-    """Check that ``classes`` fits the batch and names existing classes.
+    """Check that ``classes`` has a row per image and names existing classes.
 
-    Args:
-        classes: int64, one row per image, padded with -1.
-        images: number of images in the batch.
-        known: number of classes; None accepts any index.
+    ``known`` is the number of classes; None accepts any index.
     """
     if classes.shape[0] != images:
         raise ValueError(
@@ -65,19 +61,3 @@ def class_score(scores: Scores, column: Int[Tensor, " b"]) -> Float[Tensor, ""]:
     """Sum the scores of one class per image; -1 adds nothing."""
     chosen = scores.gather(1, column.clamp_min(0)[:, None])[:, 0]
     return chosen.masked_fill(column < 0, 0.0).sum()
-
-
-def class_gradients(
-    capture: Capture, column: Int[Tensor, " b"], calls: Sequence[Attention]
-) -> tuple[Tensor, ...]:
-    """Differentiate one class score per image with respect to the given attention calls only.
-
-    Args:
-        capture: a forward watched with ``gradients=True``.
-        column: one class per image; the gradient is zero where it is -1.
-        calls: attention calls of the capture.
-    """
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        watched = [call.watched() for call in calls]
-        total = class_score(capture.scores, column)
-        return torch.autograd.grad(total, watched, retain_graph=True)

@@ -1,8 +1,8 @@
-"""The classes that a caller asks for, in any form, as one padded tensor."""
+"""Class requests: the forms of ``classes=``, checked and turned into one padded tensor."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -14,31 +14,28 @@ from camkit.seeds.text import TextClasses
 from camkit.tensors import Cam, Classes
 from camkit.vocabulary import Vocabulary
 
-Activation: TypeAlias = Literal["sigmoid", "softmax"]
-"""How scores become probabilities: "sigmoid" of each class, for a classifier trained with several
-classes per image; "softmax" over all classifier outputs, summed within a class, for a classifier
-trained with one class per image."""
-
 
 @dataclass(frozen=True)
 class PredictedClasses:
-    """Predict the classes of each image with its own classifier, for images without labels.
+    """Predict the classes of each image with the model's classifier, for images without labels.
 
     Attributes:
         threshold: probability from which a class counts as present.
-        activation: see `Activation`.
-        least: number of most probable classes that count as present at any probability, so that no
-            image is left without a map; 0 allows that.
+        activation: makes probabilities of scores: "sigmoid" of each class, for a classifier trained
+            with several classes per image, or "softmax" over all classifier outputs, summed within
+            a class, for one class per image.
+        least: number of most probable classes that are always present; with 0, an image may have
+            no map.
     """
 
     threshold: float = 0.5
-    activation: Activation = "sigmoid"
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
     least: int = 1
 
     def __post_init__(self) -> None:
         if not 0.0 < self.threshold < 1.0:
             raise ValueError(f"`threshold` must lie in (0, 1), got {self.threshold}")
-        if self.activation not in get_args(Activation):
+        if self.activation not in ("sigmoid", "softmax"):
             raise ValueError(f'`activation` must be "sigmoid" or "softmax", got {self.activation}')
         if self.least < 0:
             raise ValueError(f"`least` must be at least 0, got {self.least}")
@@ -76,7 +73,7 @@ ClassRequest: TypeAlias = (
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """A checked class request; it exists before the model runs.
+    """A checked class request.
 
     Attributes:
         slots: int64, padded with -1; custom scores count down from -2. None if ``rule`` decides.
@@ -92,7 +89,7 @@ class Targets:
         """Return the padded classes; custom scores are numbered behind the last known class.
 
         Raises:
-            ValueError: a class does not exist, or ``rule`` returns another number of rows.
+            ValueError: a class does not exist, or ``rule`` does not return one row per image.
         """
         scores = capture.scores
         if self.slots is not None:
@@ -107,7 +104,7 @@ class Targets:
 
 
 def with_targets(seed: Seed, targets: Targets) -> Seed:
-    """Return a seed that also explains the custom scores of ``targets``.
+    """Extend a seed to the custom scores of ``targets``, if there are any.
 
     Raises:
         ValueError: there are custom scores, but the seed takes no gradients.
@@ -152,9 +149,9 @@ class _CustomScoreSeed:
             return None
         rows = []
         with torch.inference_mode(mode=False), torch.enable_grad():
-            for row, wanted in zip(outputs, slots.tolist(), strict=True):
+            for row, requested in zip(outputs, slots.tolist(), strict=True):
                 values = [
-                    _evaluate(function, row) if place in wanted else row.new_zeros(())
+                    _evaluate(function, row) if place in requested else row.new_zeros(())
                     for place, function in enumerate(self.functions)
                 ]
                 rows.append(torch.cat([row, torch.stack(values)]))
@@ -187,11 +184,11 @@ def read_targets(
             of bool, or of float zeros and ones; or a function of the capture, such as
             `PredictedClasses`.
         images: number of images in the batch.
-        known: number of classes, if already known.
+        known: number of classes, if it is known before the model runs.
         vocabulary: resolves names.
 
     Raises:
-        TypeError: the request has none of these forms.
+        TypeError: the request has another form.
         ValueError: it does not fit the batch, or names a class that does not exist.
     """
     if vocabulary is not None:
@@ -218,19 +215,14 @@ def _rows(request: Any, images: int) -> list[list[Any]]:
     if isinstance(request, str) or not isinstance(request, Sequence):
         raise TypeError(f"`classes` must be a list of names or indices, got {request!r}")
     nested = [isinstance(item, Sequence | Tensor) and not isinstance(item, str) for item in request]
-    if any(nested):
-        if not all(nested) or len(request) != images:
-            raise ValueError(
-                f"`classes` must hold one list for each of {images} images, got "
-                f"{sum(nested)} lists among {len(request)} items"
-            )
-        return [row.tolist() if isinstance(row, Tensor) else list(row) for row in request]
-    if images > 1 and request:
+    if not any(nested) and (images == 1 or not request):
+        return [list(request)] * images
+    if not all(nested) or len(request) != images:
         raise ValueError(
             f"`classes` must hold one list for each of {images} images, such as [[1], [4, 2]]; "
-            f"got {list(request)!r}"
+            f"got {sum(nested)} lists among {len(request)} items"
         )
-    return [list(request)] * images
+    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in request]
 
 
 def _numbers(
@@ -240,8 +232,7 @@ def _numbers(
     for item in row:
         if isinstance(item, bool) or not (isinstance(item, int | str) or callable(item)):
             raise TypeError(
-                "`classes` must hold numbers, names or functions of the outputs of an image, got "
-                f"{item!r}"
+                f"`classes` must hold numbers, names or functions of outputs, got {item!r}"
             )
     plain = [item for item in row if not callable(item)]
     if not plain and row:
@@ -252,8 +243,8 @@ def _numbers(
         named = [item for item in plain if not isinstance(item, int)]
         if named:
             raise ValueError(
-                f"{named[0]!r} is a name, but the pipeline has no vocabulary; ask by output index, "
-                "or give camkit.wrap a `vocabulary=`"
+                f"{named[0]!r} is a name, but the pipeline has no vocabulary; use output indices, "
+                "or pass `vocabulary=` to camkit.wrap"
             )
         if not plain:
             raise ValueError("name at least one class, got none")
@@ -265,7 +256,7 @@ def _numbers(
 
 
 def _of_tensor(request: Tensor, images: int, known: int | None) -> Classes:
-    """Return indices; labels become the indices of their ones."""
+    """Return class indices; labels become the indices of their ones."""
     labels = request.dtype == torch.bool or request.is_floating_point()
     if labels and request.dim() == 1 and images == 1:
         request = request[None]
@@ -284,11 +275,8 @@ def _of_tensor(request: Tensor, images: int, known: int | None) -> Classes:
     if known is not None and request.shape[1] != known:
         raise ValueError(f"labels must have {known} columns, one per class, got {request.shape[1]}")
     present = request != 0
-    count = request.shape[1]
-    order = torch.arange(count, device=request.device).expand_as(present)
-    width = max(1, int(present.sum(1).max()))
-    first = order.masked_fill(~present, count).sort(1).values[:, :width]
-    return first.masked_fill(first == count, -1)
+    first, order = present.byte().sort(dim=1, descending=True, stable=True)
+    return order.masked_fill(first == 0, -1)[:, : max(1, int(present.sum(1).max()))]
 
 
 def known_classes(model: nn.Module) -> int | None:

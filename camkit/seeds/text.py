@@ -1,4 +1,4 @@
-"""Seeds from texts: text classes, the joint space of images and texts, patch similarity."""
+"""Seeds from texts: class texts, the joint space of images and texts, patch similarity."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +24,8 @@ class JointSpace:
     Attributes:
         steps: applied in order to sequences of tokens: norm, pooling head if any, projection.
         pools: whether one of the steps pools a sequence to one embedding.
-        outside: the projection, if the model applies it outside of its image tower, whose output
-            then has another width (transformers' CLIP).
+        outside: the projection, if the model applies it outside of its image tower (transformers'
+            CLIP).
     """
 
     steps: tuple[Callable[[Tensor], Tensor], ...]
@@ -40,7 +40,7 @@ class JointSpace:
             model: the whole model, or its image tower.
 
         Raises:
-            UnsupportedModelError: the model is none of these.
+            UnsupportedModelError: the model has another form.
         """
         host: Any = model
         visual = getattr(host, "visual", host)
@@ -63,7 +63,7 @@ class JointSpace:
         )
 
     def embed(self, tokens: Tokens, *, gradients: bool = False) -> Float[Tensor, "b t D"]:
-        """Embed every token by itself, scaled to unit length; a pooling head gets one token."""
+        """Embed each token separately, scaled to unit length, also with a pooling head."""
         with torch.set_grad_enabled(gradients):
             embedded = self._run(tokens.flatten(0, 1)[:, None])
             return F.normalize(embedded.flatten(1).unflatten(0, tokens.shape[:2]), dim=-1)
@@ -121,7 +121,7 @@ def _has(module: Any, *names: str) -> bool:
 
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "there is a {} in the scene.")
-"""Prompts whose embeddings are averaged: a few like those of CLIP (Radford et al. 2021)."""
+"""Prompts whose embeddings are averaged, after those of CLIP (Radford et al. 2021)."""
 
 BACKGROUND = (
     "ground", "grass", "tree", "sky", "water", "sea", "road", "street", "building", "wall", "house",
@@ -158,18 +158,17 @@ class TextClasses:
             )
         if not self.scale > 0.0:
             raise ValueError(f"`scale` must be positive, got {self.scale}")
-        given = (("embeddings", self.embeddings), ("background", self.background))
-        for name, rows in given:
-            if rows is None:
-                continue
-            if rows.shape[1] != self.embeddings.shape[1]:
-                raise ValueError(
-                    f"`background` must be as wide as `embeddings`, "
-                    f"{self.embeddings.shape[1]}, got {rows.shape[1]}"
-                )
-            if not (rows.isfinite().all() and (rows.norm(dim=-1) > 0).all()):
-                raise ValueError(f"`{name}` must hold finite rows that are not zero")
-            object.__setattr__(self, name, F.normalize(rows.detach(), dim=-1))
+        width = self.embeddings.shape[1]
+        if self.background is not None and self.background.shape[1] != width:
+            raise ValueError(
+                f"`background` must be as wide as `embeddings`, {width}, got "
+                f"{self.background.shape[1]}"
+            )
+        for name, rows in (("embeddings", self.embeddings), ("background", self.background)):
+            if rows is not None:
+                if not (rows.isfinite().all() and (rows.norm(dim=-1) > 0).all()):
+                    raise ValueError(f"`{name}` must hold finite rows that are not zero")
+                object.__setattr__(self, name, F.normalize(rows.detach(), dim=-1))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -190,7 +189,7 @@ class TextClasses:
 
         Args:
             model: CLIP or SigLIP with both towers, of OpenAI, open_clip or transformers.
-            names: of the classes; synonyms, separated by commas within a name, are averaged too.
+            names: of the classes; synonyms, separated by commas, are averaged too.
             tokenize: turns a list of prompts into the input of the text tower:
                 ``open_clip.get_tokenizer(...)``, or a transformers tokenizer with
                 ``padding=True, return_tensors="pt"`` (SigLIP: ``padding="max_length"``).
@@ -206,16 +205,15 @@ class TextClasses:
         if isinstance(names, str) or not names:
             raise ValueError(f"`names` must be a list of at least one name, got {names!r}")
 
-        def rows(texts: Sequence[str]) -> Tensor:
-            return torch.stack([_ensemble(model, text, templates, tokenize) for text in texts])
+        def embed(texts: Sequence[str]) -> Tensor:
+            return torch.stack([_embed_name(model, text, templates, tokenize) for text in texts])
 
-        host: Any = model
-        logit_scale = getattr(host, "logit_scale", None)
-        logit_bias = getattr(host, "logit_bias", None)
+        logit_scale: Any = getattr(model, "logit_scale", None)
+        logit_bias: Any = getattr(model, "logit_bias", None)
         return cls(
             tuple(names),
-            rows(names),
-            rows(background) if background else None,
+            embed(names),
+            embed(background) if background else None,
             JointSpace.of(model),
             100.0 if logit_scale is None else float(logit_scale.detach().exp()),
             0.0 if logit_bias is None else float(logit_bias.detach()),
@@ -223,7 +221,7 @@ class TextClasses:
 
     def scores(self, output: Any) -> Float[Tensor, "b C"]:
         """Score the classes from a model's output; for ``camkit.watch(scores=...)``."""
-        embedding = embedding_of(output)
+        embedding = _embedding_of(output)
         width = self.embeddings.shape[1]
         outside = None if self.space is None else self.space.outside
         if embedding.shape[-1] != width and outside is not None:
@@ -249,20 +247,16 @@ class TextClasses:
         return embedded @ rows.to(embedded).mT
 
     def known_space(self) -> JointSpace:
-        """Return ``space``.
-
-        Raises:
-            ValueError: it is None.
-        """
+        """Return ``space``, or raise ValueError if it is None."""
         if self.space is None:
             raise ValueError(
-                "these TextClasses have no `space`, so tokens cannot be compared with them; give "
-                "them `space=camkit.seeds.JointSpace.of(model)`"
+                "these TextClasses have no `space`, so tokens cannot be compared with them; pass "
+                "`space=camkit.seeds.JointSpace.of(model)`"
             )
         return self.space
 
 
-def embedding_of(output: Any) -> Tensor:
+def _embedding_of(output: Any) -> Tensor:
     """Find the embedding in a tower's output: a tensor, the first of a tuple, or a field."""
     if isinstance(output, Tensor):
         return output
@@ -278,34 +272,31 @@ def embedding_of(output: Any) -> Tensor:
     )
 
 
-def _ensemble(
-    model: nn.Module,
-    name: str,
-    templates: Sequence[str],
-    tokenize: Callable[[list[str]], Any],
+def _embed_name(
+    model: Any, name: str, templates: Sequence[str], tokenize: Callable[[list[str]], Any]
 ) -> Float[Tensor, " D"]:
+    """Average the embeddings of all prompts of a name."""
     synonyms = [part.strip() for part in name.split(",") if part.strip()]
     if not synonyms:
         raise ValueError("a class name must not be blank")
     prompts = [template.format(word) for word in synonyms for template in templates]
     tokens = tokenize(prompts)
-    host: Any = model
     device = next(model.parameters()).device
     with torch.no_grad():
-        if isinstance(tokens, Mapping) and hasattr(host, "get_text_features"):
+        if isinstance(tokens, Mapping) and hasattr(model, "get_text_features"):
             inputs = {key: value.to(device) for key, value in tokens.items()}
-            output = host.get_text_features(**inputs)
-        elif isinstance(tokens, Tensor) and hasattr(host, "get_text_features"):
-            output = host.get_text_features(tokens.to(device))
-        elif isinstance(tokens, Tensor) and hasattr(host, "encode_text"):
-            output = host.encode_text(tokens.to(device))
+            output = model.get_text_features(**inputs)
+        elif isinstance(tokens, Tensor) and hasattr(model, "get_text_features"):
+            output = model.get_text_features(tokens.to(device))
+        elif isinstance(tokens, Tensor) and hasattr(model, "encode_text"):
+            output = model.encode_text(tokens.to(device))
         else:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no text tower that takes a "
                 f"{type(tokens).__name__} (encode_text, get_text_features); embed the prompts "
                 "yourself and give camkit.seeds.TextClasses(names, embeddings)"
             )
-    return F.normalize(embedding_of(output).float(), dim=-1).mean(0)
+    return F.normalize(_embedding_of(output).float(), dim=-1).mean(0)
 
 
 @dataclass(frozen=True)
@@ -313,20 +304,18 @@ class TextSimilaritySeed:
     """Similarity of patch embeddings to class texts, for CLIP and similar models.
 
     A patch passes the same steps as the class token: last norm and projection; a pooling head
-    (SigLIP) is run on the patch alone. Attach `camkit.edits.StaticCalibration` for good maps:
+    (SigLIP) is run on the patch alone. Ours: scores below the image's mean become zero, except for
+    "softmax", which has a natural zero. Attach `camkit.edits.StaticCalibration` for good maps:
     without it, CLIP's patches resemble the opposite of what they show (Li et al. 2023).
 
     Attributes:
         text: the classes.
         variant: "similarity" is the cosine. "softmax" is each class's share among all classes and
             background texts at the model's scale, as CLIP-ES (Lin et al. 2023) scores images; for
-            patches it is ours. "surgery" removes the part that a patch has in common with all
-            texts, after CLIP Surgery (Li et al. 2023): each class's cosine is weighted by the
-            confidence of the image embedding in it (softmax of twice the cosine, over its mean),
-            and the mean over all texts is subtracted; counting background texts among them is ours.
-
-    Scores below the image's mean become zero, except for "softmax", which has a natural zero; that
-    is ours.
+            patches it is ours. "surgery", after CLIP Surgery (Li et al. 2023), removes what a patch
+            has in common with all texts: each cosine is weighted by the confidence of the image
+            embedding in that class (softmax of twice the cosine, over its mean), and the mean over
+            all texts is subtracted. Counting background texts among them is ours.
     """
 
     text: TextClasses

@@ -1,7 +1,7 @@
 """The Grad-CAM family on tokens: tokens times their gradients, Finer-CAM contrasts, Eigen-CAM."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
@@ -10,68 +10,49 @@ from torch import Tensor
 
 from camkit.capture.record import Capture, SmoothGrad, TokenCall, WatchSpec
 from camkit.errors import CaptureError
-from camkit.seeds.protocol import check_classes, class_score, fold_maps, scaled_to_max
+from camkit.seeds.protocol import Seed, check_classes, class_score, fold_maps
 from camkit.tensors import Cam, Classes, Scores
 
 GradCAMVariant: TypeAlias = Literal[
     "gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "elementwise", "eigengradcam"
 ]
 Tokens: TypeAlias = Float[Tensor, "b n d"]
-Powers: TypeAlias = tuple[Tokens, Tokens, Tokens]
-"""First, second and third power of the gradient; means over noisy forwards if there are several."""
 
 
-def gradcam(tokens: Tokens, powers: Powers) -> Tokens:
-    """Weight channels by their mean gradient (Selvaraju et al. 2017)."""
-    return tokens * powers[0].mean(1, keepdim=True)
+def weight_tokens(
+    variant: str, tokens: Tokens, gradients: Float[Tensor, "s b n d"]
+) -> Float[Tensor, "b n d"]:
+    """Weight tokens by their gradients; summed over channels they make the map.
 
-
-def gradcam_plus_plus(tokens: Tokens, powers: Powers) -> Tokens:
-    """Weight channels by their positive gradients, places by equation 19 of the paper.
-
-    Chattopadhay et al. 2018. The small number in the divisor is grad-cam's.
+    Args:
+        variant: one of `GradCAMVariant`.
+        tokens: patch tokens.
+        gradients: of the class score, from each noisy forward or from the only one.
     """
-    first, second, third = powers
-    alpha = second / (2 * second + tokens.sum(1, keepdim=True) * third + 1e-6)
-    alpha = alpha.masked_fill(first == 0, 0.0)
-    return tokens * (first.clamp_min(0.0) * alpha).sum(1, keepdim=True)
-
-
-def hirescam(tokens: Tokens, powers: Powers) -> Tokens:
-    """Multiply token and gradient (Draelos and Carin 2020)."""
-    return tokens * powers[0]
-
-
-def xgradcam(tokens: Tokens, powers: Powers) -> Tokens:
-    """Weight channels by gradient times their share at each place (Fu et al. 2020)."""
-    share = tokens / (tokens.sum(1, keepdim=True) + 1e-7)
-    return tokens * (powers[0] * share).sum(1, keepdim=True)
-
-
-def layercam(tokens: Tokens, powers: Powers) -> Tokens:
-    """Multiply token and positive gradient (Jiang et al. 2021)."""
-    return tokens * powers[0].clamp_min(0.0)
-
-
-def elementwise(tokens: Tokens, powers: Powers) -> Tokens:
-    """Keep the positive products of token and gradient; grad-cam's own variant."""
-    return (tokens * powers[0]).clamp_min(0.0)
-
-
-WEIGHTED: dict[str, Callable[[Tensor, tuple[Tensor, Tensor, Tensor]], Tensor]] = {
-    "gradcam": gradcam,
-    "gradcam++": gradcam_plus_plus,
-    "hirescam": hirescam,
-    "xgradcam": xgradcam,
-    "layercam": layercam,
-    "elementwise": elementwise,
-}
+    gradient = gradients.mean(0)
+    match variant:
+        case "gradcam":  # Selvaraju et al. 2017: weight channels by their mean gradient
+            return tokens * gradient.mean(1, keepdim=True)
+        case "gradcam++":  # Chattopadhay et al. 2018, equation 19; 1e-6 is grad-cam's
+            second, third = gradients.square().mean(0), gradients.pow(3).mean(0)
+            alpha = second / (2 * second + tokens.sum(1, keepdim=True) * third + 1e-6)
+            alpha = alpha.masked_fill(gradient == 0, 0.0)
+            return tokens * (gradient.clamp_min(0.0) * alpha).sum(1, keepdim=True)
+        case "xgradcam":  # Fu et al. 2020: weight channels by gradient times share at each place
+            share = tokens / (tokens.sum(1, keepdim=True) + 1e-7)
+            return tokens * (gradient * share).sum(1, keepdim=True)
+        case "layercam":  # Jiang et al. 2021
+            return tokens * gradient.clamp_min(0.0)
+        case "elementwise":  # grad-cam's own variant
+            return (tokens * gradient).clamp_min(0.0)
+        case _:  # HiResCAM (Draelos and Carin 2020); "eigengradcam" takes its principal component
+            return tokens * gradient
 
 
 def principal_component(tokens: Tokens) -> Float[Tensor, "b n"]:
     """Project each token on the first principal component of the tokens of its image.
 
-    A component has no sign. As in SegEigenCAM (equation 13), the larger extreme is made positive.
+    The sign is chosen so that the larger extreme is positive, as in SegEigenCAM (equation 13).
     """
     centred = (tokens - tokens.mean(1, keepdim=True)).double()
     if centred.shape[1] <= centred.shape[2]:
@@ -86,10 +67,10 @@ def principal_component(tokens: Tokens) -> Float[Tensor, "b n"]:
 
 @dataclass(frozen=True)
 class FinerCAMContrast:
-    """A class's score less the scores of the most similarly scored classes.
+    """A class's score less those of the classes with the most similar scores.
 
-    Source: Finer-CAM (Zhang et al. 2025). Each similar class is weighted by its probability, in the
-    graph, as in grad-cam.
+    Source: Finer-CAM (Zhang et al. 2025). Each similar class is weighted by its probability, which
+    is differentiated too, as in grad-cam.
 
     Attributes:
         classes: number of similar classes; fewer if the model has no more.
@@ -118,19 +99,18 @@ class FinerCAMContrast:
 class GradCAMSeed:
     """Tokens that enter the last attention, weighted by the gradient of the class score.
 
-    The papers of the variants are named in `camkit.seeds.token_gradients`; negative evidence counts
-    as zero. The methods were made for convolutions. In a ViT the field applies them where tokens
-    enter the last attention, behind that block's first norm: behind the last block, the scores of a
-    class-token model depend on no patch at all.
+    The methods were made for convolutions. In a ViT the field applies them where tokens enter the
+    last attention, behind that block's first norm: behind the last block, the scores of a
+    class-token model depend on no patch at all. Negative evidence counts as zero.
 
     Attributes:
-        variant: how gradients weight tokens.
+        variant: how gradients weight tokens; `weight_tokens` names the papers.
         blocks: how many of the last blocks to average, each map divided by its maximum.
         contrast: differentiate this contrast with similar classes instead of the class score.
-        noise: average the powers of the gradient over noisy forwards; with "gradcam++" this is
-            Smooth Grad-CAM++ (Omeiza et al. 2019). As in torchcam, the second power stands where
-            the paper writes the first; unlike torchcam, which uses the last sample's gradient at
-            the end, the mean gradient of all samples is used. Tokens are those of the clean image.
+        noise: average the powers of the gradient over noisy forwards, but weight the tokens of the
+            clean image. With "gradcam++" this is Smooth Grad-CAM++ (Omeiza et al. 2019); as in
+            torchcam, the second power stands where the paper writes the first, but the mean
+            gradient is used at the end, not that of the last sample.
     """
 
     variant: GradCAMVariant = "gradcam"
@@ -153,16 +133,15 @@ class GradCAMSeed:
         )
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        clean = _entering(capture, self.blocks, self)
+        samples = 0 if self.noise is None else self.noise.samples
+        clean = _entering(capture, self, self.blocks, samples)
         with torch.inference_mode(mode=False), torch.enable_grad():  # a vocabulary joins outputs
             scores = capture.scores
             check_classes(classes, len(scores), scores.shape[-1])
-            runs = [(clean, scores)]
-            if self.noise is not None:
-                runs = [
-                    (sample.entering[-self.blocks :], _noisy_scores(capture, sample.outputs))
-                    for sample in capture.samples[: self.noise.samples]
-                ]
+            runs = [
+                (sample.entering[-self.blocks :], replace(capture, outputs=sample.outputs).scores)
+                for sample in capture.samples[:samples]
+            ] or [(clean, scores)]
         maps = []
         for column in classes.unbind(1):
             gradients = [self._gradients(capture, *run, column) for run in runs]
@@ -209,44 +188,44 @@ class GradCAMSeed:
         maps = []
         for call, drawn in zip(clean, zip(*gradients, strict=True), strict=True):
             dtype = torch.promote_types(call.node.dtype, torch.float32)
-            gradient = torch.stack(drawn).to(dtype)
-            powers = (gradient.mean(0), gradient.square().mean(0), gradient.pow(3).mean(0))
             tokens = call.tokens.detach()[:, capture.patches].to(dtype)
-            if self.variant == "eigengradcam":
-                scores = principal_component(hirescam(tokens, powers))
-            else:
-                scores = WEIGHTED[self.variant](tokens, powers).sum(-1)
+            weighted = weight_tokens(self.variant, tokens, torch.stack(drawn).to(dtype))
+            component = self.variant == "eigengradcam"
+            scores = principal_component(weighted) if component else weighted.sum(-1)
             maps.append(scores.clamp_min(0.0))
         if len(maps) == 1:
             return maps[0]
-        return scaled_to_max(torch.stack(maps)[..., None])[..., 0].mean(0)
+        # the gradients of confident models are tiny, so only maps below 1e-12 count as empty
+        return torch.stack([m / m.amax(1, keepdim=True).clamp_min(1e-12) for m in maps]).mean(0)
 
 
 @dataclass(frozen=True)
 class EigenCAMSeed:
     """The first principal component of an image's patch tokens; the same map for every class.
 
-    Source: Eigen-CAM (Muhammad and Yeasin 2020), at the tokens that enter the last attention. The
-    paper leaves the sign open; here the larger extreme is positive.
+    Eigen-CAM (Muhammad and Yeasin 2020), at the tokens that enter the last attention; the sign is
+    that of `principal_component`.
     """
 
     requires: ClassVar[WatchSpec] = WatchSpec(entering=1, last_patches=False)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         check_classes(classes, capture.images, None)
-        (call,) = _entering(capture, 1, self)
+        (call,) = _entering(capture, self)
         scores = principal_component(call.tokens.detach()[:, capture.patches].float())
         maps = scores.clamp_min(0.0)[:, None].expand(*classes.shape, -1)
         return fold_maps(capture, maps, classes)
 
 
 def _entering(
-    capture: Capture, blocks: int, seed: "GradCAMSeed | EigenCAMSeed"
+    capture: Capture, seed: Seed, blocks: int = 1, samples: int = 0
 ) -> tuple[TokenCall, ...]:
-    """Return the tokens that enter the attention of the last blocks."""
-    noise = seed.noise if isinstance(seed, GradCAMSeed) else None
-    short = noise is not None and len(capture.samples) < noise.samples
-    if len(capture.entering) < blocks or short:
+    """Return the tokens that enter the attention of the last blocks.
+
+    Raises:
+        CaptureError: these tokens, or so many samples under noise, were not recorded.
+    """
+    if len(capture.entering) < blocks or len(capture.samples) < samples:
         raise CaptureError(
             f"this capture does not hold the tokens that {type(seed).__name__} reads; watch the "
             "forward with camkit.watch(model, requires=seed.requires). If you did, the attention "
@@ -254,9 +233,3 @@ def _entering(
             "that runs in `modules=`"
         )
     return capture.entering[-blocks:]
-
-
-def _noisy_scores(capture: Capture, outputs: Tensor | None) -> Scores:
-    if outputs is None:
-        raise CaptureError("the forwards under noise returned no class scores")
-    return outputs if capture.vocabulary is None else capture.vocabulary.score(outputs)

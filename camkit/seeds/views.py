@@ -29,23 +29,21 @@ class Views:
     """The views of a photo that a seed is read from, and how their maps are joined.
 
     Multi-scale and mirrored inference as is usual in the field; docs/views.md lists the settings of
-    published methods. The photo as given is always one of the views, and refiners see its capture:
-    its attention lies on the grid of the joined map, and its colours are those of the picture.
+    published methods. The photo as given is always one of the views, and refiners get its capture.
     Views are made from the model's input pixels, as in ToCo, not read again from the file.
 
     Attributes:
         scales: of rows and columns; 1.0 must be among them. Sizes are rounded to whole patches, and
             scales that round to the same size count once.
         flip: add the mirror image at each size.
-        tiles: above 1, the photo is also cut into this many rows and columns of tiles. The model
-            runs on each tile alone, and their maps are laid side by side. After PPL (Li et al.
-            2022), which cuts inner feature maps and trains for it; cutting the photo itself,
-            without training, is ours.
+        tiles: above 1, the photo is also cut into this many rows and columns of tiles; the model
+            runs on each tile separately, and their maps are put side by side. After PPL (Li et al.
+            2022), which cuts inner feature maps and trains for it; cutting the photo is ours.
         join: how to join the maps of different sizes, and those of tiles with them.
         join_flip: how to join a map with that of the mirror image; None is the same as ``join``.
         normalize: "after" joins the maps as the seed returns them, so that views with larger scores
-            count more, as in MCTformer, ToCo and IRN; "before" first scales each map of each view
-            to a maximum of 1, which is ours.
+            count more, as in MCTformer, ToCo and IRN; "before", which is ours, first scales each
+            map to a maximum of 1.
         paired: run a size and its mirror image in one forward: faster on a device that one image
             does not fill, at twice the memory. The photo as given always runs alone.
     """
@@ -62,7 +60,7 @@ class Views:
         object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
         if 1.0 not in self.scales or not all(0.0 < scale < float("inf") for scale in self.scales):
             raise ValueError(
-                "`scales` must be positive and hold 1.0, as refiners see the photo as given, got "
+                "`scales` must be positive and hold 1.0, as refiners read the photo as given, got "
                 f"{self.scales}"
             )
         if self.tiles < 1:
@@ -75,26 +73,19 @@ class Views:
         if self.normalize not in ("after", "before"):
             raise ValueError(f'`normalize` must be "after" or "before", got {self.normalize!r}')
 
-    @property
-    def single(self) -> bool:
-        """Whether the photo as given is the only view."""
-        return self.scales == (1.0,) and not self.flip and self.tiles == 1
-
     def sizes(self, size: Size, patch: Size) -> tuple[Size, ...]:
-        """Return rows and columns of every view, each once, those of the photo first.
+        """Return rows and columns of each view, the photo's first.
 
         >>> Views(scales=(0.5, 1.0, 1.01)).sizes((64, 96), (16, 16))
         ((64, 96), (32, 48))
         """
-        rounded = [
-            (
-                max(1, round(size[0] * scale / patch[0])) * patch[0],
-                max(1, round(size[1] * scale / patch[1])) * patch[1],
-            )
-            for scale in self.scales
-            if scale != 1.0
-        ]
-        return tuple(dict.fromkeys((size, *rounded)))
+        rounded = [size]
+        for scale in self.scales:
+            if scale != 1.0:
+                sides = zip(size, patch, strict=True)
+                rows, cols = (max(1, round(side * scale / step)) * step for side, step in sides)
+                rounded.append((rows, cols))
+        return tuple(dict.fromkeys(rounded))
 
 
 _JOINED: dict[Join, Callable[[Cam, Cam], Cam]] = {"sum": torch.add, "max": torch.maximum}
@@ -115,13 +106,13 @@ class ModelRunner:
     """Run a model, perhaps under an edit, and return its capture.
 
     Attributes:
-        model: borrowed, in evaluation mode.
+        model: in evaluation mode.
         requires: what seeds and refiners will read from the captures. If this excludes the patches
             behind the last block, and there is no edit, that block runs for the class token only.
         edit: changes attention blocks during the forward.
         edit_blocks: the blocks to change, as in `camkit.attach`.
-        vocabulary: joins classifier outputs to classes.
-        scores: computes ``(b, classes)`` scores from the model's output, as in `camkit.watch`.
+        vocabulary: as in `camkit.watch`.
+        scores: as in `camkit.watch`.
     """
 
     model: nn.Module
@@ -132,12 +123,6 @@ class ModelRunner:
     scores: Callable[[Any], Tensor] | None = None
 
     def __call__(self, pixels: Pixels, rgb: RGB | None = None) -> Capture:
-        """Run the model on a batch.
-
-        Args:
-            pixels: normalised images of one size.
-            rgb: the same pictures in [0, 1], for edits and refiners that use colours.
-        """
         seen = watch(
             self.model,
             rgb=rgb,
@@ -169,11 +154,7 @@ class ModelRunner:
 
 
 def check_size(model: nn.Module, pixels: Pixels) -> None:
-    """Check that pictures can be cut into whole patches.
-
-    Raises:
-        ValueError: a side is not a multiple of the patch size.
-    """
+    """Check that the sides of pictures are multiples of the patch size."""
     patch = ModelRunner(model).patch
     height, width = pixels.shape[-2:]
     if patch and (height % patch[0] or width % patch[1]):
@@ -193,7 +174,7 @@ class MultiViewReader:
 
     Attributes:
         runner: runs the model on each view.
-        pixels: the batch as given to the model.
+        pixels: the batch as given.
         rgb: the same pictures in [0, 1], if known.
         capture: of the batch as given.
     """
@@ -207,21 +188,10 @@ class MultiViewReader:
         """Return the maps of each seed, joined over its views.
 
         The model runs once for each view, however many seeds are read from it, and only one view's
-        capture is held at a time, besides that of the batch as given.
-
-        Args:
-            classes: classes of each image, padded with -1.
-            requests: seeds and the views they are read from.
-
-        Returns:
-            Maps on the grid of the batch as given, at least 0, not normalised.
+        capture is held at a time, besides that of the batch as given. The maps lie on its grid, are
+        at least 0 and not normalised.
         """
         requests = list(dict.fromkeys(requests))
-        if all(views.single for _, views in requests):
-            return {
-                (seed, views): _scaled(self._read(self.capture, classes, seed), views)
-                for seed, views in requests
-            }
         base: Size = (self.pixels.shape[-2], self.pixels.shape[-1])
         sizes = {
             views: (base,) if views.scales == (1.0,) else views.sizes(base, self._patch())
@@ -245,7 +215,7 @@ class MultiViewReader:
     def _at_size(
         self, size: Size, classes: Classes, requests: Sequence[Request]
     ) -> dict[Request, Cam]:
-        """Return maps of one size, joined with those of the mirror images where requested."""
+        """Return maps of one size, joined with those of its mirror image where requested."""
         seeds = dict.fromkeys(seed for seed, _ in requests)
         flipped = dict.fromkeys(seed for seed, views in requests if views.flip)
         as_given = size == (self.pixels.shape[-2], self.pixels.shape[-1])
@@ -272,7 +242,7 @@ class MultiViewReader:
         return joined
 
     def _of_tiles(self, tiles: int, classes: Classes, seeds: Iterable[Seed]) -> dict[Seed, Cam]:
-        """Return maps of the tiles, read one by one and laid side by side."""
+        """Return maps of the tiles, put side by side."""
         grid, (rows, cols) = self.capture.grid, self._patch()
         empty = self.pixels.new_zeros(*classes.shape, grid.rows, grid.cols).float()
         maps = {seed: empty.clone() for seed in seeds}
@@ -286,7 +256,7 @@ class MultiViewReader:
         return maps
 
     def _run(self, size: Size, mirrored: tuple[bool, ...]) -> Capture:
-        """Run the model on the batch at a size, once as it is or mirrored for each of the flags."""
+        """Run the model on the batch at a size, with one copy, mirrored or not, for each flag."""
 
         def view(images: Tensor) -> Tensor:
             resized = images if images.shape[-2:] == size else resize_cam(images, size)

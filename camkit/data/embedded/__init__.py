@@ -13,9 +13,6 @@ from camkit.data.labels import check_split
 from camkit.data.sample import Sample
 from camkit.errors import DataError
 
-DEMO_DEPTH = 9
-"""Blocks of the model that comes with camkit; its teacher has twelve."""
-
 DEMO_WEIGHTS = Path(__file__).parent / "vit_tiny_9_blocks_distilled.safetensors"
 
 DEMO_CLASSES = ("cat", "person", "cup", "tripod")
@@ -32,14 +29,13 @@ _LARGEST = 127.0
 
 
 def demo_model() -> Any:
-    """Make the model that comes with camkit; nothing is downloaded.
+    """Make the small model that comes with camkit; nothing is downloaded.
 
     It is a ViT of width 192, patch 16 and nine blocks with 1000 ImageNet outputs, trained by
     ``benchmarks/train_demo_model.py`` to imitate timm's twelve-block ViT-Ti/16 of "How to train
-    your ViT?" (Steiner et al., 2021). It is meant for trying camkit: its maps come near the
-    teacher's, but it often confuses classes; ``benchmarks/results/demo_model.json`` says how
-    often. Colours are normalised with mean and standard deviation 0.5, the defaults of
-    `camkit.load_photo`; `imagenet_vocabulary` names the outputs.
+    your ViT?" (Steiner et al., 2021). It is for trying camkit: its maps come near the teacher's,
+    but it often confuses classes (``benchmarks/results/demo_model.json``). Colours are normalised
+    with the defaults of `camkit.load_photo`; `imagenet_vocabulary` names the outputs.
 
     Returns:
         A timm ``VisionTransformer`` in evaluation mode, float32, for images of any size.
@@ -60,21 +56,16 @@ def demo_model() -> Any:
 
 
 def blank_model() -> Any:
-    """Make the model that comes with camkit, with random weights."""
+    """Make a model like `demo_model`'s, with random weights."""
     import timm
 
-    return timm.create_model("vit_tiny_patch16_224", depth=DEMO_DEPTH, dynamic_img_size=True)
+    return timm.create_model("vit_tiny_patch16_224", depth=9, dynamic_img_size=True)
 
 
 def round_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Round matrices and kernels to 8 bits with one scale per row, all else to half precision.
 
-    Args:
-        weights: a state dict of floats.
-
-    Returns:
-        int8 rows under their own names, their scales (float32) under ``name.scale``; float16 for
-        biases, norms, positions and special tokens.
+    The float32 scales are stored as ``name.scale``.
     """
     packed: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -107,9 +98,8 @@ class DemoPhotos:
     """Four photographs for trying camkit; far too few to measure with.
 
     They are the photographs in scikit-image's wheel that may be redistributed and show an object
-    that ImageNet has a name for, except for the rocket, which is thinner than one patch at 384
-    pixels. Masks are drawn by hand; the video camera, blurred fur at the cat's chin and a line
-    along each border are 255, ignore.
+    that ImageNet has a name for, except for the rocket, which is too thin. Masks are drawn by hand;
+    the video camera, blurred fur at the cat's chin and a line along each border are 255, ignore.
     """
 
     root: Path
@@ -118,12 +108,7 @@ class DemoPhotos:
     splits: tuple[str, ...] = ("all",)
 
     def split(self, name: str = "all") -> tuple[Sample, ...]:
-        """List the photographs; there is one split, "all".
-
-        Raises:
-            ValueError: there is no such split.
-            DataError: this version of scikit-image lacks a photograph.
-        """
+        """List the photographs, or raise DataError if this version of scikit-image lacks one."""
         check_split(name, self.splits)
         samples = []
         for file, shown in _CONTENT.items():
@@ -138,15 +123,11 @@ class DemoPhotos:
         return tuple(samples)
 
     def entries(self, name: str = "all") -> Iterator[Sample | DataError]:
-        """Yield the photographs."""
         yield from self.split(name)
 
 
 def demo_photos() -> DemoPhotos:
     """Open the photographs that come with camkit; nothing is copied or downloaded.
-
-    Returns:
-        A data set with the one split "all".
 
     Raises:
         DataError: scikit-image, which holds the photographs, is not installed.

@@ -1,6 +1,10 @@
-"""The classes of pytorch-grad-cam, with its names, arguments and results."""
+"""The classes of pytorch-grad-cam, with its names, arguments and results.
+
+Change the import line and keep the script.
+"""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -14,7 +18,7 @@ from torch.nn import functional as F
 from camkit.capture.layers import Layers
 from camkit.capture.record import scores_of
 from camkit.errors import CaptureError
-from camkit.seeds.token_gradients import WEIGHTED, principal_component
+from camkit.seeds.token_gradients import principal_component, weight_tokens
 
 Target: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -66,13 +70,8 @@ class FinerWeightedTarget:
         )
 
 
-def total(targets: Sequence[Target], outputs: Tensor) -> Tensor:
-    """Return the sum of the targets, each of its own image.
-
-    Raises:
-        ValueError: the number of targets differs from that of images, or a target asks for a class
-            that the model lacks, or returns several numbers.
-    """
+def _total(targets: Sequence[Target], outputs: Tensor) -> Tensor:
+    """Return the sum of the targets, each of its own image."""
     if len(targets) != len(outputs):
         raise ValueError(
             f"`targets` must hold one target for each of {len(outputs)} images, got {len(targets)}"
@@ -101,7 +100,7 @@ def show_cam_on_image(
     colormap: int = cv2.COLORMAP_JET,
     image_weight: float = 0.5,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Lay a map over a picture, as grad-cam does; `camkit.paint.overlay_cam` keeps the photo clear.
+    """Lay a map over a picture, as grad-cam does (`camkit.paint.overlay_cam` is camkit's own).
 
     The brightest value of the mixture becomes 255. Unlike in grad-cam, a map outside [0, 1] is an
     error, because its colours would wrap around.
@@ -130,15 +129,12 @@ def show_cam_on_image(
     return (mixed / max(mixed.max(), 1e-7) * 255).astype(np.uint8)
 
 
-Reshape: TypeAlias = Callable[[Tensor], Tensor]
-Chosen: TypeAlias = Sequence[Target] | Callable[[Tensor], Sequence[Target]] | None
-Maps: TypeAlias = Float[np.ndarray, "b H W"]
-
-_BRIGHTNESS = (0.9, 1.0, 1.1)  # grad-cam's own augmentation, with mirror images
+_Reshape: TypeAlias = Callable[[Tensor], Tensor]
+_Maps: TypeAlias = Float[np.ndarray, "b H W"]
 
 
-class CAM:
-    """Base of all methods.
+class CAM(AbstractContextManager["CAM"]):
+    """Base of all methods; a subclass names its weighting in `camkit.seeds.token_gradients`.
 
     Unlike grad-cam's classes, these put hooks on the model during a call only, leave its mode and
     the gradients of its parameters as they are, keep no graph after the call, and raise errors.
@@ -150,14 +146,17 @@ class CAM:
             layout of tokens from the model.
     """
 
-    method: ClassVar[str] = ""
+    weighting: ClassVar[str] = ""
     uses_gradients: ClassVar[bool] = True
+
+    def __init_subclass__(cls, weighting: str = "") -> None:
+        cls.weighting = weighting or cls.weighting
 
     def __init__(
         self,
         model: nn.Module,
         target_layers: Sequence[nn.Module] | None = None,
-        reshape_transform: Reshape | None = None,
+        reshape_transform: _Reshape | None = None,
     ) -> None:
         self.model = model
         self.reshape_transform = reshape_transform
@@ -170,33 +169,33 @@ class CAM:
         targets: Sequence[Target] | None = None,
         aug_smooth: bool = False,
         eigen_smooth: bool = False,
-    ) -> Maps:
+    ) -> _Maps:
         """Return maps in [0, 1] at the size of the images.
 
         Args:
             input_tensor: the images, as the model takes them.
             targets: one for each image; None takes the most probable class.
-            aug_smooth: average over mirror images and three brightnesses.
+            aug_smooth: average over mirror images and three brightnesses, as grad-cam does.
             eigen_smooth: take the first principal component instead of the sum over channels.
         """
         if not aug_smooth:
             return self.forward(input_tensor, targets, eigen_smooth).cpu().numpy()
         views = []
         for mirrored in (False, True):
-            for factor in _BRIGHTNESS:
+            for factor in (0.9, 1.0, 1.1):
                 pixels = input_tensor.flip(-1) if mirrored else input_tensor
                 maps = self.forward(pixels * factor, targets, eigen_smooth)
                 views.append(maps.flip(-1) if mirrored else maps)
         return torch.stack(views).mean(0).cpu().numpy()
 
-    def __enter__(self) -> "CAM":
-        return self
-
     def __exit__(self, *_: object) -> None:
         """Do nothing: the hooks are off already. Errors are not swallowed."""
 
     def forward(
-        self, pixels: Tensor, targets: Chosen, eigen_smooth: bool
+        self,
+        pixels: Tensor,
+        targets: Sequence[Target] | Callable[[Tensor], Sequence[Target]] | None,
+        eigen_smooth: bool,
     ) -> Float[Tensor, "b H W"]:
         pixels = pixels.to(next(self.model.parameters()).device)
         run = self._layers(pixels, gradients=self.uses_gradients)
@@ -211,7 +210,7 @@ class CAM:
                 if chosen is None:
                     indices = self.outputs.argmax(-1).tolist()
                     chosen = [ClassifierOutputTarget(index) for index in indices]
-                score = total(chosen, outputs)
+                score = _total(chosen, outputs)
                 gradients = [torch.zeros_like(layer) for layer in run.layers]
                 if score.requires_grad:
                     gradients = torch.autograd.grad(
@@ -224,19 +223,18 @@ class CAM:
                 gradient = tokens if slopes is None else self._places(slopes, pixels.shape[-2:])[0]
                 if self.uses_gradients and not gradient.any():
                     right = self._layers.right_layer()
-                    use = f"`{right}`" if right not in (None, name) else None
+                    earlier = "a layer before the last attention"
                     raise CaptureError(
                         f"the scores do not depend on the patches in the output of {name}: every "
                         "gradient there is zero, and so would be every map; use "
-                        f"{use or 'a layer before the last attention'}"
+                        f"{earlier if right in (None, name) else f'`{right}`'}"
                     )
                 cam = self._map(tokens, gradient, eigen_smooth).clamp_min(0.0)
                 maps.append(_scaled(cam.unflatten(1, size), pixels.shape[-2:]))
             return _scaled(torch.stack(maps).mean(0))
 
     def _map(self, tokens: Tensor, gradient: Tensor, eigen_smooth: bool) -> Float[Tensor, "b n"]:
-        powers = (gradient, gradient.square(), gradient.pow(3))
-        weighted = WEIGHTED[self.method](tokens, powers)
+        weighted = weight_tokens(self.weighting, tokens, gradient[None])
         return principal_component(weighted) if eigen_smooth else weighted.sum(-1)
 
     def _places(self, output: Tensor, image: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
@@ -253,40 +251,28 @@ class CAM:
         return planes.flatten(2).mT.float(), (planes.shape[2], planes.shape[3])
 
 
-class GradCAM(CAM):
+class GradCAM(CAM, weighting="gradcam"):
     """Channels weighted by their mean gradient."""
 
-    method = "gradcam"
 
-
-class GradCAMPlusPlus(CAM):
+class GradCAMPlusPlus(CAM, weighting="gradcam++"):
     """Channels weighted by their positive gradients, place by place."""
 
-    method = "gradcam++"
 
-
-class HiResCAM(CAM):
+class HiResCAM(CAM, weighting="hirescam"):
     """Gradient times activation."""
 
-    method = "hirescam"
 
-
-class XGradCAM(CAM):
+class XGradCAM(CAM, weighting="xgradcam"):
     """Channels weighted by gradient times share of the activation."""
 
-    method = "xgradcam"
 
-
-class LayerCAM(CAM):
+class LayerCAM(CAM, weighting="layercam"):
     """Positive gradient times activation."""
 
-    method = "layercam"
 
-
-class GradCAMElementWise(CAM):
+class GradCAMElementWise(CAM, weighting="elementwise"):
     """Positive part of gradient times activation."""
-
-    method = "elementwise"
 
 
 class EigenCAM(CAM):
@@ -311,7 +297,7 @@ class EigenGradCAM(CAM):
 
 
 def _scaled(maps: Float[Tensor, "b h w"], size: Sequence[int] = ()) -> Float[Tensor, "b H W"]:
-    """Stretch each map to [0, 1], and resize it if a size is given; grad-cam's small number."""
+    """Stretch each map to [0, 1] with grad-cam's epsilon, and resize it if a size is given."""
     lowest = maps.amin((1, 2), keepdim=True)
     spread = (maps - lowest).amax((1, 2), keepdim=True)
     maps = (maps - lowest) / (spread + 1e-7)
@@ -320,21 +306,17 @@ def _scaled(maps: Float[Tensor, "b h w"], size: Sequence[int] = ()) -> Float[Ten
     return F.interpolate(maps[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
 
-class FinerCAM:
-    """Any of the other methods, on the contrast of a class with the most similarly scored ones.
+class FinerCAM(AbstractContextManager["FinerCAM"]):
+    """Another method (``base_method``) applied to the contrast of a class with similar classes.
 
-    Args:
-        model: see `CAM`, as for the next two.
-        target_layers: layers to read.
-        reshape_transform: turns a layer's output into ``(b, channels, h, w)``.
-        base_method: the class that makes the maps.
+    Similar classes are those with the nearest scores. `CAM` explains the other arguments.
     """
 
     def __init__(
         self,
         model: nn.Module,
         target_layers: Sequence[nn.Module] | None = None,
-        reshape_transform: Reshape | None = None,
+        reshape_transform: _Reshape | None = None,
         base_method: type[CAM] = GradCAM,
     ) -> None:
         self.base_cam = base_method(model, target_layers, reshape_transform)
@@ -347,7 +329,7 @@ class FinerCAM:
         alpha: float = 1.0,
         comparison_categories: Sequence[int] | None = None,
         target_idx: int | None = None,
-    ) -> Maps:
+    ) -> _Maps:
         """Return maps in [0, 1] at the size of the images.
 
         Args:
@@ -368,9 +350,6 @@ class FinerCAM:
 
         chosen = contrasts if targets is None else targets
         return self.base_cam.forward(input_tensor, chosen, eigen_smooth).cpu().numpy()
-
-    def __enter__(self) -> "FinerCAM":
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: the hooks are off already. Errors are not swallowed."""
