@@ -110,11 +110,11 @@ def test_xformers_is_asked_for_no_more_while_open(asking):
     heads = [x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (q, k)]
     expected = F.softmax(heads[0] @ heads[1].mT * 12**-0.5, -1)
     torch.testing.assert_close(seen.capture.blocks[0].head_mean(), expected.mean(1))
-    assert switched == ("xFormers (asked for by research_code)",)
+    assert switched == ("xFormers (used by research_code)",)
     assert module.XFORMERS_AVAILABLE is True
 
 
-WORDS = r"xFormers \(asked for by research_code\).*with camkit\.capture\.torch_kernels\(model\)"
+WORDS = r"xFormers \(used by research_code\).*with camkit\.capture\.torch_kernels\(model\)"
 
 
 def test_a_hidden_kernel_is_named_with_the_way_out_when_watched(asking):

@@ -1,4 +1,4 @@
-"""The roles of tokens, measured on the model itself."""
+"""The roles of tokens, measured by running the model."""
 
 import warnings
 from collections.abc import Sequence
@@ -69,18 +69,11 @@ def image_batch(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
 def measure_anatomy(
     model: nn.Module, attention: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Anatomy:
-    """Find the special tokens by changing what they are made from.
+    """Find the special tokens by changing the pixels and parameters that tokens are made from.
 
     The pixels, then each class, distillation and register parameter, are replaced by changed copies
-    while the model runs up to its first attention and no further; the positions whose tokens change
-    are recorded. The model's own tensors are not written to, and random number generators keep
-    their state.
-
-    Args:
-        model: the host.
-        attention: its attention modules.
-        args: what it was called with.
-        kwargs: what it was called with, by name.
+    while the model runs up to the first of its ``attention`` modules and no further; the positions
+    whose tokens change are recorded. The model's own tensors are not written to.
 
     Raises:
         UnsupportedModelError: tokens are NaN, none depends on the pixels, or patches do not come

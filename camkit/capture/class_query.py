@@ -30,13 +30,10 @@ _EXACT: "WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]]" = WeakKeyDic
 class ClassQuery:
     """Hooks that compute the last block of a host for the class token only; idle until armed.
 
-    Its attention is computed for the class query, and every module behind that is given the class
-    token alone; where the host adds the result to all tokens it is broadcast, so that the class
-    token is right and no other is. Nothing of the host is replaced. Whether that leaves the outputs
-    as they are is tried on one image.
-
-    Args:
-        host: the model.
+    Its attention is computed for the class query, and every module behind it receives the class
+    token alone. Where the host adds the result to all tokens it is broadcast, so only the class
+    token is right. Nothing of the host is replaced. A trial on one image shows whether the outputs
+    stay the same.
     """
 
     def __init__(self, host: Host) -> None:
@@ -50,7 +47,7 @@ class ClassQuery:
         self._mode: Intercept | None = None
 
     def start(self, hooks: Hooks) -> None:
-        """Put the hooks on, outside those that tap the attention module, as the last of all."""
+        """Register the hooks, outside those that tap the attention module; call this last."""
         if self._block is None or self._attention is None or self._had_hooks:
             return
         # the trial on one image is a measurement
@@ -76,10 +73,10 @@ class ClassQuery:
 
         Args:
             entrance: the module that is called.
-            args: what it is called with.
-            kwargs: what it is called with, by name.
+            args: its positional arguments.
+            kwargs: its arguments by name.
             anatomy: roles of its tokens.
-            early: modules whose whole output is read, so that they must run before.
+            early: modules whose whole output is read, so they must run before the last attention.
         """
         self.disarm()
         # hooks that are not the watch's own may read all tokens
@@ -102,7 +99,7 @@ class ClassQuery:
         return True
 
     def disarm(self) -> None:
-        """Be idle again."""
+        """Make the hooks idle again."""
         self._after_attention()  # if a forward was interrupted
         self._query = None
 
@@ -220,17 +217,16 @@ class SingleQueryAttention:
 
 
 class ClassPath:
-    """Computes what a block does to its class token behind the attention, with gradients.
+    """Computes the class token behind a block's attention, in a graph of its own.
 
     Except in its attention, a block treats each token by itself. So it can be called again with the
     class token alone and the attention output of that token: that is cheap, and the result depends
-    on the row of the class token and on no other. Each call is checked against the token that the
-    host itself computed.
+    only on the row of the class token. Each call is checked against the host's own token.
 
     Args:
         name: of the attention module.
         attention: the module.
-        block: that it lies in.
+        block: contains the module.
     """
 
     def __init__(self, name: str, attention: nn.Module, block: nn.Module) -> None:
@@ -249,8 +245,8 @@ class ClassPath:
         """Return the class token that leaves the block, and its row of the attention.
 
         Args:
-            args: what the block was called with.
-            kwargs: what it was called with, by name.
+            args: positional arguments of the block.
+            kwargs: its arguments by name.
             left: the tokens it returned.
             attention: its attention, with values and output.
             anatomy: roles of the tokens.

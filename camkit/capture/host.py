@@ -1,4 +1,4 @@
-"""A model as camkit finds it: attention modules, blocks, embeddings, entrances, hidden kernels."""
+"""The parts of a model that camkit needs: attention, blocks, embeddings, entrances, kernels."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -99,13 +99,12 @@ def find_attention(model: nn.Module) -> dict[str, nn.Module]:
 
 def find_patch_embeddings(model: nn.Module) -> dict[str, nn.Conv2d]:
     """Find the convolutions that cut images into patches: stride as large as their kernel."""
-    embeddings = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d) or module.in_channels != 3:
-            continue
-        if module.kernel_size == module.stride and module.stride[0] >= 4:
-            embeddings[name] = module
-    return embeddings
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3
+        if module.kernel_size == module.stride and module.stride[0] >= 4
+    }
 
 
 def of_images(attention: dict[str, nn.Module], embeddings: Iterable[str]) -> dict[str, nn.Module]:
@@ -143,11 +142,8 @@ def _shared(paths: Sequence[list[str]]) -> int:
 def block_names(attention: Sequence[str]) -> list[str]:
     """Name the block around each attention module; its own name if nothing is around it.
 
-    Members of a list are blocks; where names part before a list, as those of two encoders do
-    (SeCo's student and teacher), each part is searched by itself.
-
-    Args:
-        attention: names of attention modules.
+    Members of a list are blocks. Names that part before a list, as those of two encoders do
+    (SeCo's student and teacher), are searched separately.
     """
     if len(attention) == 1:
         return [attention[0].rpartition(".")[0]]
@@ -166,10 +162,6 @@ def block_modules(model: nn.Module, attention: Iterable[str]) -> dict[str, nn.Mo
     """Return the block that each attention module lies in, by the attention's name.
 
     Pooling heads are left out, and so is attention that is a block of its own.
-
-    Args:
-        model: the host.
-        attention: names of its attention modules.
     """
     names = [name for name in attention if not is_pooling(model, name)]
     blocks = {}
@@ -200,7 +192,7 @@ def tail_modules(model: nn.Module, attention: Sequence[str]) -> list[nn.Module]:
 # -- Kernels that hide attention.
 
 VISIBLE = ("sdpa", "eager")
-_XFORMERS = "XFORMERS_AVAILABLE"  # what DINOv2's code asks at every call
+_XFORMERS = "XFORMERS_AVAILABLE"  # DINOv2's code reads it in every call
 
 
 @contextmanager
@@ -221,30 +213,30 @@ def torch_kernels(model: nn.Module) -> Iterator[tuple[str, ...]]:
         ...     model(pixels)
     """
     configs = [(config, config._attn_implementation) for config in _hidden_configs(model)]
-    asking = _asking_xformers(model)
+    with_xformers = _modules_with_xformers(model)
     switched = hidden_kernels(model)
     try:
         for config, _ in configs:
             config._attn_implementation = "sdpa" if _knows_sdpa(model, config) else "eager"
-        for module in asking:
+        for module in with_xformers:
             setattr(module, _XFORMERS, False)
         yield switched
     finally:
         for config, before in configs:  # setting one sets those inside it, so outer ones go first
             config._attn_implementation = before
-        for module in asking:
+        for module in with_xformers:
             setattr(module, _XFORMERS, True)
 
 
 def hidden_kernels(model: nn.Module) -> tuple[str, ...]:
     """Name the kernels in a model that hide their attention."""
     names = [str(config._attn_implementation) for config in _hidden_configs(model)]
-    names += [f"xFormers (asked for by {module.__name__})" for module in _asking_xformers(model)]
+    names += [f"xFormers (used by {module.__name__})" for module in _modules_with_xformers(model)]
     return tuple(dict.fromkeys(names))
 
 
-def way_out(model: nn.Module) -> str:
-    """Say what to do about attention that was not seen."""
+def how_to_reveal(model: nn.Module) -> str:
+    """Return what to do about attention that was not seen."""
     hidden = hidden_kernels(model)
     if hidden:
         return (
@@ -273,7 +265,7 @@ def _knows_sdpa(model: nn.Module, config: Any) -> bool:
     return all(getattr(module, "_supports_sdpa", True) for module in holders)
 
 
-def _asking_xformers(model: nn.Module) -> list[Any]:
+def _modules_with_xformers(model: nn.Module) -> list[Any]:
     names = {type(module).__module__ for module in model.modules()}
     modules = [sys.modules[name] for name in sorted(names) if name in sys.modules]
     return [module for module in modules if getattr(module, _XFORMERS, False) is True]
@@ -286,10 +278,10 @@ _MEASURED: "WeakKeyDictionary[nn.Module, dict[str, Anatomy]]" = WeakKeyDictionar
 
 @dataclass(frozen=True, eq=False)
 class Host:
-    """The modules of a model that camkit hooks, and what its user said of them.
+    """The modules of a model that camkit hooks, and the settings its user gave.
 
     Attributes:
-        model: what the user holds.
+        model: the user's model, with its wrappers.
         attention: its attention modules by name.
         embeddings: convolutions that cut images into patches.
         entrances: modules that hold attention, from the outside in; a forward begins at the first
@@ -388,12 +380,12 @@ class Host:
         kwargs: dict[str, Any],
         at: str | None = None,
     ) -> Anatomy:
-        """Return the roles of the tokens: as the user said, else measured once and cached.
+        """Return the roles of the tokens, given by the user, or measured once and cached.
 
         Args:
             entrance: the module that a forward begins at.
-            args: what it was called with.
-            kwargs: what it was called with, by name.
+            args: its positional arguments.
+            kwargs: its arguments by name.
             at: the attention module whose input is measured; None is the first that runs. Hosts
                 whose class token joins late (CaiT) need another.
         """

@@ -1,8 +1,8 @@
-"""The torch-function mode that sees, weighs or replaces the attention calls of a host.
+"""The torch-function mode that reports, reweights or replaces the attention calls of a host.
 
-A mode is entered before a module runs and left behind it, so nothing of the host is replaced. Which
-call is attention is told by the identity of the function. A host's private copy of such a function
-runs as its author wrote it, unless it is proven to return the same bits.
+The mode is entered before a module runs and exited after it, so nothing of the host is replaced.
+Attention calls are recognised by the identity of the function. A host's private copy of such a
+function runs as its author wrote it, unless it is proven to return the same bits.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,13 +55,13 @@ def taps_suspended(*, all_handlers: bool = False) -> Iterator[None]:
 
 
 class Intercept(TorchFunctionMode):
-    """Pass the calls that a handler has a method for to it; all others run untouched.
+    """Passes each call that a handler has a method for to the handler; others run untouched.
 
     Args:
         handler: may have the methods ``fused`` (scaled_dot_product_attention), ``softmax``,
             ``kernel`` (a fused kernel by name), ``reweighted`` (camkit's own operator) and
-            ``linear``, each called with the function and its arguments. With ``fused``, it also
-            sees what multi_head_attention_forward computes inside.
+            ``linear``, each called with the function and its arguments. With ``fused``, the
+            attention inside multi_head_attention_forward is passed to it, too.
     """
 
     def __init__(self, handler: Any) -> None:
@@ -224,7 +224,7 @@ class Tap:
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         attention = _described(q, k, self._unfolded(attn_mask, query), options)
-        log_weights = None if self._key_log_weights is None else self._asked(attention)
+        log_weights = None if self._key_log_weights is None else self._log_weights(attention)
         normaliser = None
         if log_weights is not None:
             keys = key_bias(log_weights, query.dtype)
@@ -252,7 +252,7 @@ class Tap:
     def kernel(
         self, func: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any
     ) -> Any:
-        """Report a call by a tap that wants the normaliser; such calls have four axes."""
+        """Report a kernel that another tap called by name; such calls have four axes."""
         output, normaliser, *others = func(q, k, v, *rest, **named)
         mask, causal, scale = torch_internals.kernel_options(func.__name__, rest, named)
         attention = _described(q, k, mask, {"is_causal": causal, "scale": scale})
@@ -287,7 +287,7 @@ class Tap:
         if self._key_log_weights is not None:
             with taps_suspended():  # other taps should see the final call only
                 plain = func(*args, **kwargs)
-            log_weights = self._asked(ExplicitAttention(self._unfolded(plain)))
+            log_weights = self._log_weights(ExplicitAttention(self._unfolded(plain)))
         if log_weights is not None:
             biased = self._unfolded(logits) + key_bias(log_weights, logits.dtype)
             args = (biased.flatten(0, 1) if logits.dim() == 3 else biased, *args[1:])
@@ -297,7 +297,7 @@ class Tap:
         used = self._on_attention(unfolded, ExplicitAttention(unfolded))
         return used.flatten(0, 1) if weights.dim() == 3 else used
 
-    def _asked(self, attention: Attention) -> Tensor | None:
+    def _log_weights(self, attention: Attention) -> Tensor | None:
         if self._key_log_weights is None:
             return None
         with taps_suspended():
@@ -308,7 +308,7 @@ class Tap:
         return tensor.dim() == 4 or (tensor.dim() == 3 and len(tensor) % self._heads == 0)
 
     def _unfolded(self, tensor: Any, like: Tensor | None = None) -> Any:
-        """Batch and heads as two axes; a mask for all of them keeps its single axis."""
+        """Return batch and heads as two axes; a mask for all of them keeps its single axis."""
         if tensor is None or tensor.dim() != 3 or (like is not None and like.dim() != 3):
             return tensor
         return tensor[None] if len(tensor) == 1 else tensor.unflatten(0, (-1, self._heads))
@@ -319,10 +319,9 @@ def _described(
 ) -> FusedAttention:
     """Describe a fused call before it runs."""
     scale = q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
-    biased = mask is not None or options["is_causal"]
-    return FusedAttention(
-        q, k, scale, bias_of(mask, options["is_causal"], q, k) if biased else None
-    )
+    masked = mask is not None or options["is_causal"]
+    bias = bias_of(mask, options["is_causal"], q, k) if masked else None
+    return FusedAttention(q, k, scale, bias)
 
 
 def _compiled(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
@@ -333,11 +332,11 @@ def _compiled(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
 
 
 def scaled_weights(factor: float, leaves: list[Tensor], heads: int) -> Intercept:
-    """A mode under which attention uses its weights times ``factor``.
+    """Return a mode under which attention uses its weights times ``factor``.
 
     Args:
         factor: of the weights.
-        leaves: gets the scaled weights of each call, as leaves of the graph.
+        leaves: list that the scaled weights of each call are appended to, as leaves of the graph.
         heads: of the attention module.
     """
 
@@ -357,11 +356,11 @@ def scaled_weights(factor: float, leaves: list[Tensor], heads: int) -> Intercept
 
 
 class EvenRows:
-    """Computes linear layers inside a graph so that even gradients are multiplied once.
+    """Multiplies a gradient that is the same for all tokens by the weights of a layer only once.
 
-    Where a score is read from the mean token, the gradient of a block's last layer is one row,
-    repeated for each token, and torch multiplies it by the weights as often. Here rows are compared
-    first, so the result is the same whatever they are. No gradient of weights is taken.
+    If a score is read from the mean token, the gradient of a block's last layer is one row,
+    repeated for each token, and torch multiplies every copy. Here rows are compared first, so the
+    result is the same for any gradient. Weights get no gradient.
     """
 
     def linear(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

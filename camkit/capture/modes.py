@@ -15,7 +15,7 @@ class _Thread(local):
 
 
 THREAD = _Thread()
-"""Whether camkit itself runs the model in this thread; its hooks then do nothing."""
+"""Whether this thread is inside `measurement`, so that camkit's hooks do nothing."""
 
 
 @contextmanager

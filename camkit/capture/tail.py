@@ -1,4 +1,4 @@
-"""What follows the last block: how tokens become scores, also for single tokens."""
+"""The modules behind the last block: how they turn tokens, also single ones, into scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,7 +154,7 @@ def _normed(norm: nn.Module | None, tokens: Tensor) -> Tensor:
 def token_scores(
     tail: Sequence[TailCall], outputs: Tensor | None, token: Float[Tensor, "b d"]
 ) -> Float[Tensor, "b o"]:
-    """Pass one token per image through what follows the last block: norms, then the classifier.
+    """Pass one token per image through the modules behind the last block: norms, then classifier.
 
     Args:
         tail: module calls after the last block.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from camkit.capture.anatomy import Anatomy, grid_of_aspect, image_batch
 from camkit.capture.attention import Attention, ClassRows, ExplicitAttention, FusedAttention
 from camkit.capture.class_query import ClassPath, ClassQuery
-from camkit.capture.host import Host, block_modules, tail_modules, way_out
+from camkit.capture.host import Host, block_modules, how_to_reveal, tail_modules
 from camkit.capture.intercept import EvenRows, Intercept
 from camkit.capture.modes import Graph
 from camkit.capture.record import (
@@ -198,7 +198,7 @@ class Watch:
         return (
             f"{len(forward.ran)} attention modules ran but none called softmax, "
             "scaled_dot_product_attention or multi_head_attention_forward on (b, heads, t, t) "
-            f"maps: {way_out(self._host.model)}"
+            f"maps: {how_to_reveal(self._host.model)}"
         )
 
 

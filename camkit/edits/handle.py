@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy, image_batch
 from camkit.capture.attention import Attention
-from camkit.capture.host import Host, block_modules, is_whole_block, way_out
+from camkit.capture.host import Host, block_modules, how_to_reveal, is_whole_block
 from camkit.capture.intercept import taps_suspended
 from camkit.capture.session import (
     Arguments,
@@ -301,7 +301,8 @@ class Editor(Subscriber[EditedForward]):
         tokens, seen, edit = _first_tensor(call), call.attention, self.edit
         if tokens is None or seen is None:
             raise CaptureError(
-                f"an edited block ran but its attention was not seen: {way_out(self._host.model)}"
+                "an edited block ran but its attention was not seen: "
+                f"{how_to_reveal(self._host.model)}"
             )
         if isinstance(edit, KeyEdit) or seen.shape[2] == 1:  # pooled: no token of its own
             return None
