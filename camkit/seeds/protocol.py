@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from camkit.capture.record import Capture
+from camkit.errors import CaptureError
 from camkit.tensors import Cam, Classes, Scores
 
 Seed: TypeAlias = Callable[[Capture, Classes], Cam]
@@ -43,6 +44,26 @@ def pick(scores: Float[Tensor, "b n C"], classes: Classes) -> Float[Tensor, "b k
     """Select the scores of ``classes``, class axis first."""
     index = classes.clamp_min(0)[:, None].expand(-1, scores.shape[1], -1)
     return scores.gather(2, index).mT
+
+
+def leaving_tokens(capture: Capture, layer: int, seed: object) -> Float[Tensor, "b t d"]:
+    """Return all tokens that leave a block, detached.
+
+    Raises:
+        CaptureError: they were not recorded.
+        ValueError: there is no such block.
+    """
+    if not capture.leaving:
+        raise CaptureError(
+            f"this capture does not hold the tokens that leave each block, which "
+            f"{type(seed).__name__} reads; watch the forward with "
+            "camkit.watch(model, requires=seed.requires). If you did, the model has no module that "
+            "holds a block with its attention; use another seed"
+        )
+    count = len(capture.leaving)
+    if not -count <= layer < count:
+        raise ValueError(f"`layer` must lie in {-count} to {count - 1}, got {layer}")
+    return capture.leaving[layer].tokens.detach()
 
 
 def above_mean(maps: Float[Tensor, "b k n"]) -> Float[Tensor, "b k n"]:
