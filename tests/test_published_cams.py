@@ -9,10 +9,18 @@ from hosts import shaken, tiny
 from torch import nn
 
 import camkit
+from camkit import Views, normalize_cam
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seeds import ClassWeightSeed
+from camkit.seeds import ClassWeightSeed, ModelRunner, MultiViewReader
 
 ALL = torch.arange(CLASSES).expand(2, -1)
+
+
+def joined(model, pixels, seed, views, classes=ALL):
+    runner = ModelRunner(model, requires=seed.requires)
+    with torch.no_grad():
+        reader = MultiViewReader(runner, pixels, None, runner(pixels))
+        return reader.seeds(classes, [(seed, views)])[seed, views]
 
 
 class ToCo(nn.Module):
@@ -102,3 +110,42 @@ def test_an_inner_layer_must_exist_and_be_recorded(toco):
 def test_a_cut_that_does_not_exist_is_refused(no_shape_checks):
     with pytest.raises(ValueError, match='must be "mean", "zero" or None, got \'max\''):
         ClassWeightSeed(cut="max")
+
+
+def multi_scale(toco, pixels, scales):
+    """ToCo's multi-scale maps: signed maps at image size, the larger of both, positive, summed."""
+    size, sums = pixels.shape[2:], [0, 0]
+    for scale in scales:
+        resized = F.interpolate(pixels, scale_factor=scale, mode="bilinear")
+        both = [toco.maps(resized), toco.maps(resized.flip(-1))]
+        for place in (0, 1):
+            plain, turned = (F.interpolate(maps[place], size, mode="bilinear") for maps in both)
+            sums[place] = sums[place] + torch.maximum(plain, turned.flip(-1)).relu()
+    lowered = [maps - maps.amin((2, 3), keepdim=True) for maps in sums]
+    return [maps / (maps.amax((2, 3), keepdim=True) + 1e-5) for maps in lowered]
+
+
+AS_TOCO = Views((1.0, 0.5, 1.5), flip=True, join_flip="max", join_at="image", antialias=False)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_views_joined_at_the_size_of_the_image_are_tocos(toco, paired):
+    pixels = torch.randn(2, 3, 32, 48)
+    views = Views(**{**vars(AS_TOCO), "paired": paired})
+    with torch.no_grad():
+        expected = multi_scale(toco, pixels, views.scales)
+    for layer, maps in ((None, expected[0]), (-3, expected[1])):
+        cam = joined(toco, pixels, ClassWeightSeed(cut=None, layer=layer), views)
+        assert cam.shape == (2, CLASSES, 32, 48)
+        found = normalize_cam(cam, mode="minmax", epsilon=1e-5)
+        torch.testing.assert_close(found, maps, rtol=0, atol=1e-5)
+
+
+def test_a_pipeline_joins_at_the_size_of_the_image(toco):
+    pixels, rgb = torch.randn(2, 3, 32, 48), torch.rand(2, 3, 32, 48)
+    steps = (camkit.refiners.Normalize("minmax"),)
+    seed = ClassWeightSeed(cut=None)
+    pipeline = camkit.wrap(toco, seed=seed, views=AS_TOCO, refine=steps)
+    stages = pipeline.stages(pixels, rgb=rgb, classes=ALL)
+    expected = multi_scale(toco, pixels, AS_TOCO.scales)[0]
+    torch.testing.assert_close(stages.cam, expected.detach(), rtol=0, atol=1e-4)  # no epsilon
