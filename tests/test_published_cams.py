@@ -5,13 +5,21 @@ import torch
 import torch.nn.functional as F
 from forks import CLASS_TOKEN, CLASSES, DIM, Block, ReturnsItsMap, Vit
 from helpers import capture_of
-from hosts import shaken, tiny
+from hosts import Block as BlockOfHost, OneTokenPerClass, shaken, tiny
 from torch import nn
 
 import camkit
-from camkit import Views, normalize_cam
+from camkit import Propagate, Views, normalize_cam
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seeds import ClassWeightSeed, ModelRunner, MultiViewReader
+from camkit.seeds import (
+    ClassAttentionSeed,
+    ClassWeightSeed,
+    ModelRunner,
+    MultiViewReader,
+    PatchHeadSeed,
+    ProductSeed,
+    RefinedSeed,
+)
 
 ALL = torch.arange(CLASSES).expand(2, -1)
 
@@ -149,3 +157,192 @@ def test_a_pipeline_joins_at_the_size_of_the_image(toco):
     stages = pipeline.stages(pixels, rgb=rgb, classes=ALL)
     expected = multi_scale(toco, pixels, AS_TOCO.scales)[0]
     torch.testing.assert_close(stages.cam, expected.detach(), rtol=0, atol=1e-4)  # no epsilon
+
+
+class MCTformerPlus(OneTokenPerClass):
+    """One token a class, a convolution that scores patches, and blocks that show their maps.
+
+    ``fusion`` derives a weight for every head from its block's output, as WeakTr does.
+    """
+
+    def __init__(self, *, fusion=False):
+        super().__init__(class_tokens=CLASSES, blocks=3)
+        self.blocks = nn.ModuleList(ShowsItsMap() for _ in range(3))
+        self.head = nn.Conv2d(24, CLASSES, 3, padding=1)
+        self.fusion = nn.Sequential(nn.Linear(3 * 24, 6), nn.Sigmoid()) if fusion else None
+
+    def forward(self, pixels):
+        return self.everything(pixels)[0]
+
+    def everything(self, pixels):
+        """Scores; class attention, patch maps; patch attention of each block; head weights."""
+        x = self.sequence(self.patch_embed(pixels).flatten(2).mT)
+        maps, outputs = [], []
+        for block in self.blocks:
+            added, shown = block(block.norm(x))
+            x = x + added
+            maps.append(shown)
+            outputs.append(added.mean(1))
+        maps = torch.stack(maps, 1)  # images, blocks, heads, tokens, tokens
+        weights = torch.ones(maps.shape[:3])
+        if self.fusion is not None:
+            weights = self.fusion(torch.cat(outputs, -1)).unflatten(-1, (2, 3)).mT
+        weighted = (maps * weights[..., None, None]).mean(2)
+        grid = pixels.shape[2] // 8, pixels.shape[3] // 8
+        patches = self.head(x[:, CLASSES:].mT.unflatten(-1, grid))
+        attended = weighted.mean(1)[:, :CLASSES, CLASSES:].unflatten(-1, grid)
+        scores = x[:, :CLASSES].mean(-1)
+        return scores, attended, patches.relu(), weighted[..., CLASSES:, CLASSES:]
+
+
+class ShowsItsMap(BlockOfHost):
+    def forward(self, x):
+        q, k, v = (p.unflatten(-1, (2, -1)).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(2), weights
+
+
+def learned_weights(model):
+    """Head weights as a user reads them: the latest output of the module that computes them."""
+    last = model.fusion[-1]
+
+    def read(capture):
+        (call,) = [call for call in capture.tail if call.module is last]
+        return call.output.unflatten(-1, (2, 3)).mT
+
+    return read
+
+
+@pytest.fixture(params=[False, True], ids=["mctformer", "weaktr"])
+def per_class(request):
+    """A model, its seed and the spreading of its maps."""
+    model = shaken(MCTformerPlus(fusion=request.param))
+    weights = learned_weights(model) if request.param else None
+    seed = ProductSeed(ClassAttentionSeed(weights), PatchHeadSeed(), root=not request.param)
+    return model, seed, Propagate(scale_rows=False, head_weights=weights)
+
+
+def test_class_attention_times_patch_maps_spread_by_patch_attention(per_class):
+    model, seed, spread = per_class
+    pixels = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        _, attended, patches, affinity = model.everything(pixels)
+    expected = attended * patches if model.fusion else (attended * patches).sqrt()
+    capture = capture_of(model, pixels, seed, spread)
+    torch.testing.assert_close(seed(capture, ALL), expected)
+    expected = torch.einsum("bij,bkj->bki", affinity.mean(1), expected.flatten(2)).view_as(expected)
+    torch.testing.assert_close(spread(seed(capture, ALL), capture), expected)
+    torch.testing.assert_close(RefinedSeed(seed, (spread,))(capture, ALL), expected)
+
+
+def test_each_view_is_spread_by_its_own_attention(per_class):
+    """As MCTformer and WeakTr join scales and mirror images: spread, resized, summed, min-max."""
+    model, seed, spread = per_class
+    pixels, size, total = torch.randn(2, 3, 32, 48), (32, 48), 0
+    for sides in ((32, 48), (16, 24), (48, 72)):
+        small = sides[0] < 32
+        resized = F.interpolate(pixels, sides, mode="bilinear", antialias=small)
+        for flipped in (False, True):
+            with torch.no_grad():
+                _, attended, patches, affinity = model.everything(
+                    resized.flip(-1) if flipped else resized
+                )
+            maps = attended * patches if model.fusion else (attended * patches).sqrt()
+            maps = (affinity.sum(1) @ maps.flatten(2).mT).mT.view_as(maps)
+            maps = F.interpolate(maps, size, mode="bilinear")
+            total = total + (maps.flip(-1) if flipped else maps)
+    low, high = total.amin((2, 3), keepdim=True), total.amax((2, 3), keepdim=True)
+    views = Views(scales=(1.0, 0.5, 1.5), flip=True, join_at="image")
+    cam = joined(model, pixels, RefinedSeed(seed, (spread,)), views)
+    found = normalize_cam(cam, mode="minmax")
+    torch.testing.assert_close(found, (total - low) / (high - low), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((2, 3), r"\(2, 3, 2\), got \(2, 3\)"),
+        ((2, 2, 3), r"\(2, 3, 2\), got \(2, 2, 3\)"),
+        ((1, 3, 2), r"\(2, 3, 2\), got \(1, 3, 2\)"),
+    ],
+)
+@pytest.mark.parametrize("stage", [ClassAttentionSeed, Propagate])
+def test_head_weights_of_another_shape_are_refused(stage, shape, words):
+    model, pixels = MCTformerPlus(), torch.randn(2, 3, 32, 48)
+    capture = capture_of(model, pixels)
+    read = stage(head_weights=lambda _: torch.ones(shape))
+    given = (torch.rand(2, 1, 4, 6), capture) if stage is Propagate else (capture, ALL)
+    with pytest.raises(ValueError, match=f"each image, watched block and head, of shape {words}"):
+        read(*given)
+
+
+def test_head_weights_must_be_finite():
+    capture = capture_of(MCTformerPlus(), torch.randn(2, 3, 32, 48))
+    with pytest.raises(ValueError, match="finite weights, got NaN or inf"):
+        ClassAttentionSeed(lambda _: torch.full((2, 3, 2), torch.nan))(capture, ALL)
+
+
+@pytest.mark.parametrize("scale_rows", [True, False])
+@pytest.mark.parametrize("blocks", [None, 2])
+def test_heads_of_equal_weight_are_the_plain_mean(scale_rows, blocks):
+    capture = capture_of(MCTformerPlus(), torch.randn(2, 3, 32, 48))
+    cam = torch.rand(2, 2, 4, 6)
+    settings = {"steps": 2, "blocks": blocks, "scale_rows": scale_rows}
+    equal = Propagate(**settings, head_weights=lambda _: torch.ones(2, 3, 2))
+    torch.testing.assert_close(equal(cam, capture), Propagate(**settings)(cam, capture))
+    balanced = Propagate(
+        blocks=blocks, balance=2, head_weights=lambda _: torch.full((2, 3, 2), 7.0)
+    )
+    expected = Propagate(blocks=blocks, balance=2)(cam, capture)
+    torch.testing.assert_close(balanced(cam, capture), expected)
+
+
+def test_head_weights_of_the_last_blocks_are_the_last_weights():
+    capture = capture_of(MCTformerPlus(), torch.randn(2, 3, 32, 48))
+    cam, weights = torch.rand(2, 1, 4, 6), torch.rand(2, 3, 2)
+    changed = weights.clone()
+    changed[:, 0] = 9.0
+    last = [
+        Propagate(blocks=2, scale_rows=False, head_weights=lambda _, w=w: w)(cam, capture)
+        for w in (weights, changed)
+    ]
+    assert torch.equal(*last)
+    every = Propagate(scale_rows=False, head_weights=lambda _: changed)(cam, capture)
+    assert not torch.allclose(every, last[0], rtol=0.1)
+
+
+def test_balanced_rows_are_scaled_rows():
+    with pytest.raises(ValueError, match="excludes `scale_rows=False`; set one of the two"):
+        Propagate(balance=3, scale_rows=False)
+
+
+def test_refiners_of_the_grid_are_refused_behind_views_joined_at_the_size_of_the_image(toco):
+    views = Views(join_at="image")
+    with pytest.raises(ValueError, match=r"leave the patch grid that Propagate.*RefinedSeed"):
+        camkit.wrap(toco, seed=ClassWeightSeed(), views=views)
+    spread = RefinedSeed(ClassWeightSeed(), (Propagate(),))
+    pipeline = camkit.wrap(toco, seed=spread, views=views, refine=())
+    pixels, rgb = torch.randn(2, 3, 32, 48), torch.rand(2, 3, 32, 48)
+    assert pipeline.stages(pixels, rgb=rgb, classes=ALL).cam.shape == (2, CLASSES, 32, 48)
+
+
+def test_a_refined_seed_states_what_all_of_it_reads_and_keeps_empty_slots_empty(toco):
+    seed = RefinedSeed(ClassWeightSeed(layer=-3), (lambda cam, _: cam + 1.0,))
+    assert seed.requires.gradients  # a plain function may read anything
+    assert RefinedSeed(ClassWeightSeed(layer=-3), (Propagate(),)).requires.leaving
+    classes = torch.tensor([[0, -1], [-1, 2]])
+    found = seed(capture_of(toco, torch.randn(2, 3, 32, 48), seed), classes)
+    assert not found[classes < 0].any()
+    assert found[classes >= 0].min() >= 1.0
+    with pytest.raises(ValueError, match="at least one refiner, got none"):
+        RefinedSeed(ClassWeightSeed(), ())
+
+
+def test_settings_of_codebases_are_written_in_words():
+    steps = "propagate:scale_rows=false+normalize:minmax,epsilon=1e-5"
+    method = camkit.Method.from_words(seed="weight:cut=none,layer=-3", refine=[steps])
+    assert method.seed == ClassWeightSeed(cut=None, layer=-3)
+    assert method.refine == (
+        Propagate(scale_rows=False),
+        camkit.refiners.Normalize("minmax", epsilon=1e-5),
+    )
