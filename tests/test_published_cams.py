@@ -339,10 +339,10 @@ def test_a_refined_seed_states_what_all_of_it_reads_and_keeps_empty_slots_empty(
 
 
 def test_settings_of_codebases_are_written_in_words():
-    steps = "propagate:scale_rows=false+normalize:minmax,epsilon=1e-5"
+    steps = "propagate:scale_rows=false,boxes=0.4,box_rule=clip-es+normalize:minmax,epsilon=1e-5"
     method = camkit.Method.from_words(seed="weight:cut=none,layer=-3", refine=[steps])
     assert method.seed == ClassWeightSeed(cut=None, layer=-3)
     assert method.refine == (
-        Propagate(scale_rows=False),
+        Propagate(scale_rows=False, boxes=0.4, box_rule="clip-es"),
         camkit.refiners.Normalize("minmax", epsilon=1e-5),
     )

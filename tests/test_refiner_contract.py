@@ -183,6 +183,8 @@ REFUSED = [
     (Propagate, "steps", [0], "must be at least 1, got {}"),
     (Propagate, "blocks", [0], "must be at least 1, got {}"),
     (Propagate, "mix", [1.5, NAN], r"must lie in \[0, 1\], got {}"),
+    (RandomWalk, "box_rule", ["wide"], 'must be "whole" or "clip-es", got {!r}'),
+    (Propagate, "box_rule", ["wide"], 'must be "whole" or "clip-es", got {!r}'),
     (Propagate, "boxes", [1.0, NAN], r"must lie in \[0, 1\), got {}"),
 ]
 

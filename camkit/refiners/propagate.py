@@ -13,7 +13,7 @@ from torch import Tensor
 
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.errors import CaptureError
-from camkit.ops.propagation import balance, check_share, component_boxes, random_walk
+from camkit.ops.propagation import BoxRule, balance, check_boxes, component_boxes, random_walk
 from camkit.ops.similarity import check_positive, colour_smooth, cosine_smooth
 from camkit.seeds.protocol import HeadWeights, read_head_weights
 from camkit.tensors import Cam
@@ -91,6 +91,8 @@ class Propagate:
             With 0, scores are streamed through fused attention.
         boxes: spread only scores within boxes around the parts of a map above this share of its
             maximum (`camkit.ops.propagation`); CLIP-ES uses 0.4. None spreads all scores.
+        box_rule: "whole", or "clip-es" for boxes with the extents and the rounding of the code of
+            CLIP-ES and ExCEL (`camkit.ops.propagation.component_boxes`).
         scale_rows: scale rows to sum to one. False takes attention as it is: a patch loses what it
             attends to in class and register tokens, as in MCTformer, TransCAM and WeakTr. The first
             two add up the blocks, which differs from our mean by a factor only.
@@ -103,6 +105,7 @@ class Propagate:
     mix: float = 1.0
     balance: int = 0
     boxes: float | None = None
+    box_rule: BoxRule = "whole"
     scale_rows: bool = True
     head_weights: HeadWeights | None = None
 
@@ -114,8 +117,7 @@ class Propagate:
         _check_attention(self.blocks, self.balance)
         if not 0.0 <= self.mix <= 1.0:
             raise ValueError(f"`mix` must lie in [0, 1], got {self.mix}")
-        if self.boxes is not None:
-            check_share(self.boxes)
+        check_boxes(self.boxes, self.box_rule)
         if self.balance and not self.scale_rows:
             raise ValueError(
                 "`balance` scales the rows, so it excludes `scale_rows=False`; set one of the two"
@@ -125,7 +127,7 @@ class Propagate:
         scale, weights = self.scale_rows, self.head_weights
         step = _attention_step(capture, self.blocks, self.balance, scale, weights)
         if self.boxes is not None:
-            cam = cam * component_boxes(cam, self.boxes)
+            cam = cam * component_boxes(cam, self.boxes, rule=self.box_rule)
         scores = capture.grid.flatten(cam)
         for _ in range(self.steps):
             scores = torch.lerp(scores, step(scores), self.mix)
@@ -223,6 +225,7 @@ class RandomWalk:
         blocks: use the attention of the last n captured blocks; None uses all.
         balance: as in `camkit.Propagate`.
         boxes: as in `camkit.Propagate`.
+        box_rule: as in `camkit.Propagate`.
     """
 
     beta: float = 1.0
@@ -231,6 +234,7 @@ class RandomWalk:
     blocks: int | None = 6
     balance: int = 3
     boxes: float | None = None
+    box_rule: BoxRule = "whole"
 
     requires: ClassVar[WatchSpec] = WatchSpec()
 
@@ -239,12 +243,11 @@ class RandomWalk:
         if not 0 <= self.logt <= 20:
             raise ValueError(f"`logt` must lie in [0, 20], got {self.logt}: 2^logt steps are taken")
         _check_attention(self.blocks, self.balance)
-        if self.boxes is not None:
-            check_share(self.boxes)
+        check_boxes(self.boxes, self.box_rule)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
         if self.boxes is not None:
-            cam = cam * component_boxes(cam, self.boxes)
+            cam = cam * component_boxes(cam, self.boxes, rule=self.box_rule)
         if self.affinity is None:
             affinity = _patch_attention(capture, self.blocks, self.balance)
             scores = capture.grid.flatten(cam)
