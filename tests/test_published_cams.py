@@ -118,6 +118,8 @@ def test_an_inner_layer_must_exist_and_be_recorded(toco):
 def test_a_cut_that_does_not_exist_is_refused(no_shape_checks):
     with pytest.raises(ValueError, match='must be "mean", "zero" or None, got \'max\''):
         ClassWeightSeed(cut="max")
+    with pytest.raises(ValueError, match="must be \"zero\" or None, got 'mean'"):
+        PatchHeadSeed(cut="mean")
 
 
 def multi_scale(toco, pixels, scales):
@@ -175,7 +177,7 @@ class MCTformerPlus(OneTokenPerClass):
         return self.everything(pixels)[0]
 
     def everything(self, pixels):
-        """Scores; class attention, patch maps; patch attention of each block; head weights."""
+        """Scores, class attention, signed patch maps, patch attention of each block."""
         x = self.sequence(self.patch_embed(pixels).flatten(2).mT)
         maps, outputs = [], []
         for block in self.blocks:
@@ -192,7 +194,7 @@ class MCTformerPlus(OneTokenPerClass):
         patches = self.head(x[:, CLASSES:].mT.unflatten(-1, grid))
         attended = weighted.mean(1)[:, :CLASSES, CLASSES:].unflatten(-1, grid)
         scores = x[:, :CLASSES].mean(-1)
-        return scores, attended, patches.relu(), weighted[..., CLASSES:, CLASSES:]
+        return scores, attended, patches, weighted[..., CLASSES:, CLASSES:]
 
 
 class ShowsItsMap(BlockOfHost):
@@ -227,7 +229,8 @@ def test_class_attention_times_patch_maps_spread_by_patch_attention(per_class):
     pixels = torch.randn(2, 3, 32, 48)
     with torch.no_grad():
         _, attended, patches, affinity = model.everything(pixels)
-    expected = attended * patches if model.fusion else (attended * patches).sqrt()
+    expected = attended * patches.relu()
+    expected = expected if model.fusion else expected.sqrt()
     capture = capture_of(model, pixels, seed, spread)
     torch.testing.assert_close(seed(capture, ALL), expected)
     expected = torch.einsum("bij,bkj->bki", affinity.mean(1), expected.flatten(2)).view_as(expected)
@@ -247,7 +250,8 @@ def test_each_view_is_spread_by_its_own_attention(per_class):
                 _, attended, patches, affinity = model.everything(
                     resized.flip(-1) if flipped else resized
                 )
-            maps = attended * patches if model.fusion else (attended * patches).sqrt()
+            maps = attended * patches.relu()
+            maps = maps if model.fusion else maps.sqrt()
             maps = (affinity.sum(1) @ maps.flatten(2).mT).mT.view_as(maps)
             maps = F.interpolate(maps, size, mode="bilinear")
             total = total + (maps.flip(-1) if flipped else maps)
@@ -256,6 +260,16 @@ def test_each_view_is_spread_by_its_own_attention(per_class):
     cam = joined(model, pixels, RefinedSeed(seed, (spread,)), views)
     found = normalize_cam(cam, mode="minmax")
     torch.testing.assert_close(found, (total - low) / (high - low), rtol=0, atol=1e-5)
+
+
+def test_signed_maps_of_a_patch_head_are_spread_as_in_transcam():
+    model, pixels = MCTformerPlus(), torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        _, _, patches, affinity = model.everything(pixels)
+    expected = (affinity.mean(1) @ patches.flatten(2).mT).mT.view_as(patches)
+    seed = RefinedSeed(PatchHeadSeed(cut=None), (Propagate(scale_rows=False),))
+    torch.testing.assert_close(seed(capture_of(model, pixels, seed), ALL), expected)
+    assert expected.min() < 0 < expected.max()
 
 
 @pytest.mark.parametrize(
