@@ -9,11 +9,13 @@ from hosts import Block as BlockOfHost, OneTokenPerClass, shaken, tiny
 from torch import nn
 
 import camkit
-from camkit import Propagate, Views, normalize_cam
+from camkit import GradientSeed, Propagate, Views, normalize_cam
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds import (
     ClassAttentionSeed,
     ClassWeightSeed,
+    FusedSeed,
+    GatedProductSeed,
     ModelRunner,
     MultiViewReader,
     PatchHeadSeed,
@@ -360,3 +362,20 @@ def test_settings_of_codebases_are_written_in_words():
         Propagate(scale_rows=False, boxes=0.4, box_rule="clip-es"),
         camkit.refiners.Normalize("minmax", epsilon=1e-5),
     )
+
+
+@pytest.mark.parametrize(
+    "combined",
+    [
+        lambda seed: ProductSeed(seed, seed, root=True),
+        lambda seed: FusedSeed((seed, GradientSeed()), join="product"),
+        lambda seed: GatedProductSeed(seed, seed),
+    ],
+    ids=["product", "fused", "gated"],
+)
+def test_negative_scores_count_as_zero_where_maps_are_combined(toco, combined):
+    signed, cut = (combined(ClassWeightSeed(cut=cut)) for cut in (None, "zero"))
+    capture = capture_of(toco, torch.randn(2, 3, 32, 48), signed)
+    found = signed(capture, ALL)
+    assert found.isfinite().all()
+    assert torch.equal(found, cut(capture, ALL))

@@ -15,7 +15,8 @@ from camkit.tensors import Cam, Classes, Scores
 Seed: TypeAlias = Callable[[Capture, Classes], Cam]
 """``(capture, classes) -> cam``: one map for each class on the patch grid, at least 0, of any
 scale, zero where ``classes`` is -1. Either a plain function, or a frozen dataclass whose
-``requires`` (a `camkit.capture.WatchSpec`) states what it reads."""
+``requires`` (a `camkit.capture.WatchSpec`) states what it reads. A seed may be set to keep negative
+scores (`camkit.seeds.ClassWeightSeed`); all that scale or combine maps count them as zero."""
 
 
 HeadWeights: TypeAlias = Callable[[Capture], Tensor]
