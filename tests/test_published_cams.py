@@ -10,6 +10,7 @@ from torch import nn
 
 import camkit
 from camkit import GradientSeed, Propagate, Views, normalize_cam
+from camkit.capture import WatchSpec
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds import (
     ClassAttentionSeed,
@@ -296,6 +297,17 @@ def test_head_weights_must_be_finite():
     capture = capture_of(MCTformerPlus(), torch.randn(2, 3, 32, 48))
     with pytest.raises(ValueError, match="finite weights, got NaN or inf"):
         ClassAttentionSeed(lambda _: torch.full((2, 3, 2), torch.nan))(capture, ALL)
+
+
+def test_a_stage_requires_what_its_head_weights_require():
+    def read(capture):
+        return torch.ones(capture.images, 3, 2)
+
+    assert not Propagate().requires.last_patches
+    assert Propagate(head_weights=read).requires == WatchSpec()  # weights may come from patches
+    read.requires = WatchSpec(leaving=True)
+    for stage in (ClassAttentionSeed(read), Propagate(head_weights=read)):
+        assert stage.requires == WatchSpec(leaving=True)
 
 
 @pytest.mark.parametrize("scale_rows", [True, False])

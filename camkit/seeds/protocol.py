@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from camkit.capture.attention import Attention
-from camkit.capture.record import Capture
+from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.errors import CaptureError
 from camkit.tensors import Cam, Classes, Scores
 
@@ -22,7 +22,15 @@ scores (`camkit.seeds.ClassWeightSeed`); all that scale or combine maps count th
 HeadWeights: TypeAlias = Callable[[Capture], Tensor]
 """``capture -> (b, blocks, heads)``: a weight for each head of each watched block and each image,
 such as those that WeakTr learns. It reads them from the capture, or from wherever the model left
-them during the forward."""
+them during the forward. If it reads more than a plain watch records, its ``requires`` says so."""
+
+
+def required_by_weights(head_weights: HeadWeights | None) -> WatchSpec:
+    """Return what a forward must be watched for so that the function can read its capture."""
+    if head_weights is None:
+        return NO_PATCH_TOKENS
+    spec: WatchSpec = getattr(head_weights, "requires", WatchSpec())
+    return spec
 
 
 def read_head_weights(
