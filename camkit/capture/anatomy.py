@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from threading import get_ident
 from typing import Any
 
@@ -33,7 +33,9 @@ class Anatomy:
         distillation_tokens: DeiT's second class token.
         register_tokens: hold global information in DINOv2 and its successors.
         other_tokens: neither patches nor made from a parameter of a known name.
-        sequence_first: whether the host's tokens come as ``(t, b, d)``.
+        sequence_first: whether the tokens of the first attention come as ``(t, b, d)``.
+        stated: whether the user said which tokens are class tokens.
+        tokens: length of the sequence that was measured; 0 if none was.
     """
 
     class_tokens: tuple[int, ...] = ()
@@ -41,6 +43,8 @@ class Anatomy:
     register_tokens: tuple[int, ...] = ()
     other_tokens: tuple[int, ...] = ()
     sequence_first: bool = False
+    stated: bool = False
+    tokens: int = field(default=0, compare=False, repr=False)
 
     @property
     def special_tokens(self) -> tuple[int, ...]:
@@ -52,10 +56,69 @@ class Anatomy:
             *self.other_tokens,
         )
 
+    def with_roles(
+        self, class_tokens: Sequence[int] | None, other_tokens: Sequence[int] | None
+    ) -> "Anatomy":
+        """Return the roles with what the user states of them; None states nothing.
+
+        Measured class tokens that are not among the stated ones are other tokens.
+
+        Raises:
+            ValueError: the sequence holds no such position.
+        """
+        stated = {"class_tokens": class_tokens, "other_tokens": other_tokens}
+        length = self.tokens
+        for name, positions in stated.items():
+            outside = [p for p in positions or () if length and not -length <= p < length]
+            if outside:
+                raise ValueError(
+                    f"`{name}` must lie within the {length} tokens of the model, got {outside}"
+                )
+        claimed = {self._place(p) for positions in stated.values() for p in positions or ()}
+        left = {
+            role: tuple(p for p in getattr(self, role) if self._place(p) not in claimed)
+            for role in ("class_tokens", "distillation_tokens", "register_tokens", "other_tokens")
+        }
+        other = (*(other_tokens or ()), *left["other_tokens"])
+        if class_tokens is not None:
+            other = (*other, *left["class_tokens"])
+        return replace(
+            self,
+            class_tokens=left["class_tokens"] if class_tokens is None else tuple(class_tokens),
+            distillation_tokens=left["distillation_tokens"],
+            register_tokens=left["register_tokens"],
+            other_tokens=other,
+            stated=class_tokens is not None,
+        )
+
+    def _place(self, position: int) -> int:
+        return position % self.tokens if self.tokens else position
+
     def patches(self, tokens: int) -> list[int]:
         """Return positions of the patches in a sequence of ``tokens`` tokens."""
         special = {position % tokens for position in self.special_tokens}
         return [position for position in range(tokens) if position not in special]
+
+
+def check_one_for_each_class(anatomy: Anatomy, classes: int | None) -> None:
+    """Check that several class tokens are one for each class.
+
+    Args:
+        anatomy: roles of the tokens.
+        classes: how many there are; None if that is unknown.
+
+    Raises:
+        UnsupportedModelError: they are not, and the user has not said which token is which.
+    """
+    tokens = anatomy.class_tokens
+    if len(tokens) < 2 or anatomy.stated or len(tokens) == classes:
+        return
+    seen = "an unknown number of classes" if classes is None else f"{classes} classes"
+    raise UnsupportedModelError(
+        f"the model has {len(tokens)} class tokens, at {tokens[0]} to {tokens[-1]}, and {seen}, so "
+        "it is not known which is whose; name the tokens of the classes, in their order, with "
+        "`class_tokens=[...]` and others (of the background, say) with `other_tokens=[...]`"
+    )
 
 
 def image_batch(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
@@ -123,12 +186,17 @@ def measure_anatomy(
     count = plain.shape[1] if plain.shape[0] == 2 else plain.shape[0]
     rest = tuple(p for p in range(count) if p not in known and p not in patches)
     last_patch = max(patches)
+    places = {
+        role: tuple(p if p < last_patch else p - count for p in positions)
+        for role, positions in (*roles.items(), ("other_tokens", rest))
+    }
     return Anatomy(
-        **{
-            role: tuple(p if p < last_patch else p - count for p in positions)
-            for role, positions in (*roles.items(), ("other_tokens", rest))
-        },
+        places["class_tokens"],
+        places["distillation_tokens"],
+        places["register_tokens"],
+        places["other_tokens"],
         sequence_first=plain.shape[0] != 2,
+        tokens=count,
     )
 
 
