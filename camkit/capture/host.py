@@ -362,6 +362,23 @@ class Host:
         """Return the attention modules without pooling heads, which add nothing to the tokens."""
         return {name: m for name, m in self.attention.items() if not is_pooling(self.model, name)}
 
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Return the place of each block in its tower, and how many blocks the tower has.
+
+        Blocks belong to the tower of the patch embedding that is nearest by its name.
+        """
+        embeddings = [name.split(".")[:-1] for name in find_patch_embeddings(self.model)]
+        towers: dict[tuple[int, ...], list[str]] = {}
+        for name in self.blocks():
+            depths = [_shared([branch, name.split(".")]) for branch in embeddings]
+            nearest = tuple(i for i, depth in enumerate(depths) if depth == max(depths))
+            towers.setdefault(nearest, []).append(name)
+        return {
+            name: (place, len(names))
+            for names in towers.values()
+            for place, name in enumerate(names)
+        }
+
     def check_in_place(self) -> None:
         """Check that the hooked modules are still those that the model calls.
 
@@ -416,7 +433,7 @@ class Host:
             known = _MEASURED.setdefault(entrance, {})
             if key not in known:
                 modules = list(self.attention.values()) if at is None else [self.attention[at]]
-                known[key] = measure_anatomy(entrance, modules, args, kwargs)
+                known[key] = measure_anatomy(entrance, modules, args, kwargs, self.embeddings)
             return known[key]
 
 

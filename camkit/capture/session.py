@@ -222,6 +222,9 @@ class AttentionCall(Generic[C]):
     def why_unreadable(self, attention: Attention) -> str:
         """Return why a map of this call does not relate tokens one to one; empty if it does."""
         images, _, tokens, keys = attention.shape
+        given = self.tokens
+        if given is not None and given.dim() == 3:
+            self.sequence_first(given, attention)  # remembered for batches that do not show it
         if self.maps:
             return (
                 f"{self.name} makes several maps in a call and mixes them in its own way "

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import ref
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy, check_one_for_each_class
@@ -33,6 +34,10 @@ from camkit.grid import Grid
 from camkit.ops.images import Normalisation
 from camkit.tensors import RGB, Labels
 from camkit.torch_internals import is_compiled
+
+
+GivenLabels: TypeAlias = Bool[Tensor, "_ _"]
+GivenRGB: TypeAlias = Float[Tensor, "_ 3 _ _"]
 
 
 def attach(  # noqa: PLR0913 - as `watch`
@@ -114,8 +119,8 @@ class Handle:
     def batch(
         self,
         *,
-        labels: Labels | Sequence[Labels | None] | None = None,
-        rgb: RGB | Sequence[RGB | None] | None = None,
+        labels: Labels | Sequence[GivenLabels | None] | None = None,
+        rgb: RGB | Sequence[GivenRGB | None] | None = None,
     ) -> Iterator[None]:
         """Set ``labels`` and ``rgb`` for forwards inside the ``with`` block, then restore them.
 
@@ -140,7 +145,7 @@ class Handle:
         self._editor.enabled = enabled
 
     @property
-    def labels(self) -> Labels | Sequence[Labels | None] | None:
+    def labels(self) -> Labels | Sequence[GivenLabels | None] | None:
         """Classes present in the images of the next forwards, ``(b, C)``; None if unknown.
 
         A pass over another number of images (crops) has none, unless this is a list with one entry
@@ -149,11 +154,11 @@ class Handle:
         return self._editor.labels
 
     @labels.setter
-    def labels(self, labels: Labels | Sequence[Labels | None] | None) -> None:
+    def labels(self, labels: Labels | Sequence[GivenLabels | None] | None) -> None:
         self._editor.labels = labels
 
     @property
-    def rgb(self) -> RGB | Sequence[RGB | None] | None:
+    def rgb(self) -> RGB | Sequence[GivenRGB | None] | None:
         """Pictures of the next forwards in [0, 1]; None converts the pixels back to colours.
 
         A pass over crops or flips of them takes its colours from its own pixels, unless this is a
@@ -162,7 +167,7 @@ class Handle:
         return self._editor.rgb
 
     @rgb.setter
-    def rgb(self, rgb: RGB | Sequence[RGB | None] | None) -> None:
+    def rgb(self, rgb: RGB | Sequence[GivenRGB | None] | None) -> None:
         self._editor.rgb = rgb
 
     def remove(self) -> None:
@@ -228,8 +233,8 @@ class Editor(Subscriber[EditedPass]):
                 "cannot be edited; an edit of keys can"
             )
         self.edit = edit
-        self.rgb: RGB | Sequence[RGB | None] | None = None
-        self.labels: Labels | Sequence[Labels | None] | None = None
+        self.rgb: RGB | Sequence[GivenRGB | None] | None = None
+        self.labels: Labels | Sequence[GivenLabels | None] | None = None
         self.attention_modules = {name: held[name] for name in chosen}
         self.weighs_keys = isinstance(edit, KeyEdit)
         self.normaliser = not self.weighs_keys  # edits of outputs read columns
@@ -237,7 +242,7 @@ class Editor(Subscriber[EditedPass]):
         self._normalisation = normalisation
         self._scores = scores or scores_of
         self._all_must_run = blocks is not None
-        self._index = {name: index for index, name in enumerate(names)}
+        self._places = host.places()
         self._latest: Forward[EditedPass] | None = None
         self._unfinished: set[str] = set()
         self._forwards_since_backward = 0
@@ -249,7 +254,7 @@ class Editor(Subscriber[EditedPass]):
             around = {name: block for name, block in around.items() if name in chosen}
         self._streams = {n: BlockStream(held[n], block) for n, block in around.items()}
         self.blocks = around if carries else {}
-        places = [self._index[name] for name in chosen]
+        places = [names.index(name) for name in chosen]
         if carries and places != list(range(places[0], places[-1] + 1)):
             raise ValueError(
                 f"`blocks` must follow each other for {type(edit).__name__}, got {places}"
@@ -461,7 +466,7 @@ class Editor(Subscriber[EditedPass]):
             turned = sequence_first(block, entered, *_sizes(attention), default)
             entered = _batch_first(entered, turned)
         context.picture.grid = self._host.grid or context.grid
-        place = (self._index[name], len(self._index))
+        place = self._places[name]
         return BlockContext(context.anatomy, *place, context.picture, context.labels, entered)
 
 

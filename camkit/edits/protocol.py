@@ -15,7 +15,7 @@ from camkit.capture.passes import same_pictures, small_pictures
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 from camkit.ops.images import Normalisation, to_rgb
-from camkit.tensors import RGB, Labels, Pixels, Tokens
+from camkit.tensors import Labels, Pixels, Tokens
 
 _NO_IMAGES = (
     "the model was not called with images, so there are no colours; set them with "
@@ -39,10 +39,10 @@ class Picture:
     """
 
     pixels: Pixels | None = None
-    rgb: RGB | None = None
+    rgb: Float[Tensor, "_ 3 _ _"] | None = None
     normalisation: Normalisation | None = None
     grid: Grid | None = None
-    whole: Pixels | None = None
+    whole: Float[Tensor, "_ _ _ _"] | None = None
     further: bool = False
     doubt: str = ""
     _colours: Tensor | None = None
@@ -104,8 +104,8 @@ class BlockContext:
 
     Attributes:
         anatomy: roles of the tokens.
-        index: place of the block among all of the host's, from 0.
-        count: how many blocks the host has.
+        index: place of the block among all of its tower's, from 0.
+        count: how many blocks the tower has; a teacher beside the model is a tower of its own.
         picture: the images of the forward.
         labels: classes present in each image, if the user gave them.
         stream: the tokens that entered the block, before its norm; for edits whose class says
