@@ -333,7 +333,9 @@ class Recorder(Subscriber[Recording]):
             self._query.start(hooks)
 
     def forward_begins(self, context: Recording) -> None:
-        self.forward = context
+        before, self.forward = self.forward, context
+        if before is not None and before.running:  # an interrupt left it
+            before.graph.forget()
         if self._query is not None and context.entrance is not None:
             context.class_query_only = self._query.arm(
                 context.entrance, context.args, context.kwargs, context.anatomy
@@ -483,7 +485,7 @@ class Recorder(Subscriber[Recording]):
                 if context.outputs is not None and not self._builds_graph:
                     context.outputs = context.outputs.detach()
         finally:
-            began = context.graph.leave()
+            left = context.graph.leave(output)
             if self._query is not None:
                 self._query.disarm()
         if output is None:  # the forward raised
@@ -491,8 +493,7 @@ class Recorder(Subscriber[Recording]):
         _COUNTS[self._host.model] = context.count
         if self._spec.noise is not None and not self._sampling:
             self._run_noisy(context, self._spec.noise)
-        # a caller without gradients gets a tensor without; the graph is camkit's
-        return output.detach() if began and isinstance(output, Tensor) else None
+        return left
 
     def _run_noisy(self, clean: Recording, noise: SmoothGrad) -> None:
         """Run the same images under noise, and keep what seeds read of each forward."""
