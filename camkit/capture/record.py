@@ -275,6 +275,13 @@ class Capture:
         return self.blocks[0].shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """The device of the forward."""
+        if self.outputs is not None:
+            return self.outputs.device
+        return self.blocks[0].rows(self.anatomy.class_tokens[:1] or [0]).device
+
+    @property
     def patches(self) -> list[int]:
         """Positions of the patches among the tokens."""
         return self.anatomy.patches(self.blocks[0].shape[2])
@@ -291,12 +298,22 @@ class Capture:
         if self.outputs is None:
             raise CaptureError(
                 "no class scores: the model returned none, or its output comes from no classifier; "
-                "compute them with camkit.watch(model, scores=lambda output: ...), or use "
-                "ClassAttentionSeed, which needs none"
+                "compute them with `scores=lambda output: ...`, or name the `classes` and use a "
+                "seed that needs no scores, such as ClassAttentionSeed"
             )
         if not self.outputs.isfinite().all():
             raise CaptureError("the scores hold NaN or inf; check the weights and the pixels")
         return self._grouped(self.outputs)
+
+    @property
+    def class_count(self) -> int | None:
+        """Number of classes; None if neither scores nor a vocabulary nor class tokens tell it."""
+        if self.outputs is not None:
+            return int(self.scores.shape[-1])
+        if self.vocabulary is not None:
+            return len(self.vocabulary)
+        tokens = len(self.anatomy.class_tokens)
+        return tokens if tokens > 1 else None
 
     def class_calls(self) -> tuple[ClassCall, ...]:
         """Return the calls with class-to-patch rows: of class tokens, else of pooling queries.

@@ -91,15 +91,18 @@ class Targets:
         Raises:
             ValueError: a class does not exist, or ``rule`` does not return one row per image.
         """
-        scores = capture.scores
+        known = capture.class_count
         if self.slots is not None:
-            slots = self.slots.to(scores.device)
-            classes = torch.where(slots < -1, scores.shape[1] - 2 - slots, slots)
+            if self.functions:
+                known = capture.scores.shape[1]  # an error without scores
+            slots = self.slots.to(capture.device)
+            classes = torch.where(slots < -1, (known or 0) - 2 - slots, slots)
         elif self.rule is not None:
-            classes = self.rule(capture).to(scores.device)
+            classes = self.rule(capture).to(capture.device)
         else:
-            classes = scores.argmax(1, keepdim=True)
-        check_classes(classes, len(scores), scores.shape[1] + len(self.functions))
+            classes = capture.scores.argmax(1, keepdim=True)
+        known = None if known is None else known + len(self.functions)
+        check_classes(classes, capture.images, known)
         return classes
 
 
