@@ -26,8 +26,8 @@ from camkit.capture.record import (
     SmoothGrad,
     TokenCall,
     WatchSpec,
-    scores_of,
 )
+from camkit.capture.scores import ACTIVATIONS, find_scores, known_classes
 from camkit.capture.session import (
     Arguments,
     AttentionCall,
@@ -221,6 +221,8 @@ class Watch:
             class_paths=tuple(turn.class_paths),
             samples=tuple(turn.samples),
             class_query_only=turn.class_query_only,
+            activation=turn.activation,
+            why_no_scores=turn.why_no_scores,
             rgb=rgb,
             vocabulary=self._vocabulary,
         )
@@ -284,6 +286,8 @@ class Recording(ForwardPass):
     class_paths: list[TokenCall] = field(default_factory=list)
     samples: list[NoisyForward] = field(default_factory=list)
     class_query_only: bool = False
+    activation: str = ""
+    why_no_scores: str = ""
 
     def described(self) -> str:
         """Say which images the pass was over, and through which modules."""
@@ -310,25 +314,36 @@ class Recording(ForwardPass):
             if call.input.dim() == call.output.dim() < 4
         )
 
-    def class_scores(self, output: Any) -> Tensor | None:
-        """Return the class scores in an output: a classifier made them, or class tokens own them.
+    def find_scores(self, output: Any, stated: int | None) -> None:
+        """Find the class scores in an output, see `camkit.capture.scores.find_scores`."""
+        found = find_scores(output, self.tail, self.anatomy.class_tokens, stated)
+        self.outputs = found.scores
+        self.activation, self.why_no_scores = found.activation, found.why_not
 
-        Embeddings have the same shape, and the gradient of their third number means nothing.
-        """
-        scores = scores_of(output)
-        if scores is None or 1 < len(self.anatomy.class_tokens) == scores.shape[-1]:
-            return scores
-        for call in self.tail:
-            if is_classifier(call.module) and call.output.flatten(1).shape == scores.shape:
-                return scores
-        return None
+    def made_scores(self) -> bool:
+        """Whether a classifier behind this pass returned exactly its scores."""
+        if self.outputs is None:
+            return False
+        scores = self.outputs.detach()
+        flat = [call.output.flatten(1) for call in self.tail if is_classifier(call.module)]
+        return any(o.shape == scores.shape and torch.equal(o, scores) for o in flat)
 
-    def made(self, scores: Tensor) -> bool:
-        """Whether a classifier behind this pass returned exactly these scores."""
-        calls = [call for call in self.tail if is_classifier(call.module)]
-        flat = [call.output.flatten(1) for call in calls]
-        return any(o.shape == scores.shape and torch.equal(o, scores.detach()) for o in flat)
 
+def _keep_own_scores(passes: Sequence[Recording]) -> None:
+    """Drop the scores of all passes but those that made them, or the only one of their size."""
+    known = [turn for turn in passes if turn.made_scores()]
+    if not known:
+        sized = [t for t in passes if t.outputs is not None and len(t.outputs) == t.images]
+        known = sized if len(sized) == 1 else []
+    for turn in passes:
+        if turn not in known:
+            turn.outputs, turn.why_no_scores = None, _SCORES_OF_ANOTHER
+
+
+_SCORES_OF_ANOTHER = (
+    "the forward ran several passes through the blocks, and its class scores are not known to come "
+    "from this one; watch the part of the model that runs once"
+)
 
 _COUNTS: "WeakKeyDictionary[nn.Module, list[int]]" = WeakKeyDictionary()  # calls of each pass
 
@@ -395,7 +410,9 @@ class Recorder(Subscriber[Recording]):
             self._query.start(hooks)
 
     def forward_begins(self, forward: Forward[Recording]) -> None:
-        self.forward, self._class_query_only = forward, False
+        before, self.forward, self._class_query_only = self.forward, forward, False
+        if before is not None and before.running:  # an interrupt left it
+            self._graph.forget()
         self._graph = Graph()
         if self._query is not None and forward.entrance is not None:
             anatomy = self._host.anatomy(forward.entrance, forward.args, forward.kwargs)
@@ -573,7 +590,11 @@ class Recorder(Subscriber[Recording]):
             images, _heads, length, _keys = turn.kept[-1].attention.shape
             if sequence_first(module, left, images, length, turn.anatomy.sequence_first):
                 given, left = given.transpose(0, 1), left.transpose(0, 1)
-        turn.tail.append(TailCall(module, given.detach(), left.detach()))
+        node = None
+        if self._builds_graph:
+            scores = left if is_classifier(module) else given
+            node = scores if is_classifier(module) or isinstance(module, ACTIVATIONS) else None
+        turn.tail.append(TailCall(module, given.detach(), left.detach(), node))
 
     def forward_ends(self, forward: Forward[Recording], output: Any) -> Any:
         passes = forward.passes
@@ -584,7 +605,7 @@ class Recorder(Subscriber[Recording]):
                 with torch.set_grad_enabled(self._builds_graph):
                     self._store_scores(forward, output)
         finally:
-            began = self._graph.leave()
+            left = self._graph.leave(output)
             if self._query is not None:
                 self._query.disarm()
         if output is None:  # the forward raised
@@ -592,8 +613,7 @@ class Recorder(Subscriber[Recording]):
         _COUNTS[self._host.model] = [turn.count for turn in passes]
         if self._spec.noise is not None and not self._sampling:
             self._run_noisy(forward, self._spec.noise)
-        # a caller without gradients gets a tensor without; the graph is camkit's
-        return output.detach() if began and isinstance(output, Tensor) else None
+        return left
 
     def _separate(self, forward: Forward[Recording]) -> None:
         """Give each pass the calls behind its blocks, as far as they can be told apart."""
@@ -610,18 +630,15 @@ class Recorder(Subscriber[Recording]):
         passes = forward.passes
         if self._scores is None and forward.entrance is not self._host.core:
             return  # of a wrapper around the model
-        given = None if self._scores is None else self._scores(output)
-        found: list[tuple[Recording, Tensor]] = []
         for turn in passes:
-            scores = turn.class_scores(output) if given is None else given
-            if scores is not None:
-                found.append((turn, scores))
+            if self._scores is not None:
+                turn.outputs = self._scores(output)
+            else:
+                turn.find_scores(output, known_classes(self._host.model))
+            if turn.outputs is not None and not self._builds_graph:
+                turn.outputs = turn.outputs.detach()
         if len(passes) > 1:
-            proven = [(turn, scores) for turn, scores in found if turn.made(scores)]
-            sized = [(turn, scores) for turn, scores in found if turn.images == len(scores)]
-            found = proven or (sized if len(sized) == 1 else [])
-        for turn, scores in found:
-            turn.outputs = scores if self._builds_graph else scores.detach()
+            _keep_own_scores(passes)
 
     def _run_noisy(self, clean: Forward[Recording], noise: SmoothGrad) -> None:
         """Run the same images under noise, and keep what seeds read of each forward."""
