@@ -1,6 +1,6 @@
 """watch(model): see the attention of the next forward without touching the model."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -255,12 +255,16 @@ class AttentionRecord:
         name: the module that made it.
         attention: the call.
         why_unreadable: why it cannot be read by patches; empty if it can.
+        outside: whether the host computed it outside its module.
+        called: the attention of the module itself, if the host called it right afterwards, too.
     """
 
     index: int
     name: str
     attention: Attention
     why_unreadable: str
+    outside: bool = False
+    called: Attention | None = None
 
 
 @dataclass(eq=False)
@@ -319,6 +323,26 @@ class Recording(ForwardPass):
         found = find_scores(output, self.tail, self.anatomy.class_tokens, stated)
         self.outputs = found.scores
         self.activation, self.why_no_scores = found.activation, found.why_not
+
+    def settle_called(self, observed: Mapping[nn.Module, bool]) -> None:
+        """Choose between attention computed outside a module and that of a call right after it.
+
+        If the host goes on with what the block returned, the call is used (ClearCLIP calls its last
+        block in vain).
+        """
+        record = self.kept[-1] if self.kept else None
+        if record is None or record.called is None:
+            return
+        returned = [call.output for call in self.tail if observed[call.module]]
+        received = [c.input for c in self.tail if not observed[c.module] and c.input.dim() == 3]
+        if not returned or not received:
+            why = (
+                f"the host computes the attention of {record.name} outside the module and calls "
+                "the module as well, and it is not known which it uses; leave it out with `blocks=`"
+            )
+            self.kept[-1] = replace(record, why_unreadable=why)
+        elif any(torch.equal(left, received[0]) for left in returned):
+            self.kept[-1] = replace(record, attention=record.called, outside=False)
 
     def made_scores(self) -> bool:
         """Whether a classifier behind this pass returned exactly its scores."""
@@ -494,16 +518,25 @@ class Recorder(Subscriber[Recording]):
             call.maps += 1
             self._store_pooling(call, attention)
             return output
+        self._store(call, attention)
+        return output
+
+    def _store(self, call: AttentionCall[Recording], attention: Attention) -> None:
+        """Keep an attention call, as far as it may be selected."""
+        context = call.context
         context.tail.clear()
         index, why = context.count, call.why_unreadable(attention)
         call.maps += 1
+        latest = context.kept[-1] if context.kept else None
+        if latest is not None and latest.outside and latest.name == call.name and not call.outside:
+            context.kept[-1] = replace(latest, called=attention)
+            return
         context.count += 1
-        context.kept.append(AttentionRecord(index, call.name, attention, why))
+        context.kept.append(AttentionRecord(index, call.name, attention, why, call.outside))
         if self._selected is not None:  # drop records that can no longer be selected
             reach = index + min(0, *self._selected)
             kept = [r for r in context.kept if r.index in self._selected or r.index > reach]
             context.kept = kept
-        return output
 
     def _order_entering(self, call: AttentionCall[Recording], attention: Attention) -> None:
         """Say which order the recorded tokens of a call have, once its map shows it."""
@@ -602,6 +635,8 @@ class Recorder(Subscriber[Recording]):
             if output is not None and passes:
                 if len(passes) > 1:
                     self._separate(forward)
+                for turn in passes:
+                    turn.settle_called(self._observed)
                 with torch.set_grad_enabled(self._builds_graph):
                     self._store_scores(forward, output)
         finally:
