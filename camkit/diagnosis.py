@@ -191,7 +191,8 @@ def _path_of(module: nn.Module, block: Attention) -> str:
 
 def _rule(capture: Capture, *, custom: bool) -> str:
     if capture.outputs is None:
-        return "none: compute them with `scores=`, or use seeds that need none"
+        why = capture.why_no_scores or "compute them with `scores=`"
+        return f"none: {why}, or use seeds that need none"
     tokens = len(capture.anatomy.class_tokens)
     if 1 < tokens == capture.outputs.shape[-1]:
         return "one class token for each class"
@@ -201,7 +202,8 @@ def _rule(capture: Capture, *, custom: bool) -> str:
         for call in heads
     }
     if kinds:
-        return ("mean of two: " if len(heads) > 1 else "") + ", ".join(sorted(kinds))
+        before = f", before the model's {capture.activation}" if capture.activation else ""
+        return ("mean of two: " if len(heads) > 1 else "") + ", ".join(sorted(kinds)) + before
     return "from `scores=`" if custom else "the model's own, from no classifier known to camkit"
 
 

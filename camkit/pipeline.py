@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from camkit.capture.host import find_attention
 from camkit.capture.modes import borrowed
 from camkit.capture.record import Capture, required_by
+from camkit.capture.scores import known_classes
 from camkit.edits.protocol import Edit, KeyEdit
 from camkit.errors import CamkitError
 from camkit.manifest import provenance, unfinished
@@ -29,7 +30,6 @@ from camkit.seeds.protocol import Seed
 from camkit.seeds.targets import (
     ClassRequest,
     Score,
-    known_classes,
     name_of,
     read_targets,
     with_targets,

@@ -1,6 +1,6 @@
 """Capture: what a watch recorded of one forward, as values; and what a watch must record."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
@@ -218,8 +218,8 @@ class Capture:
         names: the modules they belong to.
         anatomy: which tokens are class, distillation, register tokens.
         grid: rows and columns of patches.
-        outputs: class scores as the model returned them, one row an image; None if it returned
-            none.
+        outputs: class scores of the model before softmax or sigmoid, one row an image; None if they
+            are not known.
         tail: module calls after the last block.
         pooling: attention of single queries, which pool the patches.
         entering: tokens that enter the attention of the last blocks, if required.
@@ -228,6 +228,8 @@ class Capture:
         samples: forwards of the same images under noise, if required.
         class_query_only: whether the last block was computed for the class token only, so that
             its patches are unknown.
+        activation: what the model applies to its scores before it returns them; empty for nothing.
+        why_no_scores: why ``outputs`` is None, if more is known than that the model returned none.
         rgb: the pictures in [0, 1], for refiners that read colours.
         vocabulary: names the classes, and may join several classifier outputs into one class.
     """
@@ -244,6 +246,8 @@ class Capture:
     class_paths: tuple[TokenCall, ...] = ()
     samples: tuple[NoisyForward, ...] = ()
     class_query_only: bool = False
+    activation: str = ""
+    why_no_scores: str = ""
     rgb: RGB | None = None
     vocabulary: Vocabulary | None = None
 
@@ -297,9 +301,14 @@ class Capture:
             raise CaptureError(_NO_FORWARD)
         if self.outputs is None:
             raise CaptureError(
-                "no class scores: the model returned none, or its output comes from no classifier; "
-                "compute them with `scores=lambda output: ...`, or name the `classes` and use a "
-                "seed that needs no scores, such as ClassAttentionSeed"
+                "no class scores: "
+                + (
+                    self.why_no_scores
+                    or "the model returned none, or its output comes from no classifier; compute "
+                    "them with `scores=lambda output: ...`"
+                )
+                + ", or name the `classes` and use a seed that needs no scores, such as "
+                "ClassAttentionSeed"
             )
         if not self.outputs.isfinite().all():
             raise CaptureError("the scores hold NaN or inf; check the weights and the pixels")
@@ -398,14 +407,3 @@ class Capture:
 
     def _grouped(self, outputs: Tensor) -> Tensor:
         return outputs if self.vocabulary is None else self.vocabulary.score(outputs)
-
-
-def scores_of(output: Any) -> Tensor | None:
-    """Return the ``(b, classes)`` scores in an output: tensor, tuple, dict, object with logits."""
-    if isinstance(output, Tensor):
-        return output if output.dim() == 2 and output.is_floating_point() else None
-    if isinstance(output, Mapping):
-        return scores_of(output.get("logits"))
-    if isinstance(output, tuple | list):
-        return next((s for s in map(scores_of, output) if s is not None), None)
-    return scores_of(output.logits) if hasattr(output, "logits") else None

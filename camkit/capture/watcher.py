@@ -24,8 +24,8 @@ from camkit.capture.record import (
     SmoothGrad,
     TokenCall,
     WatchSpec,
-    scores_of,
 )
+from camkit.capture.scores import ACTIVATIONS, find_scores, known_classes
 from camkit.capture.session import (
     Arguments,
     AttentionCall,
@@ -179,6 +179,8 @@ class Watch:
             class_paths=tuple(forward.class_paths),
             samples=tuple(forward.samples),
             class_query_only=forward.class_query_only,
+            activation=forward.activation,
+            why_no_scores=forward.why_no_scores,
             rgb=self._rgb,
             vocabulary=self._vocabulary,
         )
@@ -240,6 +242,8 @@ class Recording(ForwardContext):
     class_paths: list[TokenCall] = field(default_factory=list)
     samples: list[NoisyForward] = field(default_factory=list)
     class_query_only: bool = False
+    activation: str = ""
+    why_no_scores: str = ""
 
     def known_tail(self) -> tuple[TailCall, ...]:
         """Return the calls behind the last block, without tokens that were never computed."""
@@ -256,18 +260,11 @@ class Recording(ForwardContext):
             if call.input.dim() == call.output.dim() < 4
         )
 
-    def class_scores(self, output: Any) -> Tensor | None:
-        """Return the class scores in an output: a classifier made them, or class tokens own them.
-
-        Embeddings have the same shape, and the gradient of their third number means nothing.
-        """
-        scores = scores_of(output)
-        if scores is None or 1 < len(self.anatomy.class_tokens) == scores.shape[-1]:
-            return scores
-        for call in self.tail:
-            if is_classifier(call.module) and call.output.flatten(1).shape == scores.shape:
-                return scores
-        return None
+    def find_scores(self, output: Any, stated: int | None) -> None:
+        """Find the class scores in an output, see `camkit.capture.scores.find_scores`."""
+        found = find_scores(output, self.tail, self.anatomy.class_tokens, stated)
+        self.outputs = found.scores
+        self.activation, self.why_no_scores = found.activation, found.why_not
 
 
 _COUNTS: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # attention calls of a forward
@@ -472,7 +469,11 @@ class Recorder(Subscriber[Recording]):
             return
         if is_block and forward.anatomy.sequence_first:
             given, left = given.transpose(0, 1), left.transpose(0, 1)
-        forward.tail.append(TailCall(module, given.detach(), left.detach()))
+        node = None
+        if self._builds_graph:
+            scores = left if is_classifier(module) else given
+            node = scores if is_classifier(module) or isinstance(module, ACTIVATIONS) else None
+        forward.tail.append(TailCall(module, given.detach(), left.detach(), node))
 
     def forward_ends(self, context: Recording, output: Any) -> Any:
         try:
@@ -481,7 +482,7 @@ class Recorder(Subscriber[Recording]):
                     if self._scores is not None:
                         context.outputs = self._scores(output)
                     elif context.entrance is self._host.core:  # not of a wrapper around it
-                        context.outputs = context.class_scores(output)
+                        context.find_scores(output, known_classes(self._host.model))
                 if context.outputs is not None and not self._builds_graph:
                     context.outputs = context.outputs.detach()
         finally:

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from camkit.capture.record import Capture, required_by
 from camkit.seeds.protocol import Seed, check_classes
@@ -280,18 +280,6 @@ def _of_tensor(request: Tensor, images: int, known: int | None) -> Classes:
     present = request != 0
     first, order = present.byte().sort(dim=1, descending=True, stable=True)
     return order.masked_fill(first == 0, -1)[:, : max(1, int(present.sum(1).max()))]
-
-
-def known_classes(model: nn.Module) -> int | None:
-    """Return the number of classes a model states, if one of its layers has as many outputs."""
-    config: Any = getattr(model, "config", None)
-    stated: Any = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
-    widths = {
-        getattr(module, "out_features", None) or getattr(module, "out_channels", None)
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    return stated if isinstance(stated, int) and stated > 0 and stated in widths else None
 
 
 def name_of(function: Score) -> str:
