@@ -241,7 +241,7 @@ class Pair(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.vit = built()
+        self.vit, _ = built()
 
     def forward(self, pixels):
         return self.vit.forward_features(pixels)[:, 0], self.vit(pixels)
