@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from camkit.bench.evaluator import Evaluator
 from camkit.bench.protocol import Variant
+from camkit.capture.parameters import to_input
 from camkit.capture.record import scores_of
 from camkit.data import Sample
 from camkit.errors import CamkitError, DataError
@@ -128,11 +129,10 @@ def class_scores(
     model: nn.Module, pictures: Pixels, index: int, vocabulary: Vocabulary, batch: int
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
     """Return score and probability of a class in each picture."""
-    weight = next(model.parameters())
     outputs = []
     with torch.no_grad():
         for part in pictures.split(batch):
-            scores = scores_of(model(part.to(weight)))
+            scores = scores_of(model(to_input(model, part)))
             if scores is None:
                 raise CamkitError("the quality of maps needs a model that returns class scores")
             outputs.append(scores.float().cpu())

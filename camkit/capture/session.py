@@ -21,6 +21,7 @@ from camkit.capture.attention import Attention
 from camkit.capture.host import Host, head_count
 from camkit.capture.intercept import Intercept, Tap
 from camkit.capture.modes import THREAD
+from camkit.capture.parameters import reshards
 from camkit.capture.tail import tokens_of
 from camkit.errors import CaptureError
 from camkit.grid import Grid
@@ -302,14 +303,14 @@ class ForwardSession(Generic[C]):
         hooks, outermost = self._hooks, self._subscriber.outermost
         for entrance in self._host.entrances:
             hooks.before(entrance, self._enter)
-            hooks.after(entrance, self._leave)
+            hooks.after(entrance, self._leave, outermost=reshards(entrance))
         for module in self._modules:
             hooks.before(module, self._before_attention, outermost=outermost)
             hooks.after(module, self._after_attention, outermost=outermost)
         for embedding in self._host.embeddings:
             hooks.after(embedding, self._after_embedding)
         for name, block in self._subscriber.blocks.items():
-            hooks.after(block, partial(self._after_block, name))
+            hooks.after(block, partial(self._after_block, name), outermost=reshards(block))
         self._subscriber.start(hooks)
 
     def stop(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from camkit.capture.attention import Attention
 from camkit.capture.record import Capture, WatchSpec
-from camkit.seeds.protocol import check_classes, class_score, fold_maps
+from camkit.seeds.protocol import check_classes, class_score, fold_maps, score_gradients
 from camkit.tensors import Cam, Classes
 
 
@@ -80,7 +80,7 @@ def class_gradients(
     with torch.inference_mode(mode=False), torch.enable_grad():
         watched = [call.watched() for call in calls]
         total = class_score(capture.scores, column)
-        return torch.autograd.grad(total, watched, retain_graph=True)
+        return score_gradients(total, watched)
 
 
 @dataclass(frozen=True)
