@@ -17,7 +17,7 @@ from camkit.capture.parameters import to_input
 from camkit.capture.record import WatchSpec, required_by
 from camkit.data import DataSet, Sample, read_mask
 from camkit.errors import DataError
-from camkit.manifest import weights_hash
+from camkit.manifest import UNKNOWN, weights_hash
 from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
 from camkit.photo import Photo, PhotoSettings
@@ -134,7 +134,10 @@ class Evaluator:
         self._fingerprints: dict[Variant, str | None] = {}
         self._setup = None  # without a fingerprint nothing is cached
         if self.cache is not None:
-            code = code_fingerprint(), weights_hash(self.model), repr(self.model)
+            weights = weights_hash(self.model)
+            if weights.startswith(UNKNOWN):  # other weights would get the same results
+                return
+            code = code_fingerprint(), weights, repr(self.model)
             inputs = to_input(self.model, torch.zeros(1, 3, 1, 1))
             machine = str(inputs.dtype), inputs.device.type, torch.__version__
             data = self.vocabulary, self.photos, self.labels, self.dataset.classes
