@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from camkit.capture.modes import measurement
+from camkit.capture.parameters import gathered, offloaded_replaced, offloaded_value, own_name
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 
@@ -199,8 +200,9 @@ def measure_anatomy(
         ("distillation_tokens", DISTILLATION_PARAMETERS),
         ("register_tokens", REGISTER_PARAMETERS),
     ):
-        ramped = _ramped(model, names)
-        changed = _changed(plain, tokens_of(probe, ramped)) if ramped else []
+        with gathered(model, names):
+            ramped = _ramped(model, names)
+            changed = _changed(plain, tokens_of(probe, ramped)) if ramped else []
         roles[role] = tuple(position for position in changed if position not in patches)
     known = {position for positions in roles.values() for position in positions}
     count = plain.shape[1]
@@ -266,7 +268,8 @@ def _first_tokens(
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with warnings.catch_warnings():  # reentrant checkpoints miss gradients nobody takes
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-            functional_call(model, {**buffers, **parameters}, args, kwargs)
+            with offloaded_replaced(model, parameters) as others:
+                functional_call(model, {**buffers, **others}, args, kwargs)
     except _Reached as reached:
         tokens = reached.tokens.detach()
         latest = embedded[-1] if embedded else (None, 2)
@@ -285,11 +288,13 @@ def _first_tokens(
 def _ramped(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Return changed copies of the parameters of these names, wherever they are in the model."""
     ramped = {}
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] in names:
-            ramp = torch.linspace(-1, 1, parameter.shape[-1], device=parameter.device)
-            changed = (parameter.detach() + ramp).to(parameter.dtype)
-            ramped[name] = changed.requires_grad_(parameter.requires_grad)
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if own_name(name) in names:
+            value = offloaded_value(model, name) if parameter.is_meta else parameter
+            if value is not None:
+                ramp = torch.linspace(-1, 1, value.shape[-1], device=value.device)
+                changed = (value.detach() + ramp).to(value.dtype)
+                ramped[name] = changed.requires_grad_(parameter.requires_grad)
     return ramped
 
 

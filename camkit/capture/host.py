@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from camkit.capture.anatomy import Anatomy, measure_anatomy
+from camkit.capture.parameters import is_one_layer
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.torch_internals import compiled_original
@@ -179,9 +180,9 @@ def tail_modules(model: nn.Module, attention: Sequence[str]) -> list[nn.Module]:
     inside = tuple(f"{block}." for block in blocks)
     tail: dict[nn.Module, None] = {}
     for name, module in model.named_modules():
-        leaf = next(module.children(), None) is None
-        if leaf and not f"{name}.".startswith(inside):
+        if is_one_layer(module) and not f"{name}.".startswith(inside):
             tail[module] = None
+            inside = (*inside, f"{name}.")  # its parts only make up its weights
     for name in attention:
         for path in (name, name.rpartition(".")[0]):
             module = model.get_submodule(path)
