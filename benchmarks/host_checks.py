@@ -74,6 +74,7 @@ class Host:
         cams: maps to compare.
         files: writes and reads files as they do; returns differences by name.
         pipeline: whether the part takes images alone, as `camkit.wrap` calls it.
+        pipeline_options: what its user passes to `camkit.wrap` besides.
         classes: the classes in its picture.
         requires: what the maps to compare read.
         true_reason: for a check that camkit must refuse, words of the right reason.
@@ -96,6 +97,7 @@ class Host:
     cams: Sequence[Cam] = ()
     files: Callable[[Path], dict[str, float]] | None = None
     pipeline: bool = True
+    pipeline_options: dict[str, Any] = field(default_factory=dict)
     classes: Any = (1,)
     requires: WatchSpec = ATTENTION
     true_reason: dict[str, str] = field(default_factory=dict)
@@ -202,10 +204,11 @@ def check_wrap(host: Host, _: Callable[[], Host]) -> Check:
         return Check(NONE, "its forward takes more than images")
     rgb = torch.rand(3, *host.pixels.shape[2:], generator=torch.Generator().manual_seed(1))
     array = (rgb.permute(1, 2, 0) * 255).byte().numpy()
-    photo = camkit.photo_from_array(array, size=host.pixels.shape[2:])
-    classes = list(host.classes) if isinstance(host.classes, tuple) else host.classes
-    result = camkit.wrap(host.part(host.model), scores=host.scores)(photo, classes=classes)
     size = tuple(host.pixels.shape[2:])
+    photo = camkit.photo_from_array(array, size=size, multiple=size[0] // host.grid[0])
+    classes = list(host.classes) if isinstance(host.classes, tuple) else host.classes
+    pipeline = camkit.wrap(host.part(host.model), scores=host.scores, **host.pipeline_options)
+    result = pipeline(photo, classes=classes)
     if not result.cam.isfinite().all() or tuple(result.mask.shape) != size:
         return Check(FAILS, f"cam {tuple(result.cam.shape)}, mask {tuple(result.mask.shape)}")
     spread = float(result.cam.max() - result.cam.min())

@@ -43,4 +43,16 @@ HOSTS = {
     "NACLIP": Builder("NACLIP", "text_towers", "naclip", stubs=_CLIP_STUBS),
     "ClearCLIP": Builder("ClearCLIP", "text_towers", "clearclip", stubs=_CLIP_STUBS),
     "ProxyCLIP": Builder("ProxyCLIP", "text_towers", "proxyclip", stubs=_CLIP_STUBS),
+    "AFA": Builder("afa", "vision", "afa", stubs=("mmcv", *_TOCO_STUBS)),
+    "TransCAM": Builder("TransCAM", "vision", "transcam"),
+    "DINO": Builder("dino", "vision", "dino"),
+    "DINOv2": Builder("dinov2", "vision", "dinov2", stubs=("omegaconf", "fvcore")),
+    "DeiT": Builder("deit", "vision", "deit"),
+    "CaiT": Builder("deit", "vision", "cait"),
+    "Transformer-Explainability": Builder(
+        "Transformer-Explainability", "vision", "explainability"
+    ),
+    "Transformer-Explainability LRP": Builder(
+        "Transformer-Explainability", "vision", "explainability_lrp"
+    ),
 }

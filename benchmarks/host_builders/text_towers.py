@@ -42,9 +42,9 @@ def text_classes(tower: nn.Module) -> TextClasses:
     return TextClasses(names(), texts(), space=JointSpace.of(tower))
 
 
-def openai_clip(*, layers: int = 6, vocabulary: int = 100) -> Any:
-    """Build their copy of OpenAI's CLIP with two heads in each tower."""
-    return import_module("clip.model").CLIP(
+def openai_clip(*, layers: int = 6, vocabulary: int = 100, build: Any = None) -> Any:
+    """Build their copy of OpenAI's CLIP, with two heads in the image tower."""
+    return (build or import_module("clip.model").CLIP)(
         WIDTH, image_resolution=64, vision_layers=layers, vision_width=128, vision_patch_size=16,
         context_length=77, vocab_size=vocabulary, transformer_width=64, transformer_heads=1,
         transformer_layers=2,
@@ -95,8 +95,12 @@ def clip_es() -> Host:
     def refined() -> Tensor:
         return torch.stack([_class_aware(model.clip, pixels, index) for index in range(2)])[None]
 
+    def scaled(capture: camkit.Capture) -> Tensor:
+        maps = GradCAMSeed()(capture, classes)
+        return shared.min_max(shared.min_max(maps))  # as they do, with 1e-7 in each denominator
+
     def spread(capture: camkit.Capture) -> Tensor:
-        cam = shared.min_max(GradCAMSeed()(capture, classes))
+        cam = scaled(capture)
         return camkit.Propagate(steps=2, blocks=8, balance=3, boxes=0.4)(cam, capture)
 
     return Host(
@@ -105,10 +109,11 @@ def clip_es() -> Host:
         cams=(
             Cam("Grad-CAM", lambda: torch.stack([_grad_cam(model.clip, pixels, index)
                                                  for index in range(2)])[None],
-                lambda capture: shared.min_max(GradCAMSeed()(capture, classes)), limit=1e-5),
+                scaled, limit=1e-5),
             Cam("class-aware affinity with boxes", refined, spread, limit=1e-5),
         ),
         requires=GradCAMSeed().requires,
+        scores=lambda output: output,
         files=clip_es_files,
     )  # fmt: skip
 
@@ -185,12 +190,9 @@ def clip_es_files(folder: Path) -> dict[str, float]:
 # -- WeCLIP
 
 
-def saved_clip(folder: Path, *, layers: int) -> str:
-    """Save weights of a small CLIP where their loader can read them, and return the path."""
-    model: Any = openai_clip(layers=layers, vocabulary=49408) if not _is_excel() else _excel_clip(layers)
-    path = folder / "clip.pt"
-    torch.save(model.state_dict(), path)
-    return str(path)
+def use_random_weights(clip: Any) -> None:
+    """Let their loader return this model in the place of downloaded weights."""
+    import_module("clip").load = lambda *_, **__: (clip, None)
 
 
 def weclip() -> Host:
@@ -203,9 +205,10 @@ def weclip() -> Host:
         mask = np.zeros((ROWS, COLS), np.uint8)
         mask[:20, :30], mask[40:, 50:] = 3, 8
         Image.fromarray(mask).save(folder / "SegmentationClassAug" / f"{image}.png")
+    use_random_weights(openai_clip(layers=12, vocabulary=49408))
     model = module.WeCLIP(
-        num_classes=CLASSES + 1, clip_model=saved_clip(folder, layers=12), embedding_dim=64,
-        in_channels=[128] * 4, dataset_root_path=str(folder), device="cpu",
+        num_classes=CLASSES + 1, clip_model="", embedding_dim=64, in_channels=[128] * 4,
+        dataset_root_path=str(folder), device="cpu",
     ).eval()  # fmt: skip
     pixels = shared.pictures(ROWS, COLS)
     attention = [block.attn for block in model.encoder.visual.transformer.resblocks[:-1]]
@@ -239,18 +242,6 @@ def weclip_step(model: nn.Module, optimiser: torch.optim.Optimizer) -> float:
 # -- ExCEL
 
 
-def _is_excel() -> bool:
-    return import_module("clip").__dict__.get("clip_feature_surgery") is not None
-
-
-def _excel_clip(layers: int) -> Any:
-    return import_module("clip.clip_surgery_model").ExCEL_CLIP(
-        WIDTH, image_resolution=64, vision_layers=layers, vision_width=128, vision_patch_size=16,
-        context_length=77, vocab_size=49408, transformer_width=64, transformer_heads=1,
-        transformer_layers=2,
-    ).eval()  # fmt: skip
-
-
 def excel() -> Host:
     """Build ExCEL: the last five of twelve attention modules are replaced, batch first."""
     module: Any = import_module("model.model_excel")
@@ -259,11 +250,10 @@ def excel() -> Host:
     (folder / "attributes_text").mkdir(exist_ok=True)
     bank = folder / "attributes_text/pascal_voc_desc_clip_ViT-B-16_gpt4.0_cluster_112_embedding_bank.pth"
     torch.save([texts(112).mT.contiguous(), torch.ones(CLASSES, 112)], bank)
-    path = saved_clip(folder, layers=12)
-    named = folder / "ExCEL.pt"  # the name decides the class
-    Path(path).rename(named)
+    build = import_module("clip.clip_surgery_model").ExCEL_CLIP
+    use_random_weights(openai_clip(layers=12, vocabulary=49408, build=build))
     model = module.ExCEL_model(
-        clip_model=str(named), embedding_dim=64, in_channels=[128] * 4, num_classes=CLASSES + 1,
+        clip_model="", embedding_dim=64, in_channels=128, num_classes=CLASSES + 1,
         img_size=64, mode="train", device="cpu",
     ).eval()  # fmt: skip
     pixels = shared.pictures(64, 64)
