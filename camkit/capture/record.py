@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from camkit.capture.anatomy import Anatomy
+from camkit.capture.anatomy import Anatomy, check_one_for_each_class
 from camkit.capture.attention import Attention
 from camkit.capture.tail import TailCall, patch_scores
-from camkit.errors import CaptureError
+from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.tensors import RGB, Scores
 from camkit.vocabulary import Vocabulary
@@ -326,17 +326,25 @@ class Capture:
     def class_token_shares(self, column: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
         """Return the weight of each class token for one class per image; weights sum to one.
 
-        If every class has a token of its own (MCTformer), the weight is on that token, or spread
-        over those of its vocabulary members; otherwise it is spread over all class tokens.
+        A single class token serves every class. If every class has a token of its own (MCTformer),
+        the weight is on that token, or spread over those of its vocabulary members.
 
         Args:
             column: one class per image; the weights of -1 are arbitrary.
+
+        Raises:
+            UnsupportedModelError: it is not known which token belongs to which class.
         """
-        calls = self.class_calls()
-        count = len(calls[0].queries)
-        owned = count > 1 and (self.outputs is None or count == self.outputs.shape[-1])
-        if not owned:
-            return torch.full((len(column), count), 1.0 / count, device=column.device)
+        count = len(self.class_calls()[0].queries)
+        if count == 1:
+            return torch.ones(len(column), 1, device=column.device)
+        classes = None if self.outputs is None else self.outputs.shape[-1]
+        check_one_for_each_class(self.anatomy, classes)
+        if classes is not None and count != classes:
+            raise UnsupportedModelError(
+                f"`class_tokens` names {count} tokens, but the model has {classes} classes; name "
+                "one token for each class, in their order"
+            )
         members = None if self.vocabulary is None else self.vocabulary.members
         own = torch.eye(count, device=column.device)
         if members is not None:

@@ -6,17 +6,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
 from typing import Any
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.anatomy import Anatomy, grid_of_aspect, image_batch
+from camkit.capture.anatomy import Anatomy, grid_of_aspect
 from camkit.capture.attention import Attention, ClassRows, ExplicitAttention, FusedAttention
 from camkit.capture.class_query import ClassPath, ClassQuery
 from camkit.capture.host import Host, block_modules, how_to_reveal, tail_modules
 from camkit.capture.intercept import EvenRows, Intercept
 from camkit.capture.modes import Graph
+from camkit.capture.order import sequence_first
+from camkit.capture.passes import same_pictures, small_pictures, tails_of_passes
 from camkit.capture.record import (
     Capture,
     NoisyForward,
@@ -29,7 +31,8 @@ from camkit.capture.record import (
 from camkit.capture.session import (
     Arguments,
     AttentionCall,
-    ForwardContext,
+    Forward,
+    ForwardPass,
     ForwardSession,
     Hooks,
     Named,
@@ -56,12 +59,15 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
     scores: Callable[[Any], Tensor] | None = None,
     modules: Iterable[str] | None = None,
     class_tokens: Sequence[int] | None = None,
+    other_tokens: Sequence[int] | None = None,
     grid: Grid | tuple[int, int] | None = None,
 ) -> "Watch":
     """See the attention of the forwards inside a ``with`` block.
 
     The host keeps its fused kernels, modes, flags and weights, and its hooks are removed at the end
-    of the block. A compiled model runs uncompiled inside it.
+    of the block. A compiled model runs uncompiled inside it. Forwards in other threads and asyncio
+    tasks are neither seen nor changed; let the first watch of a model be over before they start,
+    because it measures the roles of the tokens with changed copies of parameters.
 
     Args:
         model: any Vision Transformer; call it inside the block as you always do.
@@ -80,7 +86,10 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
         scores: returns ``(b, classes)`` scores of what the model returns, for hosts that return
             embeddings; CLIP's are ``lambda image: 100 * image @ text.T`` of normalised embeddings.
         modules: names of the attention modules, if camkit does not find them by their form.
-        class_tokens: positions of the class tokens, if camkit does not find them by their names.
+        class_tokens: positions of the class tokens, in the order of the classes if there are
+            several; needed if camkit does not find them by their names, or if other learnt tokens
+            (CTI's background) are among them.
+        other_tokens: positions of further tokens that are no patches.
         grid: rows and columns of patches, if no patch embedding shows them.
 
     Raises:
@@ -95,7 +104,9 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
     spec = replace(spec, gradients=spec.gradients or gradients)
     if (spec.gradients or spec.within_blocks or spec.class_paths) and class_rows_only:
         raise ValueError("`class_rows_only` drops what `gradients` needs; choose one of them")
-    host = Host.of(model, modules=modules, class_tokens=class_tokens, grid=grid)
+    host = Host.of(
+        model, modules=modules, class_tokens=class_tokens, other_tokens=other_tokens, grid=grid
+    )
     if isinstance(blocks, int):
         if blocks < 1:
             raise ValueError(f"`blocks` must be at least 1, got {blocks}")
@@ -116,7 +127,7 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
 
 
 class Watch:
-    """A model being watched; ``capture`` is its latest forward."""
+    """A model being watched; ``capture`` is its latest forward, ``passes`` the parts of it."""
 
     def __init__(
         self,
@@ -153,42 +164,73 @@ class Watch:
         """What the latest forward showed.
 
         Raises:
-            CaptureError: no forward ran, or its tokens do not fit its grid.
+            CaptureError: no forward ran, its tokens do not fit its grid, or it ran several passes:
+                then choose one of ``passes``.
             UnsupportedModelError: its attention does not relate patches one to one.
         """
+        passes = self._recorded()
+        if len(passes) > 1:
+            listed = "; ".join(f"passes[{i}]: {p.described()}" for i, p in enumerate(passes))
+            raise CaptureError(
+                f"the forward ran {len(passes)} passes through the blocks, and their maps do not "
+                f"belong together; choose one of `seen.passes` ({listed})"
+            )
+        return self._captured(passes[0])
+
+    @property
+    def passes(self) -> tuple[Capture, ...]:
+        """One capture for each pass of the latest forward, in the order they began.
+
+        Crops, flips, a teacher and chunks of a batch are passes of their own. Scores are known for
+        the pass whose classifier made them.
+
+        Raises:
+            CaptureError: no forward ran, or the tokens of a pass do not fit its grid.
+            UnsupportedModelError: the attention of a pass does not relate patches one to one.
+        """
+        return tuple(map(self._captured, self._recorded()))
+
+    def _recorded(self) -> "list[Recording]":
         forward = None if self._recorder is None else self._recorder.forward
-        if forward is None or forward.count == 0:
+        passes = [] if forward is None else [turn for turn in forward.passes if turn.count]
+        if not passes:
             raise CaptureError(self._why_nothing(forward))
-        kept, count = list(forward.kept), forward.count
+        return passes
+
+    def _captured(self, turn: "Recording") -> Capture:
+        kept, count = list(turn.kept), turn.count
         if self._selected is not None:
             outside = [b for b in self._selected if not -count <= b < count]
             if outside:
                 raise CaptureError(f"{count} attention blocks ran, but `blocks` asks for {outside}")
             selected = {b % count for b in self._selected}
             kept = [record for record in kept if record.index in selected]
+        rgb = self._rgb
+        if rgb is not None and turn.of_several and not turn.shows(rgb):
+            rgb = None
         return Capture(
             blocks=tuple(record.attention for record in kept),
             names=tuple(record.name for record in kept),
-            anatomy=forward.anatomy,
-            grid=_checked_grid(forward, self._host.grid, kept),
-            outputs=forward.outputs,
-            tail=forward.known_tail(),
-            pooling=tuple(forward.pooling),
-            entering=tuple(forward.entering),
-            leaving=tuple(forward.leaving),
-            class_paths=tuple(forward.class_paths),
-            samples=tuple(forward.samples),
-            class_query_only=forward.class_query_only,
-            rgb=self._rgb,
+            anatomy=turn.anatomy,
+            grid=_checked_grid(turn, self._host.grid, kept),
+            outputs=turn.outputs,
+            tail=turn.known_tail(),
+            pooling=tuple(turn.pooling),
+            entering=tuple(turn.entering),
+            leaving=tuple(turn.leaving),
+            class_paths=tuple(turn.class_paths),
+            samples=tuple(turn.samples),
+            class_query_only=turn.class_query_only,
+            rgb=rgb,
             vocabulary=self._vocabulary,
         )
 
-    def _why_nothing(self, forward: "Recording | None") -> str:
+    def _why_nothing(self, forward: "Forward[Recording] | None") -> str:
         if forward is None or (forward.entrance is None and not forward.ran):
             return (
-                "nothing captured yet; call the model inside the `with` block. If you did, it was "
-                "called past its own forward: watch the module that is called with the images, or "
-                "name `class_tokens=` and `grid=`"
+                "nothing captured yet; call the model inside the `with` block, in the thread or "
+                "task that opened it. If you did, it was called past its own forward: watch the "
+                "module that is called with the images, or name `class_tokens=` and `grid=`"
             )
         if not forward.ran:
             return (
@@ -220,18 +262,20 @@ class AttentionRecord:
 
 
 @dataclass(eq=False)
-class Recording(ForwardContext):
-    """What a watch stores of one forward; most of it is an attribute of `Capture`.
+class Recording(ForwardPass):
+    """What a watch stores of one pass; most of it is an attribute of `Capture`.
 
     Attributes:
         kept: the latest attention calls, as far as they may be selected.
         count: how many attention calls there were, without pooling queries.
-        graph: the gradient mode of the forward.
+        of_several: whether the forward ran other passes, too.
+        pooled: the pixels of the pass in small, if the forward ran several.
     """
 
     kept: list[AttentionRecord] = field(default_factory=list)
     count: int = 0
-    graph: Graph = field(default_factory=Graph)
+    of_several: bool = False
+    pooled: Tensor | None = None
     pooling: list[PoolingCall] = field(default_factory=list)
     tail: list[TailCall] = field(default_factory=list)
     outputs: Tensor | None = None
@@ -240,6 +284,16 @@ class Recording(ForwardContext):
     class_paths: list[TokenCall] = field(default_factory=list)
     samples: list[NoisyForward] = field(default_factory=list)
     class_query_only: bool = False
+
+    def described(self) -> str:
+        """Say which images the pass was over, and through which modules."""
+        count = self.kept[-1].attention.shape[0] if self.kept else self.images
+        size = " of " + "x".join(map(str, self.size)) if len(self.size) else ""
+        return f"{count} images{size} through {self.kept[-1].name if self.kept else 'no block'}"
+
+    def shows(self, rgb: Tensor) -> bool:
+        """Whether the pass ran on the whole of these pictures."""
+        return self.pooled is not None and same_pictures(self.pooled, rgb)
 
     def known_tail(self) -> tuple[TailCall, ...]:
         """Return the calls behind the last block, without tokens that were never computed."""
@@ -269,16 +323,22 @@ class Recording(ForwardContext):
                 return scores
         return None
 
+    def made(self, scores: Tensor) -> bool:
+        """Whether a classifier behind this pass returned exactly these scores."""
+        calls = [call for call in self.tail if is_classifier(call.module)]
+        flat = [call.output.flatten(1) for call in calls]
+        return any(o.shape == scores.shape and torch.equal(o, scores.detach()) for o in flat)
 
-_COUNTS: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # attention calls of a forward
+
+_COUNTS: "WeakKeyDictionary[nn.Module, list[int]]" = WeakKeyDictionary()  # calls of each pass
 
 
 class Recorder(Subscriber[Recording]):
     """Stores what a watch is to keep of each forward; ``forward`` is the latest."""
 
     outermost = True  # attention is seen as edits leave it
-    one_thread = True
-    context_type = Recording
+    own_context = True
+    pass_type = Recording
 
     def __init__(
         self,
@@ -290,7 +350,9 @@ class Recorder(Subscriber[Recording]):
         skip_unused_patches: bool,
         scores: Callable[[Any], Tensor] | None,
     ) -> None:
-        self.forward: Recording | None = None
+        self.forward: Forward[Recording] | None = None
+        self._graph = Graph()
+        self._class_query_only = False
         self._host = host
         self._selected = selected
         self._spec = spec
@@ -332,23 +394,48 @@ class Recorder(Subscriber[Recording]):
         if self._query is not None:
             self._query.start(hooks)
 
-    def forward_begins(self, context: Recording) -> None:
-        self.forward = context
-        if self._query is not None and context.entrance is not None:
-            context.class_query_only = self._query.arm(
-                context.entrance, context.args, context.kwargs, context.anatomy
+    def forward_begins(self, forward: Forward[Recording]) -> None:
+        self.forward, self._class_query_only = forward, False
+        self._graph = Graph()
+        if self._query is not None and forward.entrance is not None:
+            anatomy = self._host.anatomy(forward.entrance, forward.args, forward.kwargs)
+            self._class_query_only = self._query.arm(
+                forward.entrance, forward.args, forward.kwargs, anatomy
             )
         if self._builds_graph:
-            context.graph.enter()
+            self._graph.enter()
 
-    def context_outside(self) -> Recording | None:
-        """Record a host that no forward is known of, if the user named its tokens and grid."""
-        named = self._host.class_tokens
+    def pass_begins(self, context: Recording) -> None:
+        context.class_query_only = self._class_query_only
+
+    def context_outside(self, module: nn.Module, tokens: Tensor | None) -> Recording | None:
+        """Return the pass that attention outside a known forward belongs to.
+
+        A block that a host runs by itself behind the forward of its tower (CLIP-ES) goes on with
+        the latest pass. A host that no forward is known of is recorded if the user named its tokens
+        and grid.
+        """
+        named, forward = self._host.class_tokens, self.forward
+        if forward is not None and forward.entrance is not None:
+            return self._going_on(forward, module, tokens)
         if named is None or self._host.grid is None:
             return None
-        if self.forward is None:
-            self.forward = Recording(Anatomy(class_tokens=named))
-        return self.forward if self.forward.entrance is None else None
+        if forward is None:
+            forward = self.forward = Forward()
+            anatomy = Anatomy().with_roles(named, self._host.other_tokens)
+            forward.passes.append(Recording(anatomy, ref(forward)))
+        return forward.passes[-1]
+
+    def _going_on(
+        self, forward: Forward[Recording], module: nn.Module, tokens: Tensor | None
+    ) -> Recording | None:
+        places = {m: place for place, m in enumerate(self.attention_modules.values())}
+        latest = forward.passes[-1] if forward.passes else None
+        if latest is None or tokens is None or forward.thread != get_ident():
+            return None
+        behind = all(places[module] > places[other] for other in latest.ran)
+        alike = sorted(tokens.shape) == sorted(latest.shape)
+        return latest if behind and alike else None
 
     def attention_begins(self, call: AttentionCall[Recording]) -> tuple[Arguments, Named] | None:
         if call.name not in self._entering:
@@ -360,7 +447,7 @@ class Recorder(Subscriber[Recording]):
                 f"{call.name} is called without (b, t, d) tokens, so its tokens cannot be recorded"
             )
         gradients = self._spec.entering_gradients
-        node = context.graph.begin(tokens) if gradients else tokens.detach()
+        node = self._graph.begin(tokens) if gradients else tokens.detach()
         context.entering.append(TokenCall(call.name, node, context.anatomy.sequence_first))
         if not gradients:
             return None
@@ -372,9 +459,10 @@ class Recorder(Subscriber[Recording]):
         self, call: AttentionCall[Recording], output: Tensor, attention: Attention
     ) -> Tensor:
         context, pools = call.context, output.shape[2] == 1
+        self._order_entering(call, attention)
         if self._with_gradients:
-            if pools or self._may_be_selected(context.count):
-                output = context.graph.begin(output)
+            if pools or self._may_be_selected(context):
+                output = self._graph.begin(output)
             if isinstance(attention, FusedAttention):
                 attention = replace(attention, output=output)
             else:
@@ -400,21 +488,30 @@ class Recorder(Subscriber[Recording]):
             context.kept = kept
         return output
 
-    def _may_be_selected(self, index: int) -> bool:
+    def _order_entering(self, call: AttentionCall[Recording], attention: Attention) -> None:
+        """Say which order the recorded tokens of a call have, once its map shows it."""
+        entering = call.context.entering
+        if entering and entering[-1].name == call.name and call.maps == 0:
+            turned = call.sequence_first(entering[-1].node, attention)
+            entering[-1] = replace(entering[-1], sequence_first=turned)
+
+    def _may_be_selected(self, context: Recording) -> bool:
+        index, counts = context.count, _COUNTS.get(self._host.model, [])
         if self._selected is None or index in self._selected:
             return True
-        count = _COUNTS.get(self._host.model)
-        return min(self._selected) < 0 if count is None else index - count in self._selected
+        if context.place >= len(counts):
+            return min(self._selected) < 0
+        return index - counts[context.place] in self._selected
 
     def _store_pooling(self, call: AttentionCall[Recording], attention: Attention) -> None:
         context, keys = call.context, attention.shape[3]
         same = next((p for p in context.pooling if p.attention.shape[3] == keys), None)
         anatomy = context.anatomy if same is None else same.anatomy
         joined_late = bool(context.kept) and context.kept[-1].attention.shape[2] != keys
-        if same is None and joined_late and context.entrance is not None:
-            anatomy = self._host.anatomy(
-                context.entrance, context.args, context.kwargs, at=call.name
-            )
+        forward = context.forward
+        if same is None and joined_late and forward.entrance is not None:
+            entrance, args, kwargs = forward.entrance, forward.args, forward.kwargs
+            anatomy = self._host.anatomy(entrance, args, kwargs, at=call.name)
         context.pooling.append(PoolingCall(attention, anatomy))
 
     def _begin_even_rows(self, *_: Any) -> None:
@@ -439,7 +536,10 @@ class Recorder(Subscriber[Recording]):
         context, spec = call.context, self._spec
         if not context.kept:
             return None
-        record, turned = context.kept[-1], context.anatomy.sequence_first
+        record = context.kept[-1]
+        images, _, length, _ = record.attention.shape
+        default = context.anatomy.sequence_first
+        turned = sequence_first(self.blocks[name], tokens, images, length, default)
         if name in self._paths:
             path = self._paths[name](args, kwargs, tokens, record.attention, context.anatomy)
             context.class_paths.append(path)
@@ -453,14 +553,15 @@ class Recorder(Subscriber[Recording]):
             return None
         context.leaving.append(TokenCall(name, tokens, turned, record.attention))
         last = name == list(self.blocks)[-1]
-        cut = self._cuts_graph and not last and context.graph.pause()
+        cut = self._cuts_graph and not last and self._graph.pause()
         return tokens.detach() if cut else None
 
     def _after_observed(self, module: nn.Module, args: Arguments, _: Named, output: Any) -> None:
         forward, is_block = self.forward, self._observed[module]
-        if forward is None or forward.count == 0 or not args or output is None:
+        if forward is None or not forward.passes or not args or output is None:
             return
-        if forward.running and forward.thread != get_ident():
+        turn = forward.passes[-1]
+        if turn.count == 0 or forward.thread != get_ident():
             return
         # a head may be called behind the forward of its backbone, but blocks are then replayed
         if is_block and not forward.running:
@@ -468,35 +569,63 @@ class Recorder(Subscriber[Recording]):
         given, left = (tokens_of(args), tokens_of(output)) if is_block else (args[0], output)
         if not isinstance(given, Tensor) or not isinstance(left, Tensor):
             return
-        if is_block and forward.anatomy.sequence_first:
-            given, left = given.transpose(0, 1), left.transpose(0, 1)
-        forward.tail.append(TailCall(module, given.detach(), left.detach()))
+        if is_block and turn.kept:
+            images, _heads, length, _keys = turn.kept[-1].attention.shape
+            if sequence_first(module, left, images, length, turn.anatomy.sequence_first):
+                given, left = given.transpose(0, 1), left.transpose(0, 1)
+        turn.tail.append(TailCall(module, given.detach(), left.detach()))
 
-    def forward_ends(self, context: Recording, output: Any) -> Any:
+    def forward_ends(self, forward: Forward[Recording], output: Any) -> Any:
+        passes = forward.passes
         try:
-            if output is not None:
+            if output is not None and passes:
+                if len(passes) > 1:
+                    self._separate(forward)
                 with torch.set_grad_enabled(self._builds_graph):
-                    if self._scores is not None:
-                        context.outputs = self._scores(output)
-                    elif context.entrance is self._host.core:  # not of a wrapper around it
-                        context.outputs = context.class_scores(output)
-                if context.outputs is not None and not self._builds_graph:
-                    context.outputs = context.outputs.detach()
+                    self._store_scores(forward, output)
         finally:
-            began = context.graph.leave()
+            began = self._graph.leave()
             if self._query is not None:
                 self._query.disarm()
         if output is None:  # the forward raised
             return None
-        _COUNTS[self._host.model] = context.count
+        _COUNTS[self._host.model] = [turn.count for turn in passes]
         if self._spec.noise is not None and not self._sampling:
-            self._run_noisy(context, self._spec.noise)
+            self._run_noisy(forward, self._spec.noise)
         # a caller without gradients gets a tensor without; the graph is camkit's
         return output.detach() if began and isinstance(output, Tensor) else None
 
-    def _run_noisy(self, clean: Recording, noise: SmoothGrad) -> None:
+    def _separate(self, forward: Forward[Recording]) -> None:
+        """Give each pass the calls behind its blocks, as far as they can be told apart."""
+        for turn in forward.passes:
+            turn.of_several = True
+            turn.pooled = None if turn.pixels is None else small_pictures(turn.pixels)
+        behind = [turn.tail for turn in forward.passes]
+        tails = tails_of_passes(forward.passes, behind, self._observed)
+        for turn, tail in zip(forward.passes, tails, strict=True):
+            turn.tail = tail
+
+    def _store_scores(self, forward: Forward[Recording], output: Any) -> None:
+        """Store the class scores in an output with the pass that they belong to."""
+        passes = forward.passes
+        if self._scores is None and forward.entrance is not self._host.core:
+            return  # of a wrapper around the model
+        given = None if self._scores is None else self._scores(output)
+        found: list[tuple[Recording, Tensor]] = []
+        for turn in passes:
+            scores = turn.class_scores(output) if given is None else given
+            if scores is not None:
+                found.append((turn, scores))
+        if len(passes) > 1:
+            proven = [(turn, scores) for turn, scores in found if turn.made(scores)]
+            sized = [(turn, scores) for turn, scores in found if turn.images == len(scores)]
+            found = proven or (sized if len(sized) == 1 else [])
+        for turn, scores in found:
+            turn.outputs = scores if self._builds_graph else scores.detach()
+
+    def _run_noisy(self, clean: Forward[Recording], noise: SmoothGrad) -> None:
         """Run the same images under noise, and keep what seeds read of each forward."""
-        pixels = image_batch(clean.args, clean.kwargs)
+        pixels = clean.images
         if pixels is None or clean.entrance is None:
             return
         generator = torch.Generator().manual_seed(noise.rng_seed)
@@ -509,21 +638,22 @@ class Recorder(Subscriber[Recording]):
                 kwargs = {n: noisy if v is pixels else v for n, v in clean.kwargs.items()}
                 clean.entrance(*args, **kwargs)
                 if self.forward is not None:
-                    sample = NoisyForward(tuple(self.forward.entering), self.forward.outputs)
-                    clean.samples.append(sample)
+                    for turn, again in zip(clean.passes, self.forward.passes, strict=True):
+                        turn.samples.append(NoisyForward(tuple(again.entering), again.outputs))
         finally:
             self._sampling = False
             self.forward = clean
 
-    def forward_interrupted(self, context: Recording) -> None:
+    def forward_interrupted(self, forward: Forward[Recording]) -> None:
+        del forward
         self._end_even_rows()
         if self._query is not None:
             self._query.disarm()
-        context.graph.abandon(self._grad_mode_outside)
+        self._graph.abandon(self._grad_mode_outside)
 
 
-def _checked_grid(forward: Recording, named: Grid | None, kept: Sequence[AttentionRecord]) -> Grid:
-    """Return the patch grid of a finished forward, or say why it cannot be read by patches."""
+def _checked_grid(turn: Recording, named: Grid | None, kept: Sequence[AttentionRecord]) -> Grid:
+    """Return the patch grid of a finished pass, or say why it cannot be read by patches."""
     why = next((record.why_unreadable for record in kept if record.why_unreadable), "")
     if why:
         raise UnsupportedModelError(why)
@@ -533,12 +663,13 @@ def _checked_grid(forward: Recording, named: Grid | None, kept: Sequence[Attenti
             f"the watched blocks run on {', '.join(map(str, lengths))} tokens, and maps of one "
             "resolution do not fit another; keep blocks of one resolution with `blocks=`"
         )
-    tokens, anatomy = lengths[0], forward.anatomy
+    tokens, anatomy = lengths[0], turn.anatomy
     patches = len(anatomy.patches(tokens))
-    grid = named or forward.grid or grid_of_aspect(forward.size, patches)
+    grid = named or turn.grid or grid_of_aspect(turn.size, patches)
     if patches != grid.size:
         raise CaptureError(
             f"{tokens} tokens less {len(anatomy.special_tokens)} special ones leave {patches}, but "
-            f"the patch grid is {grid.rows}x{grid.cols}; correct `class_tokens=` or `grid=`"
+            f"the patch grid is {grid.rows}x{grid.cols}; correct "
+            "`class_tokens=`, `other_tokens=` or `grid=`"
         )
     return grid
