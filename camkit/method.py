@@ -106,6 +106,14 @@ class Method:
             raise TypeError(f"stages must be instances, such as GradientSeed(), got {classes[0]}")
         if not 0.0 <= self.background_score <= 1.0:
             raise ValueError(f"`background_score` must lie in [0, 1], got {self.background_score}")
+        needs_grid = (refiners.Propagate, refiners.HybridPropagate)
+        stuck = [stage for stage in self.refine if isinstance(stage, needs_grid)]
+        if stuck and self.views is not None and self.views.join_at == "image":
+            raise ValueError(
+                f"maps joined at the size of the image leave the patch grid that {stuck[0]} needs; "
+                "set `refine` to other steps, and use camkit.seeds.RefinedSeed to spread the maps "
+                'of each view, or set Views(join_at="grid")'
+            )
 
     @classmethod
     def from_words(

@@ -15,6 +15,7 @@ from camkit.capture.outside import computed_outside
 from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.seeds.text import last_tokens
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 PIXELS = torch.rand(3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
@@ -168,3 +169,22 @@ def test_the_order_of_batch_and_sequence_is_found_for_each_block(images):
     twin.blocks[2].attn.proj.weight.data *= 2
     twin.blocks[2].attn.proj.bias.data *= 2
     torch.testing.assert_close(edited, twin(pixels), **CLOSE)
+
+
+def test_the_last_tokens_are_those_that_the_host_goes_on_with(beside):
+    class Unused(OutsideItsModule):
+        """As ClearCLIP: the last block runs as well, and nothing reads what it returns."""
+
+        def through(self, x):
+            out = super().through(x)
+            self.blocks[1](x.transpose(0, 1))
+            return out
+
+    unused = shaken(Unused()).eval()
+    unused.load_state_dict(beside.state_dict())
+    for model in (beside, unused):
+        received = []
+        hook = model.norm.register_forward_hook(lambda _, args, __, r=received: r.append(args[0]))
+        capture = captured(model)
+        hook.remove()
+        assert torch.equal(last_tokens(capture), received[0])

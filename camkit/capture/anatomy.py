@@ -172,7 +172,7 @@ def measure_anatomy(
 
         new_args = tuple(paired(value) for value in args)
         new_kwargs = {name: paired(value) for name, value in kwargs.items()}
-        with measurement(pixels.device), torch.no_grad():
+        with measurement(pixels.device):  # in the caller's mode: some hosts need gradients to run
             tokens, counts = _first_tokens(
                 model, attention, parameters, new_args, new_kwargs, embeddings
             )
@@ -268,7 +268,7 @@ def _first_tokens(
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
             functional_call(model, {**buffers, **parameters}, args, kwargs)
     except _Reached as reached:
-        tokens = reached.tokens
+        tokens = reached.tokens.detach()
         latest = embedded[-1] if embedded else (None, 2)
         joined = sum(images for module, images in embedded if module is latest[0])
         # tokens on their grid, channels last
@@ -288,7 +288,8 @@ def _ramped(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in names:
             ramp = torch.linspace(-1, 1, parameter.shape[-1], device=parameter.device)
-            ramped[name] = (parameter.detach() + ramp).to(parameter.dtype)
+            changed = (parameter.detach() + ramp).to(parameter.dtype)
+            ramped[name] = changed.requires_grad_(parameter.requires_grad)
     return ramped
 
 

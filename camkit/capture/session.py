@@ -512,15 +512,16 @@ class ForwardSession(Generic[C]):
         call = (forward.entrance, forward.args, forward.kwargs)
         first = self._host.anatomy(*call)
         begun = [turn.ran[0] for turn in forward.passes if turn.ran]
-        if not begun or module in begun:
-            return first
-        try:
-            return self._host.anatomy(*call, at=self._modules[module][0])
-        except Exception:
-            # the pass cannot be reached with two images; a twin of the first tower has its roles
-            if type(module) is type(begun[0]):
-                return first
-            raise
+        if not begun or any(type(module) is type(other) for other in begun):
+            return first  # a teacher has the roles of its student
+        name = self._modules[module][0]
+        if forward.entrance.training:  # what runs before it may update a teacher or a queue
+            raise CaptureError(
+                f"a further pass of the forward begins at {name}, in another kind of tower, and "
+                "the roles of its tokens are measured in evaluation mode only; call the model once "
+                "in evaluation mode first, or name `class_tokens=` and `other_tokens=`"
+            )
+        return self._host.anatomy(*call, at=name)
 
     def _before_attention(
         self, module: nn.Module, args: Arguments, kwargs: Named

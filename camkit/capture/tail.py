@@ -65,8 +65,47 @@ def patch_scores(
             scored = _scored_by_pool(head, pools, list(patches), norms)
             if scored is None:
                 scored = _scored(head, spreads, list(special), list(patches), norms)
+            if scored is None:
+                raise UnsupportedModelError(
+                    "the classifier's input is neither a special token nor the mean or maximum of "
+                    "the tokens; use GradientSeed or RelevanceSeed"
+                )
             scores.append(scored)
         return torch.stack(scores).mean(0)
+
+
+def inner_patch_scores(
+    tail: Sequence[TailCall],
+    tokens: Float[Tensor, "b t d"],
+    special: Sequence[int],
+    patches: Sequence[int],
+) -> Float[Tensor, "b n o"]:
+    """Score every patch that leaves an inner block by the classifier that reads this block.
+
+    The classifier is a linear layer or 1x1 convolution whose recorded input is a special token, or
+    the mean or maximum, of these very tokens. A host calls it behind its last block, as ToCo does.
+
+    Args:
+        tail: module calls after the last block.
+        tokens: all tokens that leave the block.
+        special: positions of the class and distillation tokens.
+        patches: positions of the patches.
+
+    Raises:
+        UnsupportedModelError: no such classifier ran.
+    """
+    pooled = len(tokens), tokens.shape[-1]
+    heads = [c for c in tail if is_classifier(c.module) and c.input.flatten(1).shape == pooled]
+    with torch.no_grad():
+        for head in heads:
+            scored = _scored(head, [tokens], list(special), list(patches), [])
+            if scored is not None:
+                return scored
+    raise UnsupportedModelError(
+        "no classifier that reads the tokens of this block ran behind the last block: expected a "
+        "linear layer or 1x1 convolution of a special token, or of the mean or maximum of the "
+        "tokens; use camkit.contrib.LogitLensSeed, which takes the classifier of the last block"
+    )
 
 
 def classifiers(tail: Sequence[TailCall], outputs: Tensor) -> list[TailCall]:
@@ -123,8 +162,8 @@ def _scored(
     special: list[int],
     patches: list[int],
     norms: Sequence[nn.Module],
-) -> Tensor:
-    """Score single patches, once a way of pooling gives the classifier's input."""
+) -> Tensor | None:
+    """Score single patches if a way of pooling gives the classifier's input."""
     entered = head.input.flatten(1)
     for tokens in reversed(spreads):
         own = tokens[:, patches]
@@ -135,10 +174,7 @@ def _scored(
         beside = [torch.cat([tokens[:, p], own.mean(1)], -1) for p in special]  # DINOv2's, linear
         if any(_same(candidate, entered) for candidate in beside):
             return _classified(head.module, torch.cat([own, own], -1))
-    raise UnsupportedModelError(
-        "the classifier's input is neither a special token nor the mean or maximum of the tokens; "
-        "use GradientSeed or RelevanceSeed"
-    )
+    return None
 
 
 def _same(tokens: Tensor, expected: Tensor) -> bool:

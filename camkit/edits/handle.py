@@ -35,7 +35,6 @@ from camkit.ops.images import Normalisation
 from camkit.tensors import RGB, Labels
 from camkit.torch_internals import is_compiled
 
-
 GivenLabels: TypeAlias = Bool[Tensor, "_ _"]
 GivenRGB: TypeAlias = Float[Tensor, "_ 3 _ _"]
 

@@ -1,5 +1,6 @@
 """Seeds that combine the maps of other seeds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,38 @@ class ProductSeed:
         first = self.first(capture, classes)
         product = first * self.second(capture, classes).to(first)
         return product.sqrt() if self.root else product
+
+
+@dataclass(frozen=True)
+class RefinedSeed:
+    """A seed whose maps are refined before anything else is done with them.
+
+    `Views` reads a seed from the capture of each view, so these refiners use each view's own
+    attention, as MCTformer and WeakTr do. Refiners of a pipeline see the photo as given only.
+
+    Attributes:
+        seed: its maps reach the refiners as they are, not scaled to [0, 1].
+        refine: refiners, applied in order.
+    """
+
+    seed: Seed
+    refine: tuple[Callable[[Cam, Capture], Cam], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "refine", tuple(self.refine))
+        if not self.refine:
+            raise ValueError("`refine` must hold at least one refiner, got none")
+
+    @property
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return required_by(self.seed, *self.refine)
+
+    def __call__(self, capture: Capture, classes: Classes) -> Cam:
+        cam = self.seed(capture, classes)
+        for refiner in self.refine:
+            cam = refiner(cam, capture)
+        return cam.masked_fill((classes < 0)[:, :, None, None], 0.0)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from camkit.capture.host import head_count, is_attention
 from camkit.capture.intercept import scaled_weights
 from camkit.capture.record import Capture, WatchSpec
-from camkit.capture.tail import TailCall, classifiers, pooling_calls
+from camkit.capture.tail import TailCall, classifiers, inner_patch_scores, pooling_calls
 from camkit.errors import UnsupportedModelError
-from camkit.seeds.protocol import above_mean, check_classes, fold_maps, pick
+from camkit.seeds.protocol import above_mean, check_classes, fold_maps, leaving_tokens, pick
 from camkit.tensors import Cam, Classes
 
 Values: TypeAlias = Float[Tensor, "b n d"]
@@ -125,16 +125,42 @@ class RankPooling:
 class ClassWeightSeed:
     """The classifier's score of each patch token, as in CAM (Zhou et al. 2016).
 
-    Scores below the image's mean patch score of the class become zero. CAM cuts at zero; the mean
-    is our choice, because scores of a softmax classifier have no natural zero.
+    Attributes:
+        cut: which scores count as no evidence. "mean" subtracts the image's mean patch score of the
+            class and cuts there, which is our choice, because scores of a softmax classifier have
+            no natural zero. "zero" cuts negative scores, as CAM and ToCo (Ru et al. 2023) do. None
+            keeps them, for ``Views(join_at="image")``, which cuts them behind the resizing, as
+            ToCo, SeCo and DuPL do.
+        layer: index of a block, from 0 or negative from the last: score the patches that leave it
+            by the classifier that reads this block, found by its recorded input. ToCo's auxiliary
+            class map is -3. None scores the patches that the model's own scores are pooled from.
     """
 
-    requires: ClassVar[WatchSpec] = WatchSpec()
+    cut: Literal["mean", "zero"] | None = "mean"
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cut not in ("mean", "zero", None):
+            raise ValueError(f'`cut` must be "mean", "zero" or None, got {self.cut!r}')
+
+    @property
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return WatchSpec(leaving=self.layer is not None)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        scores = capture.patch_scores()
+        if self.layer is None:
+            scores = capture.patch_scores()
+        else:
+            tokens = leaving_tokens(capture, self.layer, self)
+            special = (*capture.anatomy.class_tokens, *capture.anatomy.distillation_tokens)
+            scores = inner_patch_scores(capture.tail, tokens, special, capture.patches)
+            scores = scores if capture.vocabulary is None else capture.vocabulary.score(scores)
         check_classes(classes, len(scores), scores.shape[-1])
-        return fold_maps(capture, above_mean(pick(scores, classes)), classes)
+        maps = pick(scores, classes)
+        if self.cut is not None:
+            maps = above_mean(maps) if self.cut == "mean" else maps.clamp_min(0.0)
+        return fold_maps(capture, maps, classes)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,49 @@
 """Seed: the first class maps of a capture, and functions that seeds share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from camkit.capture.attention import Attention
 from camkit.capture.record import Capture
+from camkit.errors import CaptureError
 from camkit.tensors import Cam, Classes, Scores
 
 Seed: TypeAlias = Callable[[Capture, Classes], Cam]
 """``(capture, classes) -> cam``: one map for each class on the patch grid, at least 0, of any
 scale, zero where ``classes`` is -1. Either a plain function, or a frozen dataclass whose
 ``requires`` (a `camkit.capture.WatchSpec`) states what it reads."""
+
+
+HeadWeights: TypeAlias = Callable[[Capture], Tensor]
+"""``capture -> (b, blocks, heads)``: a weight for each head of each watched block and each image,
+such as those that WeakTr learns. It reads them from the capture, or from wherever the model left
+them during the forward."""
+
+
+def read_head_weights(
+    head_weights: HeadWeights, capture: Capture, calls: Sequence[Attention]
+) -> Float[Tensor, "b l a"]:
+    """Return the weights of the heads of some attention calls, detached.
+
+    Raises:
+        ValueError: there is no finite weight for each image, call and head.
+    """
+    weights = head_weights(capture).detach()
+    heads = sorted({call.shape[1] for call in calls})
+    expected = (capture.images, len(calls), heads[0])
+    if tuple(weights.shape) != expected or len(heads) > 1:
+        raise ValueError(
+            "`head_weights` must return a weight for each image, watched block and head, of shape "
+            f"{expected}, got {tuple(weights.shape)}"
+            + (f"; the blocks have different numbers of heads: {heads}" if heads[1:] else "")
+        )
+    if not weights.isfinite().all():
+        raise ValueError("`head_weights` must return finite weights, got NaN or inf")
+    return weights
 
 
 def check_classes(classes: Classes, images: int, known: int | None) -> None:
@@ -43,6 +73,26 @@ def pick(scores: Float[Tensor, "b n C"], classes: Classes) -> Float[Tensor, "b k
     """Select the scores of ``classes``, class axis first."""
     index = classes.clamp_min(0)[:, None].expand(-1, scores.shape[1], -1)
     return scores.gather(2, index).mT
+
+
+def leaving_tokens(capture: Capture, layer: int, seed: object) -> Float[Tensor, "b t d"]:
+    """Return all tokens that leave a block, detached.
+
+    Raises:
+        CaptureError: they were not recorded.
+        ValueError: there is no such block.
+    """
+    if not capture.leaving:
+        raise CaptureError(
+            f"this capture does not hold the tokens that leave each block, which "
+            f"{type(seed).__name__} reads; watch the forward with "
+            "camkit.watch(model, requires=seed.requires). If you did, the model has no module that "
+            "holds a block with its attention; use another seed"
+        )
+    count = len(capture.leaving)
+    if not -count <= layer < count:
+        raise ValueError(f"`layer` must lie in {-count} to {count - 1}, got {layer}")
+    return capture.leaving[layer].tokens.detach()
 
 
 def above_mean(maps: Float[Tensor, "b k n"]) -> Float[Tensor, "b k n"]:

@@ -98,22 +98,27 @@ class JointSpace:
 def last_tokens(capture: Capture) -> Tokens:
     """Return all tokens that leave the last block, before any norm.
 
+    They are what the last norm receives, where that takes all tokens: a host may go on with other
+    tokens than the last module returned (ClearCLIP), or compute the last block itself (NACLIP).
+
     Raises:
-        CaptureError: no recorded module that holds attention returns them.
+        CaptureError: no recorded module returns or receives them.
     """
-    count = capture.blocks[-1].shape[2]
+    shape = (capture.images, capture.blocks[-1].shape[2])
+    returned: list[Tensor] = []
     for call in capture.tail:
-        tokens = call.output
-        if (
-            tokens.dim() == 3
-            and tokens.shape[:2] == (capture.images, count)
-            and any(map(is_attention, call.module.modules()))  # it is a block
-        ):
-            return tokens
-    raise CaptureError(
-        "the tokens that leave the last block were not recorded; no module that returns (b, t, d) "
-        "tokens holds its attention"
-    )
+        is_block = any(map(is_attention, call.module.modules()))
+        tokens = call.output if is_block else call.input
+        if tokens.dim() == 3 and tokens.shape[:2] == shape:
+            if not is_block:
+                return tokens
+            returned.append(tokens)
+    if not returned:
+        raise CaptureError(
+            "the tokens that leave the last block were not recorded; no module behind the last "
+            "attention returns or takes (b, t, d) tokens"
+        )
+    return returned[0]
 
 
 def _has(module: Any, *names: str) -> bool:
