@@ -69,7 +69,7 @@ class Host:
         scores: picks the class scores in its output, if camkit cannot.
         own_maps: the attention maps that the host itself returns, in order; None if it returns
             none.
-        passes: how many passes of the blocks one forward has; the last one is compared.
+        chosen_pass: which pass of the forward to compare, if it has several.
         step: one training step of theirs with the given optimiser; returns the loss.
         cams: maps to compare.
         files: writes and reads files as they do; returns differences by name.
@@ -92,7 +92,7 @@ class Host:
     attach_settings: dict[str, Any] = field(default_factory=dict)
     scores: Callable[[Any], Tensor] | None = None
     own_maps: Callable[[nn.Module, Tensor], list[Tensor]] | None = None
-    passes: int = 1
+    chosen_pass: int | None = None
     step: Callable[[nn.Module, torch.optim.Optimizer], float] | None = None
     cams: Sequence[Cam] = ()
     files: Callable[[Path], dict[str, float]] | None = None
@@ -141,7 +141,7 @@ def check_watch(host: Host, _: Callable[[], Host]) -> Check:
         torch.manual_seed(0)
         with camkit.watch(host.part(host.model), **_read_settings(host)) as seen:
             watched = tensors(host.call(host.model, host.pixels))
-    capture = _last_pass(seen, host)
+    capture = _chosen_pass(seen, host)
     told = [f"{len(capture.blocks)} blocks"]
     good = len(capture.blocks) == host.blocks
     if not good:
@@ -258,32 +258,34 @@ def check_attach(host: Host, build: Callable[[], Host]) -> Check:
 
 
 def check_cam(host: Host, _: Callable[[], Host]) -> Check:
-    """camkit's maps equal the host's own."""
+    """Camkit's maps equal the host's own."""
     if not host.cams:
-        return Check(NONE, "the repository has no map of its own, or needs what is not here")
-    capture = None
-    told, good, missing = [], True, False
-    for cam in host.cams:
-        with torch.no_grad():
-            theirs = cam.theirs()
+        return Check(NONE, "the repository has no map of its own, or it needs trained weights")
+    watched = camkit.watch(host.part(host.model), requires=host.requires, **_read_settings(host))
+    with torch.no_grad(), watched as seen:
+        host.call(host.model, host.pixels)
+    capture = _chosen_pass(seen, host)
+    found = [_compare(cam, capture) for cam in host.cams]
+    verdicts = [each.verdict for each in found]
+    worst = next(word for word in (FAILS, MISSING, PASS) if word in verdicts)
+    return Check(worst, "; ".join(each.value for each in found))
+
+
+def _compare(cam: Cam, capture: camkit.Capture) -> Check:
+    """Compare one map of the host with camkit's."""
+    with torch.no_grad():
+        theirs = cam.theirs()
         if cam.ours is None:
-            told.append(f"{cam.name}: no counterpart")
-            missing = True
-            continue
-        if capture is None:
-            watched = camkit.watch(
-                host.part(host.model), requires=host.requires, **_read_settings(host)
-            )
-            with torch.no_grad(), watched as seen:
-                host.call(host.model, host.pixels)
-            capture = _last_pass(seen, host)
-        ours = cam.ours(capture)
-        if theirs.shape != ours.shape:
-            raise ValueError(f"{cam.name}: {tuple(theirs.shape)} theirs, {tuple(ours.shape)} ours")
-        difference = float((theirs - ours).abs().max())
-        good &= difference <= cam.limit
-        told.append(f"{cam.name} {difference:.1e}")
-    return Check(FAILS if not good else MISSING if missing else PASS, ", ".join(told))
+            return Check(MISSING, f"{cam.name}: no counterpart")
+        try:
+            ours = cam.ours(capture)
+        except (CamkitError, TypeError) as error:
+            return Check(FAILS, f"{cam.name}: {first_sentence(error)}")
+    if theirs.shape != ours.shape:
+        shapes = f"{tuple(theirs.shape)} theirs, {tuple(ours.shape)} ours"
+        return Check(FAILS, f"{cam.name}: {shapes}")
+    difference = float((theirs - ours).abs().max())
+    return Check(PASS if difference <= cam.limit else FAILS, f"{cam.name} {difference:.1e}")
 
 
 def check_files(host: Host, _: Callable[[], Host]) -> Check:
@@ -314,9 +316,9 @@ def _read_settings(host: Host) -> dict[str, Any]:
     return host.settings | scores
 
 
-def _last_pass(seen: Any, host: Host) -> camkit.Capture:
-    """Return the capture of the last pass of a forward."""
-    return seen.passes[-1] if host.passes > 1 else seen.capture
+def _chosen_pass(seen: Any, host: Host) -> camkit.Capture:
+    """Return the capture of the forward, or of the pass to compare."""
+    return seen.capture if host.chosen_pass is None else seen.passes[host.chosen_pass]
 
 
 def _forward(host: Host) -> list[Tensor]:

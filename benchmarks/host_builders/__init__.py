@@ -35,6 +35,7 @@ HOSTS = {
     "ToCo": Builder("ToCo", "patch_heads", "toco", stubs=_TOCO_STUBS),
     "SeCo": Builder("SeCo", "patch_heads", "seco", stubs=_TOCO_STUBS),
     "DuPL": Builder("DuPL", "patch_heads", "dupl", stubs=_TOCO_STUBS),
+    "DuPL, one branch": Builder("DuPL", "patch_heads", "dupl_branch", stubs=_TOCO_STUBS),
     "CLIP-ES": Builder("CLIP-ES", "text_towers", "clip_es", stubs=_CLIP_STUBS),
     "WeCLIP": Builder("WeCLIP", "text_towers", "weclip", root="WeCLIP", stubs=_CLIP_STUBS),
     "ExCEL": Builder("ExCEL", "text_towers", "excel", stubs=_CLIP_STUBS),

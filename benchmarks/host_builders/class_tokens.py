@@ -14,9 +14,8 @@ from torch import Tensor, nn
 import camkit
 from camkit.capture.anatomy import Anatomy
 from camkit.seeds import ClassAttentionSeed, PatchHeadSeed, ProductSeed
-
-from . import shared
-from .shared import CLASSES
+from host_builders import shared
+from host_builders.shared import CLASSES
 
 SIDE = 64
 """Side of training images: 4x4 patches of 16 pixels."""
@@ -119,6 +118,17 @@ def mctformer() -> Host:
         return torch.stack([b.head_mean()[:, places][:, :, places] for b in capture.blocks])
 
     attention, patches = ClassAttentionSeed(), PatchHeadSeed()
+    fused = ProductSeed(attention, patches, root=True)
+
+    def spread_by_them() -> Tensor:
+        _, cams, affinity = model(pixels, return_att=True)
+        moved = affinity.sum(0) @ cams.flatten(2).mT
+        return moved.mT.reshape(cams.shape)
+
+    def spread_by_us(capture: camkit.Capture) -> Tensor:
+        spread = camkit.Propagate(scale_rows=False)(class_seed(fused)(capture), capture)
+        return spread * len(capture.blocks)  # they add blocks up
+
     return Host(
         model, pixels, Anatomy(TOKENS), (4, 6), blocks=6,
         own_maps=block_maps,
@@ -126,9 +136,9 @@ def mctformer() -> Host:
         cams=(
             Cam("class attention", lambda: their("mct"), class_seed(attention)),
             Cam("patch CAM", lambda: their("patchcam"), class_seed(patches)),
-            Cam("fused", lambda: their("fused"),
-                class_seed(ProductSeed(attention, patches, root=True))),
+            Cam("fused", lambda: their("fused"), class_seed(fused)),
             Cam("patch attention", lambda: model(pixels, return_att=True)[2], patch_attention),
+            Cam("fused, spread by patch attention", spread_by_them, spread_by_us, limit=1e-5),
         ),
         files=lambda folder: files_of_engine(
             model, folder, "psa", {}, layer_index=12, model="MCTformerPlus"
@@ -160,6 +170,7 @@ def cti() -> Host:
         model, pixels, Anatomy(classes, other_tokens=(0,)), (4, 4), blocks=6,
         own_maps=block_maps,
         settings={"class_tokens": classes, "other_tokens": (0,)},
+        pipeline_options={"class_tokens": classes, "other_tokens": (0,)},
         scores=lambda output: output["cls"],
         step=cti_update,
         cams=(Cam("class attention", lambda: foreground("mtatt"), attention_sum, limit=1e-5),),
@@ -225,8 +236,32 @@ def weaktr() -> Host:
     shared.stirred(model).eval()
     pixels = shared.pictures(SIDE, 96)
 
+    weights: dict[str, Tensor] = {}
+    heads = model.adaptive_attention_fusion.attn_head_ffn
+    heads.register_forward_hook(lambda _, __, output: weights.update(latest=output.detach()))
+
     def their(kind: str) -> Tensor:
         return model(pixels, return_att=True, attention_type=kind)[1]
+
+    def head_weights(capture: camkit.Capture) -> Tensor:
+        """Return the weights of the latest forward, which they lay out head by head."""
+        return weights["latest"].unflatten(1, (-1, len(capture.blocks))).mT
+
+    def weighted(product: bool) -> Any:
+        def read(capture: camkit.Capture) -> Tensor:
+            seed: Any = ClassAttentionSeed(head_weights=head_weights)
+            seed = ProductSeed(seed, PatchHeadSeed()) if product else seed
+            return class_seed(seed)(capture)
+
+        return read
+
+    def spread_by_them() -> Tensor:
+        _, cams, affinity = model(pixels, return_att=True)
+        return (affinity[0] @ cams.flatten(2).mT).mT.reshape(cams.shape)
+
+    def spread_by_us(capture: camkit.Capture) -> Tensor:
+        spread = camkit.Propagate(scale_rows=False, head_weights=head_weights)
+        return spread(weighted(product=True)(capture), capture)
 
     return Host(
         model, pixels, Anatomy(TOKENS), (4, 6), blocks=6,
@@ -234,7 +269,10 @@ def weaktr() -> Host:
         step=one_epoch,
         cams=(
             Cam("patch CAM", lambda: their("patchcam"), class_seed(PatchHeadSeed())),
-            Cam("class attention with head weights", lambda: their("attn")),
+            Cam("class attention with head weights", lambda: their("attn"),
+                weighted(product=False)),
+            Cam("fused", lambda: their("fused"), weighted(product=True)),
+            Cam("fused, spread by patch attention", spread_by_them, spread_by_us),
         ),
         files=lambda folder: files_of_engine(model, folder, "union", {"n_jobs": 1}),
     )  # fmt: skip

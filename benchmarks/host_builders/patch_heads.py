@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from host_checks import Cam, Host, descend, returned_maps
 from torch import Tensor, nn
 
+import camkit
 from camkit.capture.anatomy import Anatomy
+from camkit.capture.record import WatchSpec
 from camkit.seeds import ClassWeightSeed
-
-from . import shared
-from .shared import CLASSES
+from host_builders import shared
+from host_builders.shared import CLASSES
 
 SIDE, CROP = 64, 32
 """Sides of training images and of local crops."""
@@ -59,8 +60,18 @@ def one_size_cam(network: Any, pixels: Tensor, index: int) -> Callable[[], Tenso
     return lambda: F.relu(network(pixels, cam_only=True)[index])
 
 
-def class_weight(capture: Any) -> Tensor:
-    return ClassWeightSeed()(capture, shared.every_class(capture.images))
+def class_weight(capture: camkit.Capture) -> Tensor:
+    """Read the map of the last block's patches."""
+    return ClassWeightSeed(cut="zero")(capture, shared.every_class(capture.images))
+
+
+def inner_weight(capture: camkit.Capture) -> Tensor:
+    """Read the map of an inner block's patches and its own classifier."""
+    seed = ClassWeightSeed(cut="zero", layer=-3)
+    return seed(capture, shared.every_class(capture.images))
+
+
+LEAVING = WatchSpec(leaving=True)
 
 
 def toco_files(folder: Path) -> dict[str, float]:
@@ -80,6 +91,7 @@ def toco_files(folder: Path) -> dict[str, float]:
         return 100.0 * float(found[0])
 
     return {
+        **shared.logits_file(folder, "msc_seg"),
         "theirs read by camkit": shared.read_back(
             path, dict(zip(shared.PRESENT, theirs.numpy(), strict=True))
         ),
@@ -105,8 +117,9 @@ def toco() -> Host:
         step=toco_step,
         cams=(
             Cam("CAM", one_size_cam(model, pixels, 1), class_weight),
-            Cam("auxiliary CAM", one_size_cam(model, pixels, 0)),
+            Cam("auxiliary CAM", one_size_cam(model, pixels, 0), inner_weight),
         ),
+        requires=LEAVING,
         files=toco_files,
     )  # fmt: skip
 
@@ -181,8 +194,10 @@ def seco() -> Host:
         step=seco_step,
         cams=(
             Cam("CAM", one_size_cam(model, pixels, 1), class_weight),
-            Cam("auxiliary CAM", one_size_cam(model, pixels, 0)),
+            Cam("auxiliary CAM", one_size_cam(model, pixels, 0), inner_weight),
         ),
+        requires=LEAVING,
+        files=partial(shared.logits_file, name="msc_seg"),
     )  # fmt: skip
 
 
@@ -238,23 +253,40 @@ def seco_step(model: nn.Module, optimiser: torch.optim.Optimizer) -> float:
 # -- DuPL
 
 
-def dupl() -> Host:
-    """Build DuPL: two networks like ToCo's, side by side."""
+def dupl_network() -> Any:
+    """Build a small network with both branches."""
     from model.model_dupl import siamese_network
 
     torch.manual_seed(0)
-    model = siamese_network(add_small_encoder(), num_classes=CLASSES + 1, aux_layer=-3).eval()
-    pixels = shared.pictures(SIDE, 96)
+    return siamese_network(add_small_encoder(), num_classes=CLASSES + 1, aux_layer=-3).eval()
+
+
+def dupl() -> Host:
+    """Build DuPL: two networks like ToCo's, side by side, so a forward has two passes."""
+    model = dupl_network()
     return Host(
-        model, pixels, Anatomy((0,)), (4, 6), blocks=12,
-        own_maps=encoder_maps(model.branch1.encoder, model.branch2.encoder),
+        model, shared.pictures(SIDE, 96), Anatomy((0,)), (4, 6), blocks=6, chosen_pass=1,
+        own_maps=encoder_maps(model.branch2.encoder),
         scores=lambda output: output["branch1"][0],
         step=dupl_step,
+        true_reason={"doctor": "the forward ran 2 passes", "wrap": "the forward ran 2 passes"},
+        files=partial(shared.logits_file, name="msc_seg"),
+    )  # fmt: skip
+
+
+def dupl_branch() -> Host:
+    """Build DuPL and hand camkit its first branch, as for reading."""
+    model, pixels = dupl_network(), shared.pictures(SIDE, 96)
+    branch = model.branch1
+    return Host(
+        model, pixels, Anatomy((0,)), (4, 6), blocks=6,
+        part=lambda host: host.branch1,
+        own_maps=encoder_maps(branch.encoder),
         cams=(
-            Cam("CAM of branch 1", lambda: F.relu(model.branch1(pixels, cam_only=True)[1]),
-                class_weight),
-            Cam("auxiliary CAM of branch 1", lambda: F.relu(model.branch1(pixels, cam_only=True)[0])),
+            Cam("CAM", one_size_cam(branch, pixels, 1), class_weight),
+            Cam("auxiliary CAM", one_size_cam(branch, pixels, 0), inner_weight),
         ),
+        requires=LEAVING,
     )  # fmt: skip
 
 

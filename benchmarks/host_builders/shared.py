@@ -106,3 +106,16 @@ def min_max(maps: Tensor) -> Tensor:
     """Scale each map to [0, 1]."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     return (maps - low) / (high - low + 1e-7)
+
+
+def logits_file(folder: Path, name: str) -> dict[str, float]:
+    """Write scores of a segmentation network under ``name`` and let camkit read them.
+
+    Args:
+        folder: an empty folder.
+        name: the entry that their script writes, `(1, classes + 1, rows, cols)` before softmax.
+    """
+    logits = torch.randn(1, CLASSES + 1, 6, 8, generator=torch.Generator().manual_seed(4))
+    np.save(folder / "logits.npy", {name: logits.numpy()})  # type: ignore[arg-type]
+    expected = dict(enumerate(logits.softmax(1)[0, 1:].numpy()))
+    return {f"their {name} read by camkit": read_back(folder / "logits.npy", expected)}

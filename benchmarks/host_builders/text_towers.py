@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import camkit
 from camkit.capture.anatomy import Anatomy
 from camkit.seeds import GradCAMSeed, JointSpace, TextClasses, TextSimilaritySeed
-
-from . import shared
-from .shared import CLASSES
+from host_builders import shared
+from host_builders.shared import CLASSES
 
 ROWS, COLS = 64, 96
 GRID = (4, 6)
+PRIVATE = "a private copy of torch's function hides it"
+SEVERAL = "makes several maps in a call and mixes them in its own way"
 WIDTH = 32
 """Channels of the space of images and texts."""
 
@@ -101,7 +102,9 @@ def clip_es() -> Host:
 
     def spread(capture: camkit.Capture) -> Tensor:
         cam = scaled(capture)
-        return camkit.Propagate(steps=2, blocks=8, balance=3, boxes=0.4)(cam, capture)
+        return camkit.Propagate(
+            steps=2, blocks=8, balance=3, boxes=0.4, box_rule="clip-es"
+        )(cam, capture)
 
     return Host(
         model, pixels, Anatomy((0,), sequence_first=True), GRID, blocks=6,
@@ -224,6 +227,8 @@ def weclip() -> Host:
         step=weclip_step,
         attach_settings={"blocks": [-4, -3, -2]},
         pipeline=False,
+        files=partial(shared.logits_file, name="msc_segs"),
+        true_reason=dict.fromkeys(("watch", "doctor", "attach"), PRIVATE),
     )  # fmt: skip
 
 
@@ -273,7 +278,9 @@ def excel() -> Host:
         part=lambda host: host.encoder.visual,
         own_maps=own,
         step=excel_step,
+        attach_settings={"modules": [f"transformer.resblocks.{i}.attn" for i in range(7)]},
         pipeline=False,
+        true_reason=dict.fromkeys(("watch", "doctor"), SEVERAL),
         cams=(Cam("patch-text similarity (LAM)", lambda: model(pixels)[2]),),
         files=excel_files,
     )  # fmt: skip
@@ -321,15 +328,26 @@ def excel_files(folder: Path) -> dict[str, float]:
 
 def sclip() -> Host:
     """Build SCLIP: the last block is computed outside its module, from its weights."""
-    return _openai_tower(lambda clip: None, return_all=True, csa=True)
+    return _openai_tower(lambda clip: None, SEVERAL, return_all=True, csa=True)
 
 
 def naclip() -> Host:
     """Build NACLIP: as SCLIP, with a window around each patch, no residual and no MLP."""
-    return _openai_tower(lambda clip: clip.visual.set_params("reduced", "naclip", 5.0), return_all=True)
+    return _openai_tower(
+        lambda clip: clip.visual.set_params("reduced", "naclip", 5.0), "", return_all=True
+    )
 
 
-def _openai_tower(prepare: Callable[[Any], None], **options: Any) -> Host:
+FIRST = {"modules": [f"transformer.resblocks.{index}.attn" for index in range(5)]}
+"""The blocks that run as modules."""
+
+
+def refusals(reason: str) -> dict[str, str]:
+    """Return the same reason for every check that reads all blocks."""
+    return dict.fromkeys(("watch", "doctor", "wrap", "cam"), reason) if reason else {}
+
+
+def _openai_tower(prepare: Callable[[Any], None], reason: str, **options: Any) -> Host:
     torch.manual_seed(0)
     model = openai_clip()
     prepare(model)
@@ -342,6 +360,8 @@ def _openai_tower(prepare: Callable[[Any], None], **options: Any) -> Host:
         cams=(Cam("patch-text cosines", lambda: cosines(call(model, pixels)[:, 1:]),
                   likeness(model.visual), limit=1e-5),),
         classes=text_classes(model.visual),
+        attach_settings=FIRST if reason else {},
+        true_reason=refusals(reason) or {"cam": "tokens that leave the last block"},
     )  # fmt: skip
 
 
@@ -351,7 +371,7 @@ def _encode(model: Any, pixels: Tensor, *args: Any, **options: Any) -> Tensor:
     return tokens
 
 
-def _open_clip_tower(call: Callable[[Any, Tensor], Tensor]) -> Host:
+def _open_clip_tower(call: Callable[[Any, Tensor], Tensor], reason: str) -> Host:
     torch.manual_seed(0)
     model = open_clip_model().eval()
     pixels = shared.pictures(ROWS, COLS)
@@ -362,6 +382,8 @@ def _open_clip_tower(call: Callable[[Any, Tensor], Tensor]) -> Host:
         cams=(Cam("patch-text cosines", lambda: cosines(call(model, pixels)),
                   likeness(model.visual), limit=1e-5),),
         classes=text_classes(model.visual),
+        attach_settings=FIRST,
+        true_reason=refusals(reason),
     )  # fmt: skip
 
 
@@ -374,14 +396,17 @@ def open_clip_model() -> Any:
 
 def clearclip() -> Host:
     """Build ClearCLIP: the last block runs, but its output is not used."""
-    return _open_clip_tower(lambda model, pixels: _encode(model, pixels, "ClearCLIP", True))
+    return _open_clip_tower(
+        lambda model, pixels: _encode(model, pixels, "ClearCLIP", True), "outside the module"
+    )
 
 
 def proxyclip() -> Host:
     """Build ProxyCLIP: features of another model take the place of the last block's attention."""
     features = torch.randn(2, 16, *GRID, generator=torch.Generator().manual_seed(9))
     return _open_clip_tower(
-        lambda model, pixels: _encode(model, pixels, external_feats=features, beta=1.2, gamma=3.0)
+        lambda model, pixels: _encode(model, pixels, external_feats=features, beta=1.2, gamma=3.0),
+        "outside the module",
     )
 
 

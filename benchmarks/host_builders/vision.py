@@ -16,9 +16,8 @@ from torch import Tensor, nn
 import camkit
 from camkit.capture.anatomy import Anatomy
 from camkit.seeds import AttentionRolloutSeed, ClassAttentionSeed
-
-from . import shared
-from .shared import CLASSES
+from host_builders import shared
+from host_builders.shared import CLASSES
 
 SIDE = 64
 NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -87,8 +86,10 @@ def afa() -> Host:
         },
         cams=(
             Cam("CAM", lambda: F.relu(model(pixels, cam_only=True)[0]),
-                lambda capture: camkit.seeds.ClassWeightSeed()(capture, shared.every_class())),
+                lambda capture: camkit.seeds.ClassWeightSeed(cut="zero")(
+                    capture, shared.every_class())),
         ),
+        files=partial(shared.logits_file, name="msc_segs"),
     )  # fmt: skip
 
 
