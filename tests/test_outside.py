@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from forks import DIM, GRID, HEADS, LastBlockLater, MixedOrder, OutsideItsModule, per_head
+from forks import (
+    DIM,
+    GRID,
+    HEADS,
+    ClipTower,
+    LastBlockLater,
+    MixedOrder,
+    OutsideItsModule,
+    per_head,
+)
 from hosts import shaken
 from torch import nn
 
@@ -129,7 +138,7 @@ def test_an_output_without_a_projection_module_cannot_be_edited():
 def test_a_block_that_runs_behind_its_tower_goes_on_with_the_same_capture():
     model = shaken(LastBlockLater()).eval()
     whole = copy.deepcopy(model)
-    whole.__class__ = type(model).__mro__[1]
+    whole.__class__ = ClipTower
     expected = captured(whole)
 
     with watch(model) as seen:
@@ -188,3 +197,21 @@ def test_the_last_tokens_are_those_that_the_host_goes_on_with(beside):
         capture = captured(model)
         hook.remove()
         assert torch.equal(last_tokens(capture), received[0])
+        assert capture.names == ("blocks.0.attn", "blocks.1.attn")
+        expected = keys_with_keys(model).mean(1)
+        torch.testing.assert_close(capture.blocks[1].head_mean(), expected, **CLOSE)
+
+
+def test_a_block_that_is_called_beside_its_attention_counts_if_the_host_goes_on_with_it():
+    class CallsIt(OutsideItsModule):
+        def through(self, x):
+            x = self.blocks[0](self.ln_pre(x).transpose(0, 1))
+            self.attended(self.blocks[1].attn, self.blocks[1].norm1(x))
+            return self.blocks[1](x).transpose(0, 1)
+
+    model = shaken(CallsIt()).eval()
+    plain = ClipTower().eval()
+    plain.load_state_dict(model.state_dict())
+    mine, theirs = captured(model), captured(plain)
+    assert mine.names == theirs.names
+    torch.testing.assert_close(mine.blocks[1].head_mean(), theirs.blocks[1].head_mean(), **CLOSE)

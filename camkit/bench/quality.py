@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from camkit.bench.evaluator import Evaluator
 from camkit.bench.protocol import Variant
-from camkit.capture.record import scores_of
+from camkit.capture.scores import candidates
 from camkit.data import Sample
-from camkit.errors import CamkitError, DataError
+from camkit.errors import CamkitError, DataError, UnsupportedModelError
 from camkit.ops.images import gaussian_blur, resize_cam
 from camkit.photo import Photo
+from camkit.seeds.views import ModelRunner
 from camkit.tensors import Cam, Pixels
 from camkit.vocabulary import Vocabulary
 
@@ -127,18 +128,25 @@ class Quality:
 def class_scores(
     model: nn.Module, pictures: Pixels, index: int, vocabulary: Vocabulary, batch: int
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-    """Return score and probability of a class in each picture."""
+    """Return score and probability of a class in each picture; needs class scores."""
     weight = next(model.parameters())
-    outputs = []
     with torch.no_grad():
-        for part in pictures.split(batch):
-            scores = scores_of(model(part.to(weight)))
-            if scores is None:
-                raise CamkitError("the quality of maps needs a model that returns class scores")
-            outputs.append(scores.float().cpu())
+        parts = [_scores(model, part.to(weight)) for part in pictures.split(batch)]
+    outputs = [part.float().cpu() for part in parts]
     scores = torch.cat(outputs)
     logits = vocabulary.score(scores)[:, index]
     return logits, (logits - scores.logsumexp(-1)).exp()
+
+
+def _scores(model: nn.Module, pictures: Pixels) -> Float[Tensor, "p o"]:
+    """Return the scores before softmax or sigmoid, if the model is a Vision Transformer."""
+    try:
+        return ModelRunner(model)(pictures).scores
+    except UnsupportedModelError:
+        found = candidates(model(pictures))
+    if len(found) != 1:
+        raise CamkitError("the quality of maps needs a model that returns class scores")
+    return found[0]
 
 
 def measure_quality(

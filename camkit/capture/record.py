@@ -1,6 +1,6 @@
 """Capture: what a watch recorded of one forward, as values; and what a watch must record."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
@@ -218,8 +218,8 @@ class Capture:
         names: the modules they belong to.
         anatomy: which tokens are class, distillation, register tokens.
         grid: rows and columns of patches.
-        outputs: class scores as the model returned them, one row an image; None if it returned
-            none.
+        outputs: class scores of the model before softmax or sigmoid, one row an image; None if they
+            are not known.
         tail: module calls after the last block.
         pooling: attention of single queries, which pool the patches.
         entering: tokens that enter the attention of the last blocks, if required.
@@ -228,8 +228,11 @@ class Capture:
         samples: forwards of the same images under noise, if required.
         class_query_only: whether the last block was computed for the class token only, so that
             its patches are unknown.
+        activation: what the model applies to its scores before it returns them; empty for nothing.
+        why_no_scores: why ``outputs`` is None, if more is known than that the model returned none.
         rgb: the pictures in [0, 1], for refiners that read colours.
         vocabulary: names the classes, and may join several classifier outputs into one class.
+        custom: how many of the last outputs are scores of the user's own, which are of no class.
     """
 
     blocks: tuple[Attention, ...]
@@ -244,8 +247,11 @@ class Capture:
     class_paths: tuple[TokenCall, ...] = ()
     samples: tuple[NoisyForward, ...] = ()
     class_query_only: bool = False
+    activation: str = ""
+    why_no_scores: str = ""
     rgb: RGB | None = None
     vocabulary: Vocabulary | None = None
+    custom: int = 0
 
     @classmethod
     def of_picture(cls, rgb: RGB) -> "Capture":
@@ -275,6 +281,13 @@ class Capture:
         return self.blocks[0].shape[0]
 
     @property
+    def device(self) -> torch.device:
+        """The device of the forward."""
+        if self.outputs is not None:
+            return self.outputs.device
+        return self.blocks[0].rows(self.anatomy.class_tokens[:1] or [0]).device
+
+    @property
     def patches(self) -> list[int]:
         """Positions of the patches among the tokens."""
         return self.anatomy.patches(self.blocks[0].shape[2])
@@ -290,13 +303,28 @@ class Capture:
             raise CaptureError(_NO_FORWARD)
         if self.outputs is None:
             raise CaptureError(
-                "no class scores: the model returned none, or its output comes from no classifier; "
-                "compute them with camkit.watch(model, scores=lambda output: ...), or use "
-                "ClassAttentionSeed, which needs none"
+                "no class scores: "
+                + (
+                    self.why_no_scores
+                    or "the model returned none, or its output comes from no classifier; compute "
+                    "them with `scores=lambda output: ...`"
+                )
+                + ", or name the `classes` and use a seed that needs no scores, such as "
+                "ClassAttentionSeed"
             )
         if not self.outputs.isfinite().all():
             raise CaptureError("the scores hold NaN or inf; check the weights and the pixels")
         return self._grouped(self.outputs)
+
+    @property
+    def class_count(self) -> int | None:
+        """Number of classes; None if neither scores nor a vocabulary nor class tokens tell it."""
+        if self.outputs is not None:
+            return int(self.scores.shape[-1])
+        if self.vocabulary is not None:
+            return len(self.vocabulary)
+        tokens = len(self.anatomy.class_tokens)
+        return tokens if tokens > 1 else None
 
     def class_calls(self) -> tuple[ClassCall, ...]:
         """Return the calls with class-to-patch rows: of class tokens, else of pooling queries.
@@ -338,7 +366,7 @@ class Capture:
         count = len(self.class_calls()[0].queries)
         if count == 1:
             return torch.ones(len(column), 1, device=column.device)
-        classes = None if self.outputs is None else self.outputs.shape[-1]
+        classes = None if self.outputs is None else self.outputs.shape[-1] - self.custom
         check_one_for_each_class(self.anatomy, classes)
         if classes is not None and count != classes:
             raise UnsupportedModelError(
@@ -347,6 +375,9 @@ class Capture:
             )
         members = None if self.vocabulary is None else self.vocabulary.members
         own = torch.eye(count, device=column.device)
+        if self.custom:  # a score of several classes
+            even = torch.full((self.custom, count), 1.0 / count, device=column.device)
+            own = torch.cat([own, even])
         if members is not None:
             own = torch.stack([own[list(group)].mean(0) for group in members])
         return own[column.clamp_min(0)]
@@ -389,14 +420,3 @@ class Capture:
 
     def _grouped(self, outputs: Tensor) -> Tensor:
         return outputs if self.vocabulary is None else self.vocabulary.score(outputs)
-
-
-def scores_of(output: Any) -> Tensor | None:
-    """Return the ``(b, classes)`` scores in an output: tensor, tuple, dict, object with logits."""
-    if isinstance(output, Tensor):
-        return output if output.dim() == 2 and output.is_floating_point() else None
-    if isinstance(output, Mapping):
-        return scores_of(output.get("logits"))
-    if isinstance(output, tuple | list):
-        return next((s for s in map(scores_of, output) if s is not None), None)
-    return scores_of(output.logits) if hasattr(output, "logits") else None

@@ -11,6 +11,7 @@ given. Blocks that share one module run several times in one pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,37 +34,31 @@ from camkit.capture.outside import OutsideAttention, close_windows
 from camkit.capture.tail import tokens_of
 from camkit.errors import CaptureError
 from camkit.grid import Grid
+from camkit.torch_internals import leave_out_of_copies
 
 Arguments: TypeAlias = tuple[Any, ...]
 Named: TypeAlias = dict[str, Any]
 
 
 class Hook:
-    """A hook that stays with its module: copies and pickles of the module hold an empty one.
+    """A hook of camkit; `Hooks` keeps it out of copies and pickles of its module.
 
-    Otherwise a deep copy of a watched model (an EMA teacher, say) would write into the original's
-    record, and a watched model could not be saved.
+    Where it is copied by itself (as quantisation moves hooks to the modules it puts in), the copy
+    does nothing, and its pickle names nothing of camkit.
     """
 
-    def __init__(
-        self, function: Callable[..., Any] | None, *, while_measuring: bool = False
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], *, while_measuring: bool = False) -> None:
         def run(*args: Any) -> Any:
-            if THREAD.measuring and not while_measuring:
-                return None
-            return None if function is None else function(*args)
+            return function(*args) if while_measuring or not THREAD.measuring else None
 
         # compiled code calls it instead of tracing it
-        self.function = None if function is None else torch.compiler.disable(run)
+        self.function = torch.compiler.disable(run)
 
     def __call__(self, *args: Any) -> Any:
-        return None if self.function is None else self.function(*args)
+        return self.function(*args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
-        return Hook(None)
-
-    def __reduce__(self) -> tuple[type["Hook"], tuple[None]]:
-        return Hook, (None,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes any arguments and returns None
 
 
 class Hooks:
@@ -71,6 +66,9 @@ class Hooks:
 
     ``outermost`` puts a hook around all others; else newer hooks run inside older ones. Forwards
     that camkit itself runs inside `measurement` call only hooks with ``while_measuring``.
+
+    Deep copies and pickles of the module are without these hooks: a copy of a watched model (an EMA
+    teacher, say) would write into the original's record, and a pickle would need camkit.
     """
 
     def __init__(self) -> None:
@@ -86,9 +84,7 @@ class Hooks:
     ) -> None:
         """Call ``function(module, args, kwargs)`` before each forward of ``module``."""
         hook = Hook(function, while_measuring=while_measuring)
-        self._handles.append(
-            module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outermost)
-        )
+        self._keep(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outermost))
 
     def after(
         self,
@@ -103,15 +99,21 @@ class Hooks:
         It is called after a forward that raised, too; then the output is None.
         """
         hook = Hook(function, while_measuring=while_measuring)
-        self._handles.append(
+        self._keep(
             module.register_forward_hook(
                 hook, with_kwargs=True, always_call=True, prepend=not outermost
             )
         )
 
+    def _keep(self, handle: RemovableHandle) -> None:
+        self._handles.append(handle)
+        leave_out_of_copies(handle, Hook)
+
     def remove(self) -> None:
         while self._handles:
-            self._handles.pop().remove()
+            handle = self._handles.pop()
+            handle.remove()
+            leave_out_of_copies(handle, Hook)
 
 
 C = TypeVar("C", bound="ForwardPass")

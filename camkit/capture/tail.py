@@ -20,11 +20,20 @@ def tokens_of(value: Any) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class TailCall:
-    """One call of a module after the last attention."""
+    """One call of a module after the last attention.
+
+    Attributes:
+        module: the module.
+        input: its first argument, without a graph.
+        output: what it returned, without a graph.
+        node: what may be class scores, in their graph if there is one: the output of a classifier,
+            or the input of a sigmoid or softmax.
+    """
 
     module: nn.Module
     input: Tensor
     output: Tensor
+    node: Tensor | None = None
 
 
 def patch_scores(
@@ -110,18 +119,23 @@ def inner_patch_scores(
 
 def classifiers(tail: Sequence[TailCall], outputs: Tensor) -> list[TailCall]:
     """Return the calls that computed the class scores: a single one, or several they average."""
-    fitting = [
-        call
-        for call in tail
-        if is_classifier(call.module) and call.output.dim() > 1
-        if call.output.flatten(1).shape == outputs.shape
-    ]
+    fitting = fitting_classifiers(tail, outputs)
     for group in (*([call] for call in fitting), fitting):
         if group:
             mean = torch.stack([call.output.flatten(1) for call in group]).mean(0)
             if torch.allclose(mean.to(outputs), outputs.detach(), rtol=1e-3, atol=1e-3):
                 return group
     return []
+
+
+def fitting_classifiers(tail: Sequence[TailCall], outputs: Tensor) -> list[TailCall]:
+    """Return the calls of classifiers whose output has the form of the class scores."""
+    return [
+        call
+        for call in tail
+        if is_classifier(call.module) and call.output.dim() > 1
+        if call.output.flatten(1).shape == outputs.shape
+    ]
 
 
 def pooling_calls(tail: Sequence[TailCall]) -> list[TailCall]:

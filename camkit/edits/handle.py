@@ -16,7 +16,7 @@ from camkit.capture.attention import Attention
 from camkit.capture.host import Host, block_modules, how_to_reveal, is_whole_block
 from camkit.capture.intercept import taps_suspended
 from camkit.capture.order import sequence_first
-from camkit.capture.record import scores_of
+from camkit.capture.scores import candidates
 from camkit.capture.session import (
     Arguments,
     AttentionCall,
@@ -239,7 +239,7 @@ class Editor(Subscriber[EditedPass]):
         self.normaliser = not self.weighs_keys  # edits of outputs read columns
         self._host = host
         self._normalisation = normalisation
-        self._scores = scores or scores_of
+        self._scores = scores
         self._all_must_run = blocks is not None
         self._places = host.places()
         self._latest: Forward[EditedPass] | None = None
@@ -454,9 +454,10 @@ class Editor(Subscriber[EditedPass]):
         several = [turn.anatomy for turn in forward.passes if len(turn.anatomy.class_tokens) > 1]
         if not several or several[0].stated:
             return
-        scores = self._scores(output)
-        if scores is not None:
-            check_one_for_each_class(several[0], scores.shape[-1])
+        found = candidates(output) if self._scores is None else [self._scores(output)]
+        widths = [scores.shape[-1] for scores in found]
+        if widths and len(several[0].class_tokens) not in widths:
+            check_one_for_each_class(several[0], widths[0])
 
     def _site(self, name: str, context: EditedPass, attention: Attention) -> BlockContext:
         entered = self._streams[name].now.entered if name in self._streams else None

@@ -86,7 +86,7 @@ class Picture:
     def _in_colour(self) -> Tensor:
         """Return the pictures of the pass in [0, 1], of any size."""
         whole, pixels, rgb = self.whole, self.pixels, self.rgb
-        if pixels is not None and whole is not None and pixels is not whole:
+        if pixels is not None and whole is not None and not _one_memory(pixels, whole):
             if same_pictures(small_pictures(pixels), whole):
                 pixels = whole  # as the user normalised them, whatever the host did to them
             else:
@@ -96,6 +96,12 @@ class Picture:
         if pixels is None:
             raise CaptureError(_NO_IMAGES)
         return to_rgb(pixels, self.normalisation)
+
+
+def _one_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, or views of the same numbers."""
+    same_form = one.shape == other.shape and one.stride() == other.stride()
+    return one is other or (same_form and one.data_ptr() == other.data_ptr())
 
 
 @dataclass(frozen=True, eq=False)
