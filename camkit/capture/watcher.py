@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, finalize
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.anatomy import Anatomy, grid_of_aspect, image_batch
+from camkit.capture.anatomy import NO_GRID, Anatomy, image_batch
 from camkit.capture.attention import Attention, ClassRows, ExplicitAttention, FusedAttention
 from camkit.capture.class_query import ClassPath, ClassQuery
 from camkit.capture.host import Host, block_modules, how_to_reveal, tail_modules
@@ -38,6 +38,7 @@ from camkit.capture.session import (
 from camkit.capture.tail import TailCall, is_classifier, tokens_of
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.ops.images import check_rgb
 from camkit.tensors import RGB
 from camkit.torch_internals import is_compiled
 from camkit.vocabulary import Vocabulary
@@ -95,6 +96,8 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
     spec = replace(spec, gradients=spec.gradients or gradients)
     if (spec.gradients or spec.within_blocks or spec.class_paths) and class_rows_only:
         raise ValueError("`class_rows_only` drops what `gradients` needs; choose one of them")
+    if rgb is not None:
+        check_rgb(rgb)
     host = Host.of(model, modules=modules, class_tokens=class_tokens, grid=grid)
     if isinstance(blocks, int):
         if blocks < 1:
@@ -492,9 +495,23 @@ class Recorder(Subscriber[Recording]):
         if output is None:  # the forward raised
             return None
         _COUNTS[self._host.model] = context.count
+        self._settle_grid(context)
         if self._spec.noise is not None and not self._sampling:
             self._run_noisy(context, self._spec.noise)
         return left
+
+    def _settle_grid(self, context: Recording) -> None:
+        """Measure the grid, unless a patch embedding showed it."""
+        if context.entrance is None or self._host.grid is not None or not context.kept:
+            return
+        record, shown = context.kept[-1], context.grid
+        patches = len(context.anatomy.patches(record.attention.shape[2]))
+        if record.why_unreadable or (shown is not None and shown.size == patches):
+            return
+        call = context.entrance, context.args, context.kwargs
+        grid = self._host.measured_grid(*call, context.anatomy)
+        if grid is not None and grid.size == patches:
+            context.grid = grid
 
     def _run_noisy(self, clean: Recording, noise: SmoothGrad) -> None:
         """Run the same images under noise, and keep what seeds read of each forward."""
@@ -537,7 +554,9 @@ def _checked_grid(forward: Recording, named: Grid | None, kept: Sequence[Attenti
         )
     tokens, anatomy = lengths[0], forward.anatomy
     patches = len(anatomy.patches(tokens))
-    grid = named or forward.grid or grid_of_aspect(forward.size, patches)
+    grid = named or forward.grid
+    if grid is None:
+        raise UnsupportedModelError(NO_GRID)
     if patches != grid.size:
         raise CaptureError(
             f"{tokens} tokens less {len(anatomy.special_tokens)} special ones leave {patches}, but "

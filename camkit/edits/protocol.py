@@ -12,7 +12,7 @@ from camkit.capture.anatomy import Anatomy, grid_of_aspect
 from camkit.capture.attention import Attention, FusedAttention
 from camkit.errors import CaptureError
 from camkit.grid import Grid
-from camkit.ops.images import Normalisation, to_rgb
+from camkit.ops.images import Normalisation, check_rgb, to_rgb
 from camkit.tensors import RGB, Labels, Pixels, Tokens
 
 
@@ -48,8 +48,12 @@ class Picture:
                 "`handle.rgb = ...`"
             )
         if self._colours is None:
+            if self.rgb is not None:
+                check_rgb(self.rgb)
             rgb = to_rgb(self.pixels, self.normalisation) if self.rgb is None else self.rgb
-            grid = self.grid or grid_of_aspect(self.pixels.shape[-2:], patches)
+            grid = self.grid
+            if grid is None or grid.size != patches:  # a stem of several layers shows another
+                grid = grid_of_aspect(self.pixels.shape[-2:], patches)
             pooled = F.adaptive_avg_pool2d(rgb.detach().float(), (grid.rows, grid.cols))
             self._colours = pooled.flatten(2).mT.contiguous()
         if self._colours.shape[1] != patches:
