@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from camkit.capture.layers import Layers
-from camkit.capture.record import scores_of
+from camkit.capture.parameters import to_input
+from camkit.capture.scores import candidates
 from camkit.errors import CaptureError
 from camkit.seeds.token_gradients import principal_component, weight_tokens
 
@@ -68,6 +69,17 @@ class FinerWeightedTarget:
         return (weights * (own - self.alpha * output[..., others])).sum(-1) / (
             weights.sum(-1) + 1e-9
         )
+
+
+def _scores(output: object) -> Tensor:
+    """Return the scores in an output: a tensor, its logits, or its one (b, classes) tensor."""
+    found = [output] if isinstance(output, Tensor) else candidates(output)
+    if len({tensor.shape[-1] for tensor in found}) != 1:
+        raise CaptureError(
+            f"the model returned {len(found) or 'no'} (b, classes) tensors, expected logits or one "
+            "such tensor; wrap the model in a module that returns its scores"
+        )
+    return found[0]
 
 
 def _total(targets: Sequence[Target], outputs: Tensor) -> Tensor:
@@ -197,11 +209,9 @@ class CAM(AbstractContextManager["CAM"]):
         targets: Sequence[Target] | Callable[[Tensor], Sequence[Target]] | None,
         eigen_smooth: bool,
     ) -> Float[Tensor, "b H W"]:
-        pixels = pixels.to(next(self.model.parameters()).device)
+        pixels = to_input(self.model, pixels)
         run = self._layers(pixels, gradients=self.uses_gradients)
-        outputs = run.output if isinstance(run.output, Tensor) else scores_of(run.output)
-        if outputs is None:
-            raise CaptureError("the model returned no scores: expected a tensor or logits")
+        outputs = _scores(run.output)
         self.outputs = outputs.detach()
         gradients: Sequence[Tensor | None] = [None] * len(run.layers)
         if self.uses_gradients:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from camkit.grid import Grid
 from camkit.seeds.attention import ClassAttentionSeed, GradientSeed, RelevanceSeed
 from camkit.seeds.pooled import ClassWeightSeed, ContributionSeed
 from camkit.seeds.protocol import Seed
+from camkit.seeds.views import ModelCall
 from camkit.vocabulary import Vocabulary
 
 SEEDS: tuple[Seed, ...] = (GradientSeed(), RelevanceSeed(), ClassAttentionSeed(), ClassWeightSeed())
@@ -102,17 +104,19 @@ def diagnose(  # noqa: PLR0913 - as `watch`
     modules: Iterable[str] | None = None,
     class_tokens: Sequence[int] | None = None,
     grid: Grid | tuple[int, int] | None = None,
+    call: ModelCall | None = None,
 ) -> Diagnosis:
     """Run a model a few times and report what camkit can do with it; the model stays as it is.
 
     Args:
         model: any model.
-        run: images as the model takes them, ``(b, 3, H, W)``; or a function that calls it.
+        run: images as the model takes them, ``(b, channels, H, W)``; or a function that calls it.
         scores: as in `camkit.watch`.
         vocabulary: as in `camkit.watch`.
         modules: as in `camkit.watch`.
         class_tokens: as in `camkit.watch`.
         grid: as in `camkit.watch`.
+        call: as in `camkit.wrap`, for a model that takes more than images.
 
     Returns:
         What was found, or why the model is refused.
@@ -121,6 +125,9 @@ def diagnose(  # noqa: PLR0913 - as `watch`
         >>> print(camkit.diagnose(model, torch.rand(1, 3, 224, 224)))  # doctest: +SKIP
     """
     names = None if modules is None else list(modules)
+    takes_images = isinstance(run, Tensor)
+    if call is not None and isinstance(run, Tensor):
+        run = partial(_call_with, call, run)
     try:
         with torch.no_grad():
             seen = watch(
@@ -150,12 +157,16 @@ def diagnose(  # noqa: PLR0913 - as `watch`
         rule=_rule(capture, custom=scores is not None),
         seeds=seeds,
         edit_drift=_drift(model, run, names, class_tokens),
-        code=_code(seeds, capture, takes_images=isinstance(run, Tensor)),
+        code=_code(seeds, capture, takes_images=takes_images, call=call is not None),
     )
 
 
 def _call(model: nn.Module, run: Tensor | Callable[[nn.Module], object]) -> object:
     return model(run) if isinstance(run, Tensor) else run(model)
+
+
+def _call_with(call: ModelCall, images: Tensor, model: nn.Module) -> object:
+    return call(model, images)
 
 
 def _path(model: nn.Module, capture: Capture) -> str:
@@ -180,7 +191,8 @@ def _path_of(module: nn.Module, block: Attention) -> str:
 
 def _rule(capture: Capture, *, custom: bool) -> str:
     if capture.outputs is None:
-        return "none: compute them with `scores=`, or use seeds that need none"
+        why = capture.why_no_scores or "compute them with `scores=`"
+        return f"none: {why}, or use seeds that need none"
     tokens = len(capture.anatomy.class_tokens)
     if 1 < tokens == capture.outputs.shape[-1]:
         return "one class token for each class"
@@ -190,13 +202,13 @@ def _rule(capture: Capture, *, custom: bool) -> str:
         for call in heads
     }
     if kinds:
-        return ("mean of two: " if len(heads) > 1 else "") + ", ".join(sorted(kinds))
+        before = f", before the model's {capture.activation}" if capture.activation else ""
+        return ("mean of two: " if len(heads) > 1 else "") + ", ".join(sorted(kinds)) + before
     return "from `scores=`" if custom else "the model's own, from no classifier known to camkit"
 
 
 def _why_not(seed: Seed, capture: Capture) -> str | None:
-    device = capture.blocks[0].rows([0]).device
-    classes = torch.zeros(capture.images, 1, dtype=torch.int64, device=device)
+    classes = torch.zeros(capture.images, 1, dtype=torch.int64, device=capture.device)
     try:
         seed(capture, classes)
     except CamkitError as error:
@@ -230,18 +242,20 @@ def _tensors(output: object) -> list[Tensor]:
     return [t for part in parts for t in _tensors(part)] if isinstance(parts, Iterable) else []
 
 
-def _code(seeds: dict[str, str | None], capture: Capture, *, takes_images: bool) -> str:
-    """Return the whole pipeline if the model takes images and returns scores, else its parts."""
+def _code(seeds: dict[str, str | None], capture: Capture, *, takes_images: bool, call: bool) -> str:
+    """Return the whole pipeline if the model takes images, else its parts."""
     works = next((name for name, why in seeds.items() if why is None), None)
     if works is None:
         return "camkit.watch(model, scores=lambda output: ...)"
-    if not takes_images or capture.outputs is None:
+    if not takes_images:
         return (
             f"with camkit.watch(model) as seen: ...; camkit.seeds.{works}()(seen.capture, classes)"
         )
-    if works == "GradientSeed" or _why_not(ContributionSeed(), capture) is None:
-        return "camkit.wrap(model)(photo, classes=[...])"
-    return f"camkit.wrap(model, seed=camkit.seeds.{works}())(photo, classes=[...])"
+    how = "model, call=call" if call else "model"
+    default = works == "GradientSeed" or _why_not(ContributionSeed(), capture) is None
+    if capture.outputs is None or not default:
+        how += f", seed=camkit.seeds.{works}()"
+    return f"camkit.wrap({how})(photo, classes=[...])"
 
 
 def _positions(positions: tuple[int, ...]) -> str:

@@ -13,6 +13,7 @@ import torch
 from camkit import edits, refiners, seeds
 from camkit.capture.host import find_attention
 from camkit.capture.modes import borrowed
+from camkit.capture.parameters import to_input
 from camkit.capture.record import WatchSpec, required_by
 from camkit.edits import Edit, KeyEdit
 from camkit.errors import CaptureError, UnsupportedModelError, closest
@@ -174,39 +175,46 @@ class Preset:
     classifier: bool = False
     also_requires: Seed | None = None
 
-    def supports(self, runner: ModelRunner, pixels: Pixels, rgb: RGB) -> bool:
-        """Return whether a model supports this preset, by a trial on one batch.
+    def why_not(self, runner: ModelRunner, pixels: Pixels, rgb: RGB) -> str | None:
+        """Return why a model does not support this preset, by a trial on a batch; None if it does.
 
         The edit must be possible and the seeds readable, and the edit must not change the class
         scores: where patches are pooled, it would change the classifier's input.
 
         Args:
             runner: runs the model, without an edit.
-            pixels: ``(b, 3, H, W)``, normalised, on any device.
+            pixels: ``(b, channels, H, W)``, normalised, on any device.
             rgb: the same pictures in [0, 1].
         """
-        if len(find_attention(runner.model)) < self.depth:
-            return False
+        depth = len(find_attention(runner.model))
+        if depth < self.depth:
+            return f"it was tuned for {self.depth} attention blocks or more, this model has {depth}"
         method = self.method
         readers = [seed for seed in (method.seed, self.also_requires) if seed is not None]
         runner = replace(runner, requires=WatchSpec() | required_by(*readers))
         edited = replace(runner, edit=method.edit, edit_blocks=method.edit_blocks)
-        weight = next(runner.model.parameters())
-        pixels, rgb = pixels.to(weight), rgb.to(weight.device)
-        classes = torch.zeros(len(pixels), 1, dtype=torch.int64, device=weight.device)
+        pixels = to_input(runner.model, pixels)
+        rgb = rgb.to(pixels.device)
+        classes = torch.zeros(len(pixels), 1, dtype=torch.int64, device=pixels.device)
         try:
             with borrowed(runner.model), torch.no_grad():
                 plain = runner(pixels, rgb)
                 capture = plain if method.edit is None else edited(pixels, rgb)
                 for seed in readers:
                     seed(capture, classes)
+                same = torch.allclose(plain.scores, capture.scores, rtol=1e-3, atol=1e-4)
         except torch.OutOfMemoryError:
             raise
         except (UnsupportedModelError, CaptureError, RuntimeError) as error:
             reason = type(runner.model).__name__, method.seed, method.edit, str(error)
             _LOG.info("%s does not support %s under %s: %s", *reason)
-            return False
-        return torch.allclose(plain.scores, capture.scores, rtol=1e-3, atol=1e-4)
+            return str(error)
+        return None if same else "its edit would change the class scores of this model"
+
+    def __str__(self) -> str:
+        """Return the seed and the edit, which tell presets apart."""
+        edit = self.method.edit
+        return repr(self.method.seed) + ("" if edit is None else f" under {edit!r}")
 
 
 CALIBRATED = Preset(

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from camkit.capture.host import find_attention
 from camkit.capture.modes import borrowed
+from camkit.capture.parameters import to_input
 from camkit.capture.record import Capture, required_by
+from camkit.capture.scores import known_classes
 from camkit.edits.protocol import Edit, KeyEdit
 from camkit.errors import CamkitError
 from camkit.manifest import provenance, unfinished
@@ -28,13 +30,19 @@ from camkit.seeds.attention import GradientSeed
 from camkit.seeds.protocol import Seed
 from camkit.seeds.targets import (
     ClassRequest,
-    known_classes,
+    Score,
     name_of,
     read_targets,
     with_targets,
 )
 from camkit.seeds.text import TextClasses
-from camkit.seeds.views import ModelRunner, MultiViewReader, Views, check_size
+from camkit.seeds.views import (
+    ModelCall,
+    ModelRunner,
+    MultiViewReader,
+    Views,
+    check_size,
+)
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
 
@@ -50,11 +58,13 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
     background_score: float | None = None,
     vocabulary: Vocabulary | None = None,
     scores: Callable[[Any], Tensor] | None = None,
+    call: ModelCall | None = None,
 ) -> "Pipeline":
     """Make a pipeline around a model; the model itself stays as it is.
 
     Args:
-        model: a Vision Transformer that returns class scores.
+        model: a Vision Transformer. It need not return class scores if the seed reads none and
+            ``classes`` are named.
         seed: makes the first maps. Without seed and edit, the pipeline takes both from the first of
             `camkit.method.PRESETS` that the model supports: `CALIBRATED`, `GRADIENT` or `POOLED`.
             With an edit alone, the seed is `GradientSeed`.
@@ -67,6 +77,8 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
         vocabulary: class names, and the classifier outputs behind each; without it, classes are
             output indices.
         scores: computes ``(b, classes)`` scores from the model's output, as in `camkit.watch`.
+        call: ``(model, pixels) -> output``, for a model that takes more than images; None is
+            ``model(pixels)``. It is called for every view of a photo, at the size of the view.
 
     Raises:
         UnsupportedModelError: the model has no attention.
@@ -82,7 +94,7 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
         blocks = edit_blocks if isinstance(edit_blocks, int | None) else tuple(edit_blocks)
         seed = GradientSeed() if seed is None else seed
         method = Method(seed, edit=edit, edit_blocks=blocks, **shared)
-    return Pipeline(model, method, vocabulary=vocabulary, scores=scores)
+    return Pipeline(model, method, vocabulary=vocabulary, scores=scores, call=call)
 
 
 class Pipeline:
@@ -94,6 +106,7 @@ class Pipeline:
             the first that the model supports.
         vocabulary: see `wrap`.
         scores: see `wrap`.
+        call: see `wrap`.
 
     Raises:
         UnsupportedModelError: the model has no attention.
@@ -106,11 +119,14 @@ class Pipeline:
         *,
         vocabulary: Vocabulary | None = None,
         scores: Callable[[Any], Tensor] | None = None,
+        call: ModelCall | None = None,
     ) -> None:
         find_attention(model)  # refuse a model without attention here, not at the first photo
         self.model = model
         self.vocabulary = vocabulary
         self.scores = scores
+        self.call = call
+        self._passed_over: tuple[str, ...] = ()
         self._presets = (Preset(method),) if isinstance(method, Method) else tuple(method)
         self._method = method if isinstance(method, Method) else None
 
@@ -143,6 +159,7 @@ class Pipeline:
             legend=mask_legend(chosen, stages.names[0], stages.known),
             logits=stages.seed.new_zeros(1, 0) if outputs is None else outputs.detach(),
             settings=self._settings(method),
+            passed_over=stages.passed_over,
         )
 
     def stages(self, pixels: Pixels, *, rgb: RGB, classes: ClassRequest = None) -> "Stages":
@@ -175,13 +192,15 @@ class Pipeline:
         # 2. The method. The model's classifier cannot explain texts and custom scores.
         if len(self._presets) > 1 and (scores is not self.scores or targets.functions):
             method = self._without_classifier()
+            reason = "it explains the model's own classifier, not texts or custom scores"
+            passed_over = tuple(f"{p}: {reason}" for p in self._presets if p.classifier)
         else:
-            method = self.decide(pixels, rgb)
+            method, passed_over = self.decide(pixels, rgb), self._passed_over
         seed = with_targets(method.seed, targets)
 
         # 3. One forward, watched for what the seed and the refiners read.
-        weight = next(self.model.parameters())
-        pixels, rgb = pixels.to(weight), rgb.to(weight.device)
+        pixels = to_input(self.model, pixels)
+        rgb = rgb.to(pixels.device)
         runner = ModelRunner(
             self.model,
             requires=required_by(method.seed, *method.refine),
@@ -189,6 +208,7 @@ class Pipeline:
             edit_blocks=method.edit_blocks,
             vocabulary=vocabulary,
             scores=scores,
+            call=self.call,
         )
         with borrowed(self.model), torch.no_grad():
             capture = runner(pixels, rgb)
@@ -206,23 +226,18 @@ class Pipeline:
             for refiner in method.refine:
                 cam = refiner(cam, capture)
 
-        known = int(capture.scores.shape[-1])
-
-        def name(index: int) -> str:
-            if index >= known:
-                return name_of(targets.functions[index - known])
-            return str(index) if vocabulary is None else vocabulary.names[index]
-
+        known = capture.class_count
+        if known is None:  # nothing tells how many classes there are
+            known = int(indices.max()) + 1
         return Stages(
             seed=first,
             cam=cam,
             capture=capture,
             classes=indices,
-            names=tuple(
-                tuple(name(index) for index in row if index >= 0) for row in indices.tolist()
-            ),
+            names=_names(indices, known, vocabulary, targets.functions),
             known=known + len(targets.functions),
             method=method,
+            passed_over=passed_over,
         )
 
     def decide(self, pixels: Pixels, rgb: RGB) -> Method:
@@ -231,12 +246,21 @@ class Pipeline:
         The arguments are those of `stages`.
         """
         if self._method is None:
-            runner = ModelRunner(self.model, vocabulary=self.vocabulary, scores=self.scores)
+            runner = ModelRunner(
+                self.model, vocabulary=self.vocabulary, scores=self.scores, call=self.call
+            )
             if self.scores is None:  # otherwise `scores` may depend on the batch size
                 pixels, rgb = pixels[:1], rgb[:1]
-            supported = (p.method for p in self._presets if p.supports(runner, pixels, rgb))
+            passed_over: list[str] = []
+            for preset in self._presets:
+                reason = preset.why_not(runner, pixels, rgb)
+                if reason is None:
+                    self._method = preset.method
+                    break
+                passed_over.append(f"{preset}: {reason}")
             # if the model supports none, the errors of the least demanding preset explain why
-            self._method = next(supported, None) or self._without_classifier()
+            self._method = self._method or self._without_classifier()
+            self._passed_over = tuple(passed_over)
         return self._method
 
     def _without_classifier(self) -> Method:
@@ -253,6 +277,11 @@ class Pipeline:
         return self._method
 
     @property
+    def passed_over(self) -> tuple[str, ...]:
+        """The presets before the one in use, each with the reason that this model cannot use it."""
+        return self._passed_over
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Every setting, versions and the hash of the weights, JSON-ready; raises like `method`."""
         return self._settings(self.method)
@@ -263,10 +292,20 @@ class Pipeline:
     def __repr__(self) -> str:
         name = type(self.model).__name__
         if self._method is not None:
-            return f"Pipeline({name}, {self._method})"
+            reasons = "".join(f"\n  not {reason}" for reason in self._passed_over)
+            return f"Pipeline({name}, {self._method}){reasons}"
         candidates = "".join(f"\n  {preset.method!r}" for preset in self._presets)
         choice = "method decided at the first photo: the first of these that the model supports"
         return f"Pipeline({name}, {choice}{candidates})"
+
+
+def _names(
+    classes: Classes, known: int, vocabulary: Vocabulary | None, functions: Sequence[Score]
+) -> tuple[tuple[str, ...], ...]:
+    """Name the classes of each image; custom scores are numbered behind the ``known`` ones."""
+    names = list(map(str, range(known))) if vocabulary is None else list(vocabulary.names)
+    names += map(name_of, functions)
+    return tuple(tuple(names[i] for i in row if i >= 0) for row in classes.tolist())
 
 
 @dataclass(frozen=True)
@@ -281,6 +320,7 @@ class Stages:
         names: names of the classes of each image, without padding.
         known: number of classes of the model or vocabulary, custom scores included.
         method: the method used.
+        passed_over: see `Result`.
     """
 
     seed: Cam
@@ -290,6 +330,7 @@ class Stages:
     names: tuple[tuple[str, ...], ...]
     known: int
     method: Method
+    passed_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,8 +345,10 @@ class Result:
         cam: the refined maps at the photo's own size, in [0, 1].
         mask: 0 background, else the value that ``legend`` names.
         legend: name of each mask value.
-        logits: outputs of the classifier.
+        logits: outputs of the classifier; none if the model returned no class scores.
         settings: every setting that led to the result, JSON-ready.
+        passed_over: the presets that were tried before the method in use, each with the reason why
+            the model does not support it.
     """
 
     photo: Photo
@@ -317,6 +360,7 @@ class Result:
     legend: dict[int, str]
     logits: Float[Tensor, "1 o"]
     settings: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
 
     def picture(self) -> UInt8[np.ndarray, "H W 3"]:
         """Return the photo at its own size, read from its file if it has one."""
@@ -347,7 +391,7 @@ class Result:
 
     def manifest(self) -> dict[str, Any]:
         """Return everything but the pixels, JSON-ready."""
-        probabilities = self.logits[0].float().softmax(-1)
+        scores = self.logits[0].float()
         return {
             "photo": None if self.photo.path is None else str(self.photo.path),
             "size": list(self.photo.size),
@@ -357,7 +401,8 @@ class Result:
                 for index, name in zip(self.classes, self.names, strict=True)
             ],
             "legend": {str(value): name for value, name in self.legend.items()},
-            "most_probable_output": int(probabilities.argmax()),
+            "most_probable_output": int(scores.argmax()) if len(scores) else None,
+            "passed_over": list(self.passed_over),
             **self.settings,
         }
 

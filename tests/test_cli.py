@@ -293,12 +293,30 @@ def test_doctor_takes_a_model_of_ones_own(tmp_path, capsys):
     assert "2 blocks of 3 heads" in capsys.readouterr().out
 
 
+def test_doctor_calls_a_model_as_its_builder_says(tmp_path, capsys):
+    (tmp_path / "mine_with_a_call.py").write_text(
+        "import timm\n"
+        "class Model(timm.models.VisionTransformer):\n"
+        "    def forward(self, pixels, scale):\n"
+        "        return super().forward(pixels * scale)\n"
+        "def build():\n"
+        "    model = Model(embed_dim=48, num_heads=3, depth=2, img_size=32)\n"
+        "    return model, lambda model, pixels: model(pixels, 2.0)\n"
+    )
+    assert main(["doctor", "mine_with_a_call:build", "--size", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "camkit.wrap(model, call=call)(photo, classes=[...])" in out
+    (reasons,) = (line for line in out.splitlines() if line.startswith("presets not used"))
+    assert "this model has 2" in reasons
+
+
 @pytest.mark.parametrize(
     ("place", "words"),
     [
         ("nowhere_at_all:build", "No module named 'nowhere_at_all'; expected module:name"),
         ("json:build", "module 'json' has no attribute 'build'; expected module:name"),
-        ("json:JSONDecoder", "gave a JSONDecoder, expected a torch.nn.Module"),
+        ("json:JSONDecoder", "gave JSONDecoder, expected a torch.nn.Module, or (model, call)"),
+        ("json:__all__", "gave list, expected a torch.nn.Module"),
     ],
 )
 def test_doctor_says_what_it_expected_where_a_model_should_be(place, words, capsys):

@@ -234,3 +234,21 @@ def test_what_cannot_be_read_is_refused_with_the_way_out():
     model.blocks[0].forward = lambda tokens: tokens
     with pytest.raises(CaptureError, match="norm1 did not run"):
         cam(pixels, TARGETS)
+
+
+class Pair(nn.Module):
+    """Returns an embedding beside the scores of a ViT."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit, _ = built()
+
+    def forward(self, pixels):
+        return self.vit.forward_features(pixels)[:, 0], self.vit(pixels)
+
+
+def test_two_tensors_that_may_be_scores_are_refused():
+    host = Pair().eval()
+    cam = compat.GradCAM(host, [host.vit.blocks[-1].norm1])
+    with pytest.raises(CaptureError, match=r"returned 2 \(b, classes\) tensors"):
+        cam(torch.randn(1, 3, 64, 64), TARGETS[:1])

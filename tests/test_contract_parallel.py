@@ -1,6 +1,8 @@
 """Edits and watchers where a model runs in several processes or threads."""
 
 import copy
+from contextvars import copy_context
+from functools import partial
 from threading import Barrier, Event, Thread
 
 import pytest
@@ -229,7 +231,7 @@ def test_an_edit_that_fails_in_one_thread_leaves_the_other_alone():
     assert torch._C._len_torch_function_stack() == 0
 
 
-def test_a_second_thread_in_a_watched_model_is_refused_and_the_first_is_seen():
+def test_a_second_thread_that_shares_the_context_of_a_watch_is_refused():
     model = HandMade().eval()
     images = torch.randn(2, 3, 16, 24), torch.randn(3, 3, 16, 24)
     with watch(model) as expected:
@@ -249,7 +251,11 @@ def test_a_second_thread_in_a_watched_model_is_refused_and_the_first_is_seen():
 
     with watch(model) as seen:
         hook = model.patch_embed.register_forward_hook(wait_for_the_other)
-        first, other = in_threads(lambda: model(images[0]), second)
+        shared = [copy_context().run for _ in images]
+        runs = (lambda: model(images[0])), second
+        first, other = in_threads(
+            *(partial(run, own) for run, own in zip(shared, runs, strict=True))
+        )
         hook.remove()
         assert isinstance(other, CaptureError)
         assert "two threads" in str(other)
@@ -261,12 +267,12 @@ def test_a_second_thread_in_a_watched_model_is_refused_and_the_first_is_seen():
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_a_model_called_in_a_worker_is_seen_by_the_watcher_outside(gradients):
+def test_a_model_called_in_a_worker_with_the_context_is_seen_by_the_watcher_outside(gradients):
     model, pixels = HandMade().eval(), torch.randn(2, 3, 16, 24)
     with watch(model) as expected:
         logits = model(pixels).detach()
     with watch(model, gradients=gradients) as seen:
-        (found,) = in_threads(lambda: model(pixels))
+        (found,) = in_threads(partial(copy_context().run, model, pixels))
     assert torch.equal(found, logits)
     assert len(seen.capture.blocks) == 2
     torch.testing.assert_close(

@@ -65,17 +65,36 @@ def test_the_path_taken_is_told_with_its_reason(name, path):
     assert found.path.split()[0].rstrip(":,") == path
 
 
-def test_the_line_to_begin_with_runs():
+@pytest.mark.parametrize("runs", [False, True], ids=["images", "a function"])
+def test_the_line_to_begin_with_runs(runs):
     model = Embeds()
-    found = camkit.diagnose(model, PIXELS)
-    with camkit.watch(model) as seen:
-        model(PIXELS)
-    assert found.code.endswith("camkit.seeds.ClassAttentionSeed()(seen.capture, classes)")
-    cam = eval(found.code.partition("; ")[2], {"camkit": camkit, "seen": seen, "classes": ASKED})
-    assert cam.shape == (2, 1, 2, 3)
+    found = camkit.diagnose(model, (lambda model: model(PIXELS)) if runs else PIXELS)
+    named = {"camkit": camkit, "model": model, "classes": torch.zeros(2, 1, dtype=torch.int64)}
+    if runs:
+        with camkit.watch(model) as seen:
+            model(PIXELS)
+        line = found.code.partition("; ")[2]
+        assert eval(line, named | {"seen": seen}).shape == (2, 1, 2, 3)
+        return
+    picture = torch.randint(0, 255, (16, 24, 3), dtype=torch.uint8).numpy()
+    named["photo"] = camkit.photo_from_array(picture, multiple=8)
+    result = eval(found.code.replace("[...]", "[0]"), named)
+    assert result.mask.shape == (16, 24)
 
 
-ASKED = torch.zeros(2, 1, dtype=torch.int64)
+class Dimmed(HandMade):
+    """Takes a number beside the images."""
+
+    def forward(self, pixels, factor):
+        return super().forward(pixels * factor)
+
+
+def test_a_model_that_takes_more_than_images_is_called_by_the_users_function():
+    model = Dimmed()
+    found = camkit.diagnose(model, PIXELS, call=lambda model, pixels: model(pixels, 0.5))
+    assert (found.refusal, found.grid, found.edit_drift) == (None, Grid(2, 3), 0.0)
+    assert set(found.seeds.values()) == {None}
+    assert found.code == "camkit.wrap(model, call=call)(photo, classes=[...])"
 
 
 def test_a_pipeline_takes_scores_that_were_said():

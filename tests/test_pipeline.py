@@ -29,7 +29,15 @@ from camkit import (
 )
 from camkit.edits import ScaleOutput
 from camkit.refiners import Normalize
-from camkit.seeds import ClassAttentionSeed, ClassWeightSeed, RelevanceSeed
+from camkit.seeds import (
+    AttentionRolloutSeed,
+    ClassAttentionSeed,
+    ClassWeightSeed,
+    EigenCAMSeed,
+    RelevanceSeed,
+    TokenCutSeed,
+    Views,
+)
 
 NAMES = Vocabulary(("cat", "dog, hound", "horse", "cow", "sheep"))
 
@@ -360,3 +368,44 @@ def test_at_most_24_names_are_at_top_level():
     public = [n for n in vars(camkit) if n[0] != "_" and n not in modules | {"TYPE_CHECKING"}]
     ours = [n for n in public if getattr(camkit, n).__module__.startswith("camkit.")]
     assert len(ours) <= 24, sorted(ours)
+
+
+HEADLESS = [ClassAttentionSeed(), AttentionRolloutSeed(), TokenCutSeed(), EigenCAMSeed()]
+
+
+@pytest.mark.parametrize("seed", HEADLESS, ids=repr)
+def test_a_model_without_a_head_serves_seeds_that_read_no_scores(seed, photo):
+    headless, whole = vit(0), vit()
+    headless.load_state_dict(whole.state_dict(), strict=False)
+    found = wrap(headless, seed=seed, vocabulary=NAMES)(photo, classes=["dog", "sheep"])
+    expected = wrap(whole, seed=seed, vocabulary=NAMES)(photo, classes=["dog", "sheep"])
+    assert torch.equal(found.cam, expected.cam)
+    assert torch.equal(found.mask, expected.mask)
+    assert (found.classes, found.names, found.legend) == ((1, 4), NAMES_ASKED, expected.legend)
+    assert found.logits.shape == (1, 0)
+    assert found.manifest()["most_probable_output"] is None
+
+
+NAMES_ASKED = ("dog, hound", "sheep")
+
+
+def test_without_head_and_vocabulary_classes_are_any_numbers(photo, tmp_path):
+    found = wrap(vit(0), seed=ClassAttentionSeed(), views=Views(flip=True))(photo, classes=[7])
+    assert (found.classes, found.names, found.legend) == ((7,), ("7",), {8: "7"})
+    assert set(found.mask.unique().tolist()) <= {0, 8}
+    assert (found.save(tmp_path) / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("seed", "classes"),
+    [(GradientSeed(), [1]), (None, [1]), (ClassAttentionSeed(), None)],
+    ids=["a seed of scores", "the default", "the most probable class"],
+)
+def test_where_scores_are_needed_the_error_names_the_argument(seed, classes, photo):
+    with pytest.raises(CaptureError, match=r"no class scores: .*`scores=lambda output"):
+        wrap(vit(0), seed=seed)(photo, classes=classes)
+
+
+def test_a_class_outside_the_vocabulary_of_a_headless_model_is_refused(photo):
+    with pytest.raises(ValueError, match="0 to 4, got 5"):
+        wrap(vit(0), seed=ClassAttentionSeed(), vocabulary=NAMES)(photo, classes=[5])

@@ -150,6 +150,49 @@ def test_why_a_model_is_not_calibrated_is_told(photo, caplog):
     assert found.settings["seed"] == "GradientSeed()"
     assert "VisionTransformer does not support GatedProductSeed" in caplog.text
     assert "the host writes its attention out" in caplog.text
+    (reason,) = found.passed_over
+    assert reason.startswith("GatedProductSeed(")
+    assert "the host writes its attention out" in reason
+    assert found.manifest()["passed_over"] == [reason]
+
+
+def test_nothing_is_passed_over_where_the_first_preset_works(deep, photo):
+    assert wrap(deep)(photo, classes=[1]).passed_over == ()
+    assert wrap(vit(2), seed=ClassWeightSeed())(photo, classes=[1]).passed_over == ()
+
+
+def test_each_preset_that_is_passed_over_has_its_reason(photo):
+    pipeline = wrap(vit(5, **POOLED_VIT))
+    calibrated, gradient = pipeline(photo, classes=[1]).passed_over
+    assert "under StaticCalibration" in calibrated
+    assert "was tuned for 6 attention blocks or more, this model has 5" in calibrated
+    assert gradient.startswith("GradientSeed(): this model has no class token")
+    assert f"not {gradient}" in repr(pipeline)
+    assert pipeline.passed_over == (calibrated, gradient)
+
+
+class WithTeacher(nn.Module):
+    """A student and a teacher of the same form, of which the student alone runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = vit(6), vit(6)
+
+    def forward(self, pixels):
+        return self.student(pixels)
+
+
+def test_a_model_beside_an_idle_teacher_gets_its_preset_or_the_reason(photo):
+    found = wrap(WithTeacher().eval())(photo, classes=[1])
+    asked = wrap(vit(6))(photo, classes=[1])
+    assert found.passed_over or same(found, asked)
+
+
+def test_custom_scores_pass_over_what_explains_the_classifier(deep, photo):
+    found = wrap(deep)(photo, classes=[lambda output: output[2] - output[4]])
+    calibrated, pooled = found.passed_over
+    assert "explains the model's own classifier, not texts or custom scores" in calibrated
+    assert pooled.startswith("ClassWeightSeed()")
 
 
 def test_it_is_tried_once_for_all_photos(deep, photo):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from hosts import HandMade
 from torch import nn
 
 from camkit import Vocabulary, photo_from_array
@@ -93,3 +94,21 @@ def test_the_batch_does_not_matter(photo):
 def test_settings_that_mean_nothing_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         Quality(**settings)
+
+
+@pytest.mark.parametrize("returns", ["an embedding first", "probabilities"])
+def test_a_model_is_measured_by_its_class_scores(photo, returns):
+    class Host(HandMade):
+        def forward(self, pixels):
+            token = self.tokens(pixels)[:, 0]
+            scores = self.head(token)
+            return (token, scores) if returns == "an embedding first" else scores.softmax(-1)
+
+    torch.manual_seed(0)
+    plain, host = HandMade(), Host()
+    host.load_state_dict(plain.state_dict())
+    names, cam = Vocabulary(tuple("abcde")), corner_map()
+    (found,), (expected,) = (Quality(steps=3)(m, photo, cam, (2,), names) for m in (host, plain))
+    assert found.deletion == pytest.approx(expected.deletion, abs=1e-6)
+    assert found.insertion == pytest.approx(expected.insertion, abs=1e-6)
+    assert found.background == pytest.approx(expected.background, abs=1e-6)

@@ -9,6 +9,7 @@ from helpers import capture_of
 from hosts import HandMade, OneTokenPerClass, shaken, tiny
 
 from camkit import GradientSeed, Vocabulary, photo_from_array, wrap
+from camkit.capture.scores import known_classes
 from camkit.seeds import (
     ClassAttentionSeed,
     ClassWeightSeed,
@@ -18,7 +19,6 @@ from camkit.seeds import (
     Views,
     read_targets,
 )
-from camkit.seeds.targets import known_classes
 from camkit.seeds.token_gradients import GradCAMSeed
 
 NAMES = Vocabulary(("cat", "dog, hound", "horse", "cow", "sheep"))

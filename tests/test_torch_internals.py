@@ -20,6 +20,7 @@ from camkit.torch_internals import (
     count_hooks,
     has_compiled_forward,
     is_compiled,
+    leave_out_of_copies,
     tensor_version,
     tree_leaves,
 )
@@ -190,6 +191,19 @@ def test_hooks_inside_a_module_count():
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].register_forward_hook(print)
     assert count_hooks(model) == 1
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(2, 2), Renamed])
+def test_hooks_that_torch_keeps_in_an_unknown_way_are_left_alone(build, monkeypatch):
+    module = build()
+    monkeypatch.setattr(
+        RemovableHandle, "__init__", lambda handle, *_, **__: vars(handle).update(id=0)
+    )
+    handle = module.register_forward_hook(print)
+    leave_out_of_copies(handle, type(print))
+    hooks = getattr(module, "_forward_hooks", None) or module.hooks
+    assert dict(hooks) == {0: print}
+    assert vars(hooks) == {}
 
 
 def test_a_function_is_marked_as_torch_marks_constants(monkeypatch):

@@ -6,12 +6,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hosts import OneTokenPerClass, shaken, tiny
+from hosts import HandMade, OneTokenPerClass, shaken, tiny
+from transformers import ViTConfig, ViTForImageClassification
 
 import camkit
 from camkit import GradientSeed, Vocabulary
 from camkit.bench import Variant
 from camkit.bench.evaluator import variant_maps
+from camkit.capture.record import SmoothGrad
 from camkit.edits import ScaleOutput
 from camkit.photo import Photo
 from camkit.seeds import (
@@ -19,9 +21,11 @@ from camkit.seeds import (
     ClassWeightSeed,
     ModelRunner,
     MultiViewReader,
+    RelevanceSeed,
     Views,
     views,
 )
+from camkit.seeds.token_gradients import GradCAMSeed
 
 CLASSES = torch.tensor([[1, 4], [3, -1]])
 SEED = GradientSeed()
@@ -257,12 +261,109 @@ def test_an_edit_acts_in_every_view(model, pixels):
     assert (joined(model, pixels, chosen) - expected).abs().max() > 1e-3
 
 
-def test_a_host_of_one_size_says_so():
-    host = shaken(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5))
-    with pytest.raises(AssertionError) as caught:
-        joined(host, torch.randn(2, 3, 64, 64), Views(scales=(1.0, 0.5)))
-    assert "view of 32x32" in caught.value.__notes__[0]
-    assert "dynamic_img_size=True" in caught.value.__notes__[0]
+def fixed_size():
+    return shaken(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5))
+
+
+def fixed_size_of_transformers():
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        image_size=64, patch_size=16, num_labels=5,
+    )  # fmt: skip
+    return ViTForImageClassification(config).eval()
+
+
+def notes_of(error):
+    return getattr(error, "__notes__", [])
+
+
+@pytest.mark.parametrize(
+    ("build", "hint"),
+    [
+        (fixed_size, "or create the model with dynamic_img_size=True"),
+        (
+            fixed_size_of_transformers,
+            "`call=lambda model, pixels: model(pixels, interpolate_pos_encoding=True)`",
+        ),
+    ],
+)
+def test_a_host_of_one_size_says_so(build, hint):
+    with pytest.raises((AssertionError, ValueError)) as caught:
+        joined(build(), torch.randn(2, 3, 64, 64), Views(scales=(1.0, 0.5)))
+    (note,) = caught.value.__notes__
+    assert "takes images of 64x64, the size it states, but not of 32x32" in note
+    assert "camkit.load_photo(path, size=(64, 64))" in note
+    assert hint in note
+
+
+def raising(error):
+    def hook(*_):
+        raise error
+
+    return hook
+
+
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("its own"), torch.OutOfMemoryError("no memory")], ids=repr
+)
+def test_an_error_of_another_cause_has_no_note_on_the_size(side, error):
+    host = fixed_size()
+    host.patch_embed.register_forward_pre_hook(raising(error))
+    with pytest.raises(type(error)) as caught:
+        ModelRunner(host)(torch.randn(1, 3, side, side))
+    assert notes_of(caught.value) == []
+
+
+def test_an_error_of_a_model_of_any_size_has_no_note(model, pixels):
+    model.head.register_forward_hook(raising(ValueError("its own")))
+    with pytest.raises(ValueError, match="its own") as caught:
+        ModelRunner(model)(pixels)
+    assert notes_of(caught.value) == []
+
+
+class WithText(HandMade):
+    """Takes images and one word for each image."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(7, 24)
+        self.sizes = []
+
+    def forward(self, pixels, ids, *, rows):
+        assert pixels.shape[-2] == rows
+        self.sizes.append(tuple(pixels.shape))
+        return self.head(self.tokens(pixels)[:, 0] + self.words(ids))
+
+
+def call_with_text(model, pixels):
+    ids = torch.full((len(pixels),), 3, device=pixels.device)
+    return model(pixels, ids, rows=pixels.shape[-2])
+
+
+@pytest.mark.parametrize(
+    "seed", [SEED, RelevanceSeed(), GradCAMSeed(noise=SmoothGrad(2))], ids=repr
+)
+def test_a_model_with_a_second_input_is_called_by_the_users_function(seed):
+    """The same model with the word built in, of images alone, gives the same maps."""
+    host, pixels = WithText(), torch.randn(2, 3, 32, 48)
+    chosen = Views(scales=(1.0, 0.5), flip=True, tiles=2, paired=True)
+    classes = torch.tensor([[1, 4], [3, -1]])
+
+    class Alone(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.host = host
+
+        def forward(self, pixels):
+            return call_with_text(self.host, pixels)
+
+    found = camkit.wrap(host, seed=seed, views=chosen, refine=[], call=call_with_text)
+    asked = camkit.wrap(Alone(), seed=seed, views=chosen, refine=[])
+    stages = found.stages(pixels, rgb=pixels, classes=classes)
+    assert {(2, 3, 32, 48), (4, 3, 16, 24), (2, 3, 16, 24)} <= set(host.sizes)
+    close(stages.cam, asked.stages(pixels, rgb=pixels, classes=classes).cam)
+    assert stages.cam.any()
 
 
 def test_a_class_with_its_own_token_is_joined_too():

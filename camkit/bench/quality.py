@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from camkit.bench.evaluator import Evaluator
 from camkit.bench.protocol import Variant
-from camkit.capture.record import scores_of
+from camkit.capture.parameters import to_input
+from camkit.capture.scores import candidates
 from camkit.data import Sample
-from camkit.errors import CamkitError, DataError
+from camkit.errors import CamkitError, DataError, UnsupportedModelError
 from camkit.ops.images import gaussian_blur, resize_cam
 from camkit.photo import Photo
+from camkit.seeds.views import ModelRunner
 from camkit.tensors import Cam, Pixels
 from camkit.vocabulary import Vocabulary
 
@@ -127,18 +129,24 @@ class Quality:
 def class_scores(
     model: nn.Module, pictures: Pixels, index: int, vocabulary: Vocabulary, batch: int
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-    """Return score and probability of a class in each picture."""
-    weight = next(model.parameters())
-    outputs = []
+    """Return score and probability of a class in each picture; needs class scores."""
     with torch.no_grad():
-        for part in pictures.split(batch):
-            scores = scores_of(model(part.to(weight)))
-            if scores is None:
-                raise CamkitError("the quality of maps needs a model that returns class scores")
-            outputs.append(scores.float().cpu())
+        parts = [_scores(model, to_input(model, part)) for part in pictures.split(batch)]
+    outputs = [part.float().cpu() for part in parts]
     scores = torch.cat(outputs)
     logits = vocabulary.score(scores)[:, index]
     return logits, (logits - scores.logsumexp(-1)).exp()
+
+
+def _scores(model: nn.Module, pictures: Pixels) -> Float[Tensor, "p o"]:
+    """Return the scores before softmax or sigmoid, if the model is a Vision Transformer."""
+    try:
+        return ModelRunner(model)(pictures).scores
+    except UnsupportedModelError:
+        found = candidates(model(pictures))
+    if len(found) != 1:
+        raise CamkitError("the quality of maps needs a model that returns class scores")
+    return found[0]
 
 
 def measure_quality(

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from camkit.capture.anatomy import Anatomy, measure_anatomy
+from camkit.capture.anatomy import Anatomy, image_batch, measure_anatomy, measure_grid
+from camkit.capture.parameters import is_one_layer
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.torch_internals import compiled_original
@@ -98,13 +100,39 @@ def find_attention(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_patch_embeddings(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Find the convolutions that cut images into patches: stride as large as their kernel."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.in_channels == 3
-        if module.kernel_size == module.stride and module.stride[0] >= 4
-    }
+    """Find the convolutions that images enter, by name: patch embeddings and the first of stems.
+
+    They step over the image, lie outside of attention, and have as many input channels as images:
+    as the first of them, and no more than an earlier convolution has outputs unless these are 3.
+    """
+    found: dict[str, nn.Conv2d] = {}
+    made: set[int] = set()  # numbers of channels that earlier convolutions return
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        if is_attention(module):
+            inside = (*inside, f"{name}.")
+        if not isinstance(module, nn.Conv2d):
+            continue
+        channels, steps = module.in_channels, max(module.stride) > 1
+        first = next((conv.in_channels for conv in found.values()), channels)
+        if steps and (channels == 3 or (channels not in made and channels == first)):
+            found[name] = module
+        made.add(module.out_channels)
+    return found
+
+
+def patch_step(model: nn.Module) -> tuple[int, int] | None:
+    """Return rows and columns of a patch, if one convolution cuts images into patches."""
+    for module in find_patch_embeddings(model).values():
+        if module.kernel_size == module.stride and not any(_padding(module)):
+            return (module.stride[0], module.stride[1])
+    return None
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, ...]:
+    return (1,) if module.padding == "same" else tuple(int(side) for side in module.padding)
 
 
 def of_images(attention: dict[str, nn.Module], embeddings: Iterable[str]) -> dict[str, nn.Module]:
@@ -178,9 +206,9 @@ def tail_modules(model: nn.Module, attention: Sequence[str]) -> list[nn.Module]:
     inside = tuple(f"{block}." for block in blocks)
     tail: dict[nn.Module, None] = {}
     for name, module in model.named_modules():
-        leaf = next(module.children(), None) is None
-        if leaf and not f"{name}.".startswith(inside):
+        if is_one_layer(module) and not f"{name}.".startswith(inside):
             tail[module] = None
+            inside = (*inside, f"{name}.")  # its parts only make up its weights
     for name in attention:
         for path in (name, name.rpartition(".")[0]):
             module = model.get_submodule(path)
@@ -274,6 +302,7 @@ def _modules_with_xformers(model: nn.Module) -> list[Any]:
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _MEASURING = RLock()
 _MEASURED: "WeakKeyDictionary[nn.Module, dict[str, Anatomy]]" = WeakKeyDictionary()
+_GRIDS: "WeakKeyDictionary[nn.Module, dict[Any, Grid | None]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,10 +312,11 @@ class Host:
     Attributes:
         model: the user's model, with its wrappers.
         attention: its attention modules by name.
-        embeddings: convolutions that cut images into patches.
+        embeddings: convolutions that images enter.
         entrances: modules that hold attention, from the outside in; a forward begins at the first
             one that is called with an image batch. A host may bypass the forward of its root.
         class_tokens: positions of the class tokens, if the user named them.
+        other_tokens: positions of further tokens that are no patches, if the user named them.
         grid: the patch grid, if the user named it.
     """
 
@@ -295,6 +325,7 @@ class Host:
     embeddings: tuple[nn.Conv2d, ...]
     entrances: tuple[nn.Module, ...]
     class_tokens: tuple[int, ...] | None = None
+    other_tokens: tuple[int, ...] | None = None
     grid: Grid | None = None
 
     @classmethod
@@ -304,6 +335,7 @@ class Host:
         *,
         modules: Iterable[str] | None = None,
         class_tokens: Sequence[int] | None = None,
+        other_tokens: Sequence[int] | None = None,
         grid: Grid | tuple[int, int] | None = None,
     ) -> "Host":
         """Find the modules to hook.
@@ -341,7 +373,8 @@ class Host:
             attention=attention,
             embeddings=tuple(embeddings.values()),
             entrances=tuple(entrances),
-            class_tokens=None if class_tokens is None else tuple(class_tokens),
+            class_tokens=_positions("class_tokens", class_tokens),
+            other_tokens=_positions("other_tokens", other_tokens),
             grid=Grid(*grid) if isinstance(grid, tuple) else grid,
         )
 
@@ -356,6 +389,23 @@ class Host:
     def blocks(self) -> dict[str, nn.Module]:
         """Return the attention modules without pooling heads, which add nothing to the tokens."""
         return {name: m for name, m in self.attention.items() if not is_pooling(self.model, name)}
+
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Return the place of each block in its tower, and how many blocks the tower has.
+
+        Blocks belong to the tower of the patch embedding that is nearest by its name.
+        """
+        embeddings = [name.split(".")[:-1] for name in find_patch_embeddings(self.model)]
+        towers: dict[tuple[int, ...], list[str]] = {}
+        for name in self.blocks():
+            depths = [_shared([branch, name.split(".")]) for branch in embeddings]
+            nearest = tuple(i for i, depth in enumerate(depths) if depth == max(depths))
+            towers.setdefault(nearest, []).append(name)
+        return {
+            name: (place, len(names))
+            for names in towers.values()
+            for place, name in enumerate(names)
+        }
 
     def check_in_place(self) -> None:
         """Check that the hooked modules are still those that the model calls.
@@ -380,7 +430,10 @@ class Host:
         kwargs: dict[str, Any],
         at: str | None = None,
     ) -> Anatomy:
-        """Return the roles of the tokens, given by the user, or measured once and cached.
+        """Return the roles of the tokens, measured once and cached, or stated by the user.
+
+        What the user states goes before what is measured. Nothing is measured if both kinds are
+        stated.
 
         Args:
             entrance: the module that a forward begins at.
@@ -389,15 +442,63 @@ class Host:
             at: the attention module whose input is measured; None is the first that runs. Hosts
                 whose class token joins late (CaiT) need another.
         """
-        if self.class_tokens is not None:
-            return Anatomy(class_tokens=self.class_tokens)
+        stated = Anatomy().with_roles(self.class_tokens, self.other_tokens)
+        if self.class_tokens is not None and self.other_tokens is not None:
+            return stated
+        try:
+            measured = self._measured(entrance, args, kwargs, at)
+        except Exception:  # whatever the host raises: it need not be measurable
+            if self.class_tokens is None:
+                raise
+            return stated
+        return measured.with_roles(self.class_tokens, self.other_tokens)
+
+    def _measured(
+        self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: str | None
+    ) -> Anatomy:
         key = at or ""
         with _MEASURING:  # replays swap parameters, so they wait for each other
             known = _MEASURED.setdefault(entrance, {})
             if key not in known:
                 modules = list(self.attention.values()) if at is None else [self.attention[at]]
-                known[key] = measure_anatomy(entrance, modules, args, kwargs)
+                known[key] = measure_anatomy(entrance, modules, args, kwargs, self.embeddings)
             return known[key]
+
+    def measured_grid(
+        self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], anatomy: Anatomy
+    ) -> Grid | None:
+        """Return the patch grid of these images, measured once for each size.
+
+        Not to be called while the model runs. None if the patches do not lie on a grid; the
+        arguments are those of `anatomy`.
+        """
+        pixels = image_batch(args, kwargs)
+        if pixels is None:
+            return None
+        size = (pixels.shape[-2], pixels.shape[-1])
+        with _MEASURING:
+            known = _GRIDS.setdefault(entrance, {})
+            if (size, anatomy) not in known:
+                modules = list(self.attention.values())
+                known[size, anatomy] = measure_grid(
+                    entrance, modules, args, kwargs, anatomy, self.embeddings
+                )
+            return known[size, anatomy]
+
+
+def _positions(name: str, positions: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the positions of tokens that a user named."""
+    if positions is None:
+        return None
+    try:
+        places = tuple(index(position) for position in positions)
+    except TypeError:
+        raise ValueError(
+            f"`{name}` must hold positions of tokens such as [0, 1], got {positions!r}"
+        ) from None
+    if len(set(places)) != len(places):
+        raise ValueError(f"`{name}` must name each position once, got {list(places)}")
+    return places
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:

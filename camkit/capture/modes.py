@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from camkit.capture.outputs import replace_tensors
+
 
 class _Thread(local):
     measuring = False
+
+    def __init__(self) -> None:
+        self.graphs: list[Graph] = []  # of the forwards that run, each watch has its own
 
 
 THREAD = _Thread()
@@ -48,10 +53,13 @@ class Graph:
     def __init__(self) -> None:
         self._before: bool | None = None
         self._normal: Any = None
+        self._starts: list[Tensor] = []
+        self._was_on = False
 
     def enter(self) -> None:
         """Store the caller's mode as the forward begins."""
         self._before = torch.is_grad_enabled()
+        THREAD.graphs.append(self)
         if torch.is_inference_mode_enabled():
             self._normal = torch.inference_mode(mode=False)
             self._normal.__enter__()
@@ -63,7 +71,8 @@ class Graph:
             return tensor
         torch.set_grad_enabled(True)  # until the model returns
         start = tensor.clone() if tensor.is_inference() else tensor.detach()
-        return start.requires_grad_()
+        self._starts.append(start.requires_grad_())
+        return start
 
     def pause(self) -> bool:
         """Stop the graph if the caller's mode has none, and return whether it was stopped."""
@@ -72,26 +81,65 @@ class Graph:
         torch.set_grad_enabled(False)
         return True
 
-    def leave(self) -> bool:
-        """Restore the caller's mode, and return whether there was a graph only for camkit."""
+    def leave(self, output: Any = None) -> Any:
+        """Restore the caller's mode, and return the output as that mode would have left it.
+
+        A graph that exists only for camkit does not reach the caller: tensors in it are detached,
+        in tuples, dictionaries and objects too. Tensors of the caller that require gradients, such
+        as parameters, are returned as they are.
+        """
         if self._before is None:
-            return False
-        began = not self._before and torch.is_grad_enabled()
-        torch.set_grad_enabled(self._before)
+            return output
+        before, was_on = self._before, self._was_on or torch.is_grad_enabled()
+        torch.set_grad_enabled(before)
         self._before = None
         if self._normal is not None:
             normal, self._normal = self._normal, None
             normal.__exit__(None, None, None)
-        return began
+        self.forget()
+        if THREAD.graphs:  # another watch of this forward still needs the graph of its output
+            THREAD.graphs[-1]._starts += self._starts
+            THREAD.graphs[-1]._was_on = was_on
+            return output
+        starts = {id(start) for start in self._starts}
+
+        def without_graph(tensor: Tensor) -> Tensor:
+            if id(tensor) in starts:
+                return tensor.detach()
+            if tensor.grad_fn is None:
+                return tensor
+            own = not _has_other_leaves(tensor.grad_fn, starts) if before else was_on
+            return tensor.detach() if own else tensor
+
+        return replace_tensors(output, without_graph) if starts else output
+
+    def forget(self) -> None:
+        """Take this forward off those that run."""
+        THREAD.graphs[:] = [graph for graph in THREAD.graphs if graph is not self]
 
     def abandon(self, mode: bool) -> None:
         """Set the gradient mode to ``mode`` after an interrupted forward."""
+        self.forget()
         if self._before is not None:
             torch.set_grad_enabled(mode)
             self._before = None
         if self._normal is not None:
             _ABANDONED.append(self._normal)
             self._normal = None
+
+
+def _has_other_leaves(node: Any, starts: set[int]) -> bool:
+    """Whether a graph ends at other leaves than these, such as a parameter of the model."""
+    waiting, met = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        leaf = getattr(current, "variable", None)
+        if leaf is not None and id(leaf) not in starts:
+            return True
+        following = {n for n, _ in current.next_functions if n is not None} - met
+        met |= following
+        waiting.extend(following)
+    return False
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Capture: what a watch recorded of one forward, as values; and what a watch must record."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from camkit.capture.anatomy import Anatomy
+from camkit.capture.anatomy import Anatomy, check_one_for_each_class
 from camkit.capture.attention import Attention
 from camkit.capture.tail import TailCall, patch_scores
-from camkit.errors import CaptureError
+from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.ops.images import check_rgb
 from camkit.tensors import RGB, Scores
 from camkit.vocabulary import Vocabulary
 
@@ -218,8 +219,8 @@ class Capture:
         names: the modules they belong to.
         anatomy: which tokens are class, distillation, register tokens.
         grid: rows and columns of patches.
-        outputs: class scores as the model returned them, one row an image; None if it returned
-            none.
+        outputs: class scores of the model before softmax or sigmoid, one row an image; None if they
+            are not known.
         tail: module calls after the last block.
         pooling: attention of single queries, which pool the patches.
         entering: tokens that enter the attention of the last blocks, if required.
@@ -228,8 +229,11 @@ class Capture:
         samples: forwards of the same images under noise, if required.
         class_query_only: whether the last block was computed for the class token only, so that
             its patches are unknown.
+        activation: what the model applies to its scores before it returns them; empty for nothing.
+        why_no_scores: why ``outputs`` is None, if more is known than that the model returned none.
         rgb: the pictures in [0, 1], for refiners that read colours.
         vocabulary: names the classes, and may join several classifier outputs into one class.
+        custom: how many of the last outputs are scores of the user's own, which are of no class.
     """
 
     blocks: tuple[Attention, ...]
@@ -244,8 +248,11 @@ class Capture:
     class_paths: tuple[TokenCall, ...] = ()
     samples: tuple[NoisyForward, ...] = ()
     class_query_only: bool = False
+    activation: str = ""
+    why_no_scores: str = ""
     rgb: RGB | None = None
     vocabulary: Vocabulary | None = None
+    custom: int = 0
 
     @classmethod
     def of_picture(cls, rgb: RGB) -> "Capture":
@@ -257,11 +264,9 @@ class Capture:
         Args:
             rgb: the pictures with colours in [0, 1]; each pixel counts as a patch of its own.
         """
-        if rgb.ndim != 4 or rgb.shape[1] != 3 or not rgb.is_floating_point() or not rgb.numel():
-            raise ValueError(
-                "`rgb` must hold floating-point colours in [0, 1], of shape (images, 3, rows, "
-                f"cols), got {rgb.dtype} of shape {tuple(rgb.shape)}"
-            )
+        check_rgb(rgb)
+        if not rgb.numel():
+            raise ValueError(f"`rgb` must hold at least one pixel, got shape {tuple(rgb.shape)}")
         low, high = (float(value) for value in rgb.detach().aminmax())
         if not (low >= 0.0 and high <= 1.0):  # NaN fails both
             raise ValueError(f"`rgb` must lie in [0, 1], got {low:g} to {high:g}; divide by 255")
@@ -273,6 +278,13 @@ class Capture:
         if not self.blocks and self.rgb is not None:
             return len(self.rgb)
         return self.blocks[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the forward."""
+        if self.outputs is not None:
+            return self.outputs.device
+        return self.blocks[0].rows(self.anatomy.class_tokens[:1] or [0]).device
 
     @property
     def patches(self) -> list[int]:
@@ -290,13 +302,28 @@ class Capture:
             raise CaptureError(_NO_FORWARD)
         if self.outputs is None:
             raise CaptureError(
-                "no class scores: the model returned none, or its output comes from no classifier; "
-                "compute them with camkit.watch(model, scores=lambda output: ...), or use "
-                "ClassAttentionSeed, which needs none"
+                "no class scores: "
+                + (
+                    self.why_no_scores
+                    or "the model returned none, or its output comes from no classifier; compute "
+                    "them with `scores=lambda output: ...`"
+                )
+                + ", or name the `classes` and use a seed that needs no scores, such as "
+                "ClassAttentionSeed"
             )
         if not self.outputs.isfinite().all():
             raise CaptureError("the scores hold NaN or inf; check the weights and the pixels")
         return self._grouped(self.outputs)
+
+    @property
+    def class_count(self) -> int | None:
+        """Number of classes; None if neither scores nor a vocabulary nor class tokens tell it."""
+        if self.outputs is not None:
+            return int(self.scores.shape[-1])
+        if self.vocabulary is not None:
+            return len(self.vocabulary)
+        tokens = len(self.anatomy.class_tokens)
+        return tokens if tokens > 1 else None
 
     def class_calls(self) -> tuple[ClassCall, ...]:
         """Return the calls with class-to-patch rows: of class tokens, else of pooling queries.
@@ -326,19 +353,30 @@ class Capture:
     def class_token_shares(self, column: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
         """Return the weight of each class token for one class per image; weights sum to one.
 
-        If every class has a token of its own (MCTformer), the weight is on that token, or spread
-        over those of its vocabulary members; otherwise it is spread over all class tokens.
+        A single class token serves every class. If every class has a token of its own (MCTformer),
+        the weight is on that token, or spread over those of its vocabulary members.
 
         Args:
             column: one class per image; the weights of -1 are arbitrary.
+
+        Raises:
+            UnsupportedModelError: it is not known which token belongs to which class.
         """
-        calls = self.class_calls()
-        count = len(calls[0].queries)
-        owned = count > 1 and (self.outputs is None or count == self.outputs.shape[-1])
-        if not owned:
-            return torch.full((len(column), count), 1.0 / count, device=column.device)
+        count = len(self.class_calls()[0].queries)
+        if count == 1:
+            return torch.ones(len(column), 1, device=column.device)
+        classes = None if self.outputs is None else self.outputs.shape[-1] - self.custom
+        check_one_for_each_class(self.anatomy, classes)
+        if classes is not None and count != classes:
+            raise UnsupportedModelError(
+                f"`class_tokens` names {count} tokens, but the model has {classes} classes; name "
+                "one token for each class, in their order"
+            )
         members = None if self.vocabulary is None else self.vocabulary.members
         own = torch.eye(count, device=column.device)
+        if self.custom:  # a score of several classes
+            even = torch.full((self.custom, count), 1.0 / count, device=column.device)
+            own = torch.cat([own, even])
         if members is not None:
             own = torch.stack([own[list(group)].mean(0) for group in members])
         return own[column.clamp_min(0)]
@@ -381,14 +419,3 @@ class Capture:
 
     def _grouped(self, outputs: Tensor) -> Tensor:
         return outputs if self.vocabulary is None else self.vocabulary.score(outputs)
-
-
-def scores_of(output: Any) -> Tensor | None:
-    """Return the ``(b, classes)`` scores in an output: tensor, tuple, dict, object with logits."""
-    if isinstance(output, Tensor):
-        return output if output.dim() == 2 and output.is_floating_point() else None
-    if isinstance(output, Mapping):
-        return scores_of(output.get("logits"))
-    if isinstance(output, tuple | list):
-        return next((s for s in map(scores_of, output) if s is not None), None)
-    return scores_of(output.logits) if hasattr(output, "logits") else None

@@ -8,17 +8,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from camkit.capture.host import find_patch_embeddings
 from camkit.cli.models import DEFAULT_MODEL, create, known_architecture
 from camkit.diagnosis import diagnose
 from camkit.errors import CamkitError
 from camkit.manifest import environment
+from camkit.method import PRESETS
 from camkit.native.kernels import kernel_state
 from camkit.pipeline import wrap
+from camkit.seeds.views import ModelCall
 
 EXAMPLES = """examples:
   camkit doctor
   camkit doctor vit_small_patch14_reg4_dinov2 --size 224
   camkit doctor mymodels:build              (build() or a model, in mymodels.py or a package)
+
+build() may also return (model, call): then the model is called by call(model, images), for a model
+that takes more than images.
 
 The answer does not depend on weights, so none are loaded.
 From Python: print(camkit.diagnose(model, images))"""
@@ -41,21 +47,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     model: nn.Module
+    call: ModelCall | None = None
     if ":" in options.model:
-        model = _from_code(options.model)
+        model, call = _from_code(options.model)
     else:
         model = create(known_architecture(options.model))
     settings = getattr(model, "pretrained_cfg", None) or {}
     side = options.size or int(settings.get("input_size", (3, 224, 224))[-1])
-    images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    diagnosis = diagnose(model.eval(), images)
+    channels = next((c.in_channels for c in find_patch_embeddings(model).values()), 3)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(1, channels, side, side, generator=generator)
+    diagnosis = diagnose(model.eval(), images, call=call)
     rows = {"name": f"{options.model}, tried with one image of {side}x{side}", **diagnosis.rows}
     if diagnosis.refusal is None:
-        method = wrap(model).decide(images * 2 - 1, images)
+        pipeline = wrap(model, call=call)
+        rgb = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+        method = pipeline.decide(images * 2 - 1, rgb)
         default = repr(method.seed)
         if method.edit is not None:
             default += f" under {method.edit!r} of the last {method.edit_blocks} blocks"
         rows["defaults"] = ", then ".join([default, *map(repr, method.refine)])
+        if len(pipeline.passed_over) == len(PRESETS):
+            rows["defaults"] = "none of the presets works"
+        if pipeline.passed_over:
+            rows["presets not used"] = "; ".join(pipeline.passed_over)
     rows["kernels"] = kernel_state()
     rows["versions"] = ", ".join(f"{k} {v}" for k, v in environment().items())
     width = max(map(len, rows))
@@ -64,7 +79,8 @@ def execute(options: argparse.Namespace) -> int:
     return 0 if diagnosis.refusal is None else 1
 
 
-def _from_code(place: str) -> nn.Module:
+def _from_code(place: str) -> tuple[nn.Module, ModelCall | None]:
+    """Return a model of the user's code, and how to call it if the code says so."""
     module, _, name = place.partition(":")
     folder = str(Path.cwd())
     if folder not in sys.path:  # as `python -m` does
@@ -73,7 +89,13 @@ def _from_code(place: str) -> nn.Module:
         value = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise CamkitError(f"{place}: {error}; expected module:name") from error
-    model = value if isinstance(value, nn.Module) else value()
-    if not isinstance(model, nn.Module):
-        raise CamkitError(f"{place} gave a {type(model).__name__}, expected a torch.nn.Module")
-    return model
+    built = value() if callable(value) and not isinstance(value, nn.Module) else value
+    model, call = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
+    if not isinstance(model, nn.Module) or not (call is None or callable(call)):
+        parts = built if isinstance(built, tuple) else (built,)
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise CamkitError(
+            f"{place} gave {kinds or 'nothing'}, expected a torch.nn.Module, or (model, call) "
+            "where call(model, images) runs it"
+        )
+    return model, call

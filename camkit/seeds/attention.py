@@ -17,6 +17,7 @@ from camkit.seeds.protocol import (
     fold_maps,
     read_head_weights,
     required_by_weights,
+    score_gradients,
 )
 from camkit.tensors import Cam, Classes
 
@@ -108,7 +109,7 @@ def class_gradients(
     with torch.inference_mode(mode=False), torch.enable_grad():
         watched = [call.watched() for call in calls]
         total = class_score(capture.scores, column)
-        return torch.autograd.grad(total, watched, retain_graph=True)
+        return score_gradients(total, watched)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from camkit.capture.record import Capture, required_by
 from camkit.seeds.protocol import Seed, check_classes
@@ -91,15 +91,18 @@ class Targets:
         Raises:
             ValueError: a class does not exist, or ``rule`` does not return one row per image.
         """
-        scores = capture.scores
+        known = capture.class_count
         if self.slots is not None:
-            slots = self.slots.to(scores.device)
-            classes = torch.where(slots < -1, scores.shape[1] - 2 - slots, slots)
+            if self.functions:
+                known = capture.scores.shape[1]  # an error without scores
+            slots = self.slots.to(capture.device)
+            classes = torch.where(slots < -1, (known or 0) - 2 - slots, slots)
         elif self.rule is not None:
-            classes = self.rule(capture).to(scores.device)
+            classes = self.rule(capture).to(capture.device)
         else:
-            classes = scores.argmax(1, keepdim=True)
-        check_classes(classes, len(scores), scores.shape[1] + len(self.functions))
+            classes = capture.scores.argmax(1, keepdim=True)
+        known = None if known is None else known + len(self.functions)
+        check_classes(classes, capture.images, known)
         return classes
 
 
@@ -139,7 +142,13 @@ class _CustomScoreSeed:
             for sample in capture.samples
         )
         outputs = self._extended(capture.outputs, slots)
-        extended = replace(capture, outputs=outputs, samples=samples, vocabulary=None)
+        extended = replace(
+            capture,
+            outputs=outputs,
+            samples=samples,
+            vocabulary=None,
+            custom=len(self.functions),
+        )
         columns = (slots + capture.outputs.shape[1]).masked_fill(~custom, -1)
         return cam + self.seed(extended, columns)
 
@@ -277,18 +286,6 @@ def _of_tensor(request: Tensor, images: int, known: int | None) -> Classes:
     present = request != 0
     first, order = present.byte().sort(dim=1, descending=True, stable=True)
     return order.masked_fill(first == 0, -1)[:, : max(1, int(present.sum(1).max()))]
-
-
-def known_classes(model: nn.Module) -> int | None:
-    """Return the number of classes a model states, if one of its layers has as many outputs."""
-    config: Any = getattr(model, "config", None)
-    stated: Any = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
-    widths = {
-        getattr(module, "out_features", None) or getattr(module, "out_channels", None)
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    return stated if isinstance(stated, int) and stated > 0 and stated in widths else None
 
 
 def name_of(function: Score) -> str:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camkit.capture.host import is_attention
+from camkit.capture.parameters import device_of
 from camkit.capture.record import Capture, WatchSpec
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds.protocol import above_mean, check_classes, fold_maps, pick
@@ -104,22 +105,27 @@ class JointSpace:
 def last_tokens(capture: Capture) -> Tokens:
     """Return all tokens that leave the last block, before any norm.
 
+    They are what the last norm receives, where that takes all tokens: a host may go on with other
+    tokens than the last module returned (ClearCLIP), or compute the last block itself (NACLIP).
+
     Raises:
-        CaptureError: no recorded module that holds attention returns them.
+        CaptureError: no recorded module returns or receives them.
     """
-    count = capture.blocks[-1].shape[2]
+    shape = (capture.images, capture.blocks[-1].shape[2])
+    returned: list[Tensor] = []
     for call in capture.tail:
-        tokens = call.output
-        if (
-            tokens.dim() == 3
-            and tokens.shape[:2] == (capture.images, count)
-            and any(map(is_attention, call.module.modules()))  # it is a block
-        ):
-            return tokens
-    raise CaptureError(
-        "the tokens that leave the last block were not recorded; no module that returns (b, t, d) "
-        "tokens holds its attention"
-    )
+        is_block = any(map(is_attention, call.module.modules()))
+        tokens = call.output if is_block else call.input
+        if tokens.dim() == 3 and tokens.shape[:2] == shape:
+            if not is_block:
+                return tokens
+            returned.append(tokens)
+    if not returned:
+        raise CaptureError(
+            "the tokens that leave the last block were not recorded; no module behind the last "
+            "attention returns or takes (b, t, d) tokens"
+        )
+    return returned[0]
 
 
 def _has(module: Any, *names: str) -> bool:
@@ -287,7 +293,7 @@ def _embed_name(
         raise ValueError("a class name must not be blank")
     prompts = [template.format(word) for word in synonyms for template in templates]
     tokens = tokenize(prompts)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.no_grad():
         if isinstance(tokens, Mapping) and hasattr(model, "get_text_features"):
             inputs = {key: value.to(device) for key, value in tokens.items()}

@@ -3,25 +3,31 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
+from math import lcm
 from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camkit.capture.host import find_patch_embeddings
+from camkit.capture.host import find_patch_embeddings, patch_step
+from camkit.capture.modes import measurement
 from camkit.capture.record import ATTENTION, Capture, WatchSpec
 from camkit.capture.watcher import watch
 from camkit.edits.handle import attach
 from camkit.edits.protocol import Edit, KeyEdit
-from camkit.errors import UnsupportedModelError
+from camkit.errors import CamkitError, UnsupportedModelError
 from camkit.ops.images import resize_cam
 from camkit.seeds.protocol import Seed, scaled_to_max
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
 
 Join: TypeAlias = Literal["sum", "max"]
+ModelCall: TypeAlias = Callable[[Any, Tensor], Any]
+"""``(model, pixels) -> output``: calls a model that takes more than images."""
+
 Size: TypeAlias = tuple[int, int]
 Resizing: TypeAlias = tuple[Size, bool]
 """A size to bring the pixels to, and whether those that shrink are smoothed."""
@@ -126,6 +132,7 @@ class ModelRunner:
         edit_blocks: the blocks to change, as in `camkit.attach`.
         vocabulary: as in `camkit.watch`.
         scores: as in `camkit.watch`.
+        call: calls the model; None is ``model(pixels)``.
     """
 
     model: nn.Module
@@ -134,6 +141,7 @@ class ModelRunner:
     edit_blocks: int | tuple[int, ...] | None = None
     vocabulary: Vocabulary | None = None
     scores: Callable[[Any], Tensor] | None = None
+    call: ModelCall | None = None
 
     def __call__(self, pixels: Pixels, rgb: RGB | None = None) -> Capture:
         seen = watch(
@@ -144,36 +152,77 @@ class ModelRunner:
             requires=self.requires,
             skip_unused_patches=self.edit is None,
         )
-        with torch.no_grad(), ExitStack() as edited, seen:
-            if self.edit is not None:
-                handle = attach(self.model, self.edit, blocks=self.edit_blocks)
-                edited.enter_context(handle).rgb = rgb
-            try:
-                self.model(pixels.clone() if pixels.is_inference() else pixels)
-            except Exception as error:
-                rows, cols = pixels.shape[-2:]
-                error.add_note(
-                    f"camkit ran the model on a view of {rows}x{cols} pixels; a model of one fixed "
-                    "size accepts no other (timm: create it with dynamic_img_size=True)"
-                )
-                raise
+        try:
+            with torch.no_grad(), ExitStack() as edited, seen:
+                if self.edit is not None:
+                    handle = attach(self.model, self.edit, blocks=self.edit_blocks)
+                    edited.enter_context(handle).rgb = rgb
+                self._run(pixels.clone() if pixels.is_inference() else pixels)
+        except Exception as error:
+            note = self._note_on_channels(pixels, error) or self._note_on_size(pixels, error)
+            if note:
+                error.add_note(note)
+            raise
         return seen.capture
 
-    @property
-    def patch(self) -> Size | None:
-        """Rows and columns of a patch in pixels; None if no patch embedding is found."""
-        embedding = next(iter(find_patch_embeddings(self.model).values()), None)
-        return None if embedding is None else (embedding.stride[0], embedding.stride[-1])
+    def _run(self, pixels: Pixels) -> Any:
+        return self.model(pixels) if self.call is None else self.call(self.model, pixels)
+
+    def _note_on_channels(self, pixels: Pixels, error: Exception) -> str:
+        """Say how to give the channels that the model takes, if torch complains about them."""
+        taken = {conv.in_channels for conv in find_patch_embeddings(self.model).values()}
+        if not taken or pixels.shape[1] in taken or "channels" not in str(error):
+            return ""
+        how = "a camkit.Photo of your own"
+        if taken == {1}:
+            how = "camkit.load_photo(path, channels=1)"
+        return (
+            f"the model takes images of {' or '.join(map(str, taken))} channels, got "
+            f"{pixels.shape[1]}; use {how} (`pixels` as the model takes them, `rgb` in colours)"
+        )
+
+    def _note_on_size(self, pixels: Pixels, error: Exception) -> str:
+        """Say that the image size caused an error, if the model runs at the size it states."""
+        size, stated = (pixels.shape[-2], pixels.shape[-1]), stated_size(self.model)
+        if stated in (None, size) or isinstance(error, torch.OutOfMemoryError | CamkitError):
+            return ""
+        try:
+            with measurement(pixels.device), torch.no_grad():
+                self._run(resize_cam(pixels, stated))
+        except Exception:  # noqa: BLE001 - the host may raise anything: then the size is not the cause
+            return ""
+        hint = f"use photos and views of that size: camkit.load_photo(path, size={stated})"
+        if any(hasattr(module, "dynamic_img_size") for module in self.model.modules()):
+            hint += ", or create the model with dynamic_img_size=True"
+        elif "interpolate_pos_encoding" in signature(self.model.forward).parameters:
+            with_sizes = "lambda model, pixels: model(pixels, interpolate_pos_encoding=True)"
+            hint += f", or pass `call={with_sizes}`"
+        return (
+            f"the model takes images of {stated[0]}x{stated[1]}, the size it states, but not of "
+            f"{size[0]}x{size[1]}; {hint}"
+        )
+
+
+def stated_size(model: nn.Module) -> Size | None:
+    """Return the rows and columns of the images that a model says it takes; None if it does not."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for holder, name in ((module, "img_size"), (module, "image_size"), (config, "image_size")):
+            size: Any = getattr(holder, name, None)
+            sides = [size, size] if isinstance(size, int) else size
+            if isinstance(sides, Sequence) and [type(side) for side in sides] == [int, int]:
+                return (sides[0], sides[1])
+    return None
 
 
 def check_size(model: nn.Module, pixels: Pixels) -> None:
     """Check that the sides of pictures are multiples of the patch size."""
-    patch = ModelRunner(model).patch
+    patch = patch_step(model)
     height, width = pixels.shape[-2:]
     if patch and (height % patch[0] or width % patch[1]):
         raise ValueError(
             f"an image of {height}x{width} cannot be cut into patches of {patch[0]}x{patch[1]}; "
-            f"use camkit.load_photo(path, multiple={patch[0]})"
+            f"use camkit.load_photo(path, multiple={lcm(*patch)})"
         )
 
 
@@ -293,10 +342,11 @@ class MultiViewReader:
         return scaled_to_max(cam) if views.normalize == "before" else cam
 
     def _patch(self) -> Size:
-        patch = self.runner.patch
-        if patch is None:
+        """Return rows and columns of a patch in pixels, as the grid of the batch shows them."""
+        grid, (height, width) = self.capture.grid, self.pixels.shape[-2:]
+        if height % grid.rows or width % grid.cols:
             raise UnsupportedModelError(
-                "no patch embedding found (a convolution with 3 input channels, stride = kernel "
-                ">= 4), so sizes cannot be rounded to whole patches; use Views(flip=True) alone"
+                f"{grid.rows}x{grid.cols} patches do not divide images of {height}x{width}, so "
+                "there are no sizes and tiles of whole patches; use Views(flip=True) alone"
             )
-        return patch
+        return height // grid.rows, width // grid.cols
