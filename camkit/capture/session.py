@@ -337,6 +337,7 @@ class ForwardSession(Generic[C]):
             )
         self._close_taps()
         self._host.check_in_place()
+        self._host.check_kernels()
         context = self._subscriber.context_type(
             self._host.anatomy(module, args, kwargs),
             entrance=module,
