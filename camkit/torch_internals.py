@@ -13,6 +13,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
+from inspect import signature
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -188,6 +189,17 @@ def constant_when_compiled(function: _Function) -> _Function:
         return torch.compiler.assume_constant_result(function)
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def disable_compiler(function: _Function, reason: str) -> _Function:
+    """Let compiled code call a function instead of tracing it, and give the reason in its errors.
+
+    Before version 2.7, torch takes no reason.
+    """
+    known = "reason" in signature(torch.compiler.disable).parameters
+    options: dict[str, Any] = {"reason": reason} if known else {}
+    untraced: _Function = torch.compiler.disable(function, **options)
+    return untraced
 
 
 def count_hooks(module: nn.Module) -> int:

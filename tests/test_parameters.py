@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import capture_of, hooks_of, modes_on
 from hosts import HandMade, tiny
-from kinds import KINDS, WRAPPED, Adapter, AddedTo, IntegerLinear, of_kind
+from kinds import KINDS, WRAPPED, Adapter, AddedTo, IntegerLinear, fsdp_shard, of_kind
 from torch import nn
 
 from camkit import DOEI, attach, seeds, watch, wrap
@@ -114,6 +114,43 @@ def test_a_pipeline_segments_as_with_the_plain_twin(kind):
     )
     assert found.method == expected.method
     torch.testing.assert_close(found.cam, expected.cam, rtol=0.01, atol=0.01)
+
+
+class Embedding(nn.Module):
+    """Puts a class token of its own before the patches."""
+
+    def __init__(self, token):
+        super().__init__()
+        self.cls_token = token
+
+    def forward(self, patches):
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+
+
+class TokenApart(HandMade):
+    """Keeps its class token in a module that may be sharded by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = Embedding(self.cls_token)
+        del self.cls_token
+
+    def sequence(self, patches):
+        return self.embed(patches)
+
+
+def test_a_class_token_that_is_sharded_by_itself_is_found(one_process):
+    """FSDP gathers it as its module is called, in place of the changed copy that is measured."""
+    model, pixels = TokenApart().eval(), torch.randn(2, 3, 16, 24)
+    expected = model(pixels).detach()
+    for part in (model.embed, model):
+        fsdp_shard(part)
+    assert capture_of(model, pixels).anatomy.class_tokens == (0,)
+    with torch.no_grad():
+        assert torch.equal(model(pixels), expected)
+    loss = model(pixels).sum()
+    loss.backward()
+    assert model.embed.cls_token.grad.full_tensor().abs().max() > 0
 
 
 def test_a_sharded_model_says_what_keeps_its_weights_for_a_second_class(one_process):

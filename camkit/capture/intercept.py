@@ -34,7 +34,7 @@ from camkit.capture.mha import multi_head_attention
 from camkit.capture.modes import measurement
 from camkit.errors import UnsupportedModelError
 from camkit.ops.reweight import compiled_for, reweighted_attention
-from camkit.torch_internals import tree_leaves
+from camkit.torch_internals import disable_compiler, tree_leaves
 
 _HERE = local()
 
@@ -94,7 +94,12 @@ def _exclude_from_compilation() -> None:
 
     Not at import: it loads the compiler, which takes a moment.
     """
-    untraced = torch.compiler.disable(Intercept.__torch_function__)
+    untraced = disable_compiler(
+        Intercept.__torch_function__,
+        "camkit watches or edits attention in Python and cannot see into a compiled kernel such as "
+        "flex_attention; switch the model to scaled_dot_product_attention (transformers: "
+        "camkit.capture.torch_kernels)",
+    )
     Intercept.__torch_function__ = untraced  # type: ignore[method-assign]
 
 

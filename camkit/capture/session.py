@@ -459,6 +459,7 @@ class ForwardSession(Generic[C]):
         close_windows()
         self._close_taps()
         self._host.check_in_place()
+        self._host.check_kernels()
         self._host.anatomy(module, args, kwargs)  # measured before the forward has begun
         forward: Forward[C] = Forward(module, args, kwargs, images, len(images))
         here.embedded, here.lead = [], None

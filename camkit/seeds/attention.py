@@ -16,8 +16,8 @@ from camkit.seeds.protocol import (
     class_score,
     fold_maps,
     read_head_weights,
-    score_gradients,
     required_by_weights,
+    score_gradients,
 )
 from camkit.tensors import Cam, Classes
 
