@@ -1,11 +1,15 @@
 """What hosts.py checks in one host: reading, roles, the pipeline, a training step, maps, files."""
 
+import contextlib
+import io
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,9 +18,11 @@ from torch import Tensor, nn
 import camkit
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.record import ATTENTION, WatchSpec
+from camkit.cli import main as run_command
 from camkit.errors import CamkitError
 
-PASS, REFUSED, FAILS, MISSING, NONE = "pass", "refused", "FAILS", "no counterpart", "-"
+PASS, REFUSED, FAILS = "pass", "refused for the true reason", "FAILS"
+MISSING, NONE = "no counterpart", "-"
 CHECKS = ("watch", "doctor", "wrap", "attach", "cam", "files")
 EXACT = 2e-6
 """Largest difference of maps that counts as equal: some operations run in another order."""
@@ -43,12 +49,14 @@ class Cam:
         name: which map.
         theirs: computes it with the host's code.
         ours: computes it from a capture of the same forward; None while camkit has no counterpart.
+        alone: computes it with camkit on a model of its own, in the place of ``ours``.
         limit: largest difference that passes.
     """
 
     name: str
     theirs: Callable[[], Tensor]
     ours: Callable[[camkit.Capture], Tensor] | None = None
+    alone: Callable[[], Tensor] | None = None
     limit: float = EXACT
 
 
@@ -118,7 +126,10 @@ def check(build: Callable[[], Host]) -> dict[str, Check]:
         except CamkitError as error:
             reason = host.true_reason.get(name)
             right = reason is not None and reason in str(error)
-            found[name] = Check(REFUSED if right else FAILS, f"refused: {first_sentence(error)}")
+            sentence = first_sentence(error)
+            found[name] = (
+                Check(REFUSED, sentence) if right else Check(FAILS, f"refused: {sentence}")
+            )
         except Exception as error:  # noqa: BLE001 - of the host's code as well; the table shows it
             found[name] = Check(FAILS, f"{type(error).__name__}: {first_sentence(error)}")
     return found
@@ -137,16 +148,22 @@ def first_sentence(error: BaseException) -> str:
 def check_watch(host: Host, _: Callable[[], Host]) -> Check:
     """The captured maps are the host's, and its outputs are the same bits with and without us."""
     plain = _forward(host)
-    with _counted_hooks(host.model), torch.no_grad():
-        torch.manual_seed(0)
-        with camkit.watch(host.part(host.model), **_read_settings(host)) as seen:
-            watched = tensors(host.call(host.model, host.pixels))
+    changes = []
+    for gradients in (True, False):
+        with _counted_hooks(host.model), torch.set_grad_enabled(gradients):
+            torch.manual_seed(0)
+            watched = camkit.watch(
+                host.part(host.model), gradients=gradients, **_read_settings(host)
+            )
+            with watched as seen:
+                outputs = tensors(host.call(host.model, host.pixels))
+        changes.append(largest_difference(plain, [t.detach() for t in outputs]))
     capture = _chosen_pass(seen, host)
     told = [f"{len(capture.blocks)} blocks"]
     good = len(capture.blocks) == host.blocks
     if not good:
         told[0] += f" of {host.blocks}"
-    change = largest_difference(plain, watched)
+    change = max(changes)
     good &= change == 0.0
     told.append("outputs same bits" if change == 0.0 else f"outputs change by {change:.1e}")
     if host.own_maps is None:
@@ -179,20 +196,41 @@ def check_doctor(host: Host, _: Callable[[], Host]) -> Check:
         **_read_settings(host),
     )
     if found.refusal is not None:
-        reason = host.true_reason.get("doctor")
-        right = reason is not None and reason in found.refusal
-        told = first_sentence(CamkitError(found.refusal))
-        return Check(REFUSED if right else FAILS, f"refused: {told}")
+        raise CamkitError(found.refusal)
     wrong = [
         f"{role.replace('_', ' ')} {list(got)}, expected {list(expected)}"
         for role in ("class_tokens", "distillation_tokens", "register_tokens", "other_tokens")
         if (got := getattr(found.anatomy, role)) != (expected := getattr(host.roles, role))
     ]
+    if found.anatomy.sequence_first != host.roles.sequence_first:
+        wrong.append(f"sequence first: {found.anatomy.sequence_first}")
     grid = None if found.grid is None else (found.grid.rows, found.grid.cols)
     if grid != host.grid:
         wrong.append(f"grid {grid}, expected {host.grid}")
-    drift = "no edits" if found.edit_drift is None else f"edit drift {found.edit_drift:.0e}"
-    return Check(FAILS if wrong else PASS, "; ".join(wrong) or f"roles and grid right, {drift}")
+    told = ["roles and grid right"]
+    if found.edit_drift is not None:
+        told.append(f"edit drift {found.edit_drift:.0e}")
+    if host.pipeline and not _read_settings(host):
+        status, output = run_doctor(host)
+        told.append("command line too")
+        if status:
+            wrong.append(f"the command line returned {status}: {output}")
+    return Check(FAILS if wrong else PASS, "; ".join(wrong) or ", ".join(told))
+
+
+def run_doctor(host: Host) -> tuple[int, str]:
+    """Run `camkit doctor module:build` on a host; returns its status and its last line."""
+    module = ModuleType("host_under_test")
+    module.build = lambda: host.part(host.model)  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    output = io.StringIO()
+    side = str(host.pixels.shape[2])
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            status = run_command(["doctor", f"{module.__name__}:build", "--size", side])
+    finally:
+        del sys.modules[module.__name__]
+    return status, (output.getvalue().strip().splitlines() or [""])[-1]
 
 
 # -- the pipeline
@@ -223,9 +261,7 @@ def check_attach(host: Host, build: Callable[[], Host]) -> Check:
     model = host.model
     plain = _forward(host)
     hooks = hook_count(model)
-    handle = camkit.attach(
-        host.part(model), host.edit(), **host.settings, **host.attach_settings
-    )
+    handle = camkit.attach(host.part(model), host.edit(), **host.settings, **host.attach_settings)
     acts = largest_difference(plain, _forward(host))
     told = [f"moves outputs by {acts:.1e}"]
     good = acts > 0.0
@@ -261,24 +297,31 @@ def check_cam(host: Host, _: Callable[[], Host]) -> Check:
     """Camkit's maps equal the host's own."""
     if not host.cams:
         return Check(NONE, "the repository has no map of its own, or it needs trained weights")
-    watched = camkit.watch(host.part(host.model), requires=host.requires, **_read_settings(host))
-    with torch.no_grad(), watched as seen:
-        host.call(host.model, host.pixels)
-    capture = _chosen_pass(seen, host)
+    capture = _captured(host) if any(cam.ours is not None for cam in host.cams) else None
     found = [_compare(cam, capture) for cam in host.cams]
     verdicts = [each.verdict for each in found]
     worst = next(word for word in (FAILS, MISSING, PASS) if word in verdicts)
     return Check(worst, "; ".join(each.value for each in found))
 
 
-def _compare(cam: Cam, capture: camkit.Capture) -> Check:
+def _captured(host: Host) -> camkit.Capture:
+    watched = camkit.watch(host.part(host.model), requires=host.requires, **_read_settings(host))
+    with torch.no_grad(), watched as seen:
+        host.call(host.model, host.pixels)
+    return _chosen_pass(seen, host)
+
+
+def _compare(cam: Cam, capture: camkit.Capture | None) -> Check:
     """Compare one map of the host with camkit's."""
     with torch.no_grad():
         theirs = cam.theirs()
-        if cam.ours is None:
-            return Check(MISSING, f"{cam.name}: no counterpart")
         try:
-            ours = cam.ours(capture)
+            if cam.alone is not None:
+                ours = cam.alone()
+            elif cam.ours is not None and capture is not None:
+                ours = cam.ours(capture)
+            else:
+                return Check(MISSING, f"{cam.name}: no counterpart")
         except (CamkitError, TypeError) as error:
             return Check(FAILS, f"{cam.name}: {first_sentence(error)}")
     if theirs.shape != ours.shape:

@@ -1,4 +1,4 @@
-"""Hosts with a classifier on pooled patches: ToCo, SeCo and DuPL, which share most of their code."""
+"""Hosts with a classifier on pooled patches: ToCo, and SeCo and DuPL, which are built on it."""
 
 import argparse
 import runpy
