@@ -13,6 +13,7 @@ import torch
 from camkit import edits, refiners, seeds
 from camkit.capture.host import find_attention
 from camkit.capture.modes import borrowed
+from camkit.capture.parameters import to_input
 from camkit.capture.record import WatchSpec, required_by
 from camkit.edits import Edit, KeyEdit
 from camkit.errors import CaptureError, UnsupportedModelError, closest
@@ -192,9 +193,9 @@ class Preset:
         readers = [seed for seed in (method.seed, self.also_requires) if seed is not None]
         runner = replace(runner, requires=WatchSpec() | required_by(*readers))
         edited = replace(runner, edit=method.edit, edit_blocks=method.edit_blocks)
-        weight = next(runner.model.parameters())
-        pixels, rgb = pixels.to(weight), rgb.to(weight.device)
-        classes = torch.zeros(len(pixels), 1, dtype=torch.int64, device=weight.device)
+        pixels = to_input(runner.model, pixels)
+        rgb = rgb.to(pixels.device)
+        classes = torch.zeros(len(pixels), 1, dtype=torch.int64, device=pixels.device)
         try:
             with borrowed(runner.model), torch.no_grad():
                 plain = runner(pixels, rgb)

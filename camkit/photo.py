@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader, BytesIO
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class Photo:
     """One picture, ready for a model.
 
     Attributes:
-        pixels: the model's input, normalised, one image.
+        pixels: the model's input, normalised, one image with as many channels as the model takes.
         rgb: the same picture with colours in [0, 1].
         size: rows and columns of the original, after EXIF rotation.
         path: the file it came from, if any.
@@ -46,6 +47,7 @@ class PhotoSettings:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     multiple: int = 16
+    channels: Literal[1, 3] = 3
 
     def load(self, path: str | Path) -> Photo:
         """Read one photo from a file, as `load_photo` does."""
@@ -59,6 +61,7 @@ def load_photo(
     mean: float | Sequence[float] = 0.5,
     std: float | Sequence[float] = 0.5,
     multiple: int = 16,
+    channels: Literal[1, 3] = 3,
 ) -> Photo:
     """Read an image file for a model.
 
@@ -74,6 +77,8 @@ def load_photo(
             other "inception"-normalised checkpoints.
         std: divides the difference, one number or three.
         multiple: the patch size of the model, or any multiple of it.
+        channels: 1 for a model that takes grey images; ``rgb`` holds the colours all the same. For
+            other channels make a `Photo` of your own ``pixels``, ``rgb`` and ``size``.
 
     Returns:
         The photo, float32, on the CPU.
@@ -83,7 +88,9 @@ def load_photo(
         ValueError: a setting is out of range.
     """
     path, rgb = Path(path), read_picture(path)
-    photo = photo_from_array(rgb, size=size, mean=mean, std=std, multiple=multiple)
+    photo = photo_from_array(
+        rgb, size=size, mean=mean, std=std, multiple=multiple, channels=channels
+    )
     return replace(photo, path=path)
 
 
@@ -114,6 +121,7 @@ def photo_from_array(
     mean: float | Sequence[float] = 0.5,
     std: float | Sequence[float] = 0.5,
     multiple: int = 16,
+    channels: Literal[1, 3] = 3,
 ) -> Photo:
     """Make a photo, without a path, from an array of colours in 0..255.
 
@@ -127,7 +135,12 @@ def photo_from_array(
             f"`rgb` must be uint8 of shape (rows, cols, 3), got {rgb.dtype} of shape {rgb.shape}; "
             "scale colours to 0..255 and put them on the last axis"
         )
-    shift, scale = _per_channel("mean", mean), _per_channel("std", std)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"`channels` must be 1 or 3, got {channels}; for others make a camkit.Photo of your "
+            "own `pixels`, `rgb` and `size`"
+        )
+    shift, scale = _per_channel("mean", mean, channels), _per_channel("std", std, channels)
     if not bool((scale > 0).all()):
         raise ValueError(f"`std` must be positive, got {std}; 0.5 or the ImageNet values are usual")
     original = (rgb.shape[0], rgb.shape[1])
@@ -137,7 +150,11 @@ def photo_from_array(
         resized = Image.fromarray(picture).resize((cols, rows), Image.Resampling.BICUBIC)
         picture = np.array(resized)
     colours = torch.from_numpy(picture).permute(2, 0, 1)[None].contiguous() / 255
-    return Photo(pixels=(colours - shift) / scale, rgb=colours, size=original)
+    pixels = colours
+    if channels == 1:
+        grey = np.array(Image.fromarray(picture).convert("L"))
+        pixels = torch.from_numpy(grey)[None, None] / 255
+    return Photo(pixels=(pixels - shift) / scale, rgb=colours, size=original)
 
 
 def decode(path: Path) -> Image.Image:
@@ -191,12 +208,13 @@ def _upright_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     return np.array(image.convert("RGB"))
 
 
-def _per_channel(name: str, value: float | Sequence[float]) -> torch.Tensor:
+def _per_channel(name: str, value: float | Sequence[float], channels: int) -> torch.Tensor:
     numbers = list(value) if isinstance(value, Sequence) else [value]
-    if len(numbers) not in (1, 3) or not all(math.isfinite(number) for number in numbers):
+    if len(numbers) not in (1, channels) or not all(math.isfinite(number) for number in numbers):
+        several = " or three (red, green, blue)" if channels == 3 else " for grey images"
         raise ValueError(
-            f"`{name}` must be one finite number or three (red, green, blue), got {value}; "
-            "take it from the model's own preprocessing"
+            f"`{name}` must be one finite number{several}, got {value}; take it from the model's "
+            "own preprocessing"
         )
     return torch.tensor(numbers, dtype=torch.float32).view(1, -1, 1, 1)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from camkit.capture.host import find_attention
 from camkit.capture.modes import borrowed
+from camkit.capture.parameters import to_input
 from camkit.capture.record import Capture, required_by
 from camkit.capture.scores import known_classes
 from camkit.edits.protocol import Edit, KeyEdit
@@ -198,8 +199,8 @@ class Pipeline:
         seed = with_targets(method.seed, targets)
 
         # 3. One forward, watched for what the seed and the refiners read.
-        weight = next(self.model.parameters())
-        pixels, rgb = pixels.to(weight), rgb.to(weight.device)
+        pixels = to_input(self.model, pixels)
+        rgb = rgb.to(pixels.device)
         runner = ModelRunner(
             self.model,
             requires=required_by(method.seed, *method.refine),

@@ -10,8 +10,8 @@ from typing import TypeAlias
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-Pixels: TypeAlias = Float[Tensor, "b 3 H W"]
-"""Normalised images, the input of the model."""
+Pixels: TypeAlias = Float[Tensor, "b _ H W"]
+"""Normalised images, the input of the model, with as many channels as it takes."""
 
 RGB: TypeAlias = Float[Tensor, "b 3 H W"]
 """The same pictures with colours in [0, 1]."""

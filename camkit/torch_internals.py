@@ -248,6 +248,27 @@ def tensor_version(tensor: Tensor) -> object:
     return object() if version is None else version
 
 
+def whole_tensor(name: str, tensor: Tensor) -> Tensor:
+    """Return a distributed tensor (DTensor) as the plain one that each process holds.
+
+    Nothing is sent: gathering the parts waits for all processes, which may not come.
+
+    Args:
+        name: of the tensor, for the error.
+        tensor: of any kind; others are returned as they are.
+
+    Raises:
+        ValueError: its parts are spread over several processes.
+    """
+    mesh, placements = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
+    if mesh is None or placements is None or not hasattr(tensor, "to_local"):
+        return tensor
+    if mesh.size() > 1 and not all(place.is_replicate() for place in placements):
+        raise ValueError(f"{name} is sharded over {mesh.size()} processes")
+    local: Tensor = tensor.to_local()
+    return local
+
+
 def tree_leaves(tree: Any) -> list[Any]:
     """List the values in nested tuples, lists, dictionaries and outputs registered with torch."""
     try:

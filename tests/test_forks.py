@@ -252,20 +252,21 @@ def test_a_model_of_its_own_form_is_refused_with_what_was_expected(use):
         use(model)
 
 
-@pytest.mark.parametrize(
-    ("unsaid", "error", "words"),
-    [
-        ("grid", UnsupportedModelError, r"name it with `grid=\(rows, cols\)`"),
-        ("class_tokens", CaptureError, "or name the tokens with `class_tokens=`"),
-    ],
-)
-def test_what_a_model_of_its_own_does_not_show_is_asked_for(unsaid, error, words):
+def test_class_tokens_of_an_unknown_name_are_asked_for():
     fork, model, _, call = opened("own")
-    said = {key: value for key, value in fork.options.items() if key != unsaid}
+    said = {key: value for key, value in fork.options.items() if key != "class_tokens"}
     with watch(model, **said) as seen:
         call(model)
-    with pytest.raises(error, match=words):
+    with pytest.raises(CaptureError, match="or name the tokens with `class_tokens=`"):
         seen.capture.class_to_patch()
+
+
+def test_the_grid_of_patches_that_no_convolution_cuts_is_measured():
+    fork, model, _, call = opened("own")
+    said = {key: value for key, value in fork.options.items() if key != "grid"}
+    with watch(model, **said) as seen:
+        call(model)
+    assert (seen.capture.grid.rows, seen.capture.grid.cols) == fork.options["grid"]
 
 
 def watched_in_training(model, call):

@@ -1,7 +1,8 @@
 """The roles of tokens, measured by running the model."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import get_ident
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from camkit.capture.modes import measurement
+from camkit.capture.parameters import gathered, offloaded_replaced, offloaded_value, own_name
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 
@@ -21,6 +23,12 @@ REGISTER_PARAMETERS = ("reg_token", "register_tokens", "storage_tokens")
 WINDOWS = (
     "attention runs on {windows} windows for {images} images: windowed attention (Swin) has no "
     "class-to-patch rows and no affinity across windows"
+)
+
+
+NO_GRID = (
+    "the patch grid is unknown: no convolution shows it, and the patches do not tell their places "
+    "by the pixels that they depend on; name it with `grid=(rows, cols)`"
 )
 
 
@@ -160,28 +168,13 @@ def measure_anatomy(
             "the model was called without images; expected a (b, 3, H, W) tensor with b at least 1"
         )
     probe = torch.cat([pixels[:1]] * 2)  # two images, so that the batch axis shows
-
+    probe_of = _token_probe(model, attention, args, kwargs, embeddings)
     turned = False
 
     def tokens_of(image: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        def paired(value: Any) -> Any:
-            if value is pixels:
-                return image
-            along = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(pixels)
-            return torch.cat([value[:1]] * 2) if along else value
-
-        new_args = tuple(paired(value) for value in args)
-        new_kwargs = {name: paired(value) for name, value in kwargs.items()}
-        with measurement(pixels.device):  # in the caller's mode: some hosts need gradients to run
-            tokens, counts = _first_tokens(
-                model, attention, parameters, new_args, new_kwargs, embeddings
-            )
-        images = next((count for count in counts if count in tokens.shape[:2]), None)
-        if images is None:
-            raise UnsupportedModelError(WINDOWS.format(windows=tokens.shape[0], images=counts[0]))
         nonlocal turned
-        turned = len(tokens) != images
-        return tokens.transpose(0, 1) if turned else tokens
+        tokens, turned = probe_of(image, parameters)
+        return tokens
 
     plain = tokens_of(probe, {})
     if not plain.isfinite().all():
@@ -199,8 +192,9 @@ def measure_anatomy(
         ("distillation_tokens", DISTILLATION_PARAMETERS),
         ("register_tokens", REGISTER_PARAMETERS),
     ):
-        ramped = _ramped(model, names)
-        changed = _changed(plain, tokens_of(probe, ramped)) if ramped else []
+        with gathered(model, names):
+            ramped = _ramped(model, names)
+            changed = _changed(plain, tokens_of(probe, ramped)) if ramped else []
         roles[role] = tuple(position for position in changed if position not in patches)
     known = {position for positions in roles.values() for position in positions}
     count = plain.shape[1]
@@ -218,6 +212,43 @@ def measure_anatomy(
         sequence_first=turned,
         tokens=count,
     )
+
+
+def _token_probe(
+    model: nn.Module,
+    attention: Sequence[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    embeddings: Sequence[nn.Module],
+) -> Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, bool]]:
+    """Return a function of two images and changed parameters.
+
+    It returns the tokens of the first attention, images first, and whether the host has them
+    sequence first.
+    """
+    pixels = image_batch(args, kwargs)
+
+    def tokens_of(images: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, bool]:
+        def paired(value: Any) -> Any:
+            if value is pixels:
+                return images
+            count = 0 if pixels is None else len(pixels)
+            along = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+            return torch.cat([value[:1]] * 2) if along else value
+
+        new_args = tuple(paired(value) for value in args)
+        new_kwargs = {name: paired(value) for name, value in kwargs.items()}
+        with measurement(images.device):  # in the caller's mode: some hosts need gradients to run
+            tokens, counts = _first_tokens(
+                model, attention, parameters, new_args, new_kwargs, embeddings
+            )
+        count = next((count for count in counts if count in tokens.shape[:2]), None)
+        if count is None:
+            raise UnsupportedModelError(WINDOWS.format(windows=len(tokens), images=counts[0]))
+        turned = len(tokens) != count
+        return tokens.transpose(0, 1) if turned else tokens, turned
+
+    return tokens_of
 
 
 def _check_order(patches: list[int], upper: list[int]) -> None:
@@ -266,7 +297,8 @@ def _first_tokens(
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with warnings.catch_warnings():  # reentrant checkpoints miss gradients nobody takes
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-            functional_call(model, {**buffers, **parameters}, args, kwargs)
+            with offloaded_replaced(model, parameters) as others:
+                functional_call(model, {**buffers, **others}, args, kwargs)
     except _Reached as reached:
         tokens = reached.tokens.detach()
         latest = embedded[-1] if embedded else (None, 2)
@@ -285,11 +317,13 @@ def _first_tokens(
 def _ramped(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Return changed copies of the parameters of these names, wherever they are in the model."""
     ramped = {}
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] in names:
-            ramp = torch.linspace(-1, 1, parameter.shape[-1], device=parameter.device)
-            changed = (parameter.detach() + ramp).to(parameter.dtype)
-            ramped[name] = changed.requires_grad_(parameter.requires_grad)
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if own_name(name) in names:
+            value = offloaded_value(model, name) if parameter.is_meta else parameter
+            if value is not None:
+                ramp = torch.linspace(-1, 1, value.shape[-1], device=value.device)
+                changed = (value.detach() + ramp).to(value.dtype)
+                ramped[name] = changed.requires_grad_(parameter.requires_grad)
     return ramped
 
 
@@ -298,6 +332,104 @@ def _changed(before: Tensor, after: Tensor) -> list[int]:
     change = (after - before).abs().float()
     change = change.amax((0, 2))
     return [int(i) for i in (change > 1e-4 * change.max()).nonzero().flatten()]
+
+
+def measure_grid(
+    model: nn.Module,
+    attention: Sequence[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    anatomy: Anatomy,
+    embeddings: Sequence[nn.Module] = (),
+) -> Grid | None:
+    """Find the rows and columns of the patches of images of one size, by running the model.
+
+    If one of the ``embeddings`` returns as many values as there are patches, it shows the grid.
+    Else the pixels are changed a little: evenly, then in proportion to their column, then to their
+    row. By how much the second and third change move a patch, relative to the first, tells its
+    place. Of all grids of as many patches, the one is taken whose columns and rows have one place
+    each.
+    All pixels are changed alike, which moves patches alike; and by noise, for hosts that take the
+    mean off each patch. The other arguments are those of `measure_anatomy`.
+
+    Returns:
+        The grid; None if the patches do not lie on one.
+    """
+    pixels = image_batch(args, kwargs)
+    if pixels is None or not len(pixels):
+        return None
+    probe = torch.cat([pixels[:1]] * 2)
+    # small, as norms bend large changes
+    size = 0.2 * probe.float().std().clamp_min(1e-3).to(probe)
+    draw = torch.rand(probe.shape[1:], generator=torch.Generator().manual_seed(0)).to(probe) - 0.5
+    height, width = probe.shape[-2:]
+    across = torch.linspace(0.1, 1.0, width).to(probe)
+    down = torch.linspace(0.1, 1.0, height).to(probe)[:, None]
+    probe_of = _token_probe(model, attention, args, kwargs, embeddings)
+    fits: list[tuple[float, Grid]] = []
+    try:
+        with _shapes_of(embeddings) as shapes:
+            plain, _ = probe_of(probe, {})
+        count = len(anatomy.patches(plain.shape[1]))
+        for shape in shapes:
+            if shape.numel() == count:
+                return Grid(*shape)
+        for change in (size * draw[:, :1, :1], size * draw):
+            even, by_column, by_row = (
+                _movements(plain, probe_of(probe + change * ramp, {})[0])
+                for ramp in (torch.ones_like(across), across, down)
+            )
+            patches = anatomy.patches(len(even))
+            if patches and bool((even[patches] > 0).all()):
+                fits += _grids_of_places(*((m / even)[patches] for m in (by_column, by_row)))
+    except (RuntimeError, CaptureError):  # of the host: other tokens for other pixels
+        return None
+    return min(fits, key=lambda fit: fit[0])[1] if fits else None
+
+
+@contextmanager
+def _shapes_of(modules: Sequence[nn.Module]) -> Iterator[list[torch.Size]]:
+    """Collect the rows and columns that modules return."""
+    shapes: list[torch.Size] = []
+
+    def collect(*call: Any) -> None:
+        if isinstance(call[-1], Tensor) and call[-1].dim() == 4:
+            shapes.append(call[-1].shape[-2:])
+
+    handles = [m.register_forward_hook(torch.compiler.disable(collect)) for m in modules]
+    try:
+        yield shapes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _movements(before: Tensor, after: Tensor) -> Tensor:
+    """Return how far each token moved, ``(t,)``."""
+    moved = (after.float() - before.float()).norm(dim=-1)
+    return moved.mean(0)
+
+
+def _grids_of_places(columns: Tensor, rows: Tensor) -> list[tuple[float, Grid]]:
+    """Return the grid on which patches, row by row, have these places from left and from top.
+
+    With it comes the share of the places' variance that it leaves; nothing if no grid fits.
+    """
+    count, scatter = len(columns), {}
+    columns, rows = columns.double(), rows.double()
+    for height in (height for height in range(1, count + 1) if count % height == 0):
+        grid = Grid(height, count // height)
+        x, y = columns.view(grid.rows, grid.cols), rows.view(grid.rows, grid.cols)
+        squares = (x - x.mean(0)).square().sum() + (y - y.mean(1, keepdim=True)).square().sum()
+        scatter[grid] = float(squares / max(2 * count - grid.rows - grid.cols, 1))
+    grid, *others = sorted(scatter, key=scatter.__getitem__)
+    if others and scatter[others[0]] < 1.5 * scatter[grid]:
+        return []  # too close to tell
+    spread = float(columns.var(correction=0) + rows.var(correction=0)) / 2
+    x, y = columns.view(grid.rows, grid.cols).mean(0), rows.view(grid.rows, grid.cols).mean(1)
+    in_order = bool((x.diff() > 0).all()) and bool((y.diff() > 0).all())
+    left = scatter[grid] / max(spread, 1e-12)
+    return [(left, grid)] if in_order and left <= 0.2 else []
 
 
 def grid_of_aspect(size: Sequence[int], count: int) -> Grid:
@@ -315,7 +447,4 @@ def grid_of_aspect(size: Sequence[int], count: int) -> Grid:
         rows = round((count * height / width) ** 0.5)
         if rows and count % rows == 0 and rows * width == count // rows * height:
             return Grid(rows, count // rows)
-    raise UnsupportedModelError(
-        "no patch embedding found (a convolution with 3 input channels, stride = kernel >= 4), "
-        "so the patch grid is unknown; name it with `grid=(rows, cols)`"
-    )
+    raise UnsupportedModelError(NO_GRID)

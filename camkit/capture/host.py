@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from camkit.capture.anatomy import Anatomy, measure_anatomy
+from camkit.capture.anatomy import Anatomy, image_batch, measure_anatomy, measure_grid
+from camkit.capture.parameters import is_one_layer
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.torch_internals import compiled_original
@@ -99,13 +100,39 @@ def find_attention(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_patch_embeddings(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Find the convolutions that cut images into patches: stride as large as their kernel."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.in_channels == 3
-        if module.kernel_size == module.stride and module.stride[0] >= 4
-    }
+    """Find the convolutions that images enter, by name: patch embeddings and the first of stems.
+
+    They step over the image, lie outside of attention, and have as many input channels as images:
+    as the first of them, and no more than an earlier convolution has outputs unless these are 3.
+    """
+    found: dict[str, nn.Conv2d] = {}
+    made: set[int] = set()  # numbers of channels that earlier convolutions return
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        if is_attention(module):
+            inside = (*inside, f"{name}.")
+        if not isinstance(module, nn.Conv2d):
+            continue
+        channels, steps = module.in_channels, max(module.stride) > 1
+        first = next((conv.in_channels for conv in found.values()), channels)
+        if steps and (channels == 3 or (channels not in made and channels == first)):
+            found[name] = module
+        made.add(module.out_channels)
+    return found
+
+
+def patch_step(model: nn.Module) -> tuple[int, int] | None:
+    """Return rows and columns of a patch, if one convolution cuts images into patches."""
+    for module in find_patch_embeddings(model).values():
+        if module.kernel_size == module.stride and not any(_padding(module)):
+            return (module.stride[0], module.stride[1])
+    return None
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, ...]:
+    return (1,) if module.padding == "same" else tuple(int(side) for side in module.padding)
 
 
 def of_images(attention: dict[str, nn.Module], embeddings: Iterable[str]) -> dict[str, nn.Module]:
@@ -179,9 +206,9 @@ def tail_modules(model: nn.Module, attention: Sequence[str]) -> list[nn.Module]:
     inside = tuple(f"{block}." for block in blocks)
     tail: dict[nn.Module, None] = {}
     for name, module in model.named_modules():
-        leaf = next(module.children(), None) is None
-        if leaf and not f"{name}.".startswith(inside):
+        if is_one_layer(module) and not f"{name}.".startswith(inside):
             tail[module] = None
+            inside = (*inside, f"{name}.")  # its parts only make up its weights
     for name in attention:
         for path in (name, name.rpartition(".")[0]):
             module = model.get_submodule(path)
@@ -275,6 +302,7 @@ def _modules_with_xformers(model: nn.Module) -> list[Any]:
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _MEASURING = RLock()
 _MEASURED: "WeakKeyDictionary[nn.Module, dict[str, Anatomy]]" = WeakKeyDictionary()
+_GRIDS: "WeakKeyDictionary[nn.Module, dict[Any, Grid | None]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +312,7 @@ class Host:
     Attributes:
         model: the user's model, with its wrappers.
         attention: its attention modules by name.
-        embeddings: convolutions that cut images into patches.
+        embeddings: convolutions that images enter.
         entrances: modules that hold attention, from the outside in; a forward begins at the first
             one that is called with an image batch. A host may bypass the forward of its root.
         class_tokens: positions of the class tokens, if the user named them.
@@ -435,6 +463,27 @@ class Host:
                 modules = list(self.attention.values()) if at is None else [self.attention[at]]
                 known[key] = measure_anatomy(entrance, modules, args, kwargs, self.embeddings)
             return known[key]
+
+    def measured_grid(
+        self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], anatomy: Anatomy
+    ) -> Grid | None:
+        """Return the patch grid of these images, measured once for each size.
+
+        Not to be called while the model runs. None if the patches do not lie on a grid; the
+        arguments are those of `anatomy`.
+        """
+        pixels = image_batch(args, kwargs)
+        if pixels is None:
+            return None
+        size = (pixels.shape[-2], pixels.shape[-1])
+        with _MEASURING:
+            known = _GRIDS.setdefault(entrance, {})
+            if (size, anatomy) not in known:
+                modules = list(self.attention.values())
+                known[size, anatomy] = measure_grid(
+                    entrance, modules, args, kwargs, anatomy, self.embeddings
+                )
+            return known[size, anatomy]
 
 
 def _positions(name: str, positions: Sequence[int] | None) -> tuple[int, ...] | None:

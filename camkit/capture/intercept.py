@@ -364,7 +364,8 @@ class EvenRows:
     """
 
     def linear(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        plain = len(args) in (2, 3) and not kwargs and isinstance(args[0], Tensor)
+        kinds = set(map(type, args[:2]))  # quantised and distributed weights multiply in their way
+        plain = len(args) in (2, 3) and not kwargs and kinds <= {Tensor, torch.nn.Parameter}
         if not plain or args[0].dim() != 3 or not args[0].requires_grad:
             return func(*args, **kwargs)
         bias = args[2] if len(args) == 3 else None

@@ -45,6 +45,7 @@ class Layers:
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module] | None) -> None:
         self.model = model
         self._anatomy: Anatomy | None = None
+        self._grid: Grid | None = None  # of the latest images
         try:
             self._host: Host | None = Host.of(model)
         except UnsupportedModelError:
@@ -79,7 +80,7 @@ class Layers:
         return None
 
     def patches(self, tokens: int, size: Sequence[int]) -> tuple[list[int], Grid]:
-        """Return positions of the patches in a sequence of this model, and their grid.
+        """Return positions of the patches in a sequence of the latest run, and their grid.
 
         Args:
             tokens: length of the sequence.
@@ -94,7 +95,9 @@ class Layers:
                 "`reshape_transform` that returns them as (b, channels, h, w)"
             )
         positions = self._anatomy.patches(tokens)
-        return positions, grid_of_aspect(size, len(positions))
+        if self._grid is not None and self._grid.size == len(positions):
+            return positions, self._grid
+        return positions, grid_of_aspect(size, len(positions))  # of a later stage
 
     def __call__(self, pixels: Tensor, *, gradients: bool) -> LayerRun:
         """Run the model once, in evaluation mode, with a graph from the first layer on."""
@@ -135,4 +138,7 @@ class Layers:
                 self._anatomy = self._host.anatomy(self._host.core, (pixels,), {})
             except (CaptureError, UnsupportedModelError):
                 self._host = None
-        return None if self._host is None else ClassQuery(self._host)
+        if self._host is None or self._anatomy is None:
+            return None
+        self._grid = self._host.measured_grid(self._host.core, (pixels,), {}, self._anatomy)
+        return ClassQuery(self._host)

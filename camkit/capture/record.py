@@ -13,6 +13,7 @@ from camkit.capture.attention import Attention
 from camkit.capture.tail import TailCall, patch_scores
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.ops.images import check_rgb
 from camkit.tensors import RGB, Scores
 from camkit.vocabulary import Vocabulary
 
@@ -263,11 +264,9 @@ class Capture:
         Args:
             rgb: the pictures with colours in [0, 1]; each pixel counts as a patch of its own.
         """
-        if rgb.ndim != 4 or rgb.shape[1] != 3 or not rgb.is_floating_point() or not rgb.numel():
-            raise ValueError(
-                "`rgb` must hold floating-point colours in [0, 1], of shape (images, 3, rows, "
-                f"cols), got {rgb.dtype} of shape {tuple(rgb.shape)}"
-            )
+        check_rgb(rgb)
+        if not rgb.numel():
+            raise ValueError(f"`rgb` must hold at least one pixel, got shape {tuple(rgb.shape)}")
         low, high = (float(value) for value in rgb.detach().aminmax())
         if not (low >= 0.0 and high <= 1.0):  # NaN fails both
             raise ValueError(f"`rgb` must lie in [0, 1], got {low:g} to {high:g}; divide by 255")

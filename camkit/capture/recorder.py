@@ -438,9 +438,24 @@ class Recorder(Subscriber[Recording]):
         if output is None:  # the forward raised
             return None
         _COUNTS[self._host.model] = [turn.count for turn in passes]
+        if len(passes) == 1:
+            self._settle_grid(forward, passes[0])
         if self._spec.noise is not None and not self._sampling:
             self._run_noisy(forward, self._spec.noise)
         return left
+
+    def _settle_grid(self, forward: Forward[Recording], turn: Recording) -> None:
+        """Measure the grid, unless a patch embedding showed it."""
+        if forward.entrance is None or self._host.grid is not None or not turn.kept:
+            return
+        record, shown = turn.kept[-1], turn.grid
+        patches = len(turn.anatomy.patches(record.attention.shape[2]))
+        if record.why_unreadable or (shown is not None and shown.size == patches):
+            return
+        call = forward.entrance, forward.args, forward.kwargs
+        grid = self._host.measured_grid(*call, turn.anatomy)
+        if grid is not None and grid.size == patches:
+            turn.grid = grid
 
     def _separate(self, forward: Forward[Recording]) -> None:
         """Give each pass the calls behind its blocks, as far as they can be told apart."""

@@ -31,6 +31,7 @@ from camkit.capture.intercept import Intercept, Tap
 from camkit.capture.modes import THREAD
 from camkit.capture.order import sequence_first
 from camkit.capture.outside import OutsideAttention, close_windows
+from camkit.capture.parameters import reshards
 from camkit.capture.tail import tokens_of
 from camkit.errors import CaptureError
 from camkit.grid import Grid
@@ -401,7 +402,7 @@ class ForwardSession(Generic[C]):
             _STARTED.set(_STARTED.get() | {self._number})
         for entrance in self._host.entrances:
             hooks.before(entrance, self._enter)
-            hooks.after(entrance, self._leave)
+            hooks.after(entrance, self._leave, outermost=reshards(entrance))
         for module in self._modules:
             hooks.before(module, self._before_attention, outermost=outermost)
             hooks.after(module, self._after_attention, outermost=outermost)
@@ -412,7 +413,7 @@ class ForwardSession(Generic[C]):
             for module in tail_modules(self._host.model, list(self._host.attention)):
                 hooks.before(module, self._before_lead)
         for name, block in self._subscriber.blocks.items():
-            hooks.after(block, partial(self._after_block, name))
+            hooks.after(block, partial(self._after_block, name), outermost=reshards(block))
         self._outside = OutsideAttention(
             self._host,
             self._subscriber.attention_modules,

@@ -10,7 +10,7 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.anatomy import grid_of_aspect
+from camkit.capture.anatomy import NO_GRID, grid_of_aspect
 from camkit.capture.host import Host, how_to_reveal
 from camkit.capture.record import (
     Capture,
@@ -23,6 +23,7 @@ from camkit.capture.session import (
 )
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.ops.images import check_rgb
 from camkit.tensors import RGB
 from camkit.torch_internals import is_compiled
 from camkit.vocabulary import Vocabulary
@@ -86,6 +87,8 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
     spec = replace(spec, gradients=spec.gradients or gradients)
     if (spec.gradients or spec.within_blocks or spec.class_paths) and class_rows_only:
         raise ValueError("`class_rows_only` drops what `gradients` needs; choose one of them")
+    if rgb is not None:
+        check_rgb(rgb)
     host = Host.of(
         model, modules=modules, class_tokens=class_tokens, other_tokens=other_tokens, grid=grid
     )
@@ -241,7 +244,11 @@ def _checked_grid(turn: Recording, named: Grid | None, kept: Sequence[AttentionR
         )
     tokens, anatomy = lengths[0], turn.anatomy
     patches = len(anatomy.patches(tokens))
-    grid = named or turn.grid or grid_of_aspect(turn.size, patches)
+    grid = named or turn.grid
+    if (grid is None or grid.size != patches) and turn.of_several and named is None:
+        grid = grid_of_aspect(turn.size, patches)
+    if grid is None:
+        raise UnsupportedModelError(NO_GRID)
     if patches != grid.size:
         raise CaptureError(
             f"{tokens} tokens less {len(anatomy.special_tokens)} special ones leave {patches}, but "

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from camkit.capture.host import find_patch_embeddings
 from camkit.cli.models import DEFAULT_MODEL, create, known_architecture
 from camkit.diagnosis import diagnose
 from camkit.errors import CamkitError
@@ -53,12 +54,15 @@ def execute(options: argparse.Namespace) -> int:
         model = create(known_architecture(options.model))
     settings = getattr(model, "pretrained_cfg", None) or {}
     side = options.size or int(settings.get("input_size", (3, 224, 224))[-1])
-    images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    channels = next((c.in_channels for c in find_patch_embeddings(model).values()), 3)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(1, channels, side, side, generator=generator)
     diagnosis = diagnose(model.eval(), images, call=call)
     rows = {"name": f"{options.model}, tried with one image of {side}x{side}", **diagnosis.rows}
     if diagnosis.refusal is None:
         pipeline = wrap(model, call=call)
-        method = pipeline.decide(images * 2 - 1, images)
+        rgb = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+        method = pipeline.decide(images * 2 - 1, rgb)
         default = repr(method.seed)
         if method.edit is not None:
             default += f" under {method.edit!r} of the last {method.edit_blocks} blocks"

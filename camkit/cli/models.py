@@ -5,6 +5,7 @@ import os
 import ssl
 import sys
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -12,7 +13,7 @@ from urllib.request import Request, urlopen
 
 from torch import nn
 
-from camkit.capture.host import find_patch_embeddings
+from camkit.capture.host import patch_step
 from camkit.data import VOC_CLASSES, demo_model, imagenet_vocabulary
 from camkit.errors import CamkitError
 from camkit.photo import PhotoSettings
@@ -92,12 +93,12 @@ def open_model(name: str, *, size: int = 384, or_embedded: bool = False) -> Open
     registered = name if timm.is_model_pretrained(name) else architecture
     settings = timm.models.get_pretrained_cfg(registered)
     rows, cols = settings.input_size[1:] if settings else (224, 224)
-    embedding = next(iter(find_patch_embeddings(model).values()), None)
+    patch = patch_step(model)
     photos = PhotoSettings(
         size=size if getattr(model, "dynamic_img_size", False) else (rows, cols),
         mean=tuple(settings.mean) if settings else (0.5, 0.5, 0.5),
         std=tuple(settings.std) if settings else (0.5, 0.5, 0.5),
-        multiple=16 if embedding is None else embedding.stride[0],
+        multiple=16 if patch is None else lcm(*patch),
     )
     return OpenedModel(model.eval(), _vocabulary(model.num_classes), photos, source)
 

@@ -104,7 +104,8 @@ def default_method(opened: OpenedModel) -> Method:
     sides = (size, size) if isinstance(size, int) else size
     rows, cols = (max(1, round(side / step)) * step for side in sides)
     grey = torch.linspace(0, 1, cols).expand(1, 3, rows, cols)
-    return wrap(opened.model).decide(grey * 2 - 1, grey)
+    pixels = grey[:, : opened.photos.channels] * 2 - 1
+    return wrap(opened.model).decide(pixels, grey)
 
 
 def read_classes(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:

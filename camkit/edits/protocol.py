@@ -14,7 +14,7 @@ from camkit.capture.attention import Attention, FusedAttention
 from camkit.capture.passes import same_pictures, small_pictures
 from camkit.errors import CaptureError
 from camkit.grid import Grid
-from camkit.ops.images import Normalisation, to_rgb
+from camkit.ops.images import Normalisation, check_rgb, to_rgb
 from camkit.tensors import Labels, Pixels, Tokens
 
 _NO_IMAGES = (
@@ -73,7 +73,9 @@ class Picture:
             raise CaptureError(self.doubt or _NO_IMAGES)
         if self._colours is None:
             rgb = self._in_colour()
-            grid = self.grid or grid_of_aspect(rgb.shape[-2:], patches)
+            grid = self.grid
+            if grid is None or grid.size != patches:  # a stem of several layers shows another
+                grid = grid_of_aspect(rgb.shape[-2:], patches)
             pooled = F.adaptive_avg_pool2d(rgb.detach().float(), (grid.rows, grid.cols))
             self._colours = pooled.flatten(2).mT.contiguous()
         if self._colours.shape[1] != patches:
@@ -92,6 +94,7 @@ class Picture:
             else:
                 rgb = None
         if rgb is not None:
+            check_rgb(rgb)
             return rgb
         if pixels is None:
             raise CaptureError(_NO_IMAGES)

@@ -22,15 +22,34 @@ def to_rgb(pixels: Pixels, normalisation: Normalisation | None = None) -> RGB:
     """Return images, as the model takes them, with colours in [0, 1].
 
     Without a ``normalisation``, `detect_normalisation` finds it; if none fits, each image is
-    stretched to its own range.
+    stretched to its own range. Grey images get three equal channels.
+
+    Raises:
+        ValueError: images of other than one or three channels tell no colours.
     """
+    if pixels.shape[1] not in (1, 3):
+        raise ValueError(
+            f"images of {pixels.shape[1]} channels tell no colours; pass the pictures as `rgb=`, "
+            "of shape (images, 3, rows, cols) in [0, 1]"
+        )
     if normalisation is None:
         normalisation = detect_normalisation(pixels)
     if normalisation is None:
         low, high = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
-        return (pixels - low) / (high - low).clamp_min(1e-6)
+        return ((pixels - low) / (high - low).clamp_min(1e-6)).expand(-1, 3, -1, -1)
     mean, std = (pixels.new_tensor(values).view(1, -1, 1, 1) for values in normalisation)
-    return (pixels * std + mean).clamp(0, 1)
+    return (pixels * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
+
+
+def check_rgb(rgb: Tensor, images: int | None = None) -> None:
+    """Check that pictures are floating-point colours of shape ``(images, 3, rows, cols)``."""
+    if rgb.ndim != 4 or rgb.shape[1] != 3 or not rgb.is_floating_point():
+        raise ValueError(
+            "`rgb` must hold floating-point colours in [0, 1], of shape (images, 3, rows, cols), "
+            f"got {rgb.dtype} of shape {tuple(rgb.shape)}; grey pictures: rgb.expand(-1, 3, -1, -1)"
+        )
+    if images is not None and len(rgb) != images:
+        raise ValueError(f"`rgb` must hold a picture for each of {images} images, got {len(rgb)}")
 
 
 def detect_normalisation(pixels: Pixels) -> Normalisation | None:
@@ -43,8 +62,11 @@ def detect_normalisation(pixels: Pixels) -> Normalisation | None:
     if pixels.numel() == 0:
         return NORMALISATIONS["none"]
     channels = pixels.detach().transpose(0, 1).flatten(1).to(torch.float32)
+    grey = len(channels) == 1
     low, high = channels.amin(1), channels.amax(1)
     for mean, std in NORMALISATIONS.values():
+        if grey and len(set(mean)) > 1:  # of colours
+            continue
         shift, scale = low.new_tensor(mean), low.new_tensor(std)
         darkest, lightest = low * scale + shift, high * scale + shift
         if darkest.min() >= -0.02 and lightest.max() <= 1.02:  # resizing overshoots a little

@@ -16,6 +16,7 @@ from camkit.seeds.protocol import (
     class_score,
     fold_maps,
     read_head_weights,
+    score_gradients,
 )
 from camkit.tensors import Cam, Classes
 
@@ -104,7 +105,7 @@ def class_gradients(
     with torch.inference_mode(mode=False), torch.enable_grad():
         watched = [call.watched() for call in calls]
         total = class_score(capture.scores, column)
-        return torch.autograd.grad(total, watched, retain_graph=True)
+        return score_gradients(total, watched)
 
 
 @dataclass(frozen=True)

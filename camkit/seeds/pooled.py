@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from camkit.capture.host import head_count, is_attention
 from camkit.capture.intercept import scaled_weights
+from camkit.capture.parameters import linear_weight
 from camkit.capture.record import Capture, WatchSpec
 from camkit.capture.tail import TailCall, classifiers, inner_patch_scores, pooling_calls
 from camkit.errors import UnsupportedModelError
@@ -265,8 +266,7 @@ class ContributionSeed:
     ) -> Float[Tensor, "b n"] | None:
         """Return contributions through a linear classifier, if its input is pooled patches."""
         entered = head.input.flatten(1)
-        layer: Any = head.module
-        direction = weights @ layer.weight.detach().flatten(1).to(weights)
+        direction = weights @ linear_weight(head.module, entered).detach().to(weights)
         vectors = [call for call in capture.tail if call.output.dim() == 2]
         norms = [None, *(c.module for c in vectors if isinstance(c.module, nn.LayerNorm))]
         for call in pooling_calls(capture.tail):

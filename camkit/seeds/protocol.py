@@ -9,7 +9,7 @@ from torch import Tensor
 
 from camkit.capture.attention import Attention
 from camkit.capture.record import Capture
-from camkit.errors import CaptureError
+from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.tensors import Cam, Classes, Scores
 
 Seed: TypeAlias = Callable[[Capture, Classes], Cam]
@@ -105,6 +105,34 @@ def scaled_to_max(cam: Float[Tensor, "... h w"]) -> Float[Tensor, "... h w"]:
     top = cam.amax((-2, -1), keepdim=True)
     floor = max(1e-8, torch.finfo(cam.dtype).tiny)  # float16 has no 1e-8
     return cam / top.clamp_min(floor) * (top > floor)
+
+
+def score_gradients(total: Tensor, nodes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Differentiate a sum of class scores with respect to tensors of the forward.
+
+    Raises:
+        UnsupportedModelError: no gradient reaches one of them.
+        CaptureError: FSDP2 dropped weights that the gradient needs.
+    """
+    gradients: Sequence[Tensor | None] = [None]
+    try:
+        if total.requires_grad:
+            gradients = torch.autograd.grad(total, nodes, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("setStorage", "not allocated")):
+            raise
+        raise CaptureError(
+            "weights that the gradient needs were dropped by an earlier backward; in FSDP2, call "
+            "model.set_reshard_after_backward(False) before the seed, or ask for one class"
+        ) from error
+    found = tuple(gradient for gradient in gradients if gradient is not None)
+    if len(found) < len(nodes):
+        raise UnsupportedModelError(
+            "no gradient of the class scores reaches the attention: layers with quantised "
+            "activations pass none, nor does code that detaches; use ClassWeightSeed or "
+            "ClassAttentionSeed, which need no gradient"
+        )
+    return found
 
 
 def class_score(scores: Scores, column: Int[Tensor, " b"]) -> Float[Tensor, ""]:

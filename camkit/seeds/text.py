@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camkit.capture.host import is_attention
+from camkit.capture.parameters import device_of
 from camkit.capture.record import Capture, WatchSpec
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds.protocol import above_mean, check_classes, fold_maps, pick
@@ -292,7 +293,7 @@ def _embed_name(
         raise ValueError("a class name must not be blank")
     prompts = [template.format(word) for word in synonyms for template in templates]
     tokens = tokenize(prompts)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.no_grad():
         if isinstance(tokens, Mapping) and hasattr(model, "get_text_features"):
             inputs = {key: value.to(device) for key, value in tokens.items()}

@@ -5,13 +5,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
 from itertools import pairwise
+from math import lcm
 from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from camkit.capture.host import find_patch_embeddings
+from camkit.capture.host import find_patch_embeddings, patch_step
 from camkit.capture.modes import measurement
 from camkit.capture.record import ATTENTION, Capture, WatchSpec
 from camkit.capture.watcher import watch
@@ -158,7 +159,7 @@ class ModelRunner:
                     edited.enter_context(handle).rgb = rgb
                 self._run(pixels.clone() if pixels.is_inference() else pixels)
         except Exception as error:
-            note = self._note_on_size(pixels, error)
+            note = self._note_on_channels(pixels, error) or self._note_on_size(pixels, error)
             if note:
                 error.add_note(note)
             raise
@@ -166,6 +167,19 @@ class ModelRunner:
 
     def _run(self, pixels: Pixels) -> Any:
         return self.model(pixels) if self.call is None else self.call(self.model, pixels)
+
+    def _note_on_channels(self, pixels: Pixels, error: Exception) -> str:
+        """Say how to give the channels that the model takes, if torch complains about them."""
+        taken = {conv.in_channels for conv in find_patch_embeddings(self.model).values()}
+        if not taken or pixels.shape[1] in taken or "channels" not in str(error):
+            return ""
+        how = "a camkit.Photo of your own"
+        if taken == {1}:
+            how = "camkit.load_photo(path, channels=1)"
+        return (
+            f"the model takes images of {' or '.join(map(str, taken))} channels, got "
+            f"{pixels.shape[1]}; use {how} (`pixels` as the model takes them, `rgb` in colours)"
+        )
 
     def _note_on_size(self, pixels: Pixels, error: Exception) -> str:
         """Say that the image size caused an error, if the model runs at the size it states."""
@@ -188,12 +202,6 @@ class ModelRunner:
             f"{size[0]}x{size[1]}; {hint}"
         )
 
-    @property
-    def patch(self) -> Size | None:
-        """Rows and columns of a patch in pixels; None if no patch embedding is found."""
-        embedding = next(iter(find_patch_embeddings(self.model).values()), None)
-        return None if embedding is None else (embedding.stride[0], embedding.stride[-1])
-
 
 def stated_size(model: nn.Module) -> Size | None:
     """Return the rows and columns of the images that a model says it takes; None if it does not."""
@@ -209,12 +217,12 @@ def stated_size(model: nn.Module) -> Size | None:
 
 def check_size(model: nn.Module, pixels: Pixels) -> None:
     """Check that the sides of pictures are multiples of the patch size."""
-    patch = ModelRunner(model).patch
+    patch = patch_step(model)
     height, width = pixels.shape[-2:]
     if patch and (height % patch[0] or width % patch[1]):
         raise ValueError(
             f"an image of {height}x{width} cannot be cut into patches of {patch[0]}x{patch[1]}; "
-            f"use camkit.load_photo(path, multiple={patch[0]})"
+            f"use camkit.load_photo(path, multiple={lcm(*patch)})"
         )
 
 
@@ -334,10 +342,11 @@ class MultiViewReader:
         return scaled_to_max(cam) if views.normalize == "before" else cam
 
     def _patch(self) -> Size:
-        patch = self.runner.patch
-        if patch is None:
+        """Return rows and columns of a patch in pixels, as the grid of the batch shows them."""
+        grid, (height, width) = self.capture.grid, self.pixels.shape[-2:]
+        if height % grid.rows or width % grid.cols:
             raise UnsupportedModelError(
-                "no patch embedding found (a convolution with 3 input channels, stride = kernel "
-                ">= 4), so sizes cannot be rounded to whole patches; use Views(flip=True) alone"
+                f"{grid.rows}x{grid.cols} patches do not divide images of {height}x{width}, so "
+                "there are no sizes and tiles of whole patches; use Views(flip=True) alone"
             )
-        return patch
+        return height // grid.rows, width // grid.cols
