@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,8 @@ class Host:
         own_maps: the attention maps that the host itself returns, in order; None if it returns
             none.
         chosen_pass: which pass of the forward to compare, if it has several.
+        crops: one forward that also runs crops or several networks, without losses.
+        attention: the attention modules that ``crops`` calls, if they return their maps.
         step: one training step of theirs with the given optimiser; returns the loss.
         cams: maps to compare.
         files: writes and reads files as they do; returns differences by name.
@@ -86,7 +88,6 @@ class Host:
         classes: the classes in its picture.
         requires: what the maps to compare read.
         true_reason: for a check that camkit must refuse, words of the right reason.
-        edit: makes the edit to train with.
     """
 
     model: nn.Module
@@ -101,6 +102,8 @@ class Host:
     scores: Callable[[Any], Tensor] | None = None
     own_maps: Callable[[nn.Module, Tensor], list[Tensor]] | None = None
     chosen_pass: int | None = None
+    crops: Callable[[nn.Module], Any] | None = None
+    attention: Sequence[nn.Module] = ()
     step: Callable[[nn.Module, torch.optim.Optimizer], float] | None = None
     cams: Sequence[Cam] = ()
     files: Callable[[Path], dict[str, float]] | None = None
@@ -109,7 +112,6 @@ class Host:
     classes: Any = (1,)
     requires: WatchSpec = ATTENTION
     true_reason: dict[str, str] = field(default_factory=dict)
-    edit: Callable[[], Any] = camkit.DOEI
 
 
 def check(build: Callable[[], Host]) -> dict[str, Check]:
@@ -174,7 +176,26 @@ def check_watch(host: Host, _: Callable[[], Host]) -> Check:
         difference = map_difference(theirs, ours)
         good &= difference <= EXACT
         told.append(f"maps {difference:.1e}")
+    if host.crops is not None:
+        passes, difference = watch_crops(host, host.crops)
+        good &= difference <= EXACT
+        told.append(f"maps of {passes} passes over crops {difference:.1e}")
     return Check(PASS if good else FAILS, ", ".join(told))
+
+
+def watch_crops(host: Host, call: Callable[[nn.Module], Any]) -> tuple[int, float]:
+    """Watch a forward of several passes.
+
+    Returns:
+        How many passes, and the largest difference between all maps and those of the host.
+    """
+    theirs = returned_maps(lambda: call(host.model), host.attention)
+    with torch.no_grad(), camkit.watch(host.part(host.model), **_read_settings(host)) as seen:
+        torch.manual_seed(0)
+        call(host.model)
+    blocks = [block for turn in seen.passes for block in turn.blocks]
+    ours = [block.rows(range(block.shape[2])).detach() for block in blocks]
+    return len(seen.passes), map_difference(theirs, ours)
 
 
 def map_difference(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
@@ -256,12 +277,22 @@ def check_wrap(host: Host, _: Callable[[], Host]) -> Check:
 # -- training under an edit
 
 
+class CountedDOEI(camkit.DOEI):
+    """DOEI that notes how often it is called."""
+
+    calls: ClassVar[list[int]] = []
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls.append(len(self.calls))
+        return super().__call__(*args)
+
+
 def check_attach(host: Host, build: Callable[[], Host]) -> Check:
     """The edit acts in one real training step, and its removal restores the model."""
     model = host.model
     plain = _forward(host)
     hooks = hook_count(model)
-    handle = camkit.attach(host.part(model), host.edit(), **host.settings, **host.attach_settings)
+    handle = camkit.attach(host.part(model), CountedDOEI(), **host.settings, **host.attach_settings)
     acts = largest_difference(plain, _forward(host))
     told = [f"moves outputs by {acts:.1e}"]
     good = acts > 0.0
@@ -271,11 +302,16 @@ def check_attach(host: Host, build: Callable[[], Host]) -> Check:
         model.train()
         torch.manual_seed(0)
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        loss = host.step(model, optimiser)
+        CountedDOEI.calls.clear()
+        attention = [host.part(model).get_submodule(name) for name in handle.settings["blocks"]]
+        with counted_calls(attention) as calls:
+            loss = host.step(model, optimiser)
+        edited = len(CountedDOEI.calls)
         model.train(training)
         moved = sum(not p.equal(before[name]) for name, p in model.named_parameters())
         finite = math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())
-        good &= finite and moved > 0
+        good &= finite and moved > 0 and edited == len(calls)
+        told.append(f"{edited} of {len(calls)} attention calls of the step edited")
         told.append(f"loss {loss:.3g}, {moved} of {len(before)} parameters moved")
     handle.remove()
     left = hook_count(model) - hooks
@@ -412,6 +448,18 @@ def _counted_hooks(model: nn.Module) -> Iterator[None]:
     after = hook_count(model)
     if after != before:
         raise RuntimeError(f"{after - before} hooks were left on the model")
+
+
+@contextmanager
+def counted_calls(modules: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Collect the calls of these modules during the block."""
+    calls: list[nn.Module] = []
+    hooks = [module.register_forward_hook(lambda m, *_: calls.append(m)) for module in modules]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> float:
