@@ -186,7 +186,7 @@ class Preset:
             pixels: ``(b, channels, H, W)``, normalised, on any device.
             rgb: the same pictures in [0, 1].
         """
-        depth = len(find_attention(runner.model))
+        depth = len(runner.facts.modules or find_attention(runner.model))
         if depth < self.depth:
             return f"it was tuned for {self.depth} attention blocks or more, this model has {depth}"
         method = self.method

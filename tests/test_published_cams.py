@@ -9,11 +9,14 @@ from hosts import Block as BlockOfHost, OneTokenPerClass, shaken, tiny
 from torch import nn
 
 import camkit
-from camkit import Propagate, Views, normalize_cam
+from camkit import GradientSeed, Propagate, Views, normalize_cam
+from camkit.capture import WatchSpec
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds import (
     ClassAttentionSeed,
     ClassWeightSeed,
+    FusedSeed,
+    GatedProductSeed,
     ModelRunner,
     MultiViewReader,
     PatchHeadSeed,
@@ -118,6 +121,8 @@ def test_an_inner_layer_must_exist_and_be_recorded(toco):
 def test_a_cut_that_does_not_exist_is_refused(no_shape_checks):
     with pytest.raises(ValueError, match='must be "mean", "zero" or None, got \'max\''):
         ClassWeightSeed(cut="max")
+    with pytest.raises(ValueError, match="must be \"zero\" or None, got 'mean'"):
+        PatchHeadSeed(cut="mean")
 
 
 def multi_scale(toco, pixels, scales):
@@ -175,7 +180,7 @@ class MCTformerPlus(OneTokenPerClass):
         return self.everything(pixels)[0]
 
     def everything(self, pixels):
-        """Scores; class attention, patch maps; patch attention of each block; head weights."""
+        """Scores, class attention, signed patch maps, patch attention of each block."""
         x = self.sequence(self.patch_embed(pixels).flatten(2).mT)
         maps, outputs = [], []
         for block in self.blocks:
@@ -192,7 +197,7 @@ class MCTformerPlus(OneTokenPerClass):
         patches = self.head(x[:, CLASSES:].mT.unflatten(-1, grid))
         attended = weighted.mean(1)[:, :CLASSES, CLASSES:].unflatten(-1, grid)
         scores = x[:, :CLASSES].mean(-1)
-        return scores, attended, patches.relu(), weighted[..., CLASSES:, CLASSES:]
+        return scores, attended, patches, weighted[..., CLASSES:, CLASSES:]
 
 
 class ShowsItsMap(BlockOfHost):
@@ -227,7 +232,8 @@ def test_class_attention_times_patch_maps_spread_by_patch_attention(per_class):
     pixels = torch.randn(2, 3, 32, 48)
     with torch.no_grad():
         _, attended, patches, affinity = model.everything(pixels)
-    expected = attended * patches if model.fusion else (attended * patches).sqrt()
+    expected = attended * patches.relu()
+    expected = expected if model.fusion else expected.sqrt()
     capture = capture_of(model, pixels, seed, spread)
     torch.testing.assert_close(seed(capture, ALL), expected)
     expected = torch.einsum("bij,bkj->bki", affinity.mean(1), expected.flatten(2)).view_as(expected)
@@ -247,7 +253,8 @@ def test_each_view_is_spread_by_its_own_attention(per_class):
                 _, attended, patches, affinity = model.everything(
                     resized.flip(-1) if flipped else resized
                 )
-            maps = attended * patches if model.fusion else (attended * patches).sqrt()
+            maps = attended * patches.relu()
+            maps = maps if model.fusion else maps.sqrt()
             maps = (affinity.sum(1) @ maps.flatten(2).mT).mT.view_as(maps)
             maps = F.interpolate(maps, size, mode="bilinear")
             total = total + (maps.flip(-1) if flipped else maps)
@@ -256,6 +263,16 @@ def test_each_view_is_spread_by_its_own_attention(per_class):
     cam = joined(model, pixels, RefinedSeed(seed, (spread,)), views)
     found = normalize_cam(cam, mode="minmax")
     torch.testing.assert_close(found, (total - low) / (high - low), rtol=0, atol=1e-5)
+
+
+def test_signed_maps_of_a_patch_head_are_spread_as_in_transcam():
+    model, pixels = MCTformerPlus(), torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        _, _, patches, affinity = model.everything(pixels)
+    expected = (affinity.mean(1) @ patches.flatten(2).mT).mT.view_as(patches)
+    seed = RefinedSeed(PatchHeadSeed(cut=None), (Propagate(scale_rows=False),))
+    torch.testing.assert_close(seed(capture_of(model, pixels, seed), ALL), expected)
+    assert expected.min() < 0 < expected.max()
 
 
 @pytest.mark.parametrize(
@@ -280,6 +297,17 @@ def test_head_weights_must_be_finite():
     capture = capture_of(MCTformerPlus(), torch.randn(2, 3, 32, 48))
     with pytest.raises(ValueError, match="finite weights, got NaN or inf"):
         ClassAttentionSeed(lambda _: torch.full((2, 3, 2), torch.nan))(capture, ALL)
+
+
+def test_a_stage_requires_what_its_head_weights_require():
+    def read(capture):
+        return torch.ones(capture.images, 3, 2)
+
+    assert not Propagate().requires.last_patches
+    assert Propagate(head_weights=read).requires == WatchSpec()  # weights may come from patches
+    read.requires = WatchSpec(leaving=True)
+    for stage in (ClassAttentionSeed(read), Propagate(head_weights=read)):
+        assert stage.requires == WatchSpec(leaving=True)
 
 
 @pytest.mark.parametrize("scale_rows", [True, False])
@@ -346,3 +374,20 @@ def test_settings_of_codebases_are_written_in_words():
         Propagate(scale_rows=False, boxes=0.4, box_rule="clip-es"),
         camkit.refiners.Normalize("minmax", epsilon=1e-5),
     )
+
+
+@pytest.mark.parametrize(
+    "combined",
+    [
+        lambda seed: ProductSeed(seed, seed, root=True),
+        lambda seed: FusedSeed((seed, GradientSeed()), join="product"),
+        lambda seed: GatedProductSeed(seed, seed),
+    ],
+    ids=["product", "fused", "gated"],
+)
+def test_negative_scores_count_as_zero_where_maps_are_combined(toco, combined):
+    signed, cut = (combined(ClassWeightSeed(cut=cut)) for cut in (None, "zero"))
+    capture = capture_of(toco, torch.randn(2, 3, 32, 48), signed)
+    found = signed(capture, ALL)
+    assert found.isfinite().all()
+    assert torch.equal(found, cut(capture, ALL))

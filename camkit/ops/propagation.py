@@ -149,7 +149,8 @@ def component_boxes(cam: Cam, share: float, *, rule: BoxRule = "whole") -> Bool[
                 'boxes of the rule "clip-es" are found in bytes, so `cam` must lie in [0, 1]; use '
                 'camkit.normalize_cam first, or the rule "whole"'
             )
-        levels, highest = (scores * 255).floor(), (top * 255).floor()
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        levels, highest = ((values.to(wide) * 255).floor() for values in (scores, top))
         marked = levels > (share * highest.double()).floor()
     else:
         marked = (scores > share * top) & (top > 0)

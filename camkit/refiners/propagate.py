@@ -15,7 +15,7 @@ from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.errors import CaptureError
 from camkit.ops.propagation import BoxRule, balance, check_boxes, component_boxes, random_walk
 from camkit.ops.similarity import check_positive, colour_smooth, cosine_smooth
-from camkit.seeds.protocol import HeadWeights, read_head_weights
+from camkit.seeds.protocol import HeadWeights, read_head_weights, required_by_weights
 from camkit.tensors import Cam
 
 Spread: TypeAlias = Float[Tensor, "b k n"]
@@ -109,7 +109,10 @@ class Propagate:
     scale_rows: bool = True
     head_weights: HeadWeights | None = None
 
-    requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
+    @property
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return NO_PATCH_TOKENS | required_by_weights(self.head_weights)
 
     def __post_init__(self) -> None:
         if self.steps < 1:

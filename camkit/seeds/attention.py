@@ -17,6 +17,7 @@ from camkit.seeds.protocol import (
     fold_maps,
     read_head_weights,
     score_gradients,
+    required_by_weights,
 )
 from camkit.tensors import Cam, Classes
 
@@ -36,7 +37,10 @@ class ClassAttentionSeed:
 
     head_weights: HeadWeights | None = None
 
-    requires: ClassVar[WatchSpec] = WatchSpec()
+    @property
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return WatchSpec() | required_by_weights(self.head_weights)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         rows = self._rows(capture).detach()

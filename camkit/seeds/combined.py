@@ -1,4 +1,4 @@
-"""Seeds that combine the maps of other seeds."""
+"""Seeds that combine the maps of other seeds, or refine them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class ProductSeed:
         return required_by(self.first, self.second)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        first = self.first(capture, classes)
-        product = first * self.second(capture, classes).to(first)
+        first = self.first(capture, classes).clamp_min(0.0)
+        product = first * self.second(capture, classes).clamp_min(0.0).to(first)
         return product.sqrt() if self.root else product
 
 
@@ -42,7 +42,7 @@ class RefinedSeed:
     attention, as MCTformer and WeakTr do. Refiners of a pipeline see the photo as given only.
 
     Attributes:
-        seed: its maps reach the refiners as they are, not scaled to [0, 1].
+        seed: its maps reach the refiners as they are, not scaled to [0, 1], and with their sign.
         refine: refiners, applied in order.
     """
 
@@ -89,7 +89,7 @@ class FusedSeed:
         return required_by(*self.seeds)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        maps = torch.stack([scaled_to_max(seed(capture, classes).float()) for seed in self.seeds])
+        maps = torch.stack([_scaled(seed, capture, classes) for seed in self.seeds])
         if self.join == "max":
             return maps.amax(0)
         return maps.mean(0) if self.join == "mean" else maps.prod(0).pow(1 / len(maps))
@@ -126,9 +126,13 @@ class GatedProductSeed:
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         tiny = 1e-8  # a constant map has correlation 0, not NaN
-        first = scaled_to_max(self.seed(capture, classes).float())
-        other = scaled_to_max(self.other(capture, classes).float())
+        first = _scaled(self.seed, capture, classes)
+        other = _scaled(self.other, capture, classes)
         a, b = (cam - cam.mean((-2, -1), keepdim=True) for cam in (first.sqrt(), other))
         norms = [cam.pow(2).sum((-2, -1), keepdim=True).sqrt() for cam in (a, b)]
         correlation = (a * b).sum((-2, -1), keepdim=True) / (norms[0] * norms[1]).clamp_min(tiny)
         return first * other.clamp_min(tiny) ** (self.trust * correlation).clamp(0, 1)
+
+
+def _scaled(seed: Seed, capture: Capture, classes: Classes) -> Cam:
+    return scaled_to_max(seed(capture, classes).float().clamp_min(0.0))

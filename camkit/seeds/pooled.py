@@ -168,10 +168,20 @@ class ClassWeightSeed:
 class PatchHeadSeed:
     """The class maps of the model's own head for patches (MCTformer-V2's patch CAM).
 
-    The head has as many channels as the model has class scores; negative scores count as zero.
+    The head has as many channels as the model has class scores.
+
+    Attributes:
+        cut: "zero" cuts negative scores. None keeps them, for refiners that spread signed maps, as
+            in TransCAM (Li et al. 2023).
     """
 
+    cut: Literal["zero"] | None = "zero"
+
     requires: ClassVar[WatchSpec] = WatchSpec()
+
+    def __post_init__(self) -> None:
+        if self.cut not in ("zero", None):
+            raise ValueError(f'`cut` must be "zero" or None, got {self.cut!r}')
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         size = (capture.grid.rows, capture.grid.cols)
@@ -189,7 +199,8 @@ class PatchHeadSeed:
         scores = heads[-1].flatten(2).mT
         scores = scores if capture.vocabulary is None else capture.vocabulary.score(scores)
         check_classes(classes, len(scores), scores.shape[-1])
-        return fold_maps(capture, pick(scores, classes).clamp_min(0.0), classes)
+        picked = pick(scores, classes)
+        return fold_maps(capture, picked if self.cut is None else picked.clamp_min(0.0), classes)
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,29 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from camkit.capture.attention import Attention
-from camkit.capture.record import Capture
+from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.tensors import Cam, Classes, Scores
 
 Seed: TypeAlias = Callable[[Capture, Classes], Cam]
 """``(capture, classes) -> cam``: one map for each class on the patch grid, at least 0, of any
 scale, zero where ``classes`` is -1. Either a plain function, or a frozen dataclass whose
-``requires`` (a `camkit.capture.WatchSpec`) states what it reads."""
+``requires`` (a `camkit.capture.WatchSpec`) states what it reads. A seed may be set to keep negative
+scores (`camkit.seeds.ClassWeightSeed`); all that scale or combine maps count them as zero."""
 
 
 HeadWeights: TypeAlias = Callable[[Capture], Tensor]
 """``capture -> (b, blocks, heads)``: a weight for each head of each watched block and each image,
 such as those that WeakTr learns. It reads them from the capture, or from wherever the model left
-them during the forward."""
+them during the forward. If it reads more than a plain watch records, its ``requires`` says so."""
+
+
+def required_by_weights(head_weights: HeadWeights | None) -> WatchSpec:
+    """Return what a forward must be watched for so that the function can read its capture."""
+    if head_weights is None:
+        return NO_PATCH_TOKENS
+    spec: WatchSpec = getattr(head_weights, "requires", WatchSpec())
+    return spec
 
 
 def read_head_weights(
