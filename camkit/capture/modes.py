@@ -11,11 +11,18 @@ from torch import Tensor, nn
 
 
 class _Thread(local):
+    """What is going on in a thread.
+
+    Attributes:
+        measuring: it is inside `measurement`, so camkit's hooks do nothing.
+        graph: of the forward under way, if camkit began it.
+    """
+
     measuring = False
+    graph: "Graph | None" = None
 
 
 THREAD = _Thread()
-"""Whether this thread is inside `measurement`, so that camkit's hooks do nothing."""
 
 
 @contextmanager
@@ -62,20 +69,28 @@ class Graph:
         if tensor.requires_grad:
             return tensor
         torch.set_grad_enabled(True)  # until the model returns
+        THREAD.graph = self
         start = tensor.clone() if tensor.is_inference() else tensor.detach()
         return start.requires_grad_()
+
+    @property
+    def caller_has_none(self) -> bool:
+        """Whether the caller runs the forward without gradients."""
+        return self._before is False
 
     def pause(self) -> bool:
         """Stop the graph if the caller's mode has none, and return whether it was stopped."""
         if self._before is not False:
             return False
         torch.set_grad_enabled(False)
+        THREAD.graph = None
         return True
 
     def leave(self) -> bool:
         """Restore the caller's mode, and return whether there was a graph only for camkit."""
         if self._before is None:
             return False
+        THREAD.graph = None
         began = not self._before and torch.is_grad_enabled()
         torch.set_grad_enabled(self._before)
         self._before = None
@@ -86,6 +101,7 @@ class Graph:
 
     def abandon(self, mode: bool) -> None:
         """Set the gradient mode to ``mode`` after an interrupted forward."""
+        THREAD.graph = None
         if self._before is not None:
             torch.set_grad_enabled(mode)
             self._before = None
