@@ -1,12 +1,16 @@
 """What hosts.py checks in one host: reading, roles, the pipeline, a training step, maps, files."""
 
+import contextlib
+import io
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +18,11 @@ from torch import Tensor, nn
 import camkit
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.record import ATTENTION, WatchSpec
+from camkit.cli import main as run_command
 from camkit.errors import CamkitError
 
-PASS, REFUSED, FAILS, MISSING, NONE = "pass", "refused", "FAILS", "no counterpart", "-"
+PASS, REFUSED, FAILS = "pass", "refused for the true reason", "FAILS"
+MISSING, NONE = "no counterpart", "-"
 CHECKS = ("watch", "doctor", "wrap", "attach", "cam", "files")
 EXACT = 2e-6
 """Largest difference of maps that counts as equal: some operations run in another order."""
@@ -43,12 +49,14 @@ class Cam:
         name: which map.
         theirs: computes it with the host's code.
         ours: computes it from a capture of the same forward; None while camkit has no counterpart.
+        alone: computes it with camkit on a model of its own, in the place of ``ours``.
         limit: largest difference that passes.
     """
 
     name: str
     theirs: Callable[[], Tensor]
     ours: Callable[[camkit.Capture], Tensor] | None = None
+    alone: Callable[[], Tensor] | None = None
     limit: float = EXACT
 
 
@@ -70,6 +78,8 @@ class Host:
         own_maps: the attention maps that the host itself returns, in order; None if it returns
             none.
         chosen_pass: which pass of the forward to compare, if it has several.
+        crops: one forward that also runs crops or several networks, without losses.
+        attention: the attention modules that ``crops`` calls, if they return their maps.
         step: one training step of theirs with the given optimiser; returns the loss.
         cams: maps to compare.
         files: writes and reads files as they do; returns differences by name.
@@ -78,7 +88,6 @@ class Host:
         classes: the classes in its picture.
         requires: what the maps to compare read.
         true_reason: for a check that camkit must refuse, words of the right reason.
-        edit: makes the edit to train with.
     """
 
     model: nn.Module
@@ -93,6 +102,8 @@ class Host:
     scores: Callable[[Any], Tensor] | None = None
     own_maps: Callable[[nn.Module, Tensor], list[Tensor]] | None = None
     chosen_pass: int | None = None
+    crops: Callable[[nn.Module], Any] | None = None
+    attention: Sequence[nn.Module] = ()
     step: Callable[[nn.Module, torch.optim.Optimizer], float] | None = None
     cams: Sequence[Cam] = ()
     files: Callable[[Path], dict[str, float]] | None = None
@@ -101,7 +112,6 @@ class Host:
     classes: Any = (1,)
     requires: WatchSpec = ATTENTION
     true_reason: dict[str, str] = field(default_factory=dict)
-    edit: Callable[[], Any] = camkit.DOEI
 
 
 def check(build: Callable[[], Host]) -> dict[str, Check]:
@@ -118,7 +128,10 @@ def check(build: Callable[[], Host]) -> dict[str, Check]:
         except CamkitError as error:
             reason = host.true_reason.get(name)
             right = reason is not None and reason in str(error)
-            found[name] = Check(REFUSED if right else FAILS, f"refused: {first_sentence(error)}")
+            sentence = first_sentence(error)
+            found[name] = (
+                Check(REFUSED, sentence) if right else Check(FAILS, f"refused: {sentence}")
+            )
         except Exception as error:  # noqa: BLE001 - of the host's code as well; the table shows it
             found[name] = Check(FAILS, f"{type(error).__name__}: {first_sentence(error)}")
     return found
@@ -137,16 +150,22 @@ def first_sentence(error: BaseException) -> str:
 def check_watch(host: Host, _: Callable[[], Host]) -> Check:
     """The captured maps are the host's, and its outputs are the same bits with and without us."""
     plain = _forward(host)
-    with _counted_hooks(host.model), torch.no_grad():
-        torch.manual_seed(0)
-        with camkit.watch(host.part(host.model), **_read_settings(host)) as seen:
-            watched = tensors(host.call(host.model, host.pixels))
+    changes = []
+    for gradients in (True, False):
+        with _counted_hooks(host.model), torch.set_grad_enabled(gradients):
+            torch.manual_seed(0)
+            watched = camkit.watch(
+                host.part(host.model), gradients=gradients, **_read_settings(host)
+            )
+            with watched as seen:
+                outputs = tensors(host.call(host.model, host.pixels))
+        changes.append(largest_difference(plain, [t.detach() for t in outputs]))
     capture = _chosen_pass(seen, host)
     told = [f"{len(capture.blocks)} blocks"]
     good = len(capture.blocks) == host.blocks
     if not good:
         told[0] += f" of {host.blocks}"
-    change = largest_difference(plain, watched)
+    change = max(changes)
     good &= change == 0.0
     told.append("outputs same bits" if change == 0.0 else f"outputs change by {change:.1e}")
     if host.own_maps is None:
@@ -157,7 +176,26 @@ def check_watch(host: Host, _: Callable[[], Host]) -> Check:
         difference = map_difference(theirs, ours)
         good &= difference <= EXACT
         told.append(f"maps {difference:.1e}")
+    if host.crops is not None:
+        passes, difference = watch_crops(host, host.crops)
+        good &= difference <= EXACT
+        told.append(f"maps of {passes} passes over crops {difference:.1e}")
     return Check(PASS if good else FAILS, ", ".join(told))
+
+
+def watch_crops(host: Host, call: Callable[[nn.Module], Any]) -> tuple[int, float]:
+    """Watch a forward of several passes.
+
+    Returns:
+        How many passes, and the largest difference between all maps and those of the host.
+    """
+    theirs = returned_maps(lambda: call(host.model), host.attention)
+    with torch.no_grad(), camkit.watch(host.part(host.model), **_read_settings(host)) as seen:
+        torch.manual_seed(0)
+        call(host.model)
+    blocks = [block for turn in seen.passes for block in turn.blocks]
+    ours = [block.rows(range(block.shape[2])).detach() for block in blocks]
+    return len(seen.passes), map_difference(theirs, ours)
 
 
 def map_difference(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
@@ -179,20 +217,41 @@ def check_doctor(host: Host, _: Callable[[], Host]) -> Check:
         **_read_settings(host),
     )
     if found.refusal is not None:
-        reason = host.true_reason.get("doctor")
-        right = reason is not None and reason in found.refusal
-        told = first_sentence(CamkitError(found.refusal))
-        return Check(REFUSED if right else FAILS, f"refused: {told}")
+        raise CamkitError(found.refusal)
     wrong = [
         f"{role.replace('_', ' ')} {list(got)}, expected {list(expected)}"
         for role in ("class_tokens", "distillation_tokens", "register_tokens", "other_tokens")
         if (got := getattr(found.anatomy, role)) != (expected := getattr(host.roles, role))
     ]
+    if found.anatomy.sequence_first != host.roles.sequence_first:
+        wrong.append(f"sequence first: {found.anatomy.sequence_first}")
     grid = None if found.grid is None else (found.grid.rows, found.grid.cols)
     if grid != host.grid:
         wrong.append(f"grid {grid}, expected {host.grid}")
-    drift = "no edits" if found.edit_drift is None else f"edit drift {found.edit_drift:.0e}"
-    return Check(FAILS if wrong else PASS, "; ".join(wrong) or f"roles and grid right, {drift}")
+    told = ["roles and grid right"]
+    if found.edit_drift is not None:
+        told.append(f"edit drift {found.edit_drift:.0e}")
+    if host.pipeline and not _read_settings(host):
+        status, output = run_doctor(host)
+        told.append("command line too")
+        if status:
+            wrong.append(f"the command line returned {status}: {output}")
+    return Check(FAILS if wrong else PASS, "; ".join(wrong) or ", ".join(told))
+
+
+def run_doctor(host: Host) -> tuple[int, str]:
+    """Run `camkit doctor module:build` on a host; returns its status and its last line."""
+    module = ModuleType("host_under_test")
+    module.build = lambda: host.part(host.model)  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    output = io.StringIO()
+    side = str(host.pixels.shape[2])
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            status = run_command(["doctor", f"{module.__name__}:build", "--size", side])
+    finally:
+        del sys.modules[module.__name__]
+    return status, (output.getvalue().strip().splitlines() or [""])[-1]
 
 
 # -- the pipeline
@@ -218,14 +277,22 @@ def check_wrap(host: Host, _: Callable[[], Host]) -> Check:
 # -- training under an edit
 
 
+class CountedDOEI(camkit.DOEI):
+    """DOEI that notes how often it is called."""
+
+    calls: ClassVar[list[int]] = []
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls.append(len(self.calls))
+        return super().__call__(*args)
+
+
 def check_attach(host: Host, build: Callable[[], Host]) -> Check:
     """The edit acts in one real training step, and its removal restores the model."""
     model = host.model
     plain = _forward(host)
     hooks = hook_count(model)
-    handle = camkit.attach(
-        host.part(model), host.edit(), **host.settings, **host.attach_settings
-    )
+    handle = camkit.attach(host.part(model), CountedDOEI(), **host.settings, **host.attach_settings)
     acts = largest_difference(plain, _forward(host))
     told = [f"moves outputs by {acts:.1e}"]
     good = acts > 0.0
@@ -235,11 +302,16 @@ def check_attach(host: Host, build: Callable[[], Host]) -> Check:
         model.train()
         torch.manual_seed(0)
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        loss = host.step(model, optimiser)
+        CountedDOEI.calls.clear()
+        attention = [host.part(model).get_submodule(name) for name in handle.settings["blocks"]]
+        with counted_calls(attention) as calls:
+            loss = host.step(model, optimiser)
+        edited = len(CountedDOEI.calls)
         model.train(training)
         moved = sum(not p.equal(before[name]) for name, p in model.named_parameters())
         finite = math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())
-        good &= finite and moved > 0
+        good &= finite and moved > 0 and edited == len(calls)
+        told.append(f"{edited} of {len(calls)} attention calls of the step edited")
         told.append(f"loss {loss:.3g}, {moved} of {len(before)} parameters moved")
     handle.remove()
     left = hook_count(model) - hooks
@@ -261,24 +333,31 @@ def check_cam(host: Host, _: Callable[[], Host]) -> Check:
     """Camkit's maps equal the host's own."""
     if not host.cams:
         return Check(NONE, "the repository has no map of its own, or it needs trained weights")
-    watched = camkit.watch(host.part(host.model), requires=host.requires, **_read_settings(host))
-    with torch.no_grad(), watched as seen:
-        host.call(host.model, host.pixels)
-    capture = _chosen_pass(seen, host)
+    capture = _captured(host) if any(cam.ours is not None for cam in host.cams) else None
     found = [_compare(cam, capture) for cam in host.cams]
     verdicts = [each.verdict for each in found]
     worst = next(word for word in (FAILS, MISSING, PASS) if word in verdicts)
     return Check(worst, "; ".join(each.value for each in found))
 
 
-def _compare(cam: Cam, capture: camkit.Capture) -> Check:
+def _captured(host: Host) -> camkit.Capture:
+    watched = camkit.watch(host.part(host.model), requires=host.requires, **_read_settings(host))
+    with torch.no_grad(), watched as seen:
+        host.call(host.model, host.pixels)
+    return _chosen_pass(seen, host)
+
+
+def _compare(cam: Cam, capture: camkit.Capture | None) -> Check:
     """Compare one map of the host with camkit's."""
     with torch.no_grad():
         theirs = cam.theirs()
-        if cam.ours is None:
-            return Check(MISSING, f"{cam.name}: no counterpart")
         try:
-            ours = cam.ours(capture)
+            if cam.alone is not None:
+                ours = cam.alone()
+            elif cam.ours is not None and capture is not None:
+                ours = cam.ours(capture)
+            else:
+                return Check(MISSING, f"{cam.name}: no counterpart")
         except (CamkitError, TypeError) as error:
             return Check(FAILS, f"{cam.name}: {first_sentence(error)}")
     if theirs.shape != ours.shape:
@@ -369,6 +448,18 @@ def _counted_hooks(model: nn.Module) -> Iterator[None]:
     after = hook_count(model)
     if after != before:
         raise RuntimeError(f"{after - before} hooks were left on the model")
+
+
+@contextmanager
+def counted_calls(modules: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Collect the calls of these modules during the block."""
+    calls: list[nn.Module] = []
+    hooks = [module.register_forward_hook(lambda m, *_: calls.append(m)) for module in modules]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> float:

@@ -26,14 +26,14 @@ class _AnyMember(type):
             return lambda *_, **__: lambda decorated: decorated
         return _member(f"{cls.__name__}.{name}")
 
-    def __call__(cls, *_: Any, **__: Any) -> Any:
-        if cls.__dict__.get("stub") is True:
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls.__dict__.get("stub") is True:  # not in a class of theirs that inherits from it
             raise RuntimeError(f"{cls.__name__} is a stub: its package is not installed")
-        return super().__call__()
+        return super().__call__(*args, **kwargs)
 
 
 def _member(name: str) -> type:
-    return _AnyMember(name, (nn.Module,), {"stub": True})
+    return _AnyMember(name, (), {"stub": True})
 
 
 class _Package(ModuleType):

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_builders import HOSTS
-from host_checks import CHECKS, check
+from host_builders import HOSTS, Builder
+from host_checks import CHECKS, FAILS, check
 from host_stubs import stay_on_cpu, stub
 
 from camkit.manifest import environment
@@ -58,22 +58,20 @@ def run_host(name: str, repository: Path) -> dict[str, Any]:
     return {"host": name, "commit": commit_of(repository), **result, "seconds": seconds}
 
 
-def check_host(name: str, repository: Path) -> dict[str, Any]:
+def check_host(builder: Builder, repository: Path) -> dict[str, Any]:
     """Check one host in this process."""
-    torch.set_num_threads(1)
-    stay_on_cpu()
-    builder = HOSTS[name]
     stubbed = stub(builder.stubs)
-    module = import_module(f"host_builders.{builder.module}")
-    sys.path[0] = str(repository / builder.root)  # in the place of this folder, whose names clash
-    build = getattr(module, builder.function)
-    checks = check(build)
+    module = import_module(builder.module)
+    here = Path(__file__).resolve().parent  # its names clash with those of repositories
+    others = [entry for entry in sys.path if Path(entry).resolve() != here]
+    sys.path[:] = [str(repository / builder.root), *others]
+    checks = check(getattr(module, builder.function))
     return {"stubs": stubbed, "checks": {key: asdict(value) for key, value in checks.items()}}
 
 
 def commit_of(repository: Path) -> str:
-    """Return the commit that is checked out, with a mark if files were changed."""
-    command = ["git", "-C", str(repository), "rev-parse", "--short=7", "HEAD"]
+    """Return the commit that is checked out."""
+    command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "no git checkout"
 
@@ -99,24 +97,19 @@ def markdown(report: dict[str, Any]) -> str:
         "|---|---|" + "---|" * len(CHECKS),
     ]
     for row in report["hosts"]:
-        head = f"| {row['host']} | {row['commit']} | "
+        cells = [row["host"], row["commit"][:7]]
         if "error" in row:
-            lines.append(f"{head}**FAILS** {_cell(row['error'])} |" + " |" * (len(CHECKS) - 1))
-            continue
-        cells = []
-        for name in CHECKS:
-            found = row["checks"][name]
-            verdict = found["verdict"]
-            shown = f"**{verdict}**" if verdict == "FAILS" else verdict
-            cells.append(f"{shown}: {_cell(found['value'])}")
-        lines.append(head + " | ".join(cells) + " |")
+            cells += [f"**{FAILS}**: {row['error']}"] + [""] * (len(CHECKS) - 1)
+        else:
+            cells += [_shown(**row["checks"][name]) for name in CHECKS]
+        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
     if report["absent"]:
         lines += ["", f"Not checked out: {', '.join(report['absent'])}."]
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _shown(verdict: str, value: str) -> str:
+    return f"**{verdict}**: {value}" if verdict == FAILS else f"{verdict}: {value}"
 
 
 def main() -> None:
@@ -131,7 +124,9 @@ def main() -> None:
     parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.host:
-        found = check_host(options.host, options.repository)
+        torch.set_num_threads(1)
+        stay_on_cpu()
+        found = check_host(HOSTS[options.host], options.repository)
         options.found.write_text(json.dumps(found))
         return
     if options.repos is None or not options.repos.is_dir():
@@ -142,7 +137,8 @@ def main() -> None:
     for name in absent:
         print(f"{name}: skipped, {HOSTS[name].repository} is not in the folder", file=sys.stderr)
     if not present:
-        parser.error(f"{options.repos} holds none of the repositories; see {HOSTS_FILE}")
+        wanted = ", ".join(sorted({HOSTS[name].repository for name in chosen}))
+        parser.error(f"--repos must hold at least one of the folders {wanted}")
     rows = []
     for name in present:
         row = run_host(name, options.repos / HOSTS[name].repository)
@@ -159,9 +155,6 @@ def main() -> None:
     text = markdown(report)
     (options.out / "hosts.md").write_text(text)
     print(text)
-
-
-HOSTS_FILE = "benchmarks/host_builders/__init__.py"
 
 
 def _line(row: dict[str, Any]) -> str:

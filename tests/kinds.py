@@ -261,13 +261,16 @@ def mesh():
     return init_device_mesh("cpu", (1,))
 
 
+def fsdp_shard(module):
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(module, mesh=mesh())
+
+
 def sharded(model):
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(fsdp, "fully_shard"):
-        pytest.skip("this torch has no FSDP2")
-    twin, one = copy.deepcopy(model), mesh()
+    twin = copy.deepcopy(model)
     for part in (model.patch_embed, *model.blocks, model):
-        fsdp.fully_shard(part, mesh=one)
+        fsdp_shard(part)
     return model, twin
 
 

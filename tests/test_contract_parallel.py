@@ -14,6 +14,7 @@ from torch import multiprocessing, nn
 from camkit import attach, watch
 from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.seeds import GradientSeed
 
 PATIENCE = 20.0  # seconds until a thread that nobody meets gives up
 
@@ -92,6 +93,23 @@ def test_a_watched_step_has_the_gradients_of_an_unwatched_one(two_ranks):
     expected = ranks.gradients(model, model, *ranks.joined_batch())
     for name, found in two_ranks[0]["watched"]["gradients"].items():
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_with_weights_in_parts_see_what_one_process_sees(two_ranks, rank):
+    model, (pixels, _) = ranks.model(), ranks.joined_batch()
+    half, found = slice(2 * rank, 2 * rank + 2), two_ranks[rank]["sharded"]
+    with torch.no_grad(), watch(model, gradients=True) as seen:
+        model(pixels)
+    for mine, block in zip(found["rows"], seen.capture.blocks, strict=True):
+        torch.testing.assert_close(mine, block.rows([0, 4])[half].detach())
+    maps = GradientSeed()(seen.capture, torch.tensor([[0, 1]]).expand(4, -1))
+    torch.testing.assert_close(found["maps"], maps[half])
+    assert found["hash"].endswith("is sharded over 2 processes")
+    for name, expected in gradients_by_hand("before wrapping").items():
+        gradient = found["gradients"][name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 # DataParallel

@@ -5,13 +5,31 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import capture_of, hooks_of, modes_on
 from hosts import HandMade, tiny
-from kinds import KINDS, WRAPPED, Adapter, AddedTo, IntegerLinear, of_kind
+from kinds import (
+    KINDS,
+    WRAPPED,
+    Adapter,
+    AddedTo,
+    IntegerLinear,
+    fsdp_shard,
+    of_kind,
+    offloaded,
+    sharded,
+)
 from torch import nn
 
 from camkit import DOEI, attach, seeds, watch, wrap
-from camkit.capture.parameters import applied, linear_weight, to_input
+from camkit.capture.parameters import (
+    applied,
+    device_of,
+    linear_weight,
+    move_model,
+    norm_weight,
+    to_input,
+)
 from camkit.edits import ScaleOutput, VirtualClassTokens
 from camkit.errors import CaptureError, UnsupportedModelError
 
@@ -116,6 +134,43 @@ def test_a_pipeline_segments_as_with_the_plain_twin(kind):
     torch.testing.assert_close(found.cam, expected.cam, rtol=0.01, atol=0.01)
 
 
+class Embedding(nn.Module):
+    """Puts a class token of its own before the patches."""
+
+    def __init__(self, token):
+        super().__init__()
+        self.cls_token = token
+
+    def forward(self, patches):
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+
+
+class TokenApart(HandMade):
+    """Keeps its class token in a module that may be sharded by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = Embedding(self.cls_token)
+        del self.cls_token
+
+    def sequence(self, patches):
+        return self.embed(patches)
+
+
+def test_a_class_token_that_is_sharded_by_itself_is_found(one_process):
+    """FSDP gathers it as its module is called, in place of the changed copy that is measured."""
+    model, pixels = TokenApart().eval(), torch.randn(2, 3, 16, 24)
+    expected = model(pixels).detach()
+    for part in (model.embed, model):
+        fsdp_shard(part)
+    assert capture_of(model, pixels).anatomy.class_tokens == (0,)
+    with torch.no_grad():
+        assert torch.equal(model(pixels), expected)
+    loss = model(pixels).sum()
+    loss.backward()
+    assert model.embed.cls_token.grad.full_tensor().abs().max() > 0
+
+
 def test_a_sharded_model_says_what_keeps_its_weights_for_a_second_class(one_process):
     """Parts that a seed calls after the forward have no hook of FSDP that gathers them again."""
     model, twin, pixels = of_kind("FSDP2")
@@ -206,7 +261,29 @@ def test_virtual_class_tokens_are_the_rows_of_the_merged_classifier():
     torch.testing.assert_close(rows, model.head.merged().weight.detach())
 
 
-# where pixels go
+@pytest.mark.parametrize("make", [offloaded, sharded], ids=["offloaded", "sharded"])
+def test_shares_in_the_score_are_those_of_the_plain_twin_behind_its_norm(make, one_process):
+    torch.manual_seed(0)
+    model, pixels = tiny("average pooled", depth=2)
+    model, twin = make(model)
+    seed = seeds.ContributionSeed()
+    expected = seed(capture_of(twin, pixels, seed), CLASSES)
+    torch.testing.assert_close(seed(capture_of(model, pixels, seed), CLASSES), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("width", [7, 8])
+def test_the_weights_of_a_norm_are_measured_where_they_are_not_plain(width):
+    norm, like = nn.LayerNorm(width, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    expected = norm.weight.detach()
+    norm.weight = nn.Parameter(norm.weight.to("meta"))
+    norm.forward = lambda x: F.layer_norm(x, (width,), expected, norm.bias, norm.eps)
+    torch.testing.assert_close(norm_weight(norm, like), expected)
+
+
+# where pixels and models go
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -220,6 +297,22 @@ def test_pixels_stay_as_they_are_for_a_model_without_weights():
     pixels = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
     assert to_input(nn.Flatten(), pixels) is pixels
     assert to_input(nn.Linear(3, 3, device="meta"), pixels) is pixels
+
+
+def test_a_model_that_accelerate_placed_is_not_moved():
+    model, _ = offloaded(HandMade())
+    assert move_model(model, "meta") is model
+    assert model.blocks[0].qkv.weight.device.type == "meta"  # as it was
+    assert model.head._hf_hook.weights_map["weight"].device.type == "cpu"
+    assert move_model(HandMade(), "meta").cls_token.is_meta
+
+
+def test_texts_go_to_the_device_of_weights_that_are_there():
+    here, away = nn.Linear(2, 2), nn.Linear(2, 2, device="meta")
+    assert device_of(nn.Sequential(away, here)) == torch.device("cpu")
+    assert device_of(away) is None
+    away._hf_hook = SimpleNamespace(execution_device=torch.device("cpu"))
+    assert device_of(away) == torch.device("cpu")
 
 
 def test_pixels_go_where_accelerate_loads_the_patch_embedding():

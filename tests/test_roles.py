@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from forks import CLASSES, DIM, Attention, ReturnsItsMap, Vit
+from forks import CLASSES, DIM, Attention, CropsAndTeacher, ReturnsItsMap, Vit
 from helpers import capture_of
 from hosts import shaken
 
+import camkit
 from camkit import attach, watch
 from camkit.edits import DOEI, ScaleOutput
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seeds import ClassAttentionSeed
+from camkit.seeds import ClassAttentionSeed, GradientSeed
 
 PIXELS = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(CLASSES).expand(2, CLASSES)
@@ -175,3 +176,33 @@ def test_an_edit_takes_the_grid_that_nothing_shows():
 def test_a_patch_that_is_named_a_token_of_another_role_does_not_fit_the_grid():
     with pytest.raises(CaptureError, match="`other_tokens=`"):
         capture_of(with_background(), PIXELS, class_tokens=range(1, 6), other_tokens=[0, 9])
+
+
+def test_wrap_and_doctor_take_the_roles():
+    model = with_background()
+    diagnosis = camkit.diagnose(model, PIXELS, **STATED)
+    assert diagnosis.anatomy.other_tokens == (0,)
+    assert diagnosis.seeds["ClassAttentionSeed"] is None
+    assert "`class_tokens=" in str(camkit.diagnose(model, PIXELS).seeds["ClassAttentionSeed"])
+    seed = ClassAttentionSeed()
+    stages = camkit.wrap(model, seed=seed, refine=[], **STATED).stages(
+        PIXELS, rgb=PIXELS, classes=[[2], [4]]
+    )
+    own = maps_of(model)[:, 1 : CLASSES + 1, CLASSES + 1 :]
+    own = torch.stack([own[0, 2], own[1, 4]])
+    expected = own / own.amax(1, keepdim=True)
+    assert torch.corrcoef(torch.stack([stages.cam[0].flatten(), expected[0]]))[0, 1] > 0.99
+    with pytest.raises(UnsupportedModelError, match=r"6 class tokens"):
+        camkit.wrap(model, seed=seed).stages(PIXELS, rgb=PIXELS, classes=[[2], [4]])
+
+
+def test_wrap_takes_the_pass_that_the_scores_are_of():
+    host = shaken(CropsAndTeacher()).eval()
+    crops = torch.rand(4, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    told = {"seed": GradientSeed(), "refine": []}
+    several = camkit.wrap(host, call=lambda model, pixels: model(pixels, crops), **told)
+    classes = {"rgb": PIXELS, "classes": [[2], [4]]}
+    expected = camkit.wrap(host, **told).stages(PIXELS, **classes).cam
+    torch.testing.assert_close(several.stages(PIXELS, **classes).cam, expected)
+    diagnosis = camkit.diagnose(host, PIXELS, call=lambda model, pixels: model(pixels, crops))
+    assert "3 in a forward: 2 images on 4x6 patches" in diagnosis.rows["passes"]

@@ -127,6 +127,17 @@ def test_two_classifiers_of_other_classes_are_refused_by_name(pixels):
     assert torch.equal(chosen.scores, capture_of(made(Logits), pixels).scores)
 
 
+@form
+def scores_and_projections_of_crops(self, x):
+    return self.head(x), self.wide(torch.cat([x, x + 1.0]))
+
+
+def test_a_tensor_of_other_images_is_no_score(pixels):
+    """As ToCo in training, which returns projections of crops beside its class scores."""
+    capture = capture_of(made(scores_and_projections_of_crops), pixels)
+    assert torch.equal(capture.scores, capture_of(made(Logits), pixels).scores)
+
+
 def test_the_number_of_classes_that_the_host_states_decides(pixels):
     model = made(two_heads)
     model.num_classes = 5

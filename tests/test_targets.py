@@ -259,6 +259,17 @@ def test_a_model_is_believed_about_its_classes_where_a_layer_agrees():
     assert known_classes(HandMade()) is None
 
 
+def test_a_model_that_counts_the_background_takes_labels_without_it():
+    """As ToCo: `num_classes` is that of its decoder, one more than its classifier scores."""
+    host = HandMade()
+    host.decoder, host.num_classes = torch.nn.Conv2d(24, 6, 1), 6
+    labels = torch.tensor([[0.0, 0, 1, 0, 0]])
+    found = wrap(host).stages(
+        torch.randn(1, 3, 16, 24), rgb=torch.rand(1, 3, 16, 24), classes=labels
+    )
+    assert found.classes.tolist() == [[2]]
+
+
 def test_a_host_that_does_not_tell_its_classes_still_refuses_wrong_ones():
     host = shaken(HandMade())
     with pytest.raises(ValueError, match="must lie in 0 to 4"):

@@ -24,7 +24,7 @@ TOKENS = tuple(range(CLASSES))
 
 
 def block_maps(model: Any, pixels: Tensor, **options: Any) -> list[Tensor]:
-    """Return the maps that the attention modules of a timm-like model return beside their tokens."""
+    """Return the maps that the attention modules return beside their tokens."""
     return returned_maps(lambda: model(pixels, **options), [b.attn for b in model.blocks])
 
 
@@ -51,9 +51,7 @@ def one_epoch(model: nn.Module, optimiser: torch.optim.Optimizer, **options: Any
     losses: list[float] = []
     batches = [(shared.pictures(SIDE, SIDE), shared.labels())]
     device = torch.device("cpu")
-    engine.train_one_epoch(
-        model, batches, optimiser, device, 0, stepping_scaler(losses), **options
-    )
+    engine.train_one_epoch(model, batches, optimiser, device, 0, stepping_scaler(losses), **options)
     return losses[0]
 
 

@@ -1,4 +1,4 @@
-"""Hosts with a classifier on pooled patches: ToCo, SeCo and DuPL, which share most of their code."""
+"""Hosts with a classifier on pooled patches: ToCo, and SeCo and DuPL, which are built on it."""
 
 import argparse
 import runpy
@@ -48,7 +48,7 @@ def add_small_encoder(*, width: int = 48) -> str:
 
 def encoder_maps(*encoders: Any) -> Callable[[Any, Tensor], list[Tensor]]:
     """Return a function that collects the maps which the encoders' attention modules return."""
-    modules = [block.attn for encoder in encoders for block in encoder.blocks]
+    modules = attention_of(*encoders)
     return lambda model, pixels: returned_maps(lambda: model(pixels), modules)
 
 
@@ -74,6 +74,16 @@ def inner_weight(capture: camkit.Capture) -> Tensor:
 LEAVING = WatchSpec(leaving=True)
 
 
+def attention_of(*encoders: Any) -> list[nn.Module]:
+    return [block.attn for encoder in encoders for block in encoder.blocks]
+
+
+def random_crops(count: int) -> list[Tensor]:
+    """Return two large views and local crops."""
+    large = [shared.pictures(SIDE, SIDE, seed=seed) for seed in (1, 2)]
+    return large + [shared.pictures(CROP, CROP, seed=seed) for seed in range(3, 3 + count)]
+
+
 def toco_files(folder: Path) -> dict[str, float]:
     """Write a file in their format for camkit, and let their evaluator read camkit's."""
     theirs, _ = shared.maps_and_truth()
@@ -87,7 +97,8 @@ def toco_files(folder: Path) -> dict[str, float]:
         (folder / "val.txt").write_text("\n".join(names) + "\n")
         sys.argv = ["eval_cam.py", "--list_folder", str(folder), "--cam_folder", str(maps)]
         sys.argv += ["--data_folder", str(folder), "--bkg_thre", "0.45"]
-        runpy.run_path(str(Path(sys.path[0]) / "tools" / "eval_cam.py"), run_name="__main__")
+        root = Path(str(pyutils.__file__)).parents[1]
+        runpy.run_path(str(root / "tools" / "eval_cam.py"), run_name="__main__")
         return 100.0 * float(found[0])
 
     return {
@@ -114,6 +125,8 @@ def toco() -> Host:
     return Host(
         model, pixels, Anatomy((0,)), (4, 6), blocks=6,
         own_maps=encoder_maps(model.encoder),
+        crops=lambda network: network(shared.pictures(SIDE, SIDE), crops=random_crops(8), n_iter=0),
+        attention=attention_of(model.encoder),
         step=toco_step,
         cams=(
             Cam("CAM", one_size_cam(model, pixels, 1), class_weight),
@@ -191,6 +204,8 @@ def seco() -> Host:
     return Host(
         model, pixels, Anatomy((0,)), (4, 6), blocks=6,
         own_maps=encoder_maps(model.encoder),
+        crops=seco_crops,
+        attention=attention_of(model.encoder, model.encoder_k),
         step=seco_step,
         cams=(
             Cam("CAM", one_size_cam(model, pixels, 1), class_weight),
@@ -198,6 +213,15 @@ def seco() -> Host:
         ),
         requires=LEAVING,
         files=partial(shared.logits_file, name="msc_seg"),
+    )  # fmt: skip
+
+
+def seco_crops(model: nn.Module) -> Any:
+    """Run their training forward on random crops: ten for each encoder."""
+    tags = torch.arange(24.0)[:, None] % 3
+    return model(
+        shared.pictures(SIDE, SIDE), label_idx=torch.tensor([3, -1]), crops=random_crops(20),
+        cls_flags_local=tags, n_iter=0,
     )  # fmt: skip
 
 
@@ -268,6 +292,8 @@ def dupl() -> Host:
         model, shared.pictures(SIDE, 96), Anatomy((0,)), (4, 6), blocks=6, chosen_pass=1,
         own_maps=encoder_maps(model.branch2.encoder),
         scores=lambda output: output["branch1"][0],
+        crops=lambda network: network(shared.pictures(SIDE, SIDE, images=4), need_sp=True),
+        attention=attention_of(model.branch1.encoder, model.branch2.encoder),
         step=dupl_step,
         true_reason={"doctor": "the forward ran 2 passes", "wrap": "the forward ran 2 passes"},
         files=partial(shared.logits_file, name="msc_seg"),

@@ -102,9 +102,9 @@ def clip_es() -> Host:
 
     def spread(capture: camkit.Capture) -> Tensor:
         cam = scaled(capture)
-        return camkit.Propagate(
-            steps=2, blocks=8, balance=3, boxes=0.4, box_rule="clip-es"
-        )(cam, capture)
+        return camkit.Propagate(steps=2, blocks=8, balance=3, boxes=0.4, box_rule="clip-es")(
+            cam, capture
+        )
 
     return Host(
         model, pixels, Anatomy((0,), sequence_first=True), GRID, blocks=6,
@@ -253,10 +253,14 @@ def excel() -> Host:
     torch.manual_seed(0)
     folder = Path.cwd()
     (folder / "attributes_text").mkdir(exist_ok=True)
-    bank = folder / "attributes_text/pascal_voc_desc_clip_ViT-B-16_gpt4.0_cluster_112_embedding_bank.pth"
-    torch.save([texts(112).mT.contiguous(), torch.ones(CLASSES, 112)], bank)
+    name = "pascal_voc_desc_clip_ViT-B-16_gpt4.0_cluster_112_embedding_bank.pth"
+    attributes = [texts(112).mT.contiguous(), torch.ones(CLASSES, 112)]
+    torch.save(attributes, folder / "attributes_text" / name)
     build = import_module("clip.clip_surgery_model").ExCEL_CLIP
-    use_random_weights(openai_clip(layers=12, vocabulary=49408, build=build))
+    clip = openai_clip(layers=12, vocabulary=49408, build=build)
+    plain = open_clip_model(layers=12, width=128, quick_gelu=True).eval()
+    plain.visual.load_state_dict(clip.visual.state_dict())  # before they change it
+    use_random_weights(clip)
     model = module.ExCEL_model(
         clip_model="", embedding_dim=64, in_channels=128, num_classes=CLASSES + 1,
         img_size=64, mode="train", device="cpu",
@@ -266,11 +270,12 @@ def excel() -> Host:
     heads = 2
 
     def call(host: Any, images: Tensor) -> Any:
-        return host.encoder.encode_image(images, True)
+        return host.encoder.encode_image(images, return_weights=True)
 
     def own(host: Any, images: Tensor) -> list[Tensor]:
         maps = call(host, images)[1]  # means over heads, then sums over heads
-        return [m / heads if hasattr(b.attn, "qkv") else m for m, b in zip(maps, blocks, strict=True)]
+        surgered = [hasattr(block.attn, "qkv") for block in blocks]
+        return [m / heads if total else m for m, total in zip(maps, surgered, strict=True)]
 
     return Host(
         model, pixels, Anatomy((0,), sequence_first=True), (4, 4), blocks=12,
@@ -281,9 +286,28 @@ def excel() -> Host:
         attach_settings={"modules": [f"transformer.resblocks.{i}.attn" for i in range(7)]},
         pipeline=False,
         true_reason=dict.fromkeys(("watch", "doctor"), SEVERAL),
-        cams=(Cam("patch-text similarity (LAM)", lambda: model(pixels)[2]),),
+        cams=(Cam("patch-text similarity", lambda: model(pixels)[2].mT.unflatten(-1, (4, 4)),
+                  alone=lambda: calibrated(plain, pixels, model.text_attr.mT), limit=1e-5),),
         files=excel_files,
     )  # fmt: skip
+
+
+def calibrated(clip: Any, pixels: Tensor, rows: Tensor) -> Tensor:
+    """Read the same with camkit from a CLIP of the same weights that they have not changed.
+
+    Args:
+        clip: the model.
+        pixels: images for it.
+        rows: their embedded texts, those of the background behind the classes.
+    """
+    text = TextClasses(
+        names(CLASSES), rows[:CLASSES], rows[CLASSES:], space=JointSpace.of(clip.visual)
+    )
+    edit = camkit.edits.StaticCalibration()
+    with camkit.attach(clip.visual, edit, blocks=5), camkit.watch(clip.visual) as seen:
+        clip.visual(pixels)
+    seed = TextSimilaritySeed(text, variant="excel")
+    return seed(seen.capture, shared.every_class())
 
 
 def excel_step(model: nn.Module, optimiser: torch.optim.Optimizer) -> float:
@@ -317,7 +341,8 @@ def excel_files(folder: Path) -> dict[str, float]:
     maps = shared.maps_and_truth()[0]
     background = 1.0 - maps.amax(0, keepdim=True)
     path = folder / "theirs.npy"
-    content = {"valid_lam": torch.cat([background, maps]).numpy(), "keys_gt": np.array(shared.PRESENT)}
+    keys = np.array(shared.PRESENT)
+    content = {"valid_lam": torch.cat([background, maps]).numpy(), "keys_gt": keys}
     np.save(path, content)  # type: ignore[arg-type]
     expected = dict(zip(shared.PRESENT, maps.numpy(), strict=True))
     return {"theirs read by camkit": shared.read_back(path, expected)}
@@ -328,7 +353,7 @@ def excel_files(folder: Path) -> dict[str, float]:
 
 def sclip() -> Host:
     """Build SCLIP: the last block is computed outside its module, from its weights."""
-    return _openai_tower(lambda clip: None, SEVERAL, return_all=True, csa=True)
+    return _openai_tower(lambda _: None, SEVERAL, return_all=True, csa=True)
 
 
 def naclip() -> Host:
@@ -387,17 +412,18 @@ def _open_clip_tower(call: Callable[[Any, Tensor], Tensor], reason: str) -> Host
     )  # fmt: skip
 
 
-def open_clip_model() -> Any:
+def open_clip_model(*, layers: int = 6, width: int = 64, **options: Any) -> Any:
     """Build a small model of the open_clip that is imported: their copy, or the package."""
-    vision = {"layers": 6, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 64}
+    vision = {"layers": layers, "width": width, "head_width": width // 2}
+    vision |= {"patch_size": 16, "image_size": 64}
     text = {"context_length": 77, "vocab_size": 100, "width": 64, "heads": 2, "layers": 2}
-    return import_module("open_clip.model").CLIP(WIDTH, vision, text)
+    return import_module("open_clip.model").CLIP(WIDTH, vision, text, **options)
 
 
 def clearclip() -> Host:
     """Build ClearCLIP: the last block runs, but its output is not used."""
     return _open_clip_tower(
-        lambda model, pixels: _encode(model, pixels, "ClearCLIP", True), "outside the module"
+        partial(_encode, model_type="ClearCLIP", ignore_residual=True), "outside the module"
     )
 
 

@@ -218,16 +218,23 @@ def dino() -> Host:
         call=lambda host, images: host["student"](images),
         part=lambda host: host["student"],
         own_maps=block_maps(backbone.blocks, lambda host, images: host["student"](images)),
+        crops=lambda host: host["student"](dino_crops()),
+        attention=[block.attn for block in backbone.blocks],
         step=dino_step,
         cams=(Cam("last attention", lambda: backbone.get_last_selfattention(pixels), last_map),),
     )  # fmt: skip
 
 
+def dino_crops() -> list[Tensor]:
+    """Return two global and four local crops."""
+    crops = [shared.pictures(SIDE, SIDE, seed=seed) for seed in (0, 1)]
+    return crops + [shared.pictures(32, 32, seed=seed) for seed in range(2, 6)]
+
+
 def dino_step(model: Any, optimiser: torch.optim.Optimizer) -> float:
     """Take a step on two global and four local crops with their loss."""
     module: Any = import_module("main_dino")
-    crops = [shared.pictures(SIDE, SIDE, seed=seed) for seed in (0, 1)]
-    crops += [shared.pictures(32, 32, seed=seed) for seed in range(2, 6)]
+    crops = dino_crops()
     criterion = module.DINOLoss(64, len(crops), 0.04, 0.04, 0, 10)
     with torch.no_grad():
         targets = model["teacher"](crops[:2])

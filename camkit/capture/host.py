@@ -423,6 +423,17 @@ class Host:
                     "watch or remove the handle, and watch or attach again"
                 )
 
+    def check_kernels(self) -> None:
+        """Check that no attention runs in a kernel that is compiled where it is called.
+
+        Raises:
+            UnsupportedModelError: it does, and the compiler would fail under camkit's hooks.
+        """
+        for module in self.attention.values():
+            configs = (getattr(part, "config", None) for part in module.modules())
+            if any(getattr(c, "_attn_implementation", None) == "flex_attention" for c in configs):
+                raise UnsupportedModelError(f"attention is hidden: {how_to_reveal(self.model)}")
+
     def anatomy(
         self,
         entrance: nn.Module,

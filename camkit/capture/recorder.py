@@ -112,7 +112,9 @@ class Recording(ForwardPass):
 
     def find_scores(self, output: Any, stated: int | None) -> None:
         """Find the class scores in an output, see `camkit.capture.scores.find_scores`."""
-        found = find_scores(output, self.tail, self.anatomy.class_tokens, stated)
+        found = find_scores(
+            output, self.tail, self.anatomy.class_tokens, images=self.images, stated=stated
+        )
         self.outputs = found.scores
         self.activation, self.why_no_scores = found.activation, found.why_not
 

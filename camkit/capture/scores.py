@@ -56,7 +56,12 @@ def _two_dimensional(output: Any) -> Iterator[Tensor]:
 
 
 def find_scores(
-    output: Any, tail: Sequence[TailCall], class_tokens: Sequence[int], stated: int | None
+    output: Any,
+    tail: Sequence[TailCall],
+    class_tokens: Sequence[int],
+    *,
+    images: int | None = None,
+    stated: int | None = None,
 ) -> FoundScores:
     """Find the class scores in what a host returned.
 
@@ -69,9 +74,10 @@ def find_scores(
         output: of the host.
         tail: module calls after the last attention.
         class_tokens: their positions.
+        images: how many, if it is known; projections of crops (ToCo) have other numbers of rows.
         stated: number of classes that the host states, if it does.
     """
-    found = candidates(output)
+    found = [c for c in candidates(output) if images in (None, len(c))]
     owned = [c for c in found if 1 < len(class_tokens) == c.shape[-1]]
     if owned:
         return _of_class_tokens(owned, list(_means(tail, class_tokens)), stated)
@@ -190,7 +196,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def known_classes(model: nn.Module) -> int | None:
-    """Return the number of classes a model states, if one of its layers has as many outputs."""
+    """Return the number of classes a model states, if one of its layers has as many outputs.
+
+    None where a layer has one output less: the model may count the background (ToCo).
+    """
     config: Any = getattr(model, "config", None)
     stated: Any = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
     widths = {
@@ -198,4 +207,5 @@ def known_classes(model: nn.Module) -> int | None:
         for module in model.modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
-    return stated if isinstance(stated, int) and stated > 0 and stated in widths else None
+    known = isinstance(stated, int) and stated > 0 and stated in widths
+    return stated if known and stated - 1 not in widths else None

@@ -459,6 +459,7 @@ class ForwardSession(Generic[C]):
         close_windows()
         self._close_taps()
         self._host.check_in_place()
+        self._host.check_kernels()
         self._host.anatomy(module, args, kwargs)  # measured before the forward has begun
         forward: Forward[C] = Forward(module, args, kwargs, images, len(images))
         here.embedded, here.lead = [], None
@@ -551,7 +552,8 @@ class ForwardSession(Generic[C]):
         changed = subscriber.attention_begins(call)
         report = partial(subscriber.attention, call)
         weigh = partial(subscriber.key_log_weights, call) if subscriber.weighs_keys else None
-        tap = Intercept(Tap(report, weigh, heads=call.heads, normaliser=subscriber.normaliser))
+        handler = Tap(report, weigh, heads=call.heads, normaliser=subscriber.normaliser)
+        tap = Intercept(handler, call.module)
         self._here.calls.append((call, tap))
         tap.__enter__()
         return changed

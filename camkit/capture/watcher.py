@@ -163,6 +163,18 @@ class Watch:
         return self._captured(passes[0])
 
     @property
+    def scored(self) -> Capture:
+        """The only pass of the latest forward, or the only one whose class scores are known.
+
+        Raises:
+            CaptureError: as ``capture``, if the scores do not tell the passes apart.
+            UnsupportedModelError: as ``capture``.
+        """
+        passes = self._recorded()
+        known = [turn for turn in passes if turn.outputs is not None]
+        return self._captured(known[0]) if len(passes) > 1 and len(known) == 1 else self.capture
+
+    @property
     def passes(self) -> tuple[Capture, ...]:
         """One capture for each pass of the latest forward, in the order they began.
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from camkit.capture.facts import NO_FACTS, ModelFacts
 from camkit.capture.host import find_patch_embeddings, patch_step
 from camkit.capture.modes import measurement
 from camkit.capture.record import ATTENTION, Capture, WatchSpec
@@ -133,6 +134,7 @@ class ModelRunner:
         vocabulary: as in `camkit.watch`.
         scores: as in `camkit.watch`.
         call: calls the model; None is ``model(pixels)``.
+        facts: what the user states about the model.
     """
 
     model: nn.Module
@@ -142,6 +144,7 @@ class ModelRunner:
     vocabulary: Vocabulary | None = None
     scores: Callable[[Any], Tensor] | None = None
     call: ModelCall | None = None
+    facts: ModelFacts = NO_FACTS
 
     def __call__(self, pixels: Pixels, rgb: RGB | None = None) -> Capture:
         seen = watch(
@@ -151,11 +154,13 @@ class ModelRunner:
             scores=self.scores,
             requires=self.requires,
             skip_unused_patches=self.edit is None,
+            **self.facts.arguments(),
         )
         try:
             with torch.no_grad(), ExitStack() as edited, seen:
                 if self.edit is not None:
-                    handle = attach(self.model, self.edit, blocks=self.edit_blocks)
+                    facts = self.facts.arguments()
+                    handle = attach(self.model, self.edit, blocks=self.edit_blocks, **facts)
                     edited.enter_context(handle).rgb = rgb
                 self._run(pixels.clone() if pixels.is_inference() else pixels)
         except Exception as error:
@@ -163,7 +168,7 @@ class ModelRunner:
             if note:
                 error.add_note(note)
             raise
-        return seen.capture
+        return seen.scored
 
     def _run(self, pixels: Pixels) -> Any:
         return self.model(pixels) if self.call is None else self.call(self.model, pixels)
