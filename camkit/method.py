@@ -11,7 +11,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from camkit import edits, refiners, seeds
-from camkit.capture.host import find_attention
 from camkit.capture.modes import borrowed
 from camkit.capture.parameters import to_input
 from camkit.capture.record import WatchSpec, required_by
@@ -186,9 +185,6 @@ class Preset:
             pixels: ``(b, channels, H, W)``, normalised, on any device.
             rgb: the same pictures in [0, 1].
         """
-        depth = len(runner.facts.modules or find_attention(runner.model))
-        if depth < self.depth:
-            return f"it was tuned for {self.depth} attention blocks or more, this model has {depth}"
         method = self.method
         readers = [seed for seed in (method.seed, self.also_requires) if seed is not None]
         runner = replace(runner, requires=WatchSpec() | required_by(*readers))
@@ -199,6 +195,9 @@ class Preset:
         try:
             with borrowed(runner.model), torch.no_grad():
                 plain = runner(pixels, rgb)
+                depth = len(plain.blocks)  # that run: a teacher may be idle
+                if depth < self.depth:
+                    return f"it was tuned for {self.depth} attention blocks or more, not {depth}"
                 capture = plain if method.edit is None else edited(pixels, rgb)
                 for seed in readers:
                     seed(capture, classes)

@@ -12,6 +12,7 @@ The functions about attention take ``q``, ``k``, ``v`` as ``(b, a, t, d)``, ``ma
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from inspect import signature
 from typing import Any, TypeVar
@@ -147,6 +148,62 @@ def cpu_attention_backward(
     result: tuple[Tensor, Tensor, Tensor]
     result = backward(gradient, *heads, *forward, attn_mask=mask, **options)
     return result
+
+
+def function_modes_disabled() -> AbstractContextManager[Any]:
+    """Return a context without torch-function modes; one that changes nothing if there is none."""
+    disable = getattr(torch._C, "DisableTorchFunction", nullcontext)
+    context: AbstractContextManager[Any] = disable()
+    return context
+
+
+@cache
+def _sleep() -> Callable[[], AbstractContextManager[Any]] | None:
+    """Return the class behind `sleeping_modes`, if this torch has what it needs."""
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError:
+        return None
+    return _sleep_class(TorchDispatchMode) if hasattr(torch._C, "DisableTorchFunction") else None
+
+
+def _sleep_class(dispatch_mode: Any) -> Callable[[], AbstractContextManager[Any]]:
+    class Sleep(dispatch_mode):  # type: ignore[misc]
+        def __enter__(self) -> "Sleep":
+            self._off: AbstractContextManager[Any] | None = function_modes_disabled()
+            self._off.__enter__()
+            super().__enter__()
+            return self
+
+        def __exit__(self, *exception: Any) -> None:
+            super().__exit__(*exception)
+            self._wake()
+
+        def _wake(self) -> None:
+            if self._off is not None:
+                off, self._off = self._off, None
+                off.__exit__(None, None, None)
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            del types
+            if not getattr(func, "is_view", False):
+                self._wake()
+            return func(*args, **(kwargs or {}))
+
+    return Sleep
+
+
+def sleeping_modes() -> AbstractContextManager[Any] | None:
+    """Return a context without torch-function modes up to the first operator that computes.
+
+    A function that asks `torch.overrides.has_torch_function` on entry, before it computes anything,
+    then takes the branch it takes without modes, and they see what it calls after that. None if
+    this torch cannot do it.
+    """
+    sleep = _sleep()
+    return None if sleep is None else sleep()
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -335,7 +335,7 @@ def test_doctor_calls_a_model_as_its_builder_says(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "camkit.wrap(model, call=call)(photo, classes=[...])" in out
     (reasons,) = (line for line in out.splitlines() if line.startswith("presets not used"))
-    assert "this model has 2" in reasons
+    assert "attention blocks or more, not 2" in reasons
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,31 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import capture_of, hooks_of, modes_on
 from hosts import HandMade, tiny
-from kinds import KINDS, WRAPPED, Adapter, AddedTo, IntegerLinear, fsdp_shard, of_kind
+from kinds import (
+    KINDS,
+    WRAPPED,
+    Adapter,
+    AddedTo,
+    IntegerLinear,
+    fsdp_shard,
+    of_kind,
+    offloaded,
+    sharded,
+)
 from torch import nn
 
 from camkit import DOEI, attach, seeds, watch, wrap
-from camkit.capture.parameters import applied, linear_weight, to_input
+from camkit.capture.parameters import (
+    applied,
+    device_of,
+    linear_weight,
+    move_model,
+    norm_weight,
+    to_input,
+)
 from camkit.edits import ScaleOutput, VirtualClassTokens
 from camkit.errors import CaptureError, UnsupportedModelError
 
@@ -243,7 +261,29 @@ def test_virtual_class_tokens_are_the_rows_of_the_merged_classifier():
     torch.testing.assert_close(rows, model.head.merged().weight.detach())
 
 
-# where pixels go
+@pytest.mark.parametrize("make", [offloaded, sharded], ids=["offloaded", "sharded"])
+def test_shares_in_the_score_are_those_of_the_plain_twin_behind_its_norm(make, one_process):
+    torch.manual_seed(0)
+    model, pixels = tiny("average pooled", depth=2)
+    model, twin = make(model)
+    seed = seeds.ContributionSeed()
+    expected = seed(capture_of(twin, pixels, seed), CLASSES)
+    torch.testing.assert_close(seed(capture_of(model, pixels, seed), CLASSES), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("width", [7, 8])
+def test_the_weights_of_a_norm_are_measured_where_they_are_not_plain(width):
+    norm, like = nn.LayerNorm(width, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    expected = norm.weight.detach()
+    norm.weight = nn.Parameter(norm.weight.to("meta"))
+    norm.forward = lambda x: F.layer_norm(x, (width,), expected, norm.bias, norm.eps)
+    torch.testing.assert_close(norm_weight(norm, like), expected)
+
+
+# where pixels and models go
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -257,6 +297,22 @@ def test_pixels_stay_as_they_are_for_a_model_without_weights():
     pixels = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
     assert to_input(nn.Flatten(), pixels) is pixels
     assert to_input(nn.Linear(3, 3, device="meta"), pixels) is pixels
+
+
+def test_a_model_that_accelerate_placed_is_not_moved():
+    model, _ = offloaded(HandMade())
+    assert move_model(model, "meta") is model
+    assert model.blocks[0].qkv.weight.device.type == "meta"  # as it was
+    assert model.head._hf_hook.weights_map["weight"].device.type == "cpu"
+    assert move_model(HandMade(), "meta").cls_token.is_meta
+
+
+def test_texts_go_to_the_device_of_weights_that_are_there():
+    here, away = nn.Linear(2, 2), nn.Linear(2, 2, device="meta")
+    assert device_of(nn.Sequential(away, here)) == torch.device("cpu")
+    assert device_of(away) is None
+    away._hf_hook = SimpleNamespace(execution_device=torch.device("cpu"))
+    assert device_of(away) == torch.device("cpu")
 
 
 def test_pixels_go_where_accelerate_loads_the_patch_embedding():

@@ -165,7 +165,7 @@ def test_each_preset_that_is_passed_over_has_its_reason(photo):
     pipeline = wrap(vit(5, **POOLED_VIT))
     calibrated, gradient = pipeline(photo, classes=[1]).passed_over
     assert "under StaticCalibration" in calibrated
-    assert "was tuned for 6 attention blocks or more, this model has 5" in calibrated
+    assert "was tuned for 6 attention blocks or more, not 5" in calibrated
     assert gradient.startswith("GradientSeed(): this model has no class token")
     assert f"not {gradient}" in repr(pipeline)
     assert pipeline.passed_over == (calibrated, gradient)
@@ -174,18 +174,23 @@ def test_each_preset_that_is_passed_over_has_its_reason(photo):
 class WithTeacher(nn.Module):
     """A student and a teacher of the same form, of which the student alone runs."""
 
-    def __init__(self):
+    def __init__(self, depth):
         super().__init__()
-        self.student, self.teacher = vit(6), vit(6)
+        self.student, self.teacher = vit(depth), vit(depth)
 
     def forward(self, pixels):
         return self.student(pixels)
 
 
 def test_a_model_beside_an_idle_teacher_gets_its_preset_or_the_reason(photo):
-    found = wrap(WithTeacher().eval())(photo, classes=[1])
+    found = wrap(WithTeacher(6).eval())(photo, classes=[1])
     asked = wrap(vit(6))(photo, classes=[1])
     assert found.passed_over or same(found, asked)
+
+
+def test_blocks_of_an_idle_teacher_do_not_count(photo):
+    (reason,) = wrap(WithTeacher(4).eval())(photo, classes=[1]).passed_over
+    assert "was tuned for 6 attention blocks or more, not 4" in reason
 
 
 def test_custom_scores_pass_over_what_explains_the_classifier(deep, photo):

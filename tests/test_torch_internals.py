@@ -2,16 +2,20 @@
 
 import sys
 from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import tiny
+from forks import ClipTower, PrivateCopy
+from hosts import shaken, tiny
 from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.hooks import RemovableHandle
 
 from camkit import attach, torch_internals, watch
 from camkit.edits import DOEI, FuzzyKeyPruning
+from camkit.errors import CaptureError
 from camkit.ops.reweight import reweighted_attention
 from camkit.torch_internals import (
     call_with_normaliser,
@@ -235,3 +239,26 @@ def test_the_leaves_of_an_output_are_found_without_torchs_own_trees(monkeypatch)
     assert all(x is y for x, y in zip(tree_leaves(tree), expected, strict=True))
     monkeypatch.delattr(torch.utils._pytree, "tree_leaves")
     assert all(x is y for x, y in zip(tree_leaves(tree), expected, strict=True))
+
+
+def test_a_torch_without_sleeping_modes_runs_private_functions_as_written_but_unseen(monkeypatch):
+    def private(query, *_, **__):
+        if has_torch_function((query,)):
+            return handle_torch_function(private, (query,), query)
+        weights = (query.transpose(0, 1) @ query.permute(1, 2, 0))[:, None].softmax(-1)
+        return (weights[:, 0] @ query.transpose(0, 1)).transpose(0, 1), None
+
+    model = shaken(ClipTower(partial(PrivateCopy, private)))
+    pixels = torch.randn(2, 3, 32, 48)
+    expected = model(pixels)
+    torch_internals._sleep.cache_clear()
+    monkeypatch.delattr(torch._C, "DisableTorchFunction")
+    with watch(model) as seen:
+        assert torch.equal(model(pixels), expected)
+    monkeypatch.undo()
+    torch_internals._sleep.cache_clear()
+    with pytest.raises(CaptureError, match="private copy of torch's function hides it"):
+        _ = seen.capture
+    with watch(model) as seen:
+        assert torch.equal(model(pixels), expected)
+    assert len(seen.capture.blocks) == 2

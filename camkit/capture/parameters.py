@@ -90,6 +90,23 @@ def linear_weight(layer: nn.Module, like: Tensor | None = None) -> Float[Tensor,
     return rows.mT.to(like.dtype)
 
 
+def norm_weight(norm: nn.LayerNorm, like: Tensor) -> Float[Tensor, " d"] | None:
+    """Return the weights of a layer norm, measured if they are not plain; None if it has none.
+
+    Args:
+        norm: the layer.
+        like: has the type and device of its inputs.
+    """
+    weight: Tensor | None = norm.weight
+    if weight is None or _is_plain(weight):
+        return weight
+    probe = torch.ones(norm.normalized_shape, device=like.device, dtype=like.dtype)
+    probe[..., ::2] = -1.0
+    normed = F.layer_norm(probe, norm.normalized_shape, eps=norm.eps)
+    with torch.no_grad():
+        return (norm.forward(probe) - norm.forward(-probe)) / (2.0 * normed)
+
+
 def _plain(layer: nn.Module, name: str) -> Tensor | None:
     """Return a parameter of a layer, if torch's own layer would multiply or add it as it is."""
     forward = type(layer).forward
@@ -104,11 +121,21 @@ def _plain(layer: nn.Module, name: str) -> Tensor | None:
         raise UnsupportedModelError(
             f"{error} outside the forward; gather it first (FSDP2: `model.unshard()`)"
         ) from error
-    plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
-    return value if plain and value.is_floating_point() and not value.is_meta else None
+    return value if _is_plain(value) else None
 
 
-# -- Where pixels go.
+def _is_plain(value: Tensor) -> bool:
+    kind = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+    return kind and value.is_floating_point() and not value.is_meta
+
+
+# -- Where pixels and models go.
+
+
+def move_model(model: nn.Module, device: str) -> nn.Module:
+    """Move a model to a device; one that accelerate has placed stays, as it refuses to be moved."""
+    placed = any(hasattr(m, "hf_device_map") or hasattr(m, "_hf_hook") for m in model.modules())
+    return model if placed else model.to(device)
 
 
 def to_input(model: nn.Module, pixels: Tensor) -> Tensor:

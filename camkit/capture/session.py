@@ -552,7 +552,8 @@ class ForwardSession(Generic[C]):
         changed = subscriber.attention_begins(call)
         report = partial(subscriber.attention, call)
         weigh = partial(subscriber.key_log_weights, call) if subscriber.weighs_keys else None
-        tap = Intercept(Tap(report, weigh, heads=call.heads, normaliser=subscriber.normaliser))
+        handler = Tap(report, weigh, heads=call.heads, normaliser=subscriber.normaliser)
+        tap = Intercept(handler, call.module)
         self._here.calls.append((call, tap))
         tap.__enter__()
         return changed

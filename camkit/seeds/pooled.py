@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from camkit.capture.host import head_count, is_attention
 from camkit.capture.intercept import scaled_weights
-from camkit.capture.parameters import linear_weight
+from camkit.capture.parameters import linear_weight, norm_weight
 from camkit.capture.record import Capture, WatchSpec
 from camkit.capture.tail import TailCall, classifiers, inner_patch_scores, pooling_calls
 from camkit.errors import UnsupportedModelError
@@ -362,9 +362,9 @@ def _parts_of_norm(norm: nn.Module | None, parts: Values, pooled: Pooled) -> Val
         return parts
     deviation = pooled.var(-1, unbiased=False, keepdim=True).add(norm.eps).sqrt()
     parts = (parts - parts.mean(-1, keepdim=True)) / deviation[:, None]
-    weight: Tensor | None = norm.weight
+    weight = norm_weight(norm, parts)
     return parts if weight is None else parts * weight.detach()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+    return a.shape == b.shape and torch.allclose(a.to(b), b, rtol=1e-3, atol=1e-3)
