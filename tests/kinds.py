@@ -275,6 +275,7 @@ def sharded(model):
 
 
 def parallel_tensors(model):
+    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
@@ -284,6 +285,7 @@ def parallel_tensors(model):
     twin, one = copy.deepcopy(model), mesh()
     for block in model.blocks:
         parallelize_module(block.mlp, one, {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()})
+    parallelize_module(model, one, {"head": ColwiseParallel(output_layouts=Replicate())})
     return model, twin
 
 

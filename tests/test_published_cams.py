@@ -12,6 +12,7 @@ import camkit
 from camkit import GradientSeed, Propagate, Views, normalize_cam
 from camkit.capture import WatchSpec
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.refiners import RandomWalk
 from camkit.seeds import (
     ClassAttentionSeed,
     ClassWeightSeed,
@@ -391,3 +392,35 @@ def test_negative_scores_count_as_zero_where_maps_are_combined(toco, combined):
     found = signed(capture, ALL)
     assert found.isfinite().all()
     assert torch.equal(found, cut(capture, ALL))
+
+
+def test_maps_that_a_model_returns_are_read_as_watched_ones():
+    model, pixels, cam = MCTformerPlus(), torch.randn(2, 3, 32, 48), torch.rand(2, 1, 4, 6)
+    returned = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *call: returned.append(call[-1][1]))
+    watched = capture_of(model, pixels)
+    model(pixels)
+    maps = returned[-3:]
+    stages = (Propagate(steps=2, balance=2), Propagate(scale_rows=False), RandomWalk())
+    for heads in (maps, [each.mean(1) for each in maps]):
+        given = camkit.Capture.of_attention(heads, (4, 6), class_tokens=range(CLASSES))
+        for stage in stages:
+            torch.testing.assert_close(stage(cam, given), stage(cam, watched))
+        rows = ClassAttentionSeed()(given, ALL)
+        torch.testing.assert_close(rows, ClassAttentionSeed()(watched, ALL))
+
+
+@pytest.mark.parametrize(
+    ("maps", "words"),
+    [
+        ([], "at least one block, got none"),
+        ([torch.rand(2, 24, 24)], r"between 25 tokens \(24 patches and 1 others.*\(2, 24, 24\)"),
+        ([torch.rand(2, 25, 25), torch.rand(1, 25, 25)], "maps of 2 images.* in place 1"),
+        ([torch.ones(2, 25, 25, dtype=torch.int64)], "got torch.int64"),
+        ([torch.rand(25, 25)], r"got torch.float32 of shape \(25, 25\) in place 0"),
+    ],
+)
+def test_maps_that_do_not_fit_the_grid_are_refused(maps, words):
+    with pytest.raises(ValueError, match=words):
+        camkit.Capture.of_attention(maps, (4, 6))

@@ -1,6 +1,6 @@
 """Capture: what a watch recorded of one forward, as values; and what a watch must record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from camkit.capture.anatomy import Anatomy, check_one_for_each_class
-from camkit.capture.attention import Attention
+from camkit.capture.attention import Attention, ExplicitAttention
 from camkit.capture.tail import TailCall, patch_scores
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
@@ -271,6 +271,50 @@ class Capture:
         if not (low >= 0.0 and high <= 1.0):  # NaN fails both
             raise ValueError(f"`rgb` must lie in [0, 1], got {low:g} to {high:g}; divide by 255")
         return cls(_NoBlocks(), (), Anatomy(), Grid(rgb.shape[2], rgb.shape[3]), rgb=rgb)
+
+    @classmethod
+    def of_attention(
+        cls,
+        maps: Sequence[Tensor],
+        grid: tuple[int, int],
+        *,
+        class_tokens: Sequence[int] = (0,),
+        rgb: RGB | None = None,
+    ) -> "Capture":
+        """Return a capture of attention maps that you have, for what reads attention alone.
+
+        For models whose attention a watch cannot read, but which return it, such as ExCEL's image
+        tower. `camkit.Propagate`, `camkit.refiners.RandomWalk` and
+        `camkit.seeds.ClassAttentionSeed` read such a capture.
+
+        Args:
+            maps: of each block, ``(b, t, t)``, or ``(b, a, t, t)`` with heads. Rows need not sum to
+                one.
+            grid: rows and columns of patches.
+            class_tokens: positions of the tokens that are no patches.
+            rgb: the pictures in [0, 1], for refiners that read colours as well.
+
+        Raises:
+            ValueError: the maps do not belong together, or to patches of this grid.
+        """
+        places = Grid(*grid)
+        tokens = places.size + len(class_tokens)
+        if not maps:
+            raise ValueError("`maps` must hold the map of at least one block, got none")
+        for place, each in enumerate(maps):
+            fits = each.dim() in (3, 4) and each.shape[-2:] == (tokens, tokens)
+            if not fits or len(each) != len(maps[0]) or not each.is_floating_point():
+                raise ValueError(
+                    f"`maps` must hold maps of {len(maps[0])} images between {tokens} tokens "
+                    f"({places.size} patches and {len(class_tokens)} others, see `class_tokens`), "
+                    f"of shape (b, t, t) or (b, a, t, t), got {each.dtype} of shape "
+                    f"{tuple(each.shape)} in place {place}"
+                )
+        wide = (each.detach() if each.dim() == 4 else each.detach()[:, None] for each in maps)
+        blocks = tuple(ExplicitAttention(each) for each in wide)
+        names = tuple(f"maps[{place}]" for place in range(len(maps)))
+        anatomy = Anatomy(tuple(class_tokens), stated=True)
+        return cls(blocks, names, anatomy, places, rgb=rgb)
 
     @property
     def images(self) -> int:

@@ -1,6 +1,7 @@
 """The modules behind the last block: how they turn tokens, also single ones, into scores."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from camkit.capture.parameters import applied, is_linear, is_one_layer
 from camkit.errors import UnsupportedModelError
+from camkit.torch_internals import whole_tensor
 
 
 def tokens_of(value: Any) -> Tensor | None:
@@ -20,7 +22,9 @@ def tokens_of(value: Any) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class TailCall:
-    """One call of a module after the last attention.
+    """One call of a module after the last attention; distributed tensors as the plain ones.
+
+    What is in parts on several processes stays as it is, and is no class score.
 
     Attributes:
         module: the module.
@@ -34,6 +38,11 @@ class TailCall:
     input: Tensor
     output: Tensor
     node: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("input", "output"):
+            with suppress(ValueError):
+                object.__setattr__(self, name, whole_tensor(name, getattr(self, name)))
 
 
 def patch_scores(
@@ -134,6 +143,7 @@ def fitting_classifiers(tail: Sequence[TailCall], outputs: Tensor) -> list[TailC
         call
         for call in tail
         if is_classifier(call.module) and call.output.dim() > 1
+        if not hasattr(call.output, "device_mesh")  # in parts on several processes
         if call.output.flatten(1).shape == outputs.shape
     ]
 
