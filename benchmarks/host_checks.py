@@ -74,6 +74,8 @@ class Host:
         part: picks the module that its user gives camkit.
         settings: what its user passes to `camkit.watch` and `camkit.attach`.
         attach_settings: what its user passes to `camkit.attach` besides.
+        pooled: attention calls of a training step with a single query, which no edit of tokens meets.
+        edit_options: options of the edit that it is trained with, `camkit.DOEI`.
         scores: picks the class scores in its output, if camkit cannot.
         own_maps: the attention maps that the host itself returns, in order; None if it returns
             none.
@@ -83,7 +85,7 @@ class Host:
         step: one training step of theirs with the given optimiser; returns the loss.
         cams: maps to compare.
         files: writes and reads files as they do; returns differences by name.
-        pipeline: whether the part takes images alone, as `camkit.wrap` calls it.
+        part_call: runs the part on images, if it takes more than images.
         pipeline_options: what its user passes to `camkit.wrap` besides.
         classes: the classes in its picture.
         requires: what the maps to compare read.
@@ -99,6 +101,8 @@ class Host:
     part: Callable[[nn.Module], nn.Module] = lambda model: model
     settings: dict[str, Any] = field(default_factory=dict)
     attach_settings: dict[str, Any] = field(default_factory=dict)
+    pooled: int = 0
+    edit_options: Callable[[nn.Module], dict[str, Any]] = lambda _: {}
     scores: Callable[[Any], Tensor] | None = None
     own_maps: Callable[[nn.Module, Tensor], list[Tensor]] | None = None
     chosen_pass: int | None = None
@@ -107,7 +111,7 @@ class Host:
     step: Callable[[nn.Module, torch.optim.Optimizer], float] | None = None
     cams: Sequence[Cam] = ()
     files: Callable[[Path], dict[str, float]] | None = None
-    pipeline: bool = True
+    part_call: Callable[[nn.Module, Tensor], Any] | None = None
     pipeline_options: dict[str, Any] = field(default_factory=dict)
     classes: Any = (1,)
     requires: WatchSpec = ATTENTION
@@ -231,7 +235,7 @@ def check_doctor(host: Host, _: Callable[[], Host]) -> Check:
     told = ["roles and grid right"]
     if found.edit_drift is not None:
         told.append(f"edit drift {found.edit_drift:.0e}")
-    if host.pipeline and not _read_settings(host):
+    if not _read_settings(host):
         status, output = run_doctor(host)
         told.append("command line too")
         if status:
@@ -242,7 +246,9 @@ def check_doctor(host: Host, _: Callable[[], Host]) -> Check:
 def run_doctor(host: Host) -> tuple[int, str]:
     """Run `camkit doctor module:build` on a host; returns its status and its last line."""
     module = ModuleType("host_under_test")
-    module.build = lambda: host.part(host.model)  # type: ignore[attr-defined]
+    part = host.part(host.model)
+    built = part if host.part_call is None else (part, host.part_call)
+    module.build = lambda: built  # type: ignore[attr-defined]
     sys.modules[module.__name__] = module
     output = io.StringIO()
     side = str(host.pixels.shape[2])
@@ -259,14 +265,17 @@ def run_doctor(host: Host) -> tuple[int, str]:
 
 def check_wrap(host: Host, _: Callable[[], Host]) -> Check:
     """One picture gives a map and a mask."""
-    if not host.pipeline:
-        return Check(NONE, "its forward takes more than images")
     rgb = torch.rand(3, *host.pixels.shape[2:], generator=torch.Generator().manual_seed(1))
     array = (rgb.permute(1, 2, 0) * 255).byte().numpy()
     size = tuple(host.pixels.shape[2:])
     photo = camkit.photo_from_array(array, size=size, multiple=size[0] // host.grid[0])
     classes = list(host.classes) if isinstance(host.classes, tuple) else host.classes
-    pipeline = camkit.wrap(host.part(host.model), scores=host.scores, **host.pipeline_options)
+    pipeline = camkit.wrap(
+        host.part(host.model),
+        call=host.part_call,
+        **_read_settings(host),
+        **host.pipeline_options,
+    )
     result = pipeline(photo, classes=classes)
     if not result.cam.isfinite().all() or tuple(result.mask.shape) != size:
         return Check(FAILS, f"cam {tuple(result.cam.shape)}, mask {tuple(result.mask.shape)}")
@@ -292,9 +301,12 @@ def check_attach(host: Host, build: Callable[[], Host]) -> Check:
     model = host.model
     plain = _forward(host)
     hooks = hook_count(model)
-    handle = camkit.attach(host.part(model), CountedDOEI(), **host.settings, **host.attach_settings)
+    options = host.edit_options(model)
+    handle = camkit.attach(
+        host.part(model), CountedDOEI(**options), **host.settings, **host.attach_settings
+    )
     acts = largest_difference(plain, _forward(host))
-    told = [f"moves outputs by {acts:.1e}"]
+    told = [*(f"{name} class tokens" for name in options), f"moves outputs by {acts:.1e}"]
     good = acts > 0.0
     if host.step is not None:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -310,8 +322,8 @@ def check_attach(host: Host, build: Callable[[], Host]) -> Check:
         model.train(training)
         moved = sum(not p.equal(before[name]) for name, p in model.named_parameters())
         finite = math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())
-        good &= finite and moved > 0 and edited == len(calls)
-        told.append(f"{edited} of {len(calls)} attention calls of the step edited")
+        good &= finite and moved > 0 and edited == len(calls) - host.pooled
+        told.append(f"{edited} of {len(calls) - host.pooled} attention calls of the step edited")
         told.append(f"loss {loss:.3g}, {moved} of {len(before)} parameters moved")
     handle.remove()
     left = hook_count(model) - hooks

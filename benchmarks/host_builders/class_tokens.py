@@ -168,7 +168,6 @@ def cti() -> Host:
         model, pixels, Anatomy(classes, other_tokens=(0,)), (4, 4), blocks=6,
         own_maps=block_maps,
         settings={"class_tokens": classes, "other_tokens": (0,)},
-        pipeline_options={"class_tokens": classes, "other_tokens": (0,)},
         scores=lambda output: output["cls"],
         step=cti_update,
         cams=(Cam("class attention", lambda: foreground("mtatt"), attention_sum, limit=1e-5),),

@@ -295,7 +295,6 @@ def dupl() -> Host:
         crops=lambda network: network(shared.pictures(SIDE, SIDE, images=4), need_sp=True),
         attention=attention_of(model.branch1.encoder, model.branch2.encoder),
         step=dupl_step,
-        true_reason={"doctor": "the forward ran 2 passes", "wrap": "the forward ran 2 passes"},
         files=partial(shared.logits_file, name="msc_seg"),
     )  # fmt: skip
 

@@ -226,9 +226,9 @@ def weclip() -> Host:
         own_maps=lambda host, images: returned_maps(lambda: call(host, images), attention),
         step=weclip_step,
         attach_settings={"blocks": [-4, -3, -2]},
-        pipeline=False,
+        part_call=lambda tower, images: tower(images, *images.shape[2:]),
         files=partial(shared.logits_file, name="msc_segs"),
-        true_reason=dict.fromkeys(("watch", "doctor", "attach"), PRIVATE),
+        true_reason=dict.fromkeys(("watch", "doctor", "wrap", "attach"), PRIVATE),
     )  # fmt: skip
 
 
@@ -284,8 +284,8 @@ def excel() -> Host:
         own_maps=own,
         step=excel_step,
         attach_settings={"modules": [f"transformer.resblocks.{i}.attn" for i in range(7)]},
-        pipeline=False,
-        true_reason=dict.fromkeys(("watch", "doctor"), SEVERAL),
+        part_call=lambda tower, images: tower(images, return_weights=True),
+        true_reason=dict.fromkeys(("watch", "doctor", "wrap"), SEVERAL),
         cams=(Cam("patch-text similarity", lambda: model(pixels)[2].mT.unflatten(-1, (4, 4)),
                   alone=lambda: calibrated(plain, pixels, model.text_attr.mT), limit=1e-5),),
         files=excel_files,

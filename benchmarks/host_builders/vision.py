@@ -45,6 +45,11 @@ def patch_attention_sum(capture: camkit.Capture) -> Tensor:
     return torch.stack([b.head_mean()[:, places][:, :, places] for b in capture.blocks]).sum(0)
 
 
+def virtual_tokens(model: nn.Module) -> dict[str, Any]:
+    """Give DOEI class tokens from the classifier, for hosts without one among the patches."""
+    return {"virtual": camkit.edits.VirtualClassTokens.from_classifier(model)}
+
+
 # -- AFA
 
 
@@ -80,10 +85,7 @@ def afa() -> Host:
         own_maps=own,
         settings={"modules": ["encoder.block4.0.attn", "encoder.block4.1.attn"]},
         step=afa_step,
-        true_reason={
-            "wrap": "spatially reduced attention (PVT, MiT) does not relate patches one to one",
-            "attach": "this model has no class token, but DOEI needs one",
-        },
+        edit_options=virtual_tokens,
         cams=(
             Cam("CAM", lambda: F.relu(model(pixels, cam_only=True)[0]),
                 lambda capture: camkit.seeds.ClassWeightSeed(cut="zero")(
@@ -154,7 +156,7 @@ def transcam() -> Host:
         own_maps=block_maps(blocks, call),
         scores=lambda output: output[0] + output[1],
         step=transcam_step,
-        pipeline=False,
+        part_call=call,
         cams=(Cam("patch attention times its CNN's maps", lambda: call(model, pixels)[2], spread,
                   limit=1e-4),),
         files=transcam_files,
@@ -318,7 +320,7 @@ def cait() -> Host:
     shared.stirred(model).eval()
     return Host(
         model, shared.pictures(SIDE, SIDE), Anatomy(), (4, 4), blocks=6, step=cait_step,
-        true_reason={"attach": "this model has no class token, but DOEI needs one"},
+        edit_options=virtual_tokens, pooled=2,
     )  # fmt: skip
 
 
@@ -381,6 +383,7 @@ def explainability_lrp() -> Host:
     return Host(
         model, shared.pictures(SIDE, SIDE, images=1), Anatomy((0,)), (4, 4), blocks=6,
         call=call,
+        part_call=call,
         own_maps=own,
         step=cross_entropy_step,
     )  # fmt: skip
