@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from camkit.capture.layers import Layers
+from camkit.capture.parameters import to_input
 from camkit.capture.scores import candidates
 from camkit.errors import CaptureError
 from camkit.seeds.token_gradients import principal_component, weight_tokens
@@ -208,7 +209,7 @@ class CAM(AbstractContextManager["CAM"]):
         targets: Sequence[Target] | Callable[[Tensor], Sequence[Target]] | None,
         eigen_smooth: bool,
     ) -> Float[Tensor, "b H W"]:
-        pixels = pixels.to(next(self.model.parameters()).device)
+        pixels = to_input(self.model, pixels)
         run = self._layers(pixels, gradients=self.uses_gradients)
         outputs = _scores(run.output)
         self.outputs = outputs.detach()

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import Attention, FusedAttention
+from camkit.capture.facts import ModelFacts
 from camkit.capture.outputs import tensors_in
+from camkit.capture.outside import computed_outside
 from camkit.capture.record import Capture
 from camkit.capture.tail import classifiers
 from camkit.capture.watcher import watch
@@ -43,6 +45,9 @@ class Diagnosis:
         pooling: how many single queries pool the patches.
         rule: what computes the class scores.
         seeds: for each seed, why it does not work; None if it does.
+        passes: what each pass of the forward was over, if it ran several; the rest is of the one
+            whose class scores are known, else of the first.
+        outside: attention modules whose attention the model computes without calling them.
         edit_drift: largest change of an output under an edit that changes nothing; None if no edit
             can be attached.
         code: the line to begin with.
@@ -60,6 +65,8 @@ class Diagnosis:
     rule: str = ""
     seeds: dict[str, str | None] = field(default_factory=dict)
     edit_drift: float | None = None
+    passes: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
     code: str = ""
 
     @property
@@ -82,6 +89,10 @@ class Diagnosis:
             "pooling queries": str(self.pooling or "none"),
             "class scores": self.rule,
         }
+        if self.passes:
+            rows["passes"] = f"{len(self.passes)} in a forward: {'; '.join(self.passes)}"
+        if self.outside:
+            rows["outside"] = f"computed beside the module: {', '.join(self.outside)}"
         for name, reason in self.seeds.items():
             rows[name] = "works" if reason is None else f"no: {reason}"
         rows["edits"] = (
@@ -104,6 +115,7 @@ def diagnose(  # noqa: PLR0913 - as `watch`
     vocabulary: Vocabulary | None = None,
     modules: Iterable[str] | None = None,
     class_tokens: Sequence[int] | None = None,
+    other_tokens: Sequence[int] | None = None,
     grid: Grid | tuple[int, int] | None = None,
     call: ModelCall | None = None,
 ) -> Diagnosis:
@@ -116,6 +128,7 @@ def diagnose(  # noqa: PLR0913 - as `watch`
         vocabulary: as in `camkit.watch`.
         modules: as in `camkit.watch`.
         class_tokens: as in `camkit.watch`.
+        other_tokens: as in `camkit.watch`.
         grid: as in `camkit.watch`.
         call: as in `camkit.wrap`, for a model that takes more than images.
 
@@ -125,7 +138,7 @@ def diagnose(  # noqa: PLR0913 - as `watch`
     Example:
         >>> print(camkit.diagnose(model, torch.rand(1, 3, 224, 224)))  # doctest: +SKIP
     """
-    names = None if modules is None else list(modules)
+    facts = ModelFacts.of(modules, class_tokens, other_tokens, grid)
     takes_images = isinstance(run, Tensor)
     if call is not None and isinstance(run, Tensor):
         run = partial(_call_with, call, run)
@@ -136,13 +149,12 @@ def diagnose(  # noqa: PLR0913 - as `watch`
                 gradients=True,
                 scores=scores,
                 vocabulary=vocabulary,
-                modules=names,
-                class_tokens=class_tokens,
-                grid=grid,
+                **facts.arguments(),
             )
             with seen:
                 _call(model, run)
-            capture = seen.capture
+            passes = seen.passes
+            capture = passes[0] if len(passes) == 1 else _scored(passes)
     except CamkitError as error:
         return Diagnosis(type(model).__name__, refusal=str(error))
     seeds = {type(seed).__name__: _why_not(seed, capture) for seed in SEEDS}
@@ -157,13 +169,27 @@ def diagnose(  # noqa: PLR0913 - as `watch`
         pooling=len(capture.pooling),
         rule=_rule(capture, custom=scores is not None),
         seeds=seeds,
-        edit_drift=_drift(model, run, names, class_tokens),
+        edit_drift=_drift(model, run, facts),
+        passes=tuple(_pass_line(each) for each in passes) if len(passes) > 1 else (),
+        outside=tuple(name for name in computed_outside(model) if name in capture.names),
         code=_code(seeds, capture, takes_images=takes_images, call=call is not None),
     )
 
 
 def _call(model: nn.Module, run: Tensor | Callable[[nn.Module], object]) -> object:
     return model(run) if isinstance(run, Tensor) else run(model)
+
+
+def _scored(passes: Sequence[Capture]) -> Capture:
+    known = [capture for capture in passes if capture.outputs is not None]
+    return known[0] if len(known) == 1 else passes[0]
+
+
+def _pass_line(capture: Capture) -> str:
+    grid = capture.grid
+    return f"{capture.images} images on {grid.rows}x{grid.cols} patches, ending in " + str(
+        capture.names[-1]
+    )
 
 
 def _call_with(call: ModelCall, images: Tensor, model: nn.Module) -> object:
@@ -220,15 +246,14 @@ def _why_not(seed: Seed, capture: Capture) -> str | None:
 def _drift(
     model: nn.Module,
     run: Tensor | Callable[[nn.Module], object],
-    modules: list[str] | None,
-    class_tokens: Sequence[int] | None,
+    facts: ModelFacts,
 ) -> float | None:
     state = torch.get_rng_state()
     with torch.no_grad():
         plain = _tensors(_call(model, run))
         torch.set_rng_state(state)
         try:
-            with attach(model, ScaleOutput(1.0), modules=modules, class_tokens=class_tokens):
+            with attach(model, ScaleOutput(1.0), **facts.arguments()):
                 edited = _tensors(_call(model, run))
         except CamkitError:
             return None

@@ -42,6 +42,7 @@ class Grid:
         if (rows, cols) != (self.rows, self.cols):
             raise ValueError(
                 f"`cam` must lie on the {self.rows}x{self.cols} patch grid, got {rows}x{cols}; "
-                "refine on the grid first, then use camkit.resize_cam"
+                "refine on the grid first, then use camkit.resize_cam; if Views join maps at the "
+                "size of the image, refine each view with camkit.seeds.RefinedSeed"
             )
         return cam.flatten(-2)

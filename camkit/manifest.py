@@ -14,34 +14,86 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from camkit.torch_internals import tree_leaves, whole_tensor
+
 _HASHES: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary()
+UNKNOWN = "unknown: "
 
 
 def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of the names, types, shapes and bytes of parameters and buffers.
 
-    The hash is cached until a tensor is replaced or written to.
+    The hash is cached until a tensor is replaced or written to. Weights that every process holds
+    whole are hashed as plain ones, quantised ones by the numbers they store.
+
+    Returns:
+        Hexadecimal digits; or `UNKNOWN` and the reason, if the values of a tensor are not in this
+        process (offloaded, sharded) or cannot be read.
     """
-    state = {k: v for k, v in sorted(model.state_dict().items()) if isinstance(v, torch.Tensor)}
-    fingerprint = tuple(  # the version misses writes through ``tensor.data``, the sum shows them
-        (name, t.data_ptr(), t._version, float(t.detach().sum(dtype=torch.float64)))
-        for name, t in state.items()
-    )
-    cached = _HASHES.get(model)
-    if cached is not None and cached[0] == fingerprint:
-        return cached[1]
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        if tensor.numel():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    try:
+        parts = [
+            (f"{name} {tensor.dtype} {tuple(tensor.shape)}", part)
+            for name, tensor in _tensors(model)
+            for part in _stored(name, tensor)
+            if part.numel()
+        ]
+        fingerprint = tuple((text, *_identity(part)) for text, part in parts)
+        cached = _HASHES.get(model)
+        if cached is not None and cached[0] == fingerprint:
+            return cached[1]
+        digest = hashlib.sha256()
+        for text, part in parts:
+            digest.update(text.encode())
+            flat = part.cpu().contiguous().flatten().view(torch.uint8)
             digest.update(flat.numpy().tobytes())
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        # a kind of tensor that torch's own functions refuse: a result is worth more than its hash
+        return f"{UNKNOWN}{' '.join(str(error).split())[:200]}"
     _HASHES[model] = (fingerprint, digest.hexdigest())
     return digest.hexdigest()
 
 
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all tensors of the state by name, also packed ones (quantised layers)."""
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, tuple):
+            for place, leaf in enumerate(tree_leaves(value)):
+                if isinstance(leaf, torch.Tensor):
+                    yield f"{name}.{place}", leaf
+
+
+def _stored(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return plain tensors that hold the values of any kind of tensor.
+
+    Raises:
+        ValueError: this process does not have them.
+    """
+    if nn.parameter.is_lazy(tensor):
+        raise ValueError(f"{name} is not initialised")
+    tensor = whole_tensor(name, tensor.detach())
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} lies on the meta device (offloaded, or not loaded)")
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner, _ = tensor.__tensor_flatten__()
+        return [part for n in inner for part in _stored(f"{name}.{n}", getattr(tensor, n))]
+    if tensor.layout != torch.strided:
+        return [tensor.to_dense()]
+    if tensor.is_quantized:
+        return [tensor.int_repr(), tensor.dequantize()]
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor]
+
+
+def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what changes with a plain tensor: the version misses writes through ``.data``."""
+    bits = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, float(bits.sum(dtype=torch.float64))
+
+
 def provenance(model: nn.Module) -> dict[str, Any]:
-    """Return the hash of a model's weights, and the `environment`; JSON-ready."""
+    """Return the hash of a model's weights if it is known, and the `environment`; JSON-ready."""
     return {"weights_sha256": weights_hash(model), "environment": environment()}
 
 

@@ -12,6 +12,7 @@ import torch
 
 from camkit import edits, refiners, seeds
 from camkit.capture.modes import borrowed
+from camkit.capture.parameters import to_input
 from camkit.capture.record import WatchSpec, required_by
 from camkit.edits import Edit, KeyEdit
 from camkit.errors import CaptureError, UnsupportedModelError, closest
@@ -105,6 +106,14 @@ class Method:
             raise TypeError(f"stages must be instances, such as GradientSeed(), got {classes[0]}")
         if not 0.0 <= self.background_score <= 1.0:
             raise ValueError(f"`background_score` must lie in [0, 1], got {self.background_score}")
+        needs_grid = (refiners.Propagate, refiners.HybridPropagate)
+        stuck = [stage for stage in self.refine if isinstance(stage, needs_grid)]
+        if stuck and self.views is not None and self.views.join_at == "image":
+            raise ValueError(
+                f"maps joined at the size of the image leave the patch grid that {stuck[0]} needs; "
+                "set `refine` to other steps, and use camkit.seeds.RefinedSeed to spread the maps "
+                'of each view, or set Views(join_at="grid")'
+            )
 
     @classmethod
     def from_words(
@@ -180,9 +189,9 @@ class Preset:
         readers = [seed for seed in (method.seed, self.also_requires) if seed is not None]
         runner = replace(runner, requires=WatchSpec() | required_by(*readers))
         edited = replace(runner, edit=method.edit, edit_blocks=method.edit_blocks)
-        weight = next(runner.model.parameters())
-        pixels, rgb = pixels.to(weight), rgb.to(weight.device)
-        classes = torch.zeros(len(pixels), 1, dtype=torch.int64, device=weight.device)
+        pixels = to_input(runner.model, pixels)
+        rgb = rgb.to(pixels.device)
+        classes = torch.zeros(len(pixels), 1, dtype=torch.int64, device=pixels.device)
         try:
             with borrowed(runner.model), torch.no_grad():
                 plain = runner(pixels, rgb)

@@ -1,7 +1,7 @@
 """From a photo to a mask: `wrap` makes a `Pipeline`, and `Pipeline.stages` shows every step."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from camkit.capture.host import find_attention
+from camkit.capture.facts import NO_FACTS, ModelFacts
+from camkit.capture.host import Host
 from camkit.capture.modes import borrowed
+from camkit.capture.parameters import to_input
 from camkit.capture.record import Capture, required_by
 from camkit.capture.scores import known_classes
 from camkit.edits.protocol import Edit, KeyEdit
 from camkit.errors import CamkitError
+from camkit.grid import Grid
 from camkit.manifest import provenance, unfinished
 from camkit.mask import to_mask
 from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset
@@ -58,6 +61,10 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
     vocabulary: Vocabulary | None = None,
     scores: Callable[[Any], Tensor] | None = None,
     call: ModelCall | None = None,
+    modules: Iterable[str] | None = None,
+    class_tokens: Sequence[int] | None = None,
+    other_tokens: Sequence[int] | None = None,
+    grid: Grid | tuple[int, int] | None = None,
 ) -> "Pipeline":
     """Make a pipeline around a model; the model itself stays as it is.
 
@@ -78,6 +85,10 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
         scores: computes ``(b, classes)`` scores from the model's output, as in `camkit.watch`.
         call: ``(model, pixels) -> output``, for a model that takes more than images; None is
             ``model(pixels)``. It is called for every view of a photo, at the size of the view.
+        modules: as in `camkit.watch`.
+        class_tokens: as in `camkit.watch`.
+        other_tokens: as in `camkit.watch`.
+        grid: as in `camkit.watch`; of every view.
 
     Raises:
         UnsupportedModelError: the model has no attention.
@@ -93,7 +104,8 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
         blocks = edit_blocks if isinstance(edit_blocks, int | None) else tuple(edit_blocks)
         seed = GradientSeed() if seed is None else seed
         method = Method(seed, edit=edit, edit_blocks=blocks, **shared)
-    return Pipeline(model, method, vocabulary=vocabulary, scores=scores, call=call)
+    facts = ModelFacts.of(modules, class_tokens, other_tokens, grid)
+    return Pipeline(model, method, vocabulary=vocabulary, scores=scores, call=call, facts=facts)
 
 
 class Pipeline:
@@ -106,6 +118,7 @@ class Pipeline:
         vocabulary: see `wrap`.
         scores: see `wrap`.
         call: see `wrap`.
+        facts: what the user states about the model.
 
     Raises:
         UnsupportedModelError: the model has no attention.
@@ -119,12 +132,14 @@ class Pipeline:
         vocabulary: Vocabulary | None = None,
         scores: Callable[[Any], Tensor] | None = None,
         call: ModelCall | None = None,
+        facts: ModelFacts = NO_FACTS,
     ) -> None:
-        find_attention(model)  # refuse a model without attention here, not at the first photo
+        Host.of(model, **facts.arguments())  # refuse here, not at the first photo
         self.model = model
         self.vocabulary = vocabulary
         self.scores = scores
         self.call = call
+        self.facts = facts
         self._passed_over: tuple[str, ...] = ()
         self._presets = (Preset(method),) if isinstance(method, Method) else tuple(method)
         self._method = method if isinstance(method, Method) else None
@@ -198,8 +213,8 @@ class Pipeline:
         seed = with_targets(method.seed, targets)
 
         # 3. One forward, watched for what the seed and the refiners read.
-        weight = next(self.model.parameters())
-        pixels, rgb = pixels.to(weight), rgb.to(weight.device)
+        pixels = to_input(self.model, pixels)
+        rgb = rgb.to(pixels.device)
         runner = ModelRunner(
             self.model,
             requires=required_by(method.seed, *method.refine),
@@ -208,6 +223,7 @@ class Pipeline:
             vocabulary=vocabulary,
             scores=scores,
             call=self.call,
+            facts=self.facts,
         )
         with borrowed(self.model), torch.no_grad():
             capture = runner(pixels, rgb)
@@ -246,7 +262,11 @@ class Pipeline:
         """
         if self._method is None:
             runner = ModelRunner(
-                self.model, vocabulary=self.vocabulary, scores=self.scores, call=self.call
+                self.model,
+                vocabulary=self.vocabulary,
+                scores=self.scores,
+                call=self.call,
+                facts=self.facts,
             )
             if self.scores is None:  # otherwise `scores` may depend on the batch size
                 pixels, rgb = pixels[:1], rgb[:1]

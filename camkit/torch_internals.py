@@ -10,13 +10,18 @@ The functions about attention take ``q``, ``k``, ``v`` as ``(b, a, t, d)``, ``ma
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from inspect import signature
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
+from torch.utils.hooks import RemovableHandle
 
 # scaled_dot_product_attention chooses one of these kernels. Each computes the log-sum-exp of every
 # row, the normaliser, and returns it with the output when called by name.
@@ -145,6 +150,62 @@ def cpu_attention_backward(
     return result
 
 
+def function_modes_disabled() -> AbstractContextManager[Any]:
+    """Return a context without torch-function modes; one that changes nothing if there is none."""
+    disable = getattr(torch._C, "DisableTorchFunction", nullcontext)
+    context: AbstractContextManager[Any] = disable()
+    return context
+
+
+@cache
+def _sleep() -> Callable[[], AbstractContextManager[Any]] | None:
+    """Return the class behind `sleeping_modes`, if this torch has what it needs."""
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError:
+        return None
+    return _sleep_class(TorchDispatchMode) if hasattr(torch._C, "DisableTorchFunction") else None
+
+
+def _sleep_class(dispatch_mode: Any) -> Callable[[], AbstractContextManager[Any]]:
+    class Sleep(dispatch_mode):  # type: ignore[misc]
+        def __enter__(self) -> "Sleep":
+            self._off: AbstractContextManager[Any] | None = function_modes_disabled()
+            self._off.__enter__()
+            super().__enter__()
+            return self
+
+        def __exit__(self, *exception: Any) -> None:
+            super().__exit__(*exception)
+            self._wake()
+
+        def _wake(self) -> None:
+            if self._off is not None:
+                off, self._off = self._off, None
+                off.__exit__(None, None, None)
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            del types
+            if not getattr(func, "is_view", False):
+                self._wake()
+            return func(*args, **(kwargs or {}))
+
+    return Sleep
+
+
+def sleeping_modes() -> AbstractContextManager[Any] | None:
+    """Return a context without torch-function modes up to the first operator that computes.
+
+    A function that asks `torch.overrides.has_torch_function` on entry, before it computes anything,
+    then takes the branch it takes without modes, and they see what it calls after that. None if
+    this torch cannot do it.
+    """
+    sleep = _sleep()
+    return None if sleep is None else sleep()
+
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -187,6 +248,17 @@ def constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
+def disable_compiler(function: _Function, reason: str) -> _Function:
+    """Let compiled code call a function instead of tracing it, and give the reason in its errors.
+
+    Before version 2.7, torch takes no reason.
+    """
+    known = "reason" in signature(torch.compiler.disable).parameters
+    options: dict[str, Any] = {"reason": reason} if known else {}
+    untraced: _Function = torch.compiler.disable(function, **options)
+    return untraced
+
+
 def count_hooks(module: nn.Module) -> int:
     """Count the forward hooks and forward pre-hooks of a module and all modules in it."""
     count = 0
@@ -203,10 +275,67 @@ def count_hooks(module: nn.Module) -> int:
     return count
 
 
+def leave_out_of_copies(handle: RemovableHandle, kind: type) -> None:
+    """Let a module be copied and pickled without its hooks of one class.
+
+    The dictionaries of a module's hooks get a ``__reduce_ex__`` of their own, which copy and pickle
+    call; call this again after a hook was removed, and it goes with the last hook of that class.
+
+    Args:
+        handle: of a hook in these dictionaries, also a removed one.
+        kind: class of the hooks to leave out.
+    """
+    references = getattr(handle, "hooks_dict_ref", None), *getattr(handle, "extra_dict_ref", ())
+    found: list[Any] = [None if reference is None else reference() for reference in references]
+    if not all(isinstance(dictionary, OrderedDict) for dictionary in found):
+        return  # torch keeps hooks in another way
+    hooks = found[0]
+    present = any(isinstance(hook, kind) for hook in hooks.values())
+    for dictionary in found:
+        if present:
+            reduce = partial(_reduced_without, ref(dictionary), ref(hooks), kind)
+            dictionary.__reduce_ex__ = reduce
+        else:
+            vars(dictionary).pop("__reduce_ex__", None)
+
+
+def _reduced_without(
+    dictionary: "ref[OrderedDict[int, Any]]",
+    hooks: "ref[OrderedDict[int, Any]]",
+    kind: type,
+    protocol: int,  # noqa: ARG001 - pickle passes it
+) -> tuple[Any, ...]:
+    """Reduce a dictionary whose keys are numbers of hooks to those of other hooks."""
+    mine, all_hooks = dictionary() or OrderedDict(), hooks() or OrderedDict()
+    others = [(n, v) for n, v in mine.items() if not isinstance(all_hooks.get(n), kind)]
+    return OrderedDict, (), None, None, iter(others)
+
+
 def tensor_version(tensor: Tensor) -> object:
     """Return a value that changes when a tensor is written to; a new one each time if unknown."""
     version = getattr(tensor, "_version", None)
     return object() if version is None else version
+
+
+def whole_tensor(name: str, tensor: Tensor) -> Tensor:
+    """Return a distributed tensor (DTensor) as the plain one that each process holds.
+
+    Nothing is sent: gathering the parts waits for all processes, which may not come.
+
+    Args:
+        name: of the tensor, for the error.
+        tensor: of any kind; others are returned as they are.
+
+    Raises:
+        ValueError: its parts are spread over several processes.
+    """
+    mesh, placements = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
+    if mesh is None or placements is None or not hasattr(tensor, "to_local"):
+        return tensor
+    if mesh.size() > 1 and not all(place.is_replicate() for place in placements):
+        raise ValueError(f"{name} is sharded over {mesh.size()} processes")
+    local: Tensor = tensor.to_local()
+    return local
 
 
 def tree_leaves(tree: Any) -> list[Any]:

@@ -327,6 +327,101 @@ class Clip(nn.Module):
         return self.transformer(self.token_embedding(text).transpose(0, 1))[-1]
 
 
+class CropsAndTeacher(ToCo):
+    """As ToCo and SeCo in training: crops and a teacher in one forward, the classifier last."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = Vit(ReturnsItsMap)
+
+    def forward(self, pixels, crops=None):
+        features = self.encoder.forward_features(pixels)[:, 1:].mT
+        further = ()
+        if crops is not None:
+            student = self.encoder.forward_features(crops)[:, 0]
+            with torch.no_grad():
+                further = (student, self.teacher.forward_features(crops)[:, 0])
+        scores = self.classifier(F.adaptive_max_pool2d(features[..., None], 1)).flatten(1)
+        return (scores, *further)
+
+
+class Flips(nn.Module):
+    """Test-time augmentation around a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Vit(Attention)
+
+    def forward(self, pixels):
+        return (self.backbone(pixels) + self.backbone(pixels.flip(-1))) / 2
+
+
+class Chunks(Flips):
+    """Runs a batch in chunks of two images."""
+
+    def forward(self, pixels):
+        return torch.cat([self.backbone(chunk) for chunk in pixels.split(2)])
+
+
+class SharedBlocks(Vit):
+    """As ALBERT: one block runs several times."""
+
+    def through(self, x):
+        for _ in range(3):
+            x = self.blocks[0](x)
+        return x
+
+
+class MixedOrder(ClipTower):
+    """As ExCEL: the last blocks hold an attention of their own, which takes images first."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks.append(Turned(Attention()))
+
+
+class Turned(Block):
+    def attend(self, x):
+        return self.attn(x.transpose(0, 1)).transpose(0, 1)
+
+
+class OutsideItsModule(ClipTower):
+    """As SCLIP, NACLIP and ClearCLIP: the last attention is computed beside the module.
+
+    ``maps`` of "k k" is NACLIP's without its Gaussian, "q q + k k" is SCLIP's.
+    """
+
+    def __init__(self, maps="k k"):
+        super().__init__()
+        self.maps = maps.split(" + ")
+
+    def through(self, x):
+        x = self.blocks[0](self.ln_pre(x).transpose(0, 1))
+        block = self.blocks[1]
+        x = x + self.attended(block.attn, block.norm1(x))
+        return (x + block.mlp(x)).transpose(0, 1)
+
+    def attended(self, attn, x):
+        length, images, _ = x.shape
+        parts = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
+        q, k, v = (part.reshape(length, images * HEADS, -1).transpose(0, 1) for part in parts)
+        named = {"q": q * q.shape[-1] ** -0.5, "k": k * k.shape[-1] ** -0.5}
+        pairs = [named[one[0]] @ {"q": q, "k": k}[one[0]].mT for one in self.maps]
+        weights = sum(F.softmax(logits, dim=-1) for logits in pairs)
+        out = (weights @ v).transpose(0, 1).reshape(length, images, -1)
+        return attn.out_proj(out)
+
+
+class LastBlockLater(ClipTower):
+    """As CLIP-ES: the tower ends before its last block, which a method of its own runs."""
+
+    def through(self, x):
+        return self.blocks[0](self.ln_pre(x).transpose(0, 1)).transpose(0, 1)
+
+    def last(self, x):
+        return self.blocks[1](x.transpose(0, 1)).transpose(0, 1)
+
+
 @dataclass(frozen=True)
 class Fork:
     """How a fork is made and called, and what is true of it.

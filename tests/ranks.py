@@ -5,10 +5,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from camkit import attach, watch
 from camkit.edits import ScaleOutput
+from camkit.manifest import weights_hash
+from camkit.seeds import GradientSeed
 
 FACTOR = 3.0
 CASES = ("before wrapping", "after wrapping", "the wrapped module", "keys before", "keys after")
@@ -84,6 +88,26 @@ def watched(pixels, labels):
     return {"rows": rows, "scores": capture.scores, "gradients": found}
 
 
+def sharded(pixels, labels):
+    """The same with weights in parts (FSDP2): attention, maps of two classes, edited gradients."""
+    host = model()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for part in (*host.blocks, host):
+        fully_shard(part, mesh=mesh)
+    with torch.no_grad(), watch(host, gradients=True) as seen:
+        host(pixels)
+    classes = torch.tensor([[0, 1]]).expand(len(pixels), -1)
+    found = {
+        "rows": [block.rows([0, 4]).detach() for block in seen.capture.blocks],
+        "maps": GradientSeed()(seen.capture, classes),
+        "hash": weights_hash(host),
+    }
+    with attach(host, ScaleOutput(FACTOR)):
+        F.cross_entropy(host(pixels), labels).backward()
+    grads = {name: p.grad.full_tensor() for name, p in host.named_parameters()}
+    return found | {"gradients": grads}
+
+
 def run(rank, count, folder):
     """Join the group, do every case on this rank's half of the batch, and save what came out."""
     torch.set_num_threads(1)
@@ -93,5 +117,6 @@ def run(rank, count, folder):
     )
     pixels, labels = (part.chunk(count)[rank] for part in joined_batch())
     found = {case: distributed_gradients(case, pixels, labels) for case in CASES}
-    torch.save(found | {"watched": watched(pixels, labels)}, folder / f"rank{rank}.pt")
+    found |= {"watched": watched(pixels, labels), "sharded": sharded(pixels, labels)}
+    torch.save(found, folder / f"rank{rank}.pt")
     distributed.destroy_process_group()

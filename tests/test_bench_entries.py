@@ -254,6 +254,13 @@ def test_settings_without_a_fingerprint_are_measured_every_time(model, shapes, t
     assert counted == [1] * 16
 
 
+def test_weights_without_a_hash_are_measured_every_time(model, shapes, tmp_path, counted):
+    model.register_buffer("elsewhere", torch.zeros(1, device="meta"))
+    for _ in range(2):
+        measured(model, shapes, SEED, cache=tmp_path / "kept.sqlite")
+    assert counted == [1] * 16
+
+
 def test_a_fingerprint_tells_settings_and_tensors_apart():
     one = VirtualClassTokens(torch.ones(2, 3))
     assert repr(one) == repr(VirtualClassTokens(torch.zeros(2, 3)))

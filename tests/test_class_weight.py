@@ -243,13 +243,15 @@ class PatchHead(OneTokenPerClass):
         super().__init__(class_tokens=5)
         self.head = nn.Conv2d(24, 5, 3, padding=1)
 
-    def maps(self, pixels):
-        tokens = self.tokens(pixels)[:, 5:].mT
-        return self.head(tokens.unflatten(2, (pixels.shape[2] // 8, pixels.shape[3] // 8)))
+    def maps(self, pixels, tokens=None):
+        tokens = self.tokens(pixels) if tokens is None else tokens
+        patches = tokens[:, 5:].mT
+        return self.head(patches.unflatten(2, (pixels.shape[2] // 8, pixels.shape[3] // 8)))
 
     def forward(self, pixels):
-        tokens, patches = super().forward(pixels)
-        return tokens, patches, self.maps(pixels).mean((2, 3))
+        tokens = self.tokens(pixels)
+        patches = tokens[:, 5:].mean(1)
+        return tokens[:, :5].mean(-1), patches, self.maps(pixels, tokens).mean((2, 3))
 
 
 @pytest.mark.parametrize("root", [False, True])

@@ -293,6 +293,34 @@ def test_doctor_takes_a_model_of_ones_own(tmp_path, capsys):
     assert "2 blocks of 3 heads" in capsys.readouterr().out
 
 
+def test_doctor_takes_the_roles_of_tokens(tmp_path, capsys):
+    (tmp_path / "mine_with_a_background.py").write_text(
+        "import timm, torch\n"
+        "class Model(timm.models.VisionTransformer):\n"
+        "    def __init__(self):\n"
+        "        sizes = {'embed_dim': 48, 'num_heads': 3, 'depth': 2, 'img_size': 32}\n"
+        "        super().__init__(**sizes, class_token=False, global_pool='avg')\n"
+        "        self.several = torch.nn.Module()\n"
+        "        self.several.cls_token = torch.nn.Parameter(torch.randn(1, 4, 48))\n"
+        "    def _pos_embed(self, x):\n"
+        "        tokens = self.several.cls_token.expand(len(x), -1, -1)\n"
+        "        return torch.cat([tokens, super()._pos_embed(x)], 1)\n"
+        "    def forward(self, pixels):\n"
+        "        return self.forward_features(pixels)[:, 1:4].mean(-1)\n"
+    )
+    place = ["doctor", "mine_with_a_background:Model", "--size", "32"]
+    assert main(place) == 0
+    assert "no: the model has 4 class tokens, at 0 to 3" in capsys.readouterr().out
+    assert main([*place, "--class-tokens", "1-3", "--other-tokens", "0"]) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    found = {key.strip(): value.strip() for key, value in rows.items()}
+    assert (found["class tokens"], found["other tokens"]) == ("1, 2, 3", "0")
+    assert found["ClassAttentionSeed"] == "works"
+    with pytest.raises(SystemExit):
+        main([*place, "--class-tokens", "one"])
+    assert "expected positions such as 0,5-8, got 'one'" in capsys.readouterr().err
+
+
 def test_doctor_calls_a_model_as_its_builder_says(tmp_path, capsys):
     (tmp_path / "mine_with_a_call.py").write_text(
         "import timm\n"

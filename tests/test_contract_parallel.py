@@ -1,6 +1,8 @@
 """Edits and watchers where a model runs in several processes or threads."""
 
 import copy
+from contextvars import copy_context
+from functools import partial
 from threading import Barrier, Event, Thread
 
 import pytest
@@ -12,6 +14,7 @@ from torch import multiprocessing, nn
 from camkit import attach, watch
 from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.seeds import GradientSeed
 
 PATIENCE = 20.0  # seconds until a thread that nobody meets gives up
 
@@ -90,6 +93,23 @@ def test_a_watched_step_has_the_gradients_of_an_unwatched_one(two_ranks):
     expected = ranks.gradients(model, model, *ranks.joined_batch())
     for name, found in two_ranks[0]["watched"]["gradients"].items():
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_with_weights_in_parts_see_what_one_process_sees(two_ranks, rank):
+    model, (pixels, _) = ranks.model(), ranks.joined_batch()
+    half, found = slice(2 * rank, 2 * rank + 2), two_ranks[rank]["sharded"]
+    with torch.no_grad(), watch(model, gradients=True) as seen:
+        model(pixels)
+    for mine, block in zip(found["rows"], seen.capture.blocks, strict=True):
+        torch.testing.assert_close(mine, block.rows([0, 4])[half].detach())
+    maps = GradientSeed()(seen.capture, torch.tensor([[0, 1]]).expand(4, -1))
+    torch.testing.assert_close(found["maps"], maps[half])
+    assert found["hash"].endswith("is sharded over 2 processes")
+    for name, expected in gradients_by_hand("before wrapping").items():
+        gradient = found["gradients"][name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 # DataParallel
@@ -229,7 +249,7 @@ def test_an_edit_that_fails_in_one_thread_leaves_the_other_alone():
     assert torch._C._len_torch_function_stack() == 0
 
 
-def test_a_second_thread_in_a_watched_model_is_refused_and_the_first_is_seen():
+def test_a_second_thread_that_shares_the_context_of_a_watch_is_refused():
     model = HandMade().eval()
     images = torch.randn(2, 3, 16, 24), torch.randn(3, 3, 16, 24)
     with watch(model) as expected:
@@ -249,7 +269,11 @@ def test_a_second_thread_in_a_watched_model_is_refused_and_the_first_is_seen():
 
     with watch(model) as seen:
         hook = model.patch_embed.register_forward_hook(wait_for_the_other)
-        first, other = in_threads(lambda: model(images[0]), second)
+        shared = [copy_context().run for _ in images]
+        runs = (lambda: model(images[0])), second
+        first, other = in_threads(
+            *(partial(run, own) for run, own in zip(shared, runs, strict=True))
+        )
         hook.remove()
         assert isinstance(other, CaptureError)
         assert "two threads" in str(other)
@@ -261,12 +285,12 @@ def test_a_second_thread_in_a_watched_model_is_refused_and_the_first_is_seen():
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_a_model_called_in_a_worker_is_seen_by_the_watcher_outside(gradients):
+def test_a_model_called_in_a_worker_with_the_context_is_seen_by_the_watcher_outside(gradients):
     model, pixels = HandMade().eval(), torch.randn(2, 3, 16, 24)
     with watch(model) as expected:
         logits = model(pixels).detach()
     with watch(model, gradients=gradients) as seen:
-        (found,) = in_threads(lambda: model(pixels))
+        (found,) = in_threads(partial(copy_context().run, model, pixels))
     assert torch.equal(found, logits)
     assert len(seen.capture.blocks) == 2
     torch.testing.assert_close(

@@ -1,5 +1,6 @@
 """Kernels that hide their attention are named, and switched only where a user asks for it."""
 
+import inspect
 import sys
 import types
 
@@ -13,7 +14,7 @@ from zoo import ZOO
 from camkit import attach, watch
 from camkit.capture import torch_kernels
 from camkit.edits import ScaleOutput
-from camkit.errors import CaptureError
+from camkit.errors import CaptureError, UnsupportedModelError
 
 
 def flexible():
@@ -129,3 +130,32 @@ def test_a_hidden_kernel_is_named_with_the_way_out_when_edited(asking):
     model, _ = asking
     with attach(model, ScaleOutput()), pytest.raises(CaptureError, match=WORDS):
         model(torch.randn(1, 3, 16, 16))
+
+
+FLEX = r"it runs in flex_attention.*with camkit\.capture\.torch_kernels\(model\)"
+
+
+@pytest.mark.parametrize("enter", [watch, lambda model: attach(model, ScaleOutput())])
+def test_a_kernel_that_compiles_itself_is_named_before_the_compiler_fails(enter):
+    model, pixels = flexible(), torch.randn(1, 3, 64, 64)
+    with enter(model), pytest.raises(UnsupportedModelError, match=FLEX):
+        model(pixel_values=pixels)
+    with torch.no_grad(), enter(model), torch_kernels(model):  # opened inside, it helps as well
+        model(pixel_values=pixels)
+
+
+@pytest.mark.skipif(
+    "reason" not in inspect.signature(torch.compiler.disable).parameters,
+    reason="this torch does not report why a function is not compiled",
+)
+def test_compiled_code_that_meets_a_watcher_says_so_in_the_words_of_camkit():
+    """A host with flex_attention of its own; torch compiles that as one whole graph."""
+    torch.compiler.reset()
+    model = HandMade()
+    softmax = torch.compile(lambda x: torch.softmax(x, -1), backend="eager", fullgraph=True)
+    model.blocks[0].qkv.register_forward_hook(lambda *call: call[2] + 0.0 * softmax(call[2]))
+    words = r"camkit watches or edits attention in Python.*camkit\.capture\.torch_kernels"
+    unsupported = pytest.raises(torch._dynamo.exc.Unsupported, match=words)
+    with torch.no_grad(), attach(model, ScaleOutput()), unsupported:
+        model(torch.randn(1, 3, 16, 16))
+    torch.compiler.reset()

@@ -339,7 +339,7 @@ def test_settings_tell_what_led_to_the_result(model):
     ).settings
     assert settings["seed"] == "RelevanceSeed()"
     assert settings["edit"] == "ScaleOutput(factor=2.0)"
-    assert settings["refine"] == ["Normalize(mode='max')"]
+    assert settings["refine"] == [repr(Normalize())]
     assert settings["background_score"] == 0.55
     assert settings["model"] == "VisionTransformer"
     assert settings["environment"]["torch"] == torch.__version__

@@ -111,7 +111,7 @@ def test_a_host_that_casts_its_scores_is_read_as_well(photo):
     model = vit(2, **POOLED_VIT).bfloat16()
     pipeline = wrap(model, scores=lambda output: output.float())
     found, exact = pipeline(photo, classes=[1]), wrap(vit(2, **POOLED_VIT))(photo, classes=[1])
-    assert found.settings["seed"] == exact.settings["seed"] == "ClassWeightSeed()"
+    assert found.settings["seed"] == exact.settings["seed"] == repr(ClassWeightSeed())
     assert (found.cam - exact.cam).abs().mean() < 0.05
 
 
@@ -239,7 +239,7 @@ def test_what_is_asked_for_is_kept(deep, photo):
     edited = wrap(deep, edit=ScaleOutput(1.5))(photo).settings
     assert (edited["seed"], edited["edit_blocks"]) == ("GradientSeed()", 3)
     weighed = wrap(deep, seed=ClassWeightSeed())(photo).settings
-    assert (weighed["seed"], weighed["edit"]) == ("ClassWeightSeed()", "None")
+    assert (weighed["seed"], weighed["edit"]) == (repr(ClassWeightSeed()), "None")
     assert CALIBRATED.method.background_score == 0.54
 
 

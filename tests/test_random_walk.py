@@ -199,7 +199,7 @@ def test_every_map_has_boxes_of_its_own_and_an_empty_one_has_none():
 
 
 def clip_es(scoremap, share):
-    """Boxes as CLIP-ES finds them, by contours of bytes, here up to the last row and column."""
+    """Boxes as CLIP-ES finds them, by contours of bytes, but up to the last row and column."""
     cv2 = pytest.importorskip("cv2")
     levels = (scoremap * 255).byte().numpy()
     _, strong = cv2.threshold(levels, int(share * levels.max()), 255, cv2.THRESH_BINARY)
@@ -219,6 +219,38 @@ def test_boxes_are_those_of_contours(share):
         assert torch.equal(inside, clip_es(plane + 1e-4, share))  # bytes are rounded down there
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.79])
+def test_boxes_of_the_rule_clip_es_are_those_of_its_code(share):
+    maps = torch.rand(1, 60, 9, 14) ** 3
+    maps[:, :20] = maps[:, :20] / maps[:, :20].amax((2, 3), keepdim=True)
+    maps[:, 20:25] = 0.0
+    maps[:, 25:30] /= 300.0  # fewer levels than one
+    found = component_boxes(maps, share, rule="clip-es")
+    for plane, inside in zip(maps[0], found[0], strict=True):
+        expected = clip_es(plane, share)
+        expected[-1], expected[:, -1] = False, False  # its boxes end one before the border
+        assert torch.equal(inside, expected)
+    assert found.any()
+
+
+def test_a_region_at_the_border_is_cut_or_lost_by_the_rule_clip_es():
+    cam = torch.zeros(1, 2, 3, 4)
+    cam[0, 0, 1:, 2:] = 1.0
+    cam[0, 1, 2, 3] = 1.0
+    expected = torch.zeros(2, 3, 4, dtype=torch.bool)
+    expected[0, 1, 2] = True
+    assert torch.equal(component_boxes(cam, 0.4, rule="clip-es")[0], expected)
+    assert torch.equal(component_boxes(cam, 0.4), cam > 0)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, torch.nan])
+def test_the_rule_clip_es_needs_maps_that_fit_bytes(value):
+    cam = torch.rand(1, 1, 3, 3)
+    cam[..., 1, 1] = value
+    with pytest.raises(ValueError, match=r"`cam` must lie in \[0, 1\]"):
+        component_boxes(cam, 0.4, rule="clip-es")
+
+
 @pytest.mark.parametrize("refiner", [RandomWalk, Propagate])
 def test_scores_outside_the_boxes_are_not_spread(seen, refiner):
     cam = torch.zeros(2, 1, 4, 6)
@@ -228,19 +260,26 @@ def test_scores_outside_the_boxes_are_not_spread(seen, refiner):
     boxed = refiner(blocks=2, balance=3, boxes=0.4)(cam, seen)
     torch.testing.assert_close(boxed, refiner(blocks=2, balance=3)(only, seen))
     assert boxed[..., 3, 5].all()  # what is spread reaches everywhere
+    cam[..., 3, 5] = 1.0  # in the last row and column
+    boxed = refiner(blocks=2, balance=3, boxes=0.4, box_rule="clip-es")(cam, seen)
+    torch.testing.assert_close(boxed, refiner(blocks=2, balance=3)(only, seen))
 
 
-def test_a_squared_affinity_with_masked_columns_is_clip_es():
+@pytest.mark.parametrize("rule", ["whole", "clip-es"])
+def test_a_squared_affinity_with_masked_columns_is_clip_es(rule):
     """T @ T, columns of patches outside the boxes zeroed, times the map, as there."""
     attention = torch.rand(1, 1, 12, 12).softmax(-1)
     capture = Capture((ExplicitAttention(attention),), ("a",), Anatomy(), Grid(3, 4))
     cam = torch.rand(1, 1, 3, 4)
-    found = Propagate(steps=2, balance=3, boxes=0.4)(cam, capture)
+    found = Propagate(steps=2, balance=3, boxes=0.4, box_rule=rule)(cam, capture)
     affinity = attention[0, 0]
     for _ in range(3):
         affinity = affinity / affinity.sum(0, keepdim=True)
         affinity = affinity / affinity.sum(1, keepdim=True)
     affinity = (affinity + affinity.T) / 2
-    mask = component_boxes(cam, 0.4).view(1, 12)
+    mask = clip_es(cam[0, 0], 0.4)
+    if rule == "clip-es":
+        mask[-1], mask[:, -1] = False, False
+    mask = mask.view(1, 12)
     expected = ((affinity @ affinity) * mask) @ cam.view(12, 1)
     torch.testing.assert_close(found.view(12, 1), expected)

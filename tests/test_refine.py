@@ -113,6 +113,13 @@ def test_normalisation_worked_by_hand(mode, scores, expected):
     assert found.flatten().tolist() == expected
 
 
+def test_an_epsilon_keeps_faint_maps_faint():
+    cam = torch.tensor([[1.0, 2.5], [0.0, 0.5], [7.0, 7.0]]).view(1, 3, 1, 2)
+    found = normalize_cam(cam, mode="minmax", epsilon=0.5)
+    assert found.flatten().tolist() == [0.0, 0.75, 0.0, 0.5, 0.0, 0.0]
+    assert not normalize_cam(torch.zeros(1, 1, 2, 2).half(), epsilon=1e-8).any()
+
+
 def test_every_map_is_normalised_alone():
     cam = torch.tensor([[[[1.0, 2.0]], [[10.0, 5.0]]], [[[0.0, 0.0]], [[3.0, 0.3]]]])
     expected = torch.tensor([[[[0.5, 1.0]], [[1.0, 0.5]]], [[[0.0, 0.0]], [[1.0, 0.1]]]])
@@ -129,6 +136,8 @@ def test_a_flat_map_becomes_zeros_in_half_precision(dtype):
 def test_the_refiner_normalises_as_the_function(mode, two_halves):
     cam = torch.randn(1, 2, 2, 4)
     assert torch.equal(Normalize(mode=mode)(cam, two_halves), normalize_cam(cam, mode=mode))
+    faint = normalize_cam(cam, mode=mode, epsilon=0.1)
+    assert torch.equal(Normalize(mode=mode, epsilon=0.1)(cam, two_halves), faint)
 
 
 @pytest.mark.usefixtures("no_shape_checks")

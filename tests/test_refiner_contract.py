@@ -12,6 +12,7 @@ from camkit.refiners import (
     AtReducedSize,
     FastGlobalSmooth,
     GuidedFilter,
+    Normalize,
     PixelAdaptive,
     RandomWalk,
     Superpixels,
@@ -178,9 +179,12 @@ REFUSED = [
     (RandomWalk, "blocks", [0], "must be at least 1, got {}"),
     (RandomWalk, "balance", [-1], "must be at least 0, got {}"),
     (RandomWalk, "boxes", [1.0, NAN], r"must lie in \[0, 1\), got {}"),
+    (Normalize, "epsilon", [-1e-5, INF, NAN], "must be at least 0 and finite, got {}"),
     (Propagate, "steps", [0], "must be at least 1, got {}"),
     (Propagate, "blocks", [0], "must be at least 1, got {}"),
     (Propagate, "mix", [1.5, NAN], r"must lie in \[0, 1\], got {}"),
+    (RandomWalk, "box_rule", ["wide"], 'must be "whole" or "clip-es", got {!r}'),
+    (Propagate, "box_rule", ["wide"], 'must be "whole" or "clip-es", got {!r}'),
     (Propagate, "boxes", [1.0, NAN], r"must lie in \[0, 1\), got {}"),
 ]
 

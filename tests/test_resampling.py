@@ -23,6 +23,12 @@ def test_halving_smooths_so_that_no_value_is_skipped():
     torch.testing.assert_close(out, torch.tensor([[[[0.0, 0.375, 0.125, 0.0]]]]))
 
 
+def test_halving_without_smoothing_takes_the_mean_of_the_middle_two():
+    cam = torch.arange(8.0).view(1, 1, 1, 8) ** 2
+    out = resize_cam(cam, (1, 2), antialias=False)  # new centres between old 1 and 2, 5 and 6
+    assert out.flatten().tolist() == [(1 + 4) / 2, (25 + 36) / 2]
+
+
 def test_the_same_size_changes_nothing():
     cam = torch.rand(2, 3, 5, 7)
     assert torch.equal(resize_cam(cam, (5, 7)), cam)

@@ -83,7 +83,7 @@ def test_the_manifest_tells_settings_classes_and_versions(result, model, photo, 
     assert manifest["classes"] == [{"index": 2, "name": "Pferd, Roß"}, {"index": 0, "name": "cat"}]
     assert manifest["legend"] == {"1": "cat", "3": "Pferd, Roß"}
     assert manifest["seed"] == repr(GradientSeed())
-    assert manifest["refine"] == ["Normalize(mode='max')"]
+    assert manifest["refine"] == [repr(Normalize())]
     assert manifest["background_score"] == 0.2
     assert manifest["environment"]["torch"] == torch.__version__
     assert manifest["weights_sha256"] == weights_hash(model)

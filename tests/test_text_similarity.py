@@ -159,6 +159,42 @@ def test_surgery_removes_the_products_that_all_texts_share_channel_by_channel(op
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_maps_of_excel_are_those_of_its_formula():
+    """Channels of unit length over all tokens; products less their mean; min-max with the class."""
+    model, tokenize, _ = build("open_clip")
+    text = TextClasses.from_prompts(model, NAMES, tokenize=tokenize, background=("sky", "road"))
+    pixels, normed = torch.randn(2, 3, 64, 64), []
+    model.visual.ln_post.register_forward_hook(lambda *call: normed.append(call[-1]))
+    calibrated = attach(model.visual, StaticCalibration(), blocks=2)
+    with torch.no_grad(), calibrated, watch(model.visual, scores=text.scores) as seen:
+        model.encode_image(pixels)
+    tokens = normed[-1] @ model.visual.proj
+    tokens = tokens / tokens.pow(2).sum(1, keepdim=True).sqrt()
+    every = torch.cat([text.embeddings, text.background])
+    sure = (2 * tokens[:, 0] @ every.T).softmax(-1)
+    products = tokens[:, :, None] * every * (sure / sure.mean(-1, keepdim=True))[:, None, :, None]
+    scores = (products - products.mean(2, keepdim=True)).sum(-1)
+    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+    expected = ((scores - low) / (high - low))[:, 1:]
+    seed = TextSimilaritySeed(text, variant="excel")
+    found = seed(seen.capture, CLASSES)
+    for image, classes in enumerate(CLASSES.tolist()):
+        for slot, index in enumerate(classes):
+            plane = expected[image, :, index].view(4, 4).detach()
+            torch.testing.assert_close(found[image, slot], plane, rtol=1e-4, atol=1e-5)
+
+
+def test_excel_needs_a_class_token(opened):
+    _, _, text, _, capture = opened
+    if text.known_space().pools:
+        with pytest.raises(ValueError, match="class token, which a model that pools by attention"):
+            TextSimilaritySeed(text, variant="excel")
+    else:
+        several = replace(capture, anatomy=replace(capture.anatomy, class_tokens=(0, 1)))
+        with pytest.raises(CaptureError, match="needs one class token, but this model has 2"):
+            TextSimilaritySeed(text, variant="excel")(several, CLASSES)
+
+
 @pytest.mark.parametrize("variant", ["similarity", "softmax", "surgery"])
 def test_permuted_prompts_give_permuted_scores(opened, variant):
     model, tokenize, text, _, capture = opened
@@ -256,7 +292,7 @@ def test_tokens_that_no_block_returned_are_missed_with_words(opened):
         ),
         (
             lambda: TextSimilaritySeed(TextClasses(("a",), torch.ones(1, 4)), variant="cosine"),
-            '`variant` must be "similarity", "softmax" or "surgery", got .cosine.',
+            '`variant` must be "similarity", "softmax", "surgery" or "excel", got .cosine.',
         ),
     ],
 )

@@ -2,16 +2,20 @@
 
 import sys
 from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import tiny
+from forks import ClipTower, PrivateCopy
+from hosts import shaken, tiny
 from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.hooks import RemovableHandle
 
 from camkit import attach, torch_internals, watch
 from camkit.edits import DOEI, FuzzyKeyPruning
+from camkit.errors import CaptureError
 from camkit.ops.reweight import reweighted_attention
 from camkit.torch_internals import (
     call_with_normaliser,
@@ -20,6 +24,7 @@ from camkit.torch_internals import (
     count_hooks,
     has_compiled_forward,
     is_compiled,
+    leave_out_of_copies,
     tensor_version,
     tree_leaves,
 )
@@ -192,6 +197,19 @@ def test_hooks_inside_a_module_count():
     assert count_hooks(model) == 1
 
 
+@pytest.mark.parametrize("build", [lambda: nn.Linear(2, 2), Renamed])
+def test_hooks_that_torch_keeps_in_an_unknown_way_are_left_alone(build, monkeypatch):
+    module = build()
+    monkeypatch.setattr(
+        RemovableHandle, "__init__", lambda handle, *_, **__: vars(handle).update(id=0)
+    )
+    handle = module.register_forward_hook(print)
+    leave_out_of_copies(handle, type(print))
+    hooks = getattr(module, "_forward_hooks", None) or module.hooks
+    assert dict(hooks) == {0: print}
+    assert vars(hooks) == {}
+
+
 def test_a_function_is_marked_as_torch_marks_constants(monkeypatch):
     def ours():
         return 1
@@ -221,3 +239,26 @@ def test_the_leaves_of_an_output_are_found_without_torchs_own_trees(monkeypatch)
     assert all(x is y for x, y in zip(tree_leaves(tree), expected, strict=True))
     monkeypatch.delattr(torch.utils._pytree, "tree_leaves")
     assert all(x is y for x, y in zip(tree_leaves(tree), expected, strict=True))
+
+
+def test_a_torch_without_sleeping_modes_runs_private_functions_as_written_but_unseen(monkeypatch):
+    def private(query, *_, **__):
+        if has_torch_function((query,)):
+            return handle_torch_function(private, (query,), query)
+        weights = (query.transpose(0, 1) @ query.permute(1, 2, 0))[:, None].softmax(-1)
+        return (weights[:, 0] @ query.transpose(0, 1)).transpose(0, 1), None
+
+    model = shaken(ClipTower(partial(PrivateCopy, private)))
+    pixels = torch.randn(2, 3, 32, 48)
+    expected = model(pixels)
+    torch_internals._sleep.cache_clear()
+    monkeypatch.delattr(torch._C, "DisableTorchFunction")
+    with watch(model) as seen:
+        assert torch.equal(model(pixels), expected)
+    monkeypatch.undo()
+    torch_internals._sleep.cache_clear()
+    with pytest.raises(CaptureError, match="private copy of torch's function hides it"):
+        _ = seen.capture
+    with watch(model) as seen:
+        assert torch.equal(model(pixels), expected)
+    assert len(seen.capture.blocks) == 2

@@ -103,6 +103,40 @@ def test_views_scaled_to_their_maximum_count_alike(model, pixels):
     close(joined(model, pixels, chosen), torch.maximum(parts[0] / tops[0], parts[1] / tops[1]))
 
 
+def test_pixels_that_shrink_are_sampled_if_told(model, pixels):
+    chosen = Views(scales=(1.0, 0.5), antialias=False)
+    small = F.interpolate(pixels, (32, 48), mode="bilinear", align_corners=False)
+    grown = F.interpolate(alone(model, small), (4, 6), mode="bilinear", align_corners=False)
+    close(joined(model, pixels, chosen), alone(model, pixels) + grown)
+    smooth = joined(model, pixels, Views(scales=(1.0, 0.5)))
+    assert (joined(model, pixels, chosen) - smooth).abs().max() > 1e-4
+
+
+def test_one_view_at_image_size_is_the_seed_resized(model, pixels):
+    found = joined(model, pixels, Views(join_at="image"))
+    assert torch.equal(found, camkit.resize_cam(alone(model, pixels), (64, 96)))
+
+
+def test_tiles_are_joined_at_image_size_too(model, pixels):
+    tiles, plain = (joined(model, pixels, Views(tiles=t)) for t in (2, 1))
+    found = joined(model, pixels, Views(tiles=2, join_at="image"))
+    close(found, camkit.resize_cam(plain, (64, 96)) + camkit.resize_cam(tiles - plain, (64, 96)))
+
+
+def test_negative_scores_count_as_zero_behind_the_resizing(model, pixels):
+    middle = alone(model, pixels)[0].median()
+
+    def signed(capture, classes):
+        return SEED(capture, classes) - middle
+
+    signed.requires = SEED.requires
+    for size in ("grid", "image"):
+        found = joined(model, pixels, Views(join_at=size), seed=signed)
+        plain = joined(model, pixels, Views(join_at=size))
+        close(found, (plain - middle).clamp_min(0))
+        assert 0 < (found == 0).float().mean() < 1
+
+
 def test_views_in_pairs_are_views_one_by_one(model, pixels):
     settings = {"scales": (1.0, 0.5, 1.25), "flip": True}
     one, pair = (joined(model, pixels, Views(**settings, paired=p)) for p in (False, True))
@@ -350,6 +384,7 @@ def test_a_class_with_its_own_token_is_joined_too():
         ({"join": "mean"}, 'must be "sum" or "max".*got \'mean\''),
         ({"join_flip": "min"}, "'min'"),
         ({"normalize": "never"}, "got 'never'"),
+        ({"join_at": "file"}, 'must be "grid" or "image", got \'file\''),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, words, no_shape_checks):

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from camkit.bench.cache import ResultCache, code_fingerprint, fingerprint
 from camkit.bench.protocol import Variant
 from camkit.capture.modes import borrowed
+from camkit.capture.parameters import to_input
 from camkit.capture.record import WatchSpec, required_by
 from camkit.data import DataSet, Sample, read_mask
 from camkit.errors import DataError
-from camkit.manifest import weights_hash
+from camkit.manifest import UNKNOWN, weights_hash
 from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
 from camkit.photo import Photo, PhotoSettings
@@ -59,8 +60,8 @@ def variant_maps(
         blocks = None if method.edit is None else method.edit_blocks
         noise = required_by(method.seed).noise
         groups.setdefault((method.edit, blocks, noise), []).append(variant)
-    weight = next(model.parameters())
-    pixels, rgb = photo.pixels.to(weight), photo.rgb.to(weight.device)
+    pixels = to_input(model, photo.pixels)
+    rgb = photo.rgb.to(pixels.device)
     maps: dict[Variant, Cam] = {}
     for (edit, blocks, _), group in groups.items():
         requires = WatchSpec() | required_by(*(variant.method.seed for variant in group))
@@ -71,7 +72,7 @@ def variant_maps(
             capture = runner(pixels, rgb)  # the forward that all refiners of the group see
             requests = [(v.method.seed, v.method.views or Views()) for v in group]
             reader = MultiViewReader(runner, pixels, rgb, capture)
-            first = reader.seeds(classes.to(weight.device), requests)
+            first = reader.seeds(classes.to(pixels.device), requests)
             refined: dict[Any, Cam] = {(r, ()): normalize_cam(cam) for r, cam in first.items()}
             for variant, request in zip(group, requests, strict=True):
                 chain = variant.method.refine
@@ -133,9 +134,12 @@ class Evaluator:
         self._fingerprints: dict[Variant, str | None] = {}
         self._setup = None  # without a fingerprint nothing is cached
         if self.cache is not None:
-            weight = next(self.model.parameters())
-            code = code_fingerprint(), weights_hash(self.model), repr(self.model)
-            machine = str(weight.dtype), weight.device.type, torch.__version__
+            weights = weights_hash(self.model)
+            if weights.startswith(UNKNOWN):  # other weights would get the same results
+                return
+            code = code_fingerprint(), weights, repr(self.model)
+            inputs = to_input(self.model, torch.zeros(1, 3, 1, 1))
+            machine = str(inputs.dtype), inputs.device.type, torch.__version__
             data = self.vocabulary, self.photos, self.labels, self.dataset.classes
             self._setup = fingerprint((*code, *machine, *data))
 
@@ -191,7 +195,7 @@ class Evaluator:
         else:
             runner = ModelRunner(self.model, WatchSpec(), vocabulary=self.vocabulary)
             with borrowed(self.model), torch.no_grad():
-                predicted = self.labels(runner(photo.pixels.to(next(self.model.parameters()))))
+                predicted = self.labels(runner(to_input(self.model, photo.pixels)))
             classes = tuple(sorted(index for index in predicted[0].tolist() if index >= 0))
         return LabelledPhoto(photo, truth, classes)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from camkit.bench.evaluator import Evaluator
 from camkit.bench.protocol import Variant
+from camkit.capture.parameters import to_input
 from camkit.capture.scores import candidates
 from camkit.data import Sample
 from camkit.errors import CamkitError, DataError, UnsupportedModelError
@@ -129,9 +130,8 @@ def class_scores(
     model: nn.Module, pictures: Pixels, index: int, vocabulary: Vocabulary, batch: int
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
     """Return score and probability of a class in each picture; needs class scores."""
-    weight = next(model.parameters())
     with torch.no_grad():
-        parts = [_scores(model, part.to(weight)) for part in pictures.split(batch)]
+        parts = [_scores(model, to_input(model, part)) for part in pictures.split(batch)]
     outputs = [part.float().cpu() for part in parts]
     scores = torch.cat(outputs)
     logits = vocabulary.score(scores)[:, index]

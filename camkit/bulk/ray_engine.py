@@ -38,6 +38,7 @@ from camkit.bulk.stages import (
     read,
 )
 from camkit.bulk.workers import DIED, WorkerPool
+from camkit.capture.parameters import move_model
 from camkit.errors import CamkitError
 from camkit.manifest import weights_hash
 
@@ -340,7 +341,7 @@ class RunModel:
                 f"the model opened on {platform.node()} has other weights than the one on the "
                 "machine that leads the run; put its weights where all machines find them"
             )
-        self._pipeline = context.recipe.pipeline(model.to(device))
+        self._pipeline = context.recipe.pipeline(move_model(model, device))
 
     def __call__(self, row: Mapping[str, bytes]) -> dict[str, Any]:
         return self._context.process(row, self._run, self._threads)[0]

@@ -32,6 +32,7 @@ from camkit.bulk.stages import (
     read,
 )
 from camkit.bulk.workers import WorkerPool, progress_bar, usable_cores, worker_count
+from camkit.capture.parameters import move_model
 from camkit.errors import CamkitError
 from camkit.pipeline import Pipeline
 
@@ -173,7 +174,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
                     weights = settings["weights_sha256"]
                     ray.run(recipe, weights, ledger, plans, threads=threads or 1)
                 else:
-                    pipeline = recipe.pipeline(model.to(device))
+                    pipeline = recipe.pipeline(move_model(model, device))
                     engine = LocalEngine(recipe, pipeline, ledger, workers=workers, threads=threads)
                     engine.run(plans)
             finally:

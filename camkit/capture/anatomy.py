@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from threading import get_ident
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from camkit.capture.modes import measurement
+from camkit.capture.parameters import gathered, offloaded_replaced, offloaded_value, own_name
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 
@@ -40,7 +41,9 @@ class Anatomy:
         distillation_tokens: DeiT's second class token.
         register_tokens: hold global information in DINOv2 and its successors.
         other_tokens: neither patches nor made from a parameter of a known name.
-        sequence_first: whether the host's tokens come as ``(t, b, d)``.
+        sequence_first: whether the tokens of the first attention come as ``(t, b, d)``.
+        stated: whether the user said which tokens are class tokens.
+        tokens: length of the sequence that was measured; 0 if none was.
     """
 
     class_tokens: tuple[int, ...] = ()
@@ -48,6 +51,8 @@ class Anatomy:
     register_tokens: tuple[int, ...] = ()
     other_tokens: tuple[int, ...] = ()
     sequence_first: bool = False
+    stated: bool = False
+    tokens: int = field(default=0, compare=False, repr=False)
 
     @property
     def special_tokens(self) -> tuple[int, ...]:
@@ -59,10 +64,69 @@ class Anatomy:
             *self.other_tokens,
         )
 
+    def with_roles(
+        self, class_tokens: Sequence[int] | None, other_tokens: Sequence[int] | None
+    ) -> "Anatomy":
+        """Return the roles with what the user states of them; None states nothing.
+
+        Measured class tokens that are not among the stated ones are other tokens.
+
+        Raises:
+            ValueError: the sequence holds no such position.
+        """
+        stated = {"class_tokens": class_tokens, "other_tokens": other_tokens}
+        length = self.tokens
+        for name, positions in stated.items():
+            outside = [p for p in positions or () if length and not -length <= p < length]
+            if outside:
+                raise ValueError(
+                    f"`{name}` must lie within the {length} tokens of the model, got {outside}"
+                )
+        claimed = {self._place(p) for positions in stated.values() for p in positions or ()}
+        left = {
+            role: tuple(p for p in getattr(self, role) if self._place(p) not in claimed)
+            for role in ("class_tokens", "distillation_tokens", "register_tokens", "other_tokens")
+        }
+        other = (*(other_tokens or ()), *left["other_tokens"])
+        if class_tokens is not None:
+            other = (*other, *left["class_tokens"])
+        return replace(
+            self,
+            class_tokens=left["class_tokens"] if class_tokens is None else tuple(class_tokens),
+            distillation_tokens=left["distillation_tokens"],
+            register_tokens=left["register_tokens"],
+            other_tokens=other,
+            stated=class_tokens is not None,
+        )
+
+    def _place(self, position: int) -> int:
+        return position % self.tokens if self.tokens else position
+
     def patches(self, tokens: int) -> list[int]:
         """Return positions of the patches in a sequence of ``tokens`` tokens."""
         special = {position % tokens for position in self.special_tokens}
         return [position for position in range(tokens) if position not in special]
+
+
+def check_one_for_each_class(anatomy: Anatomy, classes: int | None) -> None:
+    """Check that several class tokens are one for each class.
+
+    Args:
+        anatomy: roles of the tokens.
+        classes: how many there are; None if that is unknown.
+
+    Raises:
+        UnsupportedModelError: they are not, and the user has not said which token is which.
+    """
+    tokens = anatomy.class_tokens
+    if len(tokens) < 2 or anatomy.stated or len(tokens) == classes:
+        return
+    seen = "an unknown number of classes" if classes is None else f"{classes} classes"
+    raise UnsupportedModelError(
+        f"the model has {len(tokens)} class tokens, at {tokens[0]} to {tokens[-1]}, and {seen}, so "
+        "it is not known which is whose; name the tokens of the classes, in their order, with "
+        "`class_tokens=[...]` and others (of the background, say) with `other_tokens=[...]`"
+    )
 
 
 def image_batch(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
@@ -74,13 +138,25 @@ def image_batch(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def measure_anatomy(
-    model: nn.Module, attention: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    attention: Sequence[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    embeddings: Sequence[nn.Module] = (),
 ) -> Anatomy:
     """Find the special tokens by changing the pixels and parameters that tokens are made from.
 
     The pixels, then each class, distillation and register parameter, are replaced by changed copies
     while the model runs up to the first of its ``attention`` modules and no further; the positions
     whose tokens change are recorded. The model's own tensors are not written to.
+
+    Args:
+        model: that is called.
+        attention: its attention modules; the tokens of the first that runs are measured.
+        args: its positional arguments.
+        kwargs: its arguments by name.
+        embeddings: its patch embeddings, which show how many images go through the blocks, for a
+            host may join two batches.
 
     Raises:
         UnsupportedModelError: tokens are NaN, none depends on the pixels, or patches do not come
@@ -92,10 +168,15 @@ def measure_anatomy(
             "the model was called without images; expected a (b, 3, H, W) tensor with b at least 1"
         )
     probe = torch.cat([pixels[:1]] * 2)  # two images, so that the batch axis shows
-    tokens_of = _token_probe(model, attention, args, kwargs)
+    probe_of = _token_probe(model, attention, args, kwargs, embeddings)
+    turned = False
+
+    def tokens_of(image: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        nonlocal turned
+        tokens, turned = probe_of(image, parameters)
+        return tokens
+
     plain = tokens_of(probe, {})
-    if 2 not in plain.shape[:2]:
-        raise UnsupportedModelError(WINDOWS.format(windows=plain.shape[0], images=2))
     if not plain.isfinite().all():
         raise UnsupportedModelError(
             "the tokens before the first attention hold NaN or inf; check the weights and pixels"
@@ -111,29 +192,43 @@ def measure_anatomy(
         ("distillation_tokens", DISTILLATION_PARAMETERS),
         ("register_tokens", REGISTER_PARAMETERS),
     ):
-        ramped = _ramped(model, names)
-        changed = _changed(plain, tokens_of(probe, ramped)) if ramped else []
+        with gathered(model, names):
+            ramped = _ramped(model, names)
+            changed = _changed(plain, tokens_of(probe, ramped)) if ramped else []
         roles[role] = tuple(position for position in changed if position not in patches)
     known = {position for positions in roles.values() for position in positions}
-    count = plain.shape[1] if plain.shape[0] == 2 else plain.shape[0]
+    count = plain.shape[1]
     rest = tuple(p for p in range(count) if p not in known and p not in patches)
     last_patch = max(patches)
+    places = {
+        role: tuple(p if p < last_patch else p - count for p in positions)
+        for role, positions in (*roles.items(), ("other_tokens", rest))
+    }
     return Anatomy(
-        **{
-            role: tuple(p if p < last_patch else p - count for p in positions)
-            for role, positions in (*roles.items(), ("other_tokens", rest))
-        },
-        sequence_first=plain.shape[0] != 2,
+        places["class_tokens"],
+        places["distillation_tokens"],
+        places["register_tokens"],
+        places["other_tokens"],
+        sequence_first=turned,
+        tokens=count,
     )
 
 
 def _token_probe(
-    model: nn.Module, attention: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
-    """Return a function of two images and changed parameters: the tokens of the first attention."""
+    model: nn.Module,
+    attention: Sequence[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    embeddings: Sequence[nn.Module],
+) -> Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, bool]]:
+    """Return a function of two images and changed parameters.
+
+    It returns the tokens of the first attention, images first, and whether the host has them
+    sequence first.
+    """
     pixels = image_batch(args, kwargs)
 
-    def tokens_of(images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    def tokens_of(images: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, bool]:
         def paired(value: Any) -> Any:
             if value is pixels:
                 return images
@@ -143,8 +238,15 @@ def _token_probe(
 
         new_args = tuple(paired(value) for value in args)
         new_kwargs = {name: paired(value) for name, value in kwargs.items()}
-        with measurement(images.device), torch.no_grad():
-            return _first_tokens(model, attention, parameters, new_args, new_kwargs)
+        with measurement(images.device):  # in the caller's mode: some hosts need gradients to run
+            tokens, counts = _first_tokens(
+                model, attention, parameters, new_args, new_kwargs, embeddings
+            )
+        count = next((count for count in counts if count in tokens.shape[:2]), None)
+        if count is None:
+            raise UnsupportedModelError(WINDOWS.format(windows=len(tokens), images=counts[0]))
+        turned = len(tokens) != count
+        return tokens.transpose(0, 1) if turned else tokens, turned
 
     return tokens_of
 
@@ -173,23 +275,37 @@ def _first_tokens(
     parameters: dict[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> Tensor:
+    embeddings: Sequence[nn.Module],
+) -> tuple[Tensor, list[int]]:
+    """Return the tokens of the first attention, and how many images they may be of."""
+    embedded: list[tuple[nn.Module, int]] = []
+
+    def count(module: nn.Module, args: tuple[Any, ...], _: dict[str, Any]) -> None:
+        if get_ident() == thread and args and isinstance(args[0], Tensor):
+            embedded.append((module, len(args[0])))
+
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if get_ident() == thread:
             raise _Reached(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
 
     thread, untraced = get_ident(), torch.compiler.disable(stop)
+    counting = torch.compiler.disable(count)
     handles = [m.register_forward_pre_hook(untraced, with_kwargs=True) for m in attention]
+    handles += [m.register_forward_pre_hook(counting, with_kwargs=True) for m in embeddings]
     try:
         # copies of the buffers take the running statistics of a stem in training mode
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with warnings.catch_warnings():  # reentrant checkpoints miss gradients nobody takes
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-            functional_call(model, {**buffers, **parameters}, args, kwargs)
+            with offloaded_replaced(model, parameters) as others:
+                functional_call(model, {**buffers, **others}, args, kwargs)
     except _Reached as reached:
-        tokens = reached.tokens
+        tokens = reached.tokens.detach()
+        latest = embedded[-1] if embedded else (None, 2)
+        joined = sum(images for module, images in embedded if module is latest[0])
         # tokens on their grid, channels last
-        return tokens.flatten(1, 2) if tokens.dim() == 4 and len(tokens) == 2 else tokens
+        on_grid = tokens.dim() == 4 and len(tokens) == latest[1]
+        return tokens.flatten(1, 2) if on_grid else tokens, [latest[1], joined]
     finally:
         for handle in handles:
             handle.remove()
@@ -201,17 +317,20 @@ def _first_tokens(
 def _ramped(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Return changed copies of the parameters of these names, wherever they are in the model."""
     ramped = {}
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] in names:
-            ramp = torch.linspace(-1, 1, parameter.shape[-1], device=parameter.device)
-            ramped[name] = (parameter.detach() + ramp).to(parameter.dtype)
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if own_name(name) in names:
+            value = offloaded_value(model, name) if parameter.is_meta else parameter
+            if value is not None:
+                ramp = torch.linspace(-1, 1, value.shape[-1], device=value.device)
+                changed = (value.detach() + ramp).to(value.dtype)
+                ramped[name] = changed.requires_grad_(parameter.requires_grad)
     return ramped
 
 
 def _changed(before: Tensor, after: Tensor) -> list[int]:
     """Return the positions whose tokens differ."""
     change = (after - before).abs().float()
-    change = change.amax((0, 2)) if before.shape[0] == 2 else change.amax((1, 2))
+    change = change.amax((0, 2))
     return [int(i) for i in (change > 1e-4 * change.max()).nonzero().flatten()]
 
 
@@ -246,18 +365,18 @@ def measure_grid(
     height, width = probe.shape[-2:]
     across = torch.linspace(0.1, 1.0, width).to(probe)
     down = torch.linspace(0.1, 1.0, height).to(probe)[:, None]
-    tokens_of = _token_probe(model, attention, args, kwargs)
+    probe_of = _token_probe(model, attention, args, kwargs, embeddings)
     fits: list[tuple[float, Grid]] = []
     try:
         with _shapes_of(embeddings) as shapes:
-            plain = tokens_of(probe, {})
-        count = len(anatomy.patches(plain.shape[1 if len(plain) == 2 else 0]))
+            plain, _ = probe_of(probe, {})
+        count = len(anatomy.patches(plain.shape[1]))
         for shape in shapes:
             if shape.numel() == count:
                 return Grid(*shape)
         for change in (size * draw[:, :1, :1], size * draw):
             even, by_column, by_row = (
-                _movements(plain, tokens_of(probe + change * ramp, {}))
+                _movements(plain, probe_of(probe + change * ramp, {})[0])
                 for ramp in (torch.ones_like(across), across, down)
             )
             patches = anatomy.patches(len(even))
@@ -288,7 +407,7 @@ def _shapes_of(modules: Sequence[nn.Module]) -> Iterator[list[torch.Size]]:
 def _movements(before: Tensor, after: Tensor) -> Tensor:
     """Return how far each token moved, ``(t,)``."""
     moved = (after.float() - before.float()).norm(dim=-1)
-    return moved.mean(0 if len(before) == 2 else 1)
+    return moved.mean(0)
 
 
 def _grids_of_places(columns: Tensor, rows: Tensor) -> list[tuple[float, Grid]]:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from camkit.capture.anatomy import Anatomy, image_batch, measure_anatomy, measure_grid
+from camkit.capture.parameters import is_one_layer
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.torch_internals import compiled_original
@@ -204,9 +206,9 @@ def tail_modules(model: nn.Module, attention: Sequence[str]) -> list[nn.Module]:
     inside = tuple(f"{block}." for block in blocks)
     tail: dict[nn.Module, None] = {}
     for name, module in model.named_modules():
-        leaf = next(module.children(), None) is None
-        if leaf and not f"{name}.".startswith(inside):
+        if is_one_layer(module) and not f"{name}.".startswith(inside):
             tail[module] = None
+            inside = (*inside, f"{name}.")  # its parts only make up its weights
     for name in attention:
         for path in (name, name.rpartition(".")[0]):
             module = model.get_submodule(path)
@@ -314,6 +316,7 @@ class Host:
         entrances: modules that hold attention, from the outside in; a forward begins at the first
             one that is called with an image batch. A host may bypass the forward of its root.
         class_tokens: positions of the class tokens, if the user named them.
+        other_tokens: positions of further tokens that are no patches, if the user named them.
         grid: the patch grid, if the user named it.
     """
 
@@ -322,6 +325,7 @@ class Host:
     embeddings: tuple[nn.Conv2d, ...]
     entrances: tuple[nn.Module, ...]
     class_tokens: tuple[int, ...] | None = None
+    other_tokens: tuple[int, ...] | None = None
     grid: Grid | None = None
 
     @classmethod
@@ -331,6 +335,7 @@ class Host:
         *,
         modules: Iterable[str] | None = None,
         class_tokens: Sequence[int] | None = None,
+        other_tokens: Sequence[int] | None = None,
         grid: Grid | tuple[int, int] | None = None,
     ) -> "Host":
         """Find the modules to hook.
@@ -368,7 +373,8 @@ class Host:
             attention=attention,
             embeddings=tuple(embeddings.values()),
             entrances=tuple(entrances),
-            class_tokens=None if class_tokens is None else tuple(class_tokens),
+            class_tokens=_positions("class_tokens", class_tokens),
+            other_tokens=_positions("other_tokens", other_tokens),
             grid=Grid(*grid) if isinstance(grid, tuple) else grid,
         )
 
@@ -383,6 +389,23 @@ class Host:
     def blocks(self) -> dict[str, nn.Module]:
         """Return the attention modules without pooling heads, which add nothing to the tokens."""
         return {name: m for name, m in self.attention.items() if not is_pooling(self.model, name)}
+
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Return the place of each block in its tower, and how many blocks the tower has.
+
+        Blocks belong to the tower of the patch embedding that is nearest by its name.
+        """
+        embeddings = [name.split(".")[:-1] for name in find_patch_embeddings(self.model)]
+        towers: dict[tuple[int, ...], list[str]] = {}
+        for name in self.blocks():
+            depths = [_shared([branch, name.split(".")]) for branch in embeddings]
+            nearest = tuple(i for i, depth in enumerate(depths) if depth == max(depths))
+            towers.setdefault(nearest, []).append(name)
+        return {
+            name: (place, len(names))
+            for names in towers.values()
+            for place, name in enumerate(names)
+        }
 
     def check_in_place(self) -> None:
         """Check that the hooked modules are still those that the model calls.
@@ -400,6 +423,17 @@ class Host:
                     "watch or remove the handle, and watch or attach again"
                 )
 
+    def check_kernels(self) -> None:
+        """Check that no attention runs in a kernel that is compiled where it is called.
+
+        Raises:
+            UnsupportedModelError: it does, and the compiler would fail under camkit's hooks.
+        """
+        for module in self.attention.values():
+            configs = (getattr(part, "config", None) for part in module.modules())
+            if any(getattr(c, "_attn_implementation", None) == "flex_attention" for c in configs):
+                raise UnsupportedModelError(f"attention is hidden: {how_to_reveal(self.model)}")
+
     def anatomy(
         self,
         entrance: nn.Module,
@@ -407,7 +441,10 @@ class Host:
         kwargs: dict[str, Any],
         at: str | None = None,
     ) -> Anatomy:
-        """Return the roles of the tokens, given by the user, or measured once and cached.
+        """Return the roles of the tokens, measured once and cached, or stated by the user.
+
+        What the user states goes before what is measured. Nothing is measured if both kinds are
+        stated.
 
         Args:
             entrance: the module that a forward begins at.
@@ -416,14 +453,26 @@ class Host:
             at: the attention module whose input is measured; None is the first that runs. Hosts
                 whose class token joins late (CaiT) need another.
         """
-        if self.class_tokens is not None:
-            return Anatomy(class_tokens=self.class_tokens)
+        stated = Anatomy().with_roles(self.class_tokens, self.other_tokens)
+        if self.class_tokens is not None and self.other_tokens is not None:
+            return stated
+        try:
+            measured = self._measured(entrance, args, kwargs, at)
+        except Exception:  # whatever the host raises: it need not be measurable
+            if self.class_tokens is None:
+                raise
+            return stated
+        return measured.with_roles(self.class_tokens, self.other_tokens)
+
+    def _measured(
+        self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], at: str | None
+    ) -> Anatomy:
         key = at or ""
         with _MEASURING:  # replays swap parameters, so they wait for each other
             known = _MEASURED.setdefault(entrance, {})
             if key not in known:
                 modules = list(self.attention.values()) if at is None else [self.attention[at]]
-                known[key] = measure_anatomy(entrance, modules, args, kwargs)
+                known[key] = measure_anatomy(entrance, modules, args, kwargs, self.embeddings)
             return known[key]
 
     def measured_grid(
@@ -446,6 +495,21 @@ class Host:
                     entrance, modules, args, kwargs, anatomy, self.embeddings
                 )
             return known[size, anatomy]
+
+
+def _positions(name: str, positions: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the positions of tokens that a user named."""
+    if positions is None:
+        return None
+    try:
+        places = tuple(index(position) for position in positions)
+    except TypeError:
+        raise ValueError(
+            f"`{name}` must hold positions of tokens such as [0, 1], got {positions!r}"
+        ) from None
+    if len(set(places)) != len(places):
+        raise ValueError(f"`{name}` must name each position once, got {list(places)}")
+    return places
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:

@@ -2,14 +2,13 @@
 
 The mode is entered before a module runs and exited after it, so nothing of the host is replaced.
 Attention calls are recognised by the identity of the function. A host's private copy of such a
-function runs as its author wrote it, unless it is proven to return the same bits.
+function runs as its author wrote it, and what it calls is seen.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import cache
-from inspect import signature
 from threading import local
 from types import FunctionType
 from typing import Any
@@ -17,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
@@ -30,11 +29,10 @@ from camkit.capture.attention import (
     gated_bias,
     key_bias,
 )
-from camkit.capture.mha import multi_head_attention
-from camkit.capture.modes import measurement
-from camkit.errors import UnsupportedModelError
+from camkit.capture.mha import by_fast_path, multi_head_attention, same_bits
+from camkit.capture.modes import THREAD, measurement
 from camkit.ops.reweight import compiled_for, reweighted_attention
-from camkit.torch_internals import tree_leaves
+from camkit.torch_internals import disable_compiler, sleeping_modes, tree_leaves
 
 _HERE = local()
 
@@ -62,30 +60,111 @@ class Intercept(TorchFunctionMode):
             ``kernel`` (a fused kernel by name), ``reweighted`` (camkit's own operator) and
             ``linear``, each called with the function and its arguments. With ``fused``, the
             attention inside multi_head_attention_forward is passed to it, too.
+        module: whose forward is observed. Then code in it that asks whether a torch-function mode
+            is on goes the way it goes without one.
     """
 
-    def __init__(self, handler: Any) -> None:
+    def __init__(self, handler: Any, module: nn.Module | None = None) -> None:
         super().__init__()
         _exclude_from_compilation()
         self._handler = handler
+        self._module = module
+        self._asleep: AbstractContextManager[Any] | None = None
+        self._running: list[FunctionType] = []
+
+    def __enter__(self) -> "Intercept":
+        super().__enter__()
+        if self._module is not None and _asks_for_modes(self._module):
+            self._asleep = sleeping_modes()
+            if self._asleep is not None:
+                self._asleep.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._asleep is not None:
+            asleep, self._asleep = self._asleep, None
+            asleep.__exit__(None, None, None)
+        super().__exit__(*exception)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        kind = _known_functions().get(id(func))
+        private = func if kind is None and type(func) is FunctionType else None
+        if kind is None and (private is None or _is_torchs(private)):
+            return func(*args, **kwargs)
         suspended = getattr(_HERE, "suspended", None)
         if suspended is not None and isinstance(self._handler, suspended):
             return func(*args, **kwargs)
-        kind = _known_functions().get(id(func))
-        if kind is None and type(func) is FunctionType and func.__name__ in _REFERENCES:
-            kind = _proven_kind(func, args, kwargs)
-        if kind is None:
-            return func(*args, **kwargs)
-        if kind in _WRITTEN_OUT and hasattr(self._handler, "fused"):
-            with self:  # the original is one opaque call; this one shows the attention inside
-                return _WRITTEN_OUT[kind](*args, **kwargs)
-        handle = getattr(self._handler, kind, func)
+        if private is not None:
+            kind = _proven_kind(private, args, kwargs)
+            if kind is None:
+                return self._run_private(private, args, kwargs)
+        if kind == "multi_head" and hasattr(self._handler, "fused"):
+            with self._on():  # the original is one opaque call; this one shows the attention inside
+                return by_fast_path(self._module, args, kwargs) or multi_head_attention(
+                    *args, **kwargs
+                )
+        handle = getattr(self._handler, str(kind), func)
         return func(*args, **kwargs) if handle is func else handle(func, *args, **kwargs)
+
+    def _run_private(
+        self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a host's own function as its author wrote it, and see what it calls."""
+        asleep = None if func in self._running else sleeping_modes()
+        if asleep is None:  # it asks for modes late, and would end up here again and again
+            return func(*args, **kwargs)
+        self._running.append(func)
+        try:
+            with self._on(), asleep:
+                return func(*args, **kwargs)
+        finally:
+            self._running.pop()
+
+    @contextmanager
+    def _on(self) -> Iterator[None]:
+        """Switch the mode on again inside its own `__torch_function__`."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
+
+_ASKS: "WeakKeyDictionary[nn.Module, tuple[Any, bool]]" = WeakKeyDictionary()
+
+
+def _asks_for_modes(module: nn.Module) -> bool:
+    """Whether a module's forward, or a function it calls, has a guard for torch-function modes."""
+    forward: Any = module.forward
+    forward = getattr(forward, "__func__", forward)
+    known = _ASKS.get(module)
+    if known is None or known[0] is not forward:
+        known = _ASKS[module] = (forward, _has_guard(forward, module, set()))
+    return known[1]
+
+
+def _has_guard(function: Any, module: nn.Module, visited: set[Any]) -> bool:
+    if type(function) is not FunctionType or function in visited or _is_torchs(function):
+        return False
+    visited.add(function)
+    names = function.__code__.co_names
+    if any(name.startswith("has_torch_function") for name in names):
+        return True
+    called: list[Any] = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty one
+            called.append(cell.cell_contents)
+    for name in names:
+        called.append(function.__globals__.get(name))
+        called.append(vars(module).get(name, getattr(type(module), name, None)))
+    return any(_has_guard(callee, module, visited) for callee in called)
+
+
+def _is_torchs(function: FunctionType) -> bool:
+    return str(function.__globals__.get("__name__")).partition(".")[0] == "torch"
 
 
 @cache
@@ -94,7 +173,12 @@ def _exclude_from_compilation() -> None:
 
     Not at import: it loads the compiler, which takes a moment.
     """
-    untraced = torch.compiler.disable(Intercept.__torch_function__)
+    untraced = disable_compiler(
+        Intercept.__torch_function__,
+        "camkit watches or edits attention in Python and cannot see into a compiled kernel such as "
+        "flex_attention; switch the model to scaled_dot_product_attention (transformers: "
+        "camkit.capture.torch_kernels)",
+    )
     Intercept.__torch_function__ = untraced  # type: ignore[method-assign]
 
 
@@ -116,21 +200,9 @@ def _known_functions() -> dict[int, str]:
     return {id(f): kind for kind, group in functions.items() for f in group if f is not None}
 
 
-def _explicit_multi_head(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """Run multi_head_attention without its fused kernel, as copies that write the softmax out."""
-    given = signature(multi_head_attention).bind(*args, **kwargs).arguments
-    given |= given.pop("unknown", {}) | {"need_weights": True}
-    return multi_head_attention(**given)[0], None
-
-
-_WRITTEN_OUT: dict[str, Callable[..., Any]] = {
-    "multi_head": multi_head_attention,
-    "explicit_multi_head": _explicit_multi_head,
-}
-_REFERENCES: dict[str, dict[str, Callable[..., Any]]] = {
-    "multi_head_attention_forward": _WRITTEN_OUT,
-    "scaled_dot_product_attention": {"fused": F.scaled_dot_product_attention},
-    "softmax": {"softmax": torch.softmax},
+_REFERENCES: dict[str, tuple[str, Callable[..., Any]]] = {
+    "scaled_dot_product_attention": ("fused", F.scaled_dot_product_attention),
+    "softmax": ("softmax", torch.softmax),
 }
 _PROVEN: "WeakKeyDictionary[FunctionType, dict[tuple[Any, ...], str | None]]" = WeakKeyDictionary()
 
@@ -138,8 +210,12 @@ _PROVEN: "WeakKeyDictionary[FunctionType, dict[tuple[Any, ...], str | None]]" = 
 def _proven_kind(func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Name the function of torch that returns the same bits as a private function of a host.
 
-    It is compared once for each form of its arguments (types, devices, options).
+    It is compared once for each form of its arguments (types, devices, options). Only functions
+    that may compute nothing before they attend need it; of others what they call is seen.
     """
+    if func.__name__ not in _REFERENCES:
+        return None
+    kind, reference = _REFERENCES[func.__name__]
     values = [*args, *(kwargs[name] for name in sorted(kwargs))]
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
@@ -157,22 +233,14 @@ def _proven_kind(func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, An
     with taps_suspended(all_handlers=True):
         with measurement(device):
             expected = tree_leaves(func(*args, **kwargs))
-        for kind, reference in _REFERENCES[func.__name__].items():
-            try:
-                with measurement(device):
-                    outputs = tree_leaves(reference(*args, **kwargs))
-            except (RuntimeError, TypeError, ValueError, UnsupportedModelError):
-                continue  # the private function takes other arguments
-            if len(outputs) == len(expected) and all(map(_same_bits, outputs, expected)):
-                proven[form] = kind
-                break
+        try:
+            with measurement(device):
+                outputs = tree_leaves(reference(*args, **kwargs))
+        except (RuntimeError, TypeError, ValueError):
+            return None  # the private function takes other arguments
+    if len(outputs) == len(expected) and all(map(same_bits, outputs, expected)):
+        proven[form] = kind
     return proven[form]
-
-
-def _same_bits(mine: Any, theirs: Any) -> bool:
-    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-        return mine.dtype == theirs.dtype and torch.equal(mine, theirs)
-    return mine is None and theirs is None
 
 
 class Tap:
@@ -215,6 +283,9 @@ class Tap:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        graph = THREAD.graph
+        if attn_mask is not None and graph is not None and graph.caller_has_none:
+            attn_mask = _without_own_graph(attn_mask)
         call = (query, key, value, attn_mask)
         options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
         options |= {"is_causal": is_causal, "enable_gqa": enable_gqa}
@@ -314,6 +385,23 @@ class Tap:
         return tensor[None] if len(tensor) == 1 else tensor.unflatten(0, (-1, self._heads))
 
 
+def _without_own_graph(mask: Tensor) -> Tensor:
+    """Detach a mask that is made of parameters alone: for one with a graph torch takes other ways.
+
+    The graph is camkit's, so nobody asks for gradients of weights.
+    """
+    nodes, visited = [mask.grad_fn], 0
+    while nodes:
+        node, visited = nodes.pop(), visited + 1
+        if node is None:
+            continue
+        variable = getattr(node, "variable", None)
+        if visited > 100 or not (variable is None or isinstance(variable, nn.Parameter)):
+            return mask
+        nodes += [following for following, _ in node.next_functions]
+    return mask.detach()
+
+
 def _described(
     q: Tensor, k: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> FusedAttention:
@@ -364,7 +452,8 @@ class EvenRows:
     """
 
     def linear(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        plain = len(args) in (2, 3) and not kwargs and isinstance(args[0], Tensor)
+        kinds = set(map(type, args[:2]))  # quantised and distributed weights multiply in their way
+        plain = len(args) in (2, 3) and not kwargs and kinds <= {Tensor, torch.nn.Parameter}
         if not plain or args[0].dim() != 3 or not args[0].requires_grad:
             return func(*args, **kwargs)
         bias = args[2] if len(args) == 3 else None

@@ -1,8 +1,11 @@
-"""torch's ``multi_head_attention_forward`` written out, so that its inner attention can be seen.
+"""torch's multi-head attention written out, so that the attention inside can be seen.
 
-To a torch-function mode the original is one opaque call, and calling it again from inside the mode
-would recurse. This follows its documented behaviour step by step with the same torch functions, and
-is tested to return the same bits.
+To a torch-function mode ``multi_head_attention_forward`` is one opaque call, and calling it again
+from inside the mode would recurse. `multi_head_attention` follows its documented behaviour step by
+step with the same torch functions, and is tested to return the same bits.
+
+`torch.nn.MultiheadAttention` has a second way, its fast path, that rounds otherwise. It takes it
+in evaluation without gradients, unless a mode is on. `fast_multi_head_attention` follows that one.
 """
 
 import math
@@ -10,9 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from camkit.capture.modes import THREAD, measurement
 from camkit.errors import UnsupportedModelError
+from camkit.torch_internals import function_modes_disabled
+
+_FUSED: dict[tuple[Any, ...], bool | None] = {}  # the form of the fast path; None if not taken
 
 
 def multi_head_attention(  # noqa: PLR0913 - the signature is torch's
@@ -94,6 +101,128 @@ def multi_head_attention(  # noqa: PLR0913 - the signature is torch's
         output = output.squeeze(1)
         weights = None if weights is None else weights.squeeze(0)
     return output, weights
+
+
+def by_fast_path(
+    module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Attend as the module would without torch-function modes, if that is its fast path.
+
+    Whether it is, is measured once for each form of a call, by the bits of the output.
+
+    Args:
+        module: whose forward is under way, or that holds the module.
+        args: positional arguments of multi_head_attention_forward.
+        kwargs: its arguments by name.
+
+    Returns:
+        Output ``(t, b, d)`` and weights as multi_head_attention_forward; None if the module does
+        not take its fast path.
+    """
+    if module is None or len(args) < 7 or args[6] is None:
+        return None
+    query, masks = args[0], (kwargs.get("attn_mask"), kwargs.get("key_padding_mask"))
+    if any(x is not query for x in args[1:3]) or query.dim() != 3 or masks != (None, None):
+        return None
+    owners = (m for m in module.modules() if isinstance(m, nn.MultiheadAttention))
+    owner = next((m for m in owners if m.in_proj_weight is args[5]), None)
+    if owner is None or not owner.batch_first or owner.training or _graph_is_host_s(owner, query):
+        return None
+    weights = {name: bool(kwargs.get(name, True)) for name in _WEIGHTS}
+    tokens, device = query.transpose(0, 1), query.device
+    kinds = (query.dtype, owner.in_proj_weight.dtype, device, tokens.is_contiguous())
+    settings = (torch.is_autocast_enabled(device.type), torch.is_autocast_enabled())
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    sizes = (owner.num_heads, query.shape[-1])
+    form = (type(owner).forward, enabled, *sizes, *weights.values(), *kinds, *settings)
+    if form not in _FUSED:
+        _FUSED[form] = _measure_form(owner, tokens.detach(), weights)
+    fused = _FUSED[form]
+    if fused is None:
+        return None
+    output, maps = fast_multi_head_attention(tokens, owner, fused=fused, **weights)
+    return output.transpose(0, 1), maps
+
+
+_WEIGHTS = ("need_weights", "average_attn_weights")
+
+
+def _graph_is_host_s(module: nn.MultiheadAttention, query: Tensor) -> bool:
+    """Whether the module would build a graph if camkit did not."""
+    if not torch.is_grad_enabled():
+        return False
+    graph, trains = THREAD.graph, any(p.requires_grad for p in module.parameters())
+    if graph is None:
+        return trains or query.requires_grad
+    return trains and not graph.caller_has_none
+
+
+def _measure_form(
+    module: nn.MultiheadAttention, tokens: Tensor, weights: dict[str, bool]
+) -> bool | None:
+    with function_modes_disabled(), measurement(tokens.device), torch.no_grad():
+        given: dict[str, Any] = dict(weights)
+        expected = module.forward(tokens, tokens, tokens, **given)
+        for fused in (False, True):
+            if fused and weights["need_weights"]:
+                continue
+            found = fast_multi_head_attention(tokens, module, fused=fused, **weights)
+            if all(map(same_bits, found, expected)):
+                return fused
+    return None
+
+
+def same_bits(mine: Any, theirs: Any) -> bool:
+    """Whether two tensors are equal in type and bits, or both are None."""
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        return mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    return mine is None and theirs is None
+
+
+def fast_multi_head_attention(
+    tokens: Tensor,
+    module: nn.MultiheadAttention,
+    *,
+    fused: bool,
+    need_weights: bool,
+    average_attn_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend from tokens to themselves as torch's fast path does.
+
+    Args:
+        tokens: ``(b, t, d)``.
+        module: with joined projections, and biases.
+        fused: as on CUDA, where scaled_dot_product_attention is called; else softmax is.
+        need_weights: return the map, too; not if fused.
+        average_attn_weights: over heads.
+    """
+    heads, joined, bias = module.num_heads, module.in_proj_weight, module.in_proj_bias
+    images, length, dim = tokens.shape
+    if fused:
+        q, k, v = (
+            x.view(images, length, heads, -1).transpose(1, 2)
+            for x in F.linear(tokens, joined, bias).chunk(3, dim=-1)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        attended = attended.reshape(images, length, dim)
+        return F.linear(attended, module.out_proj.weight, module.out_proj.bias), None
+    if tokens.is_contiguous():
+        projected = F.linear(tokens, joined)
+    else:  # as torch's matmul, whose rounding of short sequences differs
+        projected = torch.bmm(tokens, joined.mT.expand(images, -1, -1))
+    kind = projected.dtype
+    exact = torch.promote_types(kind, torch.float32)  # half precision is rounded only once
+    projected = projected.to(exact) + bias.to(kind).to(exact)
+    q, k, v = projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    q = q * (1 / (dim // heads) ** 0.5)
+    q, k, v = (x.to(kind).flatten(0, 1) for x in (q, k, v))
+    weights = torch.softmax(torch.bmm(q, k.mT).unflatten(0, (images, heads)), dim=-1)
+    attended = torch.bmm(weights.flatten(0, 1), v).unflatten(0, (images, heads)).transpose(1, 2)
+    attended = attended.reshape(images * length, dim)
+    output = F.linear(attended, module.out_proj.weight, module.out_proj.bias)
+    if need_weights and average_attn_weights:
+        weights = weights.sum(1) / heads
+    return output.view(images, length, dim), weights if need_weights else None
 
 
 def _project(

@@ -13,14 +13,21 @@ from camkit.capture.outputs import replace_tensors
 
 
 class _Thread(local):
+    """What is going on in a thread.
+
+    Attributes:
+        measuring: it is inside `measurement`, so camkit's hooks do nothing.
+        graph: of the forward under way, if camkit began it.
+    """
+
     measuring = False
+    graph: "Graph | None" = None
 
     def __init__(self) -> None:
         self.graphs: list[Graph] = []  # of the forwards that run, each watch has its own
 
 
 THREAD = _Thread()
-"""Whether this thread is inside `measurement`, so that camkit's hooks do nothing."""
 
 
 @contextmanager
@@ -70,15 +77,22 @@ class Graph:
         if tensor.requires_grad:
             return tensor
         torch.set_grad_enabled(True)  # until the model returns
+        THREAD.graph = self
         start = tensor.clone() if tensor.is_inference() else tensor.detach()
         self._starts.append(start.requires_grad_())
         return start
+
+    @property
+    def caller_has_none(self) -> bool:
+        """Whether the caller runs the forward without gradients."""
+        return self._before is False
 
     def pause(self) -> bool:
         """Stop the graph if the caller's mode has none, and return whether it was stopped."""
         if self._before is not False:
             return False
         torch.set_grad_enabled(False)
+        THREAD.graph = None
         return True
 
     def leave(self, output: Any = None) -> Any:
@@ -90,6 +104,7 @@ class Graph:
         """
         if self._before is None:
             return output
+        THREAD.graph = None
         before, was_on = self._before, self._was_on or torch.is_grad_enabled()
         torch.set_grad_enabled(before)
         self._before = None
@@ -119,6 +134,7 @@ class Graph:
 
     def abandon(self, mode: bool) -> None:
         """Set the gradient mode to ``mode`` after an interrupted forward."""
+        THREAD.graph = None
         self.forget()
         if self._before is not None:
             torch.set_grad_enabled(mode)

@@ -1,6 +1,6 @@
 """Capture: what a watch recorded of one forward, as values; and what a watch must record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from camkit.capture.anatomy import Anatomy
-from camkit.capture.attention import Attention
+from camkit.capture.anatomy import Anatomy, check_one_for_each_class
+from camkit.capture.attention import Attention, ExplicitAttention
 from camkit.capture.tail import TailCall, patch_scores
-from camkit.errors import CaptureError
+from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import check_rgb
 from camkit.tensors import RGB, Scores
@@ -233,6 +233,7 @@ class Capture:
         why_no_scores: why ``outputs`` is None, if more is known than that the model returned none.
         rgb: the pictures in [0, 1], for refiners that read colours.
         vocabulary: names the classes, and may join several classifier outputs into one class.
+        custom: how many of the last outputs are scores of the user's own, which are of no class.
     """
 
     blocks: tuple[Attention, ...]
@@ -251,6 +252,7 @@ class Capture:
     why_no_scores: str = ""
     rgb: RGB | None = None
     vocabulary: Vocabulary | None = None
+    custom: int = 0
 
     @classmethod
     def of_picture(cls, rgb: RGB) -> "Capture":
@@ -269,6 +271,50 @@ class Capture:
         if not (low >= 0.0 and high <= 1.0):  # NaN fails both
             raise ValueError(f"`rgb` must lie in [0, 1], got {low:g} to {high:g}; divide by 255")
         return cls(_NoBlocks(), (), Anatomy(), Grid(rgb.shape[2], rgb.shape[3]), rgb=rgb)
+
+    @classmethod
+    def of_attention(
+        cls,
+        maps: Sequence[Tensor],
+        grid: tuple[int, int],
+        *,
+        class_tokens: Sequence[int] = (0,),
+        rgb: RGB | None = None,
+    ) -> "Capture":
+        """Return a capture of attention maps that you have, for what reads attention alone.
+
+        For models whose attention a watch cannot read, but which return it, such as ExCEL's image
+        tower. `camkit.Propagate`, `camkit.refiners.RandomWalk` and
+        `camkit.seeds.ClassAttentionSeed` read such a capture.
+
+        Args:
+            maps: of each block, ``(b, t, t)``, or ``(b, a, t, t)`` with heads. Rows need not sum to
+                one.
+            grid: rows and columns of patches.
+            class_tokens: positions of the tokens that are no patches.
+            rgb: the pictures in [0, 1], for refiners that read colours as well.
+
+        Raises:
+            ValueError: the maps do not belong together, or to patches of this grid.
+        """
+        places = Grid(*grid)
+        tokens = places.size + len(class_tokens)
+        if not maps:
+            raise ValueError("`maps` must hold the map of at least one block, got none")
+        for place, each in enumerate(maps):
+            fits = each.dim() in (3, 4) and each.shape[-2:] == (tokens, tokens)
+            if not fits or len(each) != len(maps[0]) or not each.is_floating_point():
+                raise ValueError(
+                    f"`maps` must hold maps of {len(maps[0])} images between {tokens} tokens "
+                    f"({places.size} patches and {len(class_tokens)} others, see `class_tokens`), "
+                    f"of shape (b, t, t) or (b, a, t, t), got {each.dtype} of shape "
+                    f"{tuple(each.shape)} in place {place}"
+                )
+        wide = (each.detach() if each.dim() == 4 else each.detach()[:, None] for each in maps)
+        blocks = tuple(ExplicitAttention(each) for each in wide)
+        names = tuple(f"maps[{place}]" for place in range(len(maps)))
+        anatomy = Anatomy(tuple(class_tokens), stated=True)
+        return cls(blocks, names, anatomy, places, rgb=rgb)
 
     @property
     def images(self) -> int:
@@ -351,19 +397,30 @@ class Capture:
     def class_token_shares(self, column: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
         """Return the weight of each class token for one class per image; weights sum to one.
 
-        If every class has a token of its own (MCTformer), the weight is on that token, or spread
-        over those of its vocabulary members; otherwise it is spread over all class tokens.
+        A single class token serves every class. If every class has a token of its own (MCTformer),
+        the weight is on that token, or spread over those of its vocabulary members.
 
         Args:
             column: one class per image; the weights of -1 are arbitrary.
+
+        Raises:
+            UnsupportedModelError: it is not known which token belongs to which class.
         """
-        calls = self.class_calls()
-        count = len(calls[0].queries)
-        owned = count > 1 and (self.outputs is None or count == self.outputs.shape[-1])
-        if not owned:
-            return torch.full((len(column), count), 1.0 / count, device=column.device)
+        count = len(self.class_calls()[0].queries)
+        if count == 1:
+            return torch.ones(len(column), 1, device=column.device)
+        classes = None if self.outputs is None else self.outputs.shape[-1] - self.custom
+        check_one_for_each_class(self.anatomy, classes)
+        if classes is not None and count != classes:
+            raise UnsupportedModelError(
+                f"`class_tokens` names {count} tokens, but the model has {classes} classes; name "
+                "one token for each class, in their order"
+            )
         members = None if self.vocabulary is None else self.vocabulary.members
         own = torch.eye(count, device=column.device)
+        if self.custom:  # a score of several classes
+            even = torch.full((self.custom, count), 1.0 / count, device=column.device)
+            own = torch.cat([own, even])
         if members is not None:
             own = torch.stack([own[list(group)].mean(0) for group in members])
         return own[column.clamp_min(0)]

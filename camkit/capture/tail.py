@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from camkit.capture.parameters import applied, is_linear, is_one_layer
 from camkit.errors import UnsupportedModelError
 
 
@@ -74,8 +74,47 @@ def patch_scores(
             scored = _scored_by_pool(head, pools, list(patches), norms)
             if scored is None:
                 scored = _scored(head, spreads, list(special), list(patches), norms)
+            if scored is None:
+                raise UnsupportedModelError(
+                    "the classifier's input is neither a special token nor the mean or maximum of "
+                    "the tokens; use GradientSeed or RelevanceSeed"
+                )
             scores.append(scored)
         return torch.stack(scores).mean(0)
+
+
+def inner_patch_scores(
+    tail: Sequence[TailCall],
+    tokens: Float[Tensor, "b t d"],
+    special: Sequence[int],
+    patches: Sequence[int],
+) -> Float[Tensor, "b n o"]:
+    """Score every patch that leaves an inner block by the classifier that reads this block.
+
+    The classifier is a linear layer or 1x1 convolution whose recorded input is a special token, or
+    the mean or maximum, of these very tokens. A host calls it behind its last block, as ToCo does.
+
+    Args:
+        tail: module calls after the last block.
+        tokens: all tokens that leave the block.
+        special: positions of the class and distillation tokens.
+        patches: positions of the patches.
+
+    Raises:
+        UnsupportedModelError: no such classifier ran.
+    """
+    pooled = len(tokens), tokens.shape[-1]
+    heads = [c for c in tail if is_classifier(c.module) and c.input.flatten(1).shape == pooled]
+    with torch.no_grad():
+        for head in heads:
+            scored = _scored(head, [tokens], list(special), list(patches), [])
+            if scored is not None:
+                return scored
+    raise UnsupportedModelError(
+        "no classifier that reads the tokens of this block ran behind the last block: expected a "
+        "linear layer or 1x1 convolution of a special token, or of the mean or maximum of the "
+        "tokens; use camkit.contrib.LogitLensSeed, which takes the classifier of the last block"
+    )
 
 
 def classifiers(tail: Sequence[TailCall], outputs: Tensor) -> list[TailCall]:
@@ -108,7 +147,7 @@ def is_classifier(module: nn.Module) -> bool:
     """Whether a module may score single tokens: a linear layer or a 1x1 convolution."""
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1
-    return isinstance(module, nn.Linear)
+    return is_linear(module)
 
 
 def _scored_by_pool(
@@ -122,13 +161,8 @@ def _scored_by_pool(
                 pooled: Tensor = call.module.forward(own.flatten(0, 1)[:, None])
                 if pooled.shape[1:] == call.output.shape[1:]:  # it pools any number of tokens
                     tokens = _normed(norm, pooled).unflatten(0, own.shape[:2])
-                    return _classified(head.module, tokens)
+                    return applied(head.module, tokens)
     return None
-
-
-def _classified(classifier: Any, tokens: Tensor) -> Tensor:
-    weight = classifier.weight.flatten(1)  # a 1x1 convolution is linear in each place
-    return F.linear(tokens, weight, classifier.bias)
 
 
 def _scored(
@@ -137,27 +171,24 @@ def _scored(
     special: list[int],
     patches: list[int],
     norms: Sequence[nn.Module],
-) -> Tensor:
-    """Score single patches, once a way of pooling gives the classifier's input."""
+) -> Tensor | None:
+    """Score single patches if a way of pooling gives the classifier's input."""
     entered = head.input.flatten(1)
     for tokens in reversed(spreads):
         own = tokens[:, patches]
         pooled = [own.mean(1), own.amax(1), tokens.mean(1), *(tokens[:, p] for p in special)]
         for norm in (None, *norms):
             if any(_same(_normed(norm, candidate), entered) for candidate in pooled):
-                return _classified(head.module, _normed(norm, own))
+                return applied(head.module, _normed(norm, own))
         beside = [torch.cat([tokens[:, p], own.mean(1)], -1) for p in special]  # DINOv2's, linear
         if any(_same(candidate, entered) for candidate in beside):
-            return _classified(head.module, torch.cat([own, own], -1))
-    raise UnsupportedModelError(
-        "the classifier's input is neither a special token nor the mean or maximum of the tokens; "
-        "use GradientSeed or RelevanceSeed"
-    )
+            return applied(head.module, torch.cat([own, own], -1))
+    return None
 
 
 def _same(tokens: Tensor, expected: Tensor) -> bool:
     same_shape = tokens.shape == expected.shape
-    return same_shape and torch.allclose(tokens, expected, rtol=1e-3, atol=1e-3)
+    return same_shape and torch.allclose(tokens.to(expected), expected, rtol=1e-3, atol=1e-3)
 
 
 def _normed(norm: nn.Module | None, tokens: Tensor) -> Tensor:
@@ -187,8 +218,7 @@ def token_scores(
     passed = {head.module for head in heads}
     for call in tail:
         keeps_shape = call.input.shape == call.output.shape and call.input.dim() in (2, 3)
-        leaf = next(call.module.children(), None) is None
-        if leaf and keeps_shape and call.module not in passed:
+        if is_one_layer(call.module) and keeps_shape and call.module not in passed:
             token = call.module.forward(token)  # without its hooks, which belong to the user
         passed.add(call.module)
-    return torch.stack([_classified(head.module, token) for head in heads]).mean(0)
+    return torch.stack([applied(head.module, token) for head in heads]).mean(0)

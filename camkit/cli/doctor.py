@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -39,10 +40,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
+        "--class-tokens",
+        type=positions,
+        metavar="POSITIONS",
+        help="positions of the class tokens, such as 0 or 1-20, if camkit cannot tell them",
+    )
+    parser.add_argument(
+        "--other-tokens",
+        type=positions,
+        metavar="POSITIONS",
+        help="positions of further tokens that are no patches, of the background, say",
+    )
+    parser.add_argument(
         "--size",
         type=int,
         help="side of the square test image in pixels (default: the model's own)",
     )
+
+
+def positions(text: str) -> list[int]:
+    """Read positions such as ``0,5-8``.
+
+    >>> positions("0,5-8")
+    [0, 5, 6, 7, 8]
+    """
+    places: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"expected positions such as 0,5-8, got {text!r}")
+        first, last = int(found[1]), int(found[2] or found[1])
+        places += range(first, last + 1)
+    return places
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -57,10 +86,11 @@ def execute(options: argparse.Namespace) -> int:
     channels = next((c.in_channels for c in find_patch_embeddings(model).values()), 3)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(1, channels, side, side, generator=generator)
-    diagnosis = diagnose(model.eval(), images, call=call)
+    roles = {"class_tokens": options.class_tokens, "other_tokens": options.other_tokens}
+    diagnosis = diagnose(model.eval(), images, call=call, **roles)
     rows = {"name": f"{options.model}, tried with one image of {side}x{side}", **diagnosis.rows}
     if diagnosis.refusal is None:
-        pipeline = wrap(model, call=call)
+        pipeline = wrap(model, call=call, **roles)
         rgb = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
         method = pipeline.decide(images * 2 - 1, rgb)
         default = repr(method.seed)

@@ -24,7 +24,7 @@ class TwoSidedAlignment(HybridAlignment):
     def cues(self, tokens: Tokens, site: BlockContext) -> Interaction:
         """Return K G K', or G without colours, between classes and patches."""
         one_sided = super().cues(tokens, site)
-        if self.colour_width is None:
+        if self.colour_width is None or not site.picture.shows_colours(type(self).__name__):
             return one_sided
         width, classes = self.colour_width, list(site.anatomy.class_tokens)
         patches = site.anatomy.patches(tokens.shape[1])
@@ -57,7 +57,7 @@ class DescriptorAlignment(HybridAlignment):
 
     def cues(self, tokens: Tokens, site: BlockContext) -> Interaction:
         """Return the similarity of gathered colours, or G without colours."""
-        if self.colour_width is None:
+        if self.colour_width is None or not site.picture.shows_colours(type(self).__name__):
             return super().cues(tokens, site)
         width, classes = self.colour_width, list(site.anatomy.class_tokens)
         patches = site.anatomy.patches(tokens.shape[1])

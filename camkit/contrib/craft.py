@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from camkit.capture.record import Capture, WatchSpec
-from camkit.contrib.layers import leaving_patches, lens_scores
-from camkit.seeds.protocol import check_classes, fold_maps, pick
+from camkit.contrib.layers import lens_scores
+from camkit.seeds.protocol import check_classes, fold_maps, leaving_tokens, pick
 from camkit.tensors import Cam, Classes
 
 Data: TypeAlias = Float[Tensor, "b n d"]
@@ -147,7 +147,7 @@ class CRAFTSeed:
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         scores = capture.scores
         check_classes(classes, len(scores), scores.shape[-1])
-        patches = leaving_patches(capture, self.layer, self).float()
+        patches = leaving_tokens(capture, self.layer, self)[:, capture.patches].float()
         if self.concepts is None:
             amounts, directions = semi_nmf(patches, self.rank)
         else:

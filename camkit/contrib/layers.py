@@ -9,8 +9,15 @@ from torch import Tensor
 
 from camkit.capture.record import Capture, WatchSpec, required_by
 from camkit.capture.tail import token_scores
-from camkit.errors import CaptureError
-from camkit.seeds.protocol import Seed, above_mean, check_classes, fold_maps, pick, scaled_to_max
+from camkit.seeds.protocol import (
+    Seed,
+    above_mean,
+    check_classes,
+    fold_maps,
+    leaving_tokens,
+    pick,
+    scaled_to_max,
+)
 from camkit.tensors import Cam, Classes
 
 
@@ -34,29 +41,9 @@ class LogitLensSeed:
     requires: ClassVar[WatchSpec] = WatchSpec(leaving=True)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        scores = lens_scores(capture, leaving_patches(capture, self.layer, self))
+        scores = lens_scores(capture, leaving_tokens(capture, self.layer, self)[:, capture.patches])
         check_classes(classes, len(scores), scores.shape[-1])
         return fold_maps(capture, above_mean(pick(scores, classes)), classes)
-
-
-def leaving_patches(capture: Capture, layer: int, seed: object) -> Float[Tensor, "b n d"]:
-    """Return the patch tokens that leave a block.
-
-    Raises:
-        CaptureError: they were not recorded.
-        ValueError: there is no such block.
-    """
-    if not capture.leaving:
-        raise CaptureError(
-            f"this capture does not hold the tokens that leave each block, which "
-            f"{type(seed).__name__} reads; watch the forward with "
-            "camkit.watch(model, requires=seed.requires). If you did, the model has no module that "
-            "holds a block with its attention; use another seed"
-        )
-    count = len(capture.leaving)
-    if not -count <= layer < count:
-        raise ValueError(f"`layer` must lie in {-count} to {count - 1}, got {layer}")
-    return capture.leaving[layer].tokens.detach()[:, capture.patches]
 
 
 def lens_scores(capture: Capture, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n C"]:

@@ -73,7 +73,7 @@ class HybridAlignment:
 
     def _with_colours(self, interaction: Interaction, site: BlockContext) -> Interaction:
         columns = interaction.patch_to_class
-        if self.colour_width is None:
+        if self.colour_width is None or not site.picture.shows_colours(type(self).__name__):
             return interaction
         colours = site.picture.colours(columns.shape[1]).to(columns.device)
         smooth = colour_smooth(colours, columns, width=self.colour_width)

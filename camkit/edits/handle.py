@@ -1,22 +1,27 @@
 """attach(model, edit): an edit that stays on a model until it is removed."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
+from weakref import ref
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from camkit.capture.anatomy import Anatomy, image_batch
+from camkit.capture.anatomy import Anatomy, check_one_for_each_class
 from camkit.capture.attention import Attention
 from camkit.capture.host import Host, block_modules, how_to_reveal, is_whole_block
 from camkit.capture.intercept import taps_suspended
+from camkit.capture.order import sequence_first
+from camkit.capture.scores import candidates
 from camkit.capture.session import (
     Arguments,
     AttentionCall,
-    ForwardContext,
+    Forward,
+    ForwardPass,
     ForwardSession,
     Hooks,
     Named,
@@ -25,24 +30,33 @@ from camkit.capture.session import (
 from camkit.edits.protocol import BlockContext, Edit, KeyEdit, Picture, StreamEdit
 from camkit.edits.stream import BlockStream
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.grid import Grid
 from camkit.ops.images import Normalisation
 from camkit.tensors import RGB, Labels
 from camkit.torch_internals import is_compiled
 
+GivenLabels: TypeAlias = Bool[Tensor, "_ _"]
+GivenRGB: TypeAlias = Float[Tensor, "_ 3 _ _"]
 
-def attach(
+
+def attach(  # noqa: PLR0913 - as `watch`
     model: nn.Module,
     edit: Edit | KeyEdit,
     *,
     blocks: int | Sequence[int] | None = None,
     modules: Iterable[str] | None = None,
     class_tokens: Sequence[int] | None = None,
+    other_tokens: Sequence[int] | None = None,
+    grid: Grid | tuple[int, int] | None = None,
+    scores: Callable[[Any], Tensor] | None = None,
     normalisation: Normalisation | None = None,
 ) -> "Handle":
     """Let ``edit`` change the chosen attention blocks in every forward from now on.
 
     The edit stays on until its handle removes it, as torch's own hooks do; copies and pickles of
-    the model are without it.
+    the model are without it. A forward may run several passes through the blocks, over crops or
+    flips or through a teacher: the edit acts in each, with the tokens, grid and colours of its own
+    images.
 
     Args:
         model: any Vision Transformer; its own code, kernels and weights stay as they are. Attach
@@ -52,7 +66,11 @@ def attach(
         blocks: which attention modules, in the order the model holds them and without pooling
             heads: None all, n the last n, or indices, negative from the end.
         modules: names of the attention modules, if camkit does not find them by their form.
-        class_tokens: positions of the class tokens, if camkit does not find them by their names.
+        class_tokens: as in `camkit.watch`.
+        other_tokens: as in `camkit.watch`.
+        grid: as in `camkit.watch`; of every pass.
+        scores: as in `camkit.watch`; tells how many classes there are, so that a host with several
+            class tokens is refused if these are not one for each class.
         normalisation: mean and standard deviation of the pixels, three numbers each, for edits that
             read colours; None reads them off the values (`camkit.ops.images.to_rgb`).
 
@@ -69,8 +87,10 @@ def attach(
             "the model is compiled already, and compiled code runs past new hooks; attach the edit "
             "first and compile afterwards"
         )
-    host = Host.of(model, modules=modules, class_tokens=class_tokens)
-    return Handle(Editor(host, edit, blocks, normalisation), host)
+    host = Host.of(
+        model, modules=modules, class_tokens=class_tokens, other_tokens=other_tokens, grid=grid
+    )
+    return Handle(Editor(host, edit, blocks, normalisation, scores), host)
 
 
 class Handle:
@@ -95,12 +115,17 @@ class Handle:
         return f"Handle({self._editor.edit!r} in {len(self.settings['blocks'])} blocks{state})"
 
     @contextmanager
-    def batch(self, *, labels: Labels | None = None, rgb: RGB | None = None) -> Iterator[None]:
+    def batch(
+        self,
+        *,
+        labels: Labels | Sequence[GivenLabels | None] | None = None,
+        rgb: RGB | Sequence[GivenRGB | None] | None = None,
+    ) -> Iterator[None]:
         """Set ``labels`` and ``rgb`` for forwards inside the ``with`` block, then restore them.
 
         Args:
-            labels: classes present in each image, ``(b, C)``.
-            rgb: the pictures in [0, 1].
+            labels: classes present in each image, ``(b, C)``; a list holds those of each pass.
+            rgb: the pictures in [0, 1]; a list holds those of each pass.
         """
         before = self.labels, self.rgb
         self.labels, self.rgb = labels, rgb
@@ -119,21 +144,29 @@ class Handle:
         self._editor.enabled = enabled
 
     @property
-    def labels(self) -> Labels | None:
-        """Classes present in the images of the next forwards, ``(b, C)``; None if unknown."""
+    def labels(self) -> Labels | Sequence[GivenLabels | None] | None:
+        """Classes present in the images of the next forwards, ``(b, C)``; None if unknown.
+
+        A pass over another number of images (crops) has none, unless this is a list with one entry
+        for each pass of the forward.
+        """
         return self._editor.labels
 
     @labels.setter
-    def labels(self, labels: Labels | None) -> None:
+    def labels(self, labels: Labels | Sequence[GivenLabels | None] | None) -> None:
         self._editor.labels = labels
 
     @property
-    def rgb(self) -> RGB | None:
-        """Pictures of the next forwards in [0, 1]; None converts the pixels back to colours."""
+    def rgb(self) -> RGB | Sequence[GivenRGB | None] | None:
+        """Pictures of the next forwards in [0, 1]; None converts the pixels back to colours.
+
+        A pass over crops or flips of them takes its colours from its own pixels, unless this is a
+        list with one entry for each pass of the forward.
+        """
         return self._editor.rgb
 
     @rgb.setter
-    def rgb(self, rgb: RGB | None) -> None:
+    def rgb(self, rgb: RGB | Sequence[GivenRGB | None] | None) -> None:
         self._editor.rgb = rgb
 
     def remove(self) -> None:
@@ -149,8 +182,8 @@ class Handle:
 
 
 @dataclass(eq=False)
-class EditedForward(ForwardContext):
-    """The state of one edited forward.
+class EditedPass(ForwardPass):
+    """The state of one edited pass.
 
     Attributes:
         picture: its images.
@@ -170,7 +203,7 @@ _DOUBT = (
 )
 
 
-class Editor(Subscriber[EditedForward]):
+class Editor(Subscriber[EditedPass]):
     """Lets an edit change the keys or outputs of attention.
 
     Attributes:
@@ -179,7 +212,7 @@ class Editor(Subscriber[EditedForward]):
         labels: classes present in the images of the next forwards.
     """
 
-    context_type = EditedForward
+    pass_type = EditedPass
 
     def __init__(
         self,
@@ -187,6 +220,7 @@ class Editor(Subscriber[EditedForward]):
         edit: Edit | KeyEdit,
         blocks: int | Sequence[int] | None,
         normalisation: Normalisation | None,
+        scores: Callable[[Any], Tensor] | None = None,
     ) -> None:
         held = host.blocks()
         names = list(held)
@@ -198,16 +232,18 @@ class Editor(Subscriber[EditedForward]):
                 "cannot be edited; an edit of keys can"
             )
         self.edit = edit
-        self.rgb: RGB | None = None
-        self.labels: Labels | None = None
+        self.rgb: RGB | Sequence[GivenRGB | None] | None = None
+        self.labels: Labels | Sequence[GivenLabels | None] | None = None
         self.attention_modules = {name: held[name] for name in chosen}
         self.weighs_keys = isinstance(edit, KeyEdit)
         self.normaliser = not self.weighs_keys  # edits of outputs read columns
         self._host = host
         self._normalisation = normalisation
+        self._scores = scores
         self._all_must_run = blocks is not None
-        self._index = {name: index for index, name in enumerate(names)}
-        self._latest: EditedForward | None = None
+        self._places = host.places()
+        self._latest: Forward[EditedPass] | None = None
+        self._unfinished: set[str] = set()
         self._forwards_since_backward = 0
 
         carries = isinstance(edit, StreamEdit)
@@ -217,7 +253,7 @@ class Editor(Subscriber[EditedForward]):
             around = {name: block for name, block in around.items() if name in chosen}
         self._streams = {n: BlockStream(held[n], block) for n, block in around.items()}
         self.blocks = around if carries else {}
-        places = [self._index[name] for name in chosen]
+        places = [names.index(name) for name in chosen]
         if carries and places != list(range(places[0], places[-1] + 1)):
             raise ValueError(
                 f"`blocks` must follow each other for {type(edit).__name__}, got {places}"
@@ -238,67 +274,95 @@ class Editor(Subscriber[EditedForward]):
         for stream in self._streams.values():
             stream.forget()
 
-    def forward_begins(self, context: EditedForward) -> None:
+    def forward_begins(self, forward: Forward[EditedPass]) -> None:
         for name, given in (("rgb", self.rgb), ("labels", self.labels)):
-            if given is not None and len(given) != context.images:
+            if isinstance(given, Tensor) and len(given) != forward.count:
                 raise ValueError(
-                    f"`handle.{name}` must have one row for each of the {context.images} images, "
+                    f"`handle.{name}` must have one row for each of the {forward.count} images, "
                     f"got {len(given)}; set it before every forward, or to None"
                 )
-        images = image_batch(context.args, context.kwargs)
-        pixels = None if images is None else images.detach()
-        context.picture = Picture(pixels, self.rgb, self._normalisation)
-        context.labels = self.labels
+        self._unfinished = set()
         if torch.is_grad_enabled():
             first = self._latest is None
             self._forwards_since_backward = 1 if first else self._forwards_since_backward + 1
-            self._latest = context
+            self._latest = forward
 
-    def context_outside(self) -> EditedForward:
-        """Return the forward that a block outside any forward belongs to.
+    def pass_begins(self, context: EditedPass) -> None:
+        pixels = None if context.pixels is None else context.pixels.detach()
+        images = context.forward.images
+        whole = None if images is None else images.detach()
+        rgb, labels = (_given(value, context.place) for value in (self.rgb, self.labels))
+        own_rgb = isinstance(self.rgb, Sequence) and rgb is not None
+        context.picture = Picture(
+            pixels,
+            rgb,
+            self._normalisation,
+            whole=None if own_rgb else whole,
+            further=context.place > 0,
+        )
+        if labels is None or len(labels) == context.images:
+            context.labels = labels
+        elif isinstance(self.labels, Sequence):
+            raise ValueError(
+                f"`handle.labels` must have one row for each of the {context.images} images of "
+                f"pass {context.place}, got {len(labels)}"
+            )
+
+    def context_outside(self, module: nn.Module, tokens: Tensor | None) -> EditedPass:
+        """Return the pass that a block outside any forward belongs to.
 
         A checkpointed block is computed again for its gradient, perhaps in a thread of the autograd
-        engine; then it is the latest forward that had a graph.
+        engine; then it is a pass of the latest forward that had a graph.
 
         Raises:
             CaptureError: blocks run outside of the model, so their tokens are unknown.
         """
-        if self._latest is not None:
-            if self._forwards_since_backward > 1:
-                self._latest.picture.doubt = _DOUBT
-                if self._latest.labels is not None:
+        if self._latest is not None and self._latest.passes:
+            passes = [turn for turn in self._latest.passes if module in turn.ran]
+            shape = None if tokens is None else tuple(tokens.shape)
+            alike = [turn for turn in passes if turn.shape == shape] or self._latest.passes
+            chosen = alike[-1]
+            if self._forwards_since_backward > 1 or len(alike) > 1:
+                chosen.picture.doubt = _DOUBT
+                if chosen.labels is not None:
                     raise CaptureError(_DOUBT)
             self._forwards_since_backward = 0
-            return self._latest
+            return chosen
         if self._host.class_tokens is not None:
-            return EditedForward(Anatomy(class_tokens=self._host.class_tokens))
+            stated = Anatomy().with_roles(self._host.class_tokens, self._host.other_tokens)
+            if self._latest is None:
+                self._latest = Forward()
+            return EditedPass(stated, ref(self._latest))
         raise CaptureError(
             "an edited block ran outside the forward of its model; attach to the module that you "
             "call, or name `class_tokens=`"
         )
 
     def key_log_weights(
-        self, call: AttentionCall[EditedForward], attention: Attention
+        self, call: AttentionCall[EditedPass], attention: Attention
     ) -> Tensor | None:
-        tokens = _first_tensor(call)
+        tokens = call.tokens
         if tokens is None or not isinstance(self.edit, KeyEdit):
             return None
         _check_readable(call, attention)
-        tokens = _batch_first(tokens, _sequence_first(tokens, attention, call.context.anatomy))
+        tokens = _batch_first(tokens, call.sequence_first(tokens, attention))
         return self.edit.log_weights(
             tokens, attention, self._site(call.name, call.context, attention)
         )
 
     def attention(
-        self, call: AttentionCall[EditedForward], output: Tensor, attention: Attention
+        self, call: AttentionCall[EditedPass], output: Tensor, attention: Attention
     ) -> Tensor:
         _check_readable(call, attention)
         call.maps += 1
         call.attention = attention
+        if call.outside and not isinstance(self.edit, KeyEdit):
+            self._unfinished.add(call.name)
         return output
 
-    def attention_ends(self, call: AttentionCall[EditedForward], output: Any) -> Any:
-        tokens, seen, edit = _first_tensor(call), call.attention, self.edit
+    def attention_ends(self, call: AttentionCall[EditedPass], output: Any) -> Any:
+        tokens, seen, edit = call.tokens, call.attention, self.edit
+        self._unfinished.discard(call.name)
         if tokens is None or seen is None:
             raise CaptureError(
                 "an edited block ran but its attention was not seen: "
@@ -312,7 +376,7 @@ class Editor(Subscriber[EditedForward]):
                 f"the tokens of this host have shape {tuple(before.shape)}; an edit of outputs "
                 "needs (b, t, d), an edit of keys works with others too"
             )
-        turned = _sequence_first(before, seen, call.context.anatomy)
+        turned = call.sequence_first(before, seen)
         given = (_batch_first(tokens, turned), _batch_first(before, turned))
         site = self._site(call.name, call.context, seen)
         with taps_suspended():  # an edit's own attention is not the host's
@@ -325,7 +389,7 @@ class Editor(Subscriber[EditedForward]):
     def block_leaves(
         self,
         name: str,
-        call: AttentionCall[EditedForward],
+        call: AttentionCall[EditedPass],
         args: Arguments,
         kwargs: Named,
         tokens: Tensor,
@@ -337,12 +401,13 @@ class Editor(Subscriber[EditedForward]):
         if seen is None or not isinstance(edit, StreamEdit):
             return None
         try:
-            if not context.running or entered is None:
+            default = context.anatomy.sequence_first
+            if not context.forward.running or entered is None:
                 raise CaptureError(
                     "a second stream goes through all chosen blocks in one forward of the model "
                     "and cannot be recomputed block by block: switch gradient checkpointing off"
                 )
-            turned = _sequence_first(tokens, seen, context.anatomy)
+            turned = sequence_first(self.blocks[name], tokens, *_sizes(seen), default)
             places = list(self.blocks)
             side = _batch_first(entered, turned) if name == places[0] else context.side
             if side is None:
@@ -360,29 +425,48 @@ class Editor(Subscriber[EditedForward]):
         finally:
             stream.forget()
 
-    def forward_ends(self, context: EditedForward, output: Any) -> None:
+    def forward_ends(self, forward: Forward[EditedPass], output: Any) -> None:
         """Raise an error if the forward skipped what it should have edited."""
         if output is None or not self.enabled:
             return
-        if not context.ran:
+        ran = forward.ran
+        if not ran:
             raise CaptureError(
                 "the model ran but none of its attention modules did, so nothing was edited; name "
                 f"those that run with `modules=` (hooked: {', '.join(self._host.attention)})"
             )
-        idle = [name for name, m in self.attention_modules.items() if m not in context.ran]
+        if self._unfinished:
+            raise CaptureError(
+                f"the host computes the attention of {', '.join(sorted(self._unfinished))} outside "
+                "the module and without its output projection, so its output cannot be edited; use "
+                "an edit of keys, or leave it out with `blocks=`"
+            )
+        self._check_classes(forward, output)
+        idle = [name for name, m in self.attention_modules.items() if m not in ran]
         if self._all_must_run and idle:
             raise CaptureError(
                 f"`blocks` chose attention that this forward does not run ({', '.join(idle)}); "
                 "attach to the sub-module that runs, or name its attention with `modules=`"
             )
 
-    def _site(self, name: str, context: EditedForward, attention: Attention) -> BlockContext:
+    def _check_classes(self, forward: Forward[EditedPass], output: Any) -> None:
+        """Refuse class tokens that are not one for each class."""
+        several = [turn.anatomy for turn in forward.passes if len(turn.anatomy.class_tokens) > 1]
+        if not several or several[0].stated:
+            return
+        found = candidates(output) if self._scores is None else [self._scores(output)]
+        widths = [scores.shape[-1] for scores in found]
+        if widths and len(several[0].class_tokens) not in widths:
+            check_one_for_each_class(several[0], widths[0])
+
+    def _site(self, name: str, context: EditedPass, attention: Attention) -> BlockContext:
         entered = self._streams[name].now.entered if name in self._streams else None
         if entered is not None:
-            turned = _sequence_first(entered, attention, context.anatomy)
+            default, block = context.anatomy.sequence_first, self._streams[name].block
+            turned = sequence_first(block, entered, *_sizes(attention), default)
             entered = _batch_first(entered, turned)
         context.picture.grid = self._host.grid or context.grid
-        place = (self._index[name], len(self._index))
+        place = self._places[name]
         return BlockContext(context.anatomy, *place, context.picture, context.labels, entered)
 
 
@@ -393,24 +477,23 @@ def _chosen(count: int, blocks: int | Sequence[int]) -> list[int]:
     return sorted({place % count for place in places})
 
 
-def _first_tensor(call: AttentionCall[EditedForward]) -> Tensor | None:
-    values = (*call.args, *call.kwargs.values())
-    return next((value for value in values if isinstance(value, Tensor)), None)
+def _given(value: Any, place: int) -> Tensor | None:
+    """Return what a user gave for a pass: the same for all, or an entry of a list."""
+    if not isinstance(value, Sequence):
+        return value
+    return value[place] if place < len(value) else None
 
 
-def _check_readable(call: AttentionCall[EditedForward], attention: Attention) -> None:
+def _check_readable(call: AttentionCall[EditedPass], attention: Attention) -> None:
     """Refuse maps that do not relate tokens one to one, before anything is edited by them."""
     why = call.why_unreadable(attention)
     if why and attention.shape[2] > 1:
         raise UnsupportedModelError(f"{why}; name the modules to edit with `modules=`")
 
 
-def _sequence_first(tokens: Tensor, attention: Attention, anatomy: Anatomy) -> bool:
-    """Whether tokens come as ``(t, b, d)``; the anatomy decides where the shapes do not tell."""
-    images, _, length, _ = attention.shape
-    if images == length:
-        return anatomy.sequence_first
-    return tuple(tokens.shape[:2]) == (length, images)
+def _sizes(attention: Attention) -> tuple[int, int]:
+    """Return how many images and tokens an attention call has."""
+    return attention.shape[0], attention.shape[2]
 
 
 def _batch_first(tokens: Tensor, sequence_first: bool) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import Attention
 from camkit.capture.host import find_attention, tail_modules
+from camkit.capture.parameters import linear_weight
 from camkit.capture.tail import is_classifier
 from camkit.errors import UnsupportedModelError
 from camkit.ops.attention import take
@@ -120,8 +120,7 @@ class VirtualClassTokens:
             raise UnsupportedModelError(
                 f"{name} is a {type(layer).__name__}; expected a linear layer or a 1x1 convolution"
             )
-        weight: Any = layer.weight
-        return cls(weight.detach().clone().flatten(1), temperature, name)
+        return cls(linear_weight(layer).detach().clone(), temperature, name)
 
     def interaction(self, tokens: Tokens, patches: list[int]) -> Interaction:
         """Return the interaction of the embeddings with the patches of a block."""

@@ -1,5 +1,6 @@
 """What an edit is, and what it is given of the block it acts in."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -10,30 +11,57 @@ from torch import Tensor
 
 from camkit.capture.anatomy import Anatomy, grid_of_aspect
 from camkit.capture.attention import Attention, FusedAttention
+from camkit.capture.passes import same_pictures, small_pictures
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 from camkit.ops.images import Normalisation, check_rgb, to_rgb
-from camkit.tensors import RGB, Labels, Pixels, Tokens
+from camkit.tensors import Labels, Pixels, Tokens
+
+_NO_IMAGES = (
+    "the model was not called with images, so there are no colours; set them with "
+    "`handle.rgb = ...`"
+)
 
 
 @dataclass(eq=False)
 class Picture:
-    """The images of one forward, and their colours once an edit asks for them.
+    """The images of one pass, and their colours once an edit asks for them.
 
     Attributes:
-        pixels: as the model was called with them; None if it was not called with images.
+        pixels: of the pass, as its patch embedding was given them; None if they are unknown.
         rgb: in [0, 1], if the user gave them; otherwise pixels are converted back to colours.
         normalisation: of the pixels, if it is known.
         grid: rows and columns of patches, if a patch embedding showed them.
+        whole: the images that the model was called with, which ``rgb`` belongs to; None if it
+            belongs to this pass.
+        further: whether other passes of the forward came before.
         doubt: why these may be the wrong images; empty if they are right.
     """
 
     pixels: Pixels | None = None
-    rgb: RGB | None = None
+    rgb: Float[Tensor, "_ 3 _ _"] | None = None
     normalisation: Normalisation | None = None
     grid: Grid | None = None
+    whole: Float[Tensor, "_ _ _ _"] | None = None
+    further: bool = False
     doubt: str = ""
     _colours: Tensor | None = None
+
+    def shows_colours(self, edit: str) -> bool:
+        """Whether colours can be asked for; a warning says that an edit does without them.
+
+        They cannot in a further pass of a forward whose images are unknown, such as crops in a host
+        without a known patch embedding.
+        """
+        unknown = self.further and self.pixels is None and self.rgb is None
+        if unknown:
+            warnings.warn(
+                f"{edit} leaves the colours out in a further pass of the forward, because its "
+                "images are unknown; give them as a list with one entry for each pass: "
+                "`handle.rgb = [...]`",
+                stacklevel=2,
+            )
+        return not unknown
 
     def colours(self, patches: int) -> Float[Tensor, "b n 3"]:
         """Return the mean colour of every patch, in [0, 1], without gradient.
@@ -41,19 +69,13 @@ class Picture:
         Raises:
             CaptureError: the images are unknown or uncertain.
         """
-        if self.doubt or self.pixels is None:
-            raise CaptureError(
-                self.doubt
-                or "the model was not called with images, so there are no colours; set them with "
-                "`handle.rgb = ...`"
-            )
+        if self.doubt or (self.pixels is None and self.rgb is None):
+            raise CaptureError(self.doubt or _NO_IMAGES)
         if self._colours is None:
-            if self.rgb is not None:
-                check_rgb(self.rgb)
-            rgb = to_rgb(self.pixels, self.normalisation) if self.rgb is None else self.rgb
+            rgb = self._in_colour()
             grid = self.grid
             if grid is None or grid.size != patches:  # a stem of several layers shows another
-                grid = grid_of_aspect(self.pixels.shape[-2:], patches)
+                grid = grid_of_aspect(rgb.shape[-2:], patches)
             pooled = F.adaptive_avg_pool2d(rgb.detach().float(), (grid.rows, grid.cols))
             self._colours = pooled.flatten(2).mT.contiguous()
         if self._colours.shape[1] != patches:
@@ -63,6 +85,27 @@ class Picture:
             )
         return self._colours
 
+    def _in_colour(self) -> Tensor:
+        """Return the pictures of the pass in [0, 1], of any size."""
+        whole, pixels, rgb = self.whole, self.pixels, self.rgb
+        if pixels is not None and whole is not None and not _one_memory(pixels, whole):
+            if same_pictures(small_pictures(pixels), whole):
+                pixels = whole  # as the user normalised them, whatever the host did to them
+            else:
+                rgb = None
+        if rgb is not None:
+            check_rgb(rgb)
+            return rgb
+        if pixels is None:
+            raise CaptureError(_NO_IMAGES)
+        return to_rgb(pixels, self.normalisation)
+
+
+def _one_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, or views of the same numbers."""
+    same_form = one.shape == other.shape and one.stride() == other.stride()
+    return one is other or (same_form and one.data_ptr() == other.data_ptr())
+
 
 @dataclass(frozen=True, eq=False)
 class BlockContext:
@@ -70,8 +113,8 @@ class BlockContext:
 
     Attributes:
         anatomy: roles of the tokens.
-        index: place of the block among all of the host's, from 0.
-        count: how many blocks the host has.
+        index: place of the block among all of its tower's, from 0.
+        count: how many blocks the tower has; a teacher beside the model is a tower of its own.
         picture: the images of the forward.
         labels: classes present in each image, if the user gave them.
         stream: the tokens that entered the block, before its norm; for edits whose class says

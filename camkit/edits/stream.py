@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from camkit.capture.attention import Attention, FusedAttention
 from camkit.capture.intercept import Intercept, taps_suspended
-from camkit.capture.session import ForwardContext, Hooks
+from camkit.capture.session import ForwardPass, Hooks
 from camkit.capture.tail import tokens_of
 from camkit.edits.protocol import Attended
 from camkit.errors import UnsupportedModelError
@@ -32,7 +32,7 @@ class BlockCall:
     """
 
     entered: Tensor | None = None
-    context: ForwardContext | None = None
+    context: ForwardPass | None = None
     seen: Attention | None = None
     call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     added: Tensor | None = None
@@ -57,7 +57,7 @@ class BlockStream:
     def __init__(self, attention: nn.Module, block: nn.Module) -> None:
         inside = set(attention.modules())
         self._attention = attention
-        self._block = block
+        self.block = block
         self._beside = [m for m in block.modules() if m not in inside and m is not block]
         self._here = _Here()
 
@@ -68,7 +68,7 @@ class BlockStream:
 
     def start(self, hooks: Hooks, *, follow_sum: bool) -> None:
         """Put hooks on; ``follow_sum`` finds out how attention is added, for `attended`."""
-        hooks.before(self._block, self._before)
+        hooks.before(self.block, self._before)
         for module in self._beside if follow_sum else ():
             hooks.before(module, self._before_beside)
             hooks.after(module, self._after_beside)
@@ -79,7 +79,7 @@ class BlockStream:
 
     def follow(
         self,
-        context: ForwardContext,
+        context: ForwardPass,
         seen: Attention,
         call: tuple[tuple[Any, ...], dict[str, Any]],
         output: Tensor,
@@ -107,7 +107,7 @@ class BlockStream:
             )
         if not self.now.is_sum:
             raise UnsupportedModelError(
-                f"{type(self._block).__name__} does not add its attention to its tokens and go on "
+                f"{type(self.block).__name__} does not add its attention to its tokens and go on "
                 "with the sum, so a second stream cannot follow it"
             )
         return Attended(seen, lambda values: batch_first(self._project(values)))
@@ -138,7 +138,7 @@ class BlockStream:
         if not isinstance(total, Tensor) or total.shape != now.added.shape:
             return
         # BEiT and EVA hold their layer scale as a parameter of the block
-        own = [p for p in self._block.parameters(recurse=False) if p.shape == total.shape[-1:]]
+        own = [p for p in self.block.parameters(recurse=False) if p.shape == total.shape[-1:]]
         for scale in (None, *own):
             added = now.added if scale is None else now.added * scale
             expected = (now.entered + added).to(total.dtype)  # of a host that casts by itself

@@ -74,7 +74,9 @@ def detect_normalisation(pixels: Pixels) -> Normalisation | None:
     return None
 
 
-def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
+def resize_cam(
+    cam: Cam, size: tuple[int, int], *, antialias: bool = True
+) -> Float[Tensor, "b k H W"]:
     """Resize class maps bilinearly.
 
     A value belongs to the centre of its patch, and a patch covers the same pixels at every size:
@@ -85,6 +87,8 @@ def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
     Args:
         cam: class maps of any range and float dtype; both are kept.
         size: rows and columns of the result.
+        antialias: smooth a side that shrinks; False samples it, as torch's ``interpolate`` does
+            unless it is told otherwise.
 
     Returns:
         The maps at ``size``; gradients flow back.
@@ -94,12 +98,10 @@ def resize_cam(cam: Cam, size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
     if not cam.shape[1]:  # torch resizes no images, but not images without classes
         return cam.new_zeros(len(cam), 0, *size)
     rows, cols = cam.shape[-2:]
-    shrinks = size[0] < rows or size[1] < cols
+    smooth = antialias and (size[0] < rows or size[1] < cols)
     # torch has no antialiased kernel for half precision
     wide = cam.to(torch.promote_types(cam.dtype, torch.float32))
-    resized = F.interpolate(
-        wide, size=size, mode="bilinear", align_corners=False, antialias=shrinks
-    )
+    resized = F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=smooth)
     return resized.to(cam.dtype)
 
 

@@ -1,6 +1,7 @@
 """Values propagated along attention or an affinity: propagation, balancing, random walks, boxes."""
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import cv2
 import numpy as np
@@ -123,29 +124,50 @@ def random_walk(
     return values.to(scores.dtype)
 
 
-def component_boxes(cam: Cam, share: float) -> Bool[Tensor, "b k h w"]:
+BoxRule: TypeAlias = Literal["whole", "clip-es"]
+
+
+def component_boxes(cam: Cam, share: float, *, rule: BoxRule = "whole") -> Bool[Tensor, "b k h w"]:
     """Mark the bounding boxes of the connected strong regions of each map.
 
-    Regions connect along sides and corners. The boxes are those of CLIP-ES (Lin et al. 2023), which
-    uses a share of 0.4, except that ours include the last row and column; CLIP-ES drops them from
-    boxes that touch the border. A map without a positive score has no box.
+    Regions connect along sides and corners, as in CLIP-ES (Lin et al. 2023), which uses a share of
+    0.4, and in ExCEL, which uses 0.79. A map without a positive score has no box.
 
     Args:
         cam: class scores.
         share: a score above this share of the map's maximum is strong, in [0, 1).
+        rule: "whole" boxes hold their whole region. "clip-es" is what the code of CLIP-ES, WeCLIP
+            and ExCEL does: no box holds the last row or column of the map, so a region there is
+            cut or lost, and scores are compared as bytes, 0 to 255, rounded down.
     """
-    check_share(share)
-    top = cam.detach().amax((-2, -1), keepdim=True) if cam.numel() else cam.detach()
-    strong = ((cam.detach() > share * top) & (top > 0)).flatten(0, 1).cpu().numpy()
+    check_boxes(share, rule)
+    scores = cam.detach()
+    top = scores.amax((-2, -1), keepdim=True) if cam.numel() else scores
+    if rule == "clip-es":
+        if not (scores.isfinite().all() and (scores >= 0).all() and (scores <= 1).all()):
+            raise ValueError(
+                'boxes of the rule "clip-es" are found in bytes, so `cam` must lie in [0, 1]; use '
+                'camkit.normalize_cam first, or the rule "whole"'
+            )
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        levels, highest = ((values.to(wide) * 255).floor() for values in (scores, top))
+        marked = levels > (share * highest.double()).floor()
+    else:
+        marked = (scores > share * top) & (top > 0)
+    strong = marked.flatten(0, 1).cpu().numpy()
     boxes = np.zeros_like(strong)
     for plane, box in zip(strong.astype(np.uint8), boxes, strict=True):
         _, _, regions, _ = cv2.connectedComponentsWithStats(plane, connectivity=8)
         for left, up, width, height, _ in regions[1:]:  # the first is the background
             box[up : up + height, left : left + width] = True
+    if rule == "clip-es":
+        boxes[:, -1:], boxes[:, :, -1:] = False, False
     return torch.from_numpy(boxes).view(cam.shape).to(cam.device)
 
 
-def check_share(share: float) -> None:
-    """Raise a ValueError if the share of `component_boxes` does not lie in [0, 1)."""
-    if not 0.0 <= share < 1.0:
+def check_boxes(share: float | None, rule: str) -> None:
+    """Raise a ValueError if `component_boxes` does not take these settings; None is no boxes."""
+    if share is not None and not 0.0 <= share < 1.0:
         raise ValueError(f"`boxes` must lie in [0, 1), got {share}")
+    if rule not in ("whole", "clip-es"):
+        raise ValueError(f'`box_rule` must be "whole" or "clip-es", got {rule!r}')

@@ -1,7 +1,10 @@
 """Refiners that need the map alone: normalize, amplify, blur."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
+
+import torch
 
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.ops.confidence import Confidence, TanhAroundMean, amplify
@@ -11,7 +14,7 @@ from camkit.seeds.protocol import scaled_to_max
 from camkit.tensors import Cam
 
 
-def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max") -> Cam:
+def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max", epsilon: float = 0.0) -> Cam:
     """Scale each map of each image to [0, 1]; negative scores count as zero.
 
     A map without evidence becomes zero.
@@ -20,11 +23,23 @@ def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max") -> Cam:
         cam: class scores.
         mode: ``"max"`` divides by the largest score, so that zero stays zero; ``"minmax"`` also
             moves the smallest score to zero, as in MCTformer and ToCo.
+        epsilon: added to the largest score before the division, so that maps with little evidence
+            stay faint: 1e-5 in ToCo and AFA, 1e-7 in CLIP-ES, 1e-8 in MCTformer and WeakTr.
     """
+    check_epsilon(epsilon)
     cam = cam.clamp_min(0.0)
     if mode == "minmax":
         cam = cam - cam.amin((-2, -1), keepdim=True)
+    if epsilon:
+        top = cam.amax((-2, -1), keepdim=True) + epsilon
+        return cam / top.clamp_min(torch.finfo(cam.dtype).tiny)  # float16 has no 1e-8
     return scaled_to_max(cam)
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raise a ValueError if `normalize_cam` cannot add ``epsilon``."""
+    if not 0.0 <= epsilon < math.inf:
+        raise ValueError(f"`epsilon` must be at least 0 and finite, got {epsilon}")
 
 
 @dataclass(frozen=True)
@@ -32,15 +47,17 @@ class Normalize:
     """`normalize_cam` as a refiner."""
 
     mode: Literal["max", "minmax"] = "max"
+    epsilon: float = 0.0
 
     requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
     def __post_init__(self) -> None:
         if self.mode not in ("max", "minmax"):
             raise ValueError(f'`mode` must be "max" or "minmax", got {self.mode!r}')
+        check_epsilon(self.epsilon)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:  # noqa: ARG002 - every refiner takes both
-        return normalize_cam(cam, mode=self.mode)
+        return normalize_cam(cam, mode=self.mode, epsilon=self.epsilon)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Refiners that spread scores between patches: along attention, similarity, or any affinity."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -12,34 +13,58 @@ from torch import Tensor
 
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.errors import CaptureError
-from camkit.ops.propagation import balance, check_share, component_boxes, random_walk
+from camkit.ops.propagation import BoxRule, balance, check_boxes, component_boxes, random_walk
 from camkit.ops.similarity import check_positive, colour_smooth, cosine_smooth
+from camkit.seeds.protocol import HeadWeights, read_head_weights, required_by_weights
 from camkit.tensors import Cam
 
 Spread: TypeAlias = Float[Tensor, "b k n"]
 
 
+def _block_maps(
+    capture: Capture, blocks: int | None, head_weights: HeadWeights | None
+) -> Iterator[Float[Tensor, "b n n"]]:
+    """Yield each block's patch-to-patch attention, averaged over heads."""
+    patches, used = capture.patches, slice(-(blocks or 0), None)
+    if head_weights is None:
+        for block in capture.blocks[used]:
+            yield block.head_mean()[:, patches][:, :, patches]
+        return
+    weights = read_head_weights(head_weights, capture, capture.blocks).unbind(1)
+    for block, weight in zip(capture.blocks[used], weights[used], strict=True):
+        rows = block.rows(patches)[..., patches]
+        yield (rows * weight[:, :, None, None].to(rows)).mean(1)
+
+
 def _patch_attention(
-    capture: Capture, blocks: int | None, balance_rounds: int
+    capture: Capture,
+    blocks: int | None,
+    balance_rounds: int,
+    head_weights: HeadWeights | None = None,
 ) -> Float[Tensor, "b n n"]:
     """Return patch-to-patch attention, averaged over heads, summed over blocks, balanced."""
-    patches = capture.patches
-    first, *others = capture.blocks[-(blocks or 0) :]
-    total = first.head_mean()[:, patches][:, :, patches]
-    for block in others:
-        total = total + block.head_mean()[:, patches][:, :, patches]
+    total = reduce(torch.add, _block_maps(capture, blocks, head_weights))  # one map at a time
     return balance(total, rounds=balance_rounds) if balance_rounds else total
 
 
 def _attention_step(
-    capture: Capture, blocks: int | None, balance_rounds: int
+    capture: Capture,
+    blocks: int | None,
+    balance_rounds: int,
+    scale_rows: bool = True,
+    head_weights: HeadWeights | None = None,
 ) -> Callable[[Spread], Spread]:
     """Return a function that averages scores over the patches that each patch attends to."""
     if balance_rounds:
-        affinity = _patch_attention(capture, blocks, balance_rounds)
-        return lambda scores: scores @ affinity.to(scores.dtype).mT
-    patches, used = capture.patches, capture.blocks[-(blocks or 0) :]
-    return lambda scores: torch.stack([b.propagate(scores, patches) for b in used]).mean(0)
+        affinity = _patch_attention(capture, blocks, balance_rounds, head_weights)
+    elif scale_rows and head_weights is None:
+        patches, used = capture.patches, capture.blocks[-(blocks or 0) :]
+        return lambda scores: torch.stack([b.propagate(scores, patches) for b in used]).mean(0)
+    else:
+        maps = _block_maps(capture, blocks, head_weights)
+        scaled = (m / m.sum(-1, keepdim=True) if scale_rows else m for m in maps)
+        affinity = reduce(torch.add, scaled) / len(capture.blocks[-(blocks or 0) :])
+    return lambda scores: scores @ affinity.to(scores.dtype).mT
 
 
 def _check_attention(blocks: int | None, balance_rounds: int) -> None:
@@ -66,6 +91,13 @@ class Propagate:
             With 0, scores are streamed through fused attention.
         boxes: spread only scores within boxes around the parts of a map above this share of its
             maximum (`camkit.ops.propagation`); CLIP-ES uses 0.4. None spreads all scores.
+        box_rule: "whole", or "clip-es" for boxes with the extents and the rounding of the code of
+            CLIP-ES and ExCEL (`camkit.ops.propagation.component_boxes`).
+        scale_rows: scale rows to sum to one. False takes attention as it is: a patch loses what it
+            attends to in class and register tokens, as in MCTformer, TransCAM and WeakTr. The first
+            two add up the blocks, which differs from our mean by a factor only.
+        head_weights: as in `camkit.seeds.ClassAttentionSeed`; WeakTr spreads with the same weights.
+            Needs a ``(b, n, n)`` map, and each head of one block at a time.
     """
 
     steps: int = 1
@@ -73,8 +105,14 @@ class Propagate:
     mix: float = 1.0
     balance: int = 0
     boxes: float | None = None
+    box_rule: BoxRule = "whole"
+    scale_rows: bool = True
+    head_weights: HeadWeights | None = None
 
-    requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
+    @property
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return NO_PATCH_TOKENS | required_by_weights(self.head_weights)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -82,13 +120,17 @@ class Propagate:
         _check_attention(self.blocks, self.balance)
         if not 0.0 <= self.mix <= 1.0:
             raise ValueError(f"`mix` must lie in [0, 1], got {self.mix}")
-        if self.boxes is not None:
-            check_share(self.boxes)
+        check_boxes(self.boxes, self.box_rule)
+        if self.balance and not self.scale_rows:
+            raise ValueError(
+                "`balance` scales the rows, so it excludes `scale_rows=False`; set one of the two"
+            )
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
-        step = _attention_step(capture, self.blocks, self.balance)
+        scale, weights = self.scale_rows, self.head_weights
+        step = _attention_step(capture, self.blocks, self.balance, scale, weights)
         if self.boxes is not None:
-            cam = cam * component_boxes(cam, self.boxes)
+            cam = cam * component_boxes(cam, self.boxes, rule=self.box_rule)
         scores = capture.grid.flatten(cam)
         for _ in range(self.steps):
             scores = torch.lerp(scores, step(scores), self.mix)
@@ -186,6 +228,7 @@ class RandomWalk:
         blocks: use the attention of the last n captured blocks; None uses all.
         balance: as in `camkit.Propagate`.
         boxes: as in `camkit.Propagate`.
+        box_rule: as in `camkit.Propagate`.
     """
 
     beta: float = 1.0
@@ -194,6 +237,7 @@ class RandomWalk:
     blocks: int | None = 6
     balance: int = 3
     boxes: float | None = None
+    box_rule: BoxRule = "whole"
 
     requires: ClassVar[WatchSpec] = WatchSpec()
 
@@ -202,12 +246,11 @@ class RandomWalk:
         if not 0 <= self.logt <= 20:
             raise ValueError(f"`logt` must lie in [0, 20], got {self.logt}: 2^logt steps are taken")
         _check_attention(self.blocks, self.balance)
-        if self.boxes is not None:
-            check_share(self.boxes)
+        check_boxes(self.boxes, self.box_rule)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
         if self.boxes is not None:
-            cam = cam * component_boxes(cam, self.boxes)
+            cam = cam * component_boxes(cam, self.boxes, rule=self.box_rule)
         if self.affinity is None:
             affinity = _patch_attention(capture, self.blocks, self.balance)
             scores = capture.grid.flatten(cam)

@@ -11,6 +11,7 @@ from camkit.seeds.combined import (
     FusedSeed as FusedSeed,
     GatedProductSeed as GatedProductSeed,
     ProductSeed as ProductSeed,
+    RefinedSeed as RefinedSeed,
 )
 from camkit.seeds.legrad import LeGradSeed as LeGradSeed
 from camkit.seeds.patches import (
@@ -28,7 +29,7 @@ from camkit.seeds.pooled import (
     Pooling as Pooling,
     RankPooling as RankPooling,
 )
-from camkit.seeds.protocol import Seed as Seed
+from camkit.seeds.protocol import HeadWeights as HeadWeights, Seed as Seed
 from camkit.seeds.targets import (
     ClassRequest as ClassRequest,
     PredictedClasses as PredictedClasses,

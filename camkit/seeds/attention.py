@@ -5,12 +5,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from camkit.capture.attention import Attention
 from camkit.capture.record import Capture, WatchSpec
-from camkit.seeds.protocol import check_classes, class_score, fold_maps
+from camkit.seeds.protocol import (
+    HeadWeights,
+    check_classes,
+    class_score,
+    fold_maps,
+    read_head_weights,
+    required_by_weights,
+    score_gradients,
+)
 from camkit.tensors import Cam, Classes
 
 
@@ -20,12 +28,22 @@ class ClassAttentionSeed:
 
     A model with one class token per class (MCTformer) has a row for each class. A model with a
     single class token gives every class the same map.
+
+    Attributes:
+        head_weights: weighs the heads of each block (`camkit.seeds.HeadWeights`), in place of a
+            plain mean: the mean of weight times attention, as in WeakTr (Zhu et al. 2023), whose
+            weights a network of its own derives from the image.
     """
 
-    requires: ClassVar[WatchSpec] = WatchSpec()
+    head_weights: HeadWeights | None = None
+
+    @property
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return WatchSpec() | required_by_weights(self.head_weights)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        rows = capture.class_to_patch().detach()
+        rows = self._rows(capture).detach()
         known = None if rows.shape[1] == 1 else rows.shape[1]  # a single token serves any class
         if known is not None and capture.vocabulary is not None:
             known = len(capture.vocabulary)
@@ -33,6 +51,17 @@ class ClassAttentionSeed:
         shares = [capture.class_token_shares(column).to(rows) for column in classes.unbind(1)]
         maps = torch.einsum("bkc,bcn->bkn", torch.stack(shares, 1), rows)
         return fold_maps(capture, maps, classes)
+
+    def _rows(self, capture: Capture) -> Float[Tensor, "b c n"]:
+        if self.head_weights is None:
+            return capture.class_to_patch()
+        calls = capture.class_calls()
+        weights = read_head_weights(self.head_weights, capture, [c.attention for c in calls])
+        rows = []
+        for call, weight in zip(calls, weights.unbind(1), strict=True):
+            row = call.attention.rows(call.queries)[..., call.patches]
+            rows.append((row * weight[:, :, None, None].to(row)).mean(1))
+        return torch.stack(rows).mean(0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +109,7 @@ def class_gradients(
     with torch.inference_mode(mode=False), torch.enable_grad():
         watched = [call.watched() for call in calls]
         total = class_score(capture.scores, column)
-        return torch.autograd.grad(total, watched, retain_graph=True)
+        return score_gradients(total, watched)
 
 
 @dataclass(frozen=True)

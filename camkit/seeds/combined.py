@@ -1,5 +1,6 @@
-"""Seeds that combine the maps of other seeds."""
+"""Seeds that combine the maps of other seeds, or refine them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,9 +29,41 @@ class ProductSeed:
         return required_by(self.first, self.second)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        first = self.first(capture, classes)
-        product = first * self.second(capture, classes).to(first)
+        first = self.first(capture, classes).clamp_min(0.0)
+        product = first * self.second(capture, classes).clamp_min(0.0).to(first)
         return product.sqrt() if self.root else product
+
+
+@dataclass(frozen=True)
+class RefinedSeed:
+    """A seed whose maps are refined before anything else is done with them.
+
+    `Views` reads a seed from the capture of each view, so these refiners use each view's own
+    attention, as MCTformer and WeakTr do. Refiners of a pipeline see the photo as given only.
+
+    Attributes:
+        seed: its maps reach the refiners as they are, not scaled to [0, 1], and with their sign.
+        refine: refiners, applied in order.
+    """
+
+    seed: Seed
+    refine: tuple[Callable[[Cam, Capture], Cam], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "refine", tuple(self.refine))
+        if not self.refine:
+            raise ValueError("`refine` must hold at least one refiner, got none")
+
+    @property
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return required_by(self.seed, *self.refine)
+
+    def __call__(self, capture: Capture, classes: Classes) -> Cam:
+        cam = self.seed(capture, classes)
+        for refiner in self.refine:
+            cam = refiner(cam, capture)
+        return cam.masked_fill((classes < 0)[:, :, None, None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -56,7 +89,7 @@ class FusedSeed:
         return required_by(*self.seeds)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        maps = torch.stack([scaled_to_max(seed(capture, classes).float()) for seed in self.seeds])
+        maps = torch.stack([_scaled(seed, capture, classes) for seed in self.seeds])
         if self.join == "max":
             return maps.amax(0)
         return maps.mean(0) if self.join == "mean" else maps.prod(0).pow(1 / len(maps))
@@ -93,9 +126,13 @@ class GatedProductSeed:
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         tiny = 1e-8  # a constant map has correlation 0, not NaN
-        first = scaled_to_max(self.seed(capture, classes).float())
-        other = scaled_to_max(self.other(capture, classes).float())
+        first = _scaled(self.seed, capture, classes)
+        other = _scaled(self.other, capture, classes)
         a, b = (cam - cam.mean((-2, -1), keepdim=True) for cam in (first.sqrt(), other))
         norms = [cam.pow(2).sum((-2, -1), keepdim=True).sqrt() for cam in (a, b)]
         correlation = (a * b).sum((-2, -1), keepdim=True) / (norms[0] * norms[1]).clamp_min(tiny)
         return first * other.clamp_min(tiny) ** (self.trust * correlation).clamp(0, 1)
+
+
+def _scaled(seed: Seed, capture: Capture, classes: Classes) -> Cam:
+    return scaled_to_max(seed(capture, classes).float().clamp_min(0.0))

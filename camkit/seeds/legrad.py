@@ -12,7 +12,7 @@ from camkit.capture.intercept import scaled_weights
 from camkit.capture.record import Capture, TokenCall, WatchSpec
 from camkit.capture.tail import token_scores
 from camkit.errors import CaptureError, UnsupportedModelError
-from camkit.seeds.protocol import check_classes, class_score, fold_maps
+from camkit.seeds.protocol import check_classes, class_score, fold_maps, score_gradients
 from camkit.seeds.text import TextClasses
 from camkit.tensors import Cam, Classes, Scores
 
@@ -122,7 +122,7 @@ def _positive_gradients(
     for column in classes.unbind(1):
         with torch.inference_mode(mode=False), torch.enable_grad():
             total = class_score(scores, column)
-            (gradient,) = torch.autograd.grad(total, attention.watched(), retain_graph=True)
+            (gradient,) = score_gradients(total, [attention.watched()])
         mean = torch.zeros(())
         for start in range(0, queries, _ROWS):  # the whole map of gradients is never held
             rows = range(start, min(start + _ROWS, queries))

@@ -67,7 +67,7 @@ class PrototypeSeed:
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         embedded = F.normalize(_features(capture, self.features), dim=-1)
-        weights = capture.grid.flatten(self.seed(capture, classes)).to(embedded)
+        weights = capture.grid.flatten(self.seed(capture, classes).clamp_min(0.0)).to(embedded)
         prototypes = F.normalize(weights @ embedded, dim=-1)
         return fold_maps(capture, above_mean(prototypes @ embedded.mT), classes)
 

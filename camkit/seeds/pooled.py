@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from camkit.capture.host import head_count, is_attention
 from camkit.capture.intercept import scaled_weights
+from camkit.capture.parameters import linear_weight, norm_weight
 from camkit.capture.record import Capture, WatchSpec
-from camkit.capture.tail import TailCall, classifiers, pooling_calls
+from camkit.capture.tail import TailCall, classifiers, inner_patch_scores, pooling_calls
 from camkit.errors import UnsupportedModelError
-from camkit.seeds.protocol import above_mean, check_classes, fold_maps, pick
+from camkit.seeds.protocol import above_mean, check_classes, fold_maps, leaving_tokens, pick
 from camkit.tensors import Cam, Classes
 
 Values: TypeAlias = Float[Tensor, "b n d"]
@@ -125,26 +126,62 @@ class RankPooling:
 class ClassWeightSeed:
     """The classifier's score of each patch token, as in CAM (Zhou et al. 2016).
 
-    Scores below the image's mean patch score of the class become zero. CAM cuts at zero; the mean
-    is our choice, because scores of a softmax classifier have no natural zero.
+    Attributes:
+        cut: which scores count as no evidence. "mean" subtracts the image's mean patch score of the
+            class and cuts there, which is our choice, because scores of a softmax classifier have
+            no natural zero. "zero" cuts negative scores, as CAM and ToCo (Ru et al. 2023) do. None
+            keeps them, for ``Views(join_at="image")``, which cuts them behind the resizing, as
+            ToCo, SeCo and DuPL do.
+        layer: index of a block, from 0 or negative from the last: score the patches that leave it
+            by the classifier that reads this block, found by its recorded input. ToCo's auxiliary
+            class map is -3. None scores the patches that the model's own scores are pooled from.
     """
 
-    requires: ClassVar[WatchSpec] = WatchSpec()
+    cut: Literal["mean", "zero"] | None = "mean"
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cut not in ("mean", "zero", None):
+            raise ValueError(f'`cut` must be "mean", "zero" or None, got {self.cut!r}')
+
+    @property
+    def requires(self) -> WatchSpec:
+        """What the forward must be watched for."""
+        return WatchSpec(leaving=self.layer is not None)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
-        scores = capture.patch_scores()
+        if self.layer is None:
+            scores = capture.patch_scores()
+        else:
+            tokens = leaving_tokens(capture, self.layer, self)
+            special = (*capture.anatomy.class_tokens, *capture.anatomy.distillation_tokens)
+            scores = inner_patch_scores(capture.tail, tokens, special, capture.patches)
+            scores = scores if capture.vocabulary is None else capture.vocabulary.score(scores)
         check_classes(classes, len(scores), scores.shape[-1])
-        return fold_maps(capture, above_mean(pick(scores, classes)), classes)
+        maps = pick(scores, classes)
+        if self.cut is not None:
+            maps = above_mean(maps) if self.cut == "mean" else maps.clamp_min(0.0)
+        return fold_maps(capture, maps, classes)
 
 
 @dataclass(frozen=True)
 class PatchHeadSeed:
     """The class maps of the model's own head for patches (MCTformer-V2's patch CAM).
 
-    The head has as many channels as the model has class scores; negative scores count as zero.
+    The head has as many channels as the model has class scores.
+
+    Attributes:
+        cut: "zero" cuts negative scores. None keeps them, for refiners that spread signed maps, as
+            in TransCAM (Li et al. 2023).
     """
 
+    cut: Literal["zero"] | None = "zero"
+
     requires: ClassVar[WatchSpec] = WatchSpec()
+
+    def __post_init__(self) -> None:
+        if self.cut not in ("zero", None):
+            raise ValueError(f'`cut` must be "zero" or None, got {self.cut!r}')
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         size = (capture.grid.rows, capture.grid.cols)
@@ -162,7 +199,8 @@ class PatchHeadSeed:
         scores = heads[-1].flatten(2).mT
         scores = scores if capture.vocabulary is None else capture.vocabulary.score(scores)
         check_classes(classes, len(scores), scores.shape[-1])
-        return fold_maps(capture, pick(scores, classes).clamp_min(0.0), classes)
+        picked = pick(scores, classes)
+        return fold_maps(capture, picked if self.cut is None else picked.clamp_min(0.0), classes)
 
 
 @dataclass(frozen=True)
@@ -239,8 +277,7 @@ class ContributionSeed:
     ) -> Float[Tensor, "b n"] | None:
         """Return contributions through a linear classifier, if its input is pooled patches."""
         entered = head.input.flatten(1)
-        layer: Any = head.module
-        direction = weights @ layer.weight.detach().flatten(1).to(weights)
+        direction = weights @ linear_weight(head.module, entered).detach().to(weights)
         vectors = [call for call in capture.tail if call.output.dim() == 2]
         norms = [None, *(c.module for c in vectors if isinstance(c.module, nn.LayerNorm))]
         for call in pooling_calls(capture.tail):
@@ -325,9 +362,9 @@ def _parts_of_norm(norm: nn.Module | None, parts: Values, pooled: Pooled) -> Val
         return parts
     deviation = pooled.var(-1, unbiased=False, keepdim=True).add(norm.eps).sqrt()
     parts = (parts - parts.mean(-1, keepdim=True)) / deviation[:, None]
-    weight: Tensor | None = norm.weight
+    weight = norm_weight(norm, parts)
     return parts if weight is None else parts * weight.detach()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+    return a.shape == b.shape and torch.allclose(a.to(b), b, rtol=1e-3, atol=1e-3)

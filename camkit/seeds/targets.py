@@ -142,7 +142,13 @@ class _CustomScoreSeed:
             for sample in capture.samples
         )
         outputs = self._extended(capture.outputs, slots)
-        extended = replace(capture, outputs=outputs, samples=samples, vocabulary=None)
+        extended = replace(
+            capture,
+            outputs=outputs,
+            samples=samples,
+            vocabulary=None,
+            custom=len(self.functions),
+        )
         columns = (slots + capture.outputs.shape[1]).masked_fill(~custom, -1)
         return cam + self.seed(extended, columns)
 

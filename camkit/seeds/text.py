@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camkit.capture.host import is_attention
+from camkit.capture.parameters import device_of
 from camkit.capture.record import Capture, WatchSpec
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.seeds.protocol import above_mean, check_classes, fold_maps, pick
@@ -62,11 +63,17 @@ class JointSpace:
             "camkit.seeds.JointSpace((norm.forward, projection.forward))"
         )
 
-    def embed(self, tokens: Tokens, *, gradients: bool = False) -> Float[Tensor, "b t D"]:
-        """Embed each token separately, scaled to unit length, also with a pooling head."""
+    def embed(
+        self, tokens: Tokens, *, gradients: bool = False, unit: bool = True
+    ) -> Float[Tensor, "b t D"]:
+        """Embed each token separately, scaled to unit length, also with a pooling head.
+
+        ``unit=False`` leaves the length as it is.
+        """
         with torch.set_grad_enabled(gradients):
             embedded = self._run(tokens.flatten(0, 1)[:, None])
-            return F.normalize(embedded.flatten(1).unflatten(0, tokens.shape[:2]), dim=-1)
+            embedded = embedded.flatten(1).unflatten(0, tokens.shape[:2])
+            return F.normalize(embedded, dim=-1) if unit else embedded
 
     def pooled(self, tokens: Tokens, *, gradients: bool = False) -> Float[Tensor, "b D"]:
         """Embed whole sequences with the pooling head, scaled to unit length."""
@@ -98,22 +105,27 @@ class JointSpace:
 def last_tokens(capture: Capture) -> Tokens:
     """Return all tokens that leave the last block, before any norm.
 
+    They are what the last norm receives, where that takes all tokens: a host may go on with other
+    tokens than the last module returned (ClearCLIP), or compute the last block itself (NACLIP).
+
     Raises:
-        CaptureError: no recorded module that holds attention returns them.
+        CaptureError: no recorded module returns or receives them.
     """
-    count = capture.blocks[-1].shape[2]
+    shape = (capture.images, capture.blocks[-1].shape[2])
+    returned: list[Tensor] = []
     for call in capture.tail:
-        tokens = call.output
-        if (
-            tokens.dim() == 3
-            and tokens.shape[:2] == (capture.images, count)
-            and any(map(is_attention, call.module.modules()))  # it is a block
-        ):
-            return tokens
-    raise CaptureError(
-        "the tokens that leave the last block were not recorded; no module that returns (b, t, d) "
-        "tokens holds its attention"
-    )
+        is_block = any(map(is_attention, call.module.modules()))
+        tokens = call.output if is_block else call.input
+        if tokens.dim() == 3 and tokens.shape[:2] == shape:
+            if not is_block:
+                return tokens
+            returned.append(tokens)
+    if not returned:
+        raise CaptureError(
+            "the tokens that leave the last block were not recorded; no module behind the last "
+            "attention returns or takes (b, t, d) tokens"
+        )
+    return returned[0]
 
 
 def _has(module: Any, *names: str) -> bool:
@@ -281,7 +293,7 @@ def _embed_name(
         raise ValueError("a class name must not be blank")
     prompts = [template.format(word) for word in synonyms for template in templates]
     tokens = tokenize(prompts)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.no_grad():
         if isinstance(tokens, Mapping) and hasattr(model, "get_text_features"):
             inputs = {key: value.to(device) for key, value in tokens.items()}
@@ -315,39 +327,75 @@ class TextSimilaritySeed:
             patches it is ours. "surgery", after CLIP Surgery (Li et al. 2023), removes what a patch
             has in common with all texts: each cosine is weighted by the confidence of the image
             embedding in that class (softmax of twice the cosine, over its mean), and the mean over
-            all texts is subtracted. Counting background texts among them is ours.
+            all texts is subtracted. Counting background texts among them is ours. "excel" is the
+            code of ExCEL (Yang et al. 2025): surgery on embeddings whose channels, not tokens, have
+            unit length over the image; each map is then stretched to [0, 1] over all tokens, the
+            class token included, and nothing is cut.
     """
 
     text: TextClasses
-    variant: Literal["similarity", "softmax", "surgery"] = "surgery"
+    variant: Literal["similarity", "softmax", "surgery", "excel"] = "surgery"
 
     requires: ClassVar[WatchSpec] = WatchSpec()
 
     def __post_init__(self) -> None:
-        if self.variant not in ("similarity", "softmax", "surgery"):
+        if self.variant not in ("similarity", "softmax", "surgery", "excel"):
             raise ValueError(
-                f'`variant` must be "similarity", "softmax" or "surgery", got {self.variant!r}'
+                '`variant` must be "similarity", "softmax", "surgery" or "excel", got '
+                f"{self.variant!r}"
             )
-        if self.variant == "surgery" and len(self.text) == 1 and self.text.background is None:
+        surgery = self.variant in ("surgery", "excel")
+        if surgery and len(self.text) == 1 and self.text.background is None:
             raise ValueError(
-                '`variant="surgery"` compares texts and needs at least two, got 1; add background '
-                'texts, or use "similarity"'
+                f'`variant="{self.variant}"` compares texts and needs at least two, got 1; add '
+                'background texts, or use "similarity"'
+            )
+        if self.variant == "excel" and self.text.known_space().pools:
+            raise ValueError(
+                '`variant="excel"` compares patches with the class token, which a model that pools '
+                'by attention (SigLIP) lacks; use "surgery"'
             )
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         check_classes(classes, capture.images, len(self.text))
         maps = pick(self.scores(capture), classes)
-        return fold_maps(capture, maps if self.variant == "softmax" else above_mean(maps), classes)
+        natural_zero = self.variant in ("softmax", "excel")
+        return fold_maps(capture, maps if natural_zero else above_mean(maps), classes)
 
     def scores(self, capture: Capture) -> Float[Tensor, "b n C"]:
-        """Return the signed score of every class at every patch."""
+        """Return the score of every class at every patch; signed, except for "softmax", "excel"."""
         space = self.text.known_space()
+        if self.variant == "excel":
+            return self._stretched(capture, space)
         likeness = self.text.similarity(space.patches(capture), background=True)
         if self.variant == "softmax":
             likeness = (self.text.scale * likeness).softmax(-1)
         if self.variant == "surgery":
             whole = self.text.similarity(space.images(capture), background=True)
-            confidence = (2.0 * whole).softmax(-1)
-            likeness = likeness * (confidence / confidence.mean(-1, keepdim=True))[:, None]
-            likeness = likeness - likeness.mean(-1, keepdim=True)
+            likeness = _without_common(likeness, whole)
         return likeness[..., : len(self.text)]
+
+    def _stretched(self, capture: Capture, space: JointSpace) -> Float[Tensor, "b n C"]:
+        """Return ExCEL's maps."""
+        place = capture.anatomy.class_tokens
+        if len(place) != 1:
+            raise CaptureError(
+                f'`variant="excel"` needs one class token, but this model has {len(place)}; use '
+                '"surgery"'
+            )
+        tokens = space.embed(last_tokens(capture), unit=False)
+        likeness = self.text.similarity(F.normalize(tokens, dim=1), background=True)
+        scores = _without_common(likeness, likeness[:, place[0]])
+        low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+        tiny = torch.finfo(scores.dtype).tiny  # a flat map becomes zero, not NaN
+        scores = (scores - low) / (high - low).clamp_min(tiny)
+        return scores[:, capture.patches, : len(self.text)]
+
+
+def _without_common(
+    likeness: Float[Tensor, "b n T"], whole: Float[Tensor, "b T"]
+) -> Float[Tensor, "b n T"]:
+    """Weigh texts by the confidence of the whole image in them, and subtract their mean."""
+    confidence = (2.0 * whole).softmax(-1)
+    likeness = likeness * (confidence / confidence.mean(-1, keepdim=True))[:, None]
+    return likeness - likeness.mean(-1, keepdim=True)

@@ -9,8 +9,10 @@ from math import lcm
 from typing import Any, Literal, TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from camkit.capture.facts import NO_FACTS, ModelFacts
 from camkit.capture.host import find_patch_embeddings, patch_step
 from camkit.capture.modes import measurement
 from camkit.capture.record import ATTENTION, Capture, WatchSpec
@@ -28,6 +30,8 @@ ModelCall: TypeAlias = Callable[[Any, Tensor], Any]
 """``(model, pixels) -> output``: calls a model that takes more than images."""
 
 Size: TypeAlias = tuple[int, int]
+Resizing: TypeAlias = tuple[Size, bool]
+"""A size to bring the pixels to, and whether those that shrink are smoothed."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Views:
 
     Multi-scale and mirrored inference as is usual in the field; docs/views.md lists the settings of
     published methods. The photo as given is always one of the views, and refiners get its capture.
-    Views are made from the model's input pixels, as in ToCo, not read again from the file.
+    Views are made from the model's input pixels, as in ToCo, not read again from the file. Negative
+    scores of a map count as zero once it has the size at which it is joined.
 
     Attributes:
         scales: of rows and columns; 1.0 must be among them. Sizes are rounded to whole patches, and
@@ -52,6 +57,11 @@ class Views:
             map to a maximum of 1.
         paired: run a size and its mirror image in one forward: faster on a device that one image
             does not fill, at twice the memory. The photo as given always runs alone.
+        join_at: size at which maps are joined: the patch "grid" of the photo as given, or the
+            "image", its size in pixels, as in ToCo, AFA, MCTformer and WeakTr. Joined maps have
+            this size, so behind "image" no refiner may read attention; let
+            `camkit.seeds.RefinedSeed` apply it to each view.
+        antialias: smooth pixels that shrink; False samples them, as ToCo's and AFA's code does.
     """
 
     scales: tuple[float, ...] = (1.0,)
@@ -61,6 +71,8 @@ class Views:
     join_flip: Join | None = None
     normalize: Literal["after", "before"] = "after"
     paired: bool = False
+    join_at: Literal["grid", "image"] = "grid"
+    antialias: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
@@ -78,6 +90,8 @@ class Views:
             )
         if self.normalize not in ("after", "before"):
             raise ValueError(f'`normalize` must be "after" or "before", got {self.normalize!r}')
+        if self.join_at not in ("grid", "image"):
+            raise ValueError(f'`join_at` must be "grid" or "image", got {self.join_at!r}')
 
     def sizes(self, size: Size, patch: Size) -> tuple[Size, ...]:
         """Return rows and columns of each view, the photo's first.
@@ -120,6 +134,7 @@ class ModelRunner:
         vocabulary: as in `camkit.watch`.
         scores: as in `camkit.watch`.
         call: calls the model; None is ``model(pixels)``.
+        facts: what the user states about the model.
     """
 
     model: nn.Module
@@ -129,6 +144,7 @@ class ModelRunner:
     vocabulary: Vocabulary | None = None
     scores: Callable[[Any], Tensor] | None = None
     call: ModelCall | None = None
+    facts: ModelFacts = NO_FACTS
 
     def __call__(self, pixels: Pixels, rgb: RGB | None = None) -> Capture:
         seen = watch(
@@ -138,11 +154,13 @@ class ModelRunner:
             scores=self.scores,
             requires=self.requires,
             skip_unused_patches=self.edit is None,
+            **self.facts.arguments(),
         )
         try:
             with torch.no_grad(), ExitStack() as edited, seen:
                 if self.edit is not None:
-                    handle = attach(self.model, self.edit, blocks=self.edit_blocks)
+                    facts = self.facts.arguments()
+                    handle = attach(self.model, self.edit, blocks=self.edit_blocks, **facts)
                     edited.enter_context(handle).rgb = rgb
                 self._run(pixels.clone() if pixels.is_inference() else pixels)
         except Exception as error:
@@ -150,7 +168,7 @@ class ModelRunner:
             if note:
                 error.add_note(note)
             raise
-        return seen.capture
+        return seen.scored
 
     def _run(self, pixels: Pixels) -> Any:
         return self.model(pixels) if self.call is None else self.call(self.model, pixels)
@@ -237,19 +255,15 @@ class MultiViewReader:
         """Return the maps of each seed, joined over its views.
 
         The model runs once for each view, however many seeds are read from it, and only one view's
-        capture is held at a time, besides that of the batch as given. The maps lie on its grid, are
-        at least 0 and not normalised.
+        capture is held at a time, besides that of the batch as given. The maps lie on its grid, or
+        have the size of its images, are at least 0 and not normalised.
         """
         requests = list(dict.fromkeys(requests))
-        base: Size = (self.pixels.shape[-2], self.pixels.shape[-1])
-        sizes = {
-            views: (base,) if views.scales == (1.0,) else views.sizes(base, self._patch())
-            for _, views in requests
-        }
+        made = {views: self._resizings(views) for _, views in requests}
         joined: dict[Request, Cam] = {}
-        for size in dict.fromkeys(size for each in sizes.values() for size in each):
-            here = [request for request in requests if size in sizes[request[1]]]
-            for request, cam in self._at_size(size, classes, here).items():
+        for resizing in dict.fromkeys(each for several in made.values() for each in several):
+            here = [request for request in requests if resizing in made[request[1]]]
+            for request, cam in self._at_size(resizing, classes, here).items():
                 before = joined.get(request)
                 join = _JOINED[request[1].join]
                 joined[request] = cam if before is None else join(before, cam)
@@ -257,35 +271,45 @@ class MultiViewReader:
             here = [request for request in requests if request[1].tiles == tiles]
             maps = self._of_tiles(tiles, classes, dict.fromkeys(seed for seed, _ in here))
             for seed, views in here:
-                cam = _scaled(maps[seed], views)
+                cam = self._placed(maps[seed], views)
                 joined[seed, views] = _JOINED[views.join](joined[seed, views], cam)
         return joined
 
+    @property
+    def _size(self) -> Size:
+        return self.pixels.shape[-2], self.pixels.shape[-1]
+
+    def _resizings(self, views: Views) -> tuple[Resizing, ...]:
+        """Return how the batch is resized for each view, as given first."""
+        size = self._size
+        sizes = (size,) if views.scales == (1.0,) else views.sizes(size, self._patch())
+        return tuple((each, views.antialias or each == size) for each in sizes)
+
     def _at_size(
-        self, size: Size, classes: Classes, requests: Sequence[Request]
+        self, resizing: Resizing, classes: Classes, requests: Sequence[Request]
     ) -> dict[Request, Cam]:
         """Return maps of one size, joined with those of its mirror image where requested."""
         seeds = dict.fromkeys(seed for seed, _ in requests)
         flipped = dict.fromkeys(seed for seed, views in requests if views.flip)
-        as_given = size == (self.pixels.shape[-2], self.pixels.shape[-1])
+        as_given = resizing[0] == self._size
         if not as_given and flipped == seeds and all(views.paired for _, views in requests):
-            capture = self._run(size, (False, True))
-            both = {seed: self._read(capture, classes.repeat(2, 1), seed) for seed in seeds}
+            capture = self._run(resizing, (False, True))
+            both = {seed: seed(capture, classes.repeat(2, 1)).float() for seed in seeds}
             upright = {seed: cam[: len(classes)] for seed, cam in both.items()}
             mirrored = {seed: cam[len(classes) :] for seed, cam in both.items()}
         else:
-            capture = self.capture if as_given else self._run(size, (False,))
-            upright = {seed: self._read(capture, classes, seed) for seed in seeds}
+            capture = self.capture if as_given else self._run(resizing, (False,))
+            upright = {seed: seed(capture, classes).float() for seed in seeds}
             del capture  # before the next forward
             mirrored = {}
             if flipped:
-                capture = self._run(size, (True,))
-                mirrored = {seed: self._read(capture, classes, seed) for seed in flipped}
+                capture = self._run(resizing, (True,))
+                mirrored = {seed: seed(capture, classes).float() for seed in flipped}
         joined = {}
         for seed, views in requests:
-            cam = _scaled(upright[seed], views)
+            cam = self._placed(upright[seed], views)
             if views.flip:
-                twin = _scaled(mirrored[seed], views).flip(-1)
+                twin = self._placed(mirrored[seed], views).flip(-1)
                 cam = _JOINED[views.join_flip or views.join](cam, twin)
             joined[seed, views] = cam
         return joined
@@ -304,20 +328,23 @@ class MultiViewReader:
                     cam[..., top:bottom, left:right] = seed(capture, classes).float()
         return maps
 
-    def _run(self, size: Size, mirrored: tuple[bool, ...]) -> Capture:
+    def _run(self, resizing: Resizing, mirrored: tuple[bool, ...]) -> Capture:
         """Run the model on the batch at a size, with one copy, mirrored or not, for each flag."""
+        size, antialias = resizing
 
         def view(images: Tensor) -> Tensor:
-            resized = images if images.shape[-2:] == size else resize_cam(images, size)
+            same = images.shape[-2:] == size
+            resized = images if same else resize_cam(images, size, antialias=antialias)
             return torch.cat([resized.flip(-1) if flag else resized for flag in mirrored])
 
         return self.runner(view(self.pixels), None if self.rgb is None else view(self.rgb))
 
-    def _read(self, capture: Capture, classes: Classes, seed: Seed) -> Cam:
-        """Return the maps of one view, resized to the grid of the batch as given."""
-        cam = seed(capture, classes).float()
-        grid = (self.capture.grid.rows, self.capture.grid.cols)
-        return cam if cam.shape[-2:] == grid else resize_cam(cam, grid)
+    def _placed(self, cam: Cam, views: Views) -> Float[Tensor, "b k H W"]:
+        """Bring the maps of one view to the size at which they are joined."""
+        grid = self.capture.grid
+        size = self._size if views.join_at == "image" else (grid.rows, grid.cols)
+        cam = (cam if cam.shape[-2:] == size else resize_cam(cam, size)).clamp_min(0.0)
+        return scaled_to_max(cam) if views.normalize == "before" else cam
 
     def _patch(self) -> Size:
         """Return rows and columns of a patch in pixels, as the grid of the batch shows them."""
@@ -328,7 +355,3 @@ class MultiViewReader:
                 "there are no sizes and tiles of whole patches; use Views(flip=True) alone"
             )
         return height // grid.rows, width // grid.cols
-
-
-def _scaled(cam: Cam, views: Views) -> Cam:
-    return scaled_to_max(cam) if views.normalize == "before" else cam
