@@ -9,6 +9,7 @@ in evaluation without gradients, unless a mode is on. `fast_multi_head_attention
 """
 
 import math
+from inspect import signature
 from typing import Any
 
 import torch
@@ -101,6 +102,20 @@ def multi_head_attention(  # noqa: PLR0913 - the signature is torch's
         output = output.squeeze(1)
         weights = None if weights is None else weights.squeeze(0)
     return output, weights
+
+
+def with_values_shown(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Attend through scaled_dot_product_attention, also where the map is asked for.
+
+    The map is computed once more, out of sight. Arguments are those of `multi_head_attention`.
+    """
+    given = signature(multi_head_attention).bind(*args, **kwargs).arguments
+    given |= given.pop("unknown", {})
+    output, _ = multi_head_attention(**given | {"need_weights": False})
+    if not given.get("need_weights", True):
+        return output, None
+    with function_modes_disabled():
+        return output, multi_head_attention(**given)[1]
 
 
 def by_fast_path(
