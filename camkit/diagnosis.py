@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from camkit.capture.anatomy import Anatomy
 from camkit.capture.attention import Attention, FusedAttention
 from camkit.capture.facts import ModelFacts
+from camkit.capture.outputs import tensors_in
 from camkit.capture.outside import computed_outside
 from camkit.capture.record import Capture
 from camkit.capture.tail import classifiers
@@ -261,10 +262,7 @@ def _drift(
 
 
 def _tensors(output: object) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output.detach().float()] if output.is_floating_point() else []
-    parts = output.values() if isinstance(output, dict) else output
-    return [t for part in parts for t in _tensors(part)] if isinstance(parts, Iterable) else []
+    return [t.detach().float() for t in tensors_in(output) if t.is_floating_point()]
 
 
 def _code(seeds: dict[str, str | None], capture: Capture, *, takes_images: bool, call: bool) -> str:
