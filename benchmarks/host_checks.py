@@ -74,7 +74,7 @@ class Host:
         part: picks the module that its user gives camkit.
         settings: what its user passes to `camkit.watch` and `camkit.attach`.
         attach_settings: what its user passes to `camkit.attach` besides.
-        pooled: attention calls of a training step with a single query, which no edit meets.
+        pooled: attention calls of a training step with a single query, which has no token to edit.
         edit_options: options of the edit that it is trained with, `camkit.DOEI`.
         scores: picks the class scores in its output, if camkit cannot.
         own_maps: the attention maps that the host itself returns, in order; None if it returns

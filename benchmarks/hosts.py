@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from host_builders import HOSTS, Builder
-from host_checks import CHECKS, FAILS, check
+from host_checks import CHECKS, FAILS, MISSING, NONE, PASS, REFUSED, check
 from host_stubs import stay_on_cpu, stub
 
 from camkit.manifest import environment
@@ -90,8 +91,11 @@ def described() -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     """Write the table."""
     versions = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts(report).items())
     lines = [
         f"`{report['command']}`; {versions}.",
+        "",
+        f"{len(report['hosts'])} hosts of {len(CHECKS)} checks: {counts}. A dash: does not apply.",
         "",
         f"| host | commit | {' | '.join(CHECKS)} |",
         "|---|---|" + "---|" * len(CHECKS),
@@ -106,6 +110,14 @@ def markdown(report: dict[str, Any]) -> str:
     if report["absent"]:
         lines += ["", f"Not checked out: {', '.join(report['absent'])}."]
     return "\n".join(lines) + "\n"
+
+
+def verdicts(report: dict[str, Any]) -> dict[str, int]:
+    """Count the verdicts of all checks; a host that did not run failed them all."""
+    failed = [{"verdict": FAILS}] * len(CHECKS)
+    found = [c for row in report["hosts"] for c in row.get("checks", {}).values() or failed]
+    counts = Counter(check["verdict"] for check in found)
+    return {word: counts[word] for word in (PASS, REFUSED, MISSING, FAILS, NONE) if counts[word]}
 
 
 def _shown(verdict: str, value: str) -> str:
@@ -150,6 +162,7 @@ def main() -> None:
         "hosts": rows,
         "absent": absent,
     }
+    report["verdicts"] = verdicts(report)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "hosts.json").write_text(json.dumps(report, indent=2) + "\n")
     text = markdown(report)

@@ -223,3 +223,24 @@ def test_a_block_that_is_called_beside_its_attention_counts_if_the_host_goes_on_
     mine, theirs = captured(model), captured(plain)
     assert mine.names == theirs.names
     torch.testing.assert_close(mine.blocks[1].head_mean(), theirs.blocks[1].head_mean(), **CLOSE)
+
+
+def test_an_edit_acts_in_a_block_that_runs_behind_its_tower():
+    model = shaken(LastBlockLater()).eval()
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        block.attn.out_proj.weight.data *= 2
+        block.attn.out_proj.bias.data *= 2
+
+    def last_of(host):
+        tokens = []
+        hook = host.blocks[0].register_forward_hook(lambda _, __, out: tokens.append(out))
+        with torch.no_grad():
+            host(PIXELS)
+        hook.remove()
+        return host.last(tokens[0].transpose(0, 1))
+
+    plain = last_of(model)
+    with attach(model, ScaleOutput(2.0)):
+        torch.testing.assert_close(last_of(model), last_of(twin), **CLOSE)
+    assert torch.equal(last_of(model), plain)

@@ -151,26 +151,24 @@ def test_an_edit_takes_scores_where_the_model_returns_none():
         model(PIXELS)
 
 
-def test_an_edit_takes_the_grid_that_nothing_shows():
-    def flat(model, x):
-        return model.head(x[:, 0])
-
-    cut = torch.nn.Sequential(torch.nn.Unfold((8, 16), stride=(8, 16)))
-
+def test_an_edit_measures_the_grid_that_nothing_shows_or_takes_it():
     class Turn(torch.nn.Module):
         def forward(self, x):
             return x.mT
 
-    embed = (cut, Turn(), torch.nn.Linear(3 * 128, DIM))
-    model = shaken(Vit(Attention, embed=lambda: embed, read=flat)).eval()
-    with (
-        attach(model, DOEI()),
-        pytest.raises(UnsupportedModelError, match=r"`grid=\(rows, cols\)`"),
-    ):
-        model(PIXELS)
+    embed = (torch.nn.Unfold((8, 16), stride=(8, 16)), Turn(), torch.nn.Linear(3 * 128, DIM))
+    read = {"read": lambda model, x: model.head(x[:, 1:]).flatten(1)}
+    model = shaken(Vit(Attention, embed=lambda: embed, **read)).eval()
     plain = model(PIXELS)
+    with attach(model, DOEI()):
+        measured = model(PIXELS)
     with attach(model, DOEI(), grid=(4, 3)):
-        assert not torch.equal(model(PIXELS), plain)
+        stated = model(PIXELS)
+    with attach(model, DOEI(), grid=(3, 4)):
+        wrong = model(PIXELS)
+    torch.testing.assert_close(measured, stated)
+    assert not torch.equal(stated, plain)
+    assert not torch.allclose(wrong, stated, atol=1e-6)
 
 
 def test_a_patch_that_is_named_a_token_of_another_role_does_not_fit_the_grid():

@@ -102,10 +102,10 @@ def scored_by_them(
     return abs(theirs - miou(cam, truth, threshold, definition))
 
 
-def min_max(maps: Tensor) -> Tensor:
+def min_max(maps: Tensor, *, epsilon: float = 1e-7) -> Tensor:
     """Scale each map to [0, 1]."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return (maps - low) / (high - low + 1e-7)
+    return (maps - low) / (high - low + epsilon)
 
 
 def logits_file(folder: Path, name: str) -> dict[str, float]:

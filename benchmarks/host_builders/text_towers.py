@@ -22,7 +22,6 @@ from host_builders.shared import CLASSES
 
 ROWS, COLS = 64, 96
 GRID = (4, 6)
-PRIVATE = "a private copy of torch's function hides it"
 SEVERAL = "makes several maps in a call and mixes them in its own way"
 WIDTH = 32
 """Channels of the space of images and texts."""
@@ -219,6 +218,17 @@ def weclip() -> Host:
     def call(host: Any, images: Tensor) -> Any:
         return host.encoder.encode_image(images, ROWS, COLS)
 
+    maps = torch.rand(2, 3, *GRID, generator=torch.Generator().manual_seed(6))
+    tool: Any = import_module("clip.clip_tool")
+
+    def spread_by_them() -> Tensor:
+        attention = torch.stack(call(model, pixels)[1])[-8:, :, 1:, 1:].mean(0)
+        affinity = torch.stack([tool.compute_trans_mat(each) for each in attention])
+        return (affinity @ maps.flatten(2).mT).mT.unflatten(-1, GRID)
+
+    def spread_by_us(capture: camkit.Capture) -> Tensor:
+        return camkit.Propagate(steps=2, blocks=8, balance=3)(maps, capture)
+
     return Host(
         model, pixels, Anatomy((0,), sequence_first=True), GRID, blocks=11,
         call=call,
@@ -227,8 +237,9 @@ def weclip() -> Host:
         step=weclip_step,
         attach_settings={"blocks": [-4, -3, -2]},
         part_call=lambda tower, images: tower(images, *images.shape[2:]),
+        cams=(Cam("affinity of the last eight blocks", spread_by_them, spread_by_us, limit=1e-5),),
         files=partial(shared.logits_file, name="msc_segs"),
-        true_reason=dict.fromkeys(("watch", "doctor", "wrap", "attach"), PRIVATE),
+        true_reason={"wrap": "no class scores"},
     )  # fmt: skip
 
 
@@ -277,6 +288,25 @@ def excel() -> Host:
         surgered = [hasattr(block.attn, "qkv") for block in blocks]
         return [m / heads if total else m for m, total in zip(maps, surgered, strict=True)]
 
+    affutils: Any = import_module("utils.affutils")
+    present = [2, 7]
+    outputs: list[Any] = []  # of one forward, for both
+
+    def spread_by_them() -> Tensor:
+        outputs[:] = model(pixels)
+        labels = F.one_hot(torch.tensor(present), CLASSES).sum(0)
+        spread = [
+            affutils.refine_cams_with_aff(cam, outputs[3][:, image], labels, size=(64, 64))[0]
+            for image, cam in enumerate(outputs[2])
+        ]
+        return torch.stack([torch.stack(each) for each in spread])
+
+    def spread_by_us() -> Tensor:
+        cam = outputs[2][..., present].mT.unflatten(-1, (4, 4))
+        capture = camkit.Capture.of_attention(list(outputs[3]), (4, 4))
+        spread = camkit.Propagate(steps=2, blocks=6, balance=3, boxes=0.79, box_rule="clip-es")
+        return spread(cam, capture)
+
     return Host(
         model, pixels, Anatomy((0,), sequence_first=True), (4, 4), blocks=12,
         call=call,
@@ -287,7 +317,8 @@ def excel() -> Host:
         part_call=lambda tower, images: tower(images, return_weights=True),
         true_reason=dict.fromkeys(("watch", "doctor", "wrap"), SEVERAL),
         cams=(Cam("patch-text similarity", lambda: model(pixels)[2].mT.unflatten(-1, (4, 4)),
-                  alone=lambda: calibrated(plain, pixels, model.text_attr.mT), limit=1e-5),),
+                  alone=lambda: calibrated(plain, pixels, model.text_attr.mT), limit=1e-5),
+              Cam("spread in boxes by its own maps", spread_by_them, alone=spread_by_us)),
         files=excel_files,
     )  # fmt: skip
 
@@ -396,7 +427,7 @@ def _encode(model: Any, pixels: Tensor, *args: Any, **options: Any) -> Tensor:
     return tokens
 
 
-def _open_clip_tower(call: Callable[[Any, Tensor], Tensor], reason: str) -> Host:
+def _open_clip_tower(call: Callable[[Any, Tensor], Tensor], reasons: dict[str, str]) -> Host:
     torch.manual_seed(0)
     model = open_clip_model().eval()
     pixels = shared.pictures(ROWS, COLS)
@@ -408,7 +439,7 @@ def _open_clip_tower(call: Callable[[Any, Tensor], Tensor], reason: str) -> Host
                   likeness(model.visual), limit=1e-5),),
         classes=text_classes(model.visual),
         attach_settings=FIRST,
-        true_reason=refusals(reason),
+        true_reason=reasons,
     )  # fmt: skip
 
 
@@ -422,9 +453,7 @@ def open_clip_model(*, layers: int = 6, width: int = 64, **options: Any) -> Any:
 
 def clearclip() -> Host:
     """Build ClearCLIP: the last block runs, but its output is not used."""
-    return _open_clip_tower(
-        partial(_encode, model_type="ClearCLIP", ignore_residual=True), "outside the module"
-    )
+    return _open_clip_tower(partial(_encode, model_type="ClearCLIP", ignore_residual=True), {})
 
 
 def proxyclip() -> Host:
@@ -432,7 +461,7 @@ def proxyclip() -> Host:
     features = torch.randn(2, 16, *GRID, generator=torch.Generator().manual_seed(9))
     return _open_clip_tower(
         lambda model, pixels: _encode(model, pixels, external_feats=features, beta=1.2, gamma=3.0),
-        "outside the module",
+        refusals("outside the module"),
     )
 
 
@@ -453,8 +482,9 @@ def legrad() -> Host:
     def ours(capture: camkit.Capture) -> Tensor:
         text = TextClasses(names(2), words, space=JointSpace.of(model.visual), scale=1.0)
         maps = camkit.seeds.LeGradSeed(blocks=2, text=text)(capture, torch.arange(2)[None])
-        size = pixels.shape[2:]
-        return shared.min_max(F.interpolate(maps, size=size, mode="bilinear"))
+        return shared.min_max(
+            F.interpolate(maps, size=pixels.shape[2:], mode="bilinear"), epsilon=0.0
+        )
 
     def theirs() -> Tensor:
         with torch.enable_grad():

@@ -29,10 +29,21 @@ from camkit.capture.attention import (
     gated_bias,
     key_bias,
 )
-from camkit.capture.mha import by_fast_path, multi_head_attention, same_bits
+from camkit.capture.mha import (
+    attend_explicitly,
+    by_fast_path,
+    multi_head_attention,
+    same_bits,
+    with_values_shown,
+)
 from camkit.capture.modes import THREAD, measurement
 from camkit.ops.reweight import compiled_for, reweighted_attention
-from camkit.torch_internals import disable_compiler, sleeping_modes, tree_leaves
+from camkit.torch_internals import (
+    disable_compiler,
+    function_modes_disabled,
+    sleeping_modes,
+    tree_leaves,
+)
 
 _HERE = local()
 
@@ -62,13 +73,18 @@ class Intercept(TorchFunctionMode):
             attention inside multi_head_attention_forward is passed to it, too.
         module: whose forward is observed. Then code in it that asks whether a torch-function mode
             is on goes the way it goes without one.
+        with_values: have multi_head_attention_forward show queries, keys and values
+            (`camkit.capture.mha.with_values_shown`).
     """
 
-    def __init__(self, handler: Any, module: nn.Module | None = None) -> None:
+    def __init__(
+        self, handler: Any, module: nn.Module | None = None, *, with_values: bool = False
+    ) -> None:
         super().__init__()
         _exclude_from_compilation()
         self._handler = handler
         self._module = module
+        self._with_values = with_values
         self._asleep: AbstractContextManager[Any] | None = None
         self._running: list[FunctionType] = []
 
@@ -103,11 +119,21 @@ class Intercept(TorchFunctionMode):
                 return self._run_private(private, args, kwargs)
         if kind == "multi_head" and hasattr(self._handler, "fused"):
             with self._on():  # the original is one opaque call; this one shows the attention inside
-                return by_fast_path(self._module, args, kwargs) or multi_head_attention(
-                    *args, **kwargs
-                )
+                return self._multi_head(args, kwargs)
         handle = getattr(self._handler, str(kind), func)
         return func(*args, **kwargs) if handle is func else handle(func, *args, **kwargs)
+
+    def _multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run multi_head_attention_forward step by step."""
+        if self._with_values:
+            shown = with_values_shown(*args, **kwargs)
+            if hasattr(self._handler, "replaces"):
+                return shown
+            with function_modes_disabled():  # what the host goes on with, to the bit
+                fast = by_fast_path(self._module, args, kwargs)
+                return fast or multi_head_attention(*args, **kwargs)
+        fast = by_fast_path(self._module, args, kwargs)
+        return fast or multi_head_attention(*args, **kwargs)
 
     def _run_private(
         self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -187,7 +213,11 @@ def _known_functions() -> dict[int, str]:
     """Name the method of a handler for each function of torch and camkit, by identity."""
     aten = torch.ops.aten
     functions: dict[str, list[Any]] = {
-        "fused": [F.scaled_dot_product_attention, aten.scaled_dot_product_attention],
+        "fused": [
+            F.scaled_dot_product_attention,
+            aten.scaled_dot_product_attention,
+            attend_explicitly,
+        ],
         "softmax": [torch.softmax, F.softmax, Tensor.softmax, aten.softmax],
         "multi_head": [F.multi_head_attention_forward],
         "linear": [F.linear],
@@ -311,9 +341,9 @@ class Tap:
                     bias = bias.expand(*q.shape[:2], -1, -1).flatten(0, 1)
                 output = func(query, key, value, bias, **options | {"is_causal": False})
         else:
-            known = (
-                torch_internals.call_with_normaliser(*call, options) if self._normaliser else None
-            )
+            known = None
+            if self._normaliser and func is not attend_explicitly:
+                known = torch_internals.call_with_normaliser(*call, options)
             output, normaliser = known or (func(*call, **options), None)
         unfolded = self._unfolded(output)
         attention = replace(attention, v=v, output=unfolded, normaliser=normaliser)

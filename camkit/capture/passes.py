@@ -36,6 +36,23 @@ def same_pictures(small: Tensor, pixels: Tensor) -> bool:
     return bool(((a * b).sum(1) >= ALIKE * scale - 1e-6).all())
 
 
+def is_further_block(
+    blocks: Mapping[str, nn.Module], turn: ForwardPass, module: nn.Module, tokens: Tensor
+) -> bool:
+    """Whether a host runs a further block of a pass by itself, behind the forward of its tower.
+
+    Args:
+        blocks: the attention modules by name, in the order the model holds them.
+        turn: the pass.
+        module: of the further block.
+        tokens: that it is given.
+    """
+    places = {block: place for place, block in enumerate(blocks.values())}
+    ran = [places[block] for block in turn.ran if block in places]
+    behind = module in places and all(places[module] > place for place in ran)
+    return behind and sorted(tokens.shape) == sorted(turn.shape)
+
+
 def tails_of_passes(
     passes: Sequence[ForwardPass],
     behind: Sequence[Sequence[TailCall]],

@@ -16,7 +16,7 @@ from camkit.capture.host import Host, block_modules, tail_modules
 from camkit.capture.intercept import EvenRows, Intercept
 from camkit.capture.modes import Graph
 from camkit.capture.order import sequence_first
-from camkit.capture.passes import same_pictures, small_pictures, tails_of_passes
+from camkit.capture.passes import is_further_block, same_pictures, small_pictures, tails_of_passes
 from camkit.capture.record import (
     NoisyForward,
     PoolingCall,
@@ -264,13 +264,11 @@ class Recorder(Subscriber[Recording]):
     def _going_on(
         self, forward: Forward[Recording], module: nn.Module, tokens: Tensor | None
     ) -> Recording | None:
-        places = {m: place for place, m in enumerate(self.attention_modules.values())}
         latest = forward.passes[-1] if forward.passes else None
         if latest is None or tokens is None or forward.thread != get_ident():
             return None
-        behind = all(places[module] > places[other] for other in latest.ran)
-        alike = sorted(tokens.shape) == sorted(latest.shape)
-        return latest if behind and alike else None
+        further = is_further_block(self.attention_modules, latest, module, tokens)
+        return latest if further else None
 
     def attention_begins(self, call: AttentionCall[Recording]) -> tuple[Arguments, Named] | None:
         if call.name not in self._entering:

@@ -310,6 +310,8 @@ class Subscriber(Generic[C]):
         attention_modules: modules whose attention is reported, by name.
         blocks: blocks whose tokens are reported, by the name of their attention.
         weighs_keys: call `key_log_weights`.
+        reads_values: have `nn.MultiheadAttention` attend a second time, through
+            scaled_dot_product_attention, which shows queries, keys and values.
         normaliser: take the normaliser of the softmax from the kernel where it returns it.
         enabled: whether forwards are reported.
     """
@@ -320,6 +322,7 @@ class Subscriber(Generic[C]):
     attention_modules: Mapping[str, nn.Module]
     blocks: Mapping[str, nn.Module]
     weighs_keys: bool = False
+    reads_values: bool = False
     normaliser: bool = True
     enabled: bool = True
 
@@ -553,7 +556,7 @@ class ForwardSession(Generic[C]):
         report = partial(subscriber.attention, call)
         weigh = partial(subscriber.key_log_weights, call) if subscriber.weighs_keys else None
         handler = Tap(report, weigh, heads=call.heads, normaliser=subscriber.normaliser)
-        tap = Intercept(handler, call.module)
+        tap = Intercept(handler, call.module, with_values=subscriber.reads_values)
         self._here.calls.append((call, tap))
         tap.__enter__()
         return changed

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import get_ident
 from typing import Any, TypeAlias
 from weakref import ref
 
@@ -16,6 +17,7 @@ from camkit.capture.attention import Attention
 from camkit.capture.host import Host, block_modules, how_to_reveal, is_whole_block
 from camkit.capture.intercept import taps_suspended
 from camkit.capture.order import sequence_first
+from camkit.capture.passes import is_further_block
 from camkit.capture.scores import candidates
 from camkit.capture.session import (
     Arguments,
@@ -236,6 +238,7 @@ class Editor(Subscriber[EditedPass]):
         self.labels: Labels | Sequence[GivenLabels | None] | None = None
         self.attention_modules = {name: held[name] for name in chosen}
         self.weighs_keys = isinstance(edit, KeyEdit)
+        self.reads_values = isinstance(edit, StreamEdit)
         self.normaliser = not self.weighs_keys  # edits of outputs read columns
         self._host = host
         self._normalisation = normalisation
@@ -243,6 +246,8 @@ class Editor(Subscriber[EditedPass]):
         self._all_must_run = blocks is not None
         self._places = host.places()
         self._latest: Forward[EditedPass] | None = None
+        self._ended: Forward[EditedPass] | None = None
+        self._measured_grid: Grid | None = None
         self._unfinished: set[str] = set()
         self._forwards_since_backward = 0
 
@@ -270,7 +275,7 @@ class Editor(Subscriber[EditedPass]):
 
     def forget(self) -> None:
         """Drop the images and tokens of the latest forward."""
-        self._latest = None
+        self._latest = self._ended = None
         for stream in self._streams.values():
             stream.forget()
 
@@ -281,7 +286,10 @@ class Editor(Subscriber[EditedPass]):
                     f"`handle.{name}` must have one row for each of the {forward.count} images, "
                     f"got {len(given)}; set it before every forward, or to None"
                 )
-        self._unfinished = set()
+        self._unfinished, self._measured_grid = set(), None
+        if self._host.grid is None and forward.entrance is not None:
+            call = forward.entrance, forward.args, forward.kwargs
+            self._measured_grid = self._host.measured_grid(*call, self._host.anatomy(*call))
         if torch.is_grad_enabled():
             first = self._latest is None
             self._forwards_since_backward = 1 if first else self._forwards_since_backward + 1
@@ -290,6 +298,9 @@ class Editor(Subscriber[EditedPass]):
     def pass_begins(self, context: EditedPass) -> None:
         pixels = None if context.pixels is None else context.pixels.detach()
         images = context.forward.images
+        whole_size = images is not None and tuple(context.size) == tuple(images.shape[-2:])
+        if self._measured_grid is not None and context.place == 0 and whole_size:
+            context.grid = self._measured_grid
         whole = None if images is None else images.detach()
         rgb, labels = (_given(value, context.place) for value in (self.rgb, self.labels))
         own_rgb = isinstance(self.rgb, Sequence) and rgb is not None
@@ -317,6 +328,9 @@ class Editor(Subscriber[EditedPass]):
         Raises:
             CaptureError: blocks run outside of the model, so their tokens are unknown.
         """
+        going_on = self._going_on(module, tokens)
+        if going_on is not None:
+            return going_on
         if self._latest is not None and self._latest.passes:
             passes = [turn for turn in self._latest.passes if module in turn.ran]
             shape = None if tokens is None else tuple(tokens.shape)
@@ -337,6 +351,14 @@ class Editor(Subscriber[EditedPass]):
             "an edited block ran outside the forward of its model; attach to the module that you "
             "call, or name `class_tokens=`"
         )
+
+    def _going_on(self, module: nn.Module, tokens: Tensor | None) -> EditedPass | None:
+        """Return the latest pass, if the host runs a further block of it by itself (CLIP-ES)."""
+        ended = self._ended
+        if ended is None or not ended.passes or tokens is None or ended.thread != get_ident():
+            return None
+        turn = ended.passes[-1]
+        return turn if is_further_block(self.attention_modules, turn, module, tokens) else None
 
     def key_log_weights(
         self, call: AttentionCall[EditedPass], attention: Attention
@@ -429,6 +451,7 @@ class Editor(Subscriber[EditedPass]):
         """Raise an error if the forward skipped what it should have edited."""
         if output is None or not self.enabled:
             return
+        self._ended = forward
         ran = forward.ran
         if not ran:
             raise CaptureError(

@@ -114,7 +114,7 @@ class BlockStream:
 
     def _project(self, values: Tensor) -> Tensor:
         args, kwargs = self.now.call
-        with taps_suspended(), Intercept(ReplacedAttention(values)):
+        with taps_suspended(), Intercept(ReplacedAttention(values), with_values=True):
             output = self._attention.forward(*args, **kwargs)
         added: Tensor = output[0] if isinstance(output, tuple) else output
         for module in self.now.scaled_by:
@@ -157,6 +157,8 @@ class BlockStream:
 
 class ReplacedAttention:
     """Lets attention return given values, ``(b, a, t, e)``, whatever it is called with."""
+
+    replaces = True
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
