@@ -29,7 +29,13 @@ from camkit.capture.attention import (
     gated_bias,
     key_bias,
 )
-from camkit.capture.mha import by_fast_path, multi_head_attention, same_bits, with_values_shown
+from camkit.capture.mha import (
+    attend_explicitly,
+    by_fast_path,
+    multi_head_attention,
+    same_bits,
+    with_values_shown,
+)
 from camkit.capture.modes import THREAD, measurement
 from camkit.ops.reweight import compiled_for, reweighted_attention
 from camkit.torch_internals import (
@@ -207,7 +213,11 @@ def _known_functions() -> dict[int, str]:
     """Name the method of a handler for each function of torch and camkit, by identity."""
     aten = torch.ops.aten
     functions: dict[str, list[Any]] = {
-        "fused": [F.scaled_dot_product_attention, aten.scaled_dot_product_attention],
+        "fused": [
+            F.scaled_dot_product_attention,
+            aten.scaled_dot_product_attention,
+            attend_explicitly,
+        ],
         "softmax": [torch.softmax, F.softmax, Tensor.softmax, aten.softmax],
         "multi_head": [F.multi_head_attention_forward],
         "linear": [F.linear],
@@ -331,9 +341,9 @@ class Tap:
                     bias = bias.expand(*q.shape[:2], -1, -1).flatten(0, 1)
                 output = func(query, key, value, bias, **options | {"is_causal": False})
         else:
-            known = (
-                torch_internals.call_with_normaliser(*call, options) if self._normaliser else None
-            )
+            known = None
+            if self._normaliser and func is not attend_explicitly:
+                known = torch_internals.call_with_normaliser(*call, options)
             output, normaliser = known or (func(*call, **options), None)
         unfolded = self._unfolded(output)
         attention = replace(attention, v=v, output=unfolded, normaliser=normaliser)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from camkit.capture.modes import THREAD, measurement
 from camkit.errors import UnsupportedModelError
@@ -229,15 +230,52 @@ def fast_multi_head_attention(
     exact = torch.promote_types(kind, torch.float32)  # half precision is rounded only once
     projected = projected.to(exact) + bias.to(kind).to(exact)
     q, k, v = projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    q = q * (1 / (dim // heads) ** 0.5)
-    q, k, v = (x.to(kind).flatten(0, 1) for x in (q, k, v))
-    weights = torch.softmax(torch.bmm(q, k.mT).unflatten(0, (images, heads)), dim=-1)
-    attended = torch.bmm(weights.flatten(0, 1), v).unflatten(0, (images, heads)).transpose(1, 2)
-    attended = attended.reshape(images * length, dim)
+    scale, weights = 1 / (dim // heads) ** 0.5, None
+    if kind == exact and not need_weights:
+        attended = attend_explicitly(q, k, v, scale=scale)
+    else:
+        q, k, v = (x.to(kind).flatten(0, 1) for x in (q * scale, k, v))
+        weights = torch.softmax(torch.bmm(q, k.mT).unflatten(0, (images, heads)), dim=-1)
+        attended = torch.bmm(weights.flatten(0, 1), v).unflatten(0, (images, heads))
+    attended = attended.transpose(1, 2).reshape(images * length, dim)
     output = F.linear(attended, module.out_proj.weight, module.out_proj.bias)
-    if need_weights and average_attn_weights:
+    if weights is not None and average_attn_weights:
         weights = weights.sum(1) / heads
     return output.view(images, length, dim), weights if need_weights else None
+
+
+def attend_explicitly(  # noqa: PLR0913 - the signature is torch's
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    is_causal: bool = False,
+    scale: float = 1.0,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attend by a softmax over whole maps, and let torch-function modes see it as one call.
+
+    It has the signature of scaled_dot_product_attention, so that a mode which shows or weights that
+    one can do the same here.
+    """
+    if has_torch_function_variadic(query, key, value):
+        seen: Tensor = handle_torch_function(
+            attend_explicitly,
+            (query, key, value),
+            *(query, key, value, attn_mask, dropout_p),
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        return seen
+    split = query.shape[:2]
+    scaled = (query * scale).flatten(0, 1)
+    logits = torch.bmm(scaled, key.flatten(0, 1).mT).unflatten(0, split)
+    logits = logits if attn_mask is None else logits + attn_mask
+    weights = torch.softmax(logits, dim=-1)
+    return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).unflatten(0, split)
 
 
 def _project(
