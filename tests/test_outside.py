@@ -119,6 +119,14 @@ def test_a_sum_of_two_maps_is_refused_and_can_be_left_out():
         assert not torch.equal(model(PIXELS), plain)
 
 
+def test_a_block_that_was_left_out_before_is_looked_for_later():
+    model = shaken(OutsideItsModule())
+    assert captured(model, modules=["blocks.0.attn"]).names == ("blocks.0.attn",)
+    with attach(model, ScaleOutput(2.0), modules=["blocks.0.attn"]):
+        model(PIXELS)
+    assert captured(model).names == ("blocks.0.attn", "blocks.1.attn")
+
+
 def test_an_output_without_a_projection_module_cannot_be_edited():
     class Functional(OutsideItsModule):
         def attended(self, attn, x):

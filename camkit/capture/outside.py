@@ -20,7 +20,8 @@ from camkit.capture.host import Host, block_modules
 from camkit.capture.intercept import Intercept
 from camkit.capture.tail import tokens_of
 
-_FOUND: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
+_OUTSIDE: "WeakKeyDictionary[nn.Module, dict[str, bool]]" = WeakKeyDictionary()
+"""For each model, whether the attention of a module is computed outside it, once that is known."""
 
 
 def close_windows(*_: Any) -> None:
@@ -30,7 +31,8 @@ def close_windows(*_: Any) -> None:
 
 def computed_outside(model: nn.Module) -> tuple[str, ...]:
     """Name the attention modules whose attention a model has computed without calling them."""
-    return tuple(sorted(_FOUND.get(model, ())))
+    known = _OUTSIDE.get(model, {})
+    return tuple(sorted(name for name, outside in known.items() if outside))
 
 
 @dataclass(eq=False)
@@ -91,7 +93,7 @@ _WINDOW = _Window()
 class OutsideAttention:
     """Finds attention that is computed outside its module.
 
-    Models that were seen to have none get no hooks.
+    Modules whose attention was seen not to be computed outside get no hooks.
 
     Args:
         host: the model.
@@ -115,8 +117,8 @@ class OutsideAttention:
     ) -> None:
         self._model = host.model
         self._begin, self._end, self._follows, self._seen = begin, end, follows, seen
-        known = _FOUND.get(host.model, attention)
-        held = {name: module for name, module in attention.items() if name in known}
+        known = _OUTSIDE.get(host.model, {})
+        held = {name: module for name, module in attention.items() if known.get(name, True)}
         self._around = block_modules(host.model, held)
         self._attention = {name: held[name] for name in self._around}
 
@@ -138,7 +140,9 @@ class OutsideAttention:
 
     def forward_ended(self) -> None:
         """Remember what a complete forward of the model has shown."""
-        _FOUND.setdefault(self._model, set())
+        known = _OUTSIDE.setdefault(self._model, {})
+        for name in self._attention:
+            known.setdefault(name, False)
 
     def _after_norm(self, name: str, *call: Any) -> None:
         tokens = tokens_of(call[-1])
@@ -150,7 +154,7 @@ class OutsideAttention:
     def _found(self, name: str, module: nn.Module, tokens: Tensor) -> bool:
         begun = self._begin(module, tokens)
         if begun:
-            _FOUND.setdefault(self._model, set()).add(name)
+            _OUTSIDE.setdefault(self._model, {})[name] = True
         return begun
 
     def _after_projection(self, name: str, *call: Any) -> Any:
