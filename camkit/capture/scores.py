@@ -67,8 +67,8 @@ def checked_scores(scores: Any) -> Tensor:
     shape = getattr(scores, "shape", None)
     got = type(scores).__name__ if shape is None else f"shape {tuple(shape)}"
     raise CaptureError(
-        f"the class scores must be floating-point numbers of shape (images, classes), got {got}; if "
-        "the model returns an embedding for each token, pick or pool them: "
+        f"the class scores must be floating-point numbers of shape (images, classes), got {got}; "
+        "if the model returns an embedding for each token, pick or pool them: "
         "`scores=lambda output: ... output[:, 0]`"
     )
 
