@@ -306,7 +306,8 @@ def check_attach(host: Host, build: Callable[[], Host]) -> Check:
         host.part(model), CountedDOEI(**options), **host.settings, **host.attach_settings
     )
     acts = largest_difference(plain, _forward(host))
-    told = [*(f"{name} class tokens" for name in options), f"moves outputs by {acts:.1e}"]
+    told = [f"{len(handle.settings['blocks'])} blocks", *(f"{name} tokens" for name in options)]
+    told.append(f"moves outputs by {acts:.1e}")
     good = acts > 0.0
     if host.step is not None:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -97,7 +97,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"`{report['command']}`; {versions}.",
         "",
-        f"{len(report['hosts'])} hosts of {len(CHECKS)} checks: {counts}. A dash: does not apply.",
+        f"Hosts: {len(report['hosts'])}. Checks: {counts}. A dash: does not apply.",
         "",
         f"| host | commit | {' | '.join(CHECKS)} |",
         "|---|---|" + "---|" * len(CHECKS),

@@ -246,7 +246,7 @@ def test_the_table_shows_failures_and_what_is_not_checked_out(script):
     }
     lines = script.markdown(report).splitlines()
     assert lines[0] == "`python hosts.py`; torch 2."
-    assert lines[2] == "2 hosts of 6 checks: 5 pass, 7 FAILS. A dash: does not apply."
+    assert lines[2] == "Hosts: 2. Checks: 5 pass, 7 FAILS. A dash: does not apply."
     assert lines[6].startswith("| Good | 0123456 | pass: 0.0 | ")
     assert "**FAILS**: map &#124; 0.5" in lines[6]
     assert lines[7] == "| Bad | abcdefg | **FAILS**: ImportError: x |  |  |  |  |  |"

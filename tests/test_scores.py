@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import camkit
-from camkit import CaptureError, GradientSeed
+from camkit import CaptureError, GradientSeed, watch
 from camkit.seeds import ClassWeightSeed, PredictedClasses, RelevanceSeed
 
 CLASSES = torch.tensor([[1, 4], [3, -1]])
@@ -251,3 +251,11 @@ def test_scores_of_class_tokens_are_told_by_their_values(pixels):
     found = capture_of(made(TokensLast, class_tokens=5), pixels)
     model = made(TokensLast, class_tokens=5)
     torch.testing.assert_close(found.scores, model.tokens(pixels)[:, :5].mean(-1))
+
+
+@pytest.mark.parametrize("shown", [torch.zeros(2, 24, 5), torch.zeros(2, 5).long(), None], ids=str)
+def test_scores_of_another_form_are_refused_where_they_enter(shown):
+    model, pixels = HandMade().eval(), torch.randn(2, 3, 16, 24)
+    match = r"shape \(images, classes\), got (shape \(2, |NoneType)"
+    with watch(model, scores=lambda _: shown), pytest.raises(CaptureError, match=match):
+        model(pixels)

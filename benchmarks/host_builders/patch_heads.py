@@ -287,14 +287,15 @@ def dupl_network() -> Any:
 
 def dupl() -> Host:
     """Build DuPL: two networks like ToCo's, side by side, so a forward has two passes."""
-    model = dupl_network()
+    model, pixels = dupl_network(), shared.pictures(SIDE, 96)
     return Host(
-        model, shared.pictures(SIDE, 96), Anatomy((0,)), (4, 6), blocks=6, chosen_pass=1,
+        model, pixels, Anatomy((0,)), (4, 6), blocks=6, chosen_pass=1,
         own_maps=encoder_maps(model.branch2.encoder),
-        scores=lambda output: output["branch1"][0],
+        scores=lambda output: output["branch2"][0],
         crops=lambda network: network(shared.pictures(SIDE, SIDE, images=4), need_sp=True),
         attention=attention_of(model.branch1.encoder, model.branch2.encoder),
         step=dupl_step,
+        cams=(Cam("CAM of branch 2", one_size_cam(model.branch2, pixels, 1), class_weight),),
         files=partial(shared.logits_file, name="msc_seg"),
     )  # fmt: skip
 

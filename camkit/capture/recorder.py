@@ -24,7 +24,7 @@ from camkit.capture.record import (
     TokenCall,
     WatchSpec,
 )
-from camkit.capture.scores import ACTIVATIONS, find_scores, known_classes
+from camkit.capture.scores import ACTIVATIONS, checked_scores, find_scores, known_classes
 from camkit.capture.session import (
     Arguments,
     AttentionCall,
@@ -474,7 +474,7 @@ class Recorder(Subscriber[Recording]):
             return  # of a wrapper around the model
         for turn in passes:
             if self._scores is not None:
-                turn.outputs = self._scores(output)
+                turn.outputs = checked_scores(self._scores(output))
             else:
                 turn.find_scores(output, known_classes(self._host.model))
             if turn.outputs is not None and not self._builds_graph:

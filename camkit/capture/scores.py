@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from camkit.capture.tail import TailCall, classifiers, fitting_classifiers
+from camkit.errors import CaptureError
 
 ACTIVATIONS = (nn.Sigmoid, nn.Softmax)
 """Modules that turn class scores into probabilities."""
@@ -53,6 +54,23 @@ def _two_dimensional(output: Any) -> Iterator[Tensor]:
             yield from _two_dimensional(part)
     elif hasattr(output, "logits"):
         yield from _two_dimensional(output.logits)
+
+
+def checked_scores(scores: Any) -> Tensor:
+    """Check what the user's ``scores=`` returned.
+
+    Raises:
+        CaptureError: it is not one row of scores for each image.
+    """
+    if isinstance(scores, Tensor) and scores.dim() == 2 and scores.is_floating_point():
+        return scores
+    shape = getattr(scores, "shape", None)
+    got = type(scores).__name__ if shape is None else f"shape {tuple(shape)}"
+    raise CaptureError(
+        f"the class scores must be floating-point numbers of shape (images, classes), got {got}; "
+        "if the model returns an embedding for each token, pick or pool them: "
+        "`scores=lambda output: ... output[:, 0]`"
+    )
 
 
 def find_scores(

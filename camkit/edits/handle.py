@@ -18,7 +18,7 @@ from camkit.capture.host import Host, block_modules, how_to_reveal, is_whole_blo
 from camkit.capture.intercept import taps_suspended
 from camkit.capture.order import sequence_first
 from camkit.capture.passes import is_further_block
-from camkit.capture.scores import candidates
+from camkit.capture.scores import candidates, checked_scores
 from camkit.capture.session import (
     Arguments,
     AttentionCall,
@@ -477,7 +477,9 @@ class Editor(Subscriber[EditedPass]):
         several = [turn.anatomy for turn in forward.passes if len(turn.anatomy.class_tokens) > 1]
         if not several or several[0].stated:
             return
-        found = candidates(output) if self._scores is None else [self._scores(output)]
+        found = (
+            candidates(output) if self._scores is None else [checked_scores(self._scores(output))]
+        )
         widths = [scores.shape[-1] for scores in found]
         if widths and len(several[0].class_tokens) not in widths:
             check_one_for_each_class(several[0], widths[0])
