@@ -7,8 +7,6 @@ import inspect
 import pkgutil
 import re
 import sys
-import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from pages import ROOT, blocks
 from PIL import Image
 
 import camkit
@@ -23,36 +22,7 @@ from camkit import bench
 from camkit.cli import COMMANDS
 from camkit.data import SHAPE_CLASSES, draw_shapes, open_dataset, write_cam, write_shapes
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-FENCE = re.compile(
-    r"(?:<!-- not run: (?P<why>[^>]+) -->\s*\n)?^ *```python[^\n]*\n(?P<code>.*?)^ *```$",
-    re.DOTALL | re.MULTILINE,
-)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A Python block of a page, its first line, and the heading above it."""
-
-    code: str
-    line: int
-    heading: str
-    why_not: str | None
-
-
-def blocks(page):
-    text = page.read_text(encoding="utf-8")
-    return [_block(text, match) for match in FENCE.finditer(text)]
-
-
-def _block(text, match):
-    before = text[: match.start("code")]
-    headings = re.findall(r"^## (.+)$", before, re.MULTILINE)
-    code = textwrap.dedent(match["code"])
-    return Block(code, before.count("\n"), headings[-1] if headings else "", match["why"])
-
-
 QUOTED = re.compile(r"`([^`]+)`")
 WITH_PYTHON = [page for page in PAGES if blocks(page)]
 IN_ONE_PROCESS = [page for page in WITH_PYTHON if page.stem != "plug_in"]  # test_plug_in.py

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
+from pages import ROOT, blocks
 from scripts import FACTS, MAKERS
-from test_docs import ROOT, blocks
 
 from camkit.data import write_cam
 
