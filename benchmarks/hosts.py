@@ -1,6 +1,7 @@
 """Does camkit work in other people's repositories, unchanged, at the commits that are checked out?
 
     python benchmarks/hosts.py --repos FOLDER [--only NAME ...]
+    python benchmarks/hosts.py --tables    # writes the tables of the docs from results/hosts.json
 
 FOLDER holds checked-out repositories under their own names (host_builders/__init__.py lists them);
 absent ones are skipped. Each host runs in a process of its own, because repositories clash in the
@@ -27,6 +28,7 @@ import torch
 from host_builders import HOSTS, Builder
 from host_checks import CHECKS, FAILS, MISSING, NONE, PASS, REFUSED, check
 from host_stubs import stay_on_cpu, stub
+from host_tables import write_tables
 
 from camkit.manifest import environment
 
@@ -131,10 +133,14 @@ def main() -> None:
     parser.add_argument("--repos", type=Path, help="folder of checked-out repositories")
     parser.add_argument("--only", nargs="+", choices=sorted(HOSTS), help="check these hosts only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
+    parser.add_argument("--tables", action="store_true", help="write the tables of the docs")
     parser.add_argument("--host", help=argparse.SUPPRESS)
     parser.add_argument("--repository", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.tables:
+        write_tables()
+        return
     if options.host:
         torch.set_num_threads(1)
         stay_on_cpu()

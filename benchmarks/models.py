@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from host_tables import END, START, details, found as found_in_hosts
 from torch import nn
 
 import camkit
@@ -36,6 +37,19 @@ To check your own model, run `camkit doctor TIMM_NAME`, `camkit doctor mymodule:
   `scores=` (for CLIP, the similarity of image and text).
 - **seeds**: G `GradientSeed`, R `RelevanceSeed`, A `ClassAttentionSeed`, W `ClassWeightSeed`.
 - **edit**: largest change of an output under an edit that should change nothing.
+"""
+HOSTS = f"""## Research codebases
+
+`python benchmarks/hosts.py --repos FOLDER` runs these repositories at the commits named: small
+models of their own classes with random weights, read, diagnosed, wrapped, and trained for a step
+under `DOEI`; their maps and files are compared with camkit's, and numbers are largest differences.
+[Plug camkit into your codebase](plug_in.md) has the lines to add.
+
+{START}
+
+{{table}}
+
+{END}
 """
 COLUMNS = ("model", "path", "tokens", "pooling", "scores", "seeds", "edit")
 SEEDS = {
@@ -121,6 +135,7 @@ def main() -> None:
         (
             HEAD.format(versions=versions),
             f"## Read and edited\n\n{works}\n",
+            HOSTS.format(table=details(found_in_hosts())),
             f"## Refused, with the reason\n\n{table(('model', 'reason'), reasons)}",
         )
     )

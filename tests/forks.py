@@ -12,7 +12,6 @@ from functools import partial, wraps
 import torch
 import torch.nn.functional as F
 from einops.layers.torch import Rearrange
-from hosts import shaken
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +19,14 @@ from torch.utils.checkpoint import checkpoint
 DIM, HEADS, CLASSES, GRID = 32, 4, 5, (4, 6)
 TORCH_ATTENTION = partial(nn.MultiheadAttention, DIM, HEADS)
 CLASS_TOKEN = {"cls_token": (1, 1, DIM)}
+
+
+def shaken(model):
+    """Weights far enough from their initial values that every token and head counts."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval()
 
 
 def per_head(x, parts):

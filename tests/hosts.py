@@ -3,6 +3,7 @@
 import timm
 import torch
 import torch.nn.functional as F
+from forks import shaken
 from torch import nn
 
 from camkit.edits import ScaleOutput
@@ -21,14 +22,6 @@ FAMILIES = {
     "learned bias": ("beit_base_patch16_224", {"img_size": 64}, (64, 64)),
     "eva02": ("eva02_tiny_patch14_224", {"img_size": 56}, (56, 56)),
 }
-
-
-def shaken(model):
-    """Weights far enough from their initial values that every token and head counts."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    return model.eval()
 
 
 def tiny(family, *, depth=3, **options):

@@ -1,7 +1,6 @@
 """The docs are correct: their Python runs, their links resolve, every public name is described."""
 
 import ast
-import copy
 import importlib
 import importlib.util
 import inspect
@@ -11,14 +10,12 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import timm
 import torch
-from forks import FORKS
 from PIL import Image
 
 import camkit
@@ -32,17 +29,6 @@ FENCE = re.compile(
     r"(?:<!-- not run: (?P<why>[^>]+) -->\s*\n)?^ *```python[^\n]*\n(?P<code>.*?)^ *```$",
     re.DOTALL | re.MULTILINE,
 )
-
-
-HOSTS = {
-    "MCTformer": "mctformer",
-    "ToCo": "toco",
-    "SeCo": "toco",
-    "CLIP-ES": "clip-es",
-    "WeCLIP": "clip-es",
-    "Your fork": "own",
-}
-"""Headings of docs/plug_in.md, and the small re-creation that runs the Python below each."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +55,7 @@ def _block(text, match):
 
 QUOTED = re.compile(r"`([^`]+)`")
 WITH_PYTHON = [page for page in PAGES if blocks(page)]
+IN_ONE_PROCESS = [page for page in WITH_PYTHON if page.stem != "plug_in"]  # test_plug_in.py
 
 
 @pytest.fixture(scope="session")
@@ -149,35 +136,9 @@ def world(page, stand_ins, monkeypatch, tmp_path):
     }
 
 
-def names_of_host(heading):
-    """The variables of that codebase's scripts, around a re-creation of their model."""
-    fork = FORKS[HOSTS[heading]]
-    model, images = fork.build()
-    if heading in ("CLIP-ES", "WeCLIP"):
-        model.blocks.extend(copy.deepcopy(model.blocks[0]) for _ in range(10))
-        model = SimpleNamespace(visual=model)
-    labels = torch.tensor([[0, 1, 0, 0, 1]])
-    return {
-        "model": model,
-        "WeCLIP_model": SimpleNamespace(encoder=model),
-        **dict.fromkeys(("images", "inputs", "pixels"), images[:1]),
-        **dict.fromkeys(("target", "cls_label"), labels),
-        "rgb_in_0_1": torch.rand(1, 3, 32, 48),
-        "resized_cam": torch.rand(1, 5, 32, 48),
-        "name": ["2007_000032"],
-        "img_name": "2007_000032",
-        "w_orig": 32,  # rows; the two names are swapped there
-        "h_orig": 48,
-    }
-
-
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", IN_ONE_PROCESS, ids=lambda page: page.stem)
 def test_python_of_a_page_runs_from_top_to_bottom(page, world):
-    heading = ""
     for block in blocks(page):
-        if page.stem == "plug_in" and block.heading != heading:
-            heading = block.heading
-            world.update(names_of_host(heading))
         if block.why_not is None:
             code = compile("\n" * block.line + block.code, str(page), "exec")
             exec(code, world)
