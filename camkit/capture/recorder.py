@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from camkit.capture.anatomy import Anatomy, with_images
 from camkit.capture.attention import Attention, ClassRows, ExplicitAttention, FusedAttention
 from camkit.capture.class_query import ClassPath, ClassQuery
+from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules, tail_modules
 from camkit.capture.intercept import EvenRows, Intercept
 from camkit.capture.modes import Graph
@@ -30,7 +31,6 @@ from camkit.capture.session import (
     AttentionCall,
     Forward,
     ForwardPass,
-    Hooks,
     Named,
     Subscriber,
 )
