@@ -247,3 +247,22 @@ def test_an_edit_says_that_it_leaves_unknown_colours_out():
     warned = pytest.warns(UserWarning, match=r"leaves the colours out.*handle\.rgb")
     with attach(host, DOEI(alignment=HybridAlignment())), warned:
         host(photos())
+
+
+def test_a_list_of_batches_is_a_forward_with_a_pass_for_each_size():
+    class MultiCrop(Flips):
+        """As DINO: crops of one size go through the backbone together."""
+
+        def forward(self, batches):
+            sizes = dict.fromkeys(tuple(batch.shape[-2:]) for batch in batches)
+            same = [[b for b in batches if tuple(b.shape[-2:]) == size] for size in sizes]
+            return torch.cat([self.backbone(torch.cat(group)) for group in same])
+
+    host = shaken(MultiCrop()).eval()
+    batches = [photos(2), photos(2, seed=1), photos(2, (16, 24), seed=2)]
+    expected = torch.cat([host.backbone(torch.cat(batches[:2])), host.backbone(batches[2])])
+    with watch(host) as seen:
+        assert torch.equal(host(batches), expected)
+    assert [(p.images, p.grid) for p in seen.passes] == [(4, Grid(4, 6)), (2, Grid(2, 3))]
+    same_blocks(seen.passes[0], blocks_of(host.backbone, torch.cat(batches[:2])))
+    same_blocks(seen.passes[1], blocks_of(host.backbone, batches[2]))

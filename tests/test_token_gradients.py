@@ -475,7 +475,7 @@ def test_a_pipeline_evaluates_all_blocks_where_somebody_reads_behind_them():
 def test_hooks_of_the_short_cut_are_idle_without_it():
     model, pixels = tiny("vit")
     expected = model(pixels)
-    hooks = camkit.capture.session.Hooks()
+    hooks = camkit.capture.hooks.Hooks()
     query = ClassQuery(camkit.capture.host.Host.of(model))
     query.start(hooks)
     assert torch.equal(model(pixels), expected)

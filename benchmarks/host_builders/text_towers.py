@@ -453,7 +453,8 @@ def open_clip_model(*, layers: int = 6, width: int = 64, **options: Any) -> Any:
 
 def clearclip() -> Host:
     """Build ClearCLIP: the last block runs, but its output is not used."""
-    return _open_clip_tower(partial(_encode, model_type="ClearCLIP", ignore_residual=True), {})
+    call = partial(_encode, model_type="ClearCLIP", ignore_residual=True)
+    return _open_clip_tower(call, {"wrap": "(images, classes), got shape"})
 
 
 def proxyclip() -> Host:
@@ -461,7 +462,7 @@ def proxyclip() -> Host:
     features = torch.randn(2, 16, *GRID, generator=torch.Generator().manual_seed(9))
     return _open_clip_tower(
         lambda model, pixels: _encode(model, pixels, external_feats=features, beta=1.2, gamma=3.0),
-        refusals("outside the module"),
+        refusals("outside the module") | {"wrap": "(images, classes), got shape"},
     )
 
 

@@ -130,11 +130,25 @@ def check_one_for_each_class(anatomy: Anatomy, classes: int | None) -> None:
 
 
 def image_batch(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the images among the arguments of a call: its first 4-d floating-point tensor."""
+    """Return the images among the arguments of a call: its first 4-d floating-point tensor.
+
+    A list of such tensors holds several batches, such as crops (DINO); the first of them counts.
+    """
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4:
-            return value
+        batches = value if isinstance(value, list | tuple) and value else [value]
+        if all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 4 for x in batches):
+            images: Tensor = batches[0]
+            return images
     return None
+
+
+def with_images(value: Any, images: Tensor, others: Tensor) -> Any:
+    """Return an argument of a call with other images, also inside a list or tuple."""
+    if value is images:
+        return others
+    if type(value) in (list, tuple):
+        return type(value)(with_images(part, images, others) for part in value)
+    return value
 
 
 def measure_anatomy(
@@ -232,6 +246,8 @@ def _token_probe(
         def paired(value: Any) -> Any:
             if value is pixels:
                 return images
+            if type(value) in (list, tuple):
+                return type(value)(map(paired, value))
             count = 0 if pixels is None else len(pixels)
             along = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
             return torch.cat([value[:1]] * 2) if along else value

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy, image_batch
 from camkit.capture.attention import Attention, FusedAttention
+from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules, head_count
 from camkit.capture.intercept import Intercept, Tap
 from camkit.capture.modes import measurement
 from camkit.capture.record import TokenCall
-from camkit.capture.session import Hooks
 from camkit.capture.tail import tokens_of
 from camkit.errors import UnsupportedModelError
 from camkit.torch_internals import count_hooks, tensor_version, tree_leaves

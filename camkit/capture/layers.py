@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy, grid_of_aspect
 from camkit.capture.class_query import ClassQuery
+from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules
 from camkit.capture.modes import Graph, borrowed
-from camkit.capture.session import Hooks
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.torch_internals import is_compiled

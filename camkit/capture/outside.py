@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules
 from camkit.capture.intercept import Intercept
 from camkit.capture.tail import tokens_of
@@ -122,7 +123,7 @@ class OutsideAttention:
         self._around = block_modules(host.model, held)
         self._attention = {name: held[name] for name in self._around}
 
-    def start(self, hooks: Any) -> None:
+    def start(self, hooks: Hooks) -> None:
         """Register the hooks."""
         for name, block in self._around.items():
             attention = self._attention[name]

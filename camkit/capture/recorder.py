@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from camkit.capture.anatomy import Anatomy
+from camkit.capture.anatomy import Anatomy, with_images
 from camkit.capture.attention import Attention, ClassRows, ExplicitAttention, FusedAttention
 from camkit.capture.class_query import ClassPath, ClassQuery
+from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules, tail_modules
 from camkit.capture.intercept import EvenRows, Intercept
 from camkit.capture.modes import Graph
@@ -30,7 +31,6 @@ from camkit.capture.session import (
     AttentionCall,
     Forward,
     ForwardPass,
-    Hooks,
     Named,
     Subscriber,
 )
@@ -493,8 +493,8 @@ class Recorder(Subscriber[Recording]):
             for _ in range(noise.samples):
                 drawn = torch.randn(pixels.shape, generator=generator).to(pixels)
                 noisy = pixels + noise.spread * drawn
-                args = [noisy if value is pixels else value for value in clean.args]
-                kwargs = {n: noisy if v is pixels else v for n, v in clean.kwargs.items()}
+                args = [with_images(value, pixels, noisy) for value in clean.args]
+                kwargs = {n: with_images(v, pixels, noisy) for n, v in clean.kwargs.items()}
                 clean.entrance(*args, **kwargs)
                 if self.forward is not None:
                     for turn, again in zip(clean.passes, self.forward.passes, strict=True):

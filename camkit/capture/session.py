@@ -10,8 +10,7 @@ begins with the first attention behind a patch embedding, and its images are wha
 given. Blocks that share one module run several times in one pass.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,99 +21,21 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from camkit.capture.anatomy import WINDOWS, Anatomy, image_batch
 from camkit.capture.attention import Attention
+from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, head_count, tail_modules
 from camkit.capture.intercept import Intercept, Tap
-from camkit.capture.modes import THREAD
 from camkit.capture.order import sequence_first
 from camkit.capture.outside import OutsideAttention, close_windows
 from camkit.capture.parameters import reshards
 from camkit.capture.tail import tokens_of
 from camkit.errors import CaptureError
 from camkit.grid import Grid
-from camkit.torch_internals import leave_out_of_copies
 
 Arguments: TypeAlias = tuple[Any, ...]
 Named: TypeAlias = dict[str, Any]
-
-
-class Hook:
-    """A hook of camkit; `Hooks` keeps it out of copies and pickles of its module.
-
-    Where it is copied by itself (as quantisation moves hooks to the modules it puts in), the copy
-    does nothing, and its pickle names nothing of camkit.
-    """
-
-    def __init__(self, function: Callable[..., Any], *, while_measuring: bool = False) -> None:
-        def run(*args: Any) -> Any:
-            return function(*args) if while_measuring or not THREAD.measuring else None
-
-        # compiled code calls it instead of tracing it
-        self.function = torch.compiler.disable(run)
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")  # takes any arguments and returns None
-
-
-class Hooks:
-    """A set of hooks, removed together; removing them twice is harmless.
-
-    ``outermost`` puts a hook around all others; else newer hooks run inside older ones. Forwards
-    that camkit itself runs inside `measurement` call only hooks with ``while_measuring``.
-
-    Deep copies and pickles of the module are without these hooks: a copy of a watched model (an EMA
-    teacher, say) would write into the original's record, and a pickle would need camkit.
-    """
-
-    def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
-
-    def before(
-        self,
-        module: nn.Module,
-        function: Callable[..., Any],
-        *,
-        outermost: bool = False,
-        while_measuring: bool = False,
-    ) -> None:
-        """Call ``function(module, args, kwargs)`` before each forward of ``module``."""
-        hook = Hook(function, while_measuring=while_measuring)
-        self._keep(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outermost))
-
-    def after(
-        self,
-        module: nn.Module,
-        function: Callable[..., Any],
-        *,
-        outermost: bool = False,
-        while_measuring: bool = False,
-    ) -> None:
-        """Call ``function(module, args, kwargs, output)`` after each forward.
-
-        It is called after a forward that raised, too; then the output is None.
-        """
-        hook = Hook(function, while_measuring=while_measuring)
-        self._keep(
-            module.register_forward_hook(
-                hook, with_kwargs=True, always_call=True, prepend=not outermost
-            )
-        )
-
-    def _keep(self, handle: RemovableHandle) -> None:
-        self._handles.append(handle)
-        leave_out_of_copies(handle, Hook)
-
-    def remove(self) -> None:
-        while self._handles:
-            handle = self._handles.pop()
-            handle.remove()
-            leave_out_of_copies(handle, Hook)
 
 
 C = TypeVar("C", bound="ForwardPass")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy, check_one_for_each_class
 from camkit.capture.attention import Attention
+from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules, how_to_reveal, is_whole_block
 from camkit.capture.intercept import taps_suspended
 from camkit.capture.order import sequence_first
@@ -25,7 +26,6 @@ from camkit.capture.session import (
     Forward,
     ForwardPass,
     ForwardSession,
-    Hooks,
     Named,
     Subscriber,
 )

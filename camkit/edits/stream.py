@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from camkit.capture.attention import Attention, FusedAttention
+from camkit.capture.hooks import Hooks
 from camkit.capture.intercept import Intercept, taps_suspended
-from camkit.capture.session import ForwardPass, Hooks
+from camkit.capture.session import ForwardPass
 from camkit.capture.tail import tokens_of
 from camkit.edits.protocol import Attended
 from camkit.errors import UnsupportedModelError

@@ -1,0 +1,88 @@
+"""camkit's hooks on the modules of a model, which copies and pickles of the model are without."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from camkit.capture.modes import THREAD
+from camkit.torch_internals import leave_out_of_copies
+
+
+class Hook:
+    """A hook of camkit; `Hooks` keeps it out of copies and pickles of its module.
+
+    Where it is copied by itself (as quantisation moves hooks to the modules it puts in), the copy
+    does nothing, and its pickle names nothing of camkit.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, while_measuring: bool = False) -> None:
+        def run(*args: Any) -> Any:
+            return function(*args) if while_measuring or not THREAD.measuring else None
+
+        # compiled code calls it instead of tracing it
+        self.function = torch.compiler.disable(run)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes any arguments and returns None
+
+
+class Hooks:
+    """A set of hooks, removed together; removing them twice is harmless.
+
+    ``outermost`` puts a hook around all others; else newer hooks run inside older ones. Forwards
+    that camkit itself runs inside `measurement` call only hooks with ``while_measuring``.
+
+    Deep copies and pickles of the module are without these hooks: a copy of a watched model (an EMA
+    teacher, say) would write into the original's record, and a pickle would need camkit.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def before(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        outermost: bool = False,
+        while_measuring: bool = False,
+    ) -> None:
+        """Call ``function(module, args, kwargs)`` before each forward of ``module``."""
+        hook = Hook(function, while_measuring=while_measuring)
+        self._keep(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outermost))
+
+    def after(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        *,
+        outermost: bool = False,
+        while_measuring: bool = False,
+    ) -> None:
+        """Call ``function(module, args, kwargs, output)`` after each forward.
+
+        It is called after a forward that raised, too; then the output is None.
+        """
+        hook = Hook(function, while_measuring=while_measuring)
+        self._keep(
+            module.register_forward_hook(
+                hook, with_kwargs=True, always_call=True, prepend=not outermost
+            )
+        )
+
+    def _keep(self, handle: RemovableHandle) -> None:
+        self._handles.append(handle)
+        leave_out_of_copies(handle, Hook)
+
+    def remove(self) -> None:
+        while self._handles:
+            handle = self._handles.pop()
+            handle.remove()
+            leave_out_of_copies(handle, Hook)
