@@ -12,7 +12,7 @@ from torch import Tensor
 from camkit.capture.anatomy import Anatomy, grid_of_aspect
 from camkit.capture.attention import Attention, FusedAttention
 from camkit.capture.passes import same_pictures, small_pictures
-from camkit.errors import CaptureError
+from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import Normalisation, check_rgb, to_rgb
 from camkit.tensors import Labels, Pixels, Tokens
@@ -75,7 +75,11 @@ class Picture:
             rgb = self._in_colour()
             grid = self.grid
             if grid is None or grid.size != patches:  # a stem of several layers shows another
-                grid = grid_of_aspect(rgb.shape[-2:], patches)
+                try:
+                    grid = grid_of_aspect(rgb.shape[-2:], patches)
+                except UnsupportedModelError:
+                    if grid is None:
+                        raise
             pooled = F.adaptive_avg_pool2d(rgb.detach().float(), (grid.rows, grid.cols))
             self._colours = pooled.flatten(2).mT.contiguous()
         if self._colours.shape[1] != patches:
