@@ -30,7 +30,8 @@ torch.set_num_threads(1)  # on tiny models a second thread is waited for longer 
 SLOWEST_FILES = (
     *("ray_engine", "contract_compile", "cuda_emulation", "run_command", "bulk", "cli_files"),
     *("cuda_build", "cli_bench", "bench", "real", "cli", "run", "reweight", "bench_edit"),
-    *("contract_parallel", "contract_training", "docs", "examples"),
+    *("same_bits", "plug_in", "parameters", "contract_parallel", "contract_training"),
+    *("docs", "examples"),
 )
 
 
