@@ -244,3 +244,33 @@ def test_an_edit_acts_in_a_block_that_runs_behind_its_tower():
     with attach(model, ScaleOutput(2.0)):
         torch.testing.assert_close(last_of(model), last_of(twin), **CLOSE)
     assert torch.equal(last_of(model), plain)
+
+
+def test_a_module_that_did_not_run_is_looked_for_in_the_next_forward(beside):
+    class Later(OutsideItsModule):
+        short = True
+
+        def through(self, x):
+            if self.short:
+                return self.blocks[0](self.ln_pre(x).transpose(0, 1)).transpose(0, 1)
+            return super().through(x)
+
+    model = shaken(Later()).eval()
+    model.load_state_dict(beside.state_dict())
+    assert captured(model).names == ("blocks.0.attn",)
+    model.short = False
+    assert captured(model).names == ("blocks.0.attn", "blocks.1.attn")
+
+
+def test_an_error_in_one_of_two_edits_leaves_no_window_to_the_other(beside):
+    plain = beside(PIXELS)
+
+    def failing(tokens, output, *_):
+        raise KeyError("mine")
+
+    with attach(beside, ScaleOutput(1.0), blocks=[1]):
+        with attach(beside, failing, blocks=[1]), pytest.raises(KeyError):
+            beside(PIXELS)
+        assert torch.equal(beside(PIXELS), plain)
+    assert torch._C._len_torch_function_stack() == 0
+    assert torch.equal(beside(PIXELS), plain)

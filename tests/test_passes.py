@@ -18,6 +18,7 @@ from hosts import shaken
 from torch import nn
 
 from camkit import attach, watch
+from camkit.capture.passes import same_pictures, small_pictures
 from camkit.edits import DOEI, HybridAlignment, ScaleOutput
 from camkit.errors import CaptureError
 from camkit.grid import Grid
@@ -266,3 +267,15 @@ def test_a_list_of_batches_is_a_forward_with_a_pass_for_each_size():
     assert [(p.images, p.grid) for p in seen.passes] == [(4, Grid(4, 6)), (2, Grid(2, 3))]
     same_blocks(seen.passes[0], blocks_of(host.backbone, torch.cat(batches[:2])))
     same_blocks(seen.passes[1], blocks_of(host.backbone, batches[2]))
+
+
+def test_a_crop_is_not_taken_for_the_picture_and_a_normalised_one_is():
+    rows = torch.linspace(0, 1, 64)
+    picture = (rows[:, None] * rows)[None, None].repeat(1, 3, 1, 1)  # smooth, so a crop looks alike
+    scaled = (picture - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / 0.225
+    smaller = torch.nn.functional.interpolate(scaled, (48, 40), mode="area")
+    assert same_pictures(small_pictures(scaled), picture)
+    assert same_pictures(small_pictures(smaller), picture)
+    assert not same_pictures(small_pictures(picture[..., :48, :48] ** 0.5), picture)
+    assert not same_pictures(small_pictures(picture.flip(-1)), picture)
+    assert not same_pictures(small_pictures(picture.repeat(2, 1, 1, 1)), picture)

@@ -204,3 +204,22 @@ def test_wrap_takes_the_pass_that_the_scores_are_of():
     torch.testing.assert_close(several.stages(PIXELS, **classes).cam, expected)
     diagnosis = camkit.diagnose(host, PIXELS, call=lambda model, pixels: model(pixels, crops))
     assert "3 in a forward: 2 images on 4x6 patches" in diagnosis.rows["passes"]
+
+
+@pytest.mark.parametrize("stated", [{}, {"other_tokens": []}], ids=["class tokens", "all"])
+def test_a_host_that_cannot_be_measured_is_edited_with_the_roles_that_are_stated(stated):
+    class OneImage(Vit):
+        """Refuses the two images that a measurement calls it with."""
+
+        def forward_features(self, pixels):
+            if len(pixels) != 1:
+                raise AssertionError("one image at a time")
+            return super().forward_features(pixels)
+
+    model, pixels = shaken(OneImage(Attention)).eval(), PIXELS[:1]
+    plain = Vit(Attention).eval()
+    plain.load_state_dict(model.state_dict())
+    with attach(plain, DOEI()):
+        expected = plain(pixels)
+    with attach(model, DOEI(), class_tokens=[0], **stated):
+        torch.testing.assert_close(model(pixels), expected)

@@ -480,20 +480,23 @@ class Host:
     ) -> Grid | None:
         """Return the patch grid of these images, measured once for each size.
 
-        Not to be called while the model runs. None if the patches do not lie on a grid; the
-        arguments are those of `anatomy`.
+        Not to be called while the model runs. None if the patches do not lie on a grid, or the
+        model cannot be measured, or the user stated all roles so that nothing is; the arguments are
+        those of `anatomy`.
         """
         pixels = image_batch(args, kwargs)
-        if pixels is None:
+        if pixels is None or (self.class_tokens is not None and self.other_tokens is not None):
             return None
         size = (pixels.shape[-2], pixels.shape[-1])
         with _MEASURING:
             known = _GRIDS.setdefault(entrance, {})
             if (size, anatomy) not in known:
                 modules = list(self.attention.values())
-                known[size, anatomy] = measure_grid(
-                    entrance, modules, args, kwargs, anatomy, self.embeddings
-                )
+                try:
+                    found = measure_grid(entrance, modules, args, kwargs, anatomy, self.embeddings)
+                except Exception:  # noqa: BLE001 - whatever the host raises
+                    found = None
+                known[size, anatomy] = found
             return known[size, anatomy]
 
 

@@ -7,7 +7,7 @@ next module a mode looks for a linear layer with weights of the block's attentio
 the attention behind it is reported as a call of the module that they belong to.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from threading import local
@@ -63,23 +63,24 @@ class _Window(local):
     def shut(self) -> None:
         """Close the window; attention that is still followed had no projection."""
         mode, followers = self.mode, self.followers
-        if mode is None:
-            return
         self.mode, self.followers = None, []
-        mode.__exit__(None, None, None)
+        if mode is not None:
+            mode.__exit__(None, None, None)
         for follower in reversed(followers):
             if follower.begun:
                 follower.end(follower.module, None)
 
-    def take(self, end: Callable[..., Any]) -> _Follower | None:
-        """Return and forget the follower whose attention has begun and who is told by ``end``."""
-        found = next((f for f in self.followers if f.end == end and f.begun), None)
-        if found is not None:
-            if self.mode is not None:
-                self.mode.__exit__(None, None, None)
-                self.mode = None
-            self.followers.remove(found)
-        return found
+    def take(self, module: nn.Module, end: Callable[..., Any]) -> bool:
+        """Forget the follower of a module who is told by ``end``, if its attention has begun."""
+        followed = (f for f in self.followers if f.module is module and f.begun)
+        found = next((f for f in followed if f.end == end), None)
+        if found is None:
+            return False
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)
+            self.mode = None
+        self.followers.remove(found)
+        return True
 
     def _use(self, weight: object) -> None:
         for follower in self.followers:
@@ -94,7 +95,7 @@ _WINDOW = _Window()
 class OutsideAttention:
     """Finds attention that is computed outside its module.
 
-    Modules whose attention was seen not to be computed outside get no hooks.
+    Modules that a host was seen to call, and not to leave out, get no hooks.
 
     Args:
         host: the model.
@@ -139,11 +140,12 @@ class OutsideAttention:
                 if leaf in inside and isinstance(leaf, nn.Linear):
                     hooks.after(leaf, partial(self._after_projection, name))
 
-    def forward_ended(self) -> None:
-        """Remember what a complete forward of the model has shown."""
+    def forward_ended(self, ran: Collection[nn.Module]) -> None:
+        """Remember which modules ran in a complete forward; others may be left out by the next."""
         known = _OUTSIDE.setdefault(self._model, {})
-        for name in self._attention:
-            known.setdefault(name, False)
+        for name, module in self._attention.items():
+            if module in ran:
+                known.setdefault(name, False)
 
     def _after_norm(self, name: str, *call: Any) -> None:
         tokens = tokens_of(call[-1])
@@ -162,10 +164,8 @@ class OutsideAttention:
         output = call[-1]
         if not isinstance(output, Tensor) or output.dim() != 3 or not self._seen():
             return None
-        follower = _WINDOW.take(self._end)
-        if follower is None:
-            return None
-        return self._end(self._attention[name], output)
+        module = self._attention[name]
+        return self._end(module, output) if _WINDOW.take(module, self._end) else None
 
 
 class _Weights:

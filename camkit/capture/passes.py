@@ -9,7 +9,7 @@ from camkit.capture.session import ForwardPass
 from camkit.capture.tail import TailCall
 
 SMALL = 8  # rows and columns at which pictures are compared
-ALIKE = 0.95  # correlation of two small pictures that show the same
+ALIKE = 0.999  # least correlation of small pictures that show the same; crops reach 0.99
 
 
 def small_pictures(pixels: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def same_pictures(small: Tensor, pixels: Tensor) -> bool:
     """Whether pictures show what the small ones show, whatever their size and normalisation.
 
     A crop, a flip or a chunk of a batch does not. Ours: each picture must correlate with its small
-    copy by more than 0.95; even pictures have no correlation and count as the same.
+    copy by 0.999 or more; even pictures have no correlation and count as the same.
 
     Args:
         small: of `small_pictures`.

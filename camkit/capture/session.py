@@ -401,7 +401,7 @@ class ForwardSession(Generic[C]):
         if not here.forwards:
             self._thread = None
         if call[-1] is not None and self._outside is not None:
-            self._outside.forward_ended()
+            self._outside.forward_ended(forward.ran)
         try:
             return self._subscriber.forward_ends(forward, call[-1])
         finally:
