@@ -14,7 +14,7 @@ from camkit import edits, refiners, seeds
 from camkit.capture.modes import borrowed
 from camkit.capture.parameters import to_input
 from camkit.capture.record import WatchSpec, required_by
-from camkit.edits import Edit, KeyEdit
+from camkit.edits import AnyEdit
 from camkit.errors import CaptureError, UnsupportedModelError, closest
 from camkit.refiners import Refiner
 from camkit.seeds import ModelRunner, Seed, Views
@@ -92,7 +92,7 @@ class Method:
     """
 
     seed: Seed = field(default_factory=seeds.GradientSeed)
-    edit: Edit | KeyEdit | None = None
+    edit: AnyEdit | None = None
     edit_blocks: int | tuple[int, ...] | None = 3
     views: Views | None = None
     refine: tuple[Refiner, ...] = DEFAULT_REFINE

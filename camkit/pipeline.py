@@ -17,7 +17,7 @@ from camkit.capture.modes import borrowed
 from camkit.capture.parameters import to_input
 from camkit.capture.record import Capture, required_by
 from camkit.capture.scores import known_classes
-from camkit.edits.protocol import Edit, KeyEdit
+from camkit.edits.protocol import AnyEdit
 from camkit.errors import CamkitError
 from camkit.grid import Grid
 from camkit.manifest import provenance, unfinished
@@ -53,7 +53,7 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
     model: nn.Module,
     *,
     seed: Seed | None = None,
-    edit: Edit | KeyEdit | None = None,
+    edit: AnyEdit | None = None,
     edit_blocks: int | Sequence[int] | None = 3,
     views: Views | None = None,
     refine: Sequence[Refiner] = DEFAULT_REFINE,

@@ -16,8 +16,10 @@ from camkit.ops.attention import (
     attention_rows,
     head_mean,
     relevance_hop,
+    rows_of,
     take,
 )
+from camkit.ops.paired import PairBias
 from camkit.ops.propagation import propagate
 
 
@@ -88,7 +90,19 @@ class Attention(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FusedAttention:
-    """Attention that ran in a fused kernel: everything is computed from q and k on demand."""
+    """Attention that ran in a fused kernel: everything is computed from q and k on demand.
+
+    Attributes:
+        q: queries, as the host computed them.
+        k: keys.
+        scale: factor on the dot products.
+        bias: added to the logits, masks included.
+        v: values, if they were kept.
+        output: of each head, if it was kept.
+        normaliser: log-sum-exp of each row, if the kernel returned it.
+        pairs: also added to the logits, as features of the tokens; everything read from the
+            attention includes it.
+    """
 
     q: Heads
     k: Float[Tensor, "b a s d"]
@@ -97,11 +111,24 @@ class FusedAttention:
     v: Float[Tensor, "b a s e"] | None = None
     output: Float[Tensor, "b a t e"] | None = None
     normaliser: Float[Tensor, "b a t"] | None = None
+    pairs: PairBias | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         images, heads, tokens, _ = self.q.shape
         return images, heads, tokens, self.k.shape[2]
+
+    def joined(self) -> tuple[Heads, Heads]:
+        """Return queries and keys whose products, times ``scale``, are the logits without bias."""
+        if self.pairs is None:
+            return self.q, self.k
+        return self.pairs.joined(self.q, self.k, self.scale)
+
+    def paired(self, pairs: PairBias) -> "FusedAttention":
+        """Return the attention as it would be with more added to its logits; its output is lost."""
+        pairs.check(self.q, self.k)
+        own = pairs if self.pairs is None else self.pairs + pairs
+        return replace(self, pairs=own, output=None, normaliser=None)
 
     def watched(self) -> Tensor:
         if self.output is None or not self.output.requires_grad:
@@ -109,24 +136,28 @@ class FusedAttention:
         return self.output
 
     def rows(self, queries: Sequence[int]) -> Map:
-        return attention_rows(self.q, self.k, queries, scale=self.scale, bias=self.bias)
+        q, k = take(self.q, queries, 2), self.k
+        if self.pairs is not None:
+            own = take(self.pairs.queries, queries, self.pairs.queries.dim() - 2)
+            q, k = PairBias(own, self.pairs.keys).joined(q, k, self.scale)
+        bias = rows_of(self.bias, queries)
+        return attention_rows(q, k, range(q.shape[2]), scale=self.scale, bias=bias)
 
     def columns(self, keys: Sequence[int]) -> Map:
         return attention_columns(
-            self.q, self.k, keys, scale=self.scale, bias=self.bias, normaliser=self.normaliser
+            *self.joined(), keys, scale=self.scale, bias=self.bias, normaliser=self.normaliser
         )
 
     def head_mean(self) -> Float[Tensor, "b t s"]:
         return head_mean(
-            self.q, self.k, scale=self.scale, bias=self.bias, normaliser=self.normaliser
+            *self.joined(), scale=self.scale, bias=self.bias, normaliser=self.normaliser
         )
 
     def propagate(
         self, values: Float[Tensor, "b k n"], patches: Sequence[int]
     ) -> Float[Tensor, "b k n"]:
         return propagate(
-            self.q,
-            self.k,
+            *self.joined(),
             values,
             patches,
             scale=self.scale,
@@ -139,10 +170,11 @@ class FusedAttention:
         return take(gradient, queries, 2) @ self._values.mT.to(gradient.dtype)
 
     def hop(self, relevance: Float[Tensor, "b t"], gradient: Tensor) -> Float[Tensor, "b s"]:
+        q, k = self.joined()
         return relevance_hop(
             relevance,
-            self.q.detach(),
-            self.k.detach(),
+            q.detach(),
+            k.detach(),
             self._values.detach(),
             gradient,
             scale=self.scale,
@@ -151,7 +183,7 @@ class FusedAttention:
 
     def detached(self, *, values: bool) -> "FusedAttention":
         """Return the call without its graph, with or without what gradients are computed from."""
-        keep = ("q", "k", "bias", "v", "output") if values else ("q", "k", "bias")
+        keep = ("q", "k", "bias", "pairs", "v", "output")[: None if values else 4]
         parts: dict[str, Any] = {"v": None, "output": None}
         for name in keep:
             part = getattr(self, name)

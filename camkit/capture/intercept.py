@@ -37,6 +37,7 @@ from camkit.capture.mha import (
     with_values_shown,
 )
 from camkit.capture.modes import THREAD, measurement
+from camkit.ops.paired import PairBias, paired_attention
 from camkit.ops.reweight import compiled_for, reweighted_attention
 from camkit.torch_internals import (
     disable_compiler,
@@ -68,9 +69,9 @@ class Intercept(TorchFunctionMode):
 
     Args:
         handler: may have the methods ``fused`` (scaled_dot_product_attention), ``softmax``,
-            ``kernel`` (a fused kernel by name), ``reweighted`` (camkit's own operator) and
-            ``linear``, each called with the function and its arguments. With ``fused``, the
-            attention inside multi_head_attention_forward is passed to it, too.
+            ``kernel`` (a fused kernel by name), ``reweighted`` and ``paired`` (camkit's own
+            operators) and ``linear``, each called with the function and its arguments. With
+            ``fused``, the attention inside multi_head_attention_forward is passed to it, too.
         module: whose forward is observed. Then code in it that asks whether a torch-function mode
             is on goes the way it goes without one.
         with_values: have multi_head_attention_forward show queries, keys and values
@@ -221,6 +222,7 @@ def _known_functions() -> dict[int, str]:
         "softmax": [torch.softmax, F.softmax, Tensor.softmax, aten.softmax],
         "multi_head": [F.multi_head_attention_forward],
         "linear": [F.linear],
+        "paired": [paired_attention],
         "kernel": [getattr(aten, name, None) for name in torch_internals.KERNELS],
         "reweighted": [
             torch.ops.camkit.reweighted_attention,
@@ -273,16 +275,20 @@ def _proven_kind(func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, An
     return proven[form]
 
 
+Bias = Tensor | PairBias
+"""What may be added to the logits of a call: log-weights of its keys, or a bias of its pairs."""
+
+
 class Tap:
-    """Reports attention calls, and may add log-weights to their keys.
+    """Reports attention calls, and may add to their logits.
 
     Args:
         on_attention: called with ``(output, attention)`` of each fused attention, and with
             ``(weights, attention)`` of each softmax that looks like attention; returns the tensor
             the host goes on with, normally the one it was given.
-        key_log_weights: called before each of them, returns log-weights on the keys, ``(b, s)`` or
-            ``(b, a, s)``, which are added to the logits of the host's own kernel; None leaves the
-            call as it is.
+        added_to_logits: called before each of them, returns log-weights on the keys, ``(b, s)`` or
+            ``(b, a, s)``, or a `PairBias`, which is added to the logits of the host's own kernel;
+            None leaves the call as it is.
         heads: of the module; tells batch and heads apart in hosts that fold heads into the batch,
             as ``(b * a, t, d)``. What is reported always has four axes.
         normaliser: take the softmax normaliser from the host's own kernel where it returns it.
@@ -291,13 +297,13 @@ class Tap:
     def __init__(
         self,
         on_attention: Callable[[Tensor, Attention], Tensor],
-        key_log_weights: Callable[[Attention], Tensor | None] | None = None,
+        added_to_logits: Callable[[Attention], Bias | None] | None = None,
         *,
         heads: int = 1,
         normaliser: bool = False,
     ) -> None:
         self._on_attention = on_attention
-        self._key_log_weights = key_log_weights
+        self._added_to_logits = added_to_logits
         self._heads = heads
         self._normaliser = normaliser
 
@@ -325,30 +331,47 @@ class Tap:
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         attention = _described(q, k, self._unfolded(attn_mask, query), options)
-        log_weights = None if self._key_log_weights is None else self._log_weights(attention)
-        normaliser = None
-        if log_weights is not None:
-            keys = key_bias(log_weights, query.dtype)
-            bias = keys if attention.bias is None else attention.bias + keys
-            attention = replace(attention, bias=bias)
-            if attn_mask is None and _compiled(query, key, value, options):
-                # no mask is made, and weights keep their digits
-                output, normaliser, _ = reweighted_attention(
-                    query, key, value, log_weights, scale=attention.scale
-                )
-            else:
-                if query.dim() == 3:
-                    bias = bias.expand(*q.shape[:2], -1, -1).flatten(0, 1)
-                output = func(query, key, value, bias, **options | {"is_causal": False})
+        attention = replace(attention, v=v)
+        added = self._added(attention)
+        if added is not None:
+            output, attention = self._attend_with(added, attention, func, call, options)
         else:
             known = None
             if self._normaliser and func is not attend_explicitly:
                 known = torch_internals.call_with_normaliser(*call, options)
             output, normaliser = known or (func(*call, **options), None)
+            attention = replace(attention, normaliser=normaliser)
         unfolded = self._unfolded(output)
-        attention = replace(attention, v=v, output=unfolded, normaliser=normaliser)
-        output = self._on_attention(unfolded, attention)
+        output = self._on_attention(unfolded, replace(attention, output=unfolded))
         return output.flatten(0, 1) if query.dim() == 3 else output
+
+    def _attend_with(
+        self,
+        added: Bias,
+        attention: FusedAttention,
+        func: Callable[..., Tensor],
+        call: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        options: dict[str, Any],
+    ) -> tuple[Tensor, FusedAttention]:
+        """Return the output with something added to the logits, laid out as the host's call."""
+        query, q, scale = call[0], attention.q, attention.scale
+        folded = query.dim() == 3
+        if isinstance(added, PairBias):
+            dropout = options["dropout_p"]
+            heads: Any = (q, attention.k, attention.v, added, attention.bias)
+            output, normaliser = paired_attention(*heads, scale=scale, dropout_p=dropout)
+            attention = replace(attention, pairs=added, normaliser=normaliser)
+            return output.flatten(0, 1) if folded else output, attention
+        keys = key_bias(added, query.dtype)
+        bias = keys if attention.bias is None else attention.bias + keys
+        attention = replace(attention, bias=bias)
+        if call[3] is None and _compiled(*call[:3], options):
+            # no mask is made, and weights keep their digits
+            output, normaliser, _ = reweighted_attention(*call[:3], added, scale=scale)
+            return output, replace(attention, normaliser=normaliser)
+        if folded:
+            bias = bias.expand(*q.shape[:2], -1, -1).flatten(0, 1)
+        return func(*call[:3], bias, **options | {"is_causal": False}), attention
 
     def kernel(
         self, func: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any
@@ -378,19 +401,46 @@ class Tap:
         attention = FusedAttention(q, k, scale, bias, v, output, normaliser)
         return self._on_attention(output, attention), normaliser, rows
 
+    def paired(
+        self,
+        func: Callable[..., Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pairs: PairBias,
+        bias: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        """Report a call that another tap has added a bias of pairs to, and add this one's."""
+        attention = FusedAttention(q, k, options["scale"], bias, pairs=pairs)
+        added = self._added(attention)
+        if isinstance(added, PairBias):
+            pairs = pairs + added
+        elif added is not None:
+            keys = key_bias(added, q.dtype)
+            bias = keys if bias is None else bias + keys
+        output, normaliser = func(q, k, v, pairs, bias, **options)
+        attention = FusedAttention(q, k, options["scale"], bias, v, output, normaliser, pairs=pairs)
+        return self._on_attention(output, attention), normaliser
+
     def softmax(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         logits = args[0] if args else kwargs["input"]
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         no_map = logits.dim() == 3 and logits.shape[1] not in (1, logits.shape[2])
         if no_map or not self._has_heads(logits) or dim not in (-1, logits.dim() - 1):
             return func(*args, **kwargs)
-        log_weights = None
-        if self._key_log_weights is not None:
+        added = None
+        if self._added_to_logits is not None:
             with taps_suspended():  # other taps should see the final call only
                 plain = func(*args, **kwargs)
-            log_weights = self._log_weights(ExplicitAttention(self._unfolded(plain)))
-        if log_weights is not None:
-            biased = self._unfolded(logits) + key_bias(log_weights, logits.dtype)
+            added = self._added(ExplicitAttention(self._unfolded(plain)))
+        if added is not None:
+            unfolded = self._unfolded(logits)
+            if isinstance(added, PairBias):
+                added.check(unfolded, unfolded.mT)
+                biased = unfolded + added.rows().to(logits.dtype)
+            else:
+                biased = unfolded + key_bias(added, logits.dtype)
             args = (biased.flatten(0, 1) if logits.dim() == 3 else biased, *args[1:])
             kwargs = {name: value for name, value in kwargs.items() if name != "input"}
         weights = func(*args, **kwargs)
@@ -398,11 +448,11 @@ class Tap:
         used = self._on_attention(unfolded, ExplicitAttention(unfolded))
         return used.flatten(0, 1) if weights.dim() == 3 else used
 
-    def _log_weights(self, attention: Attention) -> Tensor | None:
-        if self._key_log_weights is None:
+    def _added(self, attention: Attention) -> Bias | None:
+        if self._added_to_logits is None:
             return None
         with taps_suspended():
-            return self._key_log_weights(attention)
+            return self._added_to_logits(attention)
 
     def _has_heads(self, tensor: Tensor) -> bool:
         """Whether heads are an axis of their own, or folded into the batch."""

@@ -26,7 +26,7 @@ from camkit.capture.anatomy import WINDOWS, Anatomy, image_batch
 from camkit.capture.attention import Attention
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, head_count, tail_modules
-from camkit.capture.intercept import Intercept, Tap
+from camkit.capture.intercept import Bias, Intercept, Tap
 from camkit.capture.order import sequence_first
 from camkit.capture.outside import OutsideAttention, close_windows
 from camkit.capture.parameters import reshards
@@ -216,7 +216,8 @@ class Subscriber(Generic[C]):
         forward_begins: a model is called; an error raised here ends the forward.
         pass_begins: images are about to go through the blocks.
         attention_begins: an attention module is called; may return other arguments for it.
-        key_log_weights: attention is about to be computed; may return log-weights on its keys.
+        added_to_logits: attention is about to be computed; may return what to add to its logits,
+            log-weights of the keys or a bias of pairs.
         attention: attention was computed; returns its output (fused) or weights (softmax).
         attention_ends: an attention module returned; may return another output.
         block_leaves: a block returned tokens, after its attention call; may return other tokens.
@@ -230,7 +231,7 @@ class Subscriber(Generic[C]):
         pass_type: holds the state of one pass.
         attention_modules: modules whose attention is reported, by name.
         blocks: blocks whose tokens are reported, by the name of their attention.
-        weighs_keys: call `key_log_weights`.
+        edits_logits: call `added_to_logits`.
         reads_values: have `nn.MultiheadAttention` attend a second time, through
             scaled_dot_product_attention, which shows queries, keys and values.
         normaliser: take the normaliser of the softmax from the kernel where it returns it.
@@ -242,7 +243,7 @@ class Subscriber(Generic[C]):
     pass_type: type[C]
     attention_modules: Mapping[str, nn.Module]
     blocks: Mapping[str, nn.Module]
-    weighs_keys: bool = False
+    edits_logits: bool = False
     reads_values: bool = False
     normaliser: bool = True
     enabled: bool = True
@@ -260,7 +261,7 @@ class Subscriber(Generic[C]):
 
     def attention_begins(self, call: AttentionCall[C]) -> tuple[Arguments, Named] | None: ...
 
-    def key_log_weights(self, call: AttentionCall[C], attention: Attention) -> Tensor | None: ...
+    def added_to_logits(self, call: AttentionCall[C], attention: Attention) -> Bias | None: ...
 
     def attention(self, call: AttentionCall[C], output: Tensor, attention: Attention) -> Tensor:
         raise NotImplementedError
@@ -475,8 +476,8 @@ class ForwardSession(Generic[C]):
             context.shape = tuple(tokens.shape)
         changed = subscriber.attention_begins(call)
         report = partial(subscriber.attention, call)
-        weigh = partial(subscriber.key_log_weights, call) if subscriber.weighs_keys else None
-        handler = Tap(report, weigh, heads=call.heads, normaliser=subscriber.normaliser)
+        added = partial(subscriber.added_to_logits, call) if subscriber.edits_logits else None
+        handler = Tap(report, added, heads=call.heads, normaliser=subscriber.normaliser)
         tap = Intercept(handler, call.module, with_values=subscriber.reads_values)
         self._here.calls.append((call, tap))
         tap.__enter__()

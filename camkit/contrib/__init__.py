@@ -10,3 +10,8 @@ from camkit.contrib.layers import (
     BlockSeed as BlockSeed,
     LogitLensSeed as LogitLensSeed,
 )
+from camkit.contrib.read_only import (
+    ReadOnlyRefiner as ReadOnlyRefiner,
+    ReadOnlySeed as ReadOnlySeed,
+    with_pairs as with_pairs,
+)

@@ -4,6 +4,7 @@ The shapes in the paper's figure do not fit, so these are as plausible as K G. G
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -20,6 +21,8 @@ class TwoSidedAlignment(HybridAlignment):
 
     So what classes take from patches is averaged over similar colours, too.
     """
+
+    join: Literal["product", "mean"] = "mean"
 
     def cues(self, tokens: Tokens, site: BlockContext) -> Interaction:
         """Return K G K', or G without colours, between classes and patches."""
@@ -54,6 +57,8 @@ class DescriptorAlignment(HybridAlignment):
     colour, too; the row-softmax of the distances between these takes the place of K G. It gets no
     gradient.
     """
+
+    join: Literal["product", "mean"] = "mean"
 
     def cues(self, tokens: Tokens, site: BlockContext) -> Interaction:
         """Return the similarity of gathered colours, or G without colours."""

@@ -19,9 +19,12 @@ from camkit.edits.doei import (
 from camkit.edits.handle import Handle as Handle, attach as attach
 from camkit.edits.interaction import VirtualClassTokens as VirtualClassTokens
 from camkit.edits.protocol import (
+    AnyEdit as AnyEdit,
     Attended as Attended,
     BlockContext as BlockContext,
     Edit as Edit,
     KeyEdit as KeyEdit,
+    PairEdit as PairEdit,
     StreamEdit as StreamEdit,
 )
+from camkit.ops.paired import PairBias as PairBias

@@ -161,7 +161,7 @@ class DOEI:
         virtual: class embeddings, for hosts with one class token or none (ours).
     """
 
-    alignment: HybridAlignment | None = field(default_factory=HybridAlignment)
+    alignment: HybridAlignment | None = field(default_factory=lambda: HybridAlignment("mean"))
     classes: ClassDecoupling | None = field(default_factory=ClassDecoupling)
     patches: PatchDecoupling | None = field(default_factory=PatchDecoupling)
     reading: Reading | Literal["auto"] = "auto"
@@ -225,8 +225,8 @@ class DOEI:
         own = list(site.anatomy.class_tokens)
         rows, columns = attention.rows(own), attention.columns(own)
         cues = None
-        if self.alignment is not None and self.alignment.weight > 0:
-            cue, weight = self.alignment.cues(tokens, site), self.alignment.weight
+        if self.alignment is not None and self.alignment.blends:
+            cue, weight = self.alignment.cues(tokens, site), self.alignment.token_weight
             parts = (cue.class_to_class, cue.class_to_patch, cue.patch_to_class)
             cues = Cues(*parts, weight / (1.0 + weight))
         labels = self._labels(site, len(own))

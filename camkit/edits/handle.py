@@ -1,11 +1,12 @@
 """attach(model, edit): an edit that stays on a model until it is removed."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 from weakref import ref
 
 import torch
@@ -16,7 +17,7 @@ from camkit.capture.anatomy import Anatomy, check_one_for_each_class
 from camkit.capture.attention import Attention
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules, how_to_reveal, is_whole_block
-from camkit.capture.intercept import taps_suspended
+from camkit.capture.intercept import Bias, taps_suspended
 from camkit.capture.order import sequence_first
 from camkit.capture.passes import is_further_block
 from camkit.capture.scores import candidates, checked_scores
@@ -29,7 +30,15 @@ from camkit.capture.session import (
     Named,
     Subscriber,
 )
-from camkit.edits.protocol import BlockContext, Edit, KeyEdit, Picture, StreamEdit
+from camkit.edits.protocol import (
+    AnyEdit,
+    BlockContext,
+    Edit,
+    KeyEdit,
+    PairEdit,
+    Picture,
+    StreamEdit,
+)
 from camkit.edits.stream import BlockStream
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
@@ -43,9 +52,9 @@ GivenRGB: TypeAlias = Float[Tensor, "_ 3 _ _"]
 
 def attach(  # noqa: PLR0913 - as `watch`
     model: nn.Module,
-    edit: Edit | KeyEdit,
+    edit: AnyEdit,
     *,
-    blocks: int | Sequence[int] | None = None,
+    blocks: "Blocks" = None,
     modules: Iterable[str] | None = None,
     class_tokens: Sequence[int] | None = None,
     other_tokens: Sequence[int] | None = None,
@@ -66,7 +75,8 @@ def attach(  # noqa: PLR0913 - as `watch`
             the model shows that it is compiled.
         edit: called once per block and forward; gradients flow through it.
         blocks: which attention modules, in the order the model holds them and without pooling
-            heads: None all, n the last n, or indices, negative from the end.
+            heads: "all", n the last n, or indices, negative from the end. None are those that the
+            edit names (`camkit.DOEI`: the last three of each tower), otherwise all.
         modules: names of the attention modules, if camkit does not find them by their form.
         class_tokens: as in `camkit.watch`.
         other_tokens: as in `camkit.watch`.
@@ -146,6 +156,21 @@ class Handle:
         self._editor.enabled = enabled
 
     @property
+    def strength(self) -> float:
+        """How far the edit acts: 0 not at all, 1 as its settings say.
+
+        For a ramp in training: ``handle.strength = min(1.0, 2 * step / steps)``. `camkit.DOEI` and
+        its controls follow it.
+        """
+        return self._editor.strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        if not 0.0 <= strength < math.inf:
+            raise ValueError(f"`strength` must be at least 0, 1 is the full edit; got {strength}")
+        self._editor.strength = float(strength)
+
+    @property
     def labels(self) -> Labels | Sequence[GivenLabels | None] | None:
         """Classes present in the images of the next forwards, ``(b, C)``; None if unknown.
 
@@ -219,16 +244,17 @@ class Editor(Subscriber[EditedPass]):
     def __init__(
         self,
         host: Host,
-        edit: Edit | KeyEdit,
-        blocks: int | Sequence[int] | None,
+        edit: AnyEdit,
+        blocks: "Blocks",
         normalisation: Normalisation | None,
         scores: Callable[[Any], Tensor] | None = None,
     ) -> None:
         held = host.blocks()
         names = list(held)
-        chosen = names if blocks is None else [names[i] for i in _chosen(len(names), blocks)]
+        chosen = _chosen(host, edit, blocks)
+        self.edits_output = isinstance(edit, Edit) and getattr(edit, "changes_output", True)
         whole = [name for name in chosen if is_whole_block(held[name])]
-        if whole and not isinstance(edit, KeyEdit):
+        if whole and self.edits_output:
             raise UnsupportedModelError(
                 f"{whole[0]} holds attention, MLP and residual in one, so what its attention adds "
                 "cannot be edited; an edit of keys can"
@@ -237,13 +263,15 @@ class Editor(Subscriber[EditedPass]):
         self.rgb: RGB | Sequence[GivenRGB | None] | None = None
         self.labels: Labels | Sequence[GivenLabels | None] | None = None
         self.attention_modules = {name: held[name] for name in chosen}
-        self.weighs_keys = isinstance(edit, KeyEdit)
+        of_pairs = isinstance(edit, PairEdit) and getattr(edit, "changes_logits", True)
+        self.edits_logits = isinstance(edit, KeyEdit) or of_pairs
         self.reads_values = isinstance(edit, StreamEdit)
-        self.normaliser = not self.weighs_keys  # edits of outputs read columns
+        self.normaliser = self.edits_output  # edits of outputs read columns
+        self.strength = 1.0
         self._host = host
         self._normalisation = normalisation
         self._scores = scores
-        self._all_must_run = blocks is not None
+        self._all_must_run = blocks not in (None, "all")
         self._places = host.places()
         self._latest: Forward[EditedPass] | None = None
         self._ended: Forward[EditedPass] | None = None
@@ -252,10 +280,9 @@ class Editor(Subscriber[EditedPass]):
         self._forwards_since_backward = 0
 
         carries = isinstance(edit, StreamEdit)
-        around = {}
-        if carries or getattr(edit, "reads_stream", False):
-            around = block_modules(host.model, host.attention)
-            around = {name: block for name, block in around.items() if name in chosen}
+        follows = carries or getattr(edit, "reads_stream", False)
+        around = block_modules(host.model, host.attention) if follows else {}
+        around = {name: block for name, block in around.items() if name in chosen}
         self._streams = {n: BlockStream(held[n], block) for n, block in around.items()}
         self.blocks = around if carries else {}
         places = [names.index(name) for name in chosen]
@@ -360,17 +387,18 @@ class Editor(Subscriber[EditedPass]):
         turn = ended.passes[-1]
         return turn if is_further_block(self.attention_modules, turn, module, tokens) else None
 
-    def key_log_weights(
-        self, call: AttentionCall[EditedPass], attention: Attention
-    ) -> Tensor | None:
-        tokens = call.tokens
-        if tokens is None or not isinstance(self.edit, KeyEdit):
+    def added_to_logits(self, call: AttentionCall[EditedPass], attention: Attention) -> Bias | None:
+        tokens, edit = call.tokens, self.edit
+        if tokens is None or self.strength == 0.0:
             return None
         _check_readable(call, attention)
         tokens = _batch_first(tokens, call.sequence_first(tokens, attention))
-        return self.edit.log_weights(
-            tokens, attention, self._site(call.name, call.context, attention)
-        )
+        site = self._site(call.name, call.context, attention)
+        if isinstance(edit, KeyEdit):
+            return edit.log_weights(tokens, attention, site)
+        if not isinstance(edit, PairEdit) or attention.shape[2] == 1:  # pooled: no pair of patches
+            return None
+        return edit.pair_bias(tokens, attention, site)
 
     def attention(
         self, call: AttentionCall[EditedPass], output: Tensor, attention: Attention
@@ -378,7 +406,7 @@ class Editor(Subscriber[EditedPass]):
         _check_readable(call, attention)
         call.maps += 1
         call.attention = attention
-        if call.outside and not isinstance(self.edit, KeyEdit):
+        if call.outside and self.edits_output:
             self._unfinished.add(call.name)
         return output
 
@@ -390,7 +418,9 @@ class Editor(Subscriber[EditedPass]):
                 "an edited block ran but its attention was not seen: "
                 f"{how_to_reveal(self._host.model)}"
             )
-        if isinstance(edit, KeyEdit) or seen.shape[2] == 1:  # pooled: no token of its own
+        if not isinstance(edit, Edit) or not self.edits_output:
+            return None
+        if seen.shape[2] == 1 or self.strength == 0.0:  # pooled: no token of its own
             return None
         before = output[0] if isinstance(output, tuple) else output
         if before.dim() != 3:
@@ -492,14 +522,27 @@ class Editor(Subscriber[EditedPass]):
             entered = _batch_first(entered, turned)
         context.picture.grid = self._host.grid or context.grid
         place = self._places[name]
-        return BlockContext(context.anatomy, *place, context.picture, context.labels, entered)
+        picture, labels = context.picture, context.labels
+        return BlockContext(context.anatomy, *place, picture, labels, entered, self.strength)
 
 
-def _chosen(count: int, blocks: int | Sequence[int]) -> list[int]:
-    places = list(range(-blocks, 0)) if isinstance(blocks, int) else list(blocks)
+Blocks: TypeAlias = int | Sequence[int] | Literal["all"] | None
+
+
+def _chosen(host: Host, edit: AnyEdit, blocks: Blocks) -> list[str]:
+    """Name the blocks to edit, in the order the model holds them."""
+    names = list(host.blocks())
+    if isinstance(blocks, str) and blocks != "all":
+        raise ValueError(f'`blocks` must be "all", a number or indices, got {blocks!r}')
+    last: int | None = getattr(edit, "default_blocks", None)
+    if blocks is None and last is not None:  # of each tower
+        return [name for name, (at, count) in host.places().items() if at >= count - last]
+    if blocks is None or isinstance(blocks, str):
+        return names
+    places, count = list(range(-blocks, 0)) if isinstance(blocks, int) else list(blocks), len(names)
     if not places or any(not -count <= place < count for place in places):
         raise ValueError(f"`blocks` must name some of the {count} attention modules, got {blocks}")
-    return sorted({place % count for place in places})
+    return [names[place] for place in sorted({place % count for place in places})]
 
 
 def _given(value: Any, place: int) -> Tensor | None:

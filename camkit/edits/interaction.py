@@ -122,14 +122,18 @@ class VirtualClassTokens:
             )
         return cls(linear_weight(layer).detach().clone(), temperature, name)
 
-    def interaction(self, tokens: Tokens, patches: list[int]) -> Interaction:
-        """Return the interaction of the embeddings with the patches of a block."""
+    def rows_for(self, tokens: Tokens) -> Float[Tensor, "c d"]:
+        """Return the embeddings in the dtype and on the device of the tokens; checks the width."""
         if self.embeddings.shape[1] != tokens.shape[2]:
             raise ValueError(
                 f"`embeddings` are {self.embeddings.shape[1]} wide, but the tokens have "
                 f"{tokens.shape[2]} channels; project them to the tokens first"
             )
-        classes = F.normalize(self.embeddings.detach().to(tokens), dim=-1)
+        return self.embeddings.detach().to(tokens)
+
+    def interaction(self, tokens: Tokens, patches: list[int]) -> Interaction:
+        """Return the interaction of the embeddings with the patches of a block."""
+        classes = F.normalize(self.rows_for(tokens), dim=-1)
         logits = F.normalize(tokens[:, patches], dim=-1) @ classes.T / self.temperature
         own = torch.eye(len(classes)).to(logits).expand(len(tokens), -1, -1)
         return Interaction(own, logits.softmax(1).mT, logits.softmax(2))

@@ -3,8 +3,9 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +16,7 @@ from camkit.capture.passes import same_pictures, small_pictures
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import Normalisation, check_rgb, to_rgb
+from camkit.ops.paired import PairBias
 from camkit.tensors import Labels, Pixels, Tokens
 
 _NO_IMAGES = (
@@ -46,6 +48,7 @@ class Picture:
     further: bool = False
     doubt: str = ""
     _colours: Tensor | None = None
+    _histograms: Tensor | None = None
 
     def shows_colours(self, edit: str) -> bool:
         """Whether colours can be asked for; a warning says that an edit does without them.
@@ -72,22 +75,45 @@ class Picture:
         if self.doubt or (self.pixels is None and self.rgb is None):
             raise CaptureError(self.doubt or _NO_IMAGES)
         if self._colours is None:
-            rgb = self._in_colour()
-            grid = self.grid
-            if grid is None or grid.size != patches:  # a stem of several layers shows another
-                try:
-                    grid = grid_of_aspect(rgb.shape[-2:], patches)
-                except UnsupportedModelError:
-                    if grid is None:
-                        raise
-            pooled = F.adaptive_avg_pool2d(rgb.detach().float(), (grid.rows, grid.cols))
-            self._colours = pooled.flatten(2).mT.contiguous()
-        if self._colours.shape[1] != patches:
+            self._colours = self._of_patches(self._in_colour(), patches)
+        return self._checked(self._colours, patches)
+
+    def histograms(self, patches: int) -> Float[Tensor, "b n 64"]:
+        """Return the share of each of 4 x 4 x 4 colours among the pixels of every patch.
+
+        A pixel counts for the two nearest of four levels of red, of green and of blue, so that
+        shares change smoothly. There is no gradient; raises the errors of `colours`.
+        """
+        if self.doubt or (self.pixels is None and self.rgb is None):
+            raise CaptureError(self.doubt or _NO_IMAGES)
+        if self._histograms is None:
+            rgb = self._in_colour().detach().float()
+            levels = torch.linspace(0.0, 1.0, 4, device=rgb.device).view(1, 1, 4, 1, 1)
+            near = (1.0 - 3.0 * (rgb[:, :, None] - levels).abs()).clamp_min(0.0)
+            red, green, blue = near.unbind(1)
+            joint = red[:, :, None, None] * green[:, None, :, None] * blue[:, None, None]
+            self._histograms = self._of_patches(joint.flatten(1, 3), patches)
+        return self._checked(self._histograms, patches)
+
+    def _of_patches(self, values: Tensor, patches: int) -> Tensor:
+        """Average values of pixels, ``(b, c, rows, cols)``, over each patch."""
+        grid = self.grid
+        if grid is None or grid.size != patches:  # a stem of several layers shows another
+            try:
+                grid = grid_of_aspect(values.shape[-2:], patches)
+            except UnsupportedModelError:
+                if grid is None:
+                    raise
+        pooled = F.adaptive_avg_pool2d(values.detach().float(), (grid.rows, grid.cols))
+        return pooled.flatten(2).mT.contiguous()
+
+    def _checked(self, values: Tensor, patches: int) -> Tensor:
+        if values.shape[1] != patches:
             raise CaptureError(
-                f"the images were cut into {self._colours.shape[1]} patches, but {patches} tokens "
+                f"the images were cut into {values.shape[1]} patches, but {patches} tokens "
                 "are patches, so their colours are unknown"
             )
-        return self._colours
+        return values
 
     def _in_colour(self) -> Tensor:
         """Return the pictures of the pass in [0, 1], of any size."""
@@ -123,6 +149,7 @@ class BlockContext:
         labels: classes present in each image, if the user gave them.
         stream: the tokens that entered the block, before its norm; for edits whose class says
             ``reads_stream = True``, if the block is a module that takes them.
+        strength: `camkit.edits.Handle.strength`, which edits multiply their own strengths with.
     """
 
     anatomy: Anatomy
@@ -131,6 +158,7 @@ class BlockContext:
     picture: Picture = field(default_factory=Picture)
     labels: Labels | None = None
     stream: Tokens | None = None
+    strength: float = 1.0
 
     @property
     def depth(self) -> float:
@@ -166,6 +194,35 @@ class KeyEdit(Protocol):
 
         The rows of the map become proportional to ``exp(log_weights)`` times what they were.
         """
+
+
+@runtime_checkable
+class PairEdit(Protocol):
+    """Adds to the logits of pairs of tokens, inside the host's own attention.
+
+    What a watch records includes it, so that every seed and refiner reads the edited attention. An
+    edit may change outputs too (`Edit`).
+    """
+
+    def pair_bias(
+        self, tokens: Tokens, attention: Attention, site: BlockContext
+    ) -> PairBias | None:
+        """Return features of the tokens whose products are added to the logits; None for none.
+
+        Args:
+            tokens: what went into the attention module.
+            attention: the attention as it is without this edit.
+            site: which block it is, the roles of its tokens, and the images.
+        """
+
+
+AnyEdit: TypeAlias = Edit | KeyEdit | PairEdit
+"""What `camkit.attach` takes.
+
+A class may say ``default_blocks = n``: `attach` then edits the last n blocks unless it is told
+otherwise. ``changes_output`` and ``changes_logits``, if an edit has them, say whether its settings
+change one or the other at all.
+"""
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,7 +37,7 @@ def cosine_rows_and_columns(
     """
     check_positive("temperature", temperature)
     with torch.autocast(tokens.device.type, enabled=False):
-        directions = _directions(tokens)
+        directions = unit_length(tokens)
         logits = take(directions, positions, 1) @ directions.mT / temperature
         lse: Tensor = _CosineLogSumExp.apply(directions, temperature)
         columns = (logits.mT - lse[..., None]).exp()
@@ -53,7 +53,7 @@ def cosine_smooth(
     """
     check_positive("temperature", temperature)
     with torch.autocast(tokens.device.type, enabled=False):
-        directions = _directions(tokens)
+        directions = unit_length(tokens)
         return _attend(directions, directions, values, 1 / temperature)
 
 
@@ -151,7 +151,7 @@ def _attend(q: Tensor, k: Tensor, values: Tensor, scale: float) -> Tensor:
     return smooth[:, 0, :, :maps].to(values.dtype)
 
 
-def _directions(tokens: Tensor) -> Tensor:
+def unit_length(tokens: Tensor) -> Tensor:
     """Scale tokens to length one; zeros have no direction, stay zeros and get no gradient."""
     tokens = tokens.to(at_least_float32(tokens.dtype))
     length = tokens.norm(dim=-1, keepdim=True)

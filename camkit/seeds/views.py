@@ -18,7 +18,7 @@ from camkit.capture.modes import measurement
 from camkit.capture.record import ATTENTION, Capture, WatchSpec
 from camkit.capture.watcher import watch
 from camkit.edits.handle import attach
-from camkit.edits.protocol import Edit, KeyEdit
+from camkit.edits.protocol import AnyEdit
 from camkit.errors import CamkitError, UnsupportedModelError
 from camkit.ops.images import resize_cam
 from camkit.seeds.protocol import Seed, scaled_to_max
@@ -139,7 +139,7 @@ class ModelRunner:
 
     model: nn.Module
     requires: WatchSpec = ATTENTION
-    edit: Edit | KeyEdit | None = None
+    edit: AnyEdit | None = None
     edit_blocks: int | tuple[int, ...] | None = None
     vocabulary: Vocabulary | None = None
     scores: Callable[[Any], Tensor] | None = None
