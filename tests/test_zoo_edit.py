@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from test_zoo import opened, plain
-from zoo import ZOO
+from zoo import ZOO, reweighed
 
-from camkit import UnsupportedModelError, attach
-from camkit.edits import ScaleOutput
+from camkit import UnsupportedModelError, attach, watch
+from camkit.edits import PairBias, ScaleOutput
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 KEYS = 40  # more than any host of the zoo has
@@ -102,6 +102,59 @@ def test_each_head_can_have_log_weights_of_its_own(name):
     for one, two in zip(plain(tilted), plain(expected), strict=True):
         torch.testing.assert_close(one, two, **CLOSE)
     assert furthest(tilted, same_for_all) > 1e-3
+
+
+class TiltPairs:
+    """Adds the products of fixed features to the logits of every pair of tokens."""
+
+    def __init__(self, queries, keys):
+        self.queries, self.keys = queries, keys
+
+    def pair_bias(self, _, attention, __):
+        tokens = attention.shape[2]
+        return PairBias(self.queries[..., :tokens, :], self.keys[..., :tokens, :])
+
+
+def pairs_in_the_host(name, *, heads=None):
+    """Outputs before, under the edit, by hand and after; and the maps that a watch recorded."""
+    entry, model, call = opened(name)
+    shape = (2, KEYS, 5) if heads is None else (2, heads, KEYS, 5)
+    queries, keys = torch.randn(2, *shape).unbind(0)
+    bias = queries @ keys.mT
+    bias = bias[:, None] if heads is None else bias
+    with torch.no_grad():
+        before, maps = call(model), entry.maps(model, call)
+        expected = entry.tilted(model, call, bias)
+        with attach(model, TiltPairs(queries, keys), blocks="all"), watch(model) as s:
+            tilted = call(model)
+        after = call(model)
+    first = next(place for place, m in enumerate(maps) if m.shape[2] > 1)
+    return (before, tilted, expected, after), reweighed(maps[first], bias), s
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_bias_of_pairs_tilts_the_maps_of_the_host_and_of_the_capture(name):
+    (before, tilted, expected, after), first_map, seen = pairs_in_the_host(name)
+    assert furthest(expected, before) > 1e-3
+    for one, two in zip(plain(tilted), plain(expected), strict=True):
+        torch.testing.assert_close(one, two, **CLOSE)
+    assert furthest(after, before) == 0.0
+    recorded = next(c for c in seen.passes[0].blocks if c.shape[2] > 1)
+    rows = recorded.rows(range(recorded.shape[2]))
+    torch.testing.assert_close(rows, first_map, **CLOSE)
+    torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
+    torch.testing.assert_close(recorded.head_mean(), first_map.mean(1), **CLOSE)
+    torch.testing.assert_close(recorded.columns([0, 2]), first_map[..., [0, 2]], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_each_head_can_have_a_bias_of_its_own(name):
+    entry, model, call = opened(name)
+    with torch.no_grad():
+        heads = entry.maps(model, call)[0].shape[1]
+    (_, tilted, expected, _), _, _ = pairs_in_the_host(name, heads=heads)
+    for one, two in zip(plain(tilted), plain(expected), strict=True):
+        torch.testing.assert_close(one, two, **CLOSE)
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name != "timm parallel scaling"])

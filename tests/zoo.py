@@ -46,8 +46,13 @@ class Entry:
 
 
 def per_head(log_weights, keys):
-    """Log-weights of the first ``keys`` keys, to be added to ``(b, a, t, s)`` logits."""
+    """Log-weights of the first ``keys`` keys, to be added to ``(b, a, t, s)`` logits.
+
+    What has four axes already, a bias of pairs, is cut to as many queries.
+    """
     log_weights = log_weights[..., :keys]
+    if log_weights.dim() == 4:
+        return log_weights[:, :, :keys]
     return log_weights[:, None, None] if log_weights.dim() == 2 else log_weights[:, :, None]
 
 
@@ -130,7 +135,8 @@ def interface_tilted(model, call, log_weights):
 
     def attend(module, query, key, value, attention_mask, *, scaling=None, **options):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        logits = query @ key.mT * scaling + per_head(log_weights, key.shape[2])
+        added = per_head(log_weights, key.shape[2])
+        logits = query @ key.mT * scaling + (0.0 if query.shape[2] == 1 else added)
         for bias in (attention_mask, options.get("position_bias")):
             logits = logits if bias is None else logits + bias
         weights = logits.softmax(-1)
