@@ -105,7 +105,7 @@ class HybridAttentionSeed:
         check_classes(classes, capture.images, capture.class_count)
         with torch.no_grad():
             likeness = self.likeness(capture, classes)
-            attended = self._attended(capture, classes).to(likeness)
+            attended = self.attended(capture, classes).to(likeness)
             # less the maximum of each map, so that no temperature overflows: only the scale differs
             lead = (likeness - likeness.amax(-1, keepdim=True)) / self.temperature
             return fold_maps(capture, attended * lead.exp(), classes)
@@ -158,8 +158,8 @@ class HybridAttentionSeed:
         rows = _exact(rows)
         return rows - rows.mean(0) if self.centred and len(rows) > 1 else rows
 
-    def _attended(self, capture: Capture, classes: Classes) -> PatchMaps:
-        """Return the interaction of classes and patches, averaged over heads and blocks."""
+    def attended(self, capture: Capture, classes: Classes) -> PatchMaps:
+        """Return the attention of each class to patches, averaged over heads and blocks."""
         if not capture.anatomy.class_tokens and not capture.pooling:
             if self.interaction == "sum":
                 raise CaptureError(_NO_CLASS_TOKENS)
