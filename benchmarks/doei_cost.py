@@ -30,8 +30,8 @@ MODEL = "vit_small_patch16_224"
 Run = Callable[[torch.Tensor], object]
 
 
-def attached(model: torch.nn.Module, blocks: int | None) -> Run:
-    camkit.attach(model, camkit.DOEI(), blocks=blocks)
+def attached(model: torch.nn.Module, blocks: int) -> Run:
+    camkit.attach(model, camkit.DOEI.as_drawn(), blocks=blocks)
     return model
 
 
@@ -60,7 +60,7 @@ def with_maps(model: torch.nn.Module, blocks: int) -> Run:
 WAYS: dict[str, Callable[[torch.nn.Module], Run]] = {
     "plain": lambda model: model,
     "DOEI, last 3": lambda model: attached(model, 3),
-    "DOEI, all 12": lambda model: attached(model, None),
+    "DOEI, all 12": lambda model: attached(model, 12),
     "whole maps, last 3": lambda model: with_maps(model, 3),
     "whole maps, all 12": lambda model: with_maps(model, 12),
 }

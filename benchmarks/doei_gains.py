@@ -18,13 +18,13 @@ ATTENDED = camkit.seeds.ClassAttentionSeed()
 
 
 def edits(virtual: camkit.edits.VirtualClassTokens) -> dict[str, object]:
-    doei = camkit.DOEI()
+    doei = camkit.DOEI.as_drawn()
     return {
         "DOEI": doei,
-        "DOEI without alignment": camkit.DOEI(alignment=None),
-        "DOEI without decoupling": camkit.DOEI(classes=None, patches=None),
-        "DOEI, affinity reading": camkit.DOEI(reading="affinity"),
-        "DOEI, virtual class tokens": camkit.DOEI(virtual=virtual),
+        "DOEI without alignment": camkit.DOEI.as_drawn(alignment=None),
+        "DOEI without decoupling": camkit.DOEI.as_drawn(classes=None, patches=None),
+        "DOEI, affinity reading": camkit.DOEI.as_drawn(reading="affinity"),
+        "DOEI, virtual class tokens": camkit.DOEI.as_drawn(virtual=virtual),
         "control: output x2": camkit.edits.ScaleOutput(2.0),
         "control: one more hop": camkit.edits.OneMoreHop(),
         **{
