@@ -62,20 +62,24 @@ def variants(virtual: camkit.edits.VirtualClassTokens) -> list[Variant]:
         for s in STRENGTHS:
             add(f"control: output x{1 + s:g}", camkit.edits.ScaleOutput(1 + s), blocks)
             add(f"control: one more hop x{s:g}", camkit.edits.OneMoreHop(s), blocks)
-            add(f"gate x{s:g}", camkit.DOEI(strength=s), blocks)
-            add(f"affinity x{s:g}", camkit.DOEI(reading="affinity", strength=s), blocks)
-            add(f"virtual proto x{s:g}", camkit.DOEI(virtual=virtual, strength=s), blocks)
-    gate = camkit.DOEI(virtual=virtual, reading="gate")
+            add(f"gate x{s:g}", camkit.DOEI.as_drawn(strength=s), blocks)
+            add(f"affinity x{s:g}", camkit.DOEI.as_drawn(reading="affinity", strength=s), blocks)
+            add(f"virtual proto x{s:g}", camkit.DOEI.as_drawn(virtual=virtual, strength=s), blocks)
+    gate = camkit.DOEI.as_drawn(virtual=virtual, reading="gate")
     add("virtual gate x1", gate, 3)
-    add("virtual proto x4", camkit.DOEI(virtual=virtual, strength=4.0), 3)
+    add("virtual proto x4", camkit.DOEI.as_drawn(virtual=virtual, strength=4.0), 3)
     two_sided, descriptor = camkit.contrib.TwoSidedAlignment(), camkit.contrib.DescriptorAlignment()
     for name, aligned in (("two_sided", two_sided), ("descriptor", descriptor)):
-        add(f"affinity x1, colours {name}", camkit.DOEI(aligned, reading="affinity"), 3)
-    strong = camkit.edits.HybridAlignment(weight=2.0)
-    add("affinity x1, alignment x4", camkit.DOEI(strong, reading="affinity"), 3)
+        add(
+            f"affinity x1, colours {name}",
+            camkit.DOEI.as_drawn(alignment=aligned, reading="affinity"),
+            3,
+        )
+    strong = camkit.edits.HybridAlignment("mean", weight=2.0)
+    add("affinity x1, alignment x4", camkit.DOEI.as_drawn(alignment=strong, reading="affinity"), 3)
     groups = camkit.edits.PatchDecoupling(strength=0.9, rule=TwoMeans())
-    add("affinity x1, two means", camkit.DOEI(patches=groups, reading="affinity"), 3)
-    add("gate x1, two means", camkit.DOEI(patches=groups), 3)
+    add("affinity x1, two means", camkit.DOEI.as_drawn(patches=groups, reading="affinity"), 3)
+    add("gate x1, two means", camkit.DOEI.as_drawn(patches=groups), 3)
     return found
 
 

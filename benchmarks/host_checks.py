@@ -287,7 +287,7 @@ def check_wrap(host: Host, _: Callable[[], Host]) -> Check:
 
 
 class CountedDOEI(camkit.DOEI):
-    """DOEI that notes how often it is called."""
+    """DOEI that notes how often its reconstruction is called."""
 
     calls: ClassVar[list[int]] = []
 
@@ -303,7 +303,7 @@ def check_attach(host: Host, build: Callable[[], Host]) -> Check:
     hooks = hook_count(model)
     options = host.edit_options(model)
     handle = camkit.attach(
-        host.part(model), CountedDOEI(**options), **host.settings, **host.attach_settings
+        host.part(model), CountedDOEI.as_drawn(**options), **host.settings, **host.attach_settings
     )
     acts = largest_difference(plain, _forward(host))
     told = [f"{len(handle.settings['blocks'])} blocks", *(f"{name} tokens" for name in options)]

@@ -264,7 +264,7 @@ def check_graphs(device: str = "cuda") -> dict[str, float]:
     """A whole forward under DOEI, captured as a CUDA graph and replayed on other pixels."""
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False).to(device).eval()
     pixels = torch.rand(2, 3, 224, 224, device=device)
-    handle = camkit.attach(model, camkit.DOEI())
+    handle = camkit.attach(model, camkit.DOEI.as_drawn(), blocks="all")
     handle.rgb = pixels
     with torch.no_grad():
         model(pixels)

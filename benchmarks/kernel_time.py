@@ -231,9 +231,9 @@ def end_to_end(until: Callable[[], bool]) -> Iterator[dict[str, Any]]:
             yield {"model": name, f"{way}, forward, CUDA graph": found}
 
 
-def attached(blocks: int | None) -> Callable[[torch.nn.Module, Tensor], Callable[[Tensor], Any]]:
+def attached(blocks: int) -> Callable[[torch.nn.Module, Tensor], Callable[[Tensor], Any]]:
     def make(model: torch.nn.Module, pixels: Tensor) -> Callable[[Tensor], Any]:
-        camkit.attach(model, camkit.DOEI(), blocks=blocks).rgb = pixels.float()
+        camkit.attach(model, camkit.DOEI.as_drawn(), blocks=blocks).rgb = pixels.float()
         return model
 
     return make
@@ -260,7 +260,7 @@ MODELS: dict[str, Callable[[torch.nn.Module, Tensor], Callable[[Tensor], Any]]] 
     "plain": plain,
     "watched": watched,
     "DOEI, last 3": attached(3),
-    "DOEI, all 12": attached(None),
+    "DOEI, all 12": attached(12),
     "whole maps, last 3": lambda model, _: with_maps(model, 3),
     "whole maps, all 12": lambda model, _: with_maps(model, 12),
 }

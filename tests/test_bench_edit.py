@@ -276,7 +276,9 @@ def test_the_pipeline_edits_the_blocks_that_were_asked_for(model, photo, blocks,
 
 
 @pytest.mark.parametrize(
-    "edit", [DOEI(), OneMoreHop(), RandomGates(DOEI())], ids=["doei", "hop", "gates"]
+    "edit",
+    [DOEI(), DOEI.as_drawn(), OneMoreHop(), RandomGates(DOEI.as_drawn())],
+    ids=["doei", "as drawn", "hop", "gates"],
 )
 def test_the_pipeline_edits_as_attach_does(model, photo, edit):
     found = wrap(model, edit=edit, edit_blocks=2)(photo, classes=[1, 2])

@@ -102,7 +102,12 @@ def test_repeats_report_their_mean_and_their_spread(model, shapes):
     gates = tuple(
         Variant(
             f"gates {s}",
-            Method(GradientSeed(), edit=RandomGates(DOEI(), rng_seed=s), edit_blocks=1, refine=()),
+            Method(
+                GradientSeed(),
+                edit=RandomGates(DOEI.as_drawn(), rng_seed=s),
+                edit_blocks=1,
+                refine=(),
+            ),
         )
         for s in range(3)
     )

@@ -14,9 +14,9 @@ from camkit.ops.similarity import colour_mass
 TAU, WIDTH = 0.1, 0.15
 PATCHES, TOKENS = 12, 16  # three class tokens and a register
 ALIGNMENTS = {
-    "one sided": HybridAlignment(temperature=TAU, colour_width=WIDTH),
-    "two sided": TwoSidedAlignment(temperature=TAU, colour_width=WIDTH),
-    "descriptor": DescriptorAlignment(temperature=TAU, colour_width=WIDTH),
+    "one sided": HybridAlignment(join="mean", temperature=TAU, colour_width=WIDTH),
+    "two sided": TwoSidedAlignment(join="mean", temperature=TAU, colour_width=WIDTH),
+    "descriptor": DescriptorAlignment(join="mean", temperature=TAU, colour_width=WIDTH),
 }
 
 
@@ -94,7 +94,7 @@ def test_gathered_colours_take_no_gradient():
 def test_without_colours_there_is_one_alignment(alignment):
     tokens, _ = inputs()
     site = BlockContext(Anatomy(class_tokens=(0, 1, 2), register_tokens=(3,)))
-    expected = HybridAlignment(colour_width=None).cues(tokens, site)
+    expected = HybridAlignment(join="mean", colour_width=None).cues(tokens, site)
     found = alignment(colour_width=None).cues(tokens, site)
     assert torch.equal(found.patch_to_class, expected.patch_to_class)
     assert torch.equal(found.class_to_patch, expected.class_to_patch)

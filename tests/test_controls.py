@@ -130,7 +130,7 @@ def token_added(tokens, output, attention, site):
     return output + tokens.abs()
 
 
-BORROWED = [OneMoreHop(), DOEI(), ScaleOutput(1.7), token_added]
+BORROWED = [OneMoreHop(), DOEI.as_drawn(), ScaleOutput(1.7), token_added]
 NAMES = ["hop", "doei", "scaled", "plain function"]
 
 
@@ -215,7 +215,7 @@ def test_attached_gates_are_as_strong_in_every_block():
         torch.testing.assert_close(gated[:, 5:].sort().values, hop[:, 5:].sort().values)
 
 
-@pytest.mark.parametrize("edit", [OneMoreHop(), RandomGates(DOEI())], ids=["hop", "gates"])
+@pytest.mark.parametrize("edit", [OneMoreHop(), RandomGates(DOEI.as_drawn())], ids=["hop", "gates"])
 def test_a_control_comes_off_without_a_trace(edit):
     model, pixels = HandMade(), torch.randn(2, 3, 16, 24)
     before = model(pixels)

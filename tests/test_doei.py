@@ -25,7 +25,8 @@ from camkit.grid import Grid
 from camkit.ops.confidence import MeanSplit, TwoMeans
 
 IMAGES, HEADS, GRID, DIM = 2, 3, Grid(3, 4), 12
-BARE = DOEI(alignment=None, classes=None, patches=None)
+DRAWN = DOEI.as_drawn()
+BARE = DOEI.as_drawn(alignment=None, classes=None, patches=None)
 
 
 def block(classes, *, dtype=torch.float64, grad=False):
@@ -52,7 +53,7 @@ def seen(q, k):
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_the_output_is_that_of_whole_maps(classes, coloured, dtype, atol):
     x, o, q, k, site = block(classes, dtype=dtype)
-    edit = DOEI(alignment=HybridAlignment(colour_width=0.15 if coloured else None))
+    edit = DOEI.as_drawn(alignment=HybridAlignment("mean", colour_width=0.15 if coloured else None))
     colours = site.picture.colours(GRID.size).double()
     expected = oracles.doei(
         x.double(),
@@ -94,13 +95,13 @@ def test_a_worked_example_of_prototypes():
 @pytest.mark.parametrize("classes", [1, 5])
 def test_zero_strength_changes_no_bit(classes):
     x, o, q, k, site = block(classes)
-    assert DOEI(strength=0.0)(x, o, seen(q, k), site) is o
+    assert DOEI.as_drawn(strength=0.0)(x, o, seen(q, k), site) is o
 
 
 def test_parts_of_zero_strength_are_as_left_out():
     x, o, q, k, site = block(5)
-    zero = DOEI(
-        alignment=HybridAlignment(weight=0.0),
+    zero = DOEI.as_drawn(
+        alignment=HybridAlignment(join="mean", weight=0.0),
         classes=ClassDecoupling(strength=0.0),
         patches=PatchDecoupling(strength=0.0),
     )
@@ -110,7 +111,7 @@ def test_parts_of_zero_strength_are_as_left_out():
 @pytest.mark.parametrize("width", [None, 0.15])
 def test_aligned_rows_of_the_class_tokens_still_sum_to_one(width):
     x, _, q, k, site = block(5)
-    edit = DOEI(alignment=HybridAlignment(colour_width=width))
+    edit = DOEI.as_drawn(alignment=HybridAlignment("mean", colour_width=width))
     found = edit.interaction(x, seen(q, k), site)
     rows = found.class_to_class.sum(-1) + found.class_to_patch.sum(-1)
     torch.testing.assert_close(rows, torch.ones_like(rows))
@@ -141,8 +142,8 @@ def test_decoupling_grows_with_depth():
 def test_permuted_classes_give_permuted_class_tokens_and_the_same_patches():
     x, o, q, k, site = block(5)
     order = [3, 1, 4, 0, 2, *range(5, 5 + GRID.size)]
-    found = DOEI()(x, o, seen(q, k), site)
-    turned = DOEI()(x[:, order], o[:, order], seen(q[:, :, order], k[:, :, order]), site)
+    found = DRAWN(x, o, seen(q, k), site)
+    turned = DRAWN(x[:, order], o[:, order], seen(q[:, :, order], k[:, :, order]), site)
     torch.testing.assert_close(turned, found[:, order])
 
 
@@ -152,7 +153,7 @@ def test_patch_to_patch_attention_is_not_read_without_alignment():
     weights = torch.rand(IMAGES, HEADS, 17, 17, dtype=torch.float64)
     other = weights.clone()
     other[:, :, 5:, 5:] = torch.rand(IMAGES, HEADS, 12, 12, dtype=torch.float64)
-    edit = DOEI(alignment=None)
+    edit = DOEI.as_drawn(alignment=None)
     one, two = (edit(x, o, ExplicitAttention(w), site) for w in (weights, other))
     assert torch.equal(one, two)
 
@@ -161,11 +162,11 @@ def test_absent_classes_neither_give_nor_take():
     x, o, q, k, site = block(5)
     labels = torch.tensor([[True, False, True, False, False], [False, True, True, True, False]])
     told = BlockContext(site.anatomy, site.index, site.count, site.picture, labels)
-    found = DOEI()(x, o, seen(q, k), told)
+    found = DRAWN(x, o, seen(q, k), told)
     moved = o.clone()
     for image, present in enumerate(labels):
         moved[image, :5][~present] += 100.0
-    again = DOEI()(x, moved, seen(q, k), told)
+    again = DRAWN(x, moved, seen(q, k), told)
     here = torch.cat([labels, torch.ones(IMAGES, GRID.size, dtype=torch.bool)], 1)
     torch.testing.assert_close(again[here], found[here])
     torch.testing.assert_close(found[~here], o[~here])
@@ -177,13 +178,13 @@ def test_labels_of_another_number_of_classes_are_refused():
     with pytest.raises(
         ValueError, match="must have a column for each of the 5 classes that have a token, got 4"
     ):
-        DOEI()(x, o, seen(q, k), told)
+        DRAWN(x, o, seen(q, k), told)
 
 
 @pytest.mark.parametrize("classes", [1, 5])
 def test_gradients_of_the_smooth_parts_are_right(classes):
     x, o, q, k, site = block(classes, grad=True)
-    edit = DOEI(alignment=HybridAlignment(), classes=None, patches=None)
+    edit = DOEI.as_drawn(alignment=HybridAlignment("mean"), classes=None, patches=None)
     small = [t.detach()[:1].requires_grad_() for t in (x, o, q, k)]
     site.picture.pixels = site.picture.pixels[:1]
     assert torch.autograd.gradcheck(
@@ -206,8 +207,8 @@ def test_gradients_flow_past_the_decoupling_without_its_factor():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_near_full(dtype):
     x, o, q, k, site = block(5, dtype=torch.float32)
-    expected = DOEI()(x, o, seen(q, k), site)
-    found = DOEI()(x.to(dtype), o.to(dtype), seen(q.to(dtype), k.to(dtype)), site)
+    expected = DRAWN(x, o, seen(q, k), site)
+    found = DRAWN(x.to(dtype), o.to(dtype), seen(q.to(dtype), k.to(dtype)), site)
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
 
@@ -216,7 +217,7 @@ def test_half_precision_stays_near_full(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_stays_near_full_precision_in_the_dtype_of_the_host(reading, dtype):
     x, o, q, k, site = block(5, dtype=torch.float32)
-    edit = DOEI(reading=reading)
+    edit = DOEI.as_drawn(reading=reading)
     expected = edit(x, o, seen(q, k), site)
     with torch.autocast("cpu", torch.bfloat16):
         found = edit(x.to(dtype), o.to(dtype), seen(q.to(dtype), k.to(dtype)), site)
@@ -228,19 +229,19 @@ def test_autocast_stays_near_full_precision_in_the_dtype_of_the_host(reading, dt
 def test_readings_that_make_all_patches_one_are_refused_for_one_class_token(reading):
     x, o, q, k, site = block(1)
     with pytest.raises(UnsupportedModelError, match="gives every patch the same vector"):
-        DOEI(reading=reading)(x, o, seen(q, k), site)
+        DOEI.as_drawn(reading=reading)(x, o, seen(q, k), site)
 
 
 def test_a_host_without_class_token_is_told_of_virtual_ones():
     x, o, q, k, site = block(0)
     with pytest.raises(UnsupportedModelError, match=r"VirtualClassTokens\.from_classifier"):
-        DOEI()(x, o, seen(q, k), site)
+        DRAWN(x, o, seen(q, k), site)
 
 
 def test_virtual_class_tokens_are_compared_with_the_patches():
     x, o, q, k, site = block(1)
     embeddings = torch.randn(4, DIM, dtype=torch.float64)
-    edit = DOEI(alignment=None, patches=None, virtual=VirtualClassTokens(embeddings, 0.2))
+    edit = DOEI.as_drawn(alignment=None, patches=None, virtual=VirtualClassTokens(embeddings, 0.2))
     cosines = torch.nn.functional.cosine_similarity(x[:, 1:, None], embeddings[None, None], dim=-1)
     weights = (cosines / 0.2).softmax(1) + (cosines / 0.2).softmax(2)
     expected = o.clone()
@@ -286,7 +287,7 @@ def test_a_classifier_that_cannot_be_told_is_asked_for():
 def test_what_a_handle_is_told_holds_inside_the_block_only():
     model, pixels = OneTokenPerClass(class_tokens=5), torch.rand(2, 3, 16, 24)
     some = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 1]]).bool()
-    with attach(model, DOEI()) as handle:
+    with attach(model, DRAWN) as handle:
         plain = model(pixels)[0]
         with handle.batch(labels=some):
             told = model(pixels)[0]
@@ -298,18 +299,18 @@ def test_what_a_handle_is_told_holds_inside_the_block_only():
 
 def test_a_handle_says_what_it_does_and_where():
     model, _ = tiny("vit")
-    with attach(model, DOEI(), blocks=2) as handle:
+    with attach(model, DRAWN, blocks=2) as handle:
         assert handle.settings == {
-            "edit": repr(DOEI()),
+            "edit": repr(DRAWN),
             "blocks": ["blocks.1.attn", "blocks.2.attn"],
         }
         handle.enabled = False
-        assert repr(handle) == f"Handle({DOEI()!r} in 2 blocks, paused)"
+        assert repr(handle) == f"Handle({DRAWN!r} in 2 blocks, paused)"
 
 
 def test_embeddings_of_another_width_are_refused():
     x, o, q, k, site = block(1)
-    edit = DOEI(virtual=VirtualClassTokens(torch.randn(4, 7, dtype=torch.float64)))
+    edit = DOEI.as_drawn(virtual=VirtualClassTokens(torch.randn(4, 7, dtype=torch.float64)))
     with pytest.raises(ValueError, match="are 7 wide, but the tokens have 12 channels"):
         edit(x, o, seen(q, k), site)
 
@@ -318,6 +319,7 @@ def test_embeddings_of_another_width_are_refused():
     ("make", "words"),
     [
         (lambda: DOEI(reading="mean"), "must be one of auto, proto, class, affinity, gate"),
+        (lambda: DOEI(class_reading="mean"), "must be one of none, rebuild, apart, got 'mean'"),
         (lambda: DOEI(strength=-1.0), "at least 0, got -1.0"),
         (lambda: DOEI(progressive="epoch"), 'must be "depth" or "none"'),
         (lambda: HybridAlignment(weight=-0.1), "at least 0, got -0.1"),
@@ -339,10 +341,10 @@ def test_wrong_settings_are_refused(no_shape_checks, make, words):
 def test_an_attached_doei_acts_in_every_block_and_comes_off_bit_exact():
     model, pixels = tiny("vit")
     before = model(pixels)
-    last = attach(model, DOEI(), blocks=1)
+    last = attach(model, DRAWN, blocks=1)
     one = model(pixels)
     last.remove()
-    with attach(model, DOEI()) as handle:
+    with attach(model, DRAWN) as handle:
         three = model(pixels)
         handle.enabled = False
         assert torch.equal(model(pixels), before)
@@ -363,14 +365,14 @@ def test_an_attached_doei_does_what_plain_hooks_do():
                 args[0], out, kept["map"], 1, colours, layer=layer, depth=2
             )
         )
-    with attach(model, DOEI()) as handle:
+    with attach(model, DRAWN) as handle:
         handle.rgb = pixels.sigmoid()
         torch.testing.assert_close(model(pixels), twin(pixels), atol=1e-5, rtol=1e-4)
 
 
 def test_labels_and_colours_of_another_batch_are_refused():
     model, pixels = OneTokenPerClass(class_tokens=5), torch.rand(2, 3, 16, 24)
-    with attach(model, DOEI()) as handle:
+    with attach(model, DRAWN) as handle:
         handle.labels = torch.ones(3, 5, dtype=torch.bool)
         with pytest.raises(ValueError, match="one row for each of the 2 images, got 3"):
             model(pixels)
@@ -389,7 +391,7 @@ def test_colours_are_those_of_the_pixels_before_normalisation():
 def test_training_with_doei_has_the_gradients_of_training_with_whole_maps():
     model, pixels = OneTokenPerClass(class_tokens=5).double(), torch.rand(2, 3, 16, 24).double()
     twin = copy.deepcopy(model)
-    edit = DOEI(alignment=HybridAlignment(colour_width=None))
+    edit = DOEI.as_drawn(alignment=HybridAlignment("mean", colour_width=None))
     for index, layer in enumerate(twin.blocks):
 
         def rebuilt(module, args, out, layer=index + 1):
@@ -422,7 +424,7 @@ def test_doubtful_images_of_a_recomputed_block_are_an_error_not_a_guess():
     model, one, two = Checkpointed(), *torch.rand(2, 2, 3, 16, 24).unbind(0)
     plain = HandMade()
     plain.load_state_dict(model.state_dict())
-    with attach(model, DOEI()), attach(plain, DOEI()):
+    with attach(model, DRAWN), attach(plain, DRAWN):
         model(one).sum().backward()
         plain(one).sum().backward()
         for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
@@ -434,7 +436,7 @@ def test_doubtful_images_of_a_recomputed_block_are_an_error_not_a_guess():
 
 
 def test_the_repr_is_the_configuration():
-    edit = DOEI(reading="gate", patches=PatchDecoupling(rule=TwoMeans(steps=3)))
+    edit = DOEI.as_drawn(reading="gate", patches=PatchDecoupling(rule=TwoMeans(steps=3)))
     names = vars(camkit) | vars(camkit.edits) | vars(camkit.ops.confidence)
     assert eval(repr(edit), names) == edit
 
@@ -459,7 +461,7 @@ def test_affinity_never_holds_the_map_of_pairs():
     assert max(largest) <= 4096 * 8
 
 
-@pytest.mark.parametrize("edit", [DOEI(), camkit.edits.OneMoreHop()], ids=["doei", "hop"])
+@pytest.mark.parametrize("edit", [DRAWN, camkit.edits.OneMoreHop()], ids=["doei", "hop"])
 def test_a_watcher_sees_the_blocks_of_an_edited_host_and_nothing_of_the_edit(edit):
     model, pixels = tiny("vit")
     kept = []

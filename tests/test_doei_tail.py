@@ -54,14 +54,15 @@ def block(classes, registers=0, dtype=torch.float64):
 
 
 EDITS = {
-    "as it is": DOEI(),
-    "no alignment": DOEI(alignment=None),
-    "no colours": DOEI(alignment=HybridAlignment(colour_width=None)),
-    "no classes": DOEI(classes=None),
-    "no patches": DOEI(patches=None),
-    "neither": DOEI(classes=None, patches=None, alignment=None),
-    "across classes": DOEI(patches=PatchDecoupling(axis="classes")),
-    "other numbers": DOEI(
+    "as it is": DOEI.as_drawn(),
+    "no alignment": DOEI.as_drawn(alignment=None),
+    "no colours": DOEI.as_drawn(alignment=HybridAlignment("mean", colour_width=None)),
+    "no classes": DOEI.as_drawn(classes=None),
+    "no patches": DOEI.as_drawn(patches=None),
+    "neither": DOEI.as_drawn(classes=None, patches=None, alignment=None),
+    "across classes": DOEI.as_drawn(patches=PatchDecoupling(axis="classes")),
+    "apart and centred": DOEI.as_drawn(class_reading="apart", centred=True),
+    "other numbers": DOEI.as_drawn(
         classes=ClassDecoupling(0.9, TanhAroundMean(0.3, 0.5)),
         patches=PatchDecoupling(0.2, TanhAroundMean(-0.4, 2.0)),
         strength=0.6,
@@ -94,7 +95,7 @@ def test_one_operator_is_all_its_steps(name, classes, registers):
 
 def test_single_precision_is_near_double():
     inputs, site = block(4)
-    edit = DOEI()
+    edit = DOEI.as_drawn()
     with torch.no_grad():
         exact = edit(*inputs[:2], FusedAttention(*inputs[2:], 0.5), site)
         single = [x.float() for x in inputs]
@@ -174,7 +175,7 @@ def test_an_edited_block_waits_for_nothing_and_makes_no_index():
     site = replace(site, labels=None)
     site.picture.colours(GRID.size)
     with Counted() as counted, torch.no_grad():
-        DOEI()(*inputs[:2], FusedAttention(*inputs[2:], 0.5), site)
+        DOEI.as_drawn()(*inputs[:2], FusedAttention(*inputs[2:], 0.5), site)
     assert counted.calls["doei_scores"] == 1
     waiting = {"lift_fresh", "_local_scalar_dense", "nonzero", "index", "item"}
     assert not waiting & set(counted.calls)
@@ -182,7 +183,7 @@ def test_an_edited_block_waits_for_nothing_and_makes_no_index():
 
 def test_a_whole_edited_forward_sends_no_index_to_its_device():
     model, pixels = tiny("vit")
-    handle = camkit.attach(model, DOEI())
+    handle = camkit.attach(model, DOEI.as_drawn())
     handle.rgb = torch.rand_like(pixels)
     with torch.no_grad():
         model(pixels)  # roles are measured once

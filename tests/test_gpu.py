@@ -50,7 +50,9 @@ def test_kernels_off_gives_the_same_in_plain_torch(dtype):
 
 
 @pytest.mark.parametrize(
-    "edit", [camkit.DOEI(), camkit.edits.ScaleOutput(1.5)], ids=["DOEI", "scaled"]
+    "edit",
+    [camkit.DOEI(), camkit.DOEI.as_drawn(), camkit.edits.ScaleOutput(1.5)],
+    ids=["DOEI", "as drawn", "scaled"],
 )
 def test_an_edited_model_gives_on_a_gpu_what_it_gives_on_a_cpu(edit):
     model, pixels = tiny("vit")

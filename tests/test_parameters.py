@@ -115,7 +115,7 @@ def test_an_edit_acts_as_on_the_plain_twin(kind):
         pytest.skip("refused: see test_contract_compile")
     with torch.no_grad():
         plain = model(pixels)
-        for edit in (ScaleOutput(2.0), DOEI()):
+        for edit in (ScaleOutput(2.0), DOEI.as_drawn(), DOEI()):
             with attach(twin, edit):
                 expected = twin(pixels)
             with attach(model, edit):

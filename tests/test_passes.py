@@ -19,7 +19,7 @@ from torch import nn
 
 from camkit import attach, watch
 from camkit.capture.passes import same_pictures, small_pictures
-from camkit.edits import DOEI, HybridAlignment, ScaleOutput
+from camkit.edits import DOEI, ScaleOutput
 from camkit.errors import CaptureError
 from camkit.grid import Grid
 from camkit.seeds import ClassWeightSeed, GradientSeed
@@ -97,8 +97,9 @@ def test_a_mixture_is_refused_with_the_choice(host, crops):
         _ = seen.capture
 
 
-def test_an_edit_acts_in_each_pass_as_in_a_forward_of_its_own(host, crops):
-    pixels, edit = photos(), DOEI()
+@pytest.mark.parametrize("edit", [DOEI(), DOEI.as_drawn()], ids=["logits", "outputs"])
+def test_an_edit_acts_in_each_pass_as_in_a_forward_of_its_own(host, crops, edit):
+    pixels = photos()
     with attach(host, edit):
         scores, student, teacher = host(pixels, crops)
     with attach(host, edit):
@@ -151,7 +152,7 @@ def test_an_edit_is_told_the_colours_and_labels_of_its_own_pass(host, crops):
 def test_labels_of_a_pass_must_fit_its_images(host, crops):
     labels = [None, torch.ones(4, CLASSES).bool()]
     refused = pytest.raises(ValueError, match="6 images of pass 1, got 4")
-    with attach(host, DOEI()) as handle, handle.batch(labels=labels), refused:
+    with attach(host, DOEI.as_drawn()) as handle, handle.batch(labels=labels), refused:
         host(photos(), crops)
 
 
@@ -246,7 +247,7 @@ def test_an_edit_says_that_it_leaves_unknown_colours_out():
 
     host = shaken(Patched()).eval()
     warned = pytest.warns(UserWarning, match=r"leaves the colours out.*handle\.rgb")
-    with attach(host, DOEI(alignment=HybridAlignment())), warned:
+    with attach(host, DOEI.as_drawn()), warned:
         host(photos())
 
 

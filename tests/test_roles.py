@@ -131,10 +131,10 @@ def test_an_edit_refuses_a_token_of_an_unknown_class_and_leaves_nothing_behind()
     model = with_background()
     before = model(PIXELS)
     match = r"6 class tokens.*5 classes"
-    with attach(model, DOEI()), pytest.raises(UnsupportedModelError, match=match):
+    with attach(model, DOEI.as_drawn()), pytest.raises(UnsupportedModelError, match=match):
         model(PIXELS)
     assert torch.equal(model(PIXELS), before)
-    with attach(model, DOEI(), **STATED):
+    with attach(model, DOEI.as_drawn(), **STATED):
         assert not torch.equal(model(PIXELS), before)
     assert torch.equal(model(PIXELS), before)
 
@@ -146,7 +146,7 @@ def test_an_edit_takes_scores_where_the_model_returns_none():
     special = {"cls_token": (1, CLASSES + 1, DIM)}
     model = shaken(Vit(ReturnsItsMap, special=special, read=features)).eval()
     match = r"6 class tokens.*5 classes"
-    handle = attach(model, DOEI(), scores=lambda out: out["cls"])
+    handle = attach(model, DOEI.as_drawn(), scores=lambda out: out["cls"])
     with handle, pytest.raises(UnsupportedModelError, match=match):
         model(PIXELS)
 
@@ -160,11 +160,11 @@ def test_an_edit_measures_the_grid_that_nothing_shows_or_takes_it():
     read = {"read": lambda model, x: model.head(x[:, 1:]).flatten(1)}
     model = shaken(Vit(Attention, embed=lambda: embed, **read)).eval()
     plain = model(PIXELS)
-    with attach(model, DOEI()):
+    with attach(model, DOEI.as_drawn()):
         measured = model(PIXELS)
-    with attach(model, DOEI(), grid=(4, 3)):
+    with attach(model, DOEI.as_drawn(), grid=(4, 3)):
         stated = model(PIXELS)
-    with attach(model, DOEI(), grid=(3, 4)):
+    with attach(model, DOEI.as_drawn(), grid=(3, 4)):
         wrong = model(PIXELS)
     torch.testing.assert_close(measured, stated)
     assert not torch.equal(stated, plain)
@@ -219,7 +219,7 @@ def test_a_host_that_cannot_be_measured_is_edited_with_the_roles_that_are_stated
     model, pixels = shaken(OneImage(Attention)).eval(), PIXELS[:1]
     plain = Vit(Attention).eval()
     plain.load_state_dict(model.state_dict())
-    with attach(plain, DOEI()):
+    with attach(plain, DOEI.as_drawn()):
         expected = plain(pixels)
-    with attach(model, DOEI(), class_tokens=[0], **stated):
+    with attach(model, DOEI.as_drawn(), class_tokens=[0], **stated):
         torch.testing.assert_close(model(pixels), expected)

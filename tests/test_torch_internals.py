@@ -95,7 +95,9 @@ def test_a_watched_forward_is_right_without_an_operator(name, how, change):
         torch.testing.assert_close(block.columns([0]), weights[..., :1])
 
 
-@pytest.mark.parametrize("edit", [DOEI(), FuzzyKeyPruning()], ids=["DOEI", "key edit"])
+@pytest.mark.parametrize(
+    "edit", [DOEI(), DOEI.as_drawn(), FuzzyKeyPruning()], ids=["DOEI", "as drawn", "key edit"]
+)
 def test_an_edited_forward_is_right_without_the_operators(edit, change):
     model, image = tiny("vit")
     with attach(model, edit):

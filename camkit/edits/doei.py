@@ -7,9 +7,10 @@ ours, and none of the paper's numbers are claimed for it. docs/doei.md says line
 from where.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,7 @@ from camkit.errors import UnsupportedModelError
 from camkit.ops.attention import run_of, take
 from camkit.ops.confidence import Confidence, TanhAroundMean, amplify
 from camkit.ops.doei_tail import Cues, Soft, doei_scores
+from camkit.ops.paired import PairBias
 from camkit.tensors import Tokens
 
 
@@ -86,48 +88,78 @@ def _check(strength: float) -> None:
 
 
 # -- Reconstruction. The figure multiplies an N x C matrix with N patch tokens, which is impossible
-# as drawn. Each function resolves that in another way.
+# as drawn. Each function resolves that in another way. What it returns is added to the patches;
+# `centred` leaves out what all of them would get alike, which tells no patch from another (ours).
 
 Reading: TypeAlias = Literal["proto", "class", "affinity", "gate"]
+ClassReading: TypeAlias = Literal["none", "rebuild", "apart"]
 
 Patches = Float[Tensor, "b n d"]
 ClassTokens = Float[Tensor, "b k d"]
+Mutual = Float[Tensor, "b c c"]
 Weights = Float[Tensor, "b n c"]
 
 
-def prototypes(weights: Weights, patches: Patches, _: ClassTokens) -> Patches:
+def prototypes(
+    weights: Weights, patches: Patches, _: ClassTokens, *, centred: bool = False
+) -> Patches:
     """Rebuild patches from prototypes of their classes, and these from confident patches."""
-    return _stochastic(weights, -1) @ (_stochastic(weights, 1).mT @ patches)
+    means = _stochastic(weights, 1).to(patches.dtype).mT @ patches
+    return _shares(_stochastic(weights, -1), patches, centred) @ means
 
 
-def from_classes(weights: Weights, _: Patches, classes: ClassTokens) -> Patches:
+def from_classes(
+    weights: Weights, patches: Patches, classes: ClassTokens, *, centred: bool = False
+) -> Patches:
     """Rebuild patches from the class tokens they belong to."""
-    return _stochastic(weights, -1) @ classes
+    return _shares(_stochastic(weights, -1), patches, centred) @ classes
 
 
-def affinity(weights: Weights, patches: Patches, _: ClassTokens) -> Patches:
+def affinity(
+    weights: Weights, patches: Patches, _: ClassTokens, *, centred: bool = False
+) -> Patches:
     """Rebuild patches from patches of the same classes, without the map of all pairs."""
     total = weights.sum(1, keepdim=True)
     mass = (weights * total).sum(-1, keepdim=True)
-    return weights @ (weights.mT @ patches) / mass.clamp_min(1e-12)
+    shares = _shares(weights / mass.clamp_min(1e-12), patches, centred)
+    return shares @ (weights.to(patches.dtype).mT @ patches)
 
 
-def gate(weights: Weights, patches: Patches, _: ClassTokens) -> Patches:
-    """Scale each patch by how confident it is of a class."""
+def gate(weights: Weights, patches: Patches, _: ClassTokens, *, centred: bool = False) -> Patches:
+    """Scale each patch by how confident it is of a class, by 1 on average.
+
+    Centred, it is less 1, so that adding it lowers patches below the average: those are suppressed.
+    """
     confidence = weights.amax(-1, keepdim=True)
-    return patches * (confidence / confidence.mean(1, keepdim=True).clamp_min(1e-12))
+    gates = confidence / confidence.mean(1, keepdim=True).clamp_min(1e-12)
+    return patches * (gates - 1.0 if centred else gates).to(patches.dtype)
 
 
-def reconstruct_classes(weights: Float[Tensor, "b c c"], classes: ClassTokens) -> ClassTokens:
-    """Rebuild class tokens from those they interact with."""
-    return _stochastic(weights, -1) @ classes
+def rebuild_classes(weights: Mutual, classes: ClassTokens) -> ClassTokens:
+    """Rebuild class tokens from those they interact with, themselves among them (figure)."""
+    return _stochastic(weights, -1).to(classes.dtype) @ classes
 
 
-READINGS: dict[Reading, Callable[[Weights, Patches, ClassTokens], Patches]] = {
+def tell_apart(weights: Mutual, classes: ClassTokens) -> ClassTokens:
+    """Return what each class token does not share with the others it interacts with (ours).
+
+    A token that interacts with no other, because it is alone or its class is absent, gets zero.
+    """
+    others = weights - torch.diag_embed(weights.diagonal(dim1=1, dim2=2))
+    shares = _stochastic(others, -1)
+    own = shares.sum(-1, keepdim=True).to(classes.dtype)  # 1, or 0 without others
+    return own * classes - shares.to(classes.dtype) @ classes
+
+
+READINGS: dict[Reading, Callable[..., Patches]] = {
     "proto": prototypes,
     "class": from_classes,
     "affinity": affinity,
     "gate": gate,
+}
+CLASS_READINGS: dict[ClassReading, Callable[[Mutual, ClassTokens], ClassTokens]] = {
+    "rebuild": rebuild_classes,
+    "apart": tell_apart,
 }
 
 
@@ -136,9 +168,15 @@ def _stochastic(weights: Tensor, dim: int) -> Tensor:
     return weights / weights.sum(dim, keepdim=True).clamp_min(1e-12)
 
 
+def _shares(weights: Weights, patches: Patches, centred: bool) -> Weights:
+    """Return the shares of the classes in each patch, or how far they are from the average."""
+    shares = weights - weights.mean(1, keepdim=True) if centred else weights
+    return shares.to(patches.dtype)
+
+
 @dataclass(frozen=True)
 class DOEI:
-    """Adds tokens rebuilt from confident class-to-patch interactions to a block's output.
+    """Joins attention with the likeness of tokens; optionally adds tokens rebuilt by confidence.
 
     Four steps: attention is joined with the similarity of embeddings and colours
     (`HybridAlignment`); confident interactions are amplified and others suppressed, among classes
@@ -146,7 +184,13 @@ class DOEI:
     result is added to the output that the block adds to its tokens. It has no parameters and no
     loss.
 
-    Attach it to all blocks for training (figure), to the last three without (ours).
+    The default is the first step alone, as a product in the logits of the last three blocks (ours):
+    the host's own attention is the hybrid one, and every seed and refiner reads it. The other steps
+    take part from a ``strength`` above 0. `DOEI.as_drawn` is the reading of the figure.
+
+    Nothing at all changes if ``strength`` is 0 and ``alignment`` is None, has no weights, or joins
+    by "mean", which only the reconstruction reads. The strength of a handle multiplies ``strength``
+    and the weights of the alignment.
 
     Attributes:
         alignment: None leaves colours and embeddings out.
@@ -155,53 +199,106 @@ class DOEI:
         reading: how an N x C matrix acts on N tokens. "auto" is "proto" for several class tokens
             and "gate" for one, because prototypes of one class are the same for all patches. See
             `camkit.edits.doei`.
-        strength: of the residual; 1 is the figure's, 0 changes nothing.
+        class_reading: how a C x C matrix acts on C class tokens (see there): "rebuild" is the
+            figure's and brings them nearer to each other; "apart" raises what a token does not
+            share with the others (ours); "none" leaves them as they are, and then ``classes`` has
+            no effect. One class token is left as it is, but "rebuild" doubles it.
+        centred: whether what all patches would get alike is left out, so that gates multiply by 1
+            on average, and others add nothing to the mean patch (ours).
+        strength: of the reconstruction; 1 is the figure's, 0 leaves outputs as they are. Above 1,
+            a centred gate may turn the least confident patches around.
         progressive: "depth" lets decoupling grow with the block's place (our reading of the
             paper's word); "none" keeps it the same everywhere.
-        virtual: class embeddings, for hosts with one class token or none (ours).
+        virtual: class embeddings to rebuild tokens by, for hosts with one class token or none
+            (ours).
     """
 
-    alignment: HybridAlignment | None = field(default_factory=lambda: HybridAlignment("mean"))
-    classes: ClassDecoupling | None = field(default_factory=ClassDecoupling)
-    patches: PatchDecoupling | None = field(default_factory=PatchDecoupling)
+    alignment: HybridAlignment | None = field(default_factory=HybridAlignment)
+    classes: ClassDecoupling | None = None
+    patches: PatchDecoupling | None = None
     reading: Reading | Literal["auto"] = "auto"
-    strength: float = 1.0
+    class_reading: ClassReading = "none"
+    centred: bool = True
+    strength: float = 0.0
     progressive: Literal["depth", "none"] = "depth"
     virtual: VirtualClassTokens | None = None
+
+    default_blocks: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if self.reading not in ("auto", *READINGS):
             known = ", ".join(("auto", *READINGS))
             raise ValueError(f"`reading` must be one of {known}, got {self.reading!r}")
-        if self.strength < 0:
+        if self.class_reading not in ("none", *CLASS_READINGS):
+            known = ", ".join(("none", *CLASS_READINGS))
+            raise ValueError(f"`class_reading` must be one of {known}, got {self.class_reading!r}")
+        if not 0.0 <= self.strength < math.inf:
             raise ValueError(f"`strength` must be at least 0, got {self.strength}")
         if self.progressive not in ("depth", "none"):
             raise ValueError(f'`progressive` must be "depth" or "none", got {self.progressive!r}')
         if self.virtual is not None and self.reading == "class":
             raise ValueError('`reading="class"` needs class tokens of the host, not virtual ones')
 
+    @classmethod
+    def as_drawn(cls, **changes: Any) -> "DOEI":
+        """Return the reading of the paper's figure: all four steps at full strength.
+
+        Attention is averaged with the other cues, both decouplings act, and all that is rebuilt is
+        added. The figure draws it in every block, ``camkit.attach(model, edit, blocks="all")``. Its
+        harm without training, and what each step does, is measured in docs/doei.md.
+
+        Args:
+            changes: settings to replace, as in `DOEI`.
+        """
+        drawn: dict[str, Any] = {
+            "alignment": HybridAlignment("mean"),
+            "classes": ClassDecoupling(),
+            "patches": PatchDecoupling(),
+            "class_reading": "rebuild",
+            "centred": False,
+            "strength": 1.0,
+        }
+        return cls(**(drawn | changes))
+
+    @property
+    def changes_output(self) -> bool:
+        """Whether what blocks add to their tokens is edited."""
+        return self.strength > 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the attention of blocks is edited."""
+        return self.alignment is not None and self.alignment.join == "product"
+
+    def pair_bias(
+        self, tokens: Tokens, attention: Attention, site: BlockContext
+    ) -> PairBias | None:
+        """Return what the alignment adds to the logits, if it joins by "product"."""
+        del attention
+        return None if self.alignment is None else self.alignment.pair_bias(tokens, site)
+
     def __call__(
         self, tokens: Tokens, output: Tokens, attention: Attention, site: BlockContext
     ) -> Tokens:
         """Add the reconstruction to the block's output; other special tokens are untouched."""
-        if self.strength == 0:
+        strength = self.strength * site.strength
+        if strength == 0:
             return output
         own = [] if self.virtual is not None else list(site.anatomy.class_tokens)
-        places = site.anatomy.patches(output.shape[1])
+        changed = site.anatomy.patches(output.shape[1])
         mutual, weights = self._scores(tokens, attention, site)
         rebuild = READINGS[self._reading(weights.shape[-1])]
-        patches, classes = take(output, places, 1), take(output, own, 1)
-        added = rebuild(weights.to(output.dtype), patches, classes)
-        if own:
-            rebuilt = reconstruct_classes(mutual.to(output.dtype), classes)
-            added = torch.cat([rebuilt, added], 1)
-        changed = run_of([*own, *places], output.shape[1])
-        if changed is not None:
-            first = changed.start
-            added = torch.add(output[:, first : changed.stop], added, alpha=self.strength)
-            return torch.cat([output[:, :first], added, output[:, changed.stop :]], 1)
-        index = torch.tensor([*own, *places], device=output.device) % output.shape[1]
-        return output.index_add(1, index, added.to(output.dtype), alpha=self.strength)
+        patches, classes = take(output, changed, 1), take(output, own, 1)
+        added = rebuild(weights, patches, classes, centred=self.centred)
+        if own and self.class_reading != "none":
+            rebuilt = CLASS_READINGS[self.class_reading](mutual, classes)
+            added, changed = torch.cat([rebuilt, added], 1), [*own, *changed]
+        run = run_of(changed, output.shape[1])
+        if run is not None:
+            added = torch.add(output[:, run.start : run.stop], added, alpha=strength)
+            return torch.cat([output[:, : run.start], added, output[:, run.stop :]], 1)
+        index = torch.tensor(changed, device=output.device) % output.shape[1]
+        return output.index_add(1, index, added.to(output.dtype), alpha=strength)
 
     def _scores(
         self, tokens: Tokens, attention: Attention, site: BlockContext
@@ -254,7 +351,10 @@ class DOEI:
         return soft[0], soft[1]
 
     def interaction(self, tokens: Tokens, attention: Attention, site: BlockContext) -> Interaction:
-        """Return the block's interaction, with other cues blended in and absent classes removed."""
+        """Return the block's interaction, with other cues joined and absent classes removed.
+
+        Cues that are joined as a product are in the attention already.
+        """
         patches = site.anatomy.patches(tokens.shape[1])
         if self.virtual is not None:
             interaction = self.virtual.interaction(tokens, patches)
@@ -266,8 +366,8 @@ class DOEI:
                 interaction = self.alignment(interaction, tokens, site)
         else:
             raise UnsupportedModelError(
-                "this model has no class token, but DOEI needs one; give it class embeddings, "
-                "camkit.DOEI(virtual=camkit.edits.VirtualClassTokens.from_classifier(model))"
+                "this model has no class token, but a reconstruction needs one; give DOEI class "
+                "embeddings, virtual=camkit.edits.VirtualClassTokens.from_classifier(model)"
             )
         return interaction.among(self._labels(site, interaction.class_to_class.shape[1]))
 
