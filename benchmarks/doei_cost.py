@@ -36,13 +36,8 @@ Model = torch.nn.Module
 CONSTANT = camkit.DOEI(alignment=HybridAlignment(gradient=False))
 
 
-<<<<<<< HEAD
 def attached(model: Model, edit: object, blocks: object = None) -> Run:
     camkit.attach(model, edit, blocks=blocks)
-=======
-def attached(model: torch.nn.Module, blocks: int) -> Run:
-    camkit.attach(model, camkit.DOEI.as_drawn(), blocks=blocks)
->>>>>>> wt-parts
     return model
 
 
@@ -122,18 +117,11 @@ def trained(make: Callable[[Model], Run]) -> Callable[[Model], Run]:
 
 WAYS: dict[str, Callable[[Model], Run]] = {
     "plain": lambda model: model,
-<<<<<<< HEAD
     "DOEI": lambda model: attached(model, camkit.DOEI()),
     "DOEI by extra channels": with_channels,
     "DOEI by whole maps": with_maps,
     "DOEI as drawn, last 3": lambda model: attached(model, camkit.DOEI.as_drawn(), 3),
     "DOEI as drawn, all 12": lambda model: attached(model, camkit.DOEI.as_drawn(), "all"),
-=======
-    "DOEI, last 3": lambda model: attached(model, 3),
-    "DOEI, all 12": lambda model: attached(model, 12),
-    "whole maps, last 3": lambda model: with_maps(model, 3),
-    "whole maps, all 12": lambda model: with_maps(model, 12),
->>>>>>> wt-parts
 }
 TRAINED = {
     way: trained(make)
