@@ -79,7 +79,7 @@ def add_controls(table: Lines) -> None:
     chain = (ReadOnlyRefiner(CHAIN[0], DOEI), CHAIN[1])
     for name in ("class attention", "hybrid", "hybrid, both sides"):
         table.add(f"read-only DOEI, {name}", ReadOnlySeed(READ[name], DOEI), chain=chain)
-    for forward, edit in CONTROLS.items():
+    for forward, edit in {"DOEI as drawn": camkit.DOEI.as_drawn(), **CONTROLS}.items():
         for name in ("class attention", "hybrid"):
             table.add(f"{forward}, {name}", READ[name], edit=edit)
     for likeness in LIKENESSES:
