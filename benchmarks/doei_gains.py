@@ -1,87 +1,116 @@
-"""What DOEI gains without training, beside the controls it has to beat.
+"""What DOEI gains without training, in the forward and as a class map, beside its controls.
 
     CAMKIT_DATA=folder python benchmarks/doei_gains.py
-    CAMKIT_DATA=folder python benchmarks/doei_gains.py --coco
+    CAMKIT_DATA=folder python benchmarks/doei_gains.py --voc
+    CAMKIT_DATA=folder python benchmarks/doei_gains.py --every-seed
 
-ViT-Ti with its ImageNet classifier, one class token. Background scores are picked on `train` of
-voc12_animals, figures come from its `val`, or from photos of COCO. The settings are the defaults of
-docs/doei.md, chosen on neither; edits act in the last three blocks.
+ViT-Ti with its ImageNet classifier, or (`--voc`) one trained on the six VOC classes; one class
+token. Background scores are picked on `train` of voc12_animals, figures come from its `val`, both
+without the photos that boxes are drawn into. Edits act in the last three blocks. Settings of the
+seeds were chosen on `train` (docs/doei.md). `+ P` is balanced propagation, the refinement of
+`camkit.wrap`.
 """
 
-from tables import CHAIN, SEED, found_data, measure, table_options, write
+import math
+
+from doei_controls import OtherLikeness, Power
+from tables import CHAIN, found_data, measure, table_options, write
 
 import camkit
 from camkit.bench import Variant
 from camkit.cli.models import DEFAULT_MODEL, open_model
+from camkit.contrib import ReadOnlyRefiner, ReadOnlySeed
+from camkit.edits import KeepToSelf, OneMoreHop, SharpenLogits, StaticCalibration
+from camkit.method import CALIBRATED, SEEDS
+from camkit.seeds import ClassWeightSeed, HybridAttentionSeed, ProductSeed
 
-ATTENDED = camkit.seeds.ClassAttentionSeed()
+VOC_MODEL = "vit_tiny_patch16_224.voc20_animals_ft"
+ATTENTION = HybridAttentionSeed(temperature=math.inf)  # class attention of the same blocks
+HYBRID = HybridAttentionSeed("classifier", temperature=0.2)
+BOTH = HybridAttentionSeed(("class tokens", "classifier"), temperature=0.3)
+WEIGHT = ClassWeightSeed()
+READ = {
+    "class attention": ATTENTION,
+    "hybrid": HYBRID,
+    "hybrid, both sides": BOTH,
+    "attention x class weight": ProductSeed(ATTENTION, WEIGHT),
+    "class weight": WEIGHT,
+    "gradient": camkit.GradientSeed(),
+}
+DOEI = camkit.DOEI()
+CONTROLS = {
+    "control: identity": KeepToSelf(4.0),
+    "control: logits x1.5": SharpenLogits(1.5),
+    "control: one more hop": OneMoreHop(),
+}
+LIKENESSES = ("another class", "another image", "shuffled", "class-agnostic")
+CALIBRATION = StaticCalibration()
 
 
-def edits(virtual: camkit.edits.VirtualClassTokens) -> dict[str, object]:
-    doei = camkit.DOEI.as_drawn()
-    return {
-        "DOEI": doei,
-        "DOEI without alignment": camkit.DOEI.as_drawn(alignment=None),
-        "DOEI without decoupling": camkit.DOEI.as_drawn(classes=None, patches=None),
-        "DOEI, affinity reading": camkit.DOEI.as_drawn(reading="affinity"),
-        "DOEI, virtual class tokens": camkit.DOEI.as_drawn(virtual=virtual),
-        "control: output x2": camkit.edits.ScaleOutput(2.0),
-        "control: one more hop": camkit.edits.OneMoreHop(),
-        **{
-            f"control: random gates {s}": camkit.edits.RandomGates(doei, rng_seed=s)
-            for s in range(3)
-        },
-    }
+class Lines:
+    """Rows of the table: each seed alone and behind propagation, over the plain attention."""
+
+    def __init__(self) -> None:
+        self.found: list[Variant] = []
+        self.bases: dict[str, Variant] = {}
+
+    def add(self, name: str, seed: object, *, chain: tuple = CHAIN, **method: object) -> None:
+        for end, refine in (("", ()), (" + P", chain)):
+            made = camkit.Method(seed, refine=refine, **method)
+            self.found.append(Variant(name + end, made, base=self.bases.get(end)))
+            self.bases.setdefault(end, self.found[-1])
 
 
-def variants(virtual: camkit.edits.VirtualClassTokens) -> list[Variant]:
-    seed, refined = (
-        Variant("gradient", camkit.Method(SEED, refine=())),
-        Variant("gradient + balanced", camkit.Method(SEED, refine=CHAIN)),
-    )
-    attended = Variant("class attention", camkit.Method(ATTENDED, refine=()))
-    aligned = (camkit.refiners.HybridPropagate(steps=2), CHAIN[1])
-    found = [
-        attended,
-        seed,
-        Variant(
-            "gradient, blur", camkit.Method(SEED, refine=(camkit.refiners.Blur(1.0),)), base=seed
-        ),
-        Variant(
-            "gradient, Amplify", camkit.Method(SEED, refine=(camkit.refiners.Amplify(),)), base=seed
-        ),
-        refined,
-        Variant("gradient + HybridPropagate", camkit.Method(SEED, refine=aligned), base=refined),
-        Variant(
-            "gradient + balanced + Amplify",
-            camkit.Method(SEED, refine=(*CHAIN, camkit.refiners.Amplify())),
-            base=refined,
-        ),
-    ]
-    for name, edit in edits(virtual).items():
-        found.append(
-            Variant(
-                f"{name}, class attention",
-                camkit.Method(ATTENDED, edit=edit, refine=()),
-                base=attended,
-            )
-        )
-        found.append(Variant(name, camkit.Method(SEED, edit=edit, refine=()), base=seed))
-        found.append(
-            Variant(
-                f"{name} + balanced", camkit.Method(SEED, edit=edit, refine=CHAIN), base=refined
-            )
-        )
-    return found
+def lines() -> list[Variant]:
+    table = Lines()
+    for name, seed in READ.items():
+        table.add(name, seed)
+    for name, seed in READ.items():
+        table.add(f"DOEI, {name}", seed, edit=DOEI)
+    add_controls(table)
+    for name in ("hybrid", "hybrid, both sides", "attention x class weight"):
+        table.add(f"calibrated, {name}", READ[name], edit=CALIBRATION, edit_blocks=4)
+    preset = CALIBRATED.method
+    table.add("default of wrap", preset.seed, edit=preset.edit, edit_blocks=preset.edit_blocks)
+    return table.found
+
+
+def add_controls(table: Lines) -> None:
+    chain = (ReadOnlyRefiner(CHAIN[0], DOEI), CHAIN[1])
+    for name in ("class attention", "hybrid", "hybrid, both sides"):
+        table.add(f"read-only DOEI, {name}", ReadOnlySeed(READ[name], DOEI), chain=chain)
+    for forward, edit in CONTROLS.items():
+        for name in ("class attention", "hybrid"):
+            table.add(f"{forward}, {name}", READ[name], edit=edit)
+    for likeness in LIKENESSES:
+        table.add(f"control: likeness of {likeness}", OtherLikeness(HYBRID, likeness))
+    table.add("control: attention to the power 0.75", Power(ATTENTION, 0.75))
+
+
+def every_seed() -> list[Variant]:
+    """Each seed of the command line, read from the plain forward and from the edited one."""
+    table = []
+    for name, kind in SEEDS.items():
+        plain = Variant(name, camkit.Method(kind(), refine=()))
+        spread = Variant(f"{name} + P", camkit.Method(kind(), refine=CHAIN))
+        edited = camkit.Method(kind(), edit=DOEI, refine=())
+        both = camkit.Method(kind(), edit=DOEI, refine=CHAIN)
+        table += [plain, spread, Variant(f"DOEI, {name}", edited, base=plain)]
+        table.append(Variant(f"DOEI, {name} + P", both, base=spread))
+    return table
 
 
 def main() -> None:
-    options = table_options(__doc__, coco=True).parse_args()
+    parser = table_options(__doc__)
+    parser.add_argument("--voc", action="store_true", help="the model trained on the VOC classes")
+    parser.add_argument("--every-seed", action="store_true", help="all seeds, without controls")
+    options = parser.parse_args()
     found_data()
-    opened = open_model(DEFAULT_MODEL)
-    virtual = camkit.edits.VirtualClassTokens.from_classifier(opened.model)
-    found = measure(variants(virtual), options, opened=opened)
-    write(found.report, options, "doei_coco" if options.coco else "doei")
+    opened = open_model(VOC_MODEL if options.voc else DEFAULT_MODEL)
+    variants = every_seed() if options.every_seed else lines()
+    found = measure(variants, options, opened=opened, clean=True)
+    name = "doei_seeds" if options.every_seed else "doei"
+    write(found.report, options, f"{name}_voc" if options.voc else name)
 
 
 if __name__ == "__main__":

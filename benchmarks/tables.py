@@ -46,6 +46,30 @@ class Across:
 
 
 @dataclass(frozen=True)
+class Clean:
+    """A data set without the photos that a detector's boxes are drawn into."""
+
+    whole: DataSet
+
+    @property
+    def root(self) -> Path:
+        return self.whole.root
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.whole.classes
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return self.whole.splits
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        listed = self.root / "ImageSets" / "Segmentation" / "drawn_boxes.txt"
+        drawn = set(listed.read_text().split())
+        return tuple(s for s in self.whole.split(name) if s.name not in drawn)
+
+
+@dataclass(frozen=True)
 class Measured:
     """A report, and what it was made with."""
 
@@ -81,10 +105,15 @@ def measure(
     *,
     opened: OpenedModel | None = None,
     outlines: bool = False,
+    clean: bool = False,
 ) -> Measured:
-    """Pick on `train` of voc12_animals; figures are from its `val`, or from photos of COCO."""
+    """Pick on `train` of voc12_animals; figures are from its `val`, or from photos of COCO.
+
+    With ``clean``, photos of voc12_animals with drawn boxes are left out.
+    """
     folder = found_data()
     dataset: DataSet = open_dataset(folder / "voc12_animals")
+    dataset = Clean(dataset) if clean else dataset
     tune_split, split = "train", "val"
     if getattr(options, "coco", False):
         dataset = Across(dataset, open_dataset(folder / "coco100_voc"))

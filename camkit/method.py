@@ -29,6 +29,7 @@ SEEDS: Names = {
     "gradient": seeds.GradientSeed,
     "relevance": seeds.RelevanceSeed,
     "attention": seeds.ClassAttentionSeed,
+    "hybrid": seeds.HybridAttentionSeed,
     "attention_rollout": seeds.AttentionRolloutSeed,
     "weight": seeds.ClassWeightSeed,
     "contribution": seeds.ContributionSeed,

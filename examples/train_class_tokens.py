@@ -1,10 +1,13 @@
 """Train a ViT with one token per class from image-level labels, and measure its class maps.
 
-The compact model, written for this example, follows MCTformer (Xu et al. 2022). `--doei` attaches
-camkit's edit during training and changes nothing else. Without `--data` it trains on drawn shapes:
+The model follows MCTformer (Xu et al. 2022). Each class token is scored by a classifier row of its
+own, and class embeddings are added again before the last blocks; without these two, all tokens end
+up with the same attention. Both start from what the weights know about the classes. `--doei`
+attaches camkit's edit and changes nothing else. Without `--data`, it trains on drawn shapes:
 
     python examples/train_class_tokens.py --steps 200 --doei
-    python examples/train_class_tokens.py --data VOC2012 --size 224 --weights vit_tiny.safetensors
+    python examples/train_class_tokens.py --data VOC2012 --train-split trainaug --size 160 \\
+        --classes cat,dog,horse,cow,sheep,person --steps 100 --weights vit_tiny.safetensors
 
 The script writes log.jsonl and checkpoint.pt to the folder of --out; --resume continues from there.
 """
@@ -13,6 +16,8 @@ import argparse
 import json
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +28,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import camkit
-from camkit.data import Sample, open_dataset, read_mask, write_shapes
+from camkit.data import VOC_IN_IMAGENET, Sample, open_dataset, read_mask, write_shapes
 from camkit.manifest import unfinished
+from camkit.photo import read_picture
 from camkit.score import THRESHOLDS, best_threshold, mean_iou, sweep_confusions
 
-Samples = tuple[Sample, ...]
+Samples = Sequence[Sample]
+LAST = 4  # blocks that get class embeddings, and whose attention is read; MCTformer reads 3
 
 
 class Attention(nn.Module):
@@ -45,125 +52,303 @@ class Block(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.drop = Attention(dim), nn.Dropout(0.1)
+        self.attn = Attention(dim)
         fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x)))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 class ClassTokenViT(nn.Module):
     """Returns the scores of the class tokens, (b, C), and class maps of patches, (b, C, h, w)."""
 
-    def __init__(self, classes: int, *, size: int, patch: int, dim: int, depth: int) -> None:
+    def __init__(self, classes: int, *, side: int, patch: int, dim: int, depth: int) -> None:
         super().__init__()
-        self.classes, self.size, self.side = classes, (size, size), size // patch
+        self.classes, self.side, self.dim = classes, side, dim
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch, patch)))
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, classes, dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, classes + self.side**2, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, classes + side**2, dim))
+        self.class_embed = nn.Parameter(torch.zeros(min(LAST, depth), classes, dim))
         self.blocks = nn.Sequential(*(Block(dim) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Conv2d(dim, classes, 3, padding=1)
+        self.cls_head = nn.Linear(dim, classes)
+        self.head = nn.Conv2d(dim, classes, 1)
+        for head in (self.cls_head, self.head):
+            nn.init.constant_(head.bias, -1.0)  # most classes are absent from an image
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        patches = self.patch_embed(pixels).flatten(2).mT
-        tokens = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches], 1)
-        tokens = self.blocks(tokens + self.pos_embed)
-        patches = self.norm(tokens[:, self.classes :]).mT.unflatten(2, (self.side, self.side))
-        # scores before the norm: after a fresh norm every token has mean 0, so nothing is learned
-        return tokens[:, : self.classes].mean(-1), self.head(patches)
+        patches = self.patch_embed(pixels)
+        grid = patches.shape[2:]
+        positions = self.pos_embed[:, self.classes :].mT.unflatten(2, (self.side, self.side))
+        if grid != positions.shape[2:]:
+            positions = F.interpolate(positions, size=grid, mode="bicubic", antialias=True)
+        patches = (patches + positions).flatten(2).mT
+        tokens = (self.cls_token + self.pos_embed[:, : self.classes]).expand(len(pixels), -1, -1)
+        tokens = torch.cat([tokens, patches], 1)
+        first = len(self.blocks) - len(self.class_embed)
+        for place, block in enumerate(self.blocks):
+            if place >= first:
+                named = tokens[:, : self.classes] + self.class_embed[place - first]
+                tokens = torch.cat([named, tokens[:, self.classes :]], 1)
+            tokens = block(tokens)
+        tokens = self.norm(tokens)
+        # (b, C, C) scores of each token for each class; the own row of each is on the diagonal
+        scores = self.cls_head(tokens[:, : self.classes]).diagonal(dim1=1, dim2=2)
+        return scores, self.head(tokens[:, self.classes :].mT.unflatten(2, grid))
 
-    def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Load a timm ViT's weights; each class token is its class token plus small noise."""
+    @torch.no_grad()
+    def start_from(self, weights: dict[str, Tensor], names: Sequence[str]) -> None:
+        """Load a timm ViT's weights; each class token is its class token.
+
+        A class with members in ImageNet starts from the mean of their classifier rows, minus the
+        mean of all rows, if the weights hold ImageNet's classifier.
+        """
         held = {name: w.float() for name, w in weights.items() if not name.startswith("head.")}
-        first, grid = held["pos_embed"][:, :1], held["pos_embed"][:, 1:].mT
-        grid = grid.unflatten(2, (math.isqrt(grid.shape[2]), -1))
-        grid = F.interpolate(grid, size=(self.side, self.side), mode="bicubic", antialias=True)
-        held["pos_embed"] = torch.cat([first.expand(-1, self.classes, -1), grid.flatten(2).mT], 1)
-        held["cls_token"] = held["cls_token"] + 0.02 * torch.randn(1, self.classes, first.shape[2])
-        self.load_state_dict({**held, "head.weight": self.head.weight, "head.bias": self.head.bias})
+        first, grid = held.pop("pos_embed").split([1, self.side**2], 1)
+        held["pos_embed"] = torch.cat([first.expand(-1, self.classes, -1), grid], 1)
+        held["cls_token"] = held["cls_token"].expand(-1, self.classes, -1)
+        self.load_state_dict({**self.state_dict(), **held})
+        rows = weights.get("head.weight")
+        if rows is not None and len(rows) == 1000:
+            rows = rows.float() - rows.float().mean(0)
+            for place, name in enumerate(names):
+                if name in VOC_IN_IMAGENET:
+                    row = rows[list(VOC_IN_IMAGENET[name])].mean(0)
+                    self.cls_head.weight[place], self.head.weight[place, :, 0, 0] = row, row
+
+    @torch.no_grad()
+    def start_embeddings(self, pixels: Tensor, labels: Tensor, *, scale: float) -> None:
+        """Turn each class token towards the keys of its class, known from image-level labels.
+
+        The embedding is W_q^T (mean key of the images with the class - mean key of all), which
+        raises the attention logits of such keys. Its length is ``scale`` times that of a token of
+        unit variance. A class without images keeps zeros.
+        """
+        first, keys = len(self.blocks) - len(self.class_embed), {}
+        hooks = [
+            block.attn.qkv.register_forward_hook(
+                lambda _, __, qkv, place=place: keys.setdefault(place, []).append(
+                    qkv[:, self.classes :, self.dim : 2 * self.dim].mean(1)
+                )
+            )
+            for place, block in enumerate(self.blocks[first:])
+        ]
+        for part in pixels.split(16):
+            self(part)
+        for hook in hooks:
+            hook.remove()
+        share = labels / labels.sum(0).clamp_min(1)  # of each image in its class
+        for place, block in enumerate(self.blocks[first:]):
+            mean_keys = torch.cat(keys[place])
+            away = share.mT @ mean_keys - mean_keys.mean(0)
+            away = away * labels.any(0)[:, None]
+            towards = F.normalize(away @ block.attn.qkv.weight[: self.dim], dim=-1)
+            self.class_embed[place] = scale * math.sqrt(self.dim) * towards
+
+
+def select(samples: Samples, names: Sequence[str], kept: Sequence[str]) -> list[Sample]:
+    """Return the samples with at least one of the classes ``kept``, which get new indices.
+
+    Other classes become background.
+    """
+    new = {names.index(name): place for place, name in enumerate(kept)}
+    found = []
+    for sample in samples:
+        classes = tuple(sorted(new[index] for index in sample.classes if index in new))
+        old = sample.form.ids or {value: value for value in range(len(names) + 1)}
+        ids = {value: new.get(index - 1, -1) + 1 for value, index in old.items()}
+        form = replace(sample.form, ids=ids)
+        found += [replace(sample, classes=classes, form=form)] if classes else []
+    return found
 
 
 class Batches(Dataset):
-    """The batch of each step; it depends on seed and step alone, so a run can resume anywhere."""
+    """The batch of each step; it depends on seed and step alone, so a run can resume anywhere.
+
+    Photos are squeezed to squares, and kept in memory as bytes.
+    """
 
     def __init__(self, samples: Samples, classes: int, args: argparse.Namespace) -> None:
         self.samples, self.classes, self.args = samples, classes, args
+        self.stored: dict[int, Tensor] = {}
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        args, count, margin = self.args, len(self.samples), self.args.size // 7
+        args, count = self.args, len(self.samples)
         rng = np.random.default_rng((args.rng_seed, step, 1))
         pixels, labels = [], torch.zeros(args.batch, self.classes)
         for row in range(args.batch):
             epoch, place = divmod(step * args.batch + row, count)
-            order = np.random.default_rng((args.rng_seed, epoch)).permutation(count)
-            sample = self.samples[order[place]]
-            photo = camkit.load_photo(sample.photo, size=(args.size + margin,) * 2, multiple=1)
-            top, left, mirrored = rng.integers(0, (margin + 1, margin + 1, 2))
-            crop = photo.pixels[..., top : top + args.size, left : left + args.size]
-            pixels.append(crop.flip(-1) if mirrored else crop)
-            labels[row, list(sample.classes)] = 1
+            index = np.random.default_rng((args.rng_seed, epoch)).permutation(count)[place]
+            photo = self.photo(index)
+            side = photo.shape[-1]
+            crop = int(rng.integers(round(0.78 * side), side + 1))
+            top, left = rng.integers(0, side - crop + 1, 2)
+            photo = photo[..., top : top + crop, left : left + crop]
+            pixels.append(resized(photo.flip(-1) if rng.integers(2) else photo, args.size))
+            labels[row, list(self.samples[index].classes)] = 1
         return torch.cat(pixels), labels
 
+    def photo(self, index: int) -> Tensor:
+        if index not in self.stored:
+            side = self.args.size * 8 // 5
+            picture = read_picture(self.samples[index].photo)
+            photo = camkit.photo_from_array(picture, size=(side, side), multiple=1)
+            self.stored[index] = (photo.rgb * 255).round().byte()
+        return self.stored[index]
 
-def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
-    """Return the mean over the classes that occur in at least one image."""
+    def some(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return whole photos, evenly spread over the samples."""
+        chosen = range(0, len(self.samples), max(1, len(self.samples) // count))[:count]
+        labels = torch.zeros(len(chosen), self.classes)
+        for row, index in enumerate(chosen):
+            labels[row, list(self.samples[index].classes)] = 1
+        return torch.cat([resized(self.photo(i), self.args.eval_size) for i in chosen]), labels
+
+
+def resized(photo: Tensor, size: int) -> Tensor:
+    """Return the pixels of a photo in bytes, in [-1, 1]."""
+    pixels = F.interpolate(photo.float(), size=(size, size), mode="bilinear", antialias=True)
+    return pixels / 127.5 - 1
+
+
+def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return that of each class; NaN for a class that occurs in no image."""
     hits = labels.gather(0, scores.argsort(0, descending=True)).double()
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)[:, None]
-    return float(((hits * precision).sum(0) / hits.sum(0)).nanmean())
+    return (hits * precision).sum(0) / hits.sum(0)
+
+
+def likeness(vectors: Tensor) -> Tensor:
+    """Return the mean cosine between the C vectors of each image, (b, C, d)."""
+    vectors = F.normalize(vectors.float(), dim=-1)
+    classes = vectors.shape[1]
+    return ((vectors @ vectors.mT).sum((1, 2)) - classes) / max(1, classes * (classes - 1))
+
+
+def minmax(maps: Tensor) -> Tensor:
+    """Scale each map to [0, 1]; the scores of patches may all be negative."""
+    return camkit.normalize_cam(maps - maps.amin((2, 3), keepdim=True))
 
 
 @torch.no_grad()
 def measure(
-    model: ClassTokenViT, samples: Samples, background_scores: Tensor, *, fuse: bool
-) -> tuple[float, Tensor]:
-    """Return classification mAP, and a confusion matrix of the maps for each background score."""
+    model: ClassTokenViT, samples: Samples, background_scores: Tensor, args: argparse.Namespace
+) -> tuple[dict, Tensor]:
+    """Return figures, and a confusion matrix of the maps for each background score."""
     scores, labels = torch.zeros(2, len(samples), model.classes)
-    confusions = torch.tensor(0)
+    confusions, tokens, rows_alike, tokens_alike = torch.tensor(0), [], [], []
+    hook = model.norm.register_forward_hook(lambda *call: tokens.append(call[-1]))
     for row, sample in enumerate(samples):
-        photo = camkit.load_photo(sample.photo, size=model.size, multiple=1)
-        with camkit.watch(model) as seen:
+        photo = camkit.load_photo(sample.photo, size=(args.eval_size,) * 2, multiple=1)
+        tokens.clear()
+        last = {"blocks": len(model.class_embed), "scores": lambda output: output[0]}
+        with camkit.watch(model, **last) as seen:
             logits, patch_maps = model(photo.pixels.to(model.cls_token.device))
         scores[row], labels[row, list(sample.classes)] = logits[0].cpu(), 1
+        rows_alike.append(likeness(seen.capture.class_to_patch()))
+        tokens_alike.append(likeness(tokens[-1][:, : model.classes]))
         classes = torch.tensor([sample.classes or (-1,)], device=logits.device)
         seed = camkit.seeds.ClassAttentionSeed()(seen.capture, classes)  # each class has its token
-        seed = seed * patch_maps[:, classes[0]].relu() if fuse else seed
-        cam = camkit.resize_cam(camkit.normalize_cam(seed, mode="minmax"), photo.size)[0].cpu()
-        truth = read_mask(sample.mask, size=photo.size, num_classes=model.classes)
+        if args.fuse:
+            seed = minmax(seed) * minmax(patch_maps[:, classes[0]])
+        cam = camkit.resize_cam(minmax(seed), photo.size)[0].cpu()
+        form = {"num_classes": model.classes, "form": sample.form}
+        truth = read_mask(sample.mask, size=photo.size, **form)
         count = {"thresholds": background_scores, "num_classes": model.classes + 1}
         confusions = confusions + sweep_confusions(cam, classes[0].cpu(), truth, **count)
-    return mean_average_precision(scores, labels), confusions
+    hook.remove()
+    figures = {
+        "map": float(average_precision(scores, labels)[: args.report].nanmean()),
+        "row_cosine": float(torch.cat(rows_alike).mean()),
+        "token_cosine": float(torch.cat(tokens_alike).mean()),
+    }
+    return figures, confusions
 
 
-def evaluate(model: ClassTokenViT, tune: Samples, held_out: Samples, *, fuse: bool) -> dict:
-    """Choose the background score on ``tune`` and return figures on ``held_out``, in [0, 1]."""
+def evaluate(
+    model: ClassTokenViT, tune: Samples, held_out: Samples, args: argparse.Namespace
+) -> dict:
+    """Choose the background score on ``tune``; return figures on ``held_out``.
+
+    ``map`` and ``miou`` lie in [0, 1]. ``row_cosine`` is the mean cosine between the attention rows
+    of class tokens, ``token_cosine`` that between the class tokens behind the last norm: at 1, all
+    classes have the same map.
+    """
     model.eval()
-    best = best_threshold(measure(model, tune, THRESHOLDS, fuse=fuse)[1]).threshold
-    precision, confusions = measure(model, held_out, torch.tensor([best]), fuse=fuse)
-    return {"map": precision, "miou": float(mean_iou(confusions[0])), "background_score": best}
+    averaged = range(1 + (args.report or model.classes))
+    sweep = measure(model, tune, THRESHOLDS, args)[1]
+    best = best_threshold(sweep, classes=averaged).threshold
+    figures, confusions = measure(model, held_out, torch.tensor([best]), args)
+    overlap = float(mean_iou(confusions[0], classes=averaged))
+    return {**figures, "miou": overlap, "background_score": best}
 
 
-def build(args: argparse.Namespace, classes: int) -> ClassTokenViT:
-    weights = load_file(args.weights) if args.weights else {}
+def build(args: argparse.Namespace) -> ClassTokenViT:
+    """Return the model of ``args``, and enter there what follows from the weights."""
+    weights, names = load_file(args.weights) if args.weights else {}, args.classes.split(",")
+    args.side = args.side or args.size // args.patch
     if weights:  # the size of the model follows from the file
         args.dim, _, args.patch, _ = weights["patch_embed.proj.weight"].shape
         args.depth = sum(name.endswith("norm1.weight") for name in weights)
-    model = ClassTokenViT(classes, size=args.size, patch=args.patch, dim=args.dim, depth=args.depth)
+        args.side = math.isqrt(weights["pos_embed"].shape[1])
+    args.eval_size = args.eval_size or args.side * args.patch
+    sizes = {name: getattr(args, name) for name in ("side", "patch", "dim", "depth")}
+    model = ClassTokenViT(len(names), **sizes)
     if weights:
-        model.start_from(weights)
-    if args.doei:
-        camkit.attach(model, camkit.DOEI())
+        model.start_from(weights, names)
     return model.to(args.device)
+
+
+def attach(model: ClassTokenViT, args: argparse.Namespace) -> camkit.edits.Handle | None:
+    return camkit.attach(model, camkit.DOEI()) if args.doei else None
 
 
 def load_model(checkpoint: Path) -> ClassTokenViT:
     saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
     args = argparse.Namespace(**{**saved["settings"], "weights": None, "device": "cpu"})
-    model = build(args, len(saved["model"]["head.bias"]))
+    model = build(args)
     model.load_state_dict(saved["model"])
+    attach(model, args)  # weights trained with an edit need it in inference as well
     return model.eval()
+
+
+def parameter_groups(model: ClassTokenViT, args: argparse.Namespace) -> list[dict]:
+    """Return groups for AdamW: what the weights file lacks learns at --lr, the rest slower.
+
+    Weight decay is for matrices; tokens, embeddings, norms and biases stay free.
+    """
+    new = ("cls_token", "class_embed", "cls_head.", "head.")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        rate = args.lr if not args.weights or name.startswith(new) else args.weights_lr
+        decay = 0.05 if parameter.dim() > 1 and not name.endswith(("_token", "_embed")) else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": p, "peak": rate, "weight_decay": d} for (rate, d), p in groups.items()]
+
+
+def train_step(
+    model: ClassTokenViT,
+    optimizer: torch.optim.AdamW,
+    batch: tuple[Tensor, Tensor],
+    done: float,
+    args: argparse.Namespace,
+) -> float:
+    """Make one step of a run of which the share ``done`` is made, and return its loss."""
+    for group in optimizer.param_groups:  # warm up in the first tenth, then fall to zero
+        rise, fall = min(1.0, 10 * done + 10 / args.steps), math.cos(math.pi * done) / 2 + 0.5
+        group["lr"] = group["peak"] * rise * fall
+    model.train()
+    pixels, labels = (part.to(args.device) for part in batch)
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=args.amp):
+        scores, patch_maps = model(pixels)
+    both = torch.cat([scores, patch_maps.mean((2, 3))]).float()  # one loss: the mean of both
+    loss = F.multilabel_soft_margin_loss(both, labels.repeat(2, 1))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def resume(checkpoint: Path, settings: dict, model: nn.Module, optimizer: torch.optim.AdamW) -> int:
@@ -178,37 +363,47 @@ def resume(checkpoint: Path, settings: dict, model: nn.Module, optimizer: torch.
     return saved["step"]
 
 
+def open_samples(args: argparse.Namespace) -> tuple[Samples, Samples, Samples]:
+    """Return the samples to train on, to tune on and to measure on; enter the classes in args."""
+    data = open_dataset(args.data or write_shapes(args.out / "shapes", 240, size=(96, 96)).root)
+    args.classes = args.classes or ",".join(data.classes)
+    kept = args.classes.split(",")
+    unknown = set(kept) - set(data.classes)
+    if unknown:
+        raise SystemExit(f"--classes: {data.root} has no {', '.join(sorted(unknown))}")
+    train, tune, held_out = (
+        select(data.split(name), data.classes, kept) for name in (args.train_split, "train", "val")
+    )
+    return train, tune[: args.eval_images], held_out[: args.eval_images]
+
+
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.rng_seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    data = open_dataset(args.data or write_shapes(args.out / "shapes", 240, size=(96, 96)).root)
-    samples = Batches(data.split(args.train_split), len(data.classes), args)
-    tune, held_out = (data.split(name)[: args.eval_images] for name in ("train", "val"))
-    model = build(args, len(data.classes))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    samples, tune, held_out = open_samples(args)
+    model = build(args)
+    batches = Batches(samples, model.classes, args)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args))
     checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
     skip = ["out", "resume", "stop_at", "workers", "device", "fuse", "save", "eval", "eval_images"]
     settings = {name: value for name, value in vars(args).items() if name not in skip}
     start = resume(checkpoint, settings, model, optimizer) if args.resume else 0
+    if args.weights and not start:
+        model.start_embeddings(*batches.some(160), scale=args.embedding_scale)
+    handle = attach(model, args)
     lines = log.read_text().splitlines(keepends=True) if start else []
     log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
     last = min(args.steps, args.stop_at or args.steps)
     own = torch.Generator()  # the loader uses this generator, so that torch's own stays in place
     order = {"batch_size": None, "sampler": range(start, last), "generator": own}
-    for at, (pixels, labels) in enumerate(DataLoader(samples, num_workers=args.workers, **order)):
-        step, fall = start + at + 1, math.cos(math.pi * (start + at) / args.steps) / 2 + 0.5
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, 10 * step / args.steps) * fall
-        model.train()
-        with torch.autocast(model.cls_token.device.type, torch.bfloat16, enabled=args.amp):
-            scores, patch_maps = model(pixels.to(args.device))
-        both = torch.cat([scores, patch_maps.mean((2, 3))]).float()  # one loss: the mean of both
-        loss = F.multilabel_soft_margin_loss(both, labels.to(args.device).repeat(2, 1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        entry = {"step": step, "loss": loss.item()}
+    for at, batch in enumerate(DataLoader(batches, num_workers=args.workers, **order)):
+        step = start + at + 1
+        if handle is not None:  # from no edit to all of it, over the first half of the run
+            handle.strength = min(1.0, 2 * step / args.steps)
+        loss = train_step(model, optimizer, batch, (step - 1) / args.steps, args)
+        entry = {"step": step, "loss": loss}
         if step % args.eval == 0 or step == args.steps:
-            entry |= evaluate(model, tune, held_out, fuse=args.fuse)
+            entry |= evaluate(model, tune, held_out, args)
             print("  ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
         with log.open("a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -225,17 +420,18 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", help="folder in the VOC layout or a plain layout; default: drawn shapes")
     add("--train-split", default="train", help="image list to train on, such as trainaug")
+    add("--classes", help="comma-separated classes of the data to train on; default: all")
+    add("--report", type=int, help="average figures over the first N classes; default: all")
     add("--out", type=Path, default=Path("out/class_tokens"), help="folder for log and checkpoint")
     add("--weights", help="timm ViT as safetensors; also sets --dim, --depth and --patch")
     add("--doei", action="store_true", help="attach camkit.DOEI() to the model")
     add("--fuse", action="store_true", help="measure attention times the class maps of the patches")
-    add(
-        "--lr",
-        type=float,
-        default=1e-3,
-        help="peak learning rate, after a tenth of the steps",
-    )
-    add("--size", type=int, default=96, help="rows and columns that photos are resized to")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of new parameters")
+    add("--weights-lr", type=float, default=1e-4, help="peak learning rate of given weights")
+    add("--embedding-scale", type=float, default=0.1, help="length of the first class embeddings")
+    add("--size", type=int, default=96, help="rows and columns of training crops")
+    add("--eval-size", type=int, help="rows and columns to measure at; default: of the weights")
+    add("--side", type=int, help=argparse.SUPPRESS)  # of the grid of positions; found by build
     add("--amp", action="store_true", help="train with torch.autocast in bfloat16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, default=0, help="worker processes that load photos")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import runpy
 import sys
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 import camkit
 from camkit import bench
-from camkit.data import open_dataset, write_shapes
+from camkit.data import open_dataset, read_mask, write_shapes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = [
@@ -115,7 +116,8 @@ def test_the_logged_figures_are_those_of_the_saved_checkpoint(example, train, fl
     out = train(f"long{flag}", *LONG, flag)
     logged, data = log_of(out)[-1], open_dataset(out.parent / "shapes")
     tune, held_out = data.split("train")[:4], data.split("val")[:4]
-    again = example.evaluate(example.load_model(out / "checkpoint.pt"), tune, held_out, fuse=False)
+    args = example.read_arguments([*TINY, "--eval-size", "48"])
+    again = example.evaluate(example.load_model(out / "checkpoint.pt"), tune, held_out, args)
     assert {name: logged[name] for name in again} == again
     assert 0 < logged["map"] <= 1
     assert 0 < logged["miou"] <= 1
@@ -147,31 +149,107 @@ def test_the_benchmark_finds_the_same_miou_in_the_checkpoint(example, train, fla
     assert row.mean_iou == pytest.approx(logged["miou"], abs=3e-4)  # a pixel or two
 
 
-def test_map_of_a_ranking_worked_by_hand(example):
+def test_average_precision_of_a_ranking_worked_by_hand(example):
     scores = torch.tensor([[0.9, 0.1, 0.5], [0.8, 0.2, 0.6], [0.7, 0.3, 0.7]])
     labels = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     first = (1 / 1 + 2 / 3) / 2  # hits at ranks 1 and 3
     second = 1 / 3  # the hit comes last; the third class has none and does not count
-    assert example.mean_average_precision(scores, labels) == pytest.approx((first + second) / 2)
+    found = example.average_precision(scores, labels).tolist()
+    assert found == pytest.approx([first, second, math.nan], nan_ok=True)
 
 
-def test_timm_weights_are_loaded_by_name_and_the_position_grid_is_resized(example, tmp_path):
-    donor = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=4).eval()
-    save_file(donor.state_dict(), tmp_path / "vit.safetensors")
-    settings = ["--weights", str(tmp_path / "vit.safetensors"), "--size", "224", "--device", "cpu"]
-    model = example.build(example.read_arguments(settings), classes=3).eval()
-    pixels = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():  # with a single class token, our model is the donor
-        model.cls_token.data, model.classes = donor.cls_token.data, 1
-        model.pos_embed.data = model.pos_embed.data[:, 2:]
-        seen = []
+def test_likeness_is_the_mean_cosine_between_vectors(example):
+    vectors = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], [[1.0, 0.0]] * 3])
+    between = 2**-0.5  # of the third to each of the others, which are at right angles
+    torch.testing.assert_close(example.likeness(vectors), torch.tensor([2 * between / 3, 1.0]))
+
+
+def built_from(weights, *settings, example, tmp_path):
+    save_file(weights, tmp_path / "vit.safetensors")
+    where = ["--weights", str(tmp_path / "vit.safetensors"), "--device", "cpu"]
+    return example.build(example.read_arguments([*where, *settings])).eval()
+
+
+@pytest.mark.parametrize("size", [224, 96])
+def test_with_one_class_the_model_is_the_timm_model_that_it_was_loaded_from(
+    example, tmp_path, size
+):
+    names = {"depth": 2, "num_classes": 4, "dynamic_img_size": True}
+    donor = timm.create_model("vit_tiny_patch16_224", **names).eval()
+    settings = ("--classes", "cat")
+    model = built_from(donor.state_dict(), *settings, example=example, tmp_path=tmp_path)
+    pixels, seen = torch.randn(1, 3, size, size), []
+    with torch.no_grad():
         with model.norm.register_forward_hook(lambda *call: seen.append(call[-1])):
             model(pixels)
-        expected = donor.forward_features(pixels)[:, 1:]
+        expected = donor.forward_features(pixels)
     torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-4)
-    small = example.build(example.read_arguments([*settings, "--size", "96"]), classes=3)
-    assert small.pos_embed.shape == (1, 3 + 36, 192)
-    torch.testing.assert_close(small.pos_embed[0, :3], donor.pos_embed[0, :1].expand(3, -1))
+
+
+def test_rows_of_classes_start_from_their_imagenet_classes(example, tmp_path):
+    donor = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
+    settings = ("--classes", "horse,gryphon,sheep")
+    model = built_from(donor.state_dict(), *settings, example=example, tmp_path=tmp_path)
+    rows = donor.head.weight - donor.head.weight.mean(0)
+    torch.testing.assert_close(model.cls_head.weight[0], rows[339])  # sorrel
+    torch.testing.assert_close(model.cls_head.weight[2], (rows[348] + rows[349]) / 2)
+    torch.testing.assert_close(model.head.weight[::2, :, 0, 0], model.cls_head.weight[::2])
+
+
+def test_each_token_is_scored_by_its_own_row_and_camkit_finds_the_scores(example):
+    torch.manual_seed(0)
+    model = example.ClassTokenViT(3, side=4, patch=12, dim=64, depth=2).eval()
+    seen = []
+    with (
+        torch.no_grad(),
+        model.norm.register_forward_hook(lambda *call: seen.append(call[-1])),
+        camkit.watch(model) as watched,
+    ):
+        scores, maps = model(torch.randn(2, 3, 48, 48))
+    for row in range(3):
+        own = seen[-1][:, row] @ model.cls_head.weight[row] + model.cls_head.bias[row]
+        torch.testing.assert_close(scores[:, row], own)
+    torch.testing.assert_close(watched.capture.scores, scores)
+    assert watched.capture.anatomy.class_tokens == (0, 1, 2)
+    assert maps.shape == (2, 3, 4, 4)
+
+
+def test_embeddings_turn_each_class_token_towards_the_images_of_its_class(example):
+    torch.manual_seed(0)
+    model = example.ClassTokenViT(2, side=4, patch=12, dim=64, depth=1).eval()
+    pixels = torch.randn(6, 3, 48, 48) * 0.1 + torch.tensor([1.0, -1.0]).repeat(3).view(6, 1, 1, 1)
+    labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(3, 1)
+
+    def mass():
+        with torch.no_grad(), camkit.watch(model) as seen:
+            model(pixels[:2])
+        both = seen.capture.class_to_patch().sum(-1)  # of each image, of each class token
+        return both / both.sum(1, keepdim=True)
+
+    before = mass().diagonal()
+    model.start_embeddings(pixels, labels, scale=4.0)
+    assert (mass().diagonal() > before).all()
+    lengths = model.class_embed.norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.full((1, 2), 4.0 * 64**0.5))
+
+
+def test_classes_that_are_not_chosen_are_background_and_leave_the_rest_in_order(example, tmp_path):
+    data = write_shapes(tmp_path / "shapes", 16, size=(48, 48))
+    samples = data.split("train")
+    kept = example.select(samples, data.classes, ["triangle", "circle"])
+    assert [s.name for s in kept] == [s.name for s in samples if {0, 2} & set(s.classes)]
+    for sample in kept:
+        original = next(s for s in samples if s.name == sample.name)
+        assert sample.classes == tuple(sorted({2: 0, 0: 1}[c] for c in original.classes if c != 1))
+        size = {"size": (48, 48)}
+        old = read_mask(original.mask, **size, num_classes=3)
+        new = read_mask(sample.mask, **size, num_classes=2, form=sample.form)
+        torch.testing.assert_close(new, torch.tensor([0, 2, 0, 1])[old])
+
+
+def test_a_class_that_the_data_lack_is_named(train):
+    with pytest.raises(SystemExit, match="has no gryphon"):
+        train("unknown", "--classes", "circle,gryphon")
 
 
 def run(name, *arguments, monkeypatch):
@@ -182,7 +260,18 @@ def run(name, *arguments, monkeypatch):
 def test_the_training_example_accepts_all_of_its_flags(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # the default output folder is relative to the current folder
     write_shapes(tmp_path / "shapes", 8, size=(48, 48))
-    short = [*TINY, "--steps", "1", "--data", "shapes", "--doei", "--fuse", "--amp"]
+    short = [
+        *TINY,
+        "--steps",
+        "1",
+        "--data",
+        "shapes",
+        "--doei",
+        "--fuse",
+        "--amp",
+        "--report",
+        "2",
+    ]
     run("train_class_tokens", *short, monkeypatch=monkeypatch)
     assert "miou" in capsys.readouterr().out
 

@@ -68,6 +68,18 @@ def patch_scores(
     Raises:
         UnsupportedModelError: there is no such classifier, or the pooling is another.
     """
+    with torch.no_grad():
+        entering = entering_classifiers(tail, outputs, special, patches)
+        return torch.stack([applied(head, tokens) for head, tokens in entering]).mean(0)
+
+
+def entering_classifiers(
+    tail: Sequence[TailCall], outputs: Tensor, special: Sequence[int], patches: Sequence[int]
+) -> list[tuple[nn.Module, Float[Tensor, "b n d"]]]:
+    """Return each classifier with every patch as it would enter it alone; see `patch_scores`.
+
+    Arguments and errors are those of `patch_scores`.
+    """
     spreads = [c.output for c in tail if c.output.dim() == 3 and c.output.shape[1] > max(patches)]
     heads = classifiers(tail, outputs)
     if not heads or not spreads:
@@ -77,19 +89,19 @@ def patch_scores(
         )
     norms = [c.module for c in tail if c.output.dim() == 2 and isinstance(c.module, nn.LayerNorm)]
     pools = pooling_calls(tail)
+    entering = []
     with torch.no_grad():
-        scores = []
         for head in heads:
-            scored = _scored_by_pool(head, pools, list(patches), norms)
-            if scored is None:
-                scored = _scored(head, spreads, list(special), list(patches), norms)
-            if scored is None:
+            tokens = _entering_by_pool(head, pools, list(patches), norms)
+            if tokens is None:
+                tokens = _entering(head, spreads, list(special), list(patches), norms)
+            if tokens is None:
                 raise UnsupportedModelError(
                     "the classifier's input is neither a special token nor the mean or maximum of "
                     "the tokens; use GradientSeed or RelevanceSeed"
                 )
-            scores.append(scored)
-        return torch.stack(scores).mean(0)
+            entering.append((head.module, tokens))
+    return entering
 
 
 def inner_patch_scores(
@@ -116,9 +128,9 @@ def inner_patch_scores(
     heads = [c for c in tail if is_classifier(c.module) and c.input.flatten(1).shape == pooled]
     with torch.no_grad():
         for head in heads:
-            scored = _scored(head, [tokens], list(special), list(patches), [])
-            if scored is not None:
-                return scored
+            entering = _entering(head, [tokens], list(special), list(patches), [])
+            if entering is not None:
+                return applied(head.module, entering)
     raise UnsupportedModelError(
         "no classifier that reads the tokens of this block ran behind the last block: expected a "
         "linear layer or 1x1 convolution of a special token, or of the mean or maximum of the "
@@ -160,39 +172,38 @@ def is_classifier(module: nn.Module) -> bool:
     return is_linear(module)
 
 
-def _scored_by_pool(
+def _entering_by_pool(
     head: TailCall, pools: Sequence[TailCall], patches: list[int], norms: Sequence[nn.Module]
 ) -> Tensor | None:
-    """Score single patches if a module of the host pools them."""
+    """Pass single patches through a module of the host that pools them."""
     for call in pools:
         for norm in (None, *norms):
             if _same(_normed(norm, call.output), head.input.flatten(1)):
                 own = call.input[:, patches] if call.input.shape[1] > max(patches) else call.input
                 pooled: Tensor = call.module.forward(own.flatten(0, 1)[:, None])
                 if pooled.shape[1:] == call.output.shape[1:]:  # it pools any number of tokens
-                    tokens = _normed(norm, pooled).unflatten(0, own.shape[:2])
-                    return applied(head.module, tokens)
+                    return _normed(norm, pooled).unflatten(0, own.shape[:2])
     return None
 
 
-def _scored(
+def _entering(
     head: TailCall,
     spreads: Sequence[Tensor],
     special: list[int],
     patches: list[int],
     norms: Sequence[nn.Module],
 ) -> Tensor | None:
-    """Score single patches if a way of pooling gives the classifier's input."""
+    """Return single patches as they enter the classifier, if a way of pooling gives its input."""
     entered = head.input.flatten(1)
     for tokens in reversed(spreads):
         own = tokens[:, patches]
         pooled = [own.mean(1), own.amax(1), tokens.mean(1), *(tokens[:, p] for p in special)]
         for norm in (None, *norms):
             if any(_same(_normed(norm, candidate), entered) for candidate in pooled):
-                return applied(head.module, _normed(norm, own))
+                return _normed(norm, own)
         beside = [torch.cat([tokens[:, p], own.mean(1)], -1) for p in special]  # DINOv2's, linear
         if any(_same(candidate, entered) for candidate in beside):
-            return applied(head.module, torch.cat([own, own], -1))
+            return torch.cat([own, own], -1)
     return None
 
 

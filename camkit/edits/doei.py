@@ -224,6 +224,7 @@ class DOEI:
     virtual: VirtualClassTokens | None = None
 
     default_blocks: ClassVar[int] = 3
+    checks_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.reading not in ("auto", *READINGS):

@@ -30,6 +30,7 @@ from camkit.capture.session import (
     Named,
     Subscriber,
 )
+from camkit.edits.effect import warn_if_scores_move_far
 from camkit.edits.protocol import (
     AnyEdit,
     BlockContext,
@@ -501,6 +502,9 @@ class Editor(Subscriber[EditedPass]):
                 f"`blocks` chose attention that this forward does not run ({', '.join(idle)}); "
                 "attach to the sub-module that runs, or name its attention with `modules=`"
             )
+        if self.strength and getattr(self.edit, "checks_scores", False):
+            blocks = list(self.attention_modules)
+            warn_if_scores_move_far(forward, output, self._scores, edit=self.edit, blocks=blocks)
 
     def _check_classes(self, forward: Forward[EditedPass], output: Any) -> None:
         """Refuse class tokens that are not one for each class."""

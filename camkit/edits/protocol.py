@@ -220,8 +220,9 @@ AnyEdit: TypeAlias = Edit | KeyEdit | PairEdit
 """What `camkit.attach` takes.
 
 A class may say ``default_blocks = n``: `attach` then edits the last n blocks unless it is told
-otherwise. ``changes_output`` and ``changes_logits``, if an edit has them, say whether its settings
-change one or the other at all.
+otherwise. ``checks_scores = True`` warns if the class scores of a host move far
+(`camkit.edits.effect`). ``changes_output`` and ``changes_logits``, if an edit has them, say whether
+its settings change one or the other at all.
 """
 
 

@@ -13,6 +13,7 @@ from camkit.seeds.combined import (
     ProductSeed as ProductSeed,
     RefinedSeed as RefinedSeed,
 )
+from camkit.seeds.hybrid import HybridAttentionSeed as HybridAttentionSeed
 from camkit.seeds.legrad import LeGradSeed as LeGradSeed
 from camkit.seeds.patches import (
     LOSTSeed as LOSTSeed,

@@ -66,10 +66,13 @@ class PrototypeSeed:
         return WatchSpec() | required_by(self.seed)
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
+        return fold_maps(capture, above_mean(self.cosines(capture, classes)), classes)
+
+    def cosines(self, capture: Capture, classes: Classes) -> Float[Tensor, "b k n"]:
+        """Return the cosine of every patch with the prototype of each class."""
         embedded = F.normalize(_features(capture, self.features), dim=-1)
         weights = capture.grid.flatten(self.seed(capture, classes).clamp_min(0.0)).to(embedded)
-        prototypes = F.normalize(weights @ embedded, dim=-1)
-        return fold_maps(capture, above_mean(prototypes @ embedded.mT), classes)
+        return F.normalize(weights @ embedded, dim=-1) @ embedded.mT
 
 
 @dataclass(frozen=True)
