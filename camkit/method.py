@@ -44,6 +44,9 @@ EDITS: Names = {
     "doei": edits.DOEI,
     "hop": edits.OneMoreHop,
     "scale": edits.ScaleOutput,
+    "mean_injection": edits.MeanInjection,
+    "keep": edits.KeepToSelf,
+    "sharpen": edits.SharpenLogits,
     "calibrate": edits.StaticCalibration,
     "outliers": edits.SuppressOutliers,
     "fuzzy": edits.FuzzyKeyPruning,
@@ -129,7 +132,8 @@ class Method:
 
         Args:
             seed: ``NAME[:SETTINGS]``, a name of `SEEDS` or the dotted path of a seed.
-            edit: the same for `EDITS`; ``gates:EDIT`` are random gates of the strength of an edit.
+            edit: the same for `EDITS`; ``gates:EDIT`` are random gates of the strength of an edit,
+                ``gates`` those of `camkit.DOEI.as_drawn`.
             edit_blocks: number of last blocks to edit; None edits all.
             refine: each ``STEP`` or ``STEP+STEP``, see `read_refiners`; None is `DEFAULT_REFINE`.
 
@@ -298,7 +302,7 @@ def show_value(value: Any) -> str:
 def _read_edit(text: str) -> Any:
     name, _, edit = text.partition(":")
     if name == "gates":
-        return edits.RandomGates(_read_edit(edit or "doei"))
+        return edits.RandomGates(_read_edit(edit) if edit else edits.DOEI.as_drawn())
     return build(text, EDITS, "edit")
 
 

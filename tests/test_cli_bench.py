@@ -51,11 +51,12 @@ def test_stages_are_lines_of_their_own():
 
 
 def test_edits_are_compared_with_the_same_chain_without_them():
-    words = ("doei:strength=2", "hop", "gates:doei")
+    words = ("doei:strength=2", "hop", "gates:doei:strength=1", "gates")
     seed, chain, *edited = read_entries(edits=words, refine=("propagate",))
     edits = [v.method.edit for v in edited[::2]]
-    assert edits == [DOEI(strength=2.0), OneMoreHop(), RandomGates(DOEI())]
-    assert [v.base for v in edited] == [seed, chain] * 3
+    gates = [RandomGates(edit) for edit in (DOEI(strength=1.0), DOEI.as_drawn())]
+    assert edits == [DOEI(strength=2.0), OneMoreHop(), *gates]
+    assert [v.base for v in edited] == [seed, chain] * 4
     assert all(v.method.edit_blocks == 3 for v in edited)
     (_, _, alone, both) = read_entries(edits=("hop",), refine=("blur | blur:2",))
     assert isinstance(alone, Variant)

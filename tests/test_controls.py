@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import cv2
 import oracles
@@ -13,8 +14,17 @@ from skimage.filters import gaussian
 from camkit import DOEI, attach
 from camkit.capture import Anatomy, Capture
 from camkit.capture.attention import ExplicitAttention, FusedAttention
-from camkit.edits import BlockContext, OneMoreHop, RandomGates, ScaleOutput
+from camkit.edits import (
+    BlockContext,
+    KeepToSelf,
+    MeanInjection,
+    OneMoreHop,
+    RandomGates,
+    ScaleOutput,
+    SharpenLogits,
+)
 from camkit.edits.protocol import Picture
+from camkit.errors import UnsupportedModelError
 from camkit.grid import Grid
 from camkit.refiners import Blur
 
@@ -126,6 +136,134 @@ def test_a_scaled_output_is_a_multiple_for_every_token(factor):
     assert torch.equal(ScaleOutput(factor)(x, o, attention, site), expected)
 
 
+def test_an_injected_mean_worked_by_hand():
+    output = torch.tensor([[[1.0, 0.0], [2.0, 4.0], [4.0, 8.0]]])  # a class token, two patches
+    site = BlockContext(Anatomy(class_tokens=(0,)))
+    found = MeanInjection(0.5)(output, output, ExplicitAttention(torch.eye(3)[None, None]), site)
+    expected = torch.tensor([[[1.0, 0.0], [3.5, 7.0], [5.5, 11.0]]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_injected_mean_is_what_flat_confidences_rebuild():
+    x, o, _, _ = block()
+    site = BlockContext(Anatomy(class_tokens=(0, 1)))
+    flat = ExplicitAttention(torch.full((IMAGES, HEADS, 24, 24), 1 / 24, dtype=torch.float64))
+    rebuilt = DOEI.as_drawn(alignment=None, class_reading="none", strength=0.7)
+    found = MeanInjection(0.7)(x, o, flat, site)
+    torch.testing.assert_close(found, rebuilt(x, o, flat, site))
+
+
+@pytest.mark.parametrize("weight", [4.0, -1.0])
+def test_keeping_to_oneself_is_a_weight_on_the_diagonal(weight):
+    x, _, attention, site = block()
+    bias = KeepToSelf(weight).pair_bias(x, attention, site)
+    found = oracles.full_attention(attention.q, attention.k, 0.5, bias.rows())
+    logits = attention.q @ attention.k.mT * 0.5
+    expected = (logits + weight * torch.eye(logits.shape[-1])).softmax(-1)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.0])
+def test_sharper_logits_are_multiples_of_each_heads_own(factor):
+    x, _, attention, site = block()
+    bias = SharpenLogits(factor).pair_bias(x, attention, site)
+    found = oracles.full_attention(attention.q, attention.k, 0.5, bias.rows())
+    expected = (factor * 0.5 * attention.q @ attention.k.mT).softmax(-1)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
+def keeping(weights):
+    """The map with e^2 times as much on the diagonal, rows scaled back."""
+    raised = weights * (1 + math.expm1(2.0) * torch.eye(weights.shape[-1]))
+    return raised / raised.sum(-1, keepdim=True)
+
+
+def sharpened(weights):
+    """The map to the power of 1.5, rows scaled back."""
+    return weights**1.5 / (weights**1.5).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "edit", "changed"),
+    [
+        ("vit", KeepToSelf(2.0), keeping),
+        ("explicit softmax", KeepToSelf(2.0), keeping),
+        ("vit", SharpenLogits(1.5), sharpened),
+    ],
+)
+def test_attached_controls_of_the_logits_do_what_plain_hooks_do(family, edit, changed):
+    model, pixels = tiny(family, depth=4)
+    twin = copy.deepcopy(model)
+    for layer in twin.blocks:
+        layer.attn.fused_attn = False
+    for layer in twin.blocks[-3:]:
+        layer.attn.attn_drop.register_forward_hook(lambda *call: changed(call[2]))
+    expected = twin(pixels)
+    with attach(model, edit):
+        torch.testing.assert_close(model(pixels), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_logits_that_a_host_never_shows_cannot_be_multiplied():
+    x, _, _, site = block()
+    written = ExplicitAttention(torch.full((IMAGES, HEADS, 24, 24), 1 / 24))
+    with pytest.raises(UnsupportedModelError, match="writes its attention map out"):
+        SharpenLogits().pair_bias(x, written, site)
+
+
+def test_queries_that_are_no_keys_keep_nothing_to_themselves():
+    x, _, attention, site = block()
+    pooling = FusedAttention(attention.q[:, :, :1], attention.k, 0.5)
+    with pytest.raises(UnsupportedModelError, match="1 queries attend to 24 keys"):
+        KeepToSelf().pair_bias(x, pooling, site)
+
+
+@pytest.mark.parametrize(
+    "edit", [KeepToSelf(0.0), SharpenLogits(1.0)], ids=lambda edit: type(edit).__name__
+)
+def test_a_control_of_the_logits_without_strength_adds_nothing(edit):
+    x, _, attention, site = block()
+    assert edit.pair_bias(x, attention, site) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: KeepToSelf(math.inf), "`weight` must be finite, got inf"),
+        (lambda: SharpenLogits(-1.0), "`factor` must be at least 0, got -1.0"),
+        (lambda: SharpenLogits(math.nan), "`factor` must be at least 0, got nan"),
+        (lambda: RandomGates(DOEI()), "must change the outputs of blocks"),
+        (lambda: RandomGates(KeepToSelf()), "must change the outputs of blocks"),
+    ],
+)
+def test_wrong_settings_of_controls_are_refused(no_shape_checks, make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+RAMPED = {
+    "scale": (ScaleOutput(3.0), ScaleOutput(1.5)),
+    "hop": (OneMoreHop(2.0), OneMoreHop(0.5)),
+    "mean": (MeanInjection(2.0), MeanInjection(0.5)),
+    "gates": (RandomGates(OneMoreHop(2.0)), RandomGates(OneMoreHop(0.5))),
+    "doei": (DOEI.as_drawn(strength=2.0), DOEI.as_drawn(strength=0.5)),
+    "keep": (KeepToSelf(4.0), KeepToSelf(1.0)),
+    "sharpen": (SharpenLogits(3.0), SharpenLogits(1.5)),
+}
+
+
+@pytest.mark.parametrize("name", RAMPED)
+def test_a_ramp_multiplies_the_strength_of_an_edit(name):
+    x, o, attention, site = block()
+    ramped, fixed = RAMPED[name]
+    ramp = replace(site, strength=0.25)
+    if callable(fixed):
+        found, expected = ramped(x, o, attention, ramp), fixed(x, o, attention, site)
+    else:
+        found = ramped.pair_bias(x, attention, ramp).rows()
+        expected = fixed.pair_bias(x, attention, site).rows()
+    torch.testing.assert_close(found, expected)
+
+
 def token_added(tokens, output, attention, site):
     return output + tokens.abs()
 
@@ -161,6 +299,15 @@ def test_gates_of_one_seed_are_always_the_same():
     state = torch.get_rng_state()
     assert torch.equal(RandomGates(OneMoreHop(), rng_seed=5)(*given), expected)
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers are drawn
+
+
+def test_gates_are_drawn_anew_where_tokens_have_changed():
+    x, o, attention, site = block()
+    first = strengths(o, RandomGates(OneMoreHop())(x, o, attention, site))
+    stepped = strengths(o, RandomGates(OneMoreHop())(x + 1e-6, o, attention, site))
+    torch.testing.assert_close(first.sort(1).values, stepped.sort(1).values)
+    for one, other in zip(first, stepped, strict=True):
+        assert not torch.allclose(one, other)
 
 
 @pytest.mark.parametrize("other", ["seed", "block", "image"])

@@ -289,10 +289,10 @@ def test_a_pipeline_around_a_method_is_what_wrap_makes_of_its_fields(deep, photo
 
 
 def test_words_name_the_stages_of_a_method():
-    words = {"seed": "lost:count=3", "edit": "gates:doei", "edit_blocks": None}
+    words = {"seed": "lost:count=3", "edit": "gates", "edit_blocks": None}
     method = Method.from_words(**words, refine=["blur:2+normalize:minmax,reduced=0.5"])
     assert method.seed == LOSTSeed(count=3)
-    assert (method.edit, method.edit_blocks) == (RandomGates(DOEI()), None)
+    assert (method.edit, method.edit_blocks) == (RandomGates(DOEI.as_drawn()), None)
     assert method.refine == (Blur(2.0), AtReducedSize(Normalize("minmax"), scale=0.5))
     assert Method.from_words() == Method(GradientSeed()) == GRADIENT.method
 

@@ -7,9 +7,12 @@ from camkit.edits.calibrate import (
     SuppressOutliers as SuppressOutliers,
 )
 from camkit.edits.controls import (
+    KeepToSelf as KeepToSelf,
+    MeanInjection as MeanInjection,
     OneMoreHop as OneMoreHop,
     RandomGates as RandomGates,
     ScaleOutput as ScaleOutput,
+    SharpenLogits as SharpenLogits,
 )
 from camkit.edits.doei import (
     DOEI as DOEI,
