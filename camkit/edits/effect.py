@@ -19,6 +19,7 @@ FAR = 0.7
 its predictions lie above 0.9, edits that ruin them below 0.1."""
 
 _IMAGES = 4  # of the batch, that are looked at
+_CLASSES = 10  # at least: the correlation of a few numbers says little
 _KNOWN: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
 
 
@@ -33,7 +34,7 @@ def warn_if_scores_move_far(
     """Run the first images once more without any edit, and warn if the scores differ too much.
 
     It is done once for each model, edit and choice of blocks, in evaluation mode and without a
-    graph. A host that cannot be run again, or returns no scores of three classes or more, is left
+    graph. A host that cannot be run again, or returns no scores of ten classes or more, is left
     alone.
 
     Args:
@@ -82,7 +83,7 @@ def _correlation(
     if before is None or after is None or before.shape[1:] != after.shape[1:]:
         return None
     after = after[: len(before)].detach()
-    if before.shape != after.shape or before.shape[1] < 3:
+    if before.shape != after.shape or before.shape[1] < _CLASSES:
         return None
     before, after = (x.float() - x.float().mean(1, keepdim=True) for x in (before, after))
     found = torch.cosine_similarity(before, after, dim=1).mean()
