@@ -69,21 +69,19 @@ def _correlation(
     scores: Callable[[Any], Tensor] | None,
 ) -> float | None:
     """Correlate the scores with those without edits, averaged over a few images."""
-    pixels = image_batch(forward.args, forward.kwargs)
-    if pixels is None:
+    pixels, after = image_batch(forward.args, forward.kwargs), _scores(output, scores)
+    if pixels is None or after is None or after.shape[1] < _CLASSES:
         return None
     args = [_first(value, len(pixels)) for value in forward.args]
     kwargs = {name: _first(value, len(pixels)) for name, value in forward.kwargs.items()}
     try:
         with borrowed(entrance), measurement(pixels.device), torch.no_grad():
             plain = entrance(*args, **kwargs)
-        before, after = (_scores(each, scores) for each in (plain, output))
+        before = _scores(plain, scores)
     except Exception:  # noqa: BLE001 - whatever the host raises: it need not run a second time
         return None
-    if before is None or after is None or before.shape[1:] != after.shape[1:]:
-        return None
-    after = after[: len(before)].detach()
-    if before.shape != after.shape or before.shape[1] < _CLASSES:
+    after = after[:_IMAGES].detach()
+    if before is None or before.shape != after.shape:
         return None
     before, after = (x.float() - x.float().mean(1, keepdim=True) for x in (before, after))
     found = torch.cosine_similarity(before, after, dim=1).mean()
