@@ -69,6 +69,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/crf.py
 	$(BIN)/python benchmarks/par.py
 	$(BIN)/python benchmarks/doei_search.py
+	$(BIN)/python benchmarks/hybrid_search.py
+	$(BIN)/python benchmarks/hybrid_search.py --voc
 	$(BIN)/python benchmarks/doei_gains.py
 	$(BIN)/python benchmarks/doei_gains.py --coco
 	$(BIN)/python benchmarks/doei_cost.py

@@ -121,13 +121,15 @@ def test_a_classifier_of_class_token_and_mean_is_compared_with_each_patch_as_bot
     torch.testing.assert_close(found, expected, **EXACT)
 
 
-def test_texts_are_compared_with_patches_in_their_own_space():
+@pytest.mark.parametrize("centred", [True, False])
+def test_texts_are_compared_with_patches_in_their_own_space(centred):
     entry = zoo.ZOO["transformers clip whole"]
     model, pixels = double(shaken(entry.build()), 64, 64)
     width = model.config.projection_dim
     space = camkit.seeds.JointSpace.of(model)
-    text = TextClasses(("a", "b"), torch.randn(2, width).double(), space=space)
-    seed = HybridAttentionSeed(text, temperature=0.2, blocks=None, centred=False)
+    names, background = torch.randn(5, width, dtype=torch.float64).split([2, 3])
+    text = TextClasses(("a", "b"), names, background, space=space)
+    seed = HybridAttentionSeed(text, temperature=0.2, blocks=None, centred=centred)
     capture = capture_of(
         model, pixels, seed, call=lambda x: entry.call(model, x), scores=text.scores
     )
@@ -136,7 +138,9 @@ def test_texts_are_compared_with_patches_in_their_own_space():
     patches = model.visual_projection(patches).detach()
     classes = torch.tensor([[1, 0], [0, 1]])
     attended = class_attention(capture, len(capture.blocks))
-    expected = product(attended, cosines(text.embeddings[classes], patches), 0.2)
+    common = torch.cat([text.embeddings, text.background]).mean(0) if centred else 0.0
+    rows = text.embeddings - common
+    expected = product(attended, cosines(rows[classes], patches), 0.2)
     torch.testing.assert_close(unit_max(seed(capture, classes)), expected, **EXACT)
 
 

@@ -66,15 +66,16 @@ class HybridAttentionSeed:
             Outputs that a vocabulary joins into a class count by the mean of their rows.
         temperature: divides the sum of cosines, above 0; infinity leaves class attention.
         blocks: attention is averaged over the last n watched blocks; None takes all.
-        centred: subtract the mean over all classes (all outputs of a classifier) from rows of a
-            classifier, given rows and texts, so that what all classes share counts for none.
+        centred: subtract the mean over all classes (all outputs of a classifier, or all texts with
+            those of the background) from the rows of a classifier, given rows and texts, so that
+            what all classes share counts for none.
         interaction: "rows" is what class tokens attend to. "sum" adds what patches attend to in
             class tokens, the symmetric sum of DOEI's figure; it needs class tokens.
         head_weights: weighs the heads of each block, as in `camkit.seeds.ClassAttentionSeed`.
     """
 
     sides: Side | tuple[Side, ...] = "classifier"
-    temperature: float = 0.2
+    temperature: float = 0.1
     blocks: int | None = 4
     centred: bool = True
     interaction: Literal["rows", "sum"] = "rows"
@@ -124,9 +125,10 @@ class HybridAttentionSeed:
         if isinstance(side, PrototypeSeed):
             return side.cosines(capture, classes)
         if isinstance(side, TextClasses):
-            rows = self._less_mean(side.embeddings)
-            _check_count(len(rows), capture, "texts")
-            return _compare(rows, side.known_space().patches(capture), classes)
+            _check_count(len(side), capture, "texts")
+            known = (side.embeddings, side.background)
+            rows = self._less_mean(torch.cat([rows for rows in known if rows is not None]))
+            return _compare(rows[: len(side)], side.known_space().patches(capture), classes)
         if isinstance(side, VirtualClassTokens):
             return self._to_given_rows(side.embeddings, capture, classes)
         if side == "class tokens":
