@@ -70,6 +70,32 @@ class Clean:
 
 
 @dataclass(frozen=True)
+class Halves:
+    """The first images of a split and the next ones, as splits of their own."""
+
+    whole: DataSet
+    name: str
+    images: int
+
+    @property
+    def root(self) -> Path:
+        return self.whole.root
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.whole.classes
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("first", "next")
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        samples = self.whole.split(self.name)
+        start = self.splits.index(name) * self.images
+        return samples[start : start + self.images]
+
+
+@dataclass(frozen=True)
 class Measured:
     """A report, and what it was made with."""
 
