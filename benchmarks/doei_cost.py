@@ -84,7 +84,7 @@ def with_maps(model: Model) -> Run:
 
         def joined(_: Model, __: tuple, weights: torch.Tensor, kept: dict = kept) -> torch.Tensor:
             unit = F.normalize(kept.pop("x"), dim=-1)
-            joint = weights * (4.0 * unit @ unit.mT).exp()[:, None]
+            joint = weights * (3.0 * unit @ unit.mT).exp()[:, None]
             return joint / joint.sum(-1, keepdim=True)
 
         attn.attn_drop.register_forward_hook(joined)

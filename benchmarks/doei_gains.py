@@ -39,7 +39,7 @@ READ = {
 }
 DOEI = camkit.DOEI()
 CONTROLS = {
-    "control: identity": KeepToSelf(4.0),
+    "control: identity": KeepToSelf(),
     "control: logits x1.5": SharpenLogits(1.5),
     "control: one more hop": OneMoreHop(),
 }

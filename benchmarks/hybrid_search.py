@@ -4,8 +4,8 @@
     CAMKIT_DATA=folder python benchmarks/hybrid_search.py --voc
 
 Background scores are picked on the first images of `train`, figures come from the next ones; `val`
-is not read, and photos that boxes are drawn into are left out. Gains are over class attention, those
-of calibrated seeds over the default of `camkit.wrap` before this seed, alone and behind the default
+is not read, and photos that boxes are drawn into are left out. Gains are over class attention, and
+for calibrated seeds over the gradient gated by the class weight, alone and behind the default
 refiners.
 """
 

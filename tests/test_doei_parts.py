@@ -196,7 +196,7 @@ def test_the_default_adds_four_times_the_cosine_of_tokens_to_the_logits():
     x, _, attention = random_block(3)
     bias = DOEI().pair_bias(x, attention, site(3))
     cosines = F.cosine_similarity(x[:, :, None], x[:, None], dim=-1)
-    torch.testing.assert_close(bias.rows()[:, 0].double(), 4.0 * cosines, atol=1e-6, rtol=0)
+    torch.testing.assert_close(bias.rows()[:, 0].double(), 3.0 * cosines, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_an_attached_default_multiplies_the_maps_of_the_last_three_blocks_by_the
 
         def joined(_, __, weights, entered=entered):
             directions = F.normalize(entered["tokens"], dim=-1)
-            product = weights * (4.0 * directions @ directions.mT).exp()[:, None]
+            product = weights * (3.0 * directions @ directions.mT).exp()[:, None]
             maps.append(product / product.sum(-1, keepdim=True))
             return maps[-1]
 

@@ -126,7 +126,7 @@ def explicit(model, pixels, added):
 
 def cosines(tokens):
     unit = F.normalize(tokens, dim=-1)
-    return 4.0 * (unit @ unit.mT)[:, None]
+    return 3.0 * (unit @ unit.mT)[:, None]
 
 
 @pytest.mark.parametrize("family", ["vit", "explicit softmax"])

@@ -21,7 +21,7 @@ from camkit.ops.similarity import (
 )
 from camkit.tensors import Tokens
 
-_WEIGHTS = {"product": 4.0, "mean": 0.5}
+_WEIGHTS = {"product": 3.0, "mean": 0.5}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class HybridAlignment:
 
     Attributes:
         join: "product" or "mean".
-        weight: of the cosines of tokens, at least 0; None is 4 for "product", 0.5 for "mean".
+        weight: of the cosines of tokens, at least 0; None is 3 for "product", 0.5 for "mean".
         class_embeddings: e, classifier rows or texts, in place of the class tokens' own embeddings
             (product). One row for each class token; several rows for a single class token count by
             the labels of `camkit.edits.Handle.labels`, without labels by their cosine with it.

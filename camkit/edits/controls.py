@@ -126,7 +126,7 @@ class KeepToSelf:
     times w is w. Attached without ``blocks``, it acts in the last three, as `camkit.DOEI` does.
     """
 
-    weight: float = 4.0
+    weight: float = 3.0
 
     default_blocks: ClassVar[int] = 3
 
