@@ -47,9 +47,13 @@ class Across:
 
 @dataclass(frozen=True)
 class Clean:
-    """A data set without the photos that a detector's boxes are drawn into."""
+    """A data set without the photos that a detector's boxes are drawn into.
+
+    Of `train` only the first ``tuned`` images are used, if it is given.
+    """
 
     whole: DataSet
+    tuned: int | None = None
 
     @property
     def root(self) -> Path:
@@ -66,7 +70,8 @@ class Clean:
     def split(self, name: str) -> tuple[Sample, ...]:
         listed = self.root / "ImageSets" / "Segmentation" / "drawn_boxes.txt"
         drawn = set(listed.read_text().split())
-        return tuple(s for s in self.whole.split(name) if s.name not in drawn)
+        kept = tuple(s for s in self.whole.split(name) if s.name not in drawn)
+        return kept[: self.tuned] if name == "train" else kept
 
 
 @dataclass(frozen=True)
@@ -132,14 +137,16 @@ def measure(
     opened: OpenedModel | None = None,
     outlines: bool = False,
     clean: bool = False,
+    tuned: int | None = None,
 ) -> Measured:
     """Pick on `train` of voc12_animals; figures are from its `val`, or from photos of COCO.
 
-    With ``clean``, photos of voc12_animals with drawn boxes are left out.
+    With ``clean``, photos of voc12_animals with drawn boxes are left out, and background scores are
+    picked on the first ``tuned`` images of `train`.
     """
     folder = found_data()
     dataset: DataSet = open_dataset(folder / "voc12_animals")
-    dataset = Clean(dataset) if clean else dataset
+    dataset = Clean(dataset, tuned) if clean else dataset
     tune_split, split = "train", "val"
     if getattr(options, "coco", False):
         dataset = Across(dataset, open_dataset(folder / "coco100_voc"))
