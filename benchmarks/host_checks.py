@@ -287,9 +287,14 @@ def check_wrap(host: Host, _: Callable[[], Host]) -> Check:
 
 
 class CountedDOEI(camkit.DOEI):
-    """DOEI that notes how often its reconstruction is called."""
+    """DOEI that notes how often it changes logits, and how often outputs."""
 
     calls: ClassVar[list[int]] = []
+    pairs: ClassVar[list[int]] = []
+
+    def pair_bias(self, *args: Any) -> Any:
+        self.pairs.append(len(self.pairs))
+        return super().pair_bias(*args)
 
     def __call__(self, *args: Any) -> Any:
         self.calls.append(len(self.calls))
@@ -302,9 +307,9 @@ def check_attach(host: Host, build: Callable[[], Host]) -> Check:
     plain = _forward(host)
     hooks = hook_count(model)
     options = host.edit_options(model)
-    handle = camkit.attach(
-        host.part(model), CountedDOEI.as_drawn(**options), **host.settings, **host.attach_settings
-    )
+    edit = CountedDOEI.as_drawn(alignment=camkit.edits.HybridAlignment(), **options)
+    settings = {"blocks": "all"} | host.settings | host.attach_settings
+    handle = camkit.attach(host.part(model), edit, **settings)
     acts = largest_difference(plain, _forward(host))
     told = [f"{len(handle.settings['blocks'])} blocks", *(f"{name} tokens" for name in options)]
     told.append(f"moves outputs by {acts:.1e}")
@@ -316,14 +321,15 @@ def check_attach(host: Host, build: Callable[[], Host]) -> Check:
         torch.manual_seed(0)
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         CountedDOEI.calls.clear()
+        CountedDOEI.pairs.clear()
         attention = [host.part(model).get_submodule(name) for name in handle.settings["blocks"]]
         with counted_calls(attention) as calls:
             loss = host.step(model, optimiser)
-        edited = len(CountedDOEI.calls)
+        edited, in_logits = len(CountedDOEI.calls), len(CountedDOEI.pairs)
         model.train(training)
         moved = sum(not p.equal(before[name]) for name, p in model.named_parameters())
         finite = math.isfinite(loss) and all(p.isfinite().all() for p in model.parameters())
-        good &= finite and moved > 0 and edited == len(calls) - host.pooled
+        good &= finite and moved > 0 and edited == in_logits == len(calls) - host.pooled
         told.append(f"{edited} of {len(calls) - host.pooled} attention calls of the step edited")
         told.append(f"loss {loss:.3g}, {moved} of {len(before)} parameters moved")
     handle.remove()
