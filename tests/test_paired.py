@@ -429,3 +429,15 @@ def test_an_attention_with_pairs_hops_and_propagates_as_its_whole_map():
     weighted = (weights * (gradient @ v.mT)).relu().mean(1)
     expected = torch.einsum("bi,bij->bj", relevance, weighted)
     torch.testing.assert_close(attention.hop(relevance, gradient), expected)
+
+
+def test_under_autocast_values_of_another_dtype_attend_as_in_torchs_own_kernel():
+    """Rotary positions leave queries and keys in float32 where values are in bfloat16 (DINOv3)."""
+    q, k, v, queries, keys = (torch.randn(2, 2, 5, 4) for _ in range(5))
+    pairs, v = PairBias(queries, keys), v.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        mask = queries @ keys.mT
+        expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.5)
+        output, _ = paired_attention(q, k, v, pairs, scale=0.5)
+    assert output.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=0.05, atol=0.05)
