@@ -83,3 +83,13 @@ def test_a_host_that_fails_without_the_edit_or_returns_no_scores_is_left_alone()
     model, pixels = tiny("vit", num_classes=9)
     with attach(model, Told(-40.0)):  # a few numbers correlate by chance
         model(pixels)
+
+
+def test_a_new_classifier_of_zeros_tells_nothing():
+    model, pixels = tiny("vit", num_classes=20)
+    for parameter in model.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attach(model, Told(-40.0)):
+            model(pixels)

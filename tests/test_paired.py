@@ -9,7 +9,7 @@ from hosts import OneTokenPerClass, TowardsTheFirstKeys, shaken, tiny
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from camkit import UnsupportedModelError, attach, watch
+from camkit import DOEI, UnsupportedModelError, attach, watch
 from camkit.capture import WatchSpec
 from camkit.capture.attention import FusedAttention
 from camkit.contrib import ReadOnlyRefiner, ReadOnlySeed, with_pairs
@@ -429,3 +429,27 @@ def test_an_attention_with_pairs_hops_and_propagates_as_its_whole_map():
     weighted = (weights * (gradient @ v.mT)).relu().mean(1)
     expected = torch.einsum("bi,bij->bj", relevance, weighted)
     torch.testing.assert_close(attention.hop(relevance, gradient), expected)
+
+
+def test_under_autocast_values_of_another_dtype_attend_as_in_torchs_own_kernel():
+    """Rotary positions leave queries and keys in float32 where values are in bfloat16 (DINOv3)."""
+    q, k, v, queries, keys = (torch.randn(2, 2, 5, 4) for _ in range(5))
+    pairs, v = PairBias(queries, keys), v.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        mask = queries @ keys.mT
+        expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.5)
+        output, _ = paired_attention(q, k, v, pairs, scale=0.5)
+    assert output.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_block_that_is_computed_again_keeps_the_strength_of_its_forward():
+    model, pixels = tiny("vit")
+    weight, gradients = model.blocks[-1].attn.qkv.weight, []
+    for recomputed in (False, True):
+        model.set_grad_checkpointing(recomputed)
+        with attach(model, DOEI(HybridAlignment(weight=6.0))) as handle:
+            scores = model(pixels)
+            handle.strength = 0.2  # of the next step
+            gradients += torch.autograd.grad(scores.square().sum(), [weight])
+    torch.testing.assert_close(*gradients)

@@ -84,6 +84,8 @@ def _correlation(
     if before is None or before.shape != after.shape:
         return None
     before, after = (x.float() - x.float().mean(1, keepdim=True) for x in (before, after))
+    if not (before.any(1) & after.any(1)).all():  # a new classifier of zeros tells nothing
+        return None
     found = torch.cosine_similarity(before, after, dim=1).mean()
     return float(found) if found.isfinite() else None
 

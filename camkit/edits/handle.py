@@ -217,11 +217,14 @@ class EditedPass(ForwardPass):
         picture: its images.
         labels: classes present in them, if the user gave them.
         side: the second stream of tokens, if an edit runs one.
+        strength: of the edit when the pass began; a block that is computed again for its gradient
+            acts as it did then.
     """
 
     picture: Picture = field(default_factory=Picture)
     labels: Labels | None = None
     side: Tensor | None = None
+    strength: float = 1.0
 
 
 _DOUBT = (
@@ -324,6 +327,7 @@ class Editor(Subscriber[EditedPass]):
             self._latest = forward
 
     def pass_begins(self, context: EditedPass) -> None:
+        context.strength = self.strength
         pixels = None if context.pixels is None else context.pixels.detach()
         images = context.forward.images
         whole_size = images is not None and tuple(context.size) == tuple(images.shape[-2:])
@@ -374,7 +378,7 @@ class Editor(Subscriber[EditedPass]):
             stated = Anatomy().with_roles(self._host.class_tokens, self._host.other_tokens)
             if self._latest is None:
                 self._latest = Forward()
-            return EditedPass(stated, ref(self._latest))
+            return EditedPass(stated, ref(self._latest), strength=self.strength)
         raise CaptureError(
             "an edited block ran outside the forward of its model; attach to the module that you "
             "call, or name `class_tokens=`"
@@ -390,7 +394,7 @@ class Editor(Subscriber[EditedPass]):
 
     def added_to_logits(self, call: AttentionCall[EditedPass], attention: Attention) -> Bias | None:
         tokens, edit = call.tokens, self.edit
-        if tokens is None or self.strength == 0.0:
+        if tokens is None or call.context.strength == 0.0:
             return None
         _check_readable(call, attention)
         tokens = _batch_first(tokens, call.sequence_first(tokens, attention))
@@ -421,7 +425,7 @@ class Editor(Subscriber[EditedPass]):
             )
         if not isinstance(edit, Edit) or not self.edits_output:
             return None
-        if seen.shape[2] == 1 or self.strength == 0.0:  # pooled: no token of its own
+        if seen.shape[2] == 1 or call.context.strength == 0.0:  # pooled: no token of its own
             return None
         before = output[0] if isinstance(output, tuple) else output
         if before.dim() != 3:
@@ -527,7 +531,7 @@ class Editor(Subscriber[EditedPass]):
         context.picture.grid = self._host.grid or context.grid
         place = self._places[name]
         picture, labels = context.picture, context.labels
-        return BlockContext(context.anatomy, *place, picture, labels, entered, self.strength)
+        return BlockContext(context.anatomy, *place, picture, labels, entered, context.strength)
 
 
 Blocks: TypeAlias = int | Sequence[int] | Literal["all"] | None
