@@ -30,6 +30,7 @@ from camkit.capture.session import (
     Named,
     Subscriber,
 )
+from camkit.edits.alignment import HybridAlignment
 from camkit.edits.effect import warn_if_scores_move_far
 from camkit.edits.protocol import (
     AnyEdit,
@@ -44,6 +45,7 @@ from camkit.edits.stream import BlockStream
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import Normalisation
+from camkit.ops.paired import PairBias
 from camkit.tensors import RGB, Labels
 from camkit.torch_internals import is_compiled
 
@@ -253,6 +255,7 @@ class Editor(Subscriber[EditedPass]):
         normalisation: Normalisation | None,
         scores: Callable[[Any], Tensor] | None = None,
     ) -> None:
+        _check_edit(edit)
         held = host.blocks()
         names = list(held)
         chosen = _chosen(host, edit, blocks)
@@ -301,6 +304,12 @@ class Editor(Subscriber[EditedPass]):
             )
 
     def start(self, hooks: Hooks) -> None:
+        # compiled code of a block without hooks is taken for blocks with them
+        for name, module in self._host.blocks().items():
+            fast = isinstance(module, nn.MultiheadAttention) or is_whole_block(module)
+            if name not in self.attention_modules and not fast:  # hooks end torch's fast path
+                hooks.before(module, _nothing)
+                hooks.after(module, _nothing)
         for stream in self._streams.values():
             stream.start(hooks, follow_sum=bool(self.blocks))
 
@@ -403,7 +412,13 @@ class Editor(Subscriber[EditedPass]):
             return edit.log_weights(tokens, attention, site)
         if not isinstance(edit, PairEdit) or attention.shape[2] == 1:  # pooled: no pair of patches
             return None
-        return edit.pair_bias(tokens, attention, site)
+        bias: object = edit.pair_bias(tokens, attention, site)
+        if bias is not None and not isinstance(bias, PairBias):
+            raise TypeError(
+                f"pair_bias of {type(edit).__name__} must return a camkit.edits.PairBias or None, "
+                f"got {type(bias).__name__}"
+            )
+        return bias
 
     def attention(
         self, call: AttentionCall[EditedPass], output: Tensor, attention: Attention
@@ -506,7 +521,7 @@ class Editor(Subscriber[EditedPass]):
                 f"`blocks` chose attention that this forward does not run ({', '.join(idle)}); "
                 "attach to the sub-module that runs, or name its attention with `modules=`"
             )
-        if self.strength and getattr(self.edit, "checks_scores", False):
+        if self.strength >= 1.0 and getattr(self.edit, "checks_scores", False):
             blocks = list(self.attention_modules)
             warn_if_scores_move_far(forward, output, self._scores, edit=self.edit, blocks=blocks)
 
@@ -532,6 +547,24 @@ class Editor(Subscriber[EditedPass]):
         place = self._places[name]
         picture, labels = context.picture, context.labels
         return BlockContext(context.anatomy, *place, picture, labels, entered, context.strength)
+
+
+def _nothing(*_: object) -> None:
+    """Do nothing, as a hook."""
+
+
+def _check_edit(edit: object) -> None:
+    """Raise a TypeError for what is no edit."""
+    if isinstance(edit, type):
+        raise TypeError(f"`edit` must be an instance, such as {edit.__name__}(), got the class")
+    if isinstance(edit, HybridAlignment):
+        raise TypeError("an alignment is a part of an edit: camkit.DOEI(alignment=...)")
+    if not isinstance(edit, Edit | KeyEdit | PairEdit):
+        raise TypeError(
+            "`edit` must have __call__(tokens, output, attention, site), log_weights(tokens, "
+            "attention, site) or pair_bias(tokens, attention, site), see camkit.edits; got "
+            f"{edit!r}"
+        )
 
 
 Blocks: TypeAlias = int | Sequence[int] | Literal["all"] | None
