@@ -18,6 +18,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import camkit
+from camkit.capture import WatchSpec
 from camkit.data import VOC_IN_IMAGENET, Sample, open_dataset, read_mask, write_shapes
 from camkit.manifest import unfinished
 from camkit.photo import read_picture
@@ -122,30 +124,30 @@ class ClassTokenViT(nn.Module):
     def start_embeddings(self, pixels: Tensor, labels: Tensor, *, scale: float) -> None:
         """Turn each class token towards the keys of its class, known from image-level labels.
 
-        The embedding is W_q^T (mean key of the images with the class - mean key of all), which
-        raises the attention logits of such keys. Its length is ``scale`` times that of a token of
-        unit variance. A class without images keeps zeros.
+        The embedding is W_q^T (mean key of the class - mean key), which raises the attention logits
+        of such keys. The mean key of a class is that of the images that have it, weighted by its
+        class map. ``scale`` is the length of an embedding, that of a normed token being 1.
         """
-        first, keys = len(self.blocks) - len(self.class_embed), {}
-        hooks = [
-            block.attn.qkv.register_forward_hook(
-                lambda _, __, qkv, place=place: keys.setdefault(place, []).append(
-                    qkv[:, self.classes :, self.dim : 2 * self.dim].mean(1)
-                )
-            )
-            for place, block in enumerate(self.blocks[first:])
-        ]
-        for part in pixels.split(16):
-            self(part)
-        for hook in hooks:
-            hook.remove()
-        share = labels / labels.sum(0).clamp_min(1)  # of each image in its class
-        for place, block in enumerate(self.blocks[first:]):
-            mean_keys = torch.cat(keys[place])
-            away = share.mT @ mean_keys - mean_keys.mean(0)
-            away = away * labels.any(0)[:, None]
-            towards = F.normalize(away @ block.attn.qkv.weight[: self.dim], dim=-1)
-            self.class_embed[place] = scale * math.sqrt(self.dim) * towards
+        last, classes = len(self.class_embed), torch.arange(self.classes, device=pixels.device)
+        seed = camkit.seeds.HybridAttentionSeed(temperature=0.05)
+        own, mean = torch.tensor(0.0), torch.tensor(0.0)
+        for images, present in zip(pixels.split(16), labels.split(16), strict=True):
+            spec = {"blocks": last, "requires": WatchSpec(entering=last), "scores": itemgetter(0)}
+            with camkit.watch(self, **spec) as seen:
+                self(images)
+            maps = seed(seen.capture, classes.expand(len(images), -1)).flatten(2)
+            maps = maps / maps.sum(-1, keepdim=True)
+            tokens = torch.stack([call.tokens for call in seen.capture.entering])
+            tokens = tokens[:, :, self.classes :]  # patches, behind the first norm of their block
+            own = own + torch.einsum("bc,bcn,lbnd->lcd", present, maps, tokens)
+            mean = mean + tokens.mean(2).sum(1) / len(pixels)
+        away = own / labels.sum(0).clamp_min(1)[:, None] - mean[:, None]
+        away = away * labels.any(0)[:, None]  # zeros for a class without images
+        for embedding, block, direction in zip(
+            self.class_embed, self.blocks[-last:], away, strict=True
+        ):
+            w_q, w_k, _ = block.attn.qkv.weight.chunk(3)
+            embedding.copy_(scale * self.dim**0.5 * F.normalize(direction @ w_k.mT @ w_q, dim=-1))
 
 
 def select(samples: Samples, names: Sequence[str], kept: Sequence[str]) -> list[Sample]:
@@ -243,7 +245,7 @@ def measure(
     for row, sample in enumerate(samples):
         photo = camkit.load_photo(sample.photo, size=(args.eval_size,) * 2, multiple=1)
         tokens.clear()
-        last = {"blocks": len(model.class_embed), "scores": lambda output: output[0]}
+        last = {"blocks": len(model.class_embed), "scores": itemgetter(0)}
         with camkit.watch(model, **last) as seen:
             logits, patch_maps = model(photo.pixels.to(model.cls_token.device))
         scores[row], labels[row, list(sample.classes)] = logits[0].cpu(), 1
@@ -428,7 +430,7 @@ def read_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fuse", action="store_true", help="measure attention times the class maps of the patches")
     add("--lr", type=float, default=1e-3, help="peak learning rate of new parameters")
     add("--weights-lr", type=float, default=1e-4, help="peak learning rate of given weights")
-    add("--embedding-scale", type=float, default=0.1, help="length of the first class embeddings")
+    add("--embedding-scale", type=float, default=0.2, help="length of the first class embeddings")
     add("--size", type=int, default=96, help="rows and columns of training crops")
     add("--eval-size", type=int, help="rows and columns to measure at; default: of the weights")
     add("--side", type=int, help=argparse.SUPPRESS)  # of the grid of positions; found by build
