@@ -138,6 +138,8 @@ def every_seed() -> list[Variant]:
     """Each seed of the command line, read from the plain forward and from the edited one."""
     table = []
     for name, kind in SEEDS.items():
+        if name == "contribution":  # of pooled patches only
+            continue
         plain = Variant(name, camkit.Method(kind(), refine=()))
         spread = Variant(f"{name} + P", camkit.Method(kind(), refine=CHAIN))
         edited = camkit.Method(kind(), edit=DOEI, refine=())
