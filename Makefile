@@ -68,11 +68,11 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/edges.py --tune-limit 120
 	$(BIN)/python benchmarks/crf.py
 	$(BIN)/python benchmarks/par.py
-	$(BIN)/python benchmarks/doei_search.py
 	$(BIN)/python benchmarks/hybrid_search.py
 	$(BIN)/python benchmarks/hybrid_search.py --voc
 	$(BIN)/python benchmarks/doei_gains.py
-	$(BIN)/python benchmarks/doei_gains.py --coco
+	$(BIN)/python benchmarks/doei_gains.py --voc
+	$(BIN)/python benchmarks/doei_gains.py --every-seed --limit 100
 	$(BIN)/python benchmarks/doei_cost.py
 	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/bulk.py kills memory rates

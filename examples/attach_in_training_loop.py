@@ -69,11 +69,12 @@ if __name__ == "__main__":
     shown = torch.tensor([[(mask == c).any() for c in (1, 2, 3)] for _, mask in drawn])
 
     network = Network(len(SHAPE_CLASSES))
-    handle = camkit.attach(network, camkit.DOEI(), blocks=3)  # the one line
+    handle = camkit.attach(network, camkit.DOEI())  # the one line
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for step in range(1, 31):
         rows = torch.randint(len(images), (8,))
         pixels, labels = images[rows], shown[rows]
+        handle.strength = min(1.0, 2 * step / 30)  # from 0 to 1 over the first half
         handle.labels = labels  # only for edits that read labels
         loss = F.multilabel_soft_margin_loss(network(pixels), labels.float())
         optimizer.zero_grad()

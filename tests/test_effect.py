@@ -27,10 +27,9 @@ def scores_under(model, pixels, factor):
         return model(pixels)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_an_edit_warns_where_the_scores_move_far_and_only_there(training):
+def test_an_edit_warns_where_the_scores_move_far_and_only_there():
     model, pixels = tiny("vit", num_classes=20)
-    model.train(training)
+    model.eval()
     plain = model(pixels).detach()
     near, far = (scores_under(model, pixels, factor) for factor in (1.02, -40.0))
     assert correlation(plain, near) > 0.9 > FAR > correlation(plain, far)
@@ -44,11 +43,37 @@ def test_an_edit_warns_where_the_scores_move_far_and_only_there(training):
             model(pixels)
 
 
+def test_in_training_and_along_a_ramp_it_waits_for_evaluation_at_full_strength():
+    model, pixels = tiny("vit", num_classes=20, proj_drop_rate=0.3)
+    with attach(model, Told(-40.0)) as handle:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.train()
+            model(pixels)
+            model.eval()
+            handle.strength = 0.01
+            model(pixels)
+        handle.strength = 1.0
+        with pytest.warns(UserWarning, match="moves the class scores"):
+            model(pixels)
+
+
+def test_hooks_of_the_user_see_the_edited_forward_alone():
+    model, pixels = tiny("vit", num_classes=20)
+    model.eval()
+    seen = []
+    hook = model.blocks[-1].register_forward_hook(lambda *call: seen.append(call[-1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attach(model, Told(-40.0)):
+            model(pixels)
+    hook.remove()
+    assert len(seen) == 1
+
+
 def test_it_warns_once_and_leaves_the_model_as_it_is():
     model, pixels = tiny("vit", num_classes=20)
-    model.train()
-    calls = []
-    hook = model.register_forward_hook(lambda *_: calls.append(model.training))
+    model.eval()
     before, rng = state_of(model), torch.get_rng_state()
     with attach(model, Told(-40.0)):
         with pytest.warns(UserWarning, match="moves the class scores"):
@@ -56,30 +81,29 @@ def test_it_warns_once_and_leaves_the_model_as_it_is():
         model(pixels)
     with attach(model, Told(-40.0)):
         model(pixels)
-    hook.remove()
-    assert calls.count(False) == 1  # one forward in evaluation mode
-    assert model.training
     assert torch.equal(torch.get_rng_state(), rng)
     assert not hooks_on(model)
     assert not modes_on()
     model.zero_grad(set_to_none=True)
-    after = state_of(model)
-    assert before.keys() == after.keys()
+    assert before.keys() == state_of(model).keys()
 
 
-def test_a_host_that_fails_without_the_edit_or_returns_no_scores_is_left_alone():
+def test_a_host_that_fails_a_second_time_or_has_few_classes_is_left_alone():
     model, pixels = tiny("vit", num_classes=20)
-    own = model.forward
+    model.eval()
+    own, calls = model.forward, []
 
-    def only_in_training(given):
-        if not model.training:
-            raise RuntimeError("evaluation is not implemented")
+    def only_once(given):
+        calls.append(len(given))
+        if len(calls) > 1:
+            raise RuntimeError("one forward a day")
         return own(given)
 
-    model.forward = only_in_training
-    model.train()
+    model.forward = only_once
     with attach(model, Told(-40.0), class_tokens=[0], other_tokens=[]):
         model(pixels)
+    assert calls == [2, 2]
     model, pixels = tiny("vit", num_classes=9)
+    model.eval()
     with attach(model, Told(-40.0)):  # a few numbers correlate by chance
         model(pixels)

@@ -9,7 +9,7 @@ from hosts import OneTokenPerClass, TowardsTheFirstKeys, shaken, tiny
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from camkit import UnsupportedModelError, attach, watch
+from camkit import DOEI, UnsupportedModelError, attach, watch
 from camkit.capture import WatchSpec
 from camkit.capture.attention import FusedAttention
 from camkit.contrib import ReadOnlyRefiner, ReadOnlySeed, with_pairs
@@ -429,3 +429,77 @@ def test_an_attention_with_pairs_hops_and_propagates_as_its_whole_map():
     weighted = (weights * (gradient @ v.mT)).relu().mean(1)
     expected = torch.einsum("bi,bij->bj", relevance, weighted)
     torch.testing.assert_close(attention.hop(relevance, gradient), expected)
+
+
+def test_under_autocast_values_of_another_dtype_attend_as_in_torchs_own_kernel():
+    """Rotary positions leave queries and keys in float32 where values are in bfloat16 (DINOv3)."""
+    q, k, v, queries, keys = (torch.randn(2, 2, 5, 4) for _ in range(5))
+    pairs, v = PairBias(queries, keys), v.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        mask = queries @ keys.mT
+        expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.5)
+        output, _ = paired_attention(q, k, v, pairs, scale=0.5)
+    assert output.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=0.05, atol=0.05)
+
+
+def test_a_block_that_is_computed_again_keeps_the_strength_of_its_forward():
+    model, pixels = tiny("vit")
+    weight, gradients = model.blocks[-1].attn.qkv.weight, []
+    for recomputed in (False, True):
+        model.set_grad_checkpointing(recomputed)
+        with attach(model, DOEI(HybridAlignment(weight=6.0))) as handle:
+            scores = model(pixels)
+            handle.strength = 0.2  # of the next step
+            gradients += torch.autograd.grad(scores.square().sum(), [weight])
+    torch.testing.assert_close(*gradients)
+
+
+# -- At the door
+
+
+def test_code_compiled_behind_an_edit_of_some_blocks_is_edited_in_these():
+    model, pixels = tiny("vit", depth=4)
+    model.eval()
+    with attach(model, Cosines(), blocks=2), torch.no_grad():
+        expected = model(pixels)
+        torch.compiler.reset()
+        torch.testing.assert_close(torch.compile(model, backend="eager")(pixels), expected)
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (object(), "must have __call__"),
+        (Cosines, r"must be an instance, such as Cosines\(\)"),
+        (HybridAlignment(), r"camkit.DOEI\(alignment="),
+    ],
+)
+def test_what_is_no_edit_is_refused(edit, message):
+    with pytest.raises(TypeError, match=message):
+        attach(tiny("vit")[0], edit)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_a_bias_of_another_type_is_refused():
+    class Map:
+        def pair_bias(self, _, attention, __):
+            return torch.zeros(attention.shape)
+
+    model, pixels = tiny("vit")
+    with attach(model, Map()), pytest.raises(TypeError, match="PairBias or None, got Tensor"):
+        model(pixels)
+
+
+def test_class_embeddings_are_checked_at_the_door_and_need_class_tokens():
+    rows = torch.randn(3, 48)
+    assert torch.equal(HybridAlignment(class_embeddings=rows).class_embeddings.embeddings, rows)
+    for wrong in (rows.fill_diagonal_(float("nan")), torch.randn(0, 48)):
+        with pytest.raises(ValueError, match="finite matrix with one row for each class"):
+            VirtualClassTokens(wrong)
+    model, pixels = tiny("average pooled")
+    edit = Cosines(class_embeddings=torch.randn(3, 48))
+    with attach(model, edit), pytest.raises(UnsupportedModelError, match="this model has none"):
+        model(pixels)

@@ -30,6 +30,8 @@ def with_pairs(capture: Capture, edit: PairEdit, *, blocks: int = 3) -> Capture:
         CaptureError: the tokens were not recorded.
         UnsupportedModelError: a block's host writes its attention map out.
     """
+    if blocks < 1:
+        raise ValueError(f"`blocks` must be at least 1, got {blocks}")
     calls = {call.name: call for call in capture.entering}
     edited = list(capture.blocks)
     for place in range(max(0, len(edited) - blocks), len(edited)):

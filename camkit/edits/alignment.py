@@ -11,6 +11,7 @@ from torch import Tensor
 
 from camkit.edits.interaction import Interaction, VirtualClassTokens
 from camkit.edits.protocol import BlockContext
+from camkit.errors import UnsupportedModelError
 from camkit.ops.attention import take
 from camkit.ops.paired import PairBias
 from camkit.ops.similarity import (
@@ -64,7 +65,7 @@ class HybridAlignment:
 
     join: Literal["product", "mean"] = "product"
     weight: float | None = None
-    class_embeddings: VirtualClassTokens | None = None
+    class_embeddings: VirtualClassTokens | Tensor | None = None
     class_weight: float = 4.0
     colour_weight: float = 0.0
     gradient: bool = True
@@ -80,6 +81,8 @@ class HybridAlignment:
             if not 0.0 <= weight < math.inf:
                 raise ValueError(f"`{name}` must be at least 0, got {weight}")
         check_positive("temperature", self.temperature)
+        if isinstance(self.class_embeddings, Tensor):
+            object.__setattr__(self, "class_embeddings", VirtualClassTokens(self.class_embeddings))
         if self.colour_width is not None:
             check_positive("colour_width", self.colour_width)
 
@@ -115,9 +118,15 @@ class HybridAlignment:
     def _of_classes(self, unit: Tensor, site: BlockContext, weight: float) -> PairBias | None:
         """Compare class embeddings with the patches, in the rows of the class tokens."""
         own = list(site.anatomy.class_tokens)
-        if self.class_embeddings is None or not weight or not own:
+        given = self.class_embeddings
+        if not isinstance(given, VirtualClassTokens) or not weight:
             return None
-        embedded = unit_length(self.class_embeddings.rows_for(unit))
+        if not own:
+            raise UnsupportedModelError(
+                "`class_embeddings` act in the rows of class tokens, and this model has none; "
+                "leave them out, or name the tokens with `class_tokens=`"
+            )
+        embedded = unit_length(given.rows_for(unit))
         if len(own) == 1:
             rows = self._mixed(embedded, unit[:, own[0]], site)[:, None]
         elif len(own) == len(embedded):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from camkit.capture.anatomy import image_batch
-from camkit.capture.modes import borrowed, measurement
+from camkit.capture.hooks import Hook
+from camkit.capture.modes import measurement
 from camkit.capture.scores import candidates
 from camkit.capture.session import Forward
 from camkit.torch_internals import is_compiled
@@ -33,9 +34,9 @@ def warn_if_scores_move_far(
 ) -> None:
     """Run the first images once more without any edit, and warn if the scores differ too much.
 
-    It is done once for each model, edit and choice of blocks, in evaluation mode and without a
-    graph. A host that cannot be run again, or returns no scores of ten classes or more, is left
-    alone.
+    It is done once for each model, edit and choice of blocks, at the first forward in evaluation
+    mode, without a graph. A host that cannot be run again, that carries hooks of the user, or that
+    returns no scores of ten classes or more, is left alone.
 
     Args:
         forward: the edited forward that has ended, with its arguments.
@@ -48,18 +49,28 @@ def warn_if_scores_move_far(
     if entrance is None or is_compiled(entrance):
         return
     known, key = _KNOWN.setdefault(entrance, set()), f"{edit!r} in {', '.join(blocks)}"
-    if key in known:
+    if key in known or _is_training_or_hooked(entrance):
         return
     known.add(key)
     found = _correlation(entrance, forward, output, scores)
     if found is not None and found < FAR:
         warnings.warn(
             f"{type(edit).__name__} in {len(blocks)} blocks moves the class scores of this model "
-            f"far: they correlate by {found:.2f} with those of the model alone (0.9 and more is "
-            "usual). Weights that were not trained with the edit need a smaller one: fewer blocks "
-            "(`blocks=3`) or less strength (`handle.strength`), and training a ramp from 0",
+            f"far: they correlate by {found:.2f} with those of the model alone, and predictions "
+            f"change below {FAR}. Weights that were not trained with the edit need a smaller one: "
+            "fewer blocks (`blocks=3`) or less strength (`handle.strength`), and training a ramp "
+            "from 0",
             stacklevel=2,
         )
+
+
+def _is_training_or_hooked(model: nn.Module) -> bool:
+    """Whether a second forward would differ by itself, or would be seen by hooks of the user."""
+    for module in model.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if module.training or any(not isinstance(hook, Hook) for hook in hooks):
+            return True
+    return False
 
 
 def _correlation(
@@ -75,7 +86,7 @@ def _correlation(
     args = [_first(value, len(pixels)) for value in forward.args]
     kwargs = {name: _first(value, len(pixels)) for name, value in forward.kwargs.items()}
     try:
-        with borrowed(entrance), measurement(pixels.device), torch.no_grad():
+        with measurement(pixels.device), torch.no_grad():
             plain = entrance(*args, **kwargs)
         before = _scores(plain, scores)
     except Exception:  # noqa: BLE001 - whatever the host raises: it need not run a second time
@@ -84,6 +95,8 @@ def _correlation(
     if before is None or before.shape != after.shape:
         return None
     before, after = (x.float() - x.float().mean(1, keepdim=True) for x in (before, after))
+    if not (before.any(1) & after.any(1)).all():  # a new classifier of zeros tells nothing
+        return None
     found = torch.cosine_similarity(before, after, dim=1).mean()
     return float(found) if found.isfinite() else None
 

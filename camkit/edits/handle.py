@@ -30,6 +30,7 @@ from camkit.capture.session import (
     Named,
     Subscriber,
 )
+from camkit.edits.alignment import HybridAlignment
 from camkit.edits.effect import warn_if_scores_move_far
 from camkit.edits.protocol import (
     AnyEdit,
@@ -44,6 +45,7 @@ from camkit.edits.stream import BlockStream
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import Normalisation
+from camkit.ops.paired import PairBias
 from camkit.tensors import RGB, Labels
 from camkit.torch_internals import is_compiled
 
@@ -217,11 +219,14 @@ class EditedPass(ForwardPass):
         picture: its images.
         labels: classes present in them, if the user gave them.
         side: the second stream of tokens, if an edit runs one.
+        strength: of the edit when the pass began; a block that is computed again for its gradient
+            acts as it did then.
     """
 
     picture: Picture = field(default_factory=Picture)
     labels: Labels | None = None
     side: Tensor | None = None
+    strength: float = 1.0
 
 
 _DOUBT = (
@@ -250,6 +255,7 @@ class Editor(Subscriber[EditedPass]):
         normalisation: Normalisation | None,
         scores: Callable[[Any], Tensor] | None = None,
     ) -> None:
+        _check_edit(edit)
         held = host.blocks()
         names = list(held)
         chosen = _chosen(host, edit, blocks)
@@ -298,6 +304,12 @@ class Editor(Subscriber[EditedPass]):
             )
 
     def start(self, hooks: Hooks) -> None:
+        # compiled code of a block without hooks is taken for blocks with them
+        for name, module in self._host.blocks().items():
+            fast = isinstance(module, nn.MultiheadAttention) or is_whole_block(module)
+            if name not in self.attention_modules and not fast:  # hooks end torch's fast path
+                hooks.before(module, _nothing)
+                hooks.after(module, _nothing)
         for stream in self._streams.values():
             stream.start(hooks, follow_sum=bool(self.blocks))
 
@@ -324,6 +336,7 @@ class Editor(Subscriber[EditedPass]):
             self._latest = forward
 
     def pass_begins(self, context: EditedPass) -> None:
+        context.strength = self.strength
         pixels = None if context.pixels is None else context.pixels.detach()
         images = context.forward.images
         whole_size = images is not None and tuple(context.size) == tuple(images.shape[-2:])
@@ -374,7 +387,7 @@ class Editor(Subscriber[EditedPass]):
             stated = Anatomy().with_roles(self._host.class_tokens, self._host.other_tokens)
             if self._latest is None:
                 self._latest = Forward()
-            return EditedPass(stated, ref(self._latest))
+            return EditedPass(stated, ref(self._latest), strength=self.strength)
         raise CaptureError(
             "an edited block ran outside the forward of its model; attach to the module that you "
             "call, or name `class_tokens=`"
@@ -390,7 +403,7 @@ class Editor(Subscriber[EditedPass]):
 
     def added_to_logits(self, call: AttentionCall[EditedPass], attention: Attention) -> Bias | None:
         tokens, edit = call.tokens, self.edit
-        if tokens is None or self.strength == 0.0:
+        if tokens is None or call.context.strength == 0.0:
             return None
         _check_readable(call, attention)
         tokens = _batch_first(tokens, call.sequence_first(tokens, attention))
@@ -399,7 +412,13 @@ class Editor(Subscriber[EditedPass]):
             return edit.log_weights(tokens, attention, site)
         if not isinstance(edit, PairEdit) or attention.shape[2] == 1:  # pooled: no pair of patches
             return None
-        return edit.pair_bias(tokens, attention, site)
+        bias: object = edit.pair_bias(tokens, attention, site)
+        if bias is not None and not isinstance(bias, PairBias):
+            raise TypeError(
+                f"pair_bias of {type(edit).__name__} must return a camkit.edits.PairBias or None, "
+                f"got {type(bias).__name__}"
+            )
+        return bias
 
     def attention(
         self, call: AttentionCall[EditedPass], output: Tensor, attention: Attention
@@ -421,7 +440,7 @@ class Editor(Subscriber[EditedPass]):
             )
         if not isinstance(edit, Edit) or not self.edits_output:
             return None
-        if seen.shape[2] == 1 or self.strength == 0.0:  # pooled: no token of its own
+        if seen.shape[2] == 1 or call.context.strength == 0.0:  # pooled: no token of its own
             return None
         before = output[0] if isinstance(output, tuple) else output
         if before.dim() != 3:
@@ -502,7 +521,7 @@ class Editor(Subscriber[EditedPass]):
                 f"`blocks` chose attention that this forward does not run ({', '.join(idle)}); "
                 "attach to the sub-module that runs, or name its attention with `modules=`"
             )
-        if self.strength and getattr(self.edit, "checks_scores", False):
+        if self.strength >= 1.0 and getattr(self.edit, "checks_scores", False):
             blocks = list(self.attention_modules)
             warn_if_scores_move_far(forward, output, self._scores, edit=self.edit, blocks=blocks)
 
@@ -527,7 +546,25 @@ class Editor(Subscriber[EditedPass]):
         context.picture.grid = self._host.grid or context.grid
         place = self._places[name]
         picture, labels = context.picture, context.labels
-        return BlockContext(context.anatomy, *place, picture, labels, entered, self.strength)
+        return BlockContext(context.anatomy, *place, picture, labels, entered, context.strength)
+
+
+def _nothing(*_: object) -> None:
+    """Do nothing, as a hook."""
+
+
+def _check_edit(edit: object) -> None:
+    """Raise a TypeError for what is no edit."""
+    if isinstance(edit, type):
+        raise TypeError(f"`edit` must be an instance, such as {edit.__name__}(), got the class")
+    if isinstance(edit, HybridAlignment):
+        raise TypeError("an alignment is a part of an edit: camkit.DOEI(alignment=...)")
+    if not isinstance(edit, Edit | KeyEdit | PairEdit):
+        raise TypeError(
+            "`edit` must have __call__(tokens, output, attention, site), log_weights(tokens, "
+            "attention, site) or pair_bias(tokens, attention, site), see camkit.edits; got "
+            f"{edit!r}"
+        )
 
 
 Blocks: TypeAlias = int | Sequence[int] | Literal["all"] | None

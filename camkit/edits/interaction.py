@@ -96,6 +96,12 @@ class VirtualClassTokens:
     source: str = "given"
 
     def __post_init__(self) -> None:
+        rows = self.embeddings
+        if rows.dim() != 2 or not len(rows) or not rows.isfinite().all():
+            raise ValueError(
+                "`embeddings` must be a finite matrix with one row for each class, got shape "
+                f"{tuple(rows.shape)}" + ("" if rows.isfinite().all() else " with NaN or inf")
+            )
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
 

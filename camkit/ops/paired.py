@@ -122,9 +122,18 @@ def paired_attention(  # noqa: PLR0913 - all of one attention call
         mask = _mask(pairs, bias, ALL).to(q.dtype)
         output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
         return output, None
+    q, k, v = _of_one_dtype(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
         output, normaliser = _Paired.apply(q, k, v, pairs.queries, pairs.keys, bias, scale)
     return output, normaliser if normaliser.numel() else None
+
+
+def _of_one_dtype(*heads: Tensor) -> tuple[Tensor, ...]:
+    """Cast queries, keys and values as autocast would for torch's own attention."""
+    device = heads[0].device.type
+    if not torch.is_autocast_enabled(device) or heads[0].dtype == torch.float64:
+        return heads
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in heads)
 
 
 def paired_attention_plain(
