@@ -1,7 +1,7 @@
 """Training with and without DOEI, and with its controls: same start, same batches, same steps.
 
     CAMKIT_DATA=folder python benchmarks/train_ab.py
-    CAMKIT_DATA=folder python benchmarks/train_ab.py --arms "plain,DOEI" --cold 160
+    CAMKIT_DATA=folder python benchmarks/train_ab.py --arms "plain;DOEI" --cold 160
 
 The host of examples/train_class_tokens.py, ViT-Ti, learns eight classes of voc12_animals from
 image-level labels: 100 steps once for each rng seed, then 60 more for each arm, with one edit each
