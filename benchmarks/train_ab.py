@@ -80,6 +80,7 @@ ARMS = {
     "plain, read with DOEI": Arm(DOEI, weights="plain"),
     "plain, read-only DOEI": Arm(DOEI, weights="plain", read_only=True),
     "plain, read with KeepToSelf": Arm(KeepToSelf(), weights="plain"),
+    "plain, calibrated": Arm(camkit.edits.StaticCalibration(), weights="plain", blocks=4),
     "control: logits x 1.5": Arm(SHARP),
     "control: one more hop": Arm(OneMoreHop()),
     "as drawn": Arm(DRAWN),
