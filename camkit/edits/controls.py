@@ -123,7 +123,8 @@ class KeepToSelf:
 
     Controls for a gain of tokens that keep more of themselves: a likeness of tokens in the logits
     is greatest for a token and itself, so it does this, too. The weight that equals a likeness
-    times w is w. Attached without ``blocks``, it acts in the last three, as `camkit.DOEI` does.
+    times w is w. Attached without ``blocks``, it acts in the last three, as `camkit.DOEI` does. Its
+    features are as wide as there are tokens, so its memory grows with the number of pairs.
     """
 
     weight: float = 3.0

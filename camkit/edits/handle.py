@@ -79,7 +79,8 @@ def attach(  # noqa: PLR0913 - as `watch`
         edit: called once per block and forward; gradients flow through it.
         blocks: which attention modules, in the order the model holds them and without pooling
             heads: "all", n the last n, or indices, negative from the end. None are those that the
-            edit names (`camkit.DOEI`: the last three of each tower), otherwise all.
+            edit names (`camkit.DOEI`: the last three of the model, and of a teacher beside it),
+            otherwise all.
         modules: names of the attention modules, if camkit does not find them by their form.
         class_tokens: as in `camkit.watch`.
         other_tokens: as in `camkit.watch`.
