@@ -331,9 +331,10 @@ def after_toco(end):
 
 
 def after_seco(end):
-    last = [f"encoder.blocks.{index}.attn" for index in (9, 10, 11)]
+    towers = ("encoder", "encoder_k")
+    last = [f"{tower}.blocks.{index}.attn" for tower in towers for index in (9, 10, 11)]
     assert end.handle.settings["blocks"] == last
-    assert end.seen.capture.names[-1] == last[-1]
+    assert end.seen.capture.names[-1] == last[2]
     acts(end.handle, lambda: end.model(end.inputs)[0])
 
 

@@ -6,11 +6,13 @@ import pickle
 import random
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
-import warnings
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,6 @@ from small_runs import (
     CLASSES,
     DiesOfDarkness,
     OpenSmall,
-    run_small,
     small_recipe,
     tree,
     workers_of,
@@ -266,20 +267,45 @@ def test_a_stopped_run_continues_and_does_nothing_twice(photos, undisturbed, tmp
     assert {**actual, "settings.json": None} == {**undisturbed, "settings.json": None}
 
 
+FORKING = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from small_runs import run_small
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        run_small(sys.argv[2], sys.argv[3], 0)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def forks_of_a_fresh_process(photos, out, count):
+    """Start runs one after the other, each in a fork of a process that has computed nothing yet.
+
+    A fork of this process could not compute gradients if this one has.
+    """
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-W", "ignore", "-c", FORKING, here, str(photos), str(out)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as parent:
+        for _ in range(count):
+            parent.stdin.write("go\n")
+            parent.stdin.flush()
+            child = int(parent.stdout.readline())
+            yield SimpleNamespace(child=child, ended=lambda: int(parent.stdout.readline()))
+        parent.stdin.close()
+
+
 @posix
 def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(photos, undisturbed, tmp_path):
     luck = random.Random(7)
     killed = 0
-    for _ in range(8):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # forks of processes with threads
-            child = os.fork()
-        if not child:
-            run_small(photos.root, tmp_path, 0)
-            os._exit(0)
+    for forked in forks_of_a_fresh_process(photos.root, tmp_path, 8):
         time.sleep(luck.uniform(0.05, 0.6))
-        os.kill(child, signal.SIGKILL)
-        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        os.kill(forked.child, signal.SIGKILL)
+        killed += forked.ended() == -signal.SIGKILL
     assert killed >= 3
     start(small_recipe(cams="npz"), photos, tmp_path)
     assert tree(tmp_path) == undisturbed

@@ -118,7 +118,7 @@ class FusedAttention:
         images, heads, tokens, _ = self.q.shape
         return images, heads, tokens, self.k.shape[2]
 
-    def joined(self) -> tuple[Heads, Heads]:
+    def joined(self) -> tuple[Heads, Float[Tensor, "b a s d"]]:
         """Return queries and keys whose products, times ``scale``, are the logits without bias."""
         if self.pairs is None:
             return self.q, self.k
