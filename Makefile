@@ -72,7 +72,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/hybrid_search.py --voc
 	$(BIN)/python benchmarks/doei_gains.py
 	$(BIN)/python benchmarks/doei_gains.py --voc
-	$(BIN)/python benchmarks/doei_gains.py --every-seed --limit 100
+	$(BIN)/python benchmarks/doei_gains.py --every-seed --limit 60
+	$(BIN)/python benchmarks/doei_scores.py
 	$(BIN)/python benchmarks/doei_cost.py
 	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/bulk.py kills memory rates

@@ -46,14 +46,10 @@ class Across:
 
 
 @dataclass(frozen=True)
-class Clean:
-    """A data set without the photos that a detector's boxes are drawn into.
-
-    Of `train` only the first ``tuned`` images are used, if it is given.
-    """
+class Part:
+    """Some images of a data set."""
 
     whole: DataSet
-    tuned: int | None = None
 
     @property
     def root(self) -> Path:
@@ -67,6 +63,16 @@ class Clean:
     def splits(self) -> tuple[str, ...]:
         return self.whole.splits
 
+
+@dataclass(frozen=True)
+class Clean(Part):
+    """A data set without the photos that a detector's boxes are drawn into.
+
+    Of `train` only the first ``tuned`` images are used, if it is given.
+    """
+
+    tuned: int | None = None
+
     def split(self, name: str) -> tuple[Sample, ...]:
         listed = self.root / "ImageSets" / "Segmentation" / "drawn_boxes.txt"
         drawn = set(listed.read_text().split())
@@ -75,20 +81,11 @@ class Clean:
 
 
 @dataclass(frozen=True)
-class Halves:
+class Halves(Part):
     """The first images of a split and the next ones, as splits of their own."""
 
-    whole: DataSet
     name: str
     images: int
-
-    @property
-    def root(self) -> Path:
-        return self.whole.root
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.whole.classes
 
     @property
     def splits(self) -> tuple[str, ...]:
