@@ -30,13 +30,14 @@ from camkit.photo import (
     load_photo as load_photo,
     photo_from_array as photo_from_array,
 )
-from camkit.pipeline import Pipeline as Pipeline, Result as Result, wrap as wrap
+from camkit.pipeline import Pipeline as Pipeline, wrap as wrap
 from camkit.refiners import (
     DenseCRF as DenseCRF,
     Propagate as Propagate,
     chain as chain,
     normalize_cam as normalize_cam,
 )
+from camkit.result import Result as Result
 from camkit.seeds import GradientSeed as GradientSeed, Views as Views
 from camkit.vocabulary import Vocabulary as Vocabulary
 

@@ -41,7 +41,15 @@ EXAMPLES = {
 
 ROOMS = {
     "From photo to mask": (
-        *("photo", "pipeline", "method", "method.Preset", "method.PRESETS", "method.CALIBRATED"),
+        *(
+            "photo",
+            "pipeline",
+            "result",
+            "method",
+            "method.Preset",
+            "method.PRESETS",
+            "method.CALIBRATED",
+        ),
         *("method.GRADIENT", "method.POOLED", "mask", "mask.power_threshold"),
         *("ops/images", "vocabulary", "grid"),
     ),

@@ -39,7 +39,8 @@ from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
 from camkit.paint import save_mask
 from camkit.photo import picture_from_file
-from camkit.pipeline import Pipeline, fits_a_byte, mask_legend
+from camkit.pipeline import Pipeline
+from camkit.result import fits_a_byte, mask_legend
 from camkit.seeds import PredictedClasses
 
 Entry = TypeVar("Entry")

@@ -19,7 +19,8 @@ from camkit.data import DataSet, Sample, demo_photos, open_dataset, read_mask
 from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
 from camkit.paint import contact_sheet, overlay_cam, overlay_mask, save_picture
-from camkit.pipeline import Pipeline, Result, wrap
+from camkit.pipeline import Pipeline, wrap
+from camkit.result import Result
 from camkit.score import class_iou, confusion_matrix, mean_iou
 
 EXAMPLES = """examples:
