@@ -44,7 +44,7 @@ from torch import nn
 from camkit.bulk.recipe import Recipe
 from camkit.bulk.running import run
 from camkit.bulk.sources import PhotoFolder
-from camkit.cli.run import TimmModel
+from camkit.cli.models import ModelSource
 from camkit.data import write_shapes
 from camkit.method import Method
 
@@ -52,7 +52,7 @@ from camkit.method import Method
 
 
 @cache
-def opened(model: TimmModel) -> nn.Module:
+def opened(model: ModelSource) -> nn.Module:
     return model()
 
 
@@ -60,7 +60,7 @@ def opened(model: TimmModel) -> nn.Module:
 class CachedModel:
     """Opens a model once, so that forked processes share it and kills hit the work."""
 
-    model: TimmModel
+    model: ModelSource
 
     def __call__(self) -> nn.Module:
         return opened(self.model)
@@ -97,7 +97,7 @@ def kills(photos: list[Path], work: Path, images: int = 500, count: int = 50) ->
     del photos  # drawn ones take less time
     recipe = bulk_recipe(64, crf=False)
     writing = replace(recipe.writing, cams="npz")
-    model, method = CachedModel(TimmModel(MODEL, 64)), Method(refine=())
+    model, method = CachedModel(ModelSource(MODEL)), Method(refine=())
     recipe = replace(recipe, model=model, method=method, writing=writing)
     write_shapes(work / "in", images)
     source = PhotoFolder(work / "in" / "JPEGImages")

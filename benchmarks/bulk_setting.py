@@ -8,8 +8,7 @@ from pathlib import Path
 
 from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.sources import PhotoFolder
-from camkit.cli.models import open_model
-from camkit.cli.run import TimmModel
+from camkit.cli.models import ModelSource, open_model
 from camkit.method import Method
 from camkit.refiners import DenseCRF, Normalize, Propagate
 
@@ -23,9 +22,9 @@ def bulk_recipe(size: int, *, crf: bool = True) -> Recipe:
     finish = (Normalize("minmax"), DenseCRF()) if crf else (Normalize("minmax"),)
     cams = "npz" if crf else "none"
     return Recipe(
-        TimmModel(MODEL, size),
+        ModelSource(MODEL),
         Method(refine=(Propagate(steps=2, blocks=6, balance=3),)),
-        loading=Loading(**vars(opened.photos)),
+        loading=Loading(**opened.photos.arguments()),
         writing=Writing(finish, background_score=0.5, cams=cams),
         vocabulary=opened.vocabulary,
         labels=(281, 207),

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class CamkitError(Exception):
@@ -26,3 +27,14 @@ def closest(name: str, known: Iterable[str]) -> str:
     folded = {candidate.casefold(): candidate for candidate in known}
     match = difflib.get_close_matches(name.casefold(), folded, n=1)
     return f"did you mean {folded[match[0]]!r}?" if match else f"known are {', '.join(known)}"
+
+
+def nearby(path: Path) -> str:
+    """Suggest the file or folder that was probably meant, as the end of an error; or nothing."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        parent = path.parent
+        return "" if parent.exists() or parent == path else f"; {parent} does not exist either"
+    match = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.with_name(match[0])}?" if match else ""

@@ -12,7 +12,7 @@ from torch import nn
 
 import camkit
 from camkit.bench import PhotoSettings, Variant, run
-from camkit.cli.models import OpenedModel
+from camkit.cli.models import ModelSource, OpenedModel
 from camkit.data import SHAPE_CLASSES, write_shapes
 from camkit.seeds.attention import class_gradients
 
@@ -44,7 +44,7 @@ def maps_of(method, model, photo, classes=(0, 2)):
 def test_figures_are_those_of_the_benchmark(model, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "CLASSES", SHAPE_CLASSES)
     dataset = write_shapes(tmp_path, 12, rng_seed=3)
-    opened = OpenedModel(model, SHAPES, PhotoSettings(size=96), source="")
+    opened = OpenedModel(model, SHAPES, PhotoSettings(size=96), "", ModelSource("drawn"))
     maps = peer_maps.chain(camkit.GradientSeed(), *BALANCED).build(model, SHAPES)
     best = peers.tune({("ours", None): maps}, peers.tasks(opened, dataset, dataset.split("train")))
     row = peers.Row(("ours", None), best["ours", None])

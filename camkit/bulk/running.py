@@ -145,16 +145,11 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         ValueError: settings contradict each other.
     """
     rank = rank or Rank()
-    if overwrite and rank.world > 1:
-        raise ValueError("several processes cannot overwrite a folder together; empty it instead")
-    if ray is not None and (rank.world > 1 or workers is not None or device is not None):
-        raise ValueError(
-            "a Ray cluster distributes the work itself; omit torchrun, `workers` and `device`, and "
-            "set `actors` and `gpus` of the RayEngine"
-        )
+    _check_sharing(rank, ray, overwrite=overwrite, set_here=(workers, device) != (None, None))
     cores = max(1, usable_cores() // rank.neighbours)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = device or (f"cuda:{rank.local % gpus}" if gpus else "cpu")
+    _check_cores(device, gpus, threads)
     if ray is None and device == "cpu" and threads is None:
         threads = max(1, cores // 2)
     workers = worker_count(workers, max(1, cores - (threads or 1)))
@@ -185,6 +180,27 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
                     journal.export()
         done, errors = journal.counts()
     return RunSummary(progress.written, progress.failed, progress.settled, done, errors)
+
+
+def _check_sharing(rank: Rank, ray: RayEngine | None, *, overwrite: bool, set_here: bool) -> None:
+    if overwrite and rank.world > 1:
+        raise ValueError("several processes cannot overwrite a folder together; empty it instead")
+    if ray is not None and (rank.world > 1 or set_here):
+        raise ValueError(
+            "a Ray cluster distributes the work itself; omit torchrun, `workers` and `device`, and "
+            "set `actors` and `gpus` of the RayEngine"
+        )
+
+
+def _check_cores(name: str, gpus: int, threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError(f"`threads` must be at least 1, got {threads}")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be cpu, cuda, cuda:1 or the like, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"`device` is {name}, but torch sees {gpus} GPUs here; choose another")
 
 
 class _Progress:

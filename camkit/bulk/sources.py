@@ -26,7 +26,7 @@ from camkit.bulk.items import (
 )
 from camkit.data import DataSet
 from camkit.data.folders import find_layout, open_dataset
-from camkit.errors import CamkitError, DataError
+from camkit.errors import CamkitError, DataError, nearby
 
 _MAX_LABEL_BYTES = 65536  # of a label file in a tar file
 
@@ -73,10 +73,19 @@ class PhotoFolder(_BelowRoot):
     classes: None = None
 
     def __iter__(self) -> Iterator[Item | Failure]:
-        return _walk(self.root, "", ())
+        return _walk(self.root, "", (), Counter())
+
+    def skipped(self) -> Counter[str]:
+        """Count the files that are not read, by their suffix; this lists the whole folder."""
+        suffixes = Counter[str]()
+        for _ in _walk(self.root, "", (), suffixes):
+            pass
+        return suffixes
 
 
-def _walk(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[Item | Failure]:
+def _walk(
+    folder: Path, prefix: str, above: tuple[str, ...], skipped: Counter[str]
+) -> Iterator[Item | Failure]:
     try:
         real = os.path.realpath(folder)
         with os.scandir(folder) as entries:
@@ -95,11 +104,13 @@ def _walk(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[Item | 
     stems = Counter(without_suffix(printable(name)) for name in photos)
     for name, is_folder in names:
         if is_folder:
-            yield from _walk(folder / name, f"{prefix}{name}/", (*above, real))
+            yield from _walk(folder / name, f"{prefix}{name}/", (*above, real), skipped)
         elif is_image(name):
             stem = without_suffix(printable(name))
             key = printable(prefix) + (stem if stems[stem] == 1 else printable(name))
             yield Item(key, FilePlace(folder / name))
+        else:
+            skipped[printable(PurePosixPath(name).suffix.lower()) or "without suffix"] += 1
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
@@ -462,7 +473,8 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
         known = ", ".join(get_args(SourceKind))
         raise ValueError(f"`kind` must be one of {known}, got {kind!r}")
     if not path.exists():
-        raise DataError(f"{path} does not exist; give a folder, a list or shards of images")
+        hint = nearby(path) or "; give a folder, a list or shards of images"
+        raise DataError(f"{path} does not exist{hint}")
     kind = _kind(path) if kind == "auto" else kind
     if kind == "folder":
         return PhotoFolder(path)

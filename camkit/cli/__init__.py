@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from camkit.errors import CamkitError, closest
+from camkit.errors import CamkitError, closest, nearby
 
 COMMANDS = {
     "demo": "Show camkit on real photos: a contact sheet, and mIoU before and after refinement.",
@@ -42,12 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _same_path():
             return int(options.execute(options))
-    except (CamkitError, ValueError, OSError) as error:
+    except OSError as error:
+        print(f"camkit: {_file_error(error)}", file=sys.stderr)
+        return 1
+    except (CamkitError, ValueError) as error:
         print(f"camkit: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("camkit: interrupted; finished results are kept", file=sys.stderr)
         return 1
+
+
+def _file_error(error: OSError) -> str:
+    """Say which file an error concerns, and which one was perhaps meant."""
+    if not isinstance(error.filename, str) or error.strerror is None:
+        return " ".join(str(error).split())
+    hint = nearby(Path(error.filename)) if isinstance(error, FileNotFoundError) else ""
+    return f"{error.filename}: {error.strerror}{hint}"
 
 
 def command_module(name: str) -> ModuleType:

@@ -25,7 +25,7 @@ from camkit.bench import (
     to_markdown,
 )
 from camkit.bench.evaluator import LabelSource
-from camkit.cli.models import add_model_arguments, open_model
+from camkit.cli.models import MODELS, add_model_arguments, open_named
 from camkit.cli.options import (
     GRAMMAR,
     METHOD_GRAMMAR,
@@ -45,11 +45,14 @@ EXAMPLES = f"""examples:
   camkit bench VOC2012 --seed gradient --refine "crf:psa | crf:clip_es" --html report.html
   camkit bench VOC2012 --seed gradient --edit doei --edit hop --out results.json
   camkit bench --config results.toml        repeat a benchmark
+  camkit bench photos --model mymodels:build --names names.txt        your own code, never cached
 
 DATASET is a folder in the layout of VOC, COCO or ImageNet-S, or a plain one (images, masks,
 labels.csv). Background scores and choices are picked on --tune-split only. Without --seed, the
 standard seeds are measured, each alone and after propagation. Chains joined by | are candidates, of
 which the best on the tuning split is reported.
+
+{MODELS}
 
 {METHOD_GRAMMAR}
 
@@ -174,7 +177,7 @@ def execute(options: argparse.Namespace) -> int:
             edit_blocks=settings["edit-blocks"] or None,
             by_stages=settings["stages"],
         )
-    opened = open_model(settings["model"], size=settings["size"])
+    opened = open_named(settings)
     print(f"model {settings['model']} from {opened.source}", file=sys.stderr)
     vocabulary = opened.vocabulary.subset(names)
     if not variants:
@@ -188,9 +191,11 @@ def execute(options: argparse.Namespace) -> int:
         tune_split=settings["tune-split"],
         photos=opened.photos,
         labels=labels,
+        call=opened.call,
         limit=settings["limit"],
         oracle_threshold=settings["oracle-threshold"],
-        cache=None if options.no_cache else options.cache or _cache_path(),
+        # the cache cannot tell when the user's code has changed
+        cache=None if options.no_cache or opened.own_code else options.cache or _cache_path(),
         quality=Quality() if settings["quality"] else None,
         outlines=settings["outlines"],
     )
@@ -205,6 +210,7 @@ def execute(options: argparse.Namespace) -> int:
             vocabulary=vocabulary,
             photos=opened.photos,
             labels=labels,
+            call=opened.call,
             count=options.examples,
         )
         options.html.parent.mkdir(parents=True, exist_ok=True)
@@ -240,6 +246,8 @@ def _with_file(flagged: dict[str, Any], path: Path) -> dict[str, Any]:
         raise CamkitError(
             f"{path} sets {', '.join(unknown)}; its options may be {', '.join(flagged)}"
         )
+    if type(content.get("size")) is int:
+        content["size"] = str(content["size"])
     for key, value in content.items():
         default = defaults[key.replace("-", "_")]
         kind = int if key == "limit" else str if default is None else type(default)

@@ -1,6 +1,7 @@
 """Segment photos: mask, overlay, maps and manifest of each into its own folder."""
 
 import argparse
+import shlex
 import sys
 from dataclasses import replace
 from itertools import chain, count
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from camkit.cli.models import add_model_arguments, open_model
+from camkit.cli.models import MODELS, add_model_arguments, open_named
 from camkit.cli.options import (
     GRAMMAR,
     METHOD_GRAMMAR,
@@ -17,7 +18,7 @@ from camkit.cli.options import (
     read_classes,
     refiners_help,
 )
-from camkit.errors import CamkitError
+from camkit.errors import CamkitError, DataError, nearby
 from camkit.method import REFINERS
 from camkit.pipeline import Pipeline
 
@@ -27,10 +28,14 @@ EXAMPLES = f"""examples:
   camkit cam bird.jpg --classes "junco, snowbird" --background-score 0.6
   camkit cam lap.jpg --classes 281,282        ImageNet outputs by index
   camkit cam cat.jpg --classes cat --seed gradcam:variant=layercam --refine propagate+crf
+  camkit cam cat.jpg --model vit_tiny_patch16_224 --checkpoint own.pth --names names.txt
+  camkit cam cat.jpg --model mymodels:build --names names.txt     a model that your code makes
 
 Names are ImageNet's own (any synonym) or the 20 of PASCAL VOC, each of which stands for several
 ImageNet outputs. A name that contains commas must be the only one. Without --classes, the most
 probable class is taken.
+
+{MODELS}
 
 {METHOD_GRAMMAR}
 
@@ -40,6 +45,9 @@ probable class is taken.
 """
 
 
+_OUT = Path("out/cam")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
@@ -47,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--out",
         type=Path,
-        default=Path("out/cam"),
+        default=_OUT,
         help="folder to write to, one sub-folder per photo (default: %(default)s)",
     )
     add(
@@ -61,12 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    opened = open_model(options.model, size=options.size, or_embedded=True)
+    _check_photos(options)
+    opened = open_named(vars(options), or_embedded=True)
     classes = None if options.classes is None else read_classes(opened.vocabulary, options.classes)
     method = method_of(options, opened)
     if options.background_score is not None:
         method = replace(method, background_score=options.background_score)
-    pipeline = Pipeline(opened.model, method, vocabulary=opened.vocabulary)
+    pipeline = Pipeline(opened.model, method, vocabulary=opened.vocabulary, call=opened.call)
 
     folders: dict[str, None] = {}  # one per photo; photos of the same name get numbers
     for path in options.images:
@@ -87,3 +96,28 @@ def execute(options: argparse.Namespace) -> int:
     if failed:
         print(f"camkit: {failed} of {len(pairs)} photos failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _check_photos(options: argparse.Namespace) -> None:
+    """Refuse folders, and paths of which none exists, before the model is opened."""
+    folder = next((path for path in options.images if path.is_dir()), None)
+    if folder is not None:
+        raise ValueError(f"{folder} is a folder; for all photos in it: {_as_run(options, folder)}")
+    if not any(path.exists() for path in options.images):
+        path = options.images[0]
+        raise DataError(f"{path} does not exist{nearby(path) or '; check the path'}")
+
+
+def _as_run(options: argparse.Namespace, folder: Path) -> str:
+    """Return the command that does with a folder what these options do with photos."""
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    words = ["camkit", "run", str(folder)]
+    given = vars(options) | {"out": "masks" if options.out == _OUT else options.out}
+    for name, value in given.items():
+        if name not in ("images", "execute") and value != defaults.get_default(name):
+            values = value if isinstance(value, list) else [value]
+            words += [
+                word for each in values for word in (f"--{name.replace('_', '-')}", str(each))
+            ]
+    return shlex.join(words)

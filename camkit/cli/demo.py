@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from camkit.bench import Variant, measure, to_markdown
-from camkit.cli.models import EMBEDDED, OpenedModel, add_model_arguments, data_folder, open_model
+from camkit.cli.models import EMBEDDED, OpenedModel, add_model_arguments, data_folder, open_named
 from camkit.cli.options import default_method
 from camkit.data import DataSet, Sample, demo_photos, open_dataset, read_mask
 from camkit.mask import to_mask
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     if options.photos < 1 or options.images < 1:
         raise ValueError("--photos and --images must be at least 1")
-    opened = open_model(options.model, size=options.size, or_embedded=True)
+    opened = open_named(vars(options), or_embedded=True)
     name = EMBEDDED if opened.embedded else options.model
     print(f"model {name} from {opened.source}", file=sys.stderr)
     folder = data_folder()

@@ -1,44 +1,45 @@
 """Report what camkit recognises in a model, what works on it, and the line to start with."""
 
 import argparse
-import importlib
 import re
-import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from camkit.capture.host import find_patch_embeddings
-from camkit.cli.models import DEFAULT_MODEL, create, known_architecture
+from camkit.cli.models import (
+    DEFAULT_MODEL,
+    MODELS,
+    ModelSource,
+    create,
+    explained,
+    known_architecture,
+    read_size,
+    source_of,
+)
 from camkit.diagnosis import diagnose
-from camkit.errors import CamkitError
 from camkit.manifest import environment
 from camkit.method import PRESETS
 from camkit.native.kernels import kernel_state
 from camkit.pipeline import wrap
-from camkit.seeds.views import ModelCall
+from camkit.seeds.views import ModelCall, stated_size
 
-EXAMPLES = """examples:
+EXAMPLES = f"""examples:
   camkit doctor
   camkit doctor vit_small_patch14_reg4_dinov2 --size 224
-  camkit doctor mymodels:build              (build() or a model, in mymodels.py or a package)
+  camkit doctor mymodels:build              (in mymodels.py or a package; imports and runs it)
+  camkit doctor vit_tiny_patch16_224 --checkpoint own.pth
 
-build() may also return (model, call): then the model is called by call(model, images), for a model
-that takes more than images.
+{MODELS}
 
-The answer does not depend on weights, so none are loaded.
+The answer does not depend on weights, so those of timm are not loaded.
 From Python: print(camkit.diagnose(model, images))"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default=DEFAULT_MODEL,
-        help="timm model name, or module:name of a model or of a function that returns one "
-        "(default: %(default)s)",
-    )
+    parser.add_argument("model", nargs="?", help=f"see below (default: {DEFAULT_MODEL})")
+    parser.add_argument("--model", dest="named", metavar="MODEL", help="the same")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights, to see whether they fit")
     parser.add_argument(
         "--class-tokens",
         type=positions,
@@ -53,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--size",
-        type=int,
-        help="side of the square test image in pixels (default: the model's own)",
+        help="side of the square test image in pixels, or ROWSxCOLS (default: the model's own)",
     )
 
 
@@ -75,24 +75,24 @@ def positions(text: str) -> list[int]:
 
 
 def execute(options: argparse.Namespace) -> int:
-    model: nn.Module
-    call: ModelCall | None = None
-    if ":" in options.model:
-        model, call = _from_code(options.model)
-    else:
-        model = create(known_architecture(options.model))
-    settings = getattr(model, "pretrained_cfg", None) or {}
-    side = options.size or int(settings.get("input_size", (3, 224, 224))[-1])
+    if options.model is not None and options.named is not None:
+        raise ValueError(f"{options.model} and --model {options.named} both name a model; give one")
+    source = source_of(options.named or options.model or DEFAULT_MODEL, options.checkpoint)
+    model, call = _open(source)
+    size = read_size(options.size) if options.size else _stated(model)
+    height, width = (size, size) if isinstance(size, int) else size
     channels = next((c.in_channels for c in find_patch_embeddings(model).values()), 3)
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(1, channels, side, side, generator=generator)
+    images = torch.rand(1, channels, height, width, generator=generator)
     roles = {"class_tokens": options.class_tokens, "other_tokens": options.other_tokens}
-    diagnosis = diagnose(model.eval(), images, call=call, **roles)
-    rows = {"name": f"{options.model}, tried with one image of {side}x{side}", **diagnosis.rows}
+    with explained(images.shape):
+        diagnosis = diagnose(model, images, call=call, **roles)
+    rows = {"name": f"{source.name}, tried with one image of {height}x{width}", **diagnosis.rows}
     if diagnosis.refusal is None:
         pipeline = wrap(model, call=call, **roles)
         rgb = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-        method = pipeline.decide(images * 2 - 1, rgb)
+        with explained(images.shape):
+            method = pipeline.decide(images * 2 - 1, rgb)
         default = repr(method.seed)
         if method.edit is not None:
             default += f" under {method.edit!r} of the last {method.edit_blocks} blocks"
@@ -109,23 +109,17 @@ def execute(options: argparse.Namespace) -> int:
     return 0 if diagnosis.refusal is None else 1
 
 
-def _from_code(place: str) -> tuple[nn.Module, ModelCall | None]:
-    """Return a model of the user's code, and how to call it if the code says so."""
-    module, _, name = place.partition(":")
-    folder = str(Path.cwd())
-    if folder not in sys.path:  # as `python -m` does
-        sys.path.insert(0, folder)
-    try:
-        value = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise CamkitError(f"{place}: {error}; expected module:name") from error
-    built = value() if callable(value) and not isinstance(value, nn.Module) else value
-    model, call = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
-    if not isinstance(model, nn.Module) or not (call is None or callable(call)):
-        parts = built if isinstance(built, tuple) else (built,)
-        kinds = ", ".join(type(part).__name__ for part in parts)
-        raise CamkitError(
-            f"{place} gave {kinds or 'nothing'}, expected a torch.nn.Module, or (model, call) "
-            "where call(model, images) runs it"
-        )
-    return model, call
+def _open(source: ModelSource) -> tuple[nn.Module, ModelCall | None]:
+    """Return a model, and how to call it if the user's code says so; timm's needs no weights."""
+    if source.kind == "timm" and source.checkpoint is None:
+        return create(known_architecture(source.bare)).eval(), None
+    return source.loaded.model, source.loaded.call
+
+
+def _stated(model: nn.Module) -> tuple[int, int]:
+    """Return the rows and columns that a model says it takes, or 224."""
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    if "input_size" in settings:
+        rows, cols = settings["input_size"][1:]
+        return rows, cols
+    return stated_size(model) or (224, 224)

@@ -105,7 +105,7 @@ def default_method(opened: OpenedModel) -> Method:
     rows, cols = (max(1, round(side / step)) * step for side in sides)
     grey = torch.linspace(0, 1, cols).expand(1, 3, rows, cols)
     pixels = grey[:, : opened.photos.channels] * 2 - 1
-    return wrap(opened.model).decide(pixels, grey)
+    return wrap(opened.model, call=opened.call).decide(pixels, grey)
 
 
 def read_classes(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:

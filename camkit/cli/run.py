@@ -2,21 +2,21 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from torch import nn
-
 from camkit.bulk import Item, read_labels
+from camkit.bulk.items import IMAGE_SUFFIXES, is_image
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import CamOutput, Loading, Recipe, Writing
 from camkit.bulk.running import rank_of, run
-from camkit.bulk.sources import Labelled, Source, SourceKind, open_source
+from camkit.bulk.sources import Labelled, PhotoFolder, Source, SourceKind, open_source
 from camkit.cli.mask import add_background, add_ignore_below, background_score
-from camkit.cli.models import add_model_arguments, open_model
+from camkit.cli.models import MODELS, add_model_arguments, open_named
 from camkit.cli.options import (
     add_method_arguments,
     method_of,
@@ -27,9 +27,11 @@ from camkit.cli.options import (
 )
 from camkit.data import COCO_CLASSES, VOC_CLASSES
 from camkit.data.labels import read_names
+from camkit.errors import CamkitError, closest, nearby
 from camkit.method import REFINERS
 from camkit.seeds import PredictedClasses
 
+_KNOWN = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
 _FIRST = PredictedClasses(0.5, "softmax")  # at most one class can have more than half
 
 EXAMPLES = f"""examples:
@@ -40,33 +42,16 @@ EXAMPLES = f"""examples:
   camkit run photos.parquet --key-column name --out masks
   torchrun --nproc-per-node 8 -m camkit run photos --out masks                 one GPU per process
   camkit run photos --out masks --engine ray --address auto --gpus 0.5         a cluster
+  camkit run photos --out masks --model vit_tiny_patch16_224 --checkpoint own.pth --names names.txt
+  camkit run photos --out masks --model mymodels:build                         your own code
 
 INPUT is a folder of photos, a list of paths, a data set in the layout of VOC, COCO or ImageNet-S, a
 folder of WebDataset tar files or of Parquet, or one such file. A journal in OUT records what is
 done: the same command does the rest, however the last one ended.
 
+{MODELS}
+
 {refiners_help(REFINERS)}"""
-
-
-@dataclass(frozen=True)
-class TimmModel:
-    """Opens a timm model with its weights, in any process.
-
-    Attributes:
-        name: of the model.
-        size: long side of photos, see `camkit.cli.models.open_model`.
-        opened: the model, if this process has opened it; copies in other processes do without.
-    """
-
-    name: str
-    size: int
-    opened: nn.Module | None = field(default=None, repr=False, compare=False)
-
-    def __call__(self) -> nn.Module:
-        return open_model(self.name, size=self.size).model if self.opened is None else self.opened
-
-    def __reduce__(self) -> tuple[type, tuple[str, int]]:
-        return TimmModel, (self.name, self.size)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +120,8 @@ def execute(options: argparse.Namespace) -> int:
         key=options.key_column,
         labels=options.label_column,
     )
+    photos, rank = source, rank_of(os.environ)
+    _check_input(options, source)
     source, labels = _labelled(source, options.labels)
     recipe = _recipe(options, source, labels)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the way clusters end a job
@@ -145,7 +132,7 @@ def execute(options: argparse.Namespace) -> int:
         device=options.device,
         workers=options.workers,
         threads=options.threads,
-        rank=rank_of(os.environ),
+        rank=rank,
         ray=cluster,
         overwrite=options.overwrite,
         retry=options.retry,
@@ -159,7 +146,39 @@ def execute(options: argparse.Namespace) -> int:
             "--retry tries them again",
             file=sys.stderr,
         )
+    if isinstance(photos, PhotoFolder) and rank.number == 0:
+        _name_skipped(photos)
     return 1 if summary.failed else 0
+
+
+def _check_input(options: argparse.Namespace, source: Source) -> None:
+    """Refuse an input without images, and results inside of it, which would become images."""
+    place, out = options.input, options.out.resolve()
+    if isinstance(source, PhotoFolder) and out.is_relative_to(place.resolve()):
+        raise ValueError(
+            f"--out {options.out} lies in {place}, so its masks would be taken for photos; choose "
+            "a folder outside of it"
+        )
+    if place.is_file() and is_image(place.name):
+        command = shlex.join(["camkit", "cam", str(place)])
+        raise ValueError(f"{place} is a single photo; give its folder, or use: {command}")
+    if next(iter(source), None) is None:
+        if isinstance(source, PhotoFolder):
+            _name_skipped(source)
+        raise CamkitError(f"{place} has no images; read are {', '.join(IMAGE_SUFFIXES)}")
+
+
+def _name_skipped(photos: PhotoFolder) -> None:
+    """Say how many files of a folder are not read, because of their suffixes."""
+    skipped = photos.skipped()
+    if skipped:
+        listed = ", ".join(f"{number} {suffix}" for suffix, number in skipped.most_common(8))
+        files = "file is" if skipped.total() == 1 else "files are"
+        print(
+            f"camkit: {skipped.total()} {files} not read ({listed}); "
+            f"read are {', '.join(IMAGE_SUFFIXES)}",
+            file=sys.stderr,
+        )
 
 
 def _labelled(source: Source, text: str | None) -> tuple[Source, PredictedClasses | None]:
@@ -172,15 +191,26 @@ def _labelled(source: Source, text: str | None) -> tuple[Source, PredictedClasse
     if text == "first":
         return source, _FIRST
     predicted = read_predicted(text)
+    if predicted is None and not Path(text).exists():
+        word = closest(text, ("dataset", "first", "predicted"))
+        hint = f"; {word}" if word.startswith("did you mean") else nearby(Path(text)) or f"; {word}"
+        raise ValueError(f"--labels {text}: no such file{hint}")
     return (Labelled(source, read_labels(text)), None) if predicted is None else (source, predicted)
+
+
+def _read_names(text: str) -> tuple[str, ...]:
+    path = Path(text)
+    if not path.exists():
+        hint = nearby(path) or f"; {closest(text, _KNOWN)}"
+        raise ValueError(f"--vocabulary {text}: no such file{hint}")
+    return tuple(read_names(path))
 
 
 def _recipe(options: argparse.Namespace, source: Source, labels: PredictedClasses | None) -> Recipe:
     """Open the model and return the recipe that the options describe."""
-    opened, names = open_model(options.model, size=options.size), source.classes
+    opened, names = open_named(vars(options)), source.classes
     if options.vocabulary is not None:
-        known = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
-        names = known.get(options.vocabulary) or tuple(read_names(Path(options.vocabulary)))
+        names = _KNOWN.get(options.vocabulary) or _read_names(options.vocabulary)
     vocabulary = opened.vocabulary if names is None else opened.vocabulary.subset(list(names))
     classes = None
     if options.classes is not None:
@@ -191,9 +221,9 @@ def _recipe(options: argparse.Namespace, source: Source, labels: PredictedClasse
     refine, finish = split_refiners(method.refine)
     score = background_score(options)
     return Recipe(
-        model=TimmModel(options.model, options.size, opened.model),
+        model=opened.opener,
         method=replace(method, refine=refine),
-        loading=Loading(**vars(opened.photos), max_pixels=options.max_pixels),
+        loading=Loading(**opened.photos.arguments(), max_pixels=options.max_pixels),
         writing=Writing(
             finish,
             method.background_score if score is None else score,
@@ -204,6 +234,7 @@ def _recipe(options: argparse.Namespace, source: Source, labels: PredictedClasse
         ),
         vocabulary=vocabulary,
         labels=labels if classes is None else classes,
+        call=opened.call,
         batch=options.batch,
         chunk=max(options.chunk, options.batch),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from camkit.data.camfiles import read_arrays
-from camkit.errors import DataError, closest
+from camkit.errors import DataError, closest, nearby
 
 VECTOR_FILES = ("cls_labels.npy", "cls_labels_onehot.npy")
 """File names that other codebases give to their label vectors."""
@@ -19,7 +19,11 @@ def read_text(path: Path) -> str:
     """Read a small UTF-8 file, with or without a byte order mark, or raise DataError."""
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        hint = nearby(path) if isinstance(error, FileNotFoundError) else ""
+        hint = hint or "; expected a UTF-8 text file"
+        raise DataError(f"{path} cannot be read ({error.strerror}){hint}") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read ({error}); expected a UTF-8 text file") from error
 
 
