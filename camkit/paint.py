@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Integer, UInt8, UInt16
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from camkit.errors import DataError
 from camkit.manifest import unfinished
-from camkit.mask import voc_palette
-from camkit.tensors import IGNORE
+from camkit.mask import voc_colour, voc_palette
+from camkit.tensors import IGNORE, IGNORE_16
 
 Picture: TypeAlias = UInt8[np.ndarray, "H W 3"]
 """Colours in 0..255, red first."""
@@ -27,13 +27,23 @@ _PAPER, _INK, _FAINT_INK = (248, 248, 246), (34, 34, 34), (96, 96, 96)
 _GAP, _MARGIN = 10, 20  # pixels
 
 
-def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: str | Path) -> None:
-    """Write a mask as a PNG whose pixel values are the ids, in the colours of PASCAL VOC.
+def save_mask(
+    mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"],
+    path: str | Path,
+    *,
+    bits: Literal[8, 16] = 8,
+) -> None:
+    """Write a mask as a PNG whose pixel values are the ids; the write is atomic.
 
-    The write is atomic.
+    Args:
+        mask: ids.
+        path: must end in ``.png``.
+        bits: 8 writes a palette PNG in the colours of PASCAL VOC, 16 a grey PNG of 16 bits, which
+            most viewers show almost black.
 
     Raises:
-        ValueError: the mask has ids outside of 0..255, or ``path`` does not end in ``.png``.
+        ValueError: the mask has ids outside of the range of ``bits``, or ``path`` does not end in
+            ``.png``.
         DataError: the folder does not exist.
     """
     path = Path(path)
@@ -41,8 +51,12 @@ def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: s
         raise ValueError(f"`path` must end in .png, which keeps ids exact, got {path.name}")
     if not path.parent.is_dir():
         raise DataError(f"{path} cannot be written: {path.parent} is not a folder; create it first")
-    image = Image.fromarray(_ids(mask))
-    image.putpalette(voc_palette())
+    ids = _ids(mask, highest=IGNORE if bits == 8 else IGNORE_16)
+    if bits == 8:
+        image = Image.fromarray(ids.astype(np.uint8))
+        image.putpalette(voc_palette())
+    else:
+        image = Image.fromarray(ids)
     with unfinished(path) as draft:
         image.save(draft, format="PNG")
 
@@ -63,22 +77,25 @@ def overlay_mask(
 
     Args:
         rgb: the photo.
-        mask: ids at photo size; 0 stays clear, 255 becomes light grey.
+        mask: ids at photo size, of 8 or 16 bits; 0 stays clear, 255 (65535 in masks that are not
+            uint8) becomes light grey.
         opacity: of the colours, in [0, 1]; 0.55 keeps texture visible under the darkest of them.
 
     Raises:
         ValueError: the sizes differ, or a value is out of range.
     """
-    ids = _ids(mask)
+    ids = _ids(mask, highest=IGNORE_16)
     _check(rgb, ids, opacity)
-    palette = np.array(voc_palette()).reshape(256, 3)
-    palette[IGNORE] = _LIGHT_GREY
+    ignore = IGNORE if ids.max() <= IGNORE else IGNORE_16
+    palette = np.zeros((int(ids.max()) + 1, 3), np.uint8)
+    for value in np.flatnonzero(np.bincount(ids.ravel())).tolist():
+        palette[value] = _LIGHT_GREY if value == ignore else voc_colour(value)
     colours = palette[ids]
     painted = np.where(ids[:, :, None] > 0, _mix(rgb, colours, opacity), rgb)
     reach = 1 + 2 * max(1, round(max(ids.shape) / 500))  # the line is thicker on larger photos
     square = np.ones((reach, reach), np.uint8)
     edge = (cv2.erode(ids, square) != ids) | (cv2.dilate(ids, square) != ids)
-    edge &= (ids > 0) & (ids < IGNORE)
+    edge &= (ids > 0) & (ids != ignore)
     painted = np.where(edge[:, :, None], _mix(colours, 255, 0.45), painted)
     return painted.round().astype(np.uint8)
 
@@ -163,16 +180,19 @@ def _to_array(values: Tensor | np.ndarray) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
 
 
-def _ids(mask: Tensor | np.ndarray) -> UInt8[np.ndarray, "H W"]:
+def _ids(mask: Tensor | np.ndarray, *, highest: int) -> UInt16[np.ndarray, "H W"]:
     ids = _to_array(mask)
     if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise ValueError(
             f"`mask` must hold integer ids in rows and columns, got {ids.dtype} of shape "
             f"{ids.shape}; pass one image of a batch"
         )
-    if ids.min() < 0 or ids.max() > IGNORE:
-        raise ValueError(f"`mask` must hold ids in 0..255, got {ids.min()} to {ids.max()}")
-    return np.ascontiguousarray(ids.astype(np.uint8))
+    if ids.min() < 0 or ids.max() > highest:
+        raise ValueError(
+            f"`mask` must hold ids in 0..{highest}, got {ids.min()} to {ids.max()}"
+            + ("; use bits=16" if highest == IGNORE else "")
+        )
+    return np.ascontiguousarray(ids.astype(np.uint16))
 
 
 def _check(rgb: np.ndarray, layer: np.ndarray, opacity: float) -> None:

@@ -84,7 +84,7 @@ def test_no_image_at_all_gives_no_mask():
 
 def test_class_253_is_the_last_that_fits():
     assert to_mask(row([0.9]), torch.tensor([[253]])).tolist() == [[[254]]]
-    with pytest.raises(ValueError, match="classes 0 to 253, got class 254; use classes=None"):
+    with pytest.raises(ValueError, match="0 to 253, got class 254; use bits=16, or classes=None"):
         to_mask(row([0.9]), torch.tensor([[254]]))
 
 

@@ -321,12 +321,12 @@ def test_a_dotted_path_names_any_class_or_function():
         (
             {"seed": GradientSeed},
             TypeError,
-            r"stages must be instances, .* got <class .*GradientSeed",
+            r"must be a seed, .* got the class GradientSeed; add brackets: GradientSeed\(\)",
         ),
         (
             {"refine": (Normalize(), Blur)},
             TypeError,
-            "stages must be instances, .* got <class .*Blur",
+            r"must be a refiner, .* got the class Blur; add brackets: Blur\(\)",
         ),
     ],
 )

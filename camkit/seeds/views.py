@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from inspect import signature
 from itertools import pairwise
 from math import lcm
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -75,6 +76,8 @@ class Views:
     antialias: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.scales, Real):
+            raise TypeError(f"`scales` must be a list such as (0.5, 1.0), got {self.scales!r}")
         object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
         if 1.0 not in self.scales or not all(0.0 < scale < float("inf") for scale in self.scales):
             raise ValueError(
