@@ -9,15 +9,17 @@ import torch
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.ops.confidence import Confidence, TanhAroundMean, amplify
 from camkit.ops.images import gaussian_blur
+from camkit.ops.scaling import rounding_of, scaled_to_max
 from camkit.ops.similarity import check_positive
-from camkit.seeds.protocol import scaled_to_max
 from camkit.tensors import Cam
 
 
 def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max", epsilon: float = 0.0) -> Cam:
     """Scale each map of each image to [0, 1]; negative scores count as zero.
 
-    A map without evidence becomes zero.
+    A map without evidence becomes zero: one without a positive score, or whose scores (with
+    ``"minmax"``, their differences) are no more than the rounding of its largest magnitude
+    (`camkit.ops.scaling.rounding_of`).
 
     Args:
         cam: class scores.
@@ -27,13 +29,15 @@ def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max", epsilon: 
             stay faint: 1e-5 in ToCo and AFA, 1e-7 in CLIP-ES, 1e-8 in MCTformer and WeakTr.
     """
     check_epsilon(epsilon)
+    rounding = rounding_of(cam)  # of the scores as they came, before anything is cut or subtracted
     cam = cam.clamp_min(0.0)
     if mode == "minmax":
         cam = cam - cam.amin((-2, -1), keepdim=True)
-    if epsilon:
-        top = cam.amax((-2, -1), keepdim=True) + epsilon
-        return cam / top.clamp_min(torch.finfo(cam.dtype).tiny)  # float16 has no 1e-8
-    return scaled_to_max(cam)
+    if not epsilon:
+        return scaled_to_max(cam, rounding=rounding)
+    top = cam.amax((-2, -1), keepdim=True)
+    # float16 has no 1e-8
+    return cam / (top + epsilon).clamp_min(torch.finfo(cam.dtype).tiny) * (top > rounding)
 
 
 def check_epsilon(epsilon: float) -> None:
