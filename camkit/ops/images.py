@@ -110,6 +110,8 @@ def gaussian_blur(maps: Float[Tensor, "b k H W"], width: float) -> Float[Tensor,
 
     Edges are repeated, and the kernel ends at three standard deviations.
     """
+    if not maps.numel():  # torch pads no images, but not images without classes
+        return maps.clone()
     reach = max(1, round(3 * width))
     steps = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
     kernel = (-(steps**2) / (2 * width**2)).softmax(0)

@@ -8,6 +8,7 @@ import torch
 
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.ops.confidence import Confidence, TanhAroundMean, amplify
+from camkit.ops.finite import check_finite
 from camkit.ops.images import gaussian_blur
 from camkit.ops.scaling import rounding_of, scaled_to_max
 from camkit.ops.similarity import check_positive
@@ -27,8 +28,12 @@ def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max", epsilon: 
             moves the smallest score to zero, as in MCTformer and ToCo.
         epsilon: added to the largest score before the division, so that maps with little evidence
             stay faint: 1e-5 in ToCo and AFA, 1e-7 in CLIP-ES, 1e-8 in MCTformer and WeakTr.
+
+    Raises:
+        ValueError: a score is NaN or infinite, or a setting is out of range.
     """
     check_epsilon(epsilon)
+    check_finite("cam", cam)
     rounding = rounding_of(cam)  # of the scores as they came, before anything is cut or subtracted
     cam = cam.clamp_min(0.0)
     if mode == "minmax":
@@ -87,6 +92,7 @@ class Amplify:
             raise ValueError(f"`strength` must lie in [0, 1), got {self.strength}")
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:  # noqa: ARG002 - as above
+        check_finite("cam", cam)
         return amplify(cam.flatten(2), self.rule, self.strength).view_as(cam).clamp(0, 1)
 
 
@@ -106,4 +112,5 @@ class Blur:
         check_positive("width", self.width)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:  # noqa: ARG002 - as above
+        check_finite("cam", cam)
         return gaussian_blur(cam, self.width)
