@@ -26,7 +26,11 @@ def variants() -> tuple[Variant, ...]:
     seed, best, minmax = lines["calibrated"], lines[BEST], CHAIN[1]
     lines["calibrated"] = seed = replace(seed, base=lines["gradient"])
     controls = tuple(
-        replace(best, name=f"control: calibrated + blur {width:g}", refine=(blur, minmax))
+        replace(
+            best,
+            name=f"control: calibrated + blur {width:g}",
+            method=replace(best.method, refine=(blur, minmax)),
+        )
         for width, blur in ((width, camkit.refiners.Blur(width)) for width in (1.0, 2.0))
     )
     lines[BEST] = best = replace(best, base=seed, controls=controls)
@@ -37,7 +41,13 @@ def variants() -> tuple[Variant, ...]:
         "DenseCRF, half size": camkit.refiners.AtReducedSize(crf, scale=0.5),
     }
     after = (
-        replace(best, name=f"{BEST} + {name}", refine=(*CHAIN, refiner), base=best, controls=())
+        replace(
+            best,
+            name=f"{BEST} + {name}",
+            method=replace(best.method, refine=(*CHAIN, refiner)),
+            base=best,
+            controls=(),
+        )
         for name, refiner in edges.items()
     )
     return (*lines.values(), *controls, *after)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from camkit.ops.finite import finite_range
 from camkit.tensors import IGNORE, IGNORE_16, Cam, Classes, Mask
 
 _TOLERANCE = 1e-4  # resizing and half precision may move a normalised map out of [0, 1] by this
@@ -66,7 +67,7 @@ def to_mask(
         0 for background, class + 1 (slot + 1 without ``classes``) elsewhere.
 
     Raises:
-        ValueError: a score or a class is out of range, or maps and classes do not match.
+        ValueError: a score or a class is out of range or NaN, or maps and classes do not match.
     """
     threshold = background_score
     if background == "power":
@@ -148,12 +149,11 @@ def strongest(
     """
     if cam.shape[1] == 0:
         raise ValueError("`cam` must hold at least one class map, got none; pad with class -1")
-    if cam.numel():
-        low, high = (float(value) for value in cam.detach().aminmax())
-        if not (low >= -_TOLERANCE and high <= 1.0 + _TOLERANCE):  # a NaN fails both
-            raise ValueError(
-                f"`cam` must lie in [0, 1] without NaN, got values from {low:.4g} to {high:.4g}; "
-                "normalise each map first"
-            )
+    low, high = finite_range("cam", cam) or (0.0, 0.0)
+    if low < -_TOLERANCE or high > 1.0 + _TOLERANCE:
+        raise ValueError(
+            f"`cam` must lie in [0, 1], got values from {low:.4g} to {high:.4g}; normalise each "
+            "map first"
+        )
     score, slot = (cam if classes is None else gate(cam, classes)).max(dim=1)
     return score, slot

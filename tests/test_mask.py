@@ -93,10 +93,16 @@ def test_more_slots_than_fit_are_refused():
         to_mask(torch.zeros(1, 255, 1, 1))
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), -0.01, 1.01])
+@pytest.mark.parametrize("wrong", [-0.01, 1.01])
 def test_a_cam_outside_its_range_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\] without NaN, .* normalise"):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got values from .* normalise"):
         to_mask(row([0.5, wrong]))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_cam_that_is_not_finite_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"must be finite, got \w+ in image 0, map 1"):
+        to_mask(row([0.5, 0.5], [0.5, wrong]))
 
 
 def test_rounding_past_the_range_is_accepted():

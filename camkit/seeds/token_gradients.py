@@ -10,6 +10,7 @@ from torch import Tensor
 
 from camkit.capture.record import Capture, SmoothGrad, TokenCall, WatchSpec
 from camkit.errors import CaptureError
+from camkit.ops.scaling import scaled_to_max
 from camkit.seeds.protocol import Seed, check_classes, class_score, fold_maps
 from camkit.tensors import Cam, Classes, Scores
 
@@ -195,8 +196,7 @@ class GradCAMSeed:
             maps.append(scores.clamp_min(0.0))
         if len(maps) == 1:
             return maps[0]
-        # the gradients of confident models are tiny, so only maps below 1e-12 count as empty
-        return torch.stack([m / m.amax(1, keepdim=True).clamp_min(1e-12) for m in maps]).mean(0)
+        return torch.stack([scaled_to_max(each, (1,)) for each in maps]).mean(0)
 
 
 @dataclass(frozen=True)

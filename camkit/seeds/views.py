@@ -22,7 +22,8 @@ from camkit.edits.handle import attach
 from camkit.edits.protocol import AnyEdit
 from camkit.errors import CamkitError, UnsupportedModelError
 from camkit.ops.images import resize_cam
-from camkit.seeds.protocol import Seed, scaled_to_max
+from camkit.ops.scaling import scaled_to_max
+from camkit.seeds.protocol import Seed
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
 
