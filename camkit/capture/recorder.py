@@ -81,6 +81,7 @@ class Recording(ForwardPass):
     leaving: list[TokenCall] = field(default_factory=list)
     class_paths: list[TokenCall] = field(default_factory=list)
     samples: list[NoisyForward] = field(default_factory=list)
+    images_given: Tensor | None = None
     class_query_only: bool = False
     activation: str = ""
     why_no_scores: str = ""
@@ -242,6 +243,8 @@ class Recorder(Subscriber[Recording]):
 
     def pass_begins(self, context: Recording) -> None:
         context.class_query_only = self._class_query_only
+        if self._spec.pixels and context.forward.images is not None:
+            context.images_given = context.forward.images.detach()
 
     def context_outside(self, module: nn.Module, tokens: Tensor | None) -> Recording | None:
         """Return the pass that attention outside a known forward belongs to.
@@ -460,7 +463,7 @@ class Recorder(Subscriber[Recording]):
     def _separate(self, forward: Forward[Recording]) -> None:
         """Give each pass the calls behind its blocks, as far as they can be told apart."""
         for turn in forward.passes:
-            turn.of_several = True
+            turn.of_several, turn.images_given = True, None
             turn.pooled = None if turn.pixels is None else small_pictures(turn.pixels)
         behind = [turn.tail for turn in forward.passes]
         tails = tails_of_passes(forward.passes, behind, self._observed)

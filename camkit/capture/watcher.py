@@ -220,6 +220,7 @@ class Watch:
             leaving=tuple(turn.leaving),
             class_paths=tuple(turn.class_paths),
             samples=tuple(turn.samples),
+            pixels=turn.images_given,
             class_query_only=turn.class_query_only,
             activation=turn.activation,
             why_no_scores=turn.why_no_scores,
