@@ -128,7 +128,7 @@ def public_names(room: str) -> list[str]:
 
 def _imported(path: Path) -> list[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return [f"{node.module}.{alias.name}" for node in imports for alias in node.names]
 
 

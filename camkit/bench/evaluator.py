@@ -24,7 +24,7 @@ from camkit.photo import Photo, PhotoSettings
 from camkit.refiners.normalize import normalize_cam
 from camkit.score import boundary_confusion, sweep_confusions
 from camkit.seeds.targets import PredictedClasses
-from camkit.seeds.views import ModelRunner, MultiViewReader, Views
+from camkit.seeds.views import ModelCall, ModelRunner, MultiViewReader, Views
 from camkit.tensors import Cam
 from camkit.vocabulary import Vocabulary
 
@@ -41,6 +41,7 @@ def variant_maps(
     classes: Int[Tensor, "1 k"],
     variants: Sequence[Variant],
     vocabulary: Vocabulary,
+    call: ModelCall | None = None,
 ) -> dict[Variant, Cam]:
     """Return the maps of every variant, in the sizes that their last refiners return.
 
@@ -53,6 +54,7 @@ def variant_maps(
         classes: classes of the vocabulary.
         variants: the methods to apply.
         vocabulary: class names, and the classifier outputs behind each.
+        call: as in `camkit.wrap`.
     """
     groups: dict[Any, list[Variant]] = {}
     for variant in variants:
@@ -66,7 +68,12 @@ def variant_maps(
     for (edit, blocks, _), group in groups.items():
         requires = WatchSpec() | required_by(*(variant.method.seed for variant in group))
         runner = ModelRunner(
-            model, requires=requires, edit=edit, edit_blocks=blocks, vocabulary=vocabulary
+            model,
+            requires=requires,
+            edit=edit,
+            edit_blocks=blocks,
+            vocabulary=vocabulary,
+            call=call,
         )
         with torch.no_grad():
             capture = runner(pixels, rgb)  # the forward that all refiners of the group see
@@ -121,6 +128,7 @@ class Evaluator:
         photos: how photos are prepared.
         labels: where image-level labels come from.
         cache: keeps measurements; None measures everything again.
+        call: as in `camkit.wrap`; with it nothing is cached, as its code cannot be compared.
     """
 
     model: nn.Module
@@ -129,11 +137,12 @@ class Evaluator:
     photos: PhotoSettings
     labels: LabelSource = "dataset"
     cache: ResultCache | None = None
+    call: ModelCall | None = None
 
     def __post_init__(self) -> None:
         self._fingerprints: dict[Variant, str | None] = {}
         self._setup = None  # without a fingerprint nothing is cached
-        if self.cache is not None:
+        if self.cache is not None and self.call is None:
             weights = weights_hash(self.model)
             if weights.startswith(UNKNOWN):  # other weights would get the same results
                 return
@@ -193,7 +202,8 @@ class Evaluator:
             names = self.vocabulary.names
             classes = tuple(index for index, name in enumerate(names) if name in present)
         else:
-            runner = ModelRunner(self.model, WatchSpec(), vocabulary=self.vocabulary)
+            spec, vocabulary = WatchSpec(), self.vocabulary
+            runner = ModelRunner(self.model, spec, vocabulary=vocabulary, call=self.call)
             with borrowed(self.model), torch.no_grad():
                 predicted = self.labels(runner(to_input(self.model, photo.pixels)))
             classes = tuple(sorted(index for index in predicted[0].tolist() if index >= 0))
@@ -205,7 +215,7 @@ class Evaluator:
         if not labelled.classes:
             return dict.fromkeys(variants, torch.zeros(1, 1, *size))
         photo, slots = labelled.photo, labelled.slots
-        maps = variant_maps(self.model, photo, slots, variants, self.vocabulary)
+        maps = variant_maps(self.model, photo, slots, variants, self.vocabulary, self.call)
         return {variant: resize_cam(cam, size).clamp(0, 1).cpu() for variant, cam in maps.items()}
 
     def _count(self, labelled: LabelledPhoto, cam: Cam, score: float | None) -> Counts:
