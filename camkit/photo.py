@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from camkit.errors import DataError
+from camkit.printing import short_repr
 from camkit.tensors import RGB, Pixels
 
 # PIL's exceptions for a broken file, depending on where it breaks
@@ -37,6 +38,8 @@ class Photo:
     rgb: RGB
     size: tuple[int, int]
     path: Path | None = None
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)

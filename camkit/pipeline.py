@@ -22,6 +22,7 @@ from camkit.mask import to_mask
 from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset
 from camkit.ops.images import resize_cam
 from camkit.photo import Photo
+from camkit.printing import short_repr
 from camkit.refiners.normalize import normalize_cam
 from camkit.refiners.protocol import Refiner
 from camkit.result import Result, fits_a_byte, mask_legend
@@ -347,3 +348,5 @@ class Stages:
     known: int
     method: Method
     passed_over: tuple[str, ...] = ()
+
+    __repr__ = short_repr

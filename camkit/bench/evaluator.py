@@ -21,6 +21,7 @@ from camkit.manifest import UNKNOWN, weights_hash
 from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
 from camkit.photo import Photo, PhotoSettings
+from camkit.printing import short_repr
 from camkit.refiners.normalize import normalize_cam
 from camkit.score import boundary_confusion, sweep_confusions
 from camkit.seeds.targets import PredictedClasses
@@ -104,6 +105,8 @@ class LabelledPhoto:
     truth: Int[Tensor, "H W"]
     classes: tuple[int, ...]
 
+    __repr__ = short_repr
+
     @property
     def slots(self) -> Int[Tensor, "1 k"]:
         """The classes as a tensor; one empty slot without classes."""
@@ -129,6 +132,8 @@ class Evaluator:
     photos: PhotoSettings
     labels: LabelSource = "dataset"
     cache: ResultCache | None = None
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         self._fingerprints: dict[Variant, str | None] = {}

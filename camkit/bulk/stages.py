@@ -40,6 +40,7 @@ from camkit.ops.images import resize_cam
 from camkit.paint import save_mask
 from camkit.photo import picture_from_file
 from camkit.pipeline import Pipeline
+from camkit.printing import short_repr
 from camkit.result import fits_a_byte, mask_legend
 from camkit.seeds import PredictedClasses
 
@@ -99,6 +100,8 @@ class ReadImage:
     size: tuple[int, int]
     classes: tuple[int, ...] | None
 
+    __repr__ = short_repr
+
     def __str__(self) -> str:
         return self.key
 
@@ -121,6 +124,8 @@ class Maps:
     by_class: bool
     row: dict[str, Any]
 
+    __repr__ = short_repr
+
     def __str__(self) -> str:
         return self.image.key
 
@@ -138,6 +143,8 @@ class ImageResult:
     key: str
     row: dict[str, Any]
     cam: Float[np.ndarray, "k h w"] | None = None
+
+    __repr__ = short_repr
 
 
 def chunks(entries: Iterable[Entry], size: int) -> Iterator[tuple[Entry, ...]]:

@@ -15,6 +15,7 @@ from camkit.capture.host import Host, block_modules
 from camkit.capture.modes import Graph, borrowed
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.printing import short_repr
 from camkit.torch_internals import is_compiled
 
 
@@ -29,6 +30,8 @@ class LayerRun:
 
     output: Any
     layers: tuple[Tensor, ...]
+
+    __repr__ = short_repr
 
 
 class Layers:

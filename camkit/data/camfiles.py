@@ -20,6 +20,7 @@ from camkit.data.unpickling import unpickle
 from camkit.errors import DataError
 from camkit.manifest import unfinished
 from camkit.ops.images import resize_cam
+from camkit.printing import short_repr
 
 CamForm: TypeAlias = Literal[
     "psa", "psa-crf", "irn", "toco", "clip-es", "both", "logits", "excel", "array"
@@ -65,6 +66,8 @@ class CamFile:
     cam: Float[Tensor, "k H W"]
     background: Float[Tensor, "H W"] | None
     form: CamForm
+
+    __repr__ = short_repr
 
 
 def read_cam(path: str | Path, *, classes: Sequence[int] | None = None) -> CamFile:
