@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from camkit.bench.cache import ResultCache, code_fingerprint, fingerprint
 from camkit.bench.protocol import Variant
@@ -24,6 +23,7 @@ from camkit.photo import Photo, PhotoSettings
 from camkit.printing import short_repr
 from camkit.refiners.normalize import normalize_cam
 from camkit.score import boundary_confusion, sweep_confusions
+from camkit.screen import progress
 from camkit.seeds.targets import PredictedClasses
 from camkit.seeds.views import ModelRunner, MultiViewReader, Views
 from camkit.tensors import Cam
@@ -153,7 +153,7 @@ class Evaluator:
     ) -> Iterator[tuple[str, dict[Variant, Counts]]]:
         """Yield name and counts of each image; append errors of unusable images to ``skipped``."""
         usable = 0
-        for sample in tqdm(samples, desc=title, unit="image", delay=2, mininterval=0.5):
+        for sample in progress(samples, desc=title, unit="image", mininterval=0.5):
             try:
                 counts = self.measure(sample, requests)
             except DataError as error:
