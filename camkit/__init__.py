@@ -37,7 +37,7 @@ from camkit.refiners import (
     chain as chain,
     normalize_cam as normalize_cam,
 )
-from camkit.result import Result as Result
+from camkit.result import Result as Result, show as show
 from camkit.seeds import GradientSeed as GradientSeed, Views as Views
 from camkit.vocabulary import Vocabulary as Vocabulary
 
