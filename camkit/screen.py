@@ -5,7 +5,10 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm import TqdmWarning
+with warnings.catch_warnings():
+    # in a notebook without ipywidgets, tqdm warns that its bars will be text
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from tqdm.auto import tqdm
 
 
 def in_notebook() -> bool:
@@ -15,18 +18,14 @@ def in_notebook() -> bool:
 
 
 def progress(items: Iterable[Any] | None = None, **settings: Any) -> Any:
-    """Return a progress bar of `tqdm.auto`: a widget, or text if notebooks have no ipywidgets.
+    """Return a progress bar of `tqdm.auto`: a widget in a notebook, text in a terminal.
 
-    There is no bar if standard error is neither a terminal nor a notebook, so that log files stay
-    readable.
+    There is no bar if standard error is neither of them, so that log files stay readable.
 
     Args:
         items: what to iterate over; None for a bar that the caller updates.
         settings: of tqdm. The bar appears after two seconds unless ``delay`` says otherwise.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TqdmWarning)  # text is all that is lost without ipywidgets
-        from tqdm.auto import tqdm
     # tqdm takes the standard error of a kernel for a file
     hidden = {"disable": False if in_notebook() else None}
     return tqdm(items, **{"delay": 2, **hidden, **settings})

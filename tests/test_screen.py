@@ -1,4 +1,4 @@
-"""Progress bars: text in a terminal or a notebook, nothing in a file."""
+"""Progress bars: text in a terminal or a notebook, nothing in a file; and results in a notebook."""
 
 import os
 import pty
@@ -29,24 +29,29 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 
 
 NOTEBOOK = (
-    "import sys, tqdm, warnings\n"
-    "sys.modules['ipywidgets'] = None\n"
-    "warnings.simplefilter('error', tqdm.TqdmWarning)",
-    "from camkit.screen import in_notebook, progress\n"
+    "import sys, warnings\nsys.modules['ipywidgets'] = None\nwarnings.simplefilter('always')\n"
+    "import camkit, camkit.data, tqdm.auto\nfrom camkit.screen import in_notebook, progress",
     "for _ in progress([1, 2], desc='photos', delay=0): pass",
     "print(in_notebook())",
+    "import numpy\nphoto = camkit.photo_from_array(numpy.zeros((32, 32, 3), 'uint8'), size=32)\n"
+    "result = camkit.wrap(camkit.data.demo_model())(photo, classes=[281])\nresult.show()",
+    "result",
 )
 
 
 @pytest.mark.slow
-def test_a_notebook_without_ipywidgets_gets_a_bar_of_text_and_no_warning():
+def test_a_notebook_shows_bars_and_results():
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, NOTEBOOK)))
     nbclient.NotebookClient(notebook, timeout=120).execute()
-    bar, answer = ("".join(part.text for part in cell.outputs) for cell in notebook.cells[1:])
-    assert "photos: 100%" in bar
-    assert answer == "True\n"
+    setup, bar, answer, shown, value = (cell.outputs for cell in notebook.cells)
+    assert "IProgress" not in "".join(part.text for part in setup)  # bars are text, without a word
+    assert "photos: 100%" in "".join(part.text for part in bar)
+    assert answer[0].text == "True\n"
+    for output in (shown[-1], value[-1]):
+        assert output.data["text/html"].startswith("<div")
+        assert output.data["text/plain"].startswith("Result(32x32: ")
 
 
 def test_a_script_is_not_a_notebook():
