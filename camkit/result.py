@@ -30,6 +30,8 @@ from camkit.paint import contact_sheet, overlay_cam, overlay_mask, save_mask, sa
 from camkit.photo import Photo, read_picture
 from camkit.screen import in_notebook
 
+_SHEET = 100  # results on one sheet: below 30,000 pixels high, which viewers still open
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -195,12 +197,12 @@ def show(results: Result | Sequence[Result], *, cell: int = 260) -> Image.Image:
     A notebook displays the sheet by itself; elsewhere call its ``show()`` or ``save(path)``.
 
     Args:
-        results: one or more.
+        results: one, or up to 100.
         cell: long side of each picture in pixels.
 
     Raises:
         TypeError: something else than results was given.
-        ValueError: there is no result.
+        ValueError: there is no result, or more than a picture can show.
     """
     listed = [results] if isinstance(results, Result) else list(results)
     for each in listed:
@@ -209,8 +211,11 @@ def show(results: Result | Sequence[Result], *, cell: int = 260) -> Image.Image:
                 f"`results` must hold what a pipeline returns, camkit.Result, got "
                 f"{type(each).__name__}"
             )
-    if not listed:
-        raise ValueError("`results` must hold at least one result, got none")
+    if not 1 <= len(listed) <= _SHEET:
+        raise ValueError(
+            f"`results` must hold 1 to {_SHEET} results, got {len(listed)}; show a part of them, "
+            f"such as results[:{_SHEET}]"
+        )
     rows = []
     for result in listed:
         photo = shrink(result._present(), cell)

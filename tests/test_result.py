@@ -394,10 +394,15 @@ def test_a_result_without_any_class_is_shown(result):
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ([], ValueError, "at least one result, got none"),
+        ([], ValueError, "1 to 100 results, got 0"),
         (["cat.jpg"], TypeError, "what a pipeline returns, camkit.Result, got str"),
     ],
 )
 def test_a_sheet_of_anything_else_is_refused(no_shape_checks, given, error, words):
     with pytest.raises(error, match=words):
         show(given)
+
+
+def test_a_sheet_has_a_greatest_length(result):
+    with pytest.raises(ValueError, match=r"1 to 100 results, got 101; .* results\[:100\]"):
+        show([result] * 101)
