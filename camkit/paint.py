@@ -18,6 +18,9 @@ from camkit.tensors import IGNORE, IGNORE_16
 Picture: TypeAlias = UInt8[np.ndarray, "H W 3"]
 """Colours in 0..255, red first."""
 
+Colour: TypeAlias = tuple[int, int, int]
+"""Red, green and blue in 0..255."""
+
 _Cell: TypeAlias = UInt8[np.ndarray, "_ _ 3"]  # in a table, each picture may have its own size
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -65,6 +68,14 @@ def save_picture(rgb: Picture, path: str | Path) -> None:
     """Write a picture as a PNG; the write is atomic."""
     with unfinished(Path(path)) as draft:
         Image.fromarray(rgb).save(draft, format="PNG")
+
+
+def mask_colour(value: int) -> Colour:
+    """Return the colour that `overlay_mask` paints a value of a mask with, at full opacity."""
+    red, green, blue = overlay_mask(
+        np.zeros((5, 5, 3), np.uint8), np.full((5, 5), value), opacity=1.0
+    )[2, 2].tolist()
+    return red, green, blue
 
 
 def overlay_mask(
@@ -136,6 +147,7 @@ def contact_sheet(
     *,
     titles: Sequence[str],
     captions: Sequence[str] = (),
+    legends: Sequence[Sequence[tuple[Colour, str]]] = (),
     cell: int = 260,
 ) -> Picture:
     """Arrange pictures in a table.
@@ -146,21 +158,24 @@ def contact_sheet(
         rows: the pictures, one per title in each row.
         titles: one for each column.
         captions: one for each row, written above it; or none.
+        legends: colours and names for each row, written behind its caption; or none.
         cell: width of a cell in pixels and its greatest height; 260 puts five columns on a screen.
 
     Raises:
-        ValueError: rows, titles and captions do not match, or cells are below 32 pixels.
+        ValueError: rows, titles, captions and legends do not match, or cells are below 32 pixels.
     """
     _check_table(rows, titles, captions, cell)
+    if legends and len(legends) != len(rows):
+        raise ValueError(f"got {len(legends)} legends for {len(rows)} rows; give one for each")
     fitted = [[_fit(picture, cell) for picture in row] for row in rows]
     heights = [max(picture.height for picture in row) for row in fitted]
     title_font = ImageFont.load_default(size=max(11, cell // 16))
     caption_font = ImageFont.load_default(size=max(10, cell // 19))
     boxes = [font.getbbox("\u00c1gj") for font in (title_font, caption_font)]
     head, foot = (round(bottom - top) + _GAP for _, top, _, bottom in boxes)
-    foot = foot if captions else 0
+    foot = foot if captions or legends else 0
     inner = len(titles) * (cell + _GAP) - _GAP
-    between = foot + _GAP + (_GAP // 2 if captions else 0)
+    between = foot + _GAP + (_GAP // 2 if foot else 0)
     size = (inner + 2 * _MARGIN, head + sum(heights) + len(rows) * between + 2 * _MARGIN - _GAP)
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -168,12 +183,38 @@ def contact_sheet(
     for left, title in zip(lefts, titles, strict=True):
         short = _shorten(title, title_font, cell)
         draw.text((left + cell // 2, _MARGIN), short, _INK, title_font, anchor="ma")
-    for index, (row, caption) in enumerate(zip(fitted, captions or [""] * len(rows), strict=True)):
+    captions, legends = captions or [""] * len(rows), legends or [()] * len(rows)
+    for index, (row, caption, legend) in enumerate(zip(fitted, captions, legends, strict=True)):
         top = _MARGIN + head + sum(heights[:index]) + index * between
-        draw.text((_MARGIN, top), _shorten(caption, caption_font, inner), _FAINT_INK, caption_font)
+        short = _shorten(caption, caption_font, inner // 2 if legend else inner)
+        draw.text((_MARGIN, top), short, _FAINT_INK, caption_font)
+        left = _MARGIN + round(caption_font.getlength(short)) + (2 * _GAP if short else 0)
+        _draw_legend(draw, legend, caption_font, (left, top), _MARGIN + inner)
         for left, picture in zip(lefts, row, strict=True):
             sheet.paste(picture, (left + (cell - picture.width) // 2, top + foot))
     return np.array(sheet)
+
+
+def _draw_legend(
+    draw: ImageDraw.ImageDraw,
+    legend: Sequence[tuple[Colour, str]],
+    font: _Font,
+    start: tuple[int, int],
+    end: int,
+) -> None:
+    """Write names behind squares of their colours, as many as fit into the line."""
+    left, top = start
+    _, high, _, low = font.getbbox("X")
+    side = round(low - high) + 1
+    for colour, name in legend:
+        width = side + _GAP // 2 + round(font.getlength(name))
+        if left + width > end:
+            draw.text((left, top), "...", _FAINT_INK, font)
+            return
+        box = (left, top + round(high), left + side, top + round(high) + side)
+        draw.rectangle(box, colour, _FAINT_INK)
+        draw.text((left + side + _GAP // 2, top), name, _INK, font)
+        left += width + 2 * _GAP
 
 
 def _to_array(values: Tensor | np.ndarray) -> np.ndarray:

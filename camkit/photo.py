@@ -16,6 +16,7 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageOps
 
 from camkit.errors import DataError
+from camkit.printing import short_repr
 from camkit.tensors import RGB, Pixels
 
 # PIL's exceptions for a broken file, depending on where it breaks
@@ -39,6 +40,8 @@ class Photo:
     size: tuple[int, int]
     path: Path | None = None
     original: UInt8[np.ndarray, "R S 3"] | None = field(default=None, repr=False)
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)

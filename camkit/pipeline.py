@@ -25,6 +25,7 @@ from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset, read_refine
 from camkit.names import read_vocabulary, vocabulary_of
 from camkit.ops.images import resize_cam
 from camkit.photo import Photo, PhotoSettings
+from camkit.printing import short_repr
 from camkit.refiners.normalize import normalize_cam
 from camkit.refiners.protocol import Refiner
 from camkit.result import Result, mask_bits
@@ -419,6 +420,15 @@ class Pipeline:
         return method.settings() | {"model": type(self.model).__name__} | provenance(self.model)
 
     def __repr__(self) -> str:
+        """Return one line that names the stages; `print` shows every setting."""
+        name, method = type(self.model).__name__, self._method
+        if method is None:
+            return f"Pipeline({name}, method decided at the first photo)"
+        stages = (method.seed, method.edit, *method.refine)
+        words = [_stage_name(stage) for stage in stages if stage is not None]
+        return f"Pipeline({name}, {', '.join(words)}, background_score={method.background_score})"
+
+    def __str__(self) -> str:
         name = type(self.model).__name__
         if self._method is not None:
             reasons = "".join(f"\n  not {reason}" for reason in self._passed_over)
@@ -426,6 +436,10 @@ class Pipeline:
         candidates = "".join(f"\n  {preset.method!r}" for preset in self._presets)
         choice = "method decided at the first photo: the first of these that the model supports"
         return f"Pipeline({name}, {choice}{candidates})"
+
+
+def _stage_name(stage: object) -> str:
+    return getattr(stage, "__name__", type(stage).__name__)
 
 
 def _legend(
@@ -469,3 +483,5 @@ class Stages:
     values: tuple[tuple[int, ...], ...]
     method: Method
     passed_over: tuple[str, ...] = ()
+
+    __repr__ = short_repr

@@ -40,6 +40,7 @@ from camkit.ops.images import resize_cam
 from camkit.paint import save_mask
 from camkit.photo import picture_from_file
 from camkit.pipeline import Pipeline
+from camkit.printing import short_repr
 from camkit.result import mask_bits
 from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
@@ -100,6 +101,8 @@ class ReadImage:
     size: tuple[int, int]
     classes: tuple[int, ...] | None
 
+    __repr__ = short_repr
+
     def __str__(self) -> str:
         return self.key
 
@@ -124,6 +127,8 @@ class Maps:
     bits: Literal[8, 16]
     row: dict[str, Any]
 
+    __repr__ = short_repr
+
     def __str__(self) -> str:
         return self.image.key
 
@@ -141,6 +146,8 @@ class ImageResult:
     key: str
     row: dict[str, Any]
     cam: Float[np.ndarray, "k h w"] | None = None
+
+    __repr__ = short_repr
 
 
 def chunks(entries: Iterable[Entry], size: int) -> Iterator[tuple[Entry, ...]]:

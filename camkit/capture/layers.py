@@ -16,6 +16,7 @@ from camkit.capture.host import Host, block_modules
 from camkit.capture.modes import Graph, borrowed
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.printing import short_repr
 from camkit.torch_internals import is_compiled
 
 
@@ -44,6 +45,8 @@ class LayerRun:
 
     output: Any
     layers: tuple[Tensor, ...]
+
+    __repr__ = short_repr
 
 
 class Layers:

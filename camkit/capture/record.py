@@ -14,6 +14,7 @@ from camkit.capture.tail import TailCall, patch_scores
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import check_rgb
+from camkit.printing import short_repr
 from camkit.tensors import RGB, Scores
 from camkit.vocabulary import Vocabulary
 
@@ -140,6 +141,8 @@ class TokenCall:
     sequence_first: bool = False
     attention: Attention | None = None
 
+    __repr__ = short_repr
+
     @property
     def tokens(self) -> Float[Tensor, "b t d"]:
         return self.batch_first(self.node)
@@ -160,6 +163,8 @@ class NoisyForward:
 
     entering: tuple[TokenCall, ...]
     outputs: Float[Tensor, "b o"] | None
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +262,8 @@ class Capture:
     rgb: RGB | None = None
     vocabulary: Vocabulary | None = None
     custom: int = 0
+
+    __repr__ = short_repr
 
     @classmethod
     def of_picture(cls, rgb: RGB) -> "Capture":

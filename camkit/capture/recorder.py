@@ -36,6 +36,7 @@ from camkit.capture.session import (
 )
 from camkit.capture.tail import TailCall, is_classifier, tokens_of
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.printing import short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,8 @@ class Recording(ForwardPass):
     class_query_only: bool = False
     activation: str = ""
     why_no_scores: str = ""
+
+    __repr__ = short_repr
 
     def described(self) -> str:
         """Say which images the pass was over, and through which modules."""

@@ -21,6 +21,7 @@ from camkit.errors import DataError
 from camkit.manifest import unfinished
 from camkit.ops.finite import check_finite, finite_range
 from camkit.ops.images import resize_cam
+from camkit.printing import short_repr
 
 CamForm: TypeAlias = Literal[
     "psa", "psa-crf", "irn", "toco", "clip-es", "both", "logits", "excel", "array"
@@ -66,6 +67,8 @@ class CamFile:
     cam: Float[Tensor, "k H W"]
     background: Float[Tensor, "H W"] | None
     form: CamForm
+
+    __repr__ = short_repr
 
 
 def read_cam(path: str | Path, *, classes: Sequence[int] | None = None) -> CamFile:

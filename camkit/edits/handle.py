@@ -48,6 +48,7 @@ from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import Normalisation
 from camkit.ops.paired import PairBias
+from camkit.printing import short_repr
 from camkit.tensors import RGB, Labels
 from camkit.torch_internals import is_compiled
 
@@ -231,6 +232,8 @@ class EditedPass(ForwardPass):
     labels: Labels | None = None
     side: Tensor | None = None
     strength: float = 1.0
+
+    __repr__ = short_repr
 
 
 _DOUBT = (

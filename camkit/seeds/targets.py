@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camkit.capture.record import Capture, required_by
+from camkit.printing import short_repr
 from camkit.seeds.protocol import Seed, check_classes
 from camkit.seeds.text import TextClasses
 from camkit.tensors import Cam, Classes, Scores
@@ -95,6 +96,8 @@ class Targets:
     slots: Classes | None
     functions: tuple[Score, ...] = ()
     rule: Callable[[Capture], Classes] | None = None
+
+    __repr__ = short_repr
 
     def classes(self, capture: Capture) -> Classes:
         """Return the padded classes; custom scores are numbered behind the last known class.

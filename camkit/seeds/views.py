@@ -23,6 +23,7 @@ from camkit.edits.protocol import AnyEdit
 from camkit.errors import CamkitError, UnsupportedModelError
 from camkit.ops.images import resize_cam
 from camkit.ops.scaling import scaled_to_max
+from camkit.printing import short_repr
 from camkit.seeds.protocol import Seed
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
@@ -150,6 +151,8 @@ class ModelRunner:
     call: ModelCall | None = None
     facts: ModelFacts = NO_FACTS
 
+    __repr__ = short_repr
+
     def __call__(self, pixels: Pixels, rgb: RGB | None = None) -> Capture:
         seen = watch(
             self.model,
@@ -254,6 +257,8 @@ class MultiViewReader:
     pixels: Pixels
     rgb: RGB | None
     capture: Capture
+
+    __repr__ = short_repr
 
     def seeds(self, classes: Classes, requests: Sequence[Request]) -> dict[Request, Cam]:
         """Return the maps of each seed, joined over its views.
