@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -174,6 +175,35 @@ def public_names(module):
     tree = ast.parse(inspect.getsource(module))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     return [alias.asname for node in imports for alias in node.names if alias.asname == alias.name]
+
+
+@pytest.fixture(scope="module")
+def make_site():
+    spec = importlib.util.spec_from_file_location("make_site", ROOT / "docs" / "make_site.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_public_name_has_a_place_in_the_api_pages(make_site):
+    text = "\n".join(make_site.reference().values())
+    shown = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    public = {name for name in exported() if not name.startswith("camkit.native.")}
+    assert public - set(shown) == set()
+
+
+def test_pages_that_load_from_the_network_or_link_to_nothing_are_found(make_site, tmp_path):
+    (tmp_path / "api").mkdir()
+    (tmp_path / "index.html").write_text('<a href="api/a.html#b"> <a href=".">', "utf-8")
+    text = '<a href="../index.html"><a href="b.html"><img src="c.png"><a href="https://d.org">'
+    (tmp_path / "api" / "a.html").write_text(text + '<script src="https://e.org/f.js">', "utf-8")
+    place = Path("api", "a.html")
+    assert sorted(make_site.broken(tmp_path)) == [
+        f"{place} links to b.html, which does not exist",
+        f"{place} links to c.png, which does not exist",
+        f"{place} would load https://e.org/f.js; put it into docs/",
+    ]
 
 
 def test_every_public_name_and_method_has_a_docstring():
