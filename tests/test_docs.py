@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,6 +20,9 @@ from PIL import Image
 import camkit
 from camkit.cli import COMMANDS
 from camkit.data import draw_shapes, write_cam, write_shapes
+
+sys.path.append(str(ROOT / "benchmarks"))
+import gain_tables
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 QUOTED = re.compile(r"`([^`]+)`")
@@ -127,6 +131,17 @@ def test_links_are_well_formed():
                 )
             elif page.name == "README.md" and parts.path:  # mkdocs checks links in docs/
                 assert (ROOT / parts.path).exists(), f"README.md: {target}"
+
+
+@pytest.mark.parametrize("page", gain_tables.PAGES)
+def test_tables_of_gains_are_those_of_the_committed_results(page):
+    text = (ROOT / page).read_text("utf-8")
+    assert gain_tables.with_tables(page, text) == text
+
+
+def test_a_page_without_the_comments_around_its_table_is_refused():
+    with pytest.raises(ValueError, match="once each"):
+        gain_tables.with_tables("README.md", "no comments")
 
 
 def test_error_messages_in_gotchas_occur_in_the_code():
