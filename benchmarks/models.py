@@ -26,8 +26,8 @@ HEAD = """# Which models work
 random weights and runs `camkit.diagnose` on it. The tests compare the captured attention of each
 model with its own un-fused maps, and edits with the same change made by hand. {versions}.
 
-To check your own model, run `camkit doctor TIMM_NAME`, `camkit doctor mymodule:build`, or
-`print(camkit.diagnose(model, images))`.
+To check your own model, run `camkit doctor TIMM_NAME`, `camkit doctor mymodule:build`,
+`camkit doctor hf:FOLDER`, or `print(camkit.diagnose(model, images))`.
 
 - **path**: how camkit reads attention. *sdpa*: from the q and k of the fused kernel, which stays
   on. *softmax*: the model computes its attention map itself. *mha*: `multi_head_attention_forward`,

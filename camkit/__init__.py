@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         chain as chain,
         normalize_cam as normalize_cam,
     )
-    from camkit.result import Result as Result
+    from camkit.result import Result as Result, show as show
     from camkit.seeds import GradientSeed as GradientSeed, Views as Views
     from camkit.vocabulary import Vocabulary as Vocabulary
 
@@ -66,7 +66,7 @@ _MODULES = {  # of each name above; imported on first use, so that `camkit --hel
     "photo": ("Photo", "load_photo", "photo_from_array"),
     "pipeline": ("Pipeline", "wrap"),
     "refiners": ("DenseCRF", "Propagate", "chain", "normalize_cam"),
-    "result": ("Result",),
+    "result": ("Result", "show"),
     "seeds": ("GradientSeed", "Views"),
     "vocabulary": ("Vocabulary",),
 }

@@ -31,6 +31,8 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 def nearby(path: Path) -> str:
     """Suggest the file or folder that was probably meant, as the end of an error; or nothing."""
+    if path.exists():
+        return ""
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:

@@ -1,6 +1,7 @@
 """The command line: what it writes, what it says, and how it ends."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,62 @@ def test_a_corrupt_photo_does_not_stop_the_others(tmp_path, capsys, place):
     error = capsys.readouterr().err
     assert "broken.png cannot be read as an image" in error
     assert "1 of 3 photos failed" in error
+
+
+def test_a_folder_is_led_to_the_command_for_folders(tmp_path, capsys):
+    photo(tmp_path / "my photos" / "a.png")
+    words = ["--classes", "cat", "--refine", "blur:2", "--refine", "crf"]
+    assert cam("my photos", *words) == 1
+    _, command = one_line(capsys).split(" is a folder; for all photos in it: ")
+    assert command.strip() == (
+        "camkit run 'my photos' --classes cat --out masks --refine blur:2 --refine crf "
+        f"--model {NAME}.test --size 64"
+    )
+    assert main(shlex.split(command)[1:] + ["--workers", "0"]) == 0
+    assert (tmp_path / "masks" / "masks" / "a.png").is_file()
+
+
+def test_a_misspelt_photo_is_told_before_the_model_is_opened(tmp_path, capsys):
+    photo(tmp_path / "cat.jpg")
+    assert cam("cat.jgp", tag="nothing") == 1
+    assert one_line(capsys) == "camkit: cat.jgp does not exist; did you mean cat.jpg?\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("bench shaeps", "shaeps is not a folder; did you mean shapes?"),
+        ("bench --config nmes.txt", "nmes.txt: No such file or directory; did you mean names.txt?"),
+        ("bench --config shapes", "shapes: Is a directory"),
+        ("data check names.txt", "names.txt is not a folder; name the folder that holds"),
+        ("data check empty", "is no known data set: expected JPEGImages/"),
+        ("data check shapes --split vla", "must be a split of the data set, got 'vla'; did you"),
+        ("refine empty --images shapes --refine blur --out r", "empty holds no CAM files"),
+        ("refine names.txt --images shapes --refine blur --out r", "names.txt is not a folder"),
+        ("refine cams --images shaeps --refine blur --out r", "did you mean shapes?"),
+        ("refine cams --images shapes --refine bulr --out r", "did you mean 'blur'?"),
+        ("mask cams --out r --workers -2", "`workers` must be at least 0, got -2"),
+        ("mask cams --out r --list empty.txt", "empty.txt is empty; expected one image name"),
+        ("eval empty --gt shapes", "empty holds no masks (.png) directly within it"),
+        ("eval names.txt --gt shapes", "names.txt is not a folder; give the folder of the masks"),
+        ("eval shapes/SegmentationClass --gt shaeps", "did you mean shapes?"),
+        ("demo --photos 0", "--photos and --images must be at least 1"),
+        ("doctor demo --size 31", "cannot be run on images of shape (1, 3, 31, 31)"),
+        ("cam a.png --refine json.JSONDecoder", "must be a refiner"),
+        ("build-kernels --arch 7", "must be 80 or newer, got 7"),
+    ],
+)
+def test_wrong_files_and_values_are_told_in_one_line(tmp_path, capsys, words, expected):
+    write_shapes(tmp_path / "shapes", 8)
+    photo(tmp_path / "a.png")
+    for name in ("empty", "cams"):
+        (tmp_path / name).mkdir()
+    np.save(tmp_path / "cams" / "a.npy", np.zeros((1, 2, 2), np.float32))
+    (tmp_path / "names.txt").write_text("cat\n")
+    (tmp_path / "empty.txt").touch()
+    model = ["--model", f"{NAME}.test"] if words.startswith("cam") else []
+    assert main([*words.split(), *model]) == 1
+    assert expected in one_line(capsys)
 
 
 def test_photos_of_one_name_get_folders_of_their_own(tmp_path):
@@ -378,14 +435,17 @@ def test_doctor_calls_a_model_as_its_builder_says(tmp_path, capsys):
     ("place", "words"),
     [
         ("nowhere_at_all:build", "No module named 'nowhere_at_all'; expected module:name"),
-        ("json:build", "module 'json' has no attribute 'build'; expected module:name"),
+        ("json:laod", "module 'json' has no attribute 'laod'; did you mean load?"),
         ("json:JSONDecoder", "gave JSONDecoder, expected a torch.nn.Module, or (model, call)"),
         ("json:__all__", "gave list, expected a torch.nn.Module"),
     ],
 )
 def test_doctor_says_what_it_expected_where_a_model_should_be(place, words, capsys):
     assert main(["doctor", place]) == 1
-    assert words in one_line(capsys)
+    said, error = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"importing {place} from ")
+    assert error.startswith("camkit: ")
+    assert words in error
 
 
 def test_demo_paints_a_sheet_and_writes_its_table(monkeypatch, tmp_path, capsys, weights):
@@ -426,8 +486,16 @@ def test_models_that_do_not_exist_are_told_without_asking_the_hub(capsys, tmp_pa
     assert words in one_line(capsys)
 
 
-@pytest.mark.parametrize("content", ["broken", "of another model"])
-def test_weights_that_do_not_fit_are_told_by_their_file(monkeypatch, tmp_path, capsys, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("broken", "cannot be read as weights"),
+        ("of another model", f"does not fit {NAME}: missing cls_token, pos_embed"),
+    ],
+)
+def test_weights_that_do_not_fit_are_told_by_their_file(
+    monkeypatch, tmp_path, capsys, content, words
+):
     (tmp_path / "weights").mkdir()
     path = tmp_path / "weights" / f"{NAME}.mine.safetensors"
     if content == "broken":
@@ -439,7 +507,7 @@ def test_weights_that_do_not_fit_are_told_by_their_file(monkeypatch, tmp_path, c
     assert main(["cam", picture, "--model", f"{NAME}.mine", "--classes", "0"]) == 1
     error = one_line(capsys)
     assert str(path) in error
-    assert f"does not fit {NAME}" in error
+    assert words in error
 
 
 def test_local_weights_are_loaded_exactly(weights):

@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from camkit import DOEI, DenseCRF, GradientSeed, Propagate, Vocabulary
+from camkit import DOEI, DenseCRF, GradientSeed, Propagate
 from camkit.bench import Choice, Variant
 from camkit.cli import main
 from camkit.cli.bench import read_entries
@@ -94,10 +94,11 @@ def bench(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_shapes(tmp_path / "shapes", 8, size=(48, 64))
     names = json.loads((tmp_path / "shapes" / "labels.json").read_text())["classes"]
-    monkeypatch.setattr("camkit.cli.models._vocabulary", lambda _: Vocabulary(tuple(names)))
+    (tmp_path / "names.txt").write_text("\n".join(names))
 
     def run(*arguments, model=True):
-        named = ["--model", f"{NAME}.test", "--size", "64"] if model else []
+        named = ["--model", f"{NAME}.test", "--size", "64", "--names", "names.txt"]
+        named = named if model else []
         return main(["bench", *arguments, *named])
 
     return run

@@ -26,6 +26,7 @@ from camkit import (
     wrap,
 )
 from camkit.bench import Choice, PhotoSettings, Repeats, Variant, run
+from camkit.bench.confusions import displayed
 from camkit.bench.examples import collect_examples, error_map
 from camkit.bench.figures import error_picture, show_examples
 from camkit.bench.page import to_html
@@ -405,6 +406,57 @@ def test_errors_are_painted_over_the_grey_photo():
     rgb = np.full((1, 3, 3), 100, np.uint8)
     painted = error_picture(rgb, np.array([[0, 1, 4]], np.uint8))
     assert painted[0].tolist() == [[100, 100, 100], [25, 144, 111], [205, 196, 74]]
+
+
+def shown(report, counts, **options):
+    """The displayed confusions of these pixels; classes are named by letters."""
+    names = tuple("background abcdefgh"[11 + i : 12 + i] for i in range(len(counts) - 1))
+    row = replace(report.rows[0], confusion=counts)
+    return displayed(replace(report, classes=("background", *names)), row, **options)
+
+
+def test_classes_without_a_pixel_are_left_out_of_the_confusions(report):
+    found = shown(report, ((5, 0, 1, 0), (0, 0, 0, 0), (2, 0, 7, 0), (0, 0, 0, 0)))
+    assert found.names == ("background", "b")
+    assert found.counts.tolist() == [[5, 1], [2, 7]]
+    assert (found.absent, found.pooled) == (("a", "c"), ())
+
+
+def test_the_least_confused_of_many_classes_are_added_up(report):
+    counts = ((9, 1, 0, 0, 0), (2, 9, 0, 3, 0), (0, 0, 8, 0, 1), (4, 0, 0, 7, 0), (0, 0, 1, 0, 6))
+    found = shown(report, counts, most=4)
+    # b and d are wrong in 2 pixels each, a in 6, c in 7
+    assert found.names == ("background", "a", "c", "2 other classes")
+    assert found.counts.tolist() == [[9, 1, 0, 0], [2, 9, 3, 0], [4, 0, 7, 0], [0, 0, 0, 16]]
+    assert found.pooled == ("b", "d")
+    assert shown(report, counts, most=5).pooled == ()
+
+
+def test_confusions_hold_the_pixels_and_show_shares(report, source):
+    tables = Page(source).tables
+    for row in report.rows:
+        heads, *lines = tables[f"Which class is taken for which: {row.name}"]
+        counts = np.array(row.confusion)
+        assert [name for _, name in heads] == ["true class", *report.classes, "true pixels"]
+        for name, line, (_, *cells) in zip(report.classes, counts, lines, strict=True):
+            assert [int(value) for value, _ in cells] == [*line, line.sum()]
+            shares = [f"{100 * n / line.sum():.1f}" if n else "" for n in line]
+            assert [words for _, words in cells] == [*shares, f"{line.sum():,}"], name
+
+
+@pytest.mark.parametrize(
+    ("images", "tuned", "said"),
+    [
+        (30, 30, ""),
+        (29, 30, "come from 29 images of train"),
+        (30, 1, "come from 1 image of val"),
+    ],
+)
+def test_few_images_are_told(report, images, tuned, said):
+    of = replace(report, rows=report.rows[:1], names=("a",) * images, tune_images=tuned)
+    words = " ".join(Page(to_html(of)).texts)
+    assert ("FEW IMAGES" in words) == bool(said)
+    assert said in words
 
 
 def test_a_missing_matplotlib_names_the_extra(report, monkeypatch):

@@ -38,8 +38,7 @@ from camkit.bulk.running import Rank, rank_of, run
 from camkit.bulk.sources import DataSetPhotos, PhotoFolder
 from camkit.bulk.stages import OutputError
 from camkit.cli import main
-from camkit.cli.models import open_model
-from camkit.cli.run import TimmModel
+from camkit.cli.models import open_named
 from camkit.data import read_cam, write_shapes
 from camkit.errors import CamkitError, DataError
 from camkit.refiners import Blur, Normalize, Propagate
@@ -514,16 +513,19 @@ def test_the_command_opens_the_model_once_and_sends_its_name_to_other_processes(
     opened = []
 
     def counted(*arguments, **options):
-        opened.append(open_model(*arguments, **options))
+        opened.append(open_named(*arguments, **options))
         return opened[-1]
 
-    monkeypatch.setattr("camkit.cli.run.open_model", counted)
+    monkeypatch.setattr("camkit.cli.run.open_named", counted)
     write_photos(tmp_path / "in", 1)
     command = ["run", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--size", "48"]
     assert main([*command, "--model", "vit_tiny_patch16_224.test", "--workers", "0"]) == 0
     assert len(opened) == 1
-    sent = pickle.loads(pickle.dumps(TimmModel("name", 48, opened[0].model)))
-    assert (sent, sent.opened) == (TimmModel("name", 48), None)
+    opener = opened[0].opener
+    sent = pickle.loads(pickle.dumps(opener))
+    assert repr(sent) == repr(opener) == "ModelSource(name='vit_tiny_patch16_224.test')"
+    assert "loaded" in vars(opener)
+    assert "loaded" not in vars(sent)
 
 
 def test_the_command_runs_continues_and_refuses(weights, tmp_path, capsys):

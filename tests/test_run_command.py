@@ -145,6 +145,46 @@ def test_an_output_that_may_only_be_read_is_reported():
         assert not list(Path(folder).iterdir())
 
 
+def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys):
+    write_photos(tmp_path / "in", 1)
+    for name in ("a.heic", "b.HEIC", "notes", "more/c.heic"):
+        (tmp_path / "in" / name).touch()
+    assert main(command(tmp_path / "in", tmp_path / "out", "--workers", "0")) == 0
+    error = capsys.readouterr().err
+    assert "camkit: 4 files are not read (3 .heic, 1 without suffix); read are .jpg," in error
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "words"),
+    [
+        ("empty", [], "empty has no images; read are .jpg, .jpeg, .png"),
+        ("heic", [], "heic has no images"),
+        ("none.txt", [], "none.txt has no images"),
+        ("phtos", [], "phtos does not exist; did you mean photos?"),
+        ("photos/p000.png", [], "is a single photo; give its folder, or use: camkit cam photos"),
+        ("photos", ["--out", "photos/masks"], "photos/masks lies in photos, so its masks would"),
+        ("photos", ["--threads", "0"], "`threads` must be at least 1, got 0"),
+        ("photos", ["--device", "coda"], "`device` must be cpu, cuda, cuda:1 or the like"),
+        ("photos", ["--device", "cuda:99"], "`device` is cuda:99, but torch sees"),
+        ("photos", ["--labels", "frist"], "--labels frist: no such file; did you mean 'first'?"),
+        ("photos", ["--vocabulary", "vco"], "--vocabulary vco: no such file; did you mean 'voc'?"),
+        ("photos", ["--batch", "0"], "`batch` must be at least 1"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_one_line(tmp_path, monkeypatch, capsys, given, more, words):
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos", 1)
+    for name in ("empty", "heic"):
+        (tmp_path / name).mkdir()
+    for name in ("heic/a.heic", "none.txt"):
+        (tmp_path / name).touch()
+    assert main([*command(given, "out", "--workers", "0"), *more]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert words in lines[-1]
+    assert lines[-1].startswith("camkit: ")
+    assert len(lines) == (2 if given == "heic" else 1)
+
+
 # Processes
 
 

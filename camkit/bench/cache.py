@@ -80,7 +80,12 @@ class ResultCache:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = sqlite3.connect(path, timeout=60, isolation_level=None)
+        try:
+            self._file = sqlite3.connect(path, timeout=60, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise CamkitError(
+                f"{path} cannot be opened as a cache ({error}); name a file"
+            ) from error
         try:
             self._file.execute("PRAGMA journal_mode=WAL")
             self._file.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB)")

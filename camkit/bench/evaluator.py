@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from camkit.bench.cache import ResultCache, code_fingerprint, fingerprint
 from camkit.bench.protocol import Variant
@@ -21,8 +20,10 @@ from camkit.manifest import UNKNOWN, weights_hash
 from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
 from camkit.photo import Photo, PhotoSettings
+from camkit.printing import short_repr
 from camkit.refiners.normalize import normalize_cam
 from camkit.score import boundary_confusion, sweep_confusions
+from camkit.screen import progress
 from camkit.seeds.targets import PredictedClasses
 from camkit.seeds.views import ModelCall, ModelRunner, MultiViewReader, Views
 from camkit.tensors import Cam
@@ -111,6 +112,8 @@ class LabelledPhoto:
     truth: Int[Tensor, "H W"]
     classes: tuple[int, ...]
 
+    __repr__ = short_repr
+
     @property
     def slots(self) -> Int[Tensor, "1 k"]:
         """The classes as a tensor; one empty slot without classes."""
@@ -139,6 +142,8 @@ class Evaluator:
     cache: ResultCache | None = None
     call: ModelCall | None = None
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         self._fingerprints: dict[Variant, str | None] = {}
         self._setup = None  # without a fingerprint nothing is cached
@@ -157,7 +162,7 @@ class Evaluator:
     ) -> Iterator[tuple[str, dict[Variant, Counts]]]:
         """Yield name and counts of each image; append errors of unusable images to ``skipped``."""
         usable = 0
-        for sample in tqdm(samples, desc=title, unit="image", delay=2, mininterval=0.5):
+        for sample in progress(samples, desc=title, unit="image", mininterval=0.5):
             try:
                 counts = self.measure(sample, requests)
             except DataError as error:

@@ -16,6 +16,7 @@ from camkit.data import DataSet, Sample
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
 from camkit.photo import PhotoSettings, read_picture
+from camkit.printing import short_repr
 from camkit.seeds.views import ModelCall
 from camkit.tensors import IGNORE
 from camkit.vocabulary import Vocabulary
@@ -34,6 +35,8 @@ class Stage:
 
     name: str
     cam: Float[Tensor, "k H W"]
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,8 @@ class Example:
     mask: UInt8[Tensor, "H W"]
     base_mask: UInt8[Tensor, "H W"] | None
     errors: UInt8[Tensor, "H W"]
+
+    __repr__ = short_repr
 
     @property
     def gain(self) -> float:

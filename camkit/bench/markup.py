@@ -185,11 +185,14 @@ def html_table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Cell]
             data = "" if cell.value is None else f' data-value="{key}"'
             line += f"<td{data}>{_content(cell)}</td>"
         lines.append(f"<tr>{line}</tr>\n")
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{text(caption)}">'
-        f"<table><caption>{text(caption)}</caption><thead><tr>{columns}</tr></thead>\n"
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    table = f"<thead><tr>{columns}</tr></thead>\n<tbody>{''.join(lines)}</tbody>"
+    return scrolled(caption, f"<table><caption>{text(caption)}</caption>{table}</table>")
+
+
+def scrolled(name: str, content: str) -> str:
+    """Return content in a region of this name that scrolls if it is too wide for the screen."""
+    label = f'role="region" tabindex="0" aria-label="{text(name)}"'
+    return f'<div class="scroll" {label}>{content}</div>'
 
 
 def _content(cell: Cell) -> str:

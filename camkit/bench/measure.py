@@ -18,6 +18,7 @@ from camkit.bench.results import Comparison, Outlines, Report, Row
 from camkit.data import DataSet, Sample, shared_images
 from camkit.manifest import provenance
 from camkit.photo import PhotoSettings
+from camkit.printing import short_repr
 from camkit.score import (
     THRESHOLDS,
     Best,
@@ -48,6 +49,8 @@ class Reported:
     swept: Int[Tensor, "s c c"]
     images: Int[Tensor, "n c c"]
     outlines: Int[Tensor, "n d d"] | None
+
+    __repr__ = short_repr
 
 
 def run(  # noqa: PLR0913 - each setting is a choice of its own

@@ -9,6 +9,7 @@ from importlib.resources import files
 
 import torch
 
+from camkit.bench.confusions import confusion_table
 from camkit.bench.examples import Example
 from camkit.bench.figures import classes_plot, curves_plot, legend, show_examples
 from camkit.bench.markup import (
@@ -20,11 +21,12 @@ from camkit.bench.markup import (
     gain_cells,
     html_table,
     percent,
+    scrolled,
     section,
     select,
     text,
 )
-from camkit.bench.results import Report
+from camkit.bench.results import Report, few_images
 from camkit.score import class_scores
 
 
@@ -70,9 +72,11 @@ def _about(report: Report) -> str:
     )
     if report.oracle:
         about += (
-            '<p class="oracle"><strong>ORACLE</strong> Background scores were picked on images '
+            '<p class="warning"><strong>ORACLE</strong> Background scores were picked on images '
             "that are also reported, so these figures are too high for new images.</p>"
         )
+    if few := few_images(report):
+        about += f'<p class="warning"><strong>FEW IMAGES</strong> {text(few)}</p>'
     tuned = f"{report.tune_split} ({report.tune_images} images)"
     about += facts(
         {
@@ -120,10 +124,10 @@ def _summary(report: Report) -> str:
 
 
 def _curves(report: Report) -> str:
-    label = 'role="region" tabindex="0" aria-label="Plot over background scores"'
     return (
         f"<p>mIoU on {text(report.tune_split)}; a dot marks the score that was picked.</p>"
-        f'<div class="scroll" {label}>{curves_plot(report)}</div>{legend(report, report.rows)}'
+        f"{scrolled('Plot over background scores', curves_plot(report))}"
+        f"{legend(report, report.rows)}"
     )
 
 
@@ -145,7 +149,7 @@ def _classes(report: Report) -> str:
         figures = html_table(f"By class: {row.name}", heads, lines)
         blocks.append(
             f'<div class="row" data-row="{index}"><h3>{text(row.name)}</h3><div class="pair">'
-            f"<div>{plot}</div>{figures}</div></div>"
+            f"<div>{plot}</div>{figures}</div>{confusion_table(report, row)}</div>"
         )
     first = max(report.rows, key=lambda row: row.tuned_mean_iou)
     names = {str(index): row.name for index, row in enumerate(report.rows)}

@@ -12,8 +12,9 @@ from torch import Tensor
 from camkit.bulk.items import PHOTO_SUFFIXES, Failure, split_line
 from camkit.data.camfiles import CamFile, read_cam
 from camkit.data.labels import label_keys, label_vectors, read_text
-from camkit.errors import DataError
+from camkit.errors import DataError, nearby
 from camkit.ops.images import resize_cam
+from camkit.printing import short_repr
 
 CAM_SUFFIXES = (".npy", ".npz", ".safetensors")
 MASK_SUFFIXES = (".png",)
@@ -177,7 +178,8 @@ class FilesByName:
     def __init__(self, folder: Path, suffixes: Collection[str], kind: str) -> None:
         self._folder, self._suffixes = folder, ", ".join(suffixes)
         if not folder.is_dir():
-            raise DataError(f"{folder} is not a folder; give the folder of the {kind}")
+            hint = nearby(folder) or f"; give the folder of the {kind}"
+            raise DataError(f"{folder} is not a folder{hint}")
         self.paths: dict[str, list[Path]] = {}
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() in suffixes and not path.name.startswith("."):
@@ -203,6 +205,8 @@ class ClassMaps:
     classes: tuple[int, ...]
     cam: Float[Tensor, "1 k H W"]
     opposed: bool
+
+    __repr__ = short_repr
 
 
 def read_maps(item: FileItem) -> ClassMaps:

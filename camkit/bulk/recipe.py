@@ -133,7 +133,8 @@ class Recipe:
         """Return everything that determines the results, as text."""
         classes, method = "outputs", self.method
         if self.vocabulary is not None:
-            text = json.dumps((self.vocabulary.names, self.vocabulary.members))
+            names = self.vocabulary
+            text = json.dumps((names.names, names.members, names.values, names.candidates))
             classes = hashlib.sha256(text.encode()).hexdigest()[:16]
         settings = {
             "camkit": version("camkit"),

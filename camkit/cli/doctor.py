@@ -90,6 +90,7 @@ def execute(options: argparse.Namespace) -> int:
     rows = {"name": f"{source.name}, tried with one image of {height}x{width}", **diagnosis.rows}
     if diagnosis.refusal is None:
         pipeline = wrap(model, call=call, **roles)
+        pipeline.vocabulary = None  # a model may state other classes than it returns
         rgb = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
         with explained(images.shape):
             method = pipeline.decide(images * 2 - 1, rgb)

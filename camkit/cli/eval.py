@@ -26,7 +26,7 @@ from camkit.cli.mask import add_background, background_score
 from camkit.cli.refine import add_workers, show_failures
 from camkit.data import VOC_CLASSES
 from camkit.data.labels import read_names
-from camkit.errors import CamkitError, DataError
+from camkit.errors import CamkitError, DataError, nearby
 from camkit.manifest import unfinished
 from camkit.mask import power_threshold
 from camkit.score import (
@@ -160,7 +160,8 @@ def _class_names(options: argparse.Namespace) -> Sequence[str]:
 
 def _are_cams(options: argparse.Namespace) -> bool:
     if not options.masks.is_dir():
-        raise DataError(f"{options.masks} is not a folder; give the folder of the masks")
+        hint = nearby(options.masks) or "; give the folder of the masks"
+        raise DataError(f"{options.masks} is not a folder{hint}")
     suffixes = {path.suffix.lower() for path in options.masks.iterdir()}
     cams = options.cams or (suffixes & set(CAM_SUFFIXES) and not suffixes & set(MASK_SUFFIXES))
     score = background_score(options)

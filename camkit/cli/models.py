@@ -36,6 +36,7 @@ from camkit.errors import CamkitError, DataError
 from camkit.inputs import photo_settings
 from camkit.names import read_vocabulary, vocabulary_of
 from camkit.photo import PhotoSettings, photo_from_array
+from camkit.printing import short_repr
 from camkit.seeds.views import ModelCall, ModelRunner, stated_size
 from camkit.vocabulary import Vocabulary
 
@@ -170,6 +171,8 @@ class OpenedModel:
     def call(self) -> ModelCall | None:
         """Calls the model, if it takes more than images; can be sent to other processes."""
         return None if self.opener.loaded.call is None else self.opener.call
+
+    __repr__ = short_repr
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, name: bool = True) -> None:
@@ -465,9 +468,10 @@ def _vocabulary(
     model: nn.Module, outputs: int | None, names: Path | None, *, own: bool
 ) -> Vocabulary:
     """Name the outputs of a classifier: as the file says, as the model does, or by numbers."""
+    as_stated = outputs is None or known_classes(model) in (None, outputs)
     if names is not None:
-        return _named(model, outputs, names)
-    stated = vocabulary_of(model)
+        return _named(model if as_stated else None, outputs, names)
+    stated = vocabulary_of(model) if as_stated else None
     if stated is not None:
         return stated
     if outputs is None:
@@ -477,11 +481,16 @@ def _vocabulary(
         )
     if outputs == len(VOC_CLASSES) and not own:
         return Vocabulary(VOC_CLASSES)
-    return Vocabulary(tuple(f"output {index}" for index in range(outputs)))
+    return _one_each(tuple(f"output {index}" for index in range(outputs)))
 
 
-def _named(model: nn.Module, outputs: int | None, path: Path) -> Vocabulary:
-    """Read class names for a model from a file."""
+def _one_each(names: tuple[str, ...]) -> Vocabulary:
+    """Name output after output, whatever number of classes the model states."""
+    return Vocabulary(names, tuple((index,) for index in range(len(names))))
+
+
+def _named(model: nn.Module | None, outputs: int | None, path: Path) -> Vocabulary:
+    """Read class names from a file, for a model, or for one that states wrong classes (None)."""
     text = read_text(path)
     value: Any = text.rstrip().splitlines()
     if path.suffix.lower() == ".json":
@@ -494,12 +503,12 @@ def _named(model: nn.Module, outputs: int | None, path: Path) -> Vocabulary:
     if not value:
         raise DataError(f"{path} is empty; expected one class name per line")
     try:
-        vocabulary = read_vocabulary(value, model)
+        vocabulary = Vocabulary.of(value) if model is None else read_vocabulary(value, model)
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}") from error
     if outputs is not None and vocabulary.members is None and len(vocabulary) != outputs:
         raise DataError(f"{path} has {len(vocabulary)} names, but the model has {outputs} outputs")
-    return vocabulary
+    return vocabulary if vocabulary.members is not None else _one_each(vocabulary.names)
 
 
 def read_size(text: str) -> int | tuple[int, int]:

@@ -71,6 +71,13 @@ def method_of(options: argparse.Namespace, opened: OpenedModel) -> Method:
 
     Chains that end with a CRF return probabilities, so their background score is 0.5.
     """
+    try:
+        return _method(options, opened)
+    except TypeError as error:  # a dotted path of something else
+        raise ValueError(str(error)) from error
+
+
+def _method(options: argparse.Namespace, opened: OpenedModel) -> Method:
     refine = read_refiners(options.refine, REFINERS) if options.refine else DEFAULT_REFINE
     if options.seed is None and options.edit is None:
         method = default_method(opened)
@@ -105,7 +112,8 @@ def default_method(opened: OpenedModel) -> Method:
     rows, cols = (max(1, round(side / step)) * step for side in sides)
     grey = torch.linspace(0, 1, cols).expand(1, 3, rows, cols)
     pixels = grey[:, : opened.photos.channels] * 2 - 1
-    return wrap(opened.model, call=opened.call).decide(pixels, grey)
+    pipeline = wrap(opened.model, vocabulary=opened.vocabulary, call=opened.call)
+    return pipeline.decide(pixels, grey)
 
 
 def read_classes(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from camkit.data.imagenet import open_imagenet_s
 from camkit.data.labels import check_split, read_names, read_text
 from camkit.data.sample import DataSet, Sample
 from camkit.data.voc import open_voc
-from camkit.errors import DataError, closest
+from camkit.errors import DataError, closest, nearby
 
 _HEADER = ["image", "labels"]
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -31,7 +31,8 @@ def open_dataset(path: str | Path) -> DataSet:
     """
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; name the folder that holds the data set")
+        hint = nearby(root) or "; name the folder that holds the data set"
+        raise DataError(f"{root} is not a folder{hint}")
     opener = find_layout(root)
     if opener is not None:
         return opener(root)
