@@ -41,7 +41,7 @@ layers: $(VENV)/.installed
 # The documentation as a website in site/, every link checked; it asks nothing of any network.
 docs: $(VENV)/.installed
 	$(BIN)/codespell README.md docs examples camkit
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python docs/make_site.py
 
 # Wheel and sdist, what is said of them, and the demo from the wheel in a fresh environment outside this folder.
 package: $(VENV)/.installed

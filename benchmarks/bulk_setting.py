@@ -25,7 +25,7 @@ def bulk_recipe(size: int, *, crf: bool = True) -> Recipe:
     return Recipe(
         TimmModel(MODEL, size),
         Method(refine=(Propagate(steps=2, blocks=6, balance=3),)),
-        loading=Loading(**vars(opened.photos)),
+        loading=Loading(**opened.photos.arguments()),
         writing=Writing(finish, background_score=0.5, cams=cams),
         vocabulary=opened.vocabulary,
         labels=(281, 207),

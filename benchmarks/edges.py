@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from tables import CHAIN, CLASSES, RESULTS, SEED
 from torch import Tensor
-from tqdm import tqdm
 from watching import _peak
 
 import camkit
@@ -46,6 +45,7 @@ from camkit.score import (
     paired_gain,
     sweep_confusions,
 )
+from camkit.screen import progress
 
 LABELS = len(CLASSES) + 1
 CHOSEN_ON = 60
@@ -157,7 +157,7 @@ class Images:
         self.vocabulary = self.opened.vocabulary.subset(CLASSES)
 
     def __call__(self, samples: Sequence[Sample], title: str) -> Iterator[Seen]:
-        for sample in tqdm(samples, desc=title, unit="image", mininterval=2):
+        for sample in progress(samples, desc=title, unit="image", mininterval=2):
             present = [self.dataset.classes[index] for index in sample.classes]
             asked = [index for index, name in enumerate(CLASSES) if name in present]
             if asked and sample.mask is not None:

@@ -3,6 +3,7 @@
     CAMKIT_DATA=folder python benchmarks/gains.py
     CAMKIT_DATA=folder python benchmarks/gains.py --coco
     CAMKIT_DATA=folder python benchmarks/gains.py --html out/gains.html
+    python benchmarks/gains.py --tables    # writes the tables of README and docs/gains.md again
 
 ViT-Ti with its ImageNet classifier. Background scores are picked on `train` of voc12_animals,
 figures come from its `val`, or from photos of COCO. Settings of the refiners were chosen on
@@ -12,12 +13,11 @@ figures come from its `val`, or from photos of COCO. Settings of the refiners we
 from dataclasses import replace
 from pathlib import Path
 
+from gain_tables import DEFAULT as BEST, write_tables
 from tables import CHAIN, measure, table_options, write
 
 import camkit
 from camkit.bench import Variant, collect_examples, standard_variants, to_html
-
-BEST = "calibrated + balanced propagation"
 
 
 def variants() -> tuple[Variant, ...]:
@@ -26,7 +26,11 @@ def variants() -> tuple[Variant, ...]:
     seed, best, minmax = lines["calibrated"], lines[BEST], CHAIN[1]
     lines["calibrated"] = seed = replace(seed, base=lines["gradient"])
     controls = tuple(
-        replace(best, name=f"control: calibrated + blur {width:g}", refine=(blur, minmax))
+        replace(
+            best,
+            name=f"control: calibrated + blur {width:g}",
+            method=replace(best.method, refine=(blur, minmax)),
+        )
         for width, blur in ((width, camkit.refiners.Blur(width)) for width in (1.0, 2.0))
     )
     lines[BEST] = best = replace(best, base=seed, controls=controls)
@@ -37,7 +41,13 @@ def variants() -> tuple[Variant, ...]:
         "DenseCRF, half size": camkit.refiners.AtReducedSize(crf, scale=0.5),
     }
     after = (
-        replace(best, name=f"{BEST} + {name}", refine=(*CHAIN, refiner), base=best, controls=())
+        replace(
+            best,
+            name=f"{BEST} + {name}",
+            method=replace(best.method, refine=(*CHAIN, refiner)),
+            base=best,
+            controls=(),
+        )
         for name, refiner in edges.items()
     )
     return (*lines.values(), *controls, *after)
@@ -46,7 +56,11 @@ def variants() -> tuple[Variant, ...]:
 def main() -> None:
     parser = table_options(__doc__, coco=True)
     parser.add_argument("--html", type=Path, help="also write a page with pictures there")
+    parser.add_argument("--tables", action="store_true", help="only write the tables of the docs")
     options = parser.parse_args()
+    if options.tables:
+        write_tables()
+        return
     found = measure(variants(), options, outlines=True)
     write(found.report, options, "gains_coco" if options.coco else "gains")
     if options.html:

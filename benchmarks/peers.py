@@ -27,7 +27,6 @@ import torch
 from peer_maps import METHODS, PEERS, SMOOTHED, Maps
 from peer_report import name_of, to_json, to_markdown
 from torch import Tensor
-from tqdm import tqdm
 from watching import RESULTS, _peak
 
 import camkit
@@ -36,6 +35,7 @@ from camkit.data import DataSet, Sample, open_dataset, read_mask
 from camkit.photo import Photo
 from camkit.refiners.crf import PRESETS
 from camkit.score import THRESHOLDS, Best, Gain, best_threshold, paired_gain, sweep_confusions
+from camkit.screen import progress
 
 CLASSES = ("cat", "dog", "horse", "cow", "sheep", "person")
 EVERY = 4  # of `train`, which holds 457 photos
@@ -98,7 +98,7 @@ def tasks(
     opened: OpenedModel, dataset: DataSet, samples: Sequence[Sample], title: str = ""
 ) -> Iterator[Task]:
     """Images with their masks; objects of other classes count as background."""
-    for sample in tqdm(samples, desc=title, unit="image", delay=5, mininterval=5):
+    for sample in progress(samples, desc=title, unit="image", mininterval=5):
         photo = camkit.load_photo(sample.photo, **asdict(opened.photos))
         truth = read_mask(
             sample.mask,

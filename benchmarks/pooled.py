@@ -14,12 +14,12 @@ import timm
 import torch
 from tables import CHAIN, CLASSES, found_data, measure, table_options, write
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import camkit
 from camkit.bench import Variant
 from camkit.cli.models import DEFAULT_MODEL, OpenedModel, open_model
 from camkit.data import open_dataset
+from camkit.screen import progress
 
 PENALTY = 1e-3  # on squared weights
 
@@ -29,7 +29,7 @@ def features(opened: OpenedModel) -> tuple[Tensor, Tensor]:
     dataset = open_dataset(found_data() / "voc12_animals")
     wanted = [dataset.classes.index(name) for name in CLASSES]
     pooled, labels = [], []
-    for sample in tqdm(dataset.split("train"), desc="features", unit="image"):
+    for sample in progress(dataset.split("train"), desc="features", unit="image"):
         with torch.inference_mode():
             pooled.append(opened.model(opened.photos.load(sample.photo).pixels)[0])
         labels.append(torch.tensor([index in sample.classes for index in wanted]))

@@ -30,7 +30,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import transforms
-from tqdm import tqdm
 
 from camkit.bench import Variant, run
 from camkit.cli.models import DEFAULT_MODEL, OpenedModel, data_folder, open_model
@@ -38,6 +37,7 @@ from camkit.data import Sample, demo_model, open_dataset
 from camkit.data.embedded import DEMO_WEIGHTS, blank_model, round_rows
 from camkit.manifest import environment, unfinished, weights_hash
 from camkit.method import CALIBRATED
+from camkit.screen import progress
 
 KEPT = (0, 1, 2, 3, 5, 6, 8, 9, 11)
 """Blocks of the teacher that the student starts from."""
@@ -190,8 +190,8 @@ def run_stage(stage: Stage, photos: list[Image.Image], batch: int) -> float:
     parts = {"model": stage.model, "optimizer": optimizer, "schedule": rate}
     first, spent = load_checkpoint(stage.name, parts)
     begun = time.process_time() - spent
-    progress = tqdm(range(first, stage.steps), initial=first, total=stage.steps, unit="step")
-    for step in progress:
+    bar = progress(range(first, stage.steps), initial=first, total=stage.steps, unit="step")
+    for step in bar:
         torch.manual_seed(1 + step)
         augment = augmentation(SIZES[step % len(SIZES)])
         chosen = torch.randint(len(photos), (batch,)).tolist()
@@ -204,7 +204,7 @@ def run_stage(stage: Stage, photos: list[Image.Image], batch: int) -> float:
         if (step + 1) % 25 == 0 or step + 1 == stage.steps:
             spent = time.process_time() - begun
             values = {name: round(value.item(), 4) for name, value in losses.items()}
-            progress.set_postfix(values)
+            bar.set_postfix(values)
             save_checkpoint(stage.name, parts, {"step": step + 1, "cpu_seconds": spent} | values)
     return spent
 
@@ -251,7 +251,7 @@ def write(student: nn.Module, photos: int) -> None:
 def agreement(teacher: OpenedModel, student: nn.Module, samples: Sequence[Sample]) -> dict:
     """How often both rank the same of the 1000 classes first, and how far they differ."""
     same, near, divergences, cosines = [], [], [], []
-    for sample in tqdm(samples, desc="comparing", unit="photo"):
+    for sample in progress(samples, desc="comparing", unit="photo"):
         pixels = teacher.photos.load(sample.photo).pixels
         with torch.no_grad():
             target, output = features(teacher.model, pixels), features(student, pixels)

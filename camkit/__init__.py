@@ -10,36 +10,8 @@ forward, `attach` edits it, a seed reads maps from the `Capture`, and refiners i
 """
 
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING
-
-from camkit import edits as edits, refiners as refiners, seeds as seeds
-from camkit.capture import Capture as Capture, watch as watch
-from camkit.diagnosis import diagnose as diagnose
-from camkit.edits import DOEI as DOEI, attach as attach
-from camkit.errors import (
-    CamkitError as CamkitError,
-    CaptureError as CaptureError,
-    UnsupportedModelError as UnsupportedModelError,
-)
-from camkit.mask import to_mask as to_mask
-from camkit.method import Method as Method
-from camkit.ops.images import resize_cam as resize_cam
-from camkit.photo import (
-    Photo as Photo,
-    load_photo as load_photo,
-    photo_from_array as photo_from_array,
-)
-from camkit.pipeline import Pipeline as Pipeline, wrap as wrap
-from camkit.refiners import (
-    DenseCRF as DenseCRF,
-    Propagate as Propagate,
-    chain as chain,
-    normalize_cam as normalize_cam,
-)
-from camkit.result import Result as Result
-from camkit.seeds import GradientSeed as GradientSeed, Views as Views
-from camkit.vocabulary import Vocabulary as Vocabulary
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from camkit import (
@@ -48,19 +20,78 @@ if TYPE_CHECKING:
         compat as compat,
         contrib as contrib,
         data as data,
+        edits as edits,
         losses as losses,
+        refiners as refiners,
         score as score,
+        seeds as seeds,
     )
+    from camkit.capture import Capture as Capture, watch as watch
+    from camkit.diagnosis import diagnose as diagnose
+    from camkit.edits import DOEI as DOEI, attach as attach
+    from camkit.errors import (
+        CamkitError as CamkitError,
+        CaptureError as CaptureError,
+        UnsupportedModelError as UnsupportedModelError,
+    )
+    from camkit.mask import to_mask as to_mask
+    from camkit.method import Method as Method
+    from camkit.ops.images import resize_cam as resize_cam
+    from camkit.photo import (
+        Photo as Photo,
+        load_photo as load_photo,
+        photo_from_array as photo_from_array,
+    )
+    from camkit.pipeline import Pipeline as Pipeline, wrap as wrap
+    from camkit.refiners import (
+        DenseCRF as DenseCRF,
+        Propagate as Propagate,
+        chain as chain,
+        normalize_cam as normalize_cam,
+    )
+    from camkit.result import Result as Result, show as show
+    from camkit.seeds import GradientSeed as GradientSeed, Views as Views
+    from camkit.vocabulary import Vocabulary as Vocabulary
 
-_ON_FIRST_USE = ("bench", "bulk", "compat", "contrib", "data", "losses", "score")
+    __version__: str
+
+_MODULES = {  # of each name above; imported on first use, so that `camkit --help` needs no torch
+    "capture": ("Capture", "watch"),
+    "diagnosis": ("diagnose",),
+    "edits": ("DOEI", "attach"),
+    "errors": ("CamkitError", "CaptureError", "UnsupportedModelError"),
+    "mask": ("to_mask",),
+    "method": ("Method",),
+    "ops.images": ("resize_cam",),
+    "photo": ("Photo", "load_photo", "photo_from_array"),
+    "pipeline": ("Pipeline", "wrap"),
+    "refiners": ("DenseCRF", "Propagate", "chain", "normalize_cam"),
+    "result": ("Result", "show"),
+    "seeds": ("GradientSeed", "Views"),
+    "vocabulary": ("Vocabulary",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_PACKAGES = (
+    *("bench", "bulk", "compat", "contrib", "data"),
+    *("edits", "losses", "refiners", "score", "seeds"),
+)
+__all__ = [*_MODULE_OF, *_PACKAGES]  # noqa: PLE0604 - all are strings
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import a sub-package when it is first used, so that ``import camkit`` stays quick."""
-    if name in _ON_FIRST_USE:
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("camkit")
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"camkit.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # the next use finds it at once
+        return value
+    if not name.startswith("_") and find_spec(f"camkit.{name}") is not None:  # a module of camkit
         return import_module(f"camkit.{name}")
     raise AttributeError(f"module 'camkit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_FIRST_USE})
+    return sorted({*globals(), *__all__, "__version__"})

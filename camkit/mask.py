@@ -3,10 +3,11 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from camkit.tensors import IGNORE, Cam, Classes
+from camkit.ops.finite import finite_range
+from camkit.tensors import IGNORE, IGNORE_16, Cam, Classes, Mask
 
 _TOLERANCE = 1e-4  # resizing and half precision may move a normalised map out of [0, 1] by this
 
@@ -14,16 +15,23 @@ _TOLERANCE = 1e-4  # resizing and half precision may move a normalised map out o
 def voc_palette() -> list[int]:
     """Return the VOC colour map for PIL: red, green, blue of 256 colours in one list.
 
-    The bits of a class id are assigned in turn to red, green and blue, highest colour bit first.
-
     >>> voc_palette()[12 * 3 : 13 * 3]  # dog
     [64, 0, 128]
     """
-    return [
-        sum((class_id >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
-        for class_id in range(256)
+    return [level for value in range(256) for level in voc_colour(value)]
+
+
+def voc_colour(value: int) -> tuple[int, int, int]:
+    """Return red, green and blue of a mask value in the VOC colour map.
+
+    The bits of the value are assigned in turn to red, green and blue, highest colour bit first, so
+    that all values of 16 bits have colours of their own.
+    """
+    red, green, blue = (
+        sum((value >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
         for channel in range(3)
-    ]
+    )
+    return red, green, blue
 
 
 def to_mask(
@@ -33,7 +41,8 @@ def to_mask(
     background_score: float = 0.45,
     background: Literal["constant", "power"] = "constant",
     ignore_below: float | None = None,
-) -> UInt8[Tensor, "b h w"]:
+    bits: Literal[8, 16] = 8,
+) -> Mask:
     """Give each pixel its strongest class, or the background.
 
     With a constant background a class must beat ``background_score``; a tie goes to the
@@ -43,20 +52,22 @@ def to_mask(
 
     Args:
         cam: maps of the requested classes in [0, 1], already at image size.
-        classes: the classes of the maps, 0 to 253; -1 is padding and never wins. None numbers the
-            mask by slot, for class lists that do not fit 8 bits: keep ``classes`` as the legend.
+        classes: the classes of the maps, 0 to 253 (to 65533 with 16 bits); -1 is padding and never
+            wins. None numbers the mask by slot.
         background_score: score to beat, in [0, 1]; the exponent (above 0) of a power background.
             0.45 is the fixed value of several published evaluations; `sweep_confusions` finds
             the best one on a split of its own.
         background: a constant score, or a power of one minus the highest score.
-        ignore_below: pixels that lose to the background, yet score more than this, become 255;
+        ignore_below: pixels that lose to the background, yet score more than this, are ignored;
             None ignores nothing.
+        bits: 8 returns uint8, where ignored pixels are 255; 16 returns int32, where they are 65535,
+            for more than 254 classes.
 
     Returns:
-        0 for background, class + 1 (slot + 1 without ``classes``) elsewhere, 255 where ignored.
+        0 for background, class + 1 (slot + 1 without ``classes``) elsewhere.
 
     Raises:
-        ValueError: a score or a class is out of range, or maps and classes do not match.
+        ValueError: a score or a class is out of range or NaN, or maps and classes do not match.
     """
     threshold = background_score
     if background == "power":
@@ -78,15 +89,16 @@ def to_mask(
     if classes is not None:
         winner = classes.long().gather(1, slot.flatten(1)).view_as(slot)
         highest = int(classes.max()) if classes.numel() else -1
-    if highest >= IGNORE - 1:
+    ignore, dtype = (IGNORE, torch.uint8) if bits == 8 else (IGNORE_16, torch.int32)
+    if highest >= ignore - 1:
         raise ValueError(
-            f"an 8-bit mask holds classes 0 to {IGNORE - 2}, got class {highest}; "
-            "use classes=None, which numbers by slot, and keep the class list as the legend"
+            f"a mask of {bits} bits holds classes 0 to {ignore - 2}, got class {highest}; use "
+            "bits=16, or classes=None, which numbers by slot, and keep the class list as the legend"
         )
     mask = torch.where(score > threshold, winner + 1, 0)
     if ignore_below is not None:
-        mask = mask.masked_fill((score > ignore_below) & (score <= threshold), IGNORE)
-    return mask.to(torch.uint8)
+        mask = mask.masked_fill((score > ignore_below) & (score <= threshold), ignore)
+    return mask.to(dtype)
 
 
 def power_threshold(alpha: float) -> float:
@@ -137,12 +149,11 @@ def strongest(
     """
     if cam.shape[1] == 0:
         raise ValueError("`cam` must hold at least one class map, got none; pad with class -1")
-    if cam.numel():
-        low, high = (float(value) for value in cam.detach().aminmax())
-        if not (low >= -_TOLERANCE and high <= 1.0 + _TOLERANCE):  # a NaN fails both
-            raise ValueError(
-                f"`cam` must lie in [0, 1] without NaN, got values from {low:.4g} to {high:.4g}; "
-                "normalise each map first"
-            )
+    low, high = finite_range("cam", cam) or (0.0, 0.0)
+    if low < -_TOLERANCE or high > 1.0 + _TOLERANCE:
+        raise ValueError(
+            f"`cam` must lie in [0, 1], got values from {low:.4g} to {high:.4g}; normalise each "
+            "map first"
+        )
     score, slot = (cam if classes is None else gate(cam, classes)).max(dim=1)
     return score, slot

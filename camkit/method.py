@@ -14,6 +14,7 @@ from camkit import edits, refiners, seeds
 from camkit.capture.modes import borrowed
 from camkit.capture.parameters import to_input
 from camkit.capture.record import WatchSpec, required_by
+from camkit.checks import as_blocks, check_fraction, check_stage
 from camkit.edits import AnyEdit
 from camkit.errors import CaptureError, UnsupportedModelError, closest
 from camkit.refiners import Refiner
@@ -77,6 +78,16 @@ DEFAULT_REFINE: tuple[Refiner, ...] = (
 )
 
 
+def read_refine(refine: Refiner | Sequence[Refiner]) -> tuple[Refiner, ...]:
+    """Return one or several refiners as a tuple; raises a TypeError for what is none."""
+    if isinstance(refine, str):
+        check_stage("refine", refine, "refiner")
+    several = refine if isinstance(refine, Sequence) else (refine,)
+    for each in several:
+        check_stage("refine", each, "refiner")
+    return tuple(several)
+
+
 @dataclass(frozen=True)
 class Method:
     """How class maps and masks are made: the settings of every stage.
@@ -103,13 +114,14 @@ class Method:
     background_score: float = 0.55
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "refine", tuple(self.refine))
-        stages: tuple[object, ...] = (self.seed, *self.refine)
-        classes = [stage for stage in stages if isinstance(stage, type)]
-        if classes:
-            raise TypeError(f"stages must be instances, such as GradientSeed(), got {classes[0]}")
-        if not 0.0 <= self.background_score <= 1.0:
-            raise ValueError(f"`background_score` must lie in [0, 1], got {self.background_score}")
+        object.__setattr__(self, "refine", read_refine(self.refine))
+        object.__setattr__(self, "edit_blocks", as_blocks("edit_blocks", self.edit_blocks))
+        check_stage("seed", self.seed, "seed")
+        if self.edit is not None:
+            check_stage("edit", self.edit, "edit")
+        if self.views is not None:
+            check_stage("views", self.views, "views")
+        check_fraction("background_score", self.background_score)
         needs_grid = (refiners.Propagate, refiners.HybridPropagate)
         stuck = [stage for stage in self.refine if isinstance(stage, needs_grid)]
         if stuck and self.views is not None and self.views.join_at == "image":

@@ -2,21 +2,24 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Integer, UInt8, UInt16
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from camkit.errors import DataError
 from camkit.manifest import unfinished
-from camkit.mask import voc_palette
-from camkit.tensors import IGNORE
+from camkit.mask import voc_colour, voc_palette
+from camkit.tensors import IGNORE, IGNORE_16
 
 Picture: TypeAlias = UInt8[np.ndarray, "H W 3"]
 """Colours in 0..255, red first."""
+
+Colour: TypeAlias = tuple[int, int, int]
+"""Red, green and blue in 0..255."""
 
 _Cell: TypeAlias = UInt8[np.ndarray, "_ _ 3"]  # in a table, each picture may have its own size
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -27,13 +30,23 @@ _PAPER, _INK, _FAINT_INK = (248, 248, 246), (34, 34, 34), (96, 96, 96)
 _GAP, _MARGIN = 10, 20  # pixels
 
 
-def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: str | Path) -> None:
-    """Write a mask as a PNG whose pixel values are the ids, in the colours of PASCAL VOC.
+def save_mask(
+    mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"],
+    path: str | Path,
+    *,
+    bits: Literal[8, 16] = 8,
+) -> None:
+    """Write a mask as a PNG whose pixel values are the ids; the write is atomic.
 
-    The write is atomic.
+    Args:
+        mask: ids.
+        path: must end in ``.png``.
+        bits: 8 writes a palette PNG in the colours of PASCAL VOC, 16 a grey PNG of 16 bits, which
+            most viewers show almost black.
 
     Raises:
-        ValueError: the mask has ids outside of 0..255, or ``path`` does not end in ``.png``.
+        ValueError: the mask has ids outside of the range of ``bits``, or ``path`` does not end in
+            ``.png``.
         DataError: the folder does not exist.
     """
     path = Path(path)
@@ -41,8 +54,12 @@ def save_mask(mask: Integer[Tensor, "H W"] | Integer[np.ndarray, "H W"], path: s
         raise ValueError(f"`path` must end in .png, which keeps ids exact, got {path.name}")
     if not path.parent.is_dir():
         raise DataError(f"{path} cannot be written: {path.parent} is not a folder; create it first")
-    image = Image.fromarray(_ids(mask))
-    image.putpalette(voc_palette())
+    ids = _ids(mask, highest=IGNORE if bits == 8 else IGNORE_16)
+    if bits == 8:
+        image = Image.fromarray(ids.astype(np.uint8))
+        image.putpalette(voc_palette())
+    else:
+        image = Image.fromarray(ids)
     with unfinished(path) as draft:
         image.save(draft, format="PNG")
 
@@ -51,6 +68,14 @@ def save_picture(rgb: Picture, path: str | Path) -> None:
     """Write a picture as a PNG; the write is atomic."""
     with unfinished(Path(path)) as draft:
         Image.fromarray(rgb).save(draft, format="PNG")
+
+
+def mask_colour(value: int) -> Colour:
+    """Return the colour that `overlay_mask` paints a value of a mask with, at full opacity."""
+    red, green, blue = overlay_mask(
+        np.zeros((5, 5, 3), np.uint8), np.full((5, 5), value), opacity=1.0
+    )[2, 2].tolist()
+    return red, green, blue
 
 
 def overlay_mask(
@@ -63,22 +88,25 @@ def overlay_mask(
 
     Args:
         rgb: the photo.
-        mask: ids at photo size; 0 stays clear, 255 becomes light grey.
+        mask: ids at photo size, of 8 or 16 bits; 0 stays clear, 255 (65535 in masks that are not
+            uint8) becomes light grey.
         opacity: of the colours, in [0, 1]; 0.55 keeps texture visible under the darkest of them.
 
     Raises:
         ValueError: the sizes differ, or a value is out of range.
     """
-    ids = _ids(mask)
+    ids = _ids(mask, highest=IGNORE_16)
     _check(rgb, ids, opacity)
-    palette = np.array(voc_palette()).reshape(256, 3)
-    palette[IGNORE] = _LIGHT_GREY
+    ignore = IGNORE if ids.max() <= IGNORE else IGNORE_16
+    palette = np.zeros((int(ids.max()) + 1, 3), np.uint8)
+    for value in np.flatnonzero(np.bincount(ids.ravel())).tolist():
+        palette[value] = _LIGHT_GREY if value == ignore else voc_colour(value)
     colours = palette[ids]
     painted = np.where(ids[:, :, None] > 0, _mix(rgb, colours, opacity), rgb)
     reach = 1 + 2 * max(1, round(max(ids.shape) / 500))  # the line is thicker on larger photos
     square = np.ones((reach, reach), np.uint8)
     edge = (cv2.erode(ids, square) != ids) | (cv2.dilate(ids, square) != ids)
-    edge &= (ids > 0) & (ids < IGNORE)
+    edge &= (ids > 0) & (ids != ignore)
     painted = np.where(edge[:, :, None], _mix(colours, 255, 0.45), painted)
     return painted.round().astype(np.uint8)
 
@@ -119,6 +147,7 @@ def contact_sheet(
     *,
     titles: Sequence[str],
     captions: Sequence[str] = (),
+    legends: Sequence[Sequence[tuple[Colour, str]]] = (),
     cell: int = 260,
 ) -> Picture:
     """Arrange pictures in a table.
@@ -129,21 +158,24 @@ def contact_sheet(
         rows: the pictures, one per title in each row.
         titles: one for each column.
         captions: one for each row, written above it; or none.
+        legends: colours and names for each row, written behind its caption; or none.
         cell: width of a cell in pixels and its greatest height; 260 puts five columns on a screen.
 
     Raises:
-        ValueError: rows, titles and captions do not match, or cells are below 32 pixels.
+        ValueError: rows, titles, captions and legends do not match, or cells are below 32 pixels.
     """
     _check_table(rows, titles, captions, cell)
+    if legends and len(legends) != len(rows):
+        raise ValueError(f"got {len(legends)} legends for {len(rows)} rows; give one for each")
     fitted = [[_fit(picture, cell) for picture in row] for row in rows]
     heights = [max(picture.height for picture in row) for row in fitted]
     title_font = ImageFont.load_default(size=max(11, cell // 16))
     caption_font = ImageFont.load_default(size=max(10, cell // 19))
     boxes = [font.getbbox("\u00c1gj") for font in (title_font, caption_font)]
     head, foot = (round(bottom - top) + _GAP for _, top, _, bottom in boxes)
-    foot = foot if captions else 0
+    foot = foot if captions or legends else 0
     inner = len(titles) * (cell + _GAP) - _GAP
-    between = foot + _GAP + (_GAP // 2 if captions else 0)
+    between = foot + _GAP + (_GAP // 2 if foot else 0)
     size = (inner + 2 * _MARGIN, head + sum(heights) + len(rows) * between + 2 * _MARGIN - _GAP)
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -151,28 +183,57 @@ def contact_sheet(
     for left, title in zip(lefts, titles, strict=True):
         short = _shorten(title, title_font, cell)
         draw.text((left + cell // 2, _MARGIN), short, _INK, title_font, anchor="ma")
-    for index, (row, caption) in enumerate(zip(fitted, captions or [""] * len(rows), strict=True)):
+    captions, legends = captions or [""] * len(rows), legends or [()] * len(rows)
+    for index, (row, caption, legend) in enumerate(zip(fitted, captions, legends, strict=True)):
         top = _MARGIN + head + sum(heights[:index]) + index * between
-        draw.text((_MARGIN, top), _shorten(caption, caption_font, inner), _FAINT_INK, caption_font)
+        short = _shorten(caption, caption_font, inner // 2 if legend else inner)
+        draw.text((_MARGIN, top), short, _FAINT_INK, caption_font)
+        left = _MARGIN + round(caption_font.getlength(short)) + (2 * _GAP if short else 0)
+        _draw_legend(draw, legend, caption_font, (left, top), _MARGIN + inner)
         for left, picture in zip(lefts, row, strict=True):
             sheet.paste(picture, (left + (cell - picture.width) // 2, top + foot))
     return np.array(sheet)
+
+
+def _draw_legend(
+    draw: ImageDraw.ImageDraw,
+    legend: Sequence[tuple[Colour, str]],
+    font: _Font,
+    start: tuple[int, int],
+    end: int,
+) -> None:
+    """Write names behind squares of their colours, as many as fit into the line."""
+    left, top = start
+    _, high, _, low = font.getbbox("X")
+    side = round(low - high) + 1
+    for colour, name in legend:
+        width = side + _GAP // 2 + round(font.getlength(name))
+        if left + width > end:
+            draw.text((left, top), "...", _FAINT_INK, font)
+            return
+        box = (left, top + round(high), left + side, top + round(high) + side)
+        draw.rectangle(box, colour, _FAINT_INK)
+        draw.text((left + side + _GAP // 2, top), name, _INK, font)
+        left += width + 2 * _GAP
 
 
 def _to_array(values: Tensor | np.ndarray) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
 
 
-def _ids(mask: Tensor | np.ndarray) -> UInt8[np.ndarray, "H W"]:
+def _ids(mask: Tensor | np.ndarray, *, highest: int) -> UInt16[np.ndarray, "H W"]:
     ids = _to_array(mask)
     if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
         raise ValueError(
             f"`mask` must hold integer ids in rows and columns, got {ids.dtype} of shape "
             f"{ids.shape}; pass one image of a batch"
         )
-    if ids.min() < 0 or ids.max() > IGNORE:
-        raise ValueError(f"`mask` must hold ids in 0..255, got {ids.min()} to {ids.max()}")
-    return np.ascontiguousarray(ids.astype(np.uint8))
+    if ids.min() < 0 or ids.max() > highest:
+        raise ValueError(
+            f"`mask` must hold ids in 0..{highest}, got {ids.min()} to {ids.max()}"
+            + ("; use bits=16" if highest == IGNORE else "")
+        )
+    return np.ascontiguousarray(ids.astype(np.uint16))
 
 
 def _check(rgb: np.ndarray, layer: np.ndarray, opacity: float) -> None:

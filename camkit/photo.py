@@ -5,17 +5,18 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageOps
 
 from camkit.errors import DataError
+from camkit.printing import short_repr
 from camkit.tensors import RGB, Pixels
 
 # PIL's exceptions for a broken file, depending on where it breaks
@@ -31,27 +32,38 @@ class Photo:
         rgb: the same picture with colours in [0, 1].
         size: rows and columns of the original, after EXIF rotation.
         path: the file it came from, if any.
+        original: colours of the original in 0..255, if it came from no file.
     """
 
     pixels: Pixels
     rgb: RGB
     size: tuple[int, int]
     path: Path | None = None
+    original: UInt8[np.ndarray, "R S 3"] | None = field(default=None, repr=False)
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)
 class PhotoSettings:
-    """Settings of `load_photo`, to prepare photos for a model."""
+    """Settings of `load_photo`, to prepare photos for a model.
+
+    `camkit.inputs.photo_settings` reads them from a model.
+    """
 
     size: int | tuple[int, int] = 384
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: float | tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: float | tuple[float, ...] = (0.5, 0.5, 0.5)
     multiple: int = 16
-    channels: Literal[1, 3] = 3
+    channels: int = 3
 
     def load(self, path: str | Path) -> Photo:
         """Read one photo from a file, as `load_photo` does."""
-        return load_photo(path, **vars(self))
+        return load_photo(path, **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the settings as arguments of `load_photo` and `photo_from_array`."""
+        return {each.name: getattr(self, each.name) for each in fields(PhotoSettings)}
 
 
 def load_photo(
@@ -61,7 +73,7 @@ def load_photo(
     mean: float | Sequence[float] = 0.5,
     std: float | Sequence[float] = 0.5,
     multiple: int = 16,
-    channels: Literal[1, 3] = 3,
+    channels: int = 3,
 ) -> Photo:
     """Read an image file for a model.
 
@@ -77,8 +89,8 @@ def load_photo(
             other "inception"-normalised checkpoints.
         std: divides the difference, one number or three.
         multiple: the patch size of the model, or any multiple of it.
-        channels: 1 for a model that takes grey images; ``rgb`` holds the colours all the same. For
-            other channels make a `Photo` of your own ``pixels``, ``rgb`` and ``size``.
+        channels: 1 for a model that takes grey images; ``rgb`` holds the colours all the same. 4
+            for a model that takes transparency as well. For other channels use `photo_from_array`.
 
     Returns:
         The photo, float32, on the CPU.
@@ -87,11 +99,14 @@ def load_photo(
         DataError: the file is missing or cannot be decoded.
         ValueError: a setting is out of range.
     """
-    path, rgb = Path(path), read_picture(path)
+    path = Path(path)
+    image = decode(path)
+    with _decoding_errors(path):
+        picture = upright_rgba(image) if channels == 4 else upright_rgb(image)
     photo = photo_from_array(
-        rgb, size=size, mean=mean, std=std, multiple=multiple, channels=channels
+        picture, size=size, mean=mean, std=std, multiple=multiple, channels=channels
     )
-    return replace(photo, path=path)
+    return replace(photo, path=path, original=None)
 
 
 def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
@@ -102,7 +117,7 @@ def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
     path = Path(path)
     image = decode(path)
     with _decoding_errors(path):
-        return _upright_rgb(image)
+        return upright_rgb(image)
 
 
 def picture_from_file(
@@ -111,50 +126,127 @@ def picture_from_file(
     """Read an open image file as `read_picture` does; errors call it ``name``."""
     with _decoding_errors(name), Image.open(file) as image:
         image.load()
-        return _upright_rgb(image)
+        return upright_rgb(image)
 
 
 def photo_from_array(
-    rgb: UInt8[np.ndarray, "H W 3"],
+    picture: Shaped[np.ndarray, "R S ..."],
     *,
     size: int | tuple[int, int] | None = 384,
     mean: float | Sequence[float] = 0.5,
     std: float | Sequence[float] = 0.5,
     multiple: int = 16,
-    channels: Literal[1, 3] = 3,
+    channels: int = 3,
 ) -> Photo:
-    """Make a photo, without a path, from an array of colours in 0..255.
+    """Make a photo, without a path, from an array.
 
-    Red comes first (OpenCV reads blue first). The settings are those of `load_photo`.
+    The settings are those of `load_photo`.
+
+    Args:
+        picture: grey ``(rows, cols)`` or ``(rows, cols, 1)``, colours ``(rows, cols, 3)`` with red
+            first (OpenCV reads blue first), or colours and transparency ``(rows, cols, 4)``, which
+            are put on white unless the model takes 4 channels; or the channels of the model, of
+            which the first three serve as colours. uint8, 16-bit integers in 0..65535, floats in
+            [0, 1], or bool.
+        size: as in `load_photo`, like the next four.
+        mean: one number, or one per channel.
+        std: the same.
+        multiple: the patch size.
+        channels: that the model takes.
 
     Raises:
-        ValueError: the array is not a colour picture, or a setting is out of range.
+        ValueError: the array is no picture, its channels do not suit the model, or a setting is out
+            of range.
     """
-    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.size == 0:
-        raise ValueError(
-            f"`rgb` must be uint8 of shape (rows, cols, 3), got {rgb.dtype} of shape {rgb.shape}; "
-            "scale colours to 0..255 and put them on the last axis"
-        )
-    if channels not in (1, 3):
-        raise ValueError(
-            f"`channels` must be 1 or 3, got {channels}; for others make a camkit.Photo of your "
-            "own `pixels`, `rgb` and `size`"
-        )
+    if channels < 1:
+        raise ValueError(f"`channels` must be at least 1, got {channels}")
     shift, scale = _per_channel("mean", mean, channels), _per_channel("std", std, channels)
     if not bool((scale > 0).all()):
         raise ValueError(f"`std` must be positive, got {std}; 0.5 or the ImageNet values are usual")
-    original = (rgb.shape[0], rgb.shape[1])
+    levels = to_bytes(picture)
+    if levels.shape[2] == 4 and channels != 4:
+        levels = _on_white(Image.fromarray(levels, "RGBA"))
+    if channels not in (1, 3, levels.shape[2]):
+        raise ValueError(
+            f"the model takes {channels} channels, but the picture has {levels.shape[2]}; give an "
+            f"array of shape (rows, cols, {channels})"
+        )
+    original = (levels.shape[0], levels.shape[1])
     rows, cols = _model_size(original, size, multiple)
-    picture = np.array(rgb, order="C")  # contiguous, and not shared with the caller
-    if (rows, cols) != original:
-        resized = Image.fromarray(picture).resize((cols, rows), Image.Resampling.BICUBIC)
-        picture = np.array(resized)
-    colours = torch.from_numpy(picture).permute(2, 0, 1)[None].contiguous() / 255
-    pixels = colours
-    if channels == 1:
-        grey = np.array(Image.fromarray(picture).convert("L"))
-        pixels = torch.from_numpy(grey)[None, None] / 255
-    return Photo(pixels=(pixels - shift) / scale, rgb=colours, size=original)
+    shown = _colours(levels)
+    resized = levels if (rows, cols) == original else _resized(levels, rows, cols)
+    colours = torch.from_numpy(_colours(resized)).permute(2, 0, 1)[None].contiguous() / 255
+    if channels == 1 and levels.shape[2] > 1:
+        resized = np.array(Image.fromarray(_colours(resized)).convert("L"))[:, :, None]
+    elif channels == 3:
+        resized = _colours(resized)
+    pixels = torch.from_numpy(resized).permute(2, 0, 1)[None].contiguous() / 255
+    return Photo(pixels=(pixels - shift) / scale, rgb=colours, size=original, original=shown)
+
+
+def to_bytes(picture: Shaped[np.ndarray, "R S ..."]) -> UInt8[np.ndarray, "R S _"]:
+    """Return a picture in 0..255 with its channels on the last axis.
+
+    Args:
+        picture: see `photo_from_array`.
+
+    Raises:
+        ValueError: the array is no picture.
+    """
+    shape = tuple(picture.shape)
+    if picture.ndim == 2:
+        picture = picture[:, :, None]
+    if picture.ndim != 3 or picture.size == 0:
+        raise ValueError(
+            f"a picture must have shape (rows, cols) or (rows, cols, channels), got {shape}"
+        )
+    if shape[0] in (1, 3, 4) and picture.shape[2] > 4:
+        raise ValueError(
+            f"a picture must have its channels on the last axis, got shape {shape}; transpose it "
+            "by `array.transpose(1, 2, 0)`, or pass a torch tensor, which has them first"
+        )
+    if picture.dtype == np.uint8:
+        return np.array(picture, order="C")  # contiguous, and not shared with the caller
+    if picture.dtype == np.bool_:
+        return picture.astype(np.uint8) * 255
+    return _levels_to_bytes(picture, float(picture.min()), float(picture.max()))
+
+
+def _levels_to_bytes(picture: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Scale numbers from ``low`` to ``high`` to 0..255."""
+    integers = picture.dtype.kind in "iu" and low >= 0
+    if integers and high <= 255 and picture.dtype.itemsize > 2:
+        return picture.astype(np.uint8)
+    if integers and high <= 65535:
+        if 0 < high < 4096:
+            warnings.warn(
+                f"the picture has 16-bit levels up to {high:.0f} of 65535 and is almost black; "
+                "scale it to 0..65535 or to uint8 if its sensor has fewer bits",
+                stacklevel=4,
+            )
+        return ((picture.astype(np.int64) + 128) // 257).astype(np.uint8)
+    if picture.dtype.kind == "f" and low >= 0 and high <= 1:
+        return np.rint(picture * 255).astype(np.uint8)
+    raise ValueError(
+        f"a picture must be uint8, 16-bit integers, or floats in [0, 1], got {picture.dtype} from "
+        f"{low:.4g} to {high:.4g}; scale it first"
+    )
+
+
+def _colours(levels: UInt8[np.ndarray, "R S _"]) -> UInt8[np.ndarray, "R S 3"]:
+    """Return the first three channels, or the only one as grey."""
+    if levels.shape[2] < 3:
+        levels = levels[:, :, :1].repeat(3, axis=2)
+    return np.ascontiguousarray(levels[:, :, :3])
+
+
+def _resized(levels: UInt8[np.ndarray, "R S _"], rows: int, cols: int) -> np.ndarray:
+    if levels.shape[2] == 3:
+        image = Image.fromarray(levels).resize((cols, rows), Image.Resampling.BICUBIC)
+        return np.array(image)
+    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(levels, 2, 0)]
+    filtered = [plane.resize((cols, rows), Image.Resampling.BICUBIC) for plane in planes]
+    return np.stack([np.array(plane) for plane in filtered], axis=2)
 
 
 def decode(path: Path) -> Image.Image:
@@ -193,25 +285,39 @@ def _decoding_errors(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _upright_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    image = ImageOps.exif_transpose(image)
+def upright_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """Return the colours of an image in 0..255, upright, on white where it is transparent."""
+    image = _eight_bits(ImageOps.exif_transpose(image))
+    if image.has_transparency_data:
+        return _on_white(image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def upright_rgba(image: Image.Image) -> UInt8[np.ndarray, "H W 4"]:
+    """Return colours and opacity of an image in 0..255, upright."""
+    return np.array(_eight_bits(ImageOps.exif_transpose(image)).convert("RGBA"))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
         levels = np.asarray(image).astype(np.int64)  # PIL's own conversion clips at 255
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError(f"values {levels.min()} to {levels.max()}, expected 0 to 65535")
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+        return Image.fromarray(to_bytes(levels.astype(np.uint16))[:, :, 0])
     if image.mode == "F":
         raise ValueError("mode F, floats of unknown range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    return image
+
+
+def _on_white(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    white = Image.new("RGBA", image.size, "white")
+    return np.array(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def _per_channel(name: str, value: float | Sequence[float], channels: int) -> torch.Tensor:
     numbers = list(value) if isinstance(value, Sequence) else [value]
     if len(numbers) not in (1, channels) or not all(math.isfinite(number) for number in numbers):
-        several = " or three (red, green, blue)" if channels == 3 else " for grey images"
+        several = f" or {channels}, one per channel" if channels > 1 else " for grey images"
         raise ValueError(
             f"`{name}` must be one finite number{several}, got {value}; take it from the model's "
             "own preprocessing"

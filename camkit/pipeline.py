@@ -1,8 +1,8 @@
 """From a photo to a mask: `wrap` makes a `Pipeline`, and `Pipeline.stages` shows every step."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float
@@ -14,24 +14,30 @@ from camkit.capture.modes import borrowed
 from camkit.capture.parameters import to_input
 from camkit.capture.record import Capture, required_by
 from camkit.capture.scores import known_classes
+from camkit.checks import as_blocks, check_function, check_model
 from camkit.edits.protocol import AnyEdit
 from camkit.errors import CamkitError
 from camkit.grid import Grid
+from camkit.inputs import PhotoLike, as_photos, photo_settings, to_photo
 from camkit.manifest import provenance
 from camkit.mask import to_mask
-from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset
+from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset, read_refine
+from camkit.names import read_vocabulary, vocabulary_of
 from camkit.ops.images import resize_cam
-from camkit.photo import Photo
+from camkit.photo import Photo, PhotoSettings
+from camkit.printing import short_repr
 from camkit.refiners.normalize import normalize_cam
 from camkit.refiners.protocol import Refiner
-from camkit.result import Result, fits_a_byte, mask_legend
+from camkit.result import Result, mask_bits
 from camkit.seeds.attention import GradientSeed
 from camkit.seeds.protocol import Seed
 from camkit.seeds.targets import (
     ClassRequest,
     Score,
+    Targets,
     name_of,
     read_targets,
+    request_of,
     with_targets,
 )
 from camkit.seeds.text import TextClasses
@@ -45,6 +51,8 @@ from camkit.seeds.views import (
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
 
+_BATCH = 8  # photos of a list that share a forward
+
 
 def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tell
     model: nn.Module,
@@ -53,9 +61,10 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
     edit: AnyEdit | None = None,
     edit_blocks: int | Sequence[int] | None = 3,
     views: Views | None = None,
-    refine: Sequence[Refiner] = DEFAULT_REFINE,
+    refine: Refiner | Sequence[Refiner] = DEFAULT_REFINE,
     background_score: float | None = None,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: Vocabulary | Sequence[str] | Mapping[Any, Any] | None = None,
+    photos: Any = None,
     scores: Callable[[Any], Tensor] | None = None,
     call: ModelCall | None = None,
     modules: Iterable[str] | None = None,
@@ -74,11 +83,16 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
         edit: see `Method`, also for `edit_blocks`, `views` and `refine`.
         edit_blocks: the attention blocks to edit.
         views: other sizes and mirror images to read the seed from.
-        refine: refiners, applied in order.
+        refine: refiners, applied in order; or a single one.
         background_score: score that a class must exceed to own a pixel, in [0, 1]; None takes the
             score of the preset, or 0.55 with a seed or edit of your own.
-        vocabulary: class names, and the classifier outputs behind each; without it, classes are
-            output indices.
+        vocabulary: the class names: a list with the name of each output, some of the names that the
+            model states itself, a dict, or a `Vocabulary` (`Vocabulary.of` has the forms). None
+            takes the names that the model states (`camkit.names.vocabulary_of`), such as those of
+            ImageNet; if it states none, classes are output indices.
+        photos: how the model expects photos: an image processor, a transform, a dict with ``mean``
+            and ``std``, or a `camkit.photo.PhotoSettings`. None reads it from the model
+            (`camkit.inputs.photo_settings`).
         scores: computes ``(b, classes)`` scores from the model's output, as in `camkit.watch`.
         call: ``(model, pixels) -> output``, for a model that takes more than images; None is
             ``model(pixels)``. It is called for every view of a photo, at the size of the view.
@@ -89,20 +103,30 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
 
     Raises:
         UnsupportedModelError: the model has no attention.
-        ValueError: ``background_score`` is outside [0, 1].
+        TypeError: an argument is of another kind.
+        ValueError: ``background_score`` is outside [0, 1], or the vocabulary does not suit.
     """
-    shared: dict[str, Any] = {"views": views, "refine": tuple(refine)}
+    check_model(model)
+    shared: dict[str, Any] = {"views": views, "refine": read_refine(refine)}
     if background_score is not None:
         shared["background_score"] = background_score
     method: Method | tuple[Preset, ...]
     if seed is None and edit is None:
         method = tuple(replace(p, method=replace(p.method, **shared)) for p in PRESETS)
     else:
-        blocks = edit_blocks if isinstance(edit_blocks, int | None) else tuple(edit_blocks)
+        blocks = as_blocks("edit_blocks", edit_blocks)
         seed = GradientSeed() if seed is None else seed
         method = Method(seed, edit=edit, edit_blocks=blocks, **shared)
     facts = ModelFacts.of(modules, class_tokens, other_tokens, grid)
-    return Pipeline(model, method, vocabulary=vocabulary, scores=scores, call=call, facts=facts)
+    return Pipeline(
+        model,
+        method,
+        vocabulary=vocabulary,
+        photos=photos,
+        scores=scores,
+        call=call,
+        facts=facts,
+    )
 
 
 class Pipeline:
@@ -113,6 +137,7 @@ class Pipeline:
         method: how maps are made; or presets, which are tried on the first photo: the pipeline uses
             the first that the model supports.
         vocabulary: see `wrap`.
+        photos: see `wrap`.
         scores: see `wrap`.
         call: see `wrap`.
         facts: what the user states about the model.
@@ -121,19 +146,31 @@ class Pipeline:
         UnsupportedModelError: the model has no attention.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a model cannot tell
         self,
         model: nn.Module,
         method: Method | Sequence[Preset] = PRESETS,
         *,
-        vocabulary: Vocabulary | None = None,
+        vocabulary: Vocabulary | Sequence[str] | Mapping[Any, Any] | None = None,
+        photos: Any = None,
         scores: Callable[[Any], Tensor] | None = None,
         call: ModelCall | None = None,
         facts: ModelFacts = NO_FACTS,
     ) -> None:
+        check_model(model)
+        check_function("scores", scores)
+        check_function("call", call)
         Host.of(model, **facts.arguments())  # refuse here, not at the first photo
         self.model = model
-        self.vocabulary = vocabulary
+        self._names_given = vocabulary is not None
+        self.vocabulary: Vocabulary | None = None
+        if scores is not None:  # then the classes are not the model's own
+            self.vocabulary = None if vocabulary is None else Vocabulary.of(vocabulary)
+        elif vocabulary is None:
+            self.vocabulary = vocabulary_of(model)
+        else:
+            self.vocabulary = read_vocabulary(vocabulary, model)
+        self._photos = None if photos is None else photo_settings(model, photos)
         self.scores = scores
         self.call = call
         self.facts = facts
@@ -141,36 +178,112 @@ class Pipeline:
         self._presets = (Preset(method),) if isinstance(method, Method) else tuple(method)
         self._method = method if isinstance(method, Method) else None
 
-    def __call__(self, photo: Photo, *, classes: ClassRequest = None) -> "Result":
-        """Segment one photo.
+    @property
+    def photos(self) -> PhotoSettings:
+        """How the model expects photos; raises `CamkitError` if neither it nor the user says."""
+        if self._photos is None:
+            self._photos = photo_settings(self.model)
+        return self._photos
+
+    @overload
+    def __call__(
+        self, photo: list[Any] | tuple[Any, ...], *, classes: ClassRequest = None
+    ) -> "list[Result]": ...
+
+    @overload
+    def __call__(self, photo: PhotoLike, *, classes: ClassRequest = None) -> "Result": ...
+
+    def __call__(self, photo: PhotoLike, *, classes: ClassRequest = None) -> Any:
+        """Segment a photo, or each photo of a list.
 
         Args:
-            photo: see `camkit.load_photo`.
-            classes: the classes in the picture, by name or index; None takes the most probable one.
-                docs/views.md lists the other forms, such as labels,
-                `camkit.seeds.PredictedClasses` and `camkit.seeds.TextClasses`.
+            photo: a path, PIL image, array, tensor or `camkit.Photo` (`camkit.inputs.to_photo` says
+                which values they may hold), or a list of these. Photos of a list that have one size
+                share forwards, of at most 8 photos each.
+            classes: the classes in the picture, by name or index; None takes the most probable one,
+                where sister classes of one object count as one (`camkit.data.OBJECTS_IN_IMAGENET`).
+                For a list of photos, one list for each. docs/views.md lists the other forms, such
+                as labels, `camkit.seeds.PredictedClasses` and `camkit.seeds.TextClasses`.
+
+        Returns:
+            A `Result`; for a list of photos, a list of them in its order.
 
         Raises:
+            CamkitError: the photo must be prepared, but nothing says how.
+            DataError: a photo cannot be read.
+            TypeError: ``photo`` is no picture.
             ValueError: a class is unknown, or the size does not fit the model's patches.
             UnsupportedModelError: the model's attention cannot be read.
         """
-        stages = self.stages(photo.pixels, rgb=photo.rgb, classes=classes)
-        slots = [slot for slot, index in enumerate(stages.classes[0].tolist()) if index >= 0]
-        chosen = tuple(int(index) for index in stages.classes[0, slots])
-        method, outputs = stages.method, stages.capture.outputs
-        cam = resize_cam(stages.cam, photo.size).clamp(0, 1)
-        values = stages.classes if fits_a_byte(stages.known) else None
+        several = as_photos(photo)
+        if several is None:
+            return self._segment([self._prepared(photo)], classes)[0]
+        if not isinstance(classes, TextClasses):
+            self._targets(classes, len(several))  # wrong requests fail before any photo is read
+        results: dict[int, Result] = {}
+        waiting: dict[tuple[int, ...], list[tuple[int, Photo]]] = {}
+        for place, each in enumerate(several):
+            prepared = self._prepared(each)
+            group = waiting.setdefault(tuple(prepared.pixels.shape), [])
+            group.append((place, prepared))
+            if len(group) == _BATCH:
+                results |= self._segment_group(waiting.pop(tuple(prepared.pixels.shape)), classes)
+        for group in waiting.values():
+            results |= self._segment_group(group, classes)
+        return [results[place] for place in range(len(several))]
+
+    def _prepared(self, photo: PhotoLike) -> Photo:
+        return photo if isinstance(photo, Photo) else to_photo(photo, self.photos)
+
+    def _segment_group(
+        self, group: Sequence[tuple[int, Photo]], classes: ClassRequest
+    ) -> "dict[int, Result]":
+        places = [place for place, _ in group]
+        results = self._segment([photo for _, photo in group], request_of(classes, places))
+        return dict(zip(places, results, strict=True))
+
+    def _segment(self, photos: Sequence[Photo], classes: ClassRequest) -> "list[Result]":
+        """Segment photos of one size in one forward."""
+        stages = self.stages(
+            torch.cat([photo.pixels for photo in photos]),
+            rgb=torch.cat([photo.rgb for photo in photos]),
+            classes=classes,
+        )
+        return [self._result(photo, stages, place) for place, photo in enumerate(photos)]
+
+    def _result(self, photo: Photo, stages: "Stages", place: int) -> "Result":
+        row = stages.classes[place].tolist()
+        slots = [slot for slot, index in enumerate(row) if index >= 0]
+        values, names = stages.values[place], stages.names[place]
+        bits, outputs = mask_bits(values), stages.capture.outputs
+        cam = resize_cam(stages.cam[place : place + 1, slots], photo.size).clamp(0, 1)
+        mask = torch.zeros(photo.size, dtype=torch.uint8 if bits == 8 else torch.int32)
+        if slots:
+            numbers = torch.tensor([values], device=cam.device) - 1
+            score = stages.method.background_score
+            mask = to_mask(cam, numbers, background_score=score, bits=bits)[0]
         return Result(
             photo=photo,
-            classes=chosen,
-            names=stages.names[0],
-            seed=stages.seed[:, slots],
-            cam=cam[:, slots],
-            mask=to_mask(cam, values, background_score=method.background_score)[0],
-            legend=mask_legend(chosen, stages.names[0], stages.known),
-            logits=stages.seed.new_zeros(1, 0) if outputs is None else outputs.detach(),
-            settings=self._settings(method),
+            classes=tuple(row[slot] for slot in slots),
+            names=names,
+            seed=stages.seed[place : place + 1, slots],
+            cam=cam,
+            mask=mask,
+            legend=dict(zip(values, names, strict=True)),
+            logits=cam.new_zeros(1, 0) if outputs is None else outputs[place : place + 1].detach(),
+            settings=self._settings(stages.method),
             passed_over=stages.passed_over,
+        )
+
+    def _targets(self, classes: ClassRequest, images: int) -> Targets:
+        """Check a request for the classes of the model, other than texts."""
+        known = known_classes(self.model) if self.scores is None else None
+        return read_targets(
+            classes,
+            images=images,
+            known=known,
+            vocabulary=self.vocabulary,
+            outputs=None if self._names_given else known,
         )
 
     def stages(self, pixels: Pixels, *, rgb: RGB, classes: ClassRequest = None) -> "Stages":
@@ -185,19 +298,16 @@ class Pipeline:
         # 1. The classes, checked before the model runs. Texts bring their own names and scores.
         vocabulary, scores = self.vocabulary, self.scores
         if isinstance(classes, TextClasses):
-            if scores is not None or vocabulary is not None:
+            if scores is not None or self._names_given:
                 raise ValueError(
                     "texts bring their own scores and names; wrap the model without `scores` and "
                     "`vocabulary`"
                 )
             vocabulary, scores = Vocabulary(classes.names), classes.scores
-            classes = [list(range(len(classes)))] * len(pixels)
-        targets = read_targets(
-            classes,
-            images=len(pixels),
-            known=known_classes(self.model) if scores is None else None,
-            vocabulary=vocabulary,
-        )
+            every = [list(range(len(classes)))] * len(pixels)
+            targets = read_targets(every, images=len(pixels), vocabulary=vocabulary)
+        else:
+            targets = self._targets(classes, len(pixels))
         check_size(self.model, pixels)
 
         # 2. The method. The model's classifier cannot explain texts and custom scores.
@@ -241,13 +351,17 @@ class Pipeline:
         known = capture.class_count
         if known is None:  # nothing tells how many classes there are
             known = int(indices.max()) + 1
+        legends = [
+            _legend([index for index in row if index >= 0], known, vocabulary, targets.functions)
+            for row in indices.tolist()
+        ]
         return Stages(
             seed=first,
             cam=cam,
             capture=capture,
             classes=indices,
-            names=_names(indices, known, vocabulary, targets.functions),
-            known=known + len(targets.functions),
+            names=tuple(tuple(legend.values()) for legend in legends),
+            values=tuple(tuple(legend) for legend in legends),
             method=method,
             passed_over=passed_over,
         )
@@ -306,6 +420,15 @@ class Pipeline:
         return method.settings() | {"model": type(self.model).__name__} | provenance(self.model)
 
     def __repr__(self) -> str:
+        """Return one line that names the stages; `print` shows every setting."""
+        name, method = type(self.model).__name__, self._method
+        if method is None:
+            return f"Pipeline({name}, method decided at the first photo)"
+        stages = (method.seed, method.edit, *method.refine)
+        words = [_stage_name(stage) for stage in stages if stage is not None]
+        return f"Pipeline({name}, {', '.join(words)}, background_score={method.background_score})"
+
+    def __str__(self) -> str:
         name = type(self.model).__name__
         if self._method is not None:
             reasons = "".join(f"\n  not {reason}" for reason in self._passed_over)
@@ -315,13 +438,26 @@ class Pipeline:
         return f"Pipeline({name}, {choice}{candidates})"
 
 
-def _names(
-    classes: Classes, known: int, vocabulary: Vocabulary | None, functions: Sequence[Score]
-) -> tuple[tuple[str, ...], ...]:
-    """Name the classes of each image; custom scores are numbered behind the ``known`` ones."""
-    names = list(map(str, range(known))) if vocabulary is None else list(vocabulary.names)
-    names += map(name_of, functions)
-    return tuple(tuple(names[i] for i in row if i >= 0) for row in classes.tolist())
+def _stage_name(stage: object) -> str:
+    return getattr(stage, "__name__", type(stage).__name__)
+
+
+def _legend(
+    classes: Sequence[int], known: int, vocabulary: Vocabulary | None, functions: Sequence[Score]
+) -> dict[int, str]:
+    """Return the mask value and the name of classes; custom scores follow the ``known`` ones."""
+    largest = known
+    if vocabulary is not None and vocabulary.values is not None:
+        largest = max(vocabulary.values)
+    legend: dict[int, str] = {}
+    for index in classes:
+        if index >= known:
+            legend[largest + 1 + index - known] = name_of(functions[index - known])
+        elif vocabulary is None:
+            legend[index + 1] = str(index)
+        else:
+            legend[vocabulary.value(index)] = vocabulary.names[index]
+    return legend
 
 
 @dataclass(frozen=True)
@@ -334,7 +470,7 @@ class Stages:
         capture: of the photos as given.
         classes: index of each map, padded with -1.
         names: names of the classes of each image, without padding.
-        known: number of classes of the model or vocabulary, custom scores included.
+        values: their values in masks.
         method: the method used.
         passed_over: see `Result`.
     """
@@ -344,6 +480,8 @@ class Stages:
     capture: Capture
     classes: Classes
     names: tuple[tuple[str, ...], ...]
-    known: int
+    values: tuple[tuple[int, ...], ...]
     method: Method
     passed_over: tuple[str, ...] = ()
+
+    __repr__ = short_repr

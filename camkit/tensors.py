@@ -36,3 +36,6 @@ Mask: TypeAlias = Integer[Tensor, "b H W"]
 
 IGNORE = 255
 """Mask value of pixels without a label; losses and scores skip them."""
+
+IGNORE_16 = 65535
+"""The same in masks of 16 bits, for more than 254 classes."""

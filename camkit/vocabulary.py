@@ -1,8 +1,11 @@
-"""Class names and the classifier outputs that belong to each class."""
+"""Class names, the classifier outputs that belong to each class, and its value in masks."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,8 +16,12 @@ from torch import Tensor
 class Vocabulary:
     """The user's class names, mapped to the outputs of a classifier.
 
-    A name may list synonyms, separated by commas. ``members`` lists the outputs of each class;
-    without it, name i is output i.
+    Attributes:
+        names: one for each class; a name may list synonyms, separated by commas.
+        members: the outputs of each class; None if name i is output i.
+        values: the value of each class in masks, from 1, none twice; None if it is index + 1.
+        candidates: indices of the classes that a first guess chooses from, for images without
+            labels; None if it chooses from all.
 
     >>> animals = Vocabulary(("cat", "dog"), members=((281, 282), (151,)))
     >>> animals.index("Dog")
@@ -23,23 +30,89 @@ class Vocabulary:
 
     names: tuple[str, ...]
     members: tuple[tuple[int, ...], ...] | None = None
+    values: tuple[int, ...] | None = None
+    candidates: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.names, str):
+            raise TypeError(f"`names` must be a list of names, got the text {self.names!r}")
+        object.__setattr__(self, "names", tuple(self.names))
         if not self.names or not all(name.strip() for name in self.names):
             raise ValueError("a vocabulary needs at least one name, and no name may be blank")
-        if self.members is None:
-            return
-        if len(self.members) != len(self.names):
-            raise ValueError(
-                f"`members` must hold one entry for each of the {len(self.names)} names, "
-                f"got {len(self.members)}"
-            )
-        for name, outputs in zip(self.names, self.members, strict=True):
+        for field, entries in (("members", self.members), ("values", self.values)):
+            if entries is not None and len(entries) != len(self.names):
+                raise ValueError(
+                    f"`{field}` must hold one entry for each of the {len(self.names)} names, "
+                    f"got {len(entries)}"
+                )
+        self._check_members()
+        if min(self.values or (1,)) < 1 or len(set(self.values or ())) < len(self.values or ()):
+            raise ValueError("`values` must be mask values from 1, none twice")
+        if not set(self.candidates or (0,)) <= set(range(len(self.names))):
+            raise ValueError(f"`candidates` must be indices from 0 to {len(self.names) - 1}")
+
+    def _check_members(self) -> None:
+        for name, outputs in zip(self.names, self.members or (), strict=False):
             if not outputs or min(outputs) < 0 or len(set(outputs)) < len(outputs):
                 raise ValueError(
                     f'`members` of "{name}" must be outputs from 0, at least one and none twice, '
                     f"got {outputs}"
                 )
+
+    @classmethod
+    def of(cls, names: Any) -> "Vocabulary":
+        """Make a vocabulary from the forms that users hold.
+
+        Args:
+            names: a vocabulary; a list of names, the first that of output 0; a dict of the name of
+                each output (``{0: "cat", 1: "dog"}``, as ``config.id2label`` of transformers); or a
+                dict of the output or outputs of each name (``{"cat": [281, 282], "dog": 151}``).
+
+        Raises:
+            TypeError: ``names`` has another form.
+            ValueError: a name is blank, or an output comes twice.
+
+        >>> Vocabulary.of({"cat": [281, 282], "dog": 151}).members
+        ((281, 282), (151,))
+        """
+        if isinstance(names, cls):
+            return names
+        if isinstance(names, Mapping):
+            return cls._of_dict(names)
+        if isinstance(names, Sequence) and not isinstance(names, str):
+            wrong = [name for name in names if not isinstance(name, str)]
+            if not wrong:
+                return cls(tuple(names))
+            raise TypeError(f"a list of names must hold texts, got {wrong[0]!r} among them")
+        raise TypeError(
+            'a vocabulary must be a list of names such as ["cat", "dog"], a dict, or a '
+            f"camkit.Vocabulary, got {names!r}"
+        )
+
+    @classmethod
+    def _of_dict(cls, names: Mapping[Any, Any]) -> "Vocabulary":
+        if all(isinstance(name, str) for name in names.values()):  # the name of each output
+            try:
+                by_output = {int(output): name for output, name in names.items()}
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    "a dict of names must have outputs as keys, such as {0: 'cat'}, or hold the "
+                    f"outputs of each name, such as {{'cat': [281, 282]}}; got {error}"
+                ) from error
+            outputs = sorted(by_output)
+            members = None if outputs == list(range(len(outputs))) else tuple((o,) for o in outputs)
+            return cls(tuple(by_output[output] for output in outputs), members)
+        try:
+            groups = {
+                str(name): (int(held),) if isinstance(held, Integral) else tuple(map(int, held))
+                for name, held in names.items()
+            }
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                "a dict of classes must hold the output or outputs of each name, such as "
+                f"{{'cat': [281, 282], 'dog': 151}}; got {error}"
+            ) from error
+        return cls(tuple(groups), tuple(groups.values()))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -49,12 +122,11 @@ class Vocabulary:
 
         A whole name takes precedence over another class's synonym.
         """
-        if isinstance(name_or_index, int):
-            if not 0 <= name_or_index < len(self):
-                raise ValueError(
-                    f"a class index must lie in 0 to {len(self) - 1}, got {name_or_index}"
-                )
-            return name_or_index
+        if not isinstance(name_or_index, str):
+            index = operator.index(name_or_index)  # also those of numpy
+            if not 0 <= index < len(self):
+                raise ValueError(f"a class index must lie in 0 to {len(self) - 1}, got {index}")
+            return index
         wanted = _plain(name_or_index)
         matches = [i for i, name in enumerate(self.names) if _plain(name) == wanted]
         matches = matches or [i for i, name in enumerate(self.names) if wanted in _synonyms(name)]
@@ -98,6 +170,25 @@ class Vocabulary:
         )
         members = self.members or tuple((index,) for index in range(len(self)))
         return Vocabulary(names, tuple(members[index] for index in indices))
+
+    def value(self, index: int) -> int:
+        """Return the value of a class in masks."""
+        return index + 1 if self.values is None else self.values[index]
+
+    def guesses(self) -> "Vocabulary":
+        """Keep the classes that first guesses choose from, and their values in masks."""
+        if self.candidates is None:
+            return self
+        kept = self.subset(self.candidates)
+        return replace(kept, values=tuple(self.value(index) for index in self.candidates))
+
+    def among_candidates(self, scores: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """Set the scores of classes that first guesses do not choose to minus infinity."""
+        if self.candidates is None:
+            return scores
+        chosen = torch.zeros(len(self), dtype=torch.bool, device=scores.device)
+        chosen[list(self.candidates)] = True
+        return scores.masked_fill(~chosen, -torch.inf)
 
     def score(self, outputs: Float[Tensor, "... o"]) -> Float[Tensor, "... C"]:
         """Join the outputs of each class into one score.

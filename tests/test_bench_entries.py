@@ -193,9 +193,9 @@ def counted(monkeypatch):
     counts = []
     real = evaluator.variant_maps
 
-    def counting(model, photo, classes, variants, vocabulary):
+    def counting(model, photo, classes, variants, *others):
         counts.append(len(variants))
-        return real(model, photo, classes, variants, vocabulary)
+        return real(model, photo, classes, variants, *others)
 
     monkeypatch.setattr("camkit.bench.evaluator.variant_maps", counting)
     return counts
@@ -292,6 +292,36 @@ def test_a_store_is_read_while_another_writes(tmp_path):
         assert second.get("b") is None
     with sqlite3.connect(path) as file:
         assert file.execute("SELECT count(*) FROM kept").fetchone() == (1,)
+
+
+class Scaled(torch.nn.Module):
+    """Takes the scale of its pixels as a second input."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels, scale):
+        return self.model(pixels * scale)
+
+
+def test_a_model_of_two_inputs_is_measured_by_its_call_and_always_again(
+    model, shapes, tmp_path, counted
+):
+    plain = measured(model, shapes, SEED, SPREAD, quality=Quality(steps=3, images=1))
+    for count in (1, 2):
+        report = measured(
+            Scaled(model).eval(),
+            shapes,
+            SEED,
+            SPREAD,
+            call=lambda host, pixels: host(pixels / 2, 2.0),  # exact: powers of two
+            cache=tmp_path / "kept.sqlite",
+            quality=Quality(steps=3, images=1),
+        )
+        assert [row.confusion for row in report.rows] == [row.confusion for row in plain.rows]
+        assert report.rows[0].quality == plain.rows[0].quality
+        assert len(counted) == (1 + count) * (plain.images + plain.tune_images + 1)
 
 
 def test_quality_is_the_mean_over_asked_maps(model, shapes):

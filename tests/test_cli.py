@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from camkit.cli import COMMANDS, main
+from camkit.cli import COMMANDS, command_module, main
 from camkit.cli.models import open_model
 from camkit.data import write_shapes
 from camkit.pipeline import Pipeline
@@ -80,14 +83,47 @@ def test_help_of_every_command_shows_an_example(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["paint"], ["cam"], ["cam", "a.jpg", "--sise", "3"], ["bench", "x", "--limit", "few"]],
+    ("arguments", "words"),
+    [
+        (["cma"], "no command is called 'cma'; did you mean 'cam'? See `camkit --help`"),
+        (["cam"], "required: IMAGE; see `camkit cam --help`"),
+        (["cam", "a.jpg", "--sise", "3"], "has no option --sise; did you mean --size?"),
+        (["bench", "x", "--limit", "few"], "--limit: invalid int value: 'few'"),
+        (["run", "x", "--out", "y", "--cams", "nzp"], "choose from 'none', 'both', 'psa'"),
+        (["doctor", "a", "b"], "b: more arguments than camkit doctor takes"),
+        (["data", "chekc", "x"], "invalid choice: 'chekc'"),
+    ],
 )
-def test_a_wrong_command_line_ends_with_2(arguments, capsys):
+def test_a_wrong_command_line_ends_with_2_and_one_line(arguments, words, capsys):
     with pytest.raises(SystemExit) as left:
         main(arguments)
     assert left.value.code == 2
-    assert "usage: camkit" in capsys.readouterr().err
+    assert words in one_line(capsys)
+
+
+def test_without_arguments_the_commands_are_listed(capsys):
+    with pytest.raises(SystemExit) as left:
+        main([])
+    assert left.value.code == 2
+    assert "Segment photos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [("--help", "Segment photos"), ("--version", version("camkit")), ("paint", "no command")],
+)
+def test_help_and_version_do_without_torch(arguments, words):
+    """In a fresh process; they take 0.1 seconds then, and importing torch takes seconds."""
+    code = "import sys, camkit.cli as c\ntry: c.main()\nfinally: print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert words in done.stdout + done.stderr
+    assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_list_of_commands_says_what_each_says_of_itself(command):
+    assert command_module(command).__doc__.splitlines()[0] == COMMANDS[command]
 
 
 def test_cam_writes_a_folder_for_each_photo(tmp_path, capsys):

@@ -339,7 +339,7 @@ def test_files_that_cannot_be_used_do_not_stop_the_others(
     assert table[0] == "name\tstage\treason"
     assert "cannot be read" in reported[NAMES[1]] or "damaged" in reported[NAMES[1]]
     assert "which no file of class maps needs and which could run code" in reported[NAMES[2]]
-    assert "holds NaN or infinity" in reported[NAMES[3]]
+    assert "must be finite, got NaN" in reported[NAMES[3]]
     assert "64x48 (rows x columns), which do not fit 48x64" in reported[NAMES[4]]
     assert "fit the photo turned" in reported[NAMES[4]]
     assert "maps from 7 to 7, expected [0, 1]; start with the step normalize" in reported[NAMES[5]]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from camkit import compat
-from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.errors import CamkitError, CaptureError, UnsupportedModelError
 
 METHODS = {
     "GradCAM": "gradcam",
@@ -71,18 +71,43 @@ def test_maps_are_the_formulas_scaled_and_resized_as_grad_cam_does(host):
         torch.testing.assert_close(cam.outputs, outputs.detach(), rtol=1e-5, atol=1e-5)
 
 
+def of_grad_cam(method, model, layers, reshape, targets, pixels, **settings):
+    """The maps of grad-cam itself; ``settings`` are of its call, ``init_`` those of its class."""
+    theirs = pytest.importorskip("pytorch_grad_cam")
+    given = {k.removeprefix("init_"): v for k, v in settings.items() if k.startswith("init_")}
+    called = {k: v for k, v in settings.items() if not k.startswith("init_")}
+    if method == "AblationCAM":
+        given["ablation_layer"] = theirs.AblationLayerVit()
+    cam = getattr(theirs, method)(model, layers, reshape, **given)
+    return cam(pixels, targets, **called)
+
+
 @pytest.mark.parametrize(
     ("method", "smooth"),
-    [*((method, {}) for method in (*METHODS, "FinerCAM")), ("LayerCAM", {"aug_smooth": True})],
+    [
+        *((method, {}) for method in (*METHODS, "FinerCAM", "RefineCAM", "SegEigenCAM")),
+        *((method, {}) for method in ("KPCA_CAM", "FEM", "ScoreCAM", "AblationCAM")),
+        ("LayerCAM", {"aug_smooth": True}),
+    ],
 )
 def test_maps_are_those_of_grad_cam(host, method, smooth):
-    theirs = pytest.importorskip("pytorch_grad_cam")
     model, pixels = host
     layers, reshape = [block.norm1 for block in model.blocks], onto_grid(model)
     targets = None if method == "FinerCAM" else TARGETS
     found = getattr(compat, method)(model, layers, reshape)(pixels, targets, **smooth)
-    with getattr(theirs, method)(model, layers, reshape) as cam:
-        np.testing.assert_allclose(found, cam(pixels, targets, **smooth), atol=1e-4)
+    expected = of_grad_cam(method, model, layers, reshape, targets, pixels, **smooth)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "poly", "rbf", "sigmoid", "cosine"])
+@pytest.mark.parametrize("gamma", [None, 0.01])
+def test_kernel_components_are_those_of_grad_cam(kernel, gamma):
+    model, pixels = built()
+    layers, reshape = [model.blocks[-1].norm1], onto_grid(model)
+    found = compat.KPCA_CAM(model, layers, reshape, kernel, gamma)(pixels)
+    given = {"init_kernel": kernel, "init_gamma": gamma}
+    expected = of_grad_cam("KPCA_CAM", model, layers, reshape, TARGETS, pixels, **given)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["EigenCAM", "EigenGradCAM"])
@@ -92,12 +117,63 @@ def test_components_are_those_of_grad_cam_up_to_their_sign(host, method):
     layers, reshape = [model.blocks[-1].norm1], onto_grid(model)
     found = getattr(compat, method)(model, layers, reshape)(pixels, TARGETS)
     with getattr(theirs, method)(model, layers, reshape) as cam:
-        monkey = cam.get_cam_image
+        signed = cam.get_cam_image
         maps = [cam(pixels, TARGETS)]
-        cam.get_cam_image = lambda *given: -monkey(*given)
+        cam.get_cam_image = lambda *given: -signed(*given)
         maps.append(cam(pixels, TARGETS))
     for own, *both in zip(found, *maps, strict=True):
         assert min(abs(own - each).max() for each in both) < 1e-4
+
+
+def test_random_weights_weight_channels_as_in_grad_cam():
+    theirs = pytest.importorskip("pytorch_grad_cam")
+    model, pixels = built()
+    layers, reshape = [model.blocks[-1].norm1], onto_grid(model)
+    torch.manual_seed(0)
+    drawn = torch.rand(2, 48) * 2 - 1
+    torch.manual_seed(0)
+    found = compat.RandomCAM(model, layers, reshape)(pixels)
+
+    class Drawn(theirs.RandomCAM):
+        def get_cam_weights(self, *_):
+            return drawn.numpy()
+
+    np.testing.assert_allclose(found, Drawn(model, layers, reshape)(pixels, TARGETS), atol=1e-4)
+
+
+def test_shapley_maps_are_those_of_grad_cam_where_it_can_make_them(host):
+    theirs = pytest.importorskip("pytorch_grad_cam")
+    model, pixels = host
+    found = compat.ShapleyCAM(model, [model.patch_embed.proj])(pixels, TARGETS)
+    for block in model.blocks:
+        block.attn.fused_attn = False  # it needs this; with tokens it fails in any case
+    cam = theirs.ShapleyCAM(model, [model.patch_embed.proj])
+    np.testing.assert_allclose(found, cam(pixels, TARGETS), atol=1e-4)
+    cam.activations_and_grads.gradients.clear()  # it cannot free these
+
+
+def test_shapley_weights_of_tokens_are_gradients_half_a_step_back(host):
+    """The Hessian times the tokens, by the difference of two gradients."""
+    model, pixels = host
+    model, pixels, norm = model.double(), pixels.double(), model.blocks[-1].norm1
+    found = compat.ShapleyCAM(model, [norm])(pixels, TARGETS)
+    factor, kept = 1.0, []
+
+    def scaled(*call):
+        kept.append((call[-1] * factor).detach().requires_grad_())
+        return kept[-1]
+
+    norm.register_forward_hook(scaled)
+    slopes = []
+    for factor in (1.0, 1 + 1e-4, 1 - 1e-4):  # noqa: B007 - the hook reads it
+        total = chosen(model(pixels), torch.tensor(CATEGORIES))
+        slopes += torch.autograd.grad(total, kept[-1])
+    slope = slopes[0] - 0.5 * (slopes[1] - slopes[2]) / 2e-4
+    own = slice(model.num_prefix_tokens, None)
+    weights = slope[:, own].mean(1, keepdim=True)
+    maps = (kept[0][:, own].detach() * weights).sum(-1).clamp_min(0.0).view(2, 4, 4)
+    large = interpolate(rescaled(maps)[:, None], pixels.shape[-2:], mode="bilinear")[:, 0]
+    np.testing.assert_allclose(found, rescaled(large).numpy(), atol=1e-4)
 
 
 def test_layer_and_layout_are_found_where_none_are_given(host):
@@ -234,6 +310,123 @@ def test_what_cannot_be_read_is_refused_with_the_way_out():
     model.blocks[0].forward = lambda tokens: tokens
     with pytest.raises(CaptureError, match="norm1 did not run"):
         cam(pixels, TARGETS)
+
+
+PERTURBING = ["ScoreCAM", "AblationCAM"]
+RERUNNING = [*PERTURBING, "ShapleyCAM"]
+
+
+@pytest.mark.parametrize("method", RERUNNING)
+def test_forwards_of_changed_images_leave_the_model_alone(method):
+    model, pixels = built()
+    expected = getattr(compat, method)(model)(pixels, TARGETS)
+    model(pixels).sum().backward()
+    model.train()
+    before = state_of(model)
+    np.testing.assert_allclose(getattr(compat, method)(model)(pixels, TARGETS), expected, atol=1e-4)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("method", PERTURBING)
+def test_a_forward_that_fails_midway_leaves_the_model_alone(method):
+    model, pixels = built()
+    model.train()
+    before, runs = state_of(model), []
+
+    def failing(model, images):
+        runs.append(len(images))
+        if len(runs) == 3:
+            raise RuntimeError("out of memory")
+        return model(images)
+
+    cam = getattr(compat, method)(model, call=failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cam(pixels, TARGETS)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("method", PERTURBING)
+def test_channels_are_batched_and_maps_do_not_depend_on_the_batch(method):
+    model, pixels = built()
+    expected, runs = getattr(compat, method)(model)(pixels, TARGETS), []
+    cam = getattr(compat, method)(
+        model, call=lambda m, images: runs.append(len(images)) or m(images)
+    )
+    cam.batch_size = 20
+    np.testing.assert_allclose(cam(pixels, TARGETS), expected, atol=1e-4)
+    assert runs == [2, *[20, 20, 8] * 2]  # 48 channels of each image
+    cam.batch_size = 0
+    with pytest.raises(ValueError, match=r"`batch_size` must be a whole number .* got 0"):
+        cam(pixels, TARGETS)
+
+
+class WithIds(nn.Module):
+    """A ViT that cannot be called with images alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit, _ = built()
+
+    def forward(self, ids, pixels):
+        return self.vit(pixels) * ids
+
+
+@pytest.mark.parametrize("method", ["GradCAM", "FinerCAM", "RefineCAM", "FEM", *RERUNNING])
+def test_a_model_that_takes_more_than_images_is_called_by_call(method):
+    host, (_, pixels) = WithIds().eval(), built()
+    layer = [host.vit.blocks[-1].norm1]
+    found = getattr(compat, method)(host, call=lambda model, images: model(1.0, images))
+    expected = getattr(compat, method)(host.vit, layer)(pixels, TARGETS)
+    np.testing.assert_allclose(found(pixels, TARGETS), expected, atol=1e-4)
+
+
+def test_activations_that_begin_at_zero_are_ablated_to_zero():
+    theirs = pytest.importorskip("pytorch_grad_cam")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(1))
+    model, pixels = nn.Sequential(*model, nn.Linear(24, 5)), torch.randn(1, 3, 9, 9)
+    layers, target = [model[1]], TARGETS[:1]
+    with torch.no_grad():
+        assert model[1](model[0](pixels)).min() == 0
+    cam = theirs.AblationCAM(model, layers, ablation_layer=theirs.AblationLayer())
+    for layer in (None, compat.AblationLayer()):
+        found = compat.AblationCAM(model, layers, ablation_layer=layer)(pixels, target)
+        np.testing.assert_allclose(found, cam(pixels, target), atol=1e-4)
+
+
+def test_what_cannot_be_ablated_is_refused():
+    model, pixels = built()
+    with pytest.raises(CamkitError, match=r"its second, got shape .*AblationLayerVit\(\)"):
+        compat.AblationCAM(model, ablation_layer=compat.AblationLayer())(pixels, TARGETS)
+    with pytest.raises(CamkitError, match=r"ratio_channels_to_ablate=0.5`; use GradCAM"):
+        compat.AblationCAM(model, ratio_channels_to_ablate=0.5)
+
+    def broken(model, images):
+        return model(images) * (1.0 if len(images) == 2 else torch.nan)
+
+    with pytest.raises(CaptureError, match=r"changed images are not finite; run .* float32"):
+        compat.AblationCAM(model, call=broken)(pixels, TARGETS)
+
+
+def test_guided_gradients_are_those_of_grad_cam():
+    theirs = pytest.importorskip("pytorch_grad_cam")
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(inplace=True))
+    model = nn.Sequential(*model, nn.Flatten(1), nn.Linear(150, 5)).train()
+    pixels = torch.randn(1, 3, 9, 9)
+    before = state_of(model)
+    guided = [compat.GuidedBackpropReLUModel(model)(pixels, category) for category in (None, 3)]
+    assert state_of(model) == before
+    assert not pixels.requires_grad
+    leaf = pixels.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(model(leaf)[0, 3], leaf)
+    assert abs(guided[1] - plain[0].permute(1, 2, 0).numpy()).max() > 1e-3
+    for category, found in zip((None, 3), guided, strict=True):
+        expected = theirs.GuidedBackpropReLUModel(model)(pixels.clone(), category)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_guided_backpropagation_without_a_relu_is_refused():
+    with pytest.raises(CamkitError, match=r"no ReLU module .* torch.autograd.grad\(model"):
+        compat.GuidedBackpropReLUModel(built()[0])
 
 
 class Pair(nn.Module):

@@ -10,25 +10,37 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
 import pytest
-import timm
+import readers
 import torch
-from pages import ROOT, blocks
+from fresh import ON_FIRST_USE, FreshProcesses
+from pages import ROOT, blocks, script_of
 from PIL import Image
 
 import camkit
-from camkit import bench
-from camkit.cli import COMMANDS
-from camkit.data import SHAPE_CLASSES, draw_shapes, open_dataset, write_cam, write_shapes
+from camkit.cli import COMMANDS, command_module
+from camkit.data import draw_shapes, write_cam, write_shapes
+
+sys.path.append(str(ROOT / "benchmarks"))
+import gain_tables
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 QUOTED = re.compile(r"`([^`]+)`")
-WITH_PYTHON = [page for page in PAGES if blocks(page)]
-IN_ONE_PROCESS = [page for page in WITH_PYTHON if page.stem != "plug_in"]  # test_plug_in.py
+BLOCKS = {page.name: blocks(page) for page in PAGES if blocks(page)}
+ALL_BLOCKS = [block for page_blocks in BLOCKS.values() for block in page_blocks]
+HERE = [  # test_plug_in.py runs the blocks of that page
+    block for block in ALL_BLOCKS if block.page != "plug_in.md" and block.why_not is None
+]
+COMPLETE = ("README.md", "start.md")  # their lines need nothing that they do not show
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def fresh():
+    with FreshProcesses() as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
     """A folder with the files that pages use: a photo, a data set, CAM files."""
     home = tmp_path_factory.mktemp("page")
@@ -45,78 +57,60 @@ def stand_ins(tmp_path_factory):
     return home
 
 
-def tiny_clip(*_, **__):
-    vision = {"image_size": (64, 96), "patch_size": 16, "width": 32, "layers": 5, "head_width": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    return sys.modules["open_clip"].model.CLIP(16, vision, text).eval(), None, None
-
-
-@pytest.fixture
-def world(page, stand_ins, monkeypatch, tmp_path):
-    """The names that pages assume to exist; pretrained models are tiny and random here."""
-    open_clip, create_model = pytest.importorskip("open_clip"), timm.create_model
-
-    def tiny(name, *, pretrained=False, **options):
-        small = {"depth": 3, "embed_dim": 48, "num_heads": 3} if pretrained else {}
-        return create_model(name, pretrained=False, **(small | options)).eval()
-
+@pytest.mark.parametrize("block", HERE, ids=str)
+def test_a_block_runs_in_a_process_of_its_own(block, fresh, stand_ins, tmp_path):
+    code, before = script_of(block, BLOCKS[block.page])
+    if {"open_clip"} & set(before) or "open_clip" in code:
+        pytest.importorskip("open_clip")
+    unknown = set(before) - set(readers.NAMES)
+    assert not unknown, "the page does not say what these names are"
+    assert not (block.page in COMPLETE and before)
     for place in stand_ins.iterdir():
         (tmp_path / place.name).symlink_to(place)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timm, "create_model", tiny)
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", tiny_clip)
-    seed = camkit.GradientSeed()
-    refine = (camkit.Propagate(balance=3), camkit.refiners.Normalize("minmax"))
-    outputs = 1000 if page.stem == "migration" else 3
-    options = {"pretrained": True, "num_classes": outputs, "dynamic_img_size": True}
-    model = tiny("vit_tiny_patch16_224", **options)
-    (picture, truth), *_ = draw_shapes(1, size=(64, 96))
-    photo = camkit.photo_from_array(picture, size=96)
-    classes = torch.tensor([[0, 2]])
-    with camkit.watch(model, gradients=True, rgb=photo.rgb) as seen:
-        model(photo.pixels)
-    cam = camkit.resize_cam(camkit.normalize_cam(seed(seen.capture, classes)), (64, 96))
-    return {
-        "__name__": "__main__",
-        "camkit": camkit,
-        "torch": torch,
-        "np": np,
-        "open_clip": open_clip,
-        "Path": Path,
-        "model": model,
-        "photo": photo,
-        "pixels": photo.pixels,
-        "images": photo.pixels,
-        "rgb": photo.rgb,
-        "picture": (photo.rgb.permute(0, 2, 3, 1) * 255).byte(),
-        "classes": classes,
-        "labels": torch.tensor([[True, False, True]]),
-        "seen": seen,
-        "capture": seen.capture,
-        "cam": cam,
-        "mask": torch.from_numpy(truth)[None].to(torch.uint8),
-        "score": 0.3,
-        "scores": torch.rand(1, 3, 64, 96).softmax(1),
-        "seed": seed,
-        "reshape": lambda tokens: tokens[:, 1:].mT.unflatten(-1, (4, 6)),
-        "variants": [bench.Variant("refined", camkit.Method(seed, refine=refine))],
-        "dataset": open_dataset("VOC2012"),
-        "vocabulary": camkit.Vocabulary(SHAPE_CLASSES),
-        "photos": bench.PhotoSettings(size=96),
-    }
+    outputs = 1000 if block.page == "migration.md" else 3
+    fresh.run(code, tmp_path, given=("readers", "names_of", outputs, before))
 
 
-@pytest.mark.parametrize("page", IN_ONE_PROCESS, ids=lambda page: page.stem)
-def test_python_of_a_page_runs_from_top_to_bottom(page, world):
-    for block in blocks(page):
-        if block.why_not is None:
-            code = compile("\n" * block.line + block.code, str(page), "exec")
-            exec(code, world)
+@pytest.mark.parametrize("block", [block for block in HERE if block.page == "README.md"], ids=str)
+def test_lines_of_the_readme_run_with_nothing_but_camkit(block, fresh, tmp_path):
+    fresh.run(block.code, tmp_path)
+
+
+def test_a_line_that_relies_on_the_imports_of_others_fails(fresh, tmp_path):
+    line = "import camkit\nprint(len(camkit.cli.COMMANDS))"
+    exec(compile(line, "here", "exec"), {})  # this process has imported camkit.cli
+    with pytest.raises(AssertionError, match="module 'camkit' has no attribute 'cli'"):
+        fresh.run(line, tmp_path)
+
+
+def test_what_readers_have_imports_no_part_that_is_loaded_on_first_use(fresh, tmp_path):
+    pytest.importorskip("open_clip")
+    wanted = [name for name in readers.NAMES if name not in readers.OF_A_BENCHMARK]
+    code = (
+        f"import sys\nprint([name for name in {ON_FIRST_USE} if 'camkit.' + name in sys.modules])"
+    )
+    assert fresh.run(code, tmp_path, given=("readers", "names_of", 3, wanted)) == "[]\n"
+    loads = "import camkit\ncamkit.data\n" + code
+    assert fresh.run(loads, tmp_path) != "[]\n"
+
+
+def test_a_block_continues_those_under_its_heading_whose_names_it_uses(tmp_path):
+    page = tmp_path / "page.md"
+    parts = ("a = 1", "b = 2", "c = a", "def f(x):\n    return x + c + d", "c = g(c)")
+    texts = [f"```python\n{part}\n```\n" for part in parts]
+    page.write_text("## One\n" + "\n".join(texts) + "\n## Two\n" + texts[2], "utf-8")
+    found = blocks(page)
+    scripts = [script_of(block, found) for block in found]
+    assert [code.split("\n")[-2] for code, _ in scripts] == [
+        *("a = 1", "b = 2", "c = a", "    return x + c + d", "c = g(c)", "c = a")
+    ]
+    assert scripts[2] == ("\n\na = 1\n\n\n\n\n\n\n\nc = a\n", [])
+    assert [names for _, names in scripts] == [[], [], [], ["d"], ["g"], ["a"]]
+    assert ["a = 1" in code for code, _ in scripts] == [True, False, True, True, True, False]
 
 
 def test_blocks_that_are_not_run_are_rare():
-    all_blocks = [block for page in WITH_PYTHON for block in blocks(page)]
-    assert sum(block.why_not is not None for block in all_blocks) <= 0.05 * len(all_blocks)
+    assert sum(block.why_not is not None for block in ALL_BLOCKS) <= 0.05 * len(ALL_BLOCKS)
 
 
 def test_included_files_exist():
@@ -137,6 +131,17 @@ def test_links_are_well_formed():
                 )
             elif page.name == "README.md" and parts.path:  # mkdocs checks links in docs/
                 assert (ROOT / parts.path).exists(), f"README.md: {target}"
+
+
+@pytest.mark.parametrize("page", gain_tables.PAGES)
+def test_tables_of_gains_are_those_of_the_committed_results(page):
+    text = (ROOT / page).read_text("utf-8")
+    assert gain_tables.with_tables(page, text) == text
+
+
+def test_a_page_without_the_comments_around_its_table_is_refused():
+    with pytest.raises(ValueError, match="once each"):
+        gain_tables.with_tables("README.md", "no comments")
 
 
 def test_error_messages_in_gotchas_occur_in_the_code():
@@ -187,6 +192,35 @@ def public_names(module):
     return [alias.asname for node in imports for alias in node.names if alias.asname == alias.name]
 
 
+@pytest.fixture(scope="module")
+def make_site():
+    spec = importlib.util.spec_from_file_location("make_site", ROOT / "docs" / "make_site.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_public_name_has_a_place_in_the_api_pages(make_site):
+    text = "\n".join(make_site.reference().values())
+    shown = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    public = {name for name in exported() if not name.startswith("camkit.native.")}
+    assert public - set(shown) == set()
+
+
+def test_pages_that_load_from_the_network_or_link_to_nothing_are_found(make_site, tmp_path):
+    (tmp_path / "api").mkdir()
+    (tmp_path / "index.html").write_text('<a href="api/a.html#b"> <a href=".">', "utf-8")
+    text = '<a href="../index.html"><a href="b.html"><img src="c.png"><a href="https://d.org">'
+    (tmp_path / "api" / "a.html").write_text(text + '<script src="https://e.org/f.js">', "utf-8")
+    place = Path("api", "a.html")
+    assert sorted(make_site.broken(tmp_path)) == [
+        f"{place} links to b.html, which does not exist",
+        f"{place} links to c.png, which does not exist",
+        f"{place} would load https://e.org/f.js; put it into docs/",
+    ]
+
+
 def test_every_public_name_and_method_has_a_docstring():
     objects = exported()
     documented_by_protocol = {
@@ -221,4 +255,4 @@ def is_method(member):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_shows_an_example_of_itself(command):
-    assert f"camkit {command}" in COMMANDS[command].EXAMPLES
+    assert f"camkit {command}" in command_module(command).EXAMPLES

@@ -84,7 +84,7 @@ def test_no_image_at_all_gives_no_mask():
 
 def test_class_253_is_the_last_that_fits():
     assert to_mask(row([0.9]), torch.tensor([[253]])).tolist() == [[[254]]]
-    with pytest.raises(ValueError, match="classes 0 to 253, got class 254; use classes=None"):
+    with pytest.raises(ValueError, match="0 to 253, got class 254; use bits=16, or classes=None"):
         to_mask(row([0.9]), torch.tensor([[254]]))
 
 
@@ -93,10 +93,16 @@ def test_more_slots_than_fit_are_refused():
         to_mask(torch.zeros(1, 255, 1, 1))
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), -0.01, 1.01])
+@pytest.mark.parametrize("wrong", [-0.01, 1.01])
 def test_a_cam_outside_its_range_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\] without NaN, .* normalise"):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got values from .* normalise"):
         to_mask(row([0.5, wrong]))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_cam_that_is_not_finite_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"must be finite, got \w+ in image 0, map 1"):
+        to_mask(row([0.5, 0.5], [0.5, wrong]))
 
 
 def test_rounding_past_the_range_is_accepted():

@@ -275,8 +275,8 @@ def changed(scores, index, value):
 HALF = torch.full((1, 2, 3, 5), 0.5)
 BLACK = torch.zeros(1, 3, 5, 3, dtype=torch.uint8)
 WRONG = [
-    (changed(HALF.clone(), (0, 1, 2, 2), float("nan")), BLACK, "must be finite, got NaN or inf"),
-    (changed(HALF.clone(), (0, 1, 2, 2), float("inf")), BLACK, "must be finite, got NaN or inf"),
+    (changed(HALF.clone(), (0, 1, 2, 2), float("nan")), BLACK, "got NaN in image 0, label 1"),
+    (changed(HALF.clone(), (0, 1, 2, 2), float("inf")), BLACK, "got infinity in image 0, label 1"),
     (HALF * torch.tensor([3, -1])[:, None, None], BLACK, "got -0.5; take a softmax of logits"),
     (HALF * 1.2, BLACK, r"must sum to 1 over labels, got sums from 1.2 to 1.2; divide"),
     (changed(HALF.clone(), (0, 1, 2, 2), 0.4), BLACK, "got sums from 0.9 to 1; divide"),

@@ -1,6 +1,8 @@
 """What is installed: the wheel holds all files, and importing camkit brings in nothing heavy."""
 
+import ast
 import compileall
+import importlib
 import json
 import re
 import shutil
@@ -8,9 +10,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+import camkit
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("camkit", "pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY.md")
@@ -113,6 +118,23 @@ def test_importing_camkit_is_quick_without_warnings_and_brings_in_nothing_heavy(
     seconds, heavy, _ = imported
     assert heavy == []
     assert seconds < 1.0
+
+
+def test_every_name_of_camkit_is_the_one_that_type_checkers_see():
+    """The names stand twice in the package: imported for type checkers, and listed for use."""
+    seen = {}
+    for node in ast.walk(ast.parse(Path(camkit.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("camkit"):
+            for alias in node.names:
+                package = importlib.import_module(node.module)
+                seen[alias.asname] = getattr(package, alias.name)
+    assert set(camkit.__all__) == set(seen)
+    assert {name: getattr(camkit, name) for name in camkit.__all__} == seen
+    assert set(seen) < set(dir(camkit))
+    assert camkit.__version__ == version("camkit")
+    assert camkit.photo is importlib.import_module("camkit.photo")
+    with pytest.raises(AttributeError, match="module 'camkit' has no attribute 'nothing'"):
+        _ = camkit.nothing
 
 
 def test_no_command_for_files_imports_a_library_of_models(imported):

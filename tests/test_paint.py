@@ -7,7 +7,7 @@ from PIL import Image
 
 from camkit.errors import DataError
 from camkit.mask import voc_palette
-from camkit.paint import contact_sheet, overlay_cam, overlay_mask, save_mask
+from camkit.paint import contact_sheet, mask_colour, overlay_cam, overlay_mask, save_mask
 
 GREY = np.full((20, 20, 3), 100, np.uint8)
 
@@ -108,6 +108,11 @@ def test_a_border_is_one_line_inside_its_class():
     assert painted[5, 11].tolist() == [128, 0, 0]
 
 
+@pytest.mark.parametrize("value", [1, 2, 15, 254])
+def test_the_colour_of_a_mask_value_is_that_of_the_palette(value):
+    assert list(mask_colour(value)) == voc_palette()[3 * value : 3 * value + 3]
+
+
 def test_no_evidence_leaves_the_photo_as_it_is():
     assert np.array_equal(overlay_cam(GREY, torch.zeros(20, 20)), GREY)
 
@@ -163,6 +168,25 @@ def test_titles_and_captions_are_written_on_the_paper():
     assert ink(titles=[""], captions=["2007_000032"]) > 20
 
 
+@pytest.mark.parametrize(
+    ("caption", "second", "both"),
+    [
+        ("2007", "dog", True),
+        ("2007", "a name as long as the sheet is wide", False),
+        ("a caption as long as the sheet is wide", "dog", False),
+    ],
+)
+def test_a_legend_is_written_behind_its_caption_as_far_as_it_fits(caption, second, both):
+    red, blue = (200, 0, 0), (0, 0, 200)
+    legend = [(red, "cat 31 %"), (blue, second)]
+    rows = [[np.full((50, 200, 3), 248, np.uint8)]]
+    sheet = contact_sheet(rows, titles=[""], captions=[caption], legends=[legend], cell=200)
+    colours = {tuple(pixel) for pixel in sheet.reshape(-1, 3).tolist()}
+    assert red in colours
+    assert (blue in colours) == both
+    assert (sheet[:, 236:] > 240).all()  # nothing runs over the edge of the paper
+
+
 def test_a_long_title_stays_in_its_column():
     cells = [[np.full((50, 50, 3), 248, np.uint8)] * 2]
     sheet = contact_sheet(cells, titles=["seed " * 40, ""], cell=100)
@@ -182,6 +206,7 @@ def test_a_sheet_is_the_same_every_time():
         ([], {"titles": ["a"]}, "at least one row and one column"),
         ([[GREY]], {"titles": ["a", "b"]}, "row 0 has 1 pictures for 2 titles"),
         ([[GREY]], {"titles": ["a"], "captions": ["x", "y"]}, "got 2 captions for 1 rows"),
+        ([[GREY]], {"titles": ["a"], "legends": [[], []]}, "got 2 legends for 1 rows"),
         ([[GREY]], {"titles": ["a"], "cell": 8}, "at least 32 pixels, got 8"),
     ],
 )

@@ -174,7 +174,10 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, trusted):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"mean": (0.5, 0.5)}, r"`mean` must be one finite number or three .*got \(0.5, 0.5\)"),
+        (
+            {"mean": (0.5, 0.5)},
+            r"`mean` must be one finite number or 3, one per channel",
+        ),
         ({"mean": float("nan")}, "`mean` must be one finite number"),
         ({"std": 0.0}, "`std` must be positive, got 0.0"),
         ({"std": [0.5, -1.0, 0.5]}, "`std` must be positive"),
@@ -190,10 +193,64 @@ def test_a_setting_that_cannot_be_used_is_refused(wide, settings, words):
 
 
 @pytest.mark.parametrize(
-    "array",
-    [np.zeros((3, 16, 16), np.uint8), np.zeros((16, 16, 3)), np.zeros((0, 16, 3), np.uint8)],
-    ids=["channels first", "floats", "empty"],
+    ("array", "words"),
+    [
+        (np.zeros((3, 16, 16), np.uint8), r"channels on the last axis, got shape \(3, 16, 16\)"),
+        (np.full((16, 16, 3), 200.0), "floats in .*, got float64 from 200 to 200; scale it first"),
+        (np.full((16, 16), np.nan), "floats in .*, got float64 from nan"),
+        (np.full((16, 16), -1, np.int32), "got int32 from -1 to -1"),
+        (np.zeros((0, 16, 3), np.uint8), r"must have shape \(rows, cols\) or .*got \(0, 16, 3\)"),
+        (np.zeros(16, np.uint8), r"must have shape \(rows, cols\) or .*got \(16,\)"),
+    ],
+    ids=["channels first", "floats", "NaN", "negative", "empty", "flat"],
 )
-def test_an_array_that_is_no_picture_is_refused(no_shape_checks, array):
-    with pytest.raises(ValueError, match=r"`rgb` must be uint8 of shape \(rows, cols, 3\), got"):
+def test_an_array_that_is_no_picture_is_refused(no_shape_checks, array, words):
+    with pytest.raises(ValueError, match=words):
         photo_from_array(array)
+
+
+def levels(rows, dtype):
+    return np.array(rows, dtype)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (levels([[0, 255]], np.uint8), [0, 255]),
+        (levels([[[0], [255]]], np.uint8), [0, 255]),
+        (levels([[0, 65535]], np.uint16), [0, 255]),
+        (levels([[128, 65535 - 128]], np.uint16), [0, 255]),  # 257 levels to one
+        (levels([[0, 255]], np.int64), [0, 255]),
+        (levels([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+        (levels([[False, True]], np.bool_), [0, 255]),
+    ],
+    ids=["grey", "one channel", "16 bits", "rounding", "integers", "floats", "bool"],
+)
+def test_every_kind_of_grey_picture_becomes_three_equal_colours(array, expected):
+    photo = photo_from_array(array, size=None, multiple=1, mean=0.0, std=1.0)
+    assert photo.original[0].tolist() == [[value] * 3 for value in expected]
+    assert torch.equal(photo.pixels, photo.rgb)
+    assert photo.rgb[0, 0, 0].tolist() == pytest.approx([value / 255 for value in expected])
+
+
+def test_a_transparent_array_is_put_on_white_unless_the_model_takes_it():
+    red = np.array([[[255, 0, 0, 0], [255, 0, 0, 255]]], np.uint8)
+    settings = {"size": None, "multiple": 1, "mean": 0.0, "std": 1.0}
+    assert photo_from_array(red, **settings).original.tolist() == [[[255] * 3, [255, 0, 0]]]
+    four = photo_from_array(red, channels=4, **settings)
+    assert (four.pixels[0, :, 0] * 255).T.tolist() == red[0].tolist()
+    assert four.original.tolist() == red[:, :, :3].tolist()
+
+
+def test_a_model_of_other_channels_gets_all_of_them():
+    bands = np.arange(2 * 2 * 6, dtype=np.uint8).reshape(2, 2, 6)
+    photo = photo_from_array(bands, size=None, multiple=1, mean=0.0, std=1.0, channels=6)
+    assert (photo.pixels[0] * 255).permute(1, 2, 0).round().int().tolist() == bands.tolist()
+    assert photo.original.tolist() == bands[:, :, :3].tolist()
+    with pytest.raises(ValueError, match=r"takes 6 channels, but the picture has 3; give an array"):
+        photo_from_array(bands[:, :, :3], size=None, multiple=1, channels=6)
+
+
+def test_levels_of_a_sensor_of_12_bits_are_called_almost_black():
+    with pytest.warns(UserWarning, match="16-bit levels up to 4095 of 65535 and is almost black"):
+        photo_from_array(np.array([[0, 4095]], np.uint16), size=None, multiple=1)

@@ -167,7 +167,7 @@ def test_each_preset_that_is_passed_over_has_its_reason(photo):
     assert "under StaticCalibration" in calibrated
     assert "was tuned for 6 attention blocks or more, not 5" in calibrated
     assert gradient.startswith("GradientSeed(): this model has no class token")
-    assert f"not {gradient}" in repr(pipeline)
+    assert f"not {gradient}" in str(pipeline)
     assert pipeline.passed_over == (calibrated, gradient)
 
 
@@ -264,12 +264,15 @@ def test_the_model_is_as_it_was(deep, photo):
 
 def test_the_method_is_shown_before_and_after_it_is_decided(deep, photo):
     pipeline = wrap(deep, refine=[])
-    assert "method decided at the first photo" in repr(pipeline)
+    assert "method decided at the first photo" in str(pipeline)
+    assert repr(pipeline) == "Pipeline(VisionTransformer, method decided at the first photo)"
     with pytest.raises(CamkitError, match="decided at the first photo; call the pipeline"):
         _ = pipeline.method
     result = pipeline(photo, classes=[1])
     assert pipeline.method == replace(CALIBRATED.method, refine=())
-    assert repr(pipeline) == f"Pipeline(VisionTransformer, {pipeline.method!r})"
+    assert str(pipeline) == f"Pipeline(VisionTransformer, {pipeline.method!r})"
+    stages = "GatedProductSeed, StaticCalibration, background_score=0.54"
+    assert repr(pipeline) == f"Pipeline(VisionTransformer, {stages})"
     assert pipeline.settings == result.settings
 
 
@@ -321,12 +324,12 @@ def test_a_dotted_path_names_any_class_or_function():
         (
             {"seed": GradientSeed},
             TypeError,
-            r"stages must be instances, .* got <class .*GradientSeed",
+            r"must be a seed, .* got the class GradientSeed; add brackets: GradientSeed\(\)",
         ),
         (
             {"refine": (Normalize(), Blur)},
             TypeError,
-            "stages must be instances, .* got <class .*Blur",
+            r"must be a refiner, .* got the class Blur; add brackets: Blur\(\)",
         ),
     ],
 )

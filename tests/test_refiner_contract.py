@@ -1,21 +1,37 @@
 """What holds of every refiner that reads the picture, and of the settings of all refiners."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
 from coarse import captured, coarse_iou
+from timm.models import VisionTransformer
 
+import camkit
 from camkit import CaptureError, DenseCRF, Propagate
+from camkit.capture.record import required_by
+from camkit.ops.confidence import (
+    FuzzyMembership,
+    MeanSplit,
+    Otsu,
+    TanhAroundMean,
+    TopShare,
+    TwoMeans,
+)
 from camkit.ops.mean_field import Kernels
 from camkit.refiners import (
+    Amplify,
     AtReducedSize,
+    Blur,
     FastGlobalSmooth,
     GuidedFilter,
+    HybridPropagate,
     Normalize,
     PixelAdaptive,
     RandomWalk,
     Superpixels,
+    chain,
 )
 
 NAN, INF = math.nan, math.inf
@@ -48,13 +64,69 @@ def test_a_missing_picture_is_an_error(name):
         REFINERS[name](torch.rand(2, 1, 2, 3), captured(None))
 
 
-@pytest.mark.parametrize("value", [NAN, INF])
-@pytest.mark.parametrize("name", [name for name in REFINERS if name != "PixelAdaptive"])
-def test_maps_that_are_not_finite_are_refused(name, value):
-    cam = torch.rand(1, 1, 2, 3)
-    cam[..., 1, 2] = value
-    with pytest.raises(ValueError, match="`cam` must be finite, got NaN or inf"):
-        REFINERS[name](cam, captured(stripes()))
+# of the public ones, each path through their code; the picture has 32 x 32 pixels, the grid 2 x 2
+ALL = [
+    *(Normalize(mode, epsilon) for mode in ("max", "minmax") for epsilon in (0.0, 1e-5)),
+    *(Amplify(rule=rule) for rule in (TanhAroundMean(), MeanSplit(), TwoMeans())),
+    *(Amplify(rule=rule) for rule in (TopShare(), Otsu(), FuzzyMembership())),
+    Blur(),
+    Propagate(),
+    Propagate(balance=3, boxes=0.4),
+    Propagate(scale_rows=False),
+    HybridPropagate(),
+    RandomWalk(),
+    RandomWalk(boxes=0.4, box_rule="clip-es"),
+    CRF,
+    GuidedFilter(),
+    FastGlobalSmooth(),
+    PixelAdaptive(steps=1),
+    Superpixels("slic"),
+    Superpixels("felzenszwalb", vote=0.5),
+    AtReducedSize(GuidedFilter()),
+    AtReducedSize(PixelAdaptive(steps=1), scale=1.0),
+    chain(Normalize(), Blur()),
+]
+all_refiners = pytest.mark.parametrize("refiner", ALL, ids=repr)
+
+
+@cache
+def seen_by_a_model(images):
+    model = VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=8, depth=1, num_heads=2, num_classes=3
+    )
+    pixels = torch.rand(images, 3, 32, 32)
+    requires = required_by(*ALL)
+    with camkit.watch(model.eval(), requires=requires, rgb=pixels) as seen, torch.no_grad():
+        model(pixels)
+    return seen.capture
+
+
+def test_all_public_refiners_are_listed():
+    public = {
+        name
+        for name, value in vars(camkit.refiners).items()
+        if hasattr(value, "requires") and isinstance(value, type)
+    }
+    assert {type(refiner).__name__ for refiner in ALL} == public
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(NAN, "NaN"), (INF, "infinity"), (-INF, "infinity")], ids=str
+)
+@all_refiners
+def test_maps_that_are_not_finite_are_refused(refiner, value, kind):
+    cam = torch.rand(2, 3, 2, 2)
+    cam[1, 2, 0, 1] = value
+    words = rf"`cam` must be finite, got {kind} in image 1, map 2 \(1 of 24 values\)"
+    with pytest.raises(ValueError, match=words):
+        refiner(cam, seen_by_a_model(2))
+
+
+@all_refiners
+def test_no_classes_come_back_as_none(refiner):
+    some, none = (refiner(torch.rand(2, k, 2, 2), seen_by_a_model(2)) for k in (1, 0))
+    assert none.shape == (2, 0, *some.shape[2:])
+    assert none.dtype == some.dtype
 
 
 @every_refiner

@@ -33,7 +33,7 @@ from small_runs import (
 
 from camkit import Views, Vocabulary, load_photo, wrap
 from camkit.bulk.ledger import Journal
-from camkit.bulk.recipe import Recipe, Writing
+from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.running import Rank, rank_of, run
 from camkit.bulk.sources import DataSetPhotos, PhotoFolder
 from camkit.bulk.stages import OutputError
@@ -70,6 +70,39 @@ def rows(out):
 
 
 # Output
+
+
+class Scaled(torch.nn.Module):
+    """Takes the scale of its pixels as a second input."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels, scale):
+        return self.model(pixels * scale)
+
+
+def halved_and_doubled(model, pixels):
+    return model(pixels / 2, 2.0)  # exact: powers of two
+
+
+def test_a_model_of_two_inputs_is_run_by_its_call(tmp_path):
+    photos, plain = write_photos(tmp_path / "in", 4), small_recipe(cams="npz")
+    recipe = replace(plain, model=lambda: Scaled(plain.model()), call=halved_and_doubled)
+    for name, which in (("plain", plain), ("called", recipe)):
+        assert start(which, photos, tmp_path / name).failed == 0
+    made = [tree(tmp_path / name) for name in ("plain", "called")]
+    assert made[0]["masks/p000.png"] == made[1]["masks/p000.png"]
+    assert made[0]["cams/p003.npz"] == made[1]["cams/p003.npz"]
+
+
+def test_photos_are_loaded_in_grey_for_a_model_of_one_channel():
+    colours = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    grey = np.array(Image.fromarray(colours).convert("L"))
+    photo = Loading(size=48, mean=(0.5,), std=(0.25,), channels=1).photo(colours)
+    expected = (torch.from_numpy(grey) / 255 - 0.5) / 0.25
+    assert torch.equal(photo.pixels, expected[None, None])
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -241,6 +241,12 @@ def test_a_bad_entry_of_a_shard_fails_alone(tmp_path):
             ("c.png", picture()),
             ("e.png", picture()),
             ("e.cls", b"cat"),
+            ("h.png", picture()),
+            ("h.json", b"[1.9]"),
+            ("i.png", picture()),
+            ("i.json", b"[true]"),
+            ("j.png", picture()),
+            ("j.json", b'{"classes": [Infinity]}'),
             ("f.png", picture()),
             ("f.jpg", picture()),
             ("g.png", picture(9)),
@@ -252,6 +258,9 @@ def test_a_bad_entry_of_a_shard_fails_alone(tmp_path):
     assert "points outside the results folder" in refused["s//etc/b"]
     assert "more than once" in refused["s/c (again)"]
     assert "e.cls holds no class indices" in refused["s/e"]
+    for key, value in (("h", "1.9"), ("i", "True"), ("j", "inf")):
+        words = f"{key}.json holds no class indices (expected whole numbers from 0, got {value})"
+        assert words in refused[f"s/{key}"]
     assert "has 2 images: f.png, f.jpg" in refused["s/f"]
 
 

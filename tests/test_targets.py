@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused_before_the_model_runs(model, pixels, asked
     assert ran == []
 
 
-@pytest.mark.parametrize("asked", ["cat", 1.5, {1, 2}, [[1.5], [0]], [[True], [0]], [[None], [1]]])
+@pytest.mark.parametrize("asked", [1.5, {1, 2}, [[1.5], [0]], [[True], [0]], [[None], [1]]])
 def test_what_is_no_class_is_a_type_error(asked, no_shape_checks):
     with pytest.raises(TypeError, match="`classes` must"):
         read_targets(asked, images=2)

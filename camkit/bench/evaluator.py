@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from camkit.bench.cache import ResultCache, code_fingerprint, fingerprint
 from camkit.bench.protocol import Variant
@@ -21,10 +20,12 @@ from camkit.manifest import UNKNOWN, weights_hash
 from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
 from camkit.photo import Photo, PhotoSettings
+from camkit.printing import short_repr
 from camkit.refiners.normalize import normalize_cam
 from camkit.score import boundary_confusion, sweep_confusions
+from camkit.screen import progress
 from camkit.seeds.targets import PredictedClasses
-from camkit.seeds.views import ModelRunner, MultiViewReader, Views
+from camkit.seeds.views import ModelCall, ModelRunner, MultiViewReader, Views
 from camkit.tensors import Cam
 from camkit.vocabulary import Vocabulary
 
@@ -41,6 +42,7 @@ def variant_maps(
     classes: Int[Tensor, "1 k"],
     variants: Sequence[Variant],
     vocabulary: Vocabulary,
+    call: ModelCall | None = None,
 ) -> dict[Variant, Cam]:
     """Return the maps of every variant, in the sizes that their last refiners return.
 
@@ -53,6 +55,7 @@ def variant_maps(
         classes: classes of the vocabulary.
         variants: the methods to apply.
         vocabulary: class names, and the classifier outputs behind each.
+        call: as in `camkit.wrap`.
     """
     groups: dict[Any, list[Variant]] = {}
     for variant in variants:
@@ -66,7 +69,12 @@ def variant_maps(
     for (edit, blocks, _), group in groups.items():
         requires = WatchSpec() | required_by(*(variant.method.seed for variant in group))
         runner = ModelRunner(
-            model, requires=requires, edit=edit, edit_blocks=blocks, vocabulary=vocabulary
+            model,
+            requires=requires,
+            edit=edit,
+            edit_blocks=blocks,
+            vocabulary=vocabulary,
+            call=call,
         )
         with torch.no_grad():
             capture = runner(pixels, rgb)  # the forward that all refiners of the group see
@@ -104,6 +112,8 @@ class LabelledPhoto:
     truth: Int[Tensor, "H W"]
     classes: tuple[int, ...]
 
+    __repr__ = short_repr
+
     @property
     def slots(self) -> Int[Tensor, "1 k"]:
         """The classes as a tensor; one empty slot without classes."""
@@ -121,6 +131,7 @@ class Evaluator:
         photos: how photos are prepared.
         labels: where image-level labels come from.
         cache: keeps measurements; None measures everything again.
+        call: as in `camkit.wrap`; with it nothing is cached, as its code cannot be compared.
     """
 
     model: nn.Module
@@ -129,11 +140,14 @@ class Evaluator:
     photos: PhotoSettings
     labels: LabelSource = "dataset"
     cache: ResultCache | None = None
+    call: ModelCall | None = None
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         self._fingerprints: dict[Variant, str | None] = {}
         self._setup = None  # without a fingerprint nothing is cached
-        if self.cache is not None:
+        if self.cache is not None and self.call is None:
             weights = weights_hash(self.model)
             if weights.startswith(UNKNOWN):  # other weights would get the same results
                 return
@@ -148,7 +162,7 @@ class Evaluator:
     ) -> Iterator[tuple[str, dict[Variant, Counts]]]:
         """Yield name and counts of each image; append errors of unusable images to ``skipped``."""
         usable = 0
-        for sample in tqdm(samples, desc=title, unit="image", delay=2, mininterval=0.5):
+        for sample in progress(samples, desc=title, unit="image", mininterval=0.5):
             try:
                 counts = self.measure(sample, requests)
             except DataError as error:
@@ -193,7 +207,8 @@ class Evaluator:
             names = self.vocabulary.names
             classes = tuple(index for index, name in enumerate(names) if name in present)
         else:
-            runner = ModelRunner(self.model, WatchSpec(), vocabulary=self.vocabulary)
+            spec, vocabulary = WatchSpec(), self.vocabulary
+            runner = ModelRunner(self.model, spec, vocabulary=vocabulary, call=self.call)
             with borrowed(self.model), torch.no_grad():
                 predicted = self.labels(runner(to_input(self.model, photo.pixels)))
             classes = tuple(sorted(index for index in predicted[0].tolist() if index >= 0))
@@ -205,7 +220,7 @@ class Evaluator:
         if not labelled.classes:
             return dict.fromkeys(variants, torch.zeros(1, 1, *size))
         photo, slots = labelled.photo, labelled.slots
-        maps = variant_maps(self.model, photo, slots, variants, self.vocabulary)
+        maps = variant_maps(self.model, photo, slots, variants, self.vocabulary, self.call)
         return {variant: resize_cam(cam, size).clamp(0, 1).cpu() for variant, cam in maps.items()}
 
     def _count(self, labelled: LabelledPhoto, cam: Cam, score: float | None) -> Counts:

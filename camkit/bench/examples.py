@@ -16,6 +16,8 @@ from camkit.data import DataSet, Sample
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
 from camkit.photo import PhotoSettings, read_picture
+from camkit.printing import short_repr
+from camkit.seeds.views import ModelCall
 from camkit.tensors import IGNORE
 from camkit.vocabulary import Vocabulary
 
@@ -33,6 +35,8 @@ class Stage:
 
     name: str
     cam: Float[Tensor, "k H W"]
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +73,8 @@ class Example:
     base_mask: UInt8[Tensor, "H W"] | None
     errors: UInt8[Tensor, "H W"]
 
+    __repr__ = short_repr
+
     @property
     def gain(self) -> float:
         """Gain over the base; without a base, the mean IoU itself."""
@@ -83,6 +89,7 @@ def collect_examples(  # noqa: PLR0913 - each setting is a choice of its own
     vocabulary: Vocabulary,
     photos: PhotoSettings | None = None,
     labels: LabelSource = "dataset",
+    call: ModelCall | None = None,
     row: str | None = None,
     count: int = 12,
     rng_seed: int = 0,
@@ -100,6 +107,7 @@ def collect_examples(  # noqa: PLR0913 - each setting is a choice of its own
         vocabulary: as given to `run`, like `photos` and `labels`.
         photos: how photos were prepared.
         labels: where image-level labels came from.
+        call: as given to `run`.
         row: name of the row to show; None takes the best row on the tuning split, among the rows
             with a base if there are any.
         count: at most this many best, worst and random images each.
@@ -113,7 +121,7 @@ def collect_examples(  # noqa: PLR0913 - each setting is a choice of its own
     """
     if count < 1:
         raise ValueError(f"`count` must be at least 1, got {count}")
-    evaluator = Evaluator(model, dataset, vocabulary, photos or PhotoSettings(), labels)
+    evaluator = Evaluator(model, dataset, vocabulary, photos or PhotoSettings(), labels, call=call)
     _check_same(evaluator, report)
     shown = _find(report, row)
     base = None if shown.entry.base is None else _find(report, shown.entry.base.name)

@@ -18,6 +18,7 @@ from camkit.bench.results import Comparison, Outlines, Report, Row
 from camkit.data import DataSet, Sample, shared_images
 from camkit.manifest import provenance
 from camkit.photo import PhotoSettings
+from camkit.printing import short_repr
 from camkit.score import (
     THRESHOLDS,
     Best,
@@ -31,6 +32,7 @@ from camkit.score import (
     paired_gain,
     threshold_curve,
 )
+from camkit.seeds.views import ModelCall
 from camkit.vocabulary import Vocabulary
 
 
@@ -48,6 +50,8 @@ class Reported:
     images: Int[Tensor, "n c c"]
     outlines: Int[Tensor, "n d d"] | None
 
+    __repr__ = short_repr
+
 
 def run(  # noqa: PLR0913 - each setting is a choice of its own
     model: nn.Module,
@@ -59,6 +63,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     tune_split: str,
     photos: PhotoSettings | None = None,
     labels: LabelSource = "dataset",
+    call: ModelCall | None = None,
     limit: int | None = None,
     oracle_threshold: bool = False,
     cache: Path | None = None,
@@ -79,6 +84,8 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         tune_split: background scores and choices are picked on this split.
         photos: how photos are prepared.
         labels: "dataset", or `camkit.seeds.PredictedClasses` for the prediction of the classifier.
+        call: calls a model that takes more than images, see `camkit.wrap`. Its measurements are
+            not cached, because camkit cannot tell whether its code has changed.
         limit: use only the first images of each split.
         oracle_threshold: allow the splits to share images; the report is then marked ORACLE.
         cache: file of measurements by a hash of weights, image, settings and code, so that a killed
@@ -112,7 +119,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     with ExitStack() as stack:
         results = None if cache is None else stack.enter_context(ResultCache(cache))
         photos = photos or PhotoSettings()
-        evaluator = Evaluator(model, dataset, vocabulary, photos, labels, results)
+        evaluator = Evaluator(model, dataset, vocabulary, photos, labels, results, call)
         tuned: dict[Variant, Tensor] = {}
         requests = dict.fromkeys(variant for entry in entries for variant in entry.variants)
         title = f"tuning on {tune_split}"

@@ -20,7 +20,7 @@ from camkit.data import Sample
 from camkit.errors import CamkitError, DataError, UnsupportedModelError
 from camkit.ops.images import gaussian_blur, resize_cam
 from camkit.photo import Photo
-from camkit.seeds.views import ModelRunner
+from camkit.seeds.views import ModelCall, ModelRunner
 from camkit.tensors import Cam, Pixels
 from camkit.vocabulary import Vocabulary
 
@@ -83,6 +83,7 @@ class Quality:
         cam: Cam,
         classes: tuple[int, ...],
         vocabulary: Vocabulary,
+        call: ModelCall | None = None,
     ) -> list[QualityScores]:
         """Measure the map of each class of one photo.
 
@@ -92,6 +93,7 @@ class Quality:
             cam: one map for each class, in [0, 1], at the size of the model's input.
             classes: of the vocabulary.
             vocabulary: joins classifier outputs to classes.
+            call: as in `camkit.wrap`.
         """
         pixels = photo.pixels
         blurred = gaussian_blur(pixels, self.blur_width)
@@ -112,7 +114,9 @@ class Quality:
                     pixels,
                 ]
             )
-            logits, chance = class_scores(model, pictures, index, vocabulary, self.batch)
+            logits, chance = class_scores(
+                model, pictures, index, vocabulary, batch=self.batch, call=call
+            )
             insertion, deletion = chance[: self.steps], chance[self.steps : 2 * self.steps]
             results.append(
                 QualityScores(
@@ -127,23 +131,29 @@ class Quality:
 
 
 def class_scores(
-    model: nn.Module, pictures: Pixels, index: int, vocabulary: Vocabulary, batch: int
+    model: nn.Module,
+    pictures: Pixels,
+    index: int,
+    vocabulary: Vocabulary,
+    *,
+    batch: int,
+    call: ModelCall | None,
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
     """Return score and probability of a class in each picture; needs class scores."""
     with torch.no_grad():
-        parts = [_scores(model, to_input(model, part)) for part in pictures.split(batch)]
+        parts = [_scores(model, to_input(model, part), call) for part in pictures.split(batch)]
     outputs = [part.float().cpu() for part in parts]
     scores = torch.cat(outputs)
     logits = vocabulary.score(scores)[:, index]
     return logits, (logits - scores.logsumexp(-1)).exp()
 
 
-def _scores(model: nn.Module, pictures: Pixels) -> Float[Tensor, "p o"]:
+def _scores(model: nn.Module, pictures: Pixels, call: ModelCall | None) -> Float[Tensor, "p o"]:
     """Return the scores before softmax or sigmoid, if the model is a Vision Transformer."""
     try:
-        return ModelRunner(model)(pictures).scores
+        return ModelRunner(model, call=call)(pictures).scores
     except UnsupportedModelError:
-        found = candidates(model(pictures))
+        found = candidates(model(pictures) if call is None else call(model, pictures))
     if len(found) != 1:
         raise CamkitError("the quality of maps needs a model that returns class scores")
     return found[0]
@@ -168,8 +178,9 @@ def measure_quality(
         photo, classes = labelled.photo, labelled.classes
         size = (photo.pixels.shape[-2], photo.pixels.shape[-1])
         for variant, cam in evaluator.maps(labelled, variants).items():
+            maps, names = resize_cam(cam, size), evaluator.vocabulary
             scores[variant] += settings(
-                evaluator.model, photo, resize_cam(cam, size), classes, evaluator.vocabulary
+                evaluator.model, photo, maps, classes, names, evaluator.call
             )
     return {variant: _mean(each) for variant, each in scores.items() if each}
 

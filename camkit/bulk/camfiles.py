@@ -14,6 +14,7 @@ from camkit.data.camfiles import CamFile, read_cam
 from camkit.data.labels import label_keys, label_vectors, read_text
 from camkit.errors import DataError
 from camkit.ops.images import resize_cam
+from camkit.printing import short_repr
 
 CAM_SUFFIXES = (".npy", ".npz", ".safetensors")
 MASK_SUFFIXES = (".png",)
@@ -203,6 +204,8 @@ class ClassMaps:
     classes: tuple[int, ...]
     cam: Float[Tensor, "1 k H W"]
     opposed: bool
+
+    __repr__ = short_repr
 
 
 def read_maps(item: FileItem) -> ClassMaps:

@@ -19,6 +19,7 @@ from camkit.photo import Photo, PhotoSettings, photo_from_array
 from camkit.pipeline import Pipeline
 from camkit.refiners import Refiner
 from camkit.seeds import PredictedClasses
+from camkit.seeds.views import ModelCall
 from camkit.vocabulary import Vocabulary
 
 CamOutput: TypeAlias = Literal["none", "both", "psa", "irn", "clip-es", "npz", "parquet"]
@@ -50,6 +51,7 @@ class Loading(PhotoSettings):
             mean=self.mean,
             std=self.std,
             multiple=self.multiple,
+            channels=self.channels,
         )
 
 
@@ -100,6 +102,8 @@ class Recipe:
         vocabulary: names the classes, see `camkit.wrap`.
         labels: classes of every image, a `camkit.seeds.PredictedClasses`, or None for the labels of
             the source.
+        call: calls a model that takes more than images, see `camkit.wrap`. Like ``model`` it must
+            be picklable for a Ray cluster; the settings hold its name, not its code.
         batch: images of one size that go through the model together.
         chunk: images that are planned together and batched by size. ``batch`` and ``chunk`` change
             only the rounding of the maps.
@@ -111,6 +115,7 @@ class Recipe:
     writing: Writing = field(default_factory=Writing)
     vocabulary: Vocabulary | None = None
     labels: tuple[int, ...] | PredictedClasses | None = None
+    call: ModelCall | None = None
     batch: int = 8
     chunk: int = 32
 
@@ -122,13 +127,14 @@ class Recipe:
 
     def pipeline(self, model: nn.Module) -> Pipeline:
         """Wrap the opened model."""
-        return Pipeline(model, self.method, vocabulary=self.vocabulary)
+        return Pipeline(model, self.method, vocabulary=self.vocabulary, call=self.call)
 
     def settings(self, model: nn.Module, source: object) -> dict[str, str]:
         """Return everything that determines the results, as text."""
         classes, method = "outputs", self.method
         if self.vocabulary is not None:
-            text = json.dumps((self.vocabulary.names, self.vocabulary.members))
+            names = self.vocabulary
+            text = json.dumps((names.names, names.members, names.values, names.candidates))
             classes = hashlib.sha256(text.encode()).hexdigest()[:16]
         settings = {
             "camkit": version("camkit"),
@@ -144,4 +150,6 @@ class Recipe:
             "refine": repr(method.refine),
             "writing": repr(self.writing),
         }
+        if self.call is not None:  # the repr of a function would hold an address
+            settings["call"] = getattr(self.call, "__qualname__", repr(self.call))
         return settings if method.views is None else settings | {"views": repr(method.views)}

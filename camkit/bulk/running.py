@@ -12,7 +12,6 @@ from threading import Thread
 from typing import TypeAlias
 
 import torch
-from tqdm import tqdm
 
 from camkit.bulk.items import Failure, Item
 from camkit.bulk.ledger import ChunkPlan, Journal, Ledger, plan
@@ -193,7 +192,7 @@ class _Progress:
     def __init__(self, source: Source, chunk: int, rank: Rank) -> None:
         self._source, self._chunk, self._rank = source, chunk, rank
         self.written = self.failed = self.settled = 0
-        self._bar: tqdm[None] = progress_bar(None, "running")
+        self._bar = progress_bar(None, "running")
         Thread(target=self._count, daemon=True).start()
 
     def close(self) -> None:
@@ -204,9 +203,10 @@ class _Progress:
         for chunk in self._rank.chunks(self._source, self._chunk):
             planned = plan(chunk, journal)
             self.settled += planned.settled
-            self._bar.initial += planned.settled  # does not count towards the rate
-            self._bar.n += planned.settled
-            self._bar.last_print_n += planned.settled
+            if not self._bar.disable:
+                self._bar.initial += planned.settled  # does not count towards the rate
+                self._bar.n += planned.settled
+                self._bar.last_print_n += planned.settled
             if planned.todo or planned.failures:
                 yield planned
 

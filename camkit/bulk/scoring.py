@@ -24,6 +24,7 @@ from camkit.data.sample import read_mask
 from camkit.errors import DataError
 from camkit.ops.images import resize_cam
 from camkit.photo import decode
+from camkit.printing import short_repr
 from camkit.score import THRESHOLDS, Definition, best_threshold, confusion_matrix, sweep_confusions
 
 Choice: TypeAlias = Literal["given", "tuned", "oracle"]
@@ -50,6 +51,8 @@ class ScoreResult:
     failures: tuple[Failure, ...]
     background_score: float | None = None
     choice: Choice = "given"
+
+    __repr__ = short_repr
 
 
 def pair_truth(

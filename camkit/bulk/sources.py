@@ -291,14 +291,20 @@ def _tar_item(
 
 
 def _class_indices(labels: Any) -> tuple[int, ...] | None:
-    """Return the sorted indices of a number or a sequence of numbers."""
+    """Return the sorted indices of a whole number, or of a sequence of whole numbers or digits."""
     if labels is None:
         return None
     row = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
-    indices = sorted({int(label) for label in row})
-    if indices and indices[0] < 0:
-        raise ValueError(f"expected indices from 0, got {indices[0]}")
-    return tuple(indices)
+    return tuple(sorted({_class_index(label) for label in row}))
+
+
+def _class_index(label: Any) -> int:
+    whole = type(label) is int or (isinstance(label, float) and label.is_integer())
+    if not whole and not (isinstance(label, str) and label.strip().isdecimal()):
+        raise ValueError(f"expected whole numbers from 0, got {label!r}")
+    if int(label) < 0:
+        raise ValueError(f"expected indices from 0, got {label}")
+    return int(label)
 
 
 @dataclass(frozen=True)

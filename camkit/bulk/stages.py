@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -40,8 +40,10 @@ from camkit.ops.images import resize_cam
 from camkit.paint import save_mask
 from camkit.photo import picture_from_file
 from camkit.pipeline import Pipeline
-from camkit.result import fits_a_byte, mask_legend
+from camkit.printing import short_repr
+from camkit.result import mask_bits
 from camkit.seeds import PredictedClasses
+from camkit.vocabulary import Vocabulary
 
 Entry = TypeVar("Entry")
 
@@ -99,6 +101,8 @@ class ReadImage:
     size: tuple[int, int]
     classes: tuple[int, ...] | None
 
+    __repr__ = short_repr
+
     def __str__(self) -> str:
         return self.key
 
@@ -111,15 +115,19 @@ class Maps:
         image: the picture.
         classes: of each map, from 0.
         cam: in [0, 1], of any size.
-        by_class: masks hold class + 1; if there are too many classes for a byte, the slot + 1.
+        values: of each class in masks.
+        bits: of the masks of this run.
         row: its line of the manifest so far, JSON-ready.
     """
 
     image: ReadImage
     classes: tuple[int, ...]
     cam: Float[np.ndarray, "k h w"]
-    by_class: bool
+    values: tuple[int, ...]
+    bits: Literal[8, 16]
     row: dict[str, Any]
+
+    __repr__ = short_repr
 
     def __str__(self) -> str:
         return self.image.key
@@ -138,6 +146,8 @@ class ImageResult:
     key: str
     row: dict[str, Any]
     cam: Float[np.ndarray, "k h w"] | None = None
+
+    __repr__ = short_repr
 
 
 def chunks(entries: Iterable[Entry], size: int) -> Iterator[tuple[Entry, ...]]:
@@ -211,7 +221,8 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
     cams = np.zeros((len(batch), 0, 1, 1), np.float32)
     slots: list[list[int]] = [[]] * len(batch)
     names: tuple[tuple[str, ...], ...] = ((),) * len(batch)
-    outputs, known = None, 0
+    values: tuple[tuple[int, ...], ...] = ((),) * len(batch)
+    outputs = None
     labels = _class_request(recipe, batch)
     if labels is not None:
         photos = [recipe.loading.photo(image.rgb, image.rgb.shape[:2]) for image in batch]
@@ -221,10 +232,11 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
             classes=labels,
         )
         cams, slots = stages.cam.float().cpu().numpy(), stages.classes.tolist()
-        names, known, outputs = stages.names, stages.known, stages.capture.outputs
+        names, values, outputs = stages.names, stages.values, stages.capture.outputs
+    bits = _mask_bits(recipe, pipeline.vocabulary)
     for number, image in enumerate(batch):
         classes = tuple(index for index in slots[number] if index >= 0)
-        legend = mask_legend(classes, names[number], known)
+        legend = dict(zip(values[number], names[number], strict=True))
         row = {
             "key": image.key,
             "source": image.source,
@@ -238,7 +250,19 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
             "most_probable_output": None if outputs is None else int(outputs[number].argmax()),
         }
         cam = np.ascontiguousarray(cams[number, : len(classes)])
-        yield Maps(image, classes, cam, fits_a_byte(known), row)
+        yield Maps(image, classes, cam, values[number], bits or mask_bits(values[number]), row)
+
+
+def _mask_bits(recipe: Recipe, vocabulary: Vocabulary | None) -> Literal[8, 16] | None:
+    """Return the bits of all masks of a run; None if nothing tells which classes there are."""
+    if vocabulary is None:
+        return None
+    indices: Iterable[int] = range(len(vocabulary))
+    if isinstance(recipe.labels, PredictedClasses):
+        indices = vocabulary.candidates or indices
+    elif recipe.labels is not None:
+        indices = recipe.labels
+    return mask_bits(vocabulary.value(index) for index in indices)
 
 
 def _class_request(recipe: Recipe, batch: Sequence[ReadImage]) -> Any:
@@ -279,13 +303,14 @@ def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
             if classes:
                 mask = to_mask(
                     full,
-                    torch.tensor([classes]) if maps.by_class else None,
+                    torch.tensor([maps.values]) - 1,
                     background_score=writing.background_score,
                     background=writing.background,
                     ignore_below=writing.ignore_below,
+                    bits=maps.bits,
                 )[0]
             files["mask"] = draft / "mask.png"
-            save_mask(mask, files["mask"])
+            save_mask(mask, files["mask"], bits=maps.bits)
         if writing.cams == "npz":
             half = full[0].numpy().astype(np.float16)
             files["cam"] = draft / "cam.npz"

@@ -17,10 +17,10 @@ from typing import Any, Generic, TypeVar
 
 import cv2
 import torch
-from tqdm import tqdm
 
 from camkit.bulk.items import Failure
 from camkit.errors import CamkitError
+from camkit.screen import progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -330,14 +330,6 @@ def run_jobs(
             yield item, result
 
 
-def progress_bar(total: int | None, label: str, done: int = 0) -> "tqdm":
-    """Return a bar with rate and time left; a log file gets a line every 30 seconds."""
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=label,
-        unit="image",
-        delay=2,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-        smoothing=0.1,
-    )
+def progress_bar(total: int | None, label: str, done: int = 0) -> Any:
+    """Return a bar with rate and time left, for a terminal or a notebook."""
+    return progress(total=total, initial=done, desc=label, unit="image", smoothing=0.1)

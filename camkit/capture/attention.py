@@ -21,6 +21,7 @@ from camkit.ops.attention import (
 )
 from camkit.ops.paired import PairBias
 from camkit.ops.propagation import propagate
+from camkit.printing import short_repr
 
 
 def key_bias(log_weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,6 +114,8 @@ class FusedAttention:
     normaliser: Float[Tensor, "b a t"] | None = None
     pairs: PairBias | None = None
 
+    __repr__ = short_repr
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         images, heads, tokens, _ = self.q.shape
@@ -203,6 +206,8 @@ class ExplicitAttention:
 
     weights: Map
 
+    __repr__ = short_repr
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         images, heads, tokens, keys = self.weights.shape
@@ -256,6 +261,8 @@ class ClassRows:
     shape: tuple[int, int, int, int]
     queries: tuple[int, ...]
     weights: Map
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, attention: Attention, class_tokens: Sequence[int]) -> "ClassRows":

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from camkit.checks import as_integers, as_names
 from camkit.grid import Grid
 
 
@@ -32,11 +33,14 @@ class ModelFacts:
         grid: Grid | tuple[int, int] | None = None,
     ) -> "ModelFacts":
         """Return the facts in these arguments, which may be sequences of any kind."""
+        if grid is not None and not isinstance(grid, Grid):
+            sides = as_integers("grid", grid, of="rows and columns of patches, such as (14, 14)")
+            grid = Grid(*(sides or ()))
         return cls(
-            None if modules is None else tuple(modules),
-            None if class_tokens is None else tuple(class_tokens),
-            None if other_tokens is None else tuple(other_tokens),
-            Grid(*grid) if isinstance(grid, tuple) else grid,
+            as_names("modules", modules),
+            as_integers("class_tokens", class_tokens),
+            as_integers("other_tokens", other_tokens),
+            grid,
         )
 
     def arguments(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from camkit.capture.anatomy import Anatomy, image_batch, measure_anatomy, measur
 from camkit.capture.parameters import is_one_layer
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.printing import short_repr
 from camkit.torch_internals import compiled_original
 
 HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
@@ -327,6 +328,8 @@ class Host:
     class_tokens: tuple[int, ...] | None = None
     other_tokens: tuple[int, ...] | None = None
     grid: Grid | None = None
+
+    __repr__ = short_repr
 
     @classmethod
     def of(

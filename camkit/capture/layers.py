@@ -1,12 +1,13 @@
 """One forward of any model, with the outputs of chosen layers kept for gradients."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from camkit.capture.anatomy import Anatomy, grid_of_aspect
 from camkit.capture.class_query import ClassQuery
@@ -15,7 +16,22 @@ from camkit.capture.host import Host, block_modules
 from camkit.capture.modes import Graph, borrowed
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.printing import short_repr
 from camkit.torch_internals import is_compiled
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Let forwards of a model run in evaluation mode, without a graph, with hooks that are heard.
+
+    Compiled models run uncompiled. Everything is as before at the end.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(borrowed(model))
+        stack.enter_context(torch.no_grad())
+        if is_compiled(model):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +46,8 @@ class LayerRun:
     output: Any
     layers: tuple[Tensor, ...]
 
+    __repr__ = short_repr
+
 
 class Layers:
     """Runs a model and keeps the outputs of chosen layers; its hooks are gone between two runs.
@@ -38,12 +56,19 @@ class Layers:
     the attention of the last block, that block is computed for the class query only.
 
     Args:
-        model: any module that is called with images alone.
+        model: any module that takes images.
         layers: parts of it that return one tensor; None is the norm before the last attention.
+        call: calls the model with images; None is ``model(pixels)``.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module] | None,
+        call: Callable[[Any, Tensor], Any] | None = None,
+    ) -> None:
         self.model = model
+        self.call = call
         self._anatomy: Anatomy | None = None
         self._grid: Grid | None = None  # of the latest images
         try:
@@ -58,15 +83,15 @@ class Layers:
                     "with `target_layers=`"
                 )
             layers = [model.get_submodule(name)]
-        self._layers = tuple(dict.fromkeys(layers))
+        self.modules = tuple(dict.fromkeys(layers))
         names = {module: name for name, module in model.named_modules()}
-        for layer in self._layers:
+        for layer in self.modules:
             if layer not in names:
                 raise ValueError(
                     "`target_layers` must be modules of the model, got another "
                     f"{type(layer).__name__}"
                 )
-        self.names = tuple(names[layer] for layer in self._layers)
+        self.names = tuple(names[layer] for layer in self.modules)
 
     def right_layer(self) -> str | None:
         """Name the norm before the attention of the last block."""
@@ -99,8 +124,14 @@ class Layers:
             return positions, self._grid
         return positions, grid_of_aspect(size, len(positions))  # of a later stage
 
-    def __call__(self, pixels: Tensor, *, gradients: bool) -> LayerRun:
-        """Run the model once, in evaluation mode, with a graph from the first layer on."""
+    def __call__(self, pixels: Tensor, *, gradients: bool, twice: bool = False) -> LayerRun:
+        """Run the model once, in evaluation mode.
+
+        Args:
+            pixels: as the model takes them.
+            gradients: build a graph from the first layer on.
+            twice: let gradients in this graph be differentiated once more.
+        """
         outputs: dict[nn.Module, Tensor] = {}
         graph, hooks = Graph(), Hooks()
 
@@ -110,35 +141,48 @@ class Layers:
             outputs[layer] = graph.begin(call[-1]) if gradients else call[-1]
             return outputs[layer]
 
-        with ExitStack() as stack:
-            stack.enter_context(borrowed(self.model))
-            stack.enter_context(torch.no_grad())
-            if is_compiled(self.model):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+        with undisturbed(self.model), ExitStack() as stack:
+            if twice:  # torch's other kernels have no second derivative
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             pixels = pixels.clone() if pixels.is_inference() else pixels
-            query = self._class_query(pixels)
+            host = self._measured((pixels,), {}) if self.call is None else None
             stack.callback(hooks.remove)
-            for layer in self._layers:
+            for layer in self.modules:
                 hooks.after(layer, keep)
-            if query is not None and self._host is not None and self._anatomy is not None:
+            if host is not None and self._anatomy is not None and not twice:
+                query = ClassQuery(host)
                 query.start(hooks)
                 stack.callback(query.disarm)
-                query.arm(self._host.core, (pixels,), {}, self._anatomy, early=self._layers)
-            output = self.model(pixels)
-        for name, layer in zip(self.names, self._layers, strict=True):
+                query.arm(host.core, (pixels,), {}, self._anatomy, early=self.modules)
+            output = self._run(pixels, hooks)
+        for name, layer in zip(self.names, self.modules, strict=True):
             if layer not in outputs:
                 raise CaptureError(
                     f"{name} did not run, or returned no tensor; name a layer that does"
                 )
-        return LayerRun(output, tuple(outputs[layer] for layer in self._layers))
+        return LayerRun(output, tuple(outputs[layer] for layer in self.modules))
 
-    def _class_query(self, pixels: Tensor) -> ClassQuery | None:
-        if self._host is not None and self._anatomy is None:
-            try:
-                self._anatomy = self._host.anatomy(self._host.core, (pixels,), {})
-            except (CaptureError, UnsupportedModelError):
-                self._host = None
-        if self._host is None or self._anatomy is None:
+    def _run(self, pixels: Tensor, hooks: Hooks) -> Any:
+        if self.call is None:
+            return self.model(pixels)
+        received: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        if self._host is not None:
+            hooks.before(self._host.core, lambda _, *given: received.append(given))
+        output = self.call(self.model, pixels)
+        with torch.no_grad():
+            for args, kwargs in received[:1]:
+                self._measured(args, kwargs)
+        return output
+
+    def _measured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Host | None:
+        """Measure the layout of tokens and the grid of these images, if there are tokens."""
+        if self._host is None:
             return None
-        self._grid = self._host.measured_grid(self._host.core, (pixels,), {}, self._anatomy)
-        return ClassQuery(self._host)
+        host = self._host
+        try:
+            self._anatomy = self._anatomy or host.anatomy(host.core, args, kwargs)
+        except (CaptureError, UnsupportedModelError):
+            self._host = None
+            return None
+        self._grid = host.measured_grid(host.core, args, kwargs, self._anatomy)
+        return host

@@ -20,6 +20,7 @@ from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules
 from camkit.capture.intercept import Intercept
 from camkit.capture.tail import tokens_of
+from camkit.printing import short_repr
 
 _OUTSIDE: "WeakKeyDictionary[nn.Module, dict[str, bool]]" = WeakKeyDictionary()
 """For each model, whether the attention of a module is computed outside it, once that is known."""
@@ -45,6 +46,8 @@ class _Follower:
     begin: Callable[[nn.Module, Tensor], bool]
     end: Callable[[nn.Module, Tensor | None], Any]
     begun: bool = False
+
+    __repr__ = short_repr
 
 
 class _Window(local):

@@ -14,6 +14,7 @@ from camkit.capture.tail import TailCall, patch_scores
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import check_rgb
+from camkit.printing import short_repr
 from camkit.tensors import RGB, Scores
 from camkit.vocabulary import Vocabulary
 
@@ -58,6 +59,7 @@ class WatchSpec:
         class_paths: for every block, follow the class token alone from its row of the attention to
             the end of the block, in a graph of its own.
         noise: run the images again under noise, and keep the same of those forwards.
+        pixels: keep the images, for seeds that run the model on changed copies.
         last_patches: the patches behind the last block are read. If nothing reads them,
             ``camkit.watch(..., skip_unused_patches=True)`` computes that block for the class token
             only.
@@ -70,6 +72,7 @@ class WatchSpec:
     leaving: bool = False
     class_paths: bool = False
     noise: SmoothGrad | None = None
+    pixels: bool = False
     last_patches: bool = True
 
     def __post_init__(self) -> None:
@@ -138,6 +141,8 @@ class TokenCall:
     sequence_first: bool = False
     attention: Attention | None = None
 
+    __repr__ = short_repr
+
     @property
     def tokens(self) -> Float[Tensor, "b t d"]:
         return self.batch_first(self.node)
@@ -158,6 +163,8 @@ class NoisyForward:
 
     entering: tuple[TokenCall, ...]
     outputs: Float[Tensor, "b o"] | None
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +234,7 @@ class Capture:
         leaving: tokens that leave each block, if required.
         class_paths: the class token alone behind each block's attention, if required.
         samples: forwards of the same images under noise, if required.
+        pixels: the images as the model was given them, if required.
         class_query_only: whether the last block was computed for the class token only, so that
             its patches are unknown.
         activation: what the model applies to its scores before it returns them; empty for nothing.
@@ -247,12 +255,15 @@ class Capture:
     leaving: tuple[TokenCall, ...] = ()
     class_paths: tuple[TokenCall, ...] = ()
     samples: tuple[NoisyForward, ...] = ()
+    pixels: Tensor | None = None
     class_query_only: bool = False
     activation: str = ""
     why_no_scores: str = ""
     rgb: RGB | None = None
     vocabulary: Vocabulary | None = None
     custom: int = 0
+
+    __repr__ = short_repr
 
     @classmethod
     def of_picture(cls, rgb: RGB) -> "Capture":

@@ -36,6 +36,7 @@ from camkit.capture.session import (
 )
 from camkit.capture.tail import TailCall, is_classifier, tokens_of
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.printing import short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +82,12 @@ class Recording(ForwardPass):
     leaving: list[TokenCall] = field(default_factory=list)
     class_paths: list[TokenCall] = field(default_factory=list)
     samples: list[NoisyForward] = field(default_factory=list)
+    images_given: Tensor | None = None
     class_query_only: bool = False
     activation: str = ""
     why_no_scores: str = ""
+
+    __repr__ = short_repr
 
     def described(self) -> str:
         """Say which images the pass was over, and through which modules."""
@@ -242,6 +246,8 @@ class Recorder(Subscriber[Recording]):
 
     def pass_begins(self, context: Recording) -> None:
         context.class_query_only = self._class_query_only
+        if self._spec.pixels and context.forward.images is not None:
+            context.images_given = context.forward.images.detach()
 
     def context_outside(self, module: nn.Module, tokens: Tensor | None) -> Recording | None:
         """Return the pass that attention outside a known forward belongs to.
@@ -460,7 +466,7 @@ class Recorder(Subscriber[Recording]):
     def _separate(self, forward: Forward[Recording]) -> None:
         """Give each pass the calls behind its blocks, as far as they can be told apart."""
         for turn in forward.passes:
-            turn.of_several = True
+            turn.of_several, turn.images_given = True, None
             turn.pooled = None if turn.pixels is None else small_pictures(turn.pixels)
         behind = [turn.tail for turn in forward.passes]
         tails = tails_of_passes(forward.passes, behind, self._observed)

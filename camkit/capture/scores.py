@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from camkit.capture.tail import TailCall, classifiers, fitting_classifiers
 from camkit.errors import CaptureError
+from camkit.printing import short_repr
 
 ACTIVATIONS = (nn.Sigmoid, nn.Softmax)
 """Modules that turn class scores into probabilities."""
@@ -33,6 +34,8 @@ class FoundScores:
     scores: Tensor | None = None
     activation: str = ""
     why_not: str = ""
+
+    __repr__ = short_repr
 
 
 def candidates(output: Any) -> list[Tensor]:

@@ -33,6 +33,7 @@ from camkit.capture.parameters import reshards
 from camkit.capture.tail import tokens_of
 from camkit.errors import CaptureError
 from camkit.grid import Grid
+from camkit.printing import short_repr
 
 Arguments: TypeAlias = tuple[Any, ...]
 Named: TypeAlias = dict[str, Any]
@@ -65,6 +66,8 @@ class Forward(Generic[C]):
     running: bool = False
     thread: int = field(default_factory=get_ident)
 
+    __repr__ = short_repr
+
     @property
     def ran(self) -> set[nn.Module]:
         """The attention modules that have run."""
@@ -96,6 +99,8 @@ class ForwardPass:
     grid: Grid | None = None
     ran: list[nn.Module] = field(default_factory=list)
     shape: tuple[int, ...] = ()
+
+    __repr__ = short_repr
 
     @property
     def forward(self) -> "Forward[Any]":
@@ -131,6 +136,8 @@ class AttentionCall(Generic[C]):
     outside: bool = False
     maps: int = 0
     attention: Attention | None = None
+
+    __repr__ = short_repr
 
     @property
     def tokens(self) -> Tensor | None:
@@ -284,6 +291,8 @@ class _Embedded:
     module: nn.Module
     pixels: Tensor | None
     grid: Grid | None = None
+
+    __repr__ = short_repr
 
 
 class _Here(local, Generic[C]):

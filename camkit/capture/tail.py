@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from camkit.capture.parameters import applied, is_linear, is_one_layer
 from camkit.errors import UnsupportedModelError
+from camkit.printing import short_repr
 from camkit.torch_internals import whole_tensor
 
 
@@ -38,6 +39,8 @@ class TailCall:
     input: Tensor
     output: Tensor
     node: Tensor | None = None
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         for name in ("input", "output"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from camkit.capture.anatomy import NO_GRID, grid_of_aspect
+from camkit.capture.facts import ModelFacts
 from camkit.capture.host import Host, how_to_reveal
 from camkit.capture.record import (
     Capture,
@@ -21,6 +22,7 @@ from camkit.capture.session import (
     Forward,
     ForwardSession,
 )
+from camkit.checks import as_blocks, check_function, check_model
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import check_rgb
@@ -83,15 +85,16 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
         ...     logits = model(pixels)
         >>> seen.capture.class_to_patch()  # doctest: +SKIP
     """
+    check_model(model)
+    check_function("scores", scores)
     spec = requires or WatchSpec()
     spec = replace(spec, gradients=spec.gradients or gradients)
     if (spec.gradients or spec.within_blocks or spec.class_paths) and class_rows_only:
         raise ValueError("`class_rows_only` drops what `gradients` needs; choose one of them")
     if rgb is not None:
         check_rgb(rgb)
-    host = Host.of(
-        model, modules=modules, class_tokens=class_tokens, other_tokens=other_tokens, grid=grid
-    )
+    host = Host.of(model, **ModelFacts.of(modules, class_tokens, other_tokens, grid).arguments())
+    blocks = as_blocks("blocks", blocks)
     if isinstance(blocks, int):
         if blocks < 1:
             raise ValueError(f"`blocks` must be at least 1, got {blocks}")
@@ -217,6 +220,7 @@ class Watch:
             leaving=tuple(turn.leaving),
             class_paths=tuple(turn.class_paths),
             samples=tuple(turn.samples),
+            pixels=turn.images_given,
             class_query_only=turn.class_query_only,
             activation=turn.activation,
             why_no_scores=turn.why_no_scores,

@@ -2,67 +2,116 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import version
+from types import ModuleType
+from typing import NoReturn
 
-from camkit.cli import (
-    bench,
-    build_kernels,
-    cam,
-    data,
-    demo,
-    doctor,
-    eval as evaluate,
-    mask,
-    refine,
-    run,
-)
-from camkit.errors import CamkitError
+from camkit.errors import CamkitError, closest
 
 COMMANDS = {
-    "demo": demo,
-    "cam": cam,
-    "run": run,
-    "bench": bench,
-    "build-kernels": build_kernels,
-    "data": data,
-    "doctor": doctor,
-    "refine": refine,
-    "mask": mask,
-    "eval": evaluate,
+    "demo": "Show camkit on real photos: a contact sheet, and mIoU before and after refinement.",
+    "cam": "Segment photos: mask, overlay, maps and manifest of each into its own folder.",
+    "run": "Write masks and class maps of any number of images; the same command continues a "
+    "stopped run.",
+    "bench": "Measure methods on a data set with masks: tuned on one split, reported on another.",
+    "doctor": "Report what camkit recognises in a model, what works on it, and the line to start "
+    "with.",
+    "data": "Check a data set: every photo, mask and label, and what its splits share.",
+    "refine": "Refine the CAM files of any codebase by their photos; needs no model and no GPU.",
+    "mask": "Draw the CAM files of any codebase as masks: palette PNGs, class + 1 at each pixel.",
+    "eval": "Score masks or CAM files against ground truth: IoU, precision and recall of each "
+    "class.",
+    "build-kernels": "Compile the CUDA kernels of attention ahead of time, instead of on first "
+    "use.",
 }
+"""Every command, and what it does; its module is imported only when it runs, as most need torch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 on success, 1 after an error, 2 for a wrong command line.
+        0 on success, 1 after an error. A wrong command line raises SystemExit(2).
     """
-    parser = argparse.ArgumentParser(
-        prog="camkit",
-        description="Pixel masks from a pretrained Vision Transformer and image-level labels.",
-        epilog="`camkit COMMAND --help` shows examples.",
-    )
-    arguments = sys.argv[1:] if arguments is None else arguments
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").strip().splitlines()[0]
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=module.EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if name in arguments[:1]:  # build the options of this command only
-            module.add_arguments(command)
-        command.set_defaults(execute=module.execute)
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _read(arguments)
     try:
-        return int(options.execute(options))
+        with _same_path():
+            return int(options.execute(options))
     except (CamkitError, ValueError, OSError) as error:
         print(f"camkit: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("camkit: interrupted; finished results are kept", file=sys.stderr)
         return 1
+
+
+def command_module(name: str) -> ModuleType:
+    """Import the module of a command: its options, examples and work."""
+    return import_module(f"camkit.cli.{name.replace('-', '_')}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and suggest an option of a close spelling."""
+
+    def error(self, message: str) -> NoReturn:
+        see = " See" if message.endswith("?") else "; see"
+        self.exit(2, f"camkit: {message}{see} `{self.prog} --help`\n")
+
+    def options_like(self, unknown: Sequence[str]) -> str:
+        """Return the error for arguments that no option takes."""
+        option = next((word for word in unknown if word.startswith("-")), None)
+        if option is None:
+            return f"{' '.join(unknown)}: more arguments than {self.prog} takes"
+        name = option.partition("=")[0]
+        close = get_close_matches(name, self._option_string_actions, n=1)
+        return f"{self.prog} has no option {name}" + "".join(f"; did you mean {c}?" for c in close)
+
+
+@contextmanager
+def _same_path() -> Iterator[None]:
+    """Leave `sys.path` as it was; a model of the user's own code is imported from its folder."""
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _read(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line; only the module of its command is imported."""
+    parser = _Parser(
+        prog="camkit",
+        description="Pixel masks from a pretrained Vision Transformer and image-level labels.",
+        epilog="`camkit COMMAND --help` shows examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"camkit {version('camkit')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    chosen = parser
+    for name, summary in COMMANDS.items():
+        module = command_module(name) if name in arguments[:1] else None
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=None if module is None else module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if module is not None:
+            chosen = command
+            module.add_arguments(command)
+            command.set_defaults(execute=module.execute)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    first = arguments[0]
+    if not first.startswith("-") and first not in COMMANDS:
+        parser.error(f"no command is called {first!r}; {closest(first, COMMANDS)}")
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        chosen.error(chosen.options_like(unknown))
+    return options

@@ -20,6 +20,7 @@ from camkit.cli.options import (
 from camkit.errors import CamkitError
 from camkit.method import REFINERS
 from camkit.pipeline import Pipeline
+from camkit.screen import progress
 
 EXAMPLES = f"""examples:
   camkit cam cat.jpg --classes cat
@@ -75,7 +76,7 @@ def execute(options: argparse.Namespace) -> int:
 
     failed = 0
     pairs = list(zip(options.images, folders, strict=True))
-    for path, name in tqdm(pairs, unit="photo", delay=2, disable=len(pairs) < 2):
+    for path, name in progress(pairs, unit="photo") if len(pairs) > 1 else pairs:
         try:
             result = pipeline(opened.photos.load(path), classes=classes)
             folder = result.save(options.out / name)

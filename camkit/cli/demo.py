@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 
 from camkit.bench import Variant, measure, to_markdown
 from camkit.cli.models import EMBEDDED, OpenedModel, add_model_arguments, data_folder, open_model
@@ -22,6 +21,7 @@ from camkit.paint import contact_sheet, overlay_cam, overlay_mask, save_picture
 from camkit.pipeline import Pipeline, wrap
 from camkit.result import Result
 from camkit.score import class_iou, confusion_matrix, mean_iou
+from camkit.screen import progress
 
 EXAMPLES = """examples:
   camkit demo
@@ -113,7 +113,7 @@ def _benchmark(
     stride = max(1, len(usable) // count)
     sheet = []
     samples = usable[stride // 2 :: stride][:count]
-    for sample in tqdm(samples, desc="painting", unit="photo", delay=2):
+    for sample in progress(samples, desc="painting", unit="photo"):
         result, truth = _segment(pipeline, opened, dataset, sample, CLASSES)
         sheet.append((_row(result, truth), f"{sample.name}: {', '.join(result.names)}"))
     note = f"{_EMBEDDED}\n\n" if opened.embedded else ""

@@ -17,6 +17,7 @@ from camkit.capture.host import patch_step
 from camkit.data import VOC_CLASSES, demo_model, imagenet_vocabulary
 from camkit.errors import CamkitError
 from camkit.photo import PhotoSettings
+from camkit.printing import short_repr
 from camkit.vocabulary import Vocabulary
 
 DEFAULT_MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -36,6 +37,8 @@ class OpenedModel:
     photos: PhotoSettings
     source: str
     embedded: bool = False
+
+    __repr__ = short_repr
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -193,7 +193,7 @@ def _recipe(options: argparse.Namespace, source: Source, labels: PredictedClasse
     return Recipe(
         model=TimmModel(options.model, options.size, opened.model),
         method=replace(method, refine=refine),
-        loading=Loading(**vars(opened.photos), max_pixels=options.max_pixels),
+        loading=Loading(**opened.photos.arguments(), max_pixels=options.max_pixels),
         writing=Writing(
             finish,
             method.background_score if score is None else score,

@@ -10,6 +10,7 @@ from torch.quasirandom import SobolEngine
 
 from camkit.capture.record import Capture, WatchSpec
 from camkit.contrib.layers import lens_scores
+from camkit.printing import short_repr
 from camkit.seeds.protocol import check_classes, fold_maps, leaving_tokens, pick
 from camkit.tensors import Cam, Classes
 
@@ -99,6 +100,8 @@ class ConceptBank:
     """
 
     directions: Float[Tensor, "r d"]
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, patches: Float[Tensor, "n d"], *, rank: int = 20, steps: int = 50) -> "ConceptBank":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from camkit.capture.record import Capture, WatchSpec, required_by
 from camkit.capture.tail import token_scores
+from camkit.ops.scaling import scaled_to_max, scaled_to_range
 from camkit.seeds.protocol import (
     Seed,
     above_mean,
@@ -16,7 +17,6 @@ from camkit.seeds.protocol import (
     fold_maps,
     leaving_tokens,
     pick,
-    scaled_to_max,
 )
 from camkit.tensors import Cam, Classes
 
@@ -134,5 +134,4 @@ class BestAgreementSeed:
         return maps.gather(0, best.expand_as(maps[:1]))[0]
 
     def _binary(self, maps: Tensor) -> Tensor:
-        low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-        return (maps - low) > self.threshold * (high - low)
+        return scaled_to_range(maps) > self.threshold

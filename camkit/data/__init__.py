@@ -18,6 +18,7 @@ from camkit.data.folders import (
     open_folder as open_folder,
 )
 from camkit.data.imagenet import (
+    OBJECTS_IN_IMAGENET as OBJECTS_IN_IMAGENET,
     VOC_IN_IMAGENET as VOC_IN_IMAGENET,
     ImageNetSFolder as ImageNetSFolder,
     imagenet_vocabulary as imagenet_vocabulary,

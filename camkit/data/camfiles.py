@@ -19,7 +19,9 @@ from torch import Tensor
 from camkit.data.unpickling import unpickle
 from camkit.errors import DataError
 from camkit.manifest import unfinished
+from camkit.ops.finite import check_finite, finite_range
 from camkit.ops.images import resize_cam
+from camkit.printing import short_repr
 
 CamForm: TypeAlias = Literal[
     "psa", "psa-crf", "irn", "toco", "clip-es", "both", "logits", "excel", "array"
@@ -65,6 +67,8 @@ class CamFile:
     cam: Float[Tensor, "k H W"]
     background: Float[Tensor, "H W"] | None
     form: CamForm
+
+    __repr__ = short_repr
 
 
 def read_cam(path: str | Path, *, classes: Sequence[int] | None = None) -> CamFile:
@@ -294,8 +298,10 @@ def _pixels(value: object, name: str, ndim: int, path: Path) -> Float[Tensor, ".
         raise DataError(f"{path}: {name} must be {axes}, got {_kind(value)}")
     with np.errstate(over="ignore"):  # a value too large for float32 becomes infinity, see below
         pixels = torch.from_numpy(value.astype(np.float32, order="C"))
-    if not pixels.isfinite().all():
-        raise DataError(f"{path}: {name} holds NaN or infinity; compute the maps again")
+    try:
+        check_finite(name, pixels, ("map",) if ndim == 3 else ())
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
     return pixels
 
 
@@ -315,8 +321,8 @@ def _check_writable(indices: list[int], cam: Tensor) -> None:
     if not _distinct(indices):
         raise ValueError(f"`classes` must be distinct indices from 0, got {indices}")
     if indices:
-        lowest, highest = cam.min().item(), cam.max().item()
-        if not (lowest >= 0 and highest <= 1):  # NaN fails this comparison too
+        lowest, highest = finite_range("cam", cam, ("map",)) or (0.0, 0.0)
+        if lowest < 0 or highest > 1:
             raise ValueError(
                 f"`cam` must lie in [0, 1], got {lowest:g} to {highest:g}; normalise it first"
             )

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from PIL import ExifTags, Image
-from tqdm import tqdm
 
 from camkit.data.sample import VOC_FORM, DataSet, Sample, mask_classes
 from camkit.errors import DataError
 from camkit.mask import voc_palette
 from camkit.photo import read_picture
+from camkit.screen import progress
 
 Problem: TypeAlias = Literal[
     "entry", "photo", "mask", "orientation", "palette", "labels", "no mask", "repeated", "shared"
@@ -72,8 +72,8 @@ def check_dataset(dataset: DataSet, *, splits: Sequence[str] | None = None) -> l
         except DataError as error:  # the list itself cannot be read
             findings.append(Finding("entry", dataset.root, str(error)))
         masked = any(sample.mask is not None for sample in samples[name])
-        for sample in tqdm(
-            samples[name], desc=f"checking {name}", unit="image", delay=2, mininterval=0.5
+        for sample in progress(
+            samples[name], desc=f"checking {name}", unit="image", mininterval=0.5
         ):
             if sample not in checked:
                 findings += _check_sample(dataset, sample, mask_expected=masked)

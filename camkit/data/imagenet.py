@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from camkit.data.labels import check_split, read_names
@@ -36,14 +37,303 @@ VOC_IN_IMAGENET: dict[str, tuple[int, ...]] = {
 animals of VOC that ImageNet lacks."""
 
 
-def imagenet_vocabulary() -> Vocabulary:
-    """Name the 1000 outputs of an ImageNet-1k classifier (as timm does), then the 20 VOC classes.
+OBJECTS_IN_IMAGENET: dict[str, tuple[int, ...]] = {
+    "fish": (
+        *range(7),
+        *range(389, 398),
+    ),
+    "salamander": (*range(25, 30),),
+    "frog": (*range(30, 33),),
+    "turtle": (*range(33, 38),),
+    "lizard": (*range(38, 49),),
+    "crocodilian": (
+        49,
+        50,
+    ),
+    "snake": (*range(52, 69),),
+    "spider": (*range(72, 78),),
+    "crab": (*range(118, 122),),
+    "lobster": (
+        122,
+        123,
+    ),
+    "beetle": (*range(300, 308),),
+    "butterfly": (*range(321, 327),),
+    "whale": (
+        147,
+        148,
+    ),
+    "wolf": (*range(269, 273),),
+    "wild dog": (*range(273, 276),),
+    "fox": (*range(277, 281),),
+    "wildcat": (
+        286,
+        287,
+    ),
+    "big cat": (*range(288, 294),),
+    "bear": (*range(294, 298),),
+    "mustelid": (*range(356, 363),),
+    "rabbit": (*range(330, 333),),
+    "pig": (*range(341, 344),),
+    "antelope": (*range(351, 354),),
+    "ape": (*range(365, 370),),
+    "monkey": (*range(370, 383),),
+    "lemur": (
+        383,
+        384,
+    ),
+    "elephant": (
+        385,
+        386,
+    ),
+    "fungus": (
+        947,
+        *range(991, 998),
+    ),
+    "personal computer": (
+        527,
+        590,
+        620,
+        681,
+    ),
+    "keyboard": (
+        508,
+        878,
+    ),
+    "clock": (
+        409,
+        530,
+        892,
+    ),
+    "guitar": (
+        402,
+        546,
+    ),
+    "piano": (
+        579,
+        881,
+    ),
+    "brass instrument": (
+        513,
+        566,
+        875,
+    ),
+    "firearm": (
+        413,
+        763,
+        764,
+    ),
+    "ship": (
+        403,
+        510,
+        628,
+        724,
+        833,
+        913,
+    ),
+    "truck": (
+        555,
+        569,
+        675,
+        717,
+        734,
+        864,
+        867,
+    ),
+    "cart": (
+        603,
+        612,
+        690,
+    ),
+    "bag": (
+        414,
+        636,
+        728,
+        748,
+        797,
+    ),
+    "basket": (
+        588,
+        790,
+    ),
+    "bowl": (
+        659,
+        809,
+    ),
+    "ball": (
+        429,
+        430,
+        522,
+        574,
+        722,
+        747,
+        768,
+        805,
+        852,
+        890,
+    ),
+    "dumbbell or barbell": (
+        422,
+        543,
+    ),
+    "telephone": (
+        487,
+        528,
+        707,
+    ),
+    "camera": (
+        732,
+        759,
+    ),
+    "pen": (
+        418,
+        563,
+        749,
+    ),
+    "pan": (
+        567,
+        909,
+    ),
+    "baby bed": (
+        431,
+        516,
+        520,
+    ),
+    "cabinet": (
+        495,
+        648,
+    ),
+    "swimsuit": (
+        445,
+        639,
+        842,
+    ),
+    "necktie": (
+        451,
+        457,
+        906,
+    ),
+    "sweater": (
+        474,
+        841,
+    ),
+    "coat": (
+        568,
+        617,
+        869,
+    ),
+    "skirt": (
+        601,
+        655,
+        689,
+        775,
+    ),
+    "hat": (
+        439,
+        452,
+        515,
+        808,
+    ),
+    "helmet": (
+        518,
+        560,
+    ),
+    "body armor": (
+        465,
+        490,
+        524,
+    ),
+    "shoe": (
+        502,
+        514,
+        630,
+        770,
+        774,
+    ),
+    "shop": (
+        415,
+        424,
+        454,
+        467,
+        509,
+        788,
+        860,
+        865,
+    ),
+    "building": (
+        410,
+        425,
+        449,
+        497,
+        498,
+        500,
+        580,
+        598,
+        624,
+        663,
+        668,
+        698,
+        727,
+        762,
+        832,
+        915,
+    ),
+    "bridge": (
+        821,
+        839,
+        888,
+    ),
+    "fence": (
+        489,
+        716,
+        825,
+        912,
+    ),
+    "sandwich": (
+        933,
+        934,
+    ),
+    "bread": (
+        *range(930, 933),
+        962,
+    ),
+    "squash": (*range(939, 943),),
+    "lock": (
+        507,
+        695,
+    ),
+    "mountain": (
+        970,
+        980,
+    ),
+    "shore": (
+        975,
+        978,
+    ),
+}
+"""Output indices by object, beyond those of VOC, grouped by WordNet
+(``benchmarks/imagenet_groups.py``): sister classes that a photo shows as one object."""
 
-    ``camkit.wrap(model, vocabulary=imagenet_vocabulary())`` understands "tabby" as well as "cat".
+
+@cache
+def imagenet_vocabulary() -> Vocabulary:
+    """Name the 1000 outputs of an ImageNet-1k classifier (as timm does) and groups of them.
+
+    Classes 0 to 999 are the outputs, the next 20 those of VOC (`VOC_IN_IMAGENET`), then the groups
+    of `OBJECTS_IN_IMAGENET`; so "tabby", "cat" and "fox" are all known. First guesses choose from
+    the VOC classes, the groups, and the outputs that are in none. In masks, VOC classes have their
+    own ids 1 to 20, groups follow them, and output i has the value 1000 + i.
     """
-    names = tuple(_wordnet_names().values())
-    single = tuple((index,) for index in range(len(names)))
-    return Vocabulary((*names, *VOC_IN_IMAGENET), (*single, *VOC_IN_IMAGENET.values()))
+    groups = VOC_IN_IMAGENET | OBJECTS_IN_IMAGENET
+    outputs = tuple(_wordnet_names().values())
+    grouped = {index for members in groups.values() for index in members}
+    alone = (index for index in range(len(outputs)) if index not in grouped)
+    return Vocabulary(
+        (*outputs, *groups),
+        (*((index,) for index in range(len(outputs))), *groups.values()),
+        values=(*range(1000, 1000 + len(outputs)), *range(1, len(groups) + 1)),
+        candidates=(*range(len(outputs), len(outputs) + len(groups)), *alone),
+    )
 
 
 def _wordnet_names() -> dict[str, str]:

@@ -18,6 +18,7 @@ from camkit.capture.attention import Attention, FusedAttention
 from camkit.edits.protocol import Attended, BlockContext
 from camkit.errors import UnsupportedModelError
 from camkit.ops.attention import head_mean
+from camkit.ops.scaling import rounding_of
 from camkit.tensors import Tokens
 
 
@@ -108,8 +109,10 @@ class FuzzyKeyPruning:
         importance = attention.head_mean().mean(1)[:, patches].detach().float()
         bounds = importance.new_tensor([self.low, self.high])
         low, high = importance.quantile(bounds, dim=1, keepdim=True)
-        member = ((importance - low) / (high - low).clamp_min(1e-12)).clamp(self.least, 1.0)
-        member = torch.where(high > low, member, 1.0)  # nothing is pruned if all are equal
+        uneven = high - low > rounding_of(importance, (1,))
+        span = torch.where(uneven, high - low, 1.0)
+        member = ((importance - low) / span).clamp(self.least, 1.0)
+        member = torch.where(uneven, member, 1.0)  # nothing is pruned if all are equal
         weights = tokens.new_zeros(len(tokens), attention.shape[3])
         return weights.index_copy(1, patches, member.log().to(weights))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from camkit.capture.anatomy import Anatomy, check_one_for_each_class
 from camkit.capture.attention import Attention
+from camkit.capture.facts import ModelFacts
 from camkit.capture.hooks import Hooks
 from camkit.capture.host import Host, block_modules, how_to_reveal, is_whole_block
 from camkit.capture.intercept import Bias, taps_suspended
@@ -30,6 +31,7 @@ from camkit.capture.session import (
     Named,
     Subscriber,
 )
+from camkit.checks import as_blocks, check_function, check_model, check_stage
 from camkit.edits.alignment import HybridAlignment
 from camkit.edits.effect import warn_if_scores_move_far
 from camkit.edits.protocol import (
@@ -46,6 +48,7 @@ from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import Normalisation
 from camkit.ops.paired import PairBias
+from camkit.printing import short_repr
 from camkit.tensors import RGB, Labels
 from camkit.torch_internals import is_compiled
 
@@ -98,14 +101,15 @@ def attach(  # noqa: PLR0913 - as `watch`
     Raises:
         UnsupportedModelError: the model holds no known attention, or is compiled already.
     """
+    check_model(model)
+    check_function("scores", scores)
+    blocks = blocks if isinstance(blocks, str) else as_blocks("blocks", blocks)
     if is_compiled(model):
         raise UnsupportedModelError(
             "the model is compiled already, and compiled code runs past new hooks; attach the edit "
             "first and compile afterwards"
         )
-    host = Host.of(
-        model, modules=modules, class_tokens=class_tokens, other_tokens=other_tokens, grid=grid
-    )
+    host = Host.of(model, **ModelFacts.of(modules, class_tokens, other_tokens, grid).arguments())
     return Handle(Editor(host, edit, blocks, normalisation, scores), host)
 
 
@@ -228,6 +232,8 @@ class EditedPass(ForwardPass):
     labels: Labels | None = None
     side: Tensor | None = None
     strength: float = 1.0
+
+    __repr__ = short_repr
 
 
 _DOUBT = (
@@ -556,10 +562,9 @@ def _nothing(*_: object) -> None:
 
 def _check_edit(edit: object) -> None:
     """Raise a TypeError for what is no edit."""
-    if isinstance(edit, type):
-        raise TypeError(f"`edit` must be an instance, such as {edit.__name__}(), got the class")
     if isinstance(edit, HybridAlignment):
         raise TypeError("an alignment is a part of an edit: camkit.DOEI(alignment=...)")
+    check_stage("edit", edit, "edit")
     if not isinstance(edit, Edit | KeyEdit | PairEdit):
         raise TypeError(
             "`edit` must have __call__(tokens, output, attention, site), log_weights(tokens, "

@@ -15,6 +15,7 @@ from camkit.capture.parameters import linear_weight
 from camkit.capture.tail import is_classifier
 from camkit.errors import UnsupportedModelError
 from camkit.ops.attention import take
+from camkit.printing import short_repr
 from camkit.tensors import Labels, Tokens
 
 
@@ -31,6 +32,8 @@ class Interaction:
     class_to_class: Float[Tensor, "b c c"]
     class_to_patch: Float[Tensor, "b c n"]
     patch_to_class: Float[Tensor, "b n c"]
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, attention: Attention, anatomy: Anatomy) -> "Interaction":

@@ -17,6 +17,7 @@ from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.ops.images import Normalisation, check_rgb, to_rgb
 from camkit.ops.paired import PairBias
+from camkit.printing import short_repr
 from camkit.tensors import Labels, Pixels, Tokens
 
 _NO_IMAGES = (
@@ -49,6 +50,8 @@ class Picture:
     doubt: str = ""
     _colours: Tensor | None = None
     _histograms: Tensor | None = None
+
+    __repr__ = short_repr
 
     def shows_colours(self, edit: str) -> bool:
         """Whether colours can be asked for; a warning says that an edit does without them.
@@ -159,6 +162,8 @@ class BlockContext:
     labels: Labels | None = None
     stream: Tokens | None = None
     strength: float = 1.0
+
+    __repr__ = short_repr
 
     @property
     def depth(self) -> float:

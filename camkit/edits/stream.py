@@ -15,6 +15,7 @@ from camkit.capture.session import ForwardPass
 from camkit.capture.tail import tokens_of
 from camkit.edits.protocol import Attended
 from camkit.errors import UnsupportedModelError
+from camkit.printing import short_repr
 
 
 @dataclass
@@ -40,6 +41,8 @@ class BlockCall:
     scaled_by: list[nn.Module] = field(default_factory=list)
     scale: Tensor | None = None
     is_sum: bool = False
+
+    __repr__ = short_repr
 
 
 class _Here(local):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from camkit.ops.finite import check_finite
 from camkit.tensors import IGNORE, Labels, Scores
 
 _TINY = 1e-6  # keeps the logarithm of a similarity of 0 finite
@@ -52,8 +53,11 @@ def background_suppression_loss(
         classes: one present class per image; the code draws it at random.
 
     Raises:
-        ValueError: maps, scores and classes are not of the same images.
+        ValueError: maps, scores and classes are not of the same images, or hold NaN or infinity.
     """
+    check_finite("maps", maps, ("image",))
+    for name, scores in (("whole", whole), ("outside", outside), ("inside", inside)):
+        check_finite(name, scores, ("image", "class"))
     sizes = [len(part) for part in (maps, whole, outside, inside, classes)]
     if len(set(sizes)) > 1:
         raise ValueError(f"maps, scores and classes must be of the same images, got {sizes}")
@@ -83,8 +87,11 @@ def text_alignment_loss(
         labels: classes present in each image.
 
     Raises:
-        ValueError: there is not one label for each text and image.
+        ValueError: there is not one label for each text and image, or an embedding holds NaN or
+            infinity.
     """
+    _check_embeddings(texts, background)
+    check_finite("image", image, ("image",))
     if labels.shape != (len(image), len(texts)):
         raise ValueError(
             f"`labels` must hold {len(texts)} texts for each of {len(image)} images, got "
@@ -113,8 +120,11 @@ def patch_text_loss(
         labels: 0 background, class + 1, 255 unknown (`camkit.losses.patch_labels`).
 
     Raises:
-        ValueError: there is not one label for each patch, or a label has no text.
+        ValueError: there is not one label for each patch, a label has no text, or an embedding
+            holds NaN or infinity.
     """
+    _check_embeddings(texts, background)
+    check_finite("patches", patches, ("image", "patch"))
     if labels.shape != patches.shape[:2]:
         raise ValueError(
             f"`labels` must hold one label for each of the {patches.shape[1]} patches of "
@@ -129,6 +139,11 @@ def patch_text_loss(
     near = _similarity(objects, texts).gather(1, own[:, None])[:, 0].log()
     far = (1 - _similarity(objects, background)).log().mean(1)
     return -(near + far).sum() / max(1, len(objects))
+
+
+def _check_embeddings(texts: Tensor, background: Tensor) -> None:
+    check_finite("texts", texts, ("text",))
+    check_finite("background", background, ("text",))
 
 
 def _similarity(first: Tensor, second: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from camkit.ops.finite import check_finite
 from camkit.tensors import IGNORE, Cam, Labels, Pixels
 
 _TINY = 1e-4  # ToCo's, wherever it divides
@@ -56,8 +57,9 @@ def uncertain_crops(  # noqa: PLR0913 - each is a constant of the rule
         generator: random number generator, on the CPU.
 
     Raises:
-        ValueError: sizes of maps, images and crops do not match.
+        ValueError: sizes of maps, images and crops do not match, or a map holds NaN or infinity.
     """
+    check_finite("cam", cam, ("image", "class"))
     rows, cols = images.shape[-2:]
     if cam.shape[-2:] != images.shape[-2:]:
         raise ValueError(
@@ -109,8 +111,11 @@ def class_contrast_loss(
             code does, probably by mistake; False is the paper's formula.
 
     Raises:
-        ValueError: the temperature is not above 0, or the views do not match.
+        ValueError: the temperature is not above 0, the views do not match, or a token holds NaN or
+            infinity.
     """
+    check_finite("student", student, ("image", "view"))
+    check_finite("teacher", teacher, ("image", "view"))
     if not temperature > 0.0:
         raise ValueError(f"`temperature` must be above 0, got {temperature}")
     if student.shape[:2] != positive.shape or len(student) != len(teacher):
@@ -149,8 +154,10 @@ def patch_labels(
         0 background, class + 1, 255 between the two scores; row by row.
 
     Raises:
-        ValueError: the scores are out of order, or the maps do not match the labels.
+        ValueError: the scores are out of order, or the maps do not match the labels or hold NaN or
+            infinity.
     """
+    check_finite("cam", cam, ("image", "class"))
     if not 0.0 <= low <= high <= 1.0:
         raise ValueError(f"`low` and `high` must satisfy 0 <= low <= high <= 1, got {low}, {high}")
     if cam.shape[:2] != labels.shape:
@@ -179,8 +186,9 @@ def patch_contrast_loss(
         labels: from `patch_labels` of an inner layer.
 
     Raises:
-        ValueError: there is not one label for each patch.
+        ValueError: there is not one label for each patch, or a token holds NaN or infinity.
     """
+    check_finite("tokens", tokens, ("image", "patch"))
     if tokens.shape[:2] != labels.shape:
         raise ValueError(
             f"`labels` must hold one label for each of the {tokens.shape[1]} patches of "

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from camkit.ops.scaling import rounding_of
+
 Rows: TypeAlias = Float[Tensor, "*rows n"]
 """n scores in each of any number of rows."""
 
@@ -214,7 +216,7 @@ def _unit_range(scores: Tensor) -> tuple[Tensor, Tensor]:
     wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
     least = wide.amin(-1, keepdim=True)
     span = wide.amax(-1, keepdim=True) - least
-    flat = span == 0.0
+    flat = span <= rounding_of(scores, (-1,))
     return (wide - least) / span.masked_fill(flat, 1.0), flat
 
 

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from camkit.ops.scaling import scaled_to_range
 from camkit.tensors import RGB, Cam, Pixels
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
@@ -35,8 +36,7 @@ def to_rgb(pixels: Pixels, normalisation: Normalisation | None = None) -> RGB:
     if normalisation is None:
         normalisation = detect_normalisation(pixels)
     if normalisation is None:
-        low, high = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
-        return ((pixels - low) / (high - low).clamp_min(1e-6)).expand(-1, 3, -1, -1)
+        return scaled_to_range(pixels, (1, 2, 3)).expand(-1, 3, -1, -1)
     mean, std = (pixels.new_tensor(values).view(1, -1, 1, 1) for values in normalisation)
     return (pixels * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
 
@@ -110,6 +110,8 @@ def gaussian_blur(maps: Float[Tensor, "b k H W"], width: float) -> Float[Tensor,
 
     Edges are repeated, and the kernel ends at three standard deviations.
     """
+    if not maps.numel():  # torch pads no images, but not images without classes
+        return maps.clone()
     reach = max(1, round(3 * width))
     steps = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
     kernel = (-(steps**2) / (2 * width**2)).softmax(0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from camkit.errors import CamkitError
 from camkit.native import load
+from camkit.ops.finite import check_finite
 from camkit.ops.permutohedral import Lattice, lattice, packing
 from camkit.ops.similarity import check_shape
 
@@ -278,9 +279,7 @@ def _check_scores(scores: Tensor) -> None:
     low, high = (value.item() for value in scores.sum(1, dtype=torch.float32).aminmax())
     least, tolerance = scores.min().item(), max(_TOLERANCE, torch.finfo(scores.dtype).eps)
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(
-            "`scores` must be finite, got NaN or inf, which a dense CRF spreads to every pixel"
-        )
+        check_finite("scores", scores, ("image", "label"))
     if least < 0:
         raise ValueError(
             f"`scores` must be probabilities, got {least:.3g}; take a softmax of logits first"

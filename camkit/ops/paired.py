@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from camkit.ops.reweight_plain import ALL, at_least_float32, chunks, query_chunks
+from camkit.printing import short_repr
 from camkit.torch_internals import call_with_normaliser, cpu_attention_backward
 
 
@@ -33,6 +34,8 @@ class PairBias:
 
     queries: Float[Tensor, "b t f"] | Float[Tensor, "b a t f"]
     keys: Float[Tensor, "b s f"] | Float[Tensor, "b a s f"]
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         shapes = tuple(self.queries.shape), tuple(self.keys.shape)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from camkit.printing import short_repr
+
 _LIMIT = 2**62  # of one packed coordinate, so that a neighbour's still fits 64 bits
 
 
@@ -39,6 +41,8 @@ class Lattice:
     starts: Int[Tensor, " vertices"]
     chains: tuple[Int[Tensor, "vertices 3"], ...]
     blur: Float[Tensor, "vertices 3"]
+
+    __repr__ = short_repr
 
     def filter(self, values: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
         """Return sums of values over all points, weighted by the Gaussian of their distance."""

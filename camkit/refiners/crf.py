@@ -8,9 +8,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
+from camkit.ops.finite import check_finite
 from camkit.ops.images import resize_cam
 from camkit.ops.mean_field import Backend, Kernels, check_backend, check_kernels, mean_field
-from camkit.refiners.protocol import check_finite, picture_bytes, picture_of
+from camkit.refiners.protocol import picture_bytes, picture_of
 from camkit.tensors import IGNORE, Cam, Mask
 
 # Kernels by the codebase they come from. All run 10 updates; ConvCRF runs 5. Names with _cam turn
@@ -72,7 +73,7 @@ class DenseCRF:
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         rgb = picture_bytes(picture_of(capture, "DenseCRF"))
-        check_finite(cam)
+        check_finite("cam", cam)
         if cam.numel() == 0:
             return cam.new_zeros(*cam.shape[:2], *rgb.shape[1:3])
         dtype = torch.promote_types(cam.dtype, torch.float32)

@@ -20,13 +20,13 @@ from camkit.ops.edge_aware import (
     check_guided_settings,
     guided_filter,
 )
+from camkit.ops.finite import check_finite
 from camkit.ops.images import resize_cam
 from camkit.ops.similarity import check_positive
 from camkit.refiners.crf import PRESETS, DenseCRF
 from camkit.refiners.protocol import (
     Chain,
     Refiner,
-    check_finite,
     picture_bytes,
     picture_of,
     scaled_size,
@@ -64,7 +64,7 @@ class GuidedFilter:
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         rgb = picture_of(capture, "GuidedFilter")
-        check_finite(cam)
+        check_finite("cam", cam)
         size = scaled_size(rgb, self.scale)
         dtype = torch.promote_types(cam.dtype, torch.float32)  # rounded once, at the end
         rgb = rgb.to(cam.device, dtype)
@@ -118,6 +118,7 @@ class AtReducedSize:
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         rgb = picture_of(capture, "AtReducedSize")
+        check_finite("cam", cam)
         size = scaled_size(rgb, self.scale)
         if size == (rgb.shape[-2], rgb.shape[-1]):
             return self.refiner(cam, capture)
@@ -174,7 +175,7 @@ class FastGlobalSmooth:
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         rgb = picture_of(capture, "FastGlobalSmooth")
-        check_finite(cam)
+        check_finite("cam", cam)
         library: Any = getattr(cv2, "ximgproc", None)
         if not hasattr(library, "createFastGlobalSmootherFilter"):
             raise CamkitError(
@@ -240,6 +241,7 @@ class PixelAdaptive:
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         dtype = torch.promote_types(cam.dtype, torch.float32)  # rounded once, at the end
         rgb = picture_of(capture, "PixelAdaptive").to(cam.device, dtype)
+        check_finite("cam", cam)
         size = self.size or scaled_size(rgb, self.scale)
         refined = adapt_to_colours(
             resize_cam(cam.to(dtype), size),
@@ -300,11 +302,11 @@ class Superpixels:
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         rgb = picture_of(capture, "Superpixels")
-        check_finite(cam)
+        check_finite("cam", cam)
         dtype = torch.promote_types(cam.dtype, torch.float32)  # sums of many pixels
         maps = resize_cam(cam.to(dtype), (rgb.shape[-2], rgb.shape[-1]))
         if self.vote is not None:  # 1 where a map is the strongest and beats the background
-            background = torch.full_like(maps[:, :1], self.vote)
+            background = maps.new_full((len(maps), 1, *maps.shape[2:]), self.vote)
             winner = torch.cat([background, maps], 1).argmax(1)
             maps = F.one_hot(winner, maps.shape[1] + 1).movedim(-1, 1)[:, 1:].to(dtype)
         return segment_means(maps, self.segments(rgb).to(maps.device)).to(cam.dtype)

@@ -8,16 +8,19 @@ import torch
 
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.ops.confidence import Confidence, TanhAroundMean, amplify
+from camkit.ops.finite import check_finite
 from camkit.ops.images import gaussian_blur
+from camkit.ops.scaling import rounding_of, scaled_to_max
 from camkit.ops.similarity import check_positive
-from camkit.seeds.protocol import scaled_to_max
 from camkit.tensors import Cam
 
 
 def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max", epsilon: float = 0.0) -> Cam:
     """Scale each map of each image to [0, 1]; negative scores count as zero.
 
-    A map without evidence becomes zero.
+    A map without evidence becomes zero: one without a positive score, or whose scores (with
+    ``"minmax"``, their differences) are no more than the rounding of its largest magnitude
+    (`camkit.ops.scaling.rounding_of`).
 
     Args:
         cam: class scores.
@@ -25,15 +28,21 @@ def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max", epsilon: 
             moves the smallest score to zero, as in MCTformer and ToCo.
         epsilon: added to the largest score before the division, so that maps with little evidence
             stay faint: 1e-5 in ToCo and AFA, 1e-7 in CLIP-ES, 1e-8 in MCTformer and WeakTr.
+
+    Raises:
+        ValueError: a score is NaN or infinite, or a setting is out of range.
     """
     check_epsilon(epsilon)
+    check_finite("cam", cam)
+    rounding = rounding_of(cam)  # of the scores as they came, before anything is cut or subtracted
     cam = cam.clamp_min(0.0)
     if mode == "minmax":
         cam = cam - cam.amin((-2, -1), keepdim=True)
-    if epsilon:
-        top = cam.amax((-2, -1), keepdim=True) + epsilon
-        return cam / top.clamp_min(torch.finfo(cam.dtype).tiny)  # float16 has no 1e-8
-    return scaled_to_max(cam)
+    if not epsilon:
+        return scaled_to_max(cam, rounding=rounding)
+    top = cam.amax((-2, -1), keepdim=True)
+    # float16 has no 1e-8
+    return cam / (top + epsilon).clamp_min(torch.finfo(cam.dtype).tiny) * (top > rounding)
 
 
 def check_epsilon(epsilon: float) -> None:
@@ -83,6 +92,7 @@ class Amplify:
             raise ValueError(f"`strength` must lie in [0, 1), got {self.strength}")
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:  # noqa: ARG002 - as above
+        check_finite("cam", cam)
         return amplify(cam.flatten(2), self.rule, self.strength).view_as(cam).clamp(0, 1)
 
 
@@ -102,4 +112,5 @@ class Blur:
         check_positive("width", self.width)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:  # noqa: ARG002 - as above
+        check_finite("cam", cam)
         return gaussian_blur(cam, self.width)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.errors import CaptureError
+from camkit.ops.finite import check_finite
 from camkit.ops.propagation import BoxRule, balance, check_boxes, component_boxes, random_walk
 from camkit.ops.similarity import check_positive, colour_smooth, cosine_smooth
 from camkit.seeds.protocol import HeadWeights, read_head_weights, required_by_weights
@@ -127,6 +128,7 @@ class Propagate:
             )
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
+        check_finite("cam", cam)
         scale, weights = self.scale_rows, self.head_weights
         step = _attention_step(capture, self.blocks, self.balance, scale, weights)
         if self.boxes is not None:
@@ -176,6 +178,7 @@ class HybridPropagate:
         _check_attention(self.blocks, self.balance)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
+        check_finite("cam", cam)
         attend = _attention_step(capture, self.blocks, self.balance)
         smooth = self._similarity_step(capture) if self.weight > 0 else None
         scores = capture.grid.flatten(cam)
@@ -249,6 +252,7 @@ class RandomWalk:
         check_boxes(self.boxes, self.box_rule)
 
     def __call__(self, cam: Cam, capture: Capture) -> Cam:
+        check_finite("cam", cam)
         if self.boxes is not None:
             cam = cam * component_boxes(cam, self.boxes, rule=self.box_rule)
         if self.affinity is None:

@@ -59,9 +59,3 @@ def scaled_size(rgb: RGB, scale: float) -> tuple[int, int]:
     """Return rows and columns of the pictures times ``scale``, at least 1 each."""
     rows, cols = rgb.shape[-2:]
     return max(1, round(rows * scale)), max(1, round(cols * scale))
-
-
-def check_finite(cam: Cam) -> None:
-    """Check that maps hold neither NaN nor inf."""
-    if not cam.isfinite().all():
-        raise ValueError("`cam` must be finite, got NaN or inf; a filter would spread it")

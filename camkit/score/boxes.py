@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from camkit.ops.finite import finite_range
+
 BOX_IOUS = (0.3, 0.5, 0.7)
 """The overlaps with a true box that MaxBoxAccV2 averages over."""
 BOX_THRESHOLDS = torch.from_numpy(np.arange(0, 1, 0.001))
@@ -124,7 +126,8 @@ def _best_iou(above: np.ndarray, truth: np.ndarray, components: str) -> float:
 
 
 def _check(cam: Tensor, boxes: Tensor, ious: Sequence[float], thresholds: Tensor) -> None:
-    if not bool(((cam >= 0) & (cam <= 1)).all()) or not cam.numel():
+    low, high = finite_range("cam", cam, ()) or (-1.0, -1.0)  # a map without pixels is refused
+    if low < 0 or high > 1:
         raise ValueError("`cam` must lie in [0, 1] and hold pixels; normalise it first")
     if not len(boxes) or bool((boxes[:, 2:] < boxes[:, :2]).any()):
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
 
+from camkit.printing import short_repr
 from camkit.tensors import IGNORE
 
 Definition: TypeAlias = Literal["present", "union", "psa"]
@@ -78,6 +79,8 @@ class Overlap:
     hit: Int[Tensor, "*n c"]
     true: Int[Tensor, "*n c"]
     predicted: Int[Tensor, "*n c"]
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, confusion: Int[Tensor, "*n c c"]) -> "Overlap":

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 
 from camkit.capture.record import Capture, WatchSpec, required_by
-from camkit.seeds.protocol import Seed, scaled_to_max
+from camkit.ops.scaling import scaled_to_max
+from camkit.seeds.protocol import Seed
 from camkit.tensors import Cam, Classes
 
 

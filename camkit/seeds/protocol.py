@@ -10,6 +10,7 @@ from torch import Tensor
 from camkit.capture.attention import Attention
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.ops.scaling import rounding_of
 from camkit.tensors import Cam, Classes, Scores
 
 Seed: TypeAlias = Callable[[Capture, Classes], Cam]
@@ -105,15 +106,9 @@ def leaving_tokens(capture: Capture, layer: int, seed: object) -> Float[Tensor, 
 
 
 def above_mean(maps: Float[Tensor, "b k n"]) -> Float[Tensor, "b k n"]:
-    """Subtract each map's mean; scores below it become zero."""
-    return (maps - maps.mean(-1, keepdim=True)).clamp_min(0.0)
-
-
-def scaled_to_max(cam: Float[Tensor, "... h w"]) -> Float[Tensor, "... h w"]:
-    """Divide each map by its maximum; a map without a score above 1e-8 becomes zero, not NaN."""
-    top = cam.amax((-2, -1), keepdim=True)
-    floor = max(1e-8, torch.finfo(cam.dtype).tiny)  # float16 has no 1e-8
-    return cam / top.clamp_min(floor) * (top > floor)
+    """Subtract each map's mean; scores below it, and flat maps, become zero."""
+    above = (maps - maps.mean(-1, keepdim=True)).clamp_min(0.0)
+    return above * (above.amax(-1, keepdim=True) > rounding_of(maps, (-1,)))
 
 
 def score_gradients(total: Tensor, nodes: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from camkit.capture.record import Capture, required_by
+from camkit.printing import short_repr
 from camkit.seeds.protocol import Seed, check_classes
 from camkit.seeds.text import TextClasses
-from camkit.tensors import Cam, Classes
+from camkit.tensors import Cam, Classes, Scores
 from camkit.vocabulary import Vocabulary
 
 
@@ -42,7 +45,7 @@ class PredictedClasses:
 
     def __call__(self, capture: Capture) -> Classes:
         """Return the classes of each image, most probable first, padded with -1."""
-        scores = capture.scores.detach().float()
+        scores = guessable(capture.scores.detach().float(), capture)
         if self.activation == "sigmoid":
             probabilities = scores.sigmoid()
         else:
@@ -54,14 +57,23 @@ class PredictedClasses:
         return order.masked_fill(~present, -1)[:, : max(1, int(present.sum(1).max()))]
 
 
+def guessable(scores: Scores, capture: Capture) -> Scores:
+    """Set the scores of classes that first guesses do not choose to minus infinity."""
+    vocabulary = capture.vocabulary
+    return scores if vocabulary is None else vocabulary.among_candidates(scores)
+
+
 Score: TypeAlias = Callable[[Float[Tensor, " o"]], Tensor]
 """A custom score to explain: one number from the outputs of one image, like grad-cam's targets."""
 
-Item: TypeAlias = int | str | Score
+Item: TypeAlias = int | np.integer[Any] | str | Score
 """One class: an index, a name, or a custom score."""
 
 ClassRequest: TypeAlias = (
     int
+    | np.integer[Any]
+    | str
+    | np.ndarray
     | Sequence[Item | Sequence[Item] | Tensor]
     | Tensor
     | Callable[[Capture], Classes]
@@ -85,6 +97,8 @@ class Targets:
     functions: tuple[Score, ...] = ()
     rule: Callable[[Capture], Classes] | None = None
 
+    __repr__ = short_repr
+
     def classes(self, capture: Capture) -> Classes:
         """Return the padded classes; custom scores are numbered behind the last known class.
 
@@ -100,7 +114,7 @@ class Targets:
         elif self.rule is not None:
             classes = self.rule(capture).to(capture.device)
         else:
-            classes = capture.scores.argmax(1, keepdim=True)
+            classes = guessable(capture.scores, capture).argmax(1, keepdim=True)
         known = None if known is None else known + len(self.functions)
         check_classes(classes, capture.images, known)
         return classes
@@ -183,18 +197,21 @@ def read_targets(
     images: int,
     known: int | None = None,
     vocabulary: Vocabulary | None = None,
+    outputs: int | None = None,
 ) -> Targets:
     """Check a class request and turn it into `Targets`, before the model runs.
 
     Args:
-        request: None for the most probable class; a number for all images; for one image a list of
-            numbers, names and custom scores (`Score`); for several images a list of such lists; an
-            int64 tensor ``(b,)`` of one class each, or ``(b, k)`` padded with -1; labels ``(b, C)``
-            of bool, or of float zeros and ones; or a function of the capture, such as
+        request: None for the most probable class; a number or a name for all images; for one image
+            a list of numbers, names and custom scores (`Score`); for several images a list of such
+            lists; an int64 tensor ``(b,)`` of one class each, or ``(b, k)`` padded with -1; labels
+            ``(b, C)`` of bool, or of float zeros and ones; or a function of the capture, such as
             `PredictedClasses`.
         images: number of images in the batch.
         known: number of classes, if it is known before the model runs.
         vocabulary: resolves names.
+        outputs: number of leading classes of the vocabulary that labels may be given for, if it has
+            further ones.
 
     Raises:
         TypeError: the request has another form.
@@ -205,7 +222,8 @@ def read_targets(
     if request is None or (callable(request) and not isinstance(request, Tensor)):
         return Targets(None, rule=request)
     if isinstance(request, Tensor):
-        classes = _of_tensor(request, images, known)
+        columns = outputs if request.dim() == 2 and request.shape[1] == outputs else known
+        classes = _of_tensor(request, images, columns)
         check_classes(classes, images, known)
         return Targets(classes)
     rows = _rows(request, images)
@@ -219,25 +237,32 @@ def read_targets(
 
 def _rows(request: Any, images: int) -> list[list[Any]]:
     """Return one list of items for each image."""
-    if isinstance(request, int) and not isinstance(request, bool):
+    if isinstance(request, Integral) and not isinstance(request, bool):
+        return [[int(request)]] * images
+    if isinstance(request, np.ndarray):
+        request = request.tolist()
+    if isinstance(request, str):
         return [[request]] * images
-    if isinstance(request, str) or not isinstance(request, Sequence):
+    if not isinstance(request, Sequence):
         raise TypeError(f"`classes` must be a list of names or indices, got {request!r}")
-    nested = [isinstance(item, Sequence | Tensor) and not isinstance(item, str) for item in request]
+    lists = (Sequence, Tensor, np.ndarray)
+    nested = [isinstance(item, lists) and not isinstance(item, str) for item in request]
     if not any(nested) and (images == 1 or not request):
         return [list(request)] * images
     if not all(nested) or len(request) != images:
         raise ValueError(
-            f"`classes` must hold one list for each of {images} images, such as [[1], [4, 2]]; "
-            f"got {sum(nested)} lists among {len(request)} items"
+            f"`classes` must hold one list for each of {images} images, such as [[1], [4, 2]] (for "
+            f"the same classes in each, [[1, 2]] * {images}); got {sum(nested)} lists among "
+            f"{len(request)} items"
         )
-    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in request]
+    return [row.tolist() if isinstance(row, Tensor | np.ndarray) else list(row) for row in request]
 
 
 def _numbers(
     row: list[Any], functions: Sequence[Score], vocabulary: Vocabulary | None
 ) -> list[int]:
     """Return the numbers of one image's items: class indices, and -2, -3, ... for functions."""
+    row = [int(item) if isinstance(item, np.integer) else item for item in row]
     for item in row:
         if isinstance(item, bool) or not (isinstance(item, int | str) or callable(item)):
             raise TypeError(
@@ -286,6 +311,15 @@ def _of_tensor(request: Tensor, images: int, known: int | None) -> Classes:
     present = request != 0
     first, order = present.byte().sort(dim=1, descending=True, stable=True)
     return order.masked_fill(first == 0, -1)[:, : max(1, int(present.sum(1).max()))]
+
+
+def request_of(request: ClassRequest, images: Sequence[int]) -> ClassRequest:
+    """Return the part of a request, which `read_targets` has accepted, for some of its images."""
+    if isinstance(request, Tensor | np.ndarray):
+        return request[list(images)]
+    if isinstance(request, TextClasses) or not isinstance(request, Sequence):
+        return request
+    return [request[image] for image in images]
 
 
 def name_of(function: Score) -> str:

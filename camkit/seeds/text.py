@@ -14,6 +14,7 @@ from camkit.capture.host import is_attention
 from camkit.capture.parameters import device_of
 from camkit.capture.record import Capture, WatchSpec
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.ops.scaling import scaled_to_range
 from camkit.seeds.protocol import above_mean, check_classes, fold_maps, pick
 from camkit.tensors import Cam, Classes, Tokens
 
@@ -386,10 +387,7 @@ class TextSimilaritySeed:
         tokens = space.embed(last_tokens(capture), unit=False)
         likeness = self.text.similarity(F.normalize(tokens, dim=1), background=True)
         scores = _without_common(likeness, likeness[:, place[0]])
-        low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
-        tiny = torch.finfo(scores.dtype).tiny  # a flat map becomes zero, not NaN
-        scores = (scores - low) / (high - low).clamp_min(tiny)
-        return scores[:, capture.patches, : len(self.text)]
+        return scaled_to_range(scores, (1,))[:, capture.patches, : len(self.text)]
 
 
 def _without_common(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from camkit.capture.record import Capture, SmoothGrad, TokenCall, WatchSpec
 from camkit.errors import CaptureError
+from camkit.ops.scaling import scaled_to_max
 from camkit.seeds.protocol import Seed, check_classes, class_score, fold_maps
 from camkit.tensors import Cam, Classes, Scores
 
@@ -134,7 +135,7 @@ class GradCAMSeed:
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         samples = 0 if self.noise is None else self.noise.samples
-        clean = _entering(capture, self, self.blocks, samples)
+        clean = entering_tokens(capture, self, self.blocks, samples)
         with torch.inference_mode(mode=False), torch.enable_grad():  # a vocabulary joins outputs
             scores = capture.scores
             check_classes(classes, len(scores), scores.shape[-1])
@@ -195,8 +196,7 @@ class GradCAMSeed:
             maps.append(scores.clamp_min(0.0))
         if len(maps) == 1:
             return maps[0]
-        # the gradients of confident models are tiny, so only maps below 1e-12 count as empty
-        return torch.stack([m / m.amax(1, keepdim=True).clamp_min(1e-12) for m in maps]).mean(0)
+        return torch.stack([scaled_to_max(each, (1,)) for each in maps]).mean(0)
 
 
 @dataclass(frozen=True)
@@ -211,13 +211,13 @@ class EigenCAMSeed:
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         check_classes(classes, capture.images, None)
-        (call,) = _entering(capture, self)
+        (call,) = entering_tokens(capture, self)
         scores = principal_component(call.tokens.detach()[:, capture.patches].float())
         maps = scores.clamp_min(0.0)[:, None].expand(*classes.shape, -1)
         return fold_maps(capture, maps, classes)
 
 
-def _entering(
+def entering_tokens(
     capture: Capture, seed: Seed, blocks: int = 1, samples: int = 0
 ) -> tuple[TokenCall, ...]:
     """Return the tokens that enter the attention of the last blocks.

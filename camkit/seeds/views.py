@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from inspect import signature
 from itertools import pairwise
 from math import lcm
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -21,7 +22,9 @@ from camkit.edits.handle import attach
 from camkit.edits.protocol import AnyEdit
 from camkit.errors import CamkitError, UnsupportedModelError
 from camkit.ops.images import resize_cam
-from camkit.seeds.protocol import Seed, scaled_to_max
+from camkit.ops.scaling import scaled_to_max
+from camkit.printing import short_repr
+from camkit.seeds.protocol import Seed
 from camkit.tensors import RGB, Cam, Classes, Pixels
 from camkit.vocabulary import Vocabulary
 
@@ -75,6 +78,8 @@ class Views:
     antialias: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.scales, Real):
+            raise TypeError(f"`scales` must be a list such as (0.5, 1.0), got {self.scales!r}")
         object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
         if 1.0 not in self.scales or not all(0.0 < scale < float("inf") for scale in self.scales):
             raise ValueError(
@@ -145,6 +150,8 @@ class ModelRunner:
     scores: Callable[[Any], Tensor] | None = None
     call: ModelCall | None = None
     facts: ModelFacts = NO_FACTS
+
+    __repr__ = short_repr
 
     def __call__(self, pixels: Pixels, rgb: RGB | None = None) -> Capture:
         seen = watch(
@@ -250,6 +257,8 @@ class MultiViewReader:
     pixels: Pixels
     rgb: RGB | None
     capture: Capture
+
+    __repr__ = short_repr
 
     def seeds(self, classes: Classes, requests: Sequence[Request]) -> dict[Request, Cam]:
         """Return the maps of each seed, joined over its views.

@@ -1,0 +1,1 @@
+"""The names of grad-cam's ``utils``: targets, pictures and reshape functions."""
