@@ -30,8 +30,11 @@ from camkit.bench.markup import (
     select,
     text,
 )
-from camkit.bench.results import Report, few_images
+from camkit.bench.results import Report
 from camkit.score import class_scores
+
+FEW_IMAGES = 30
+"""Below this number of images, a bootstrap over images says little."""
 
 
 def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
@@ -79,7 +82,7 @@ def _about(report: Report, parts: Sequence[tuple[str, str, str]]) -> str:
             '<p class="warning"><strong>ORACLE</strong> Background scores were picked on images '
             "that are also reported, so these figures are too high for new images.</p>"
         )
-    if few := few_images(report):
+    if few := _few_images(report):
         about += f'<p class="warning"><strong>FEW IMAGES</strong> {text(few)}</p>'
     tuned = f"{report.tune_split} ({report.tune_images} images)"
     about += facts(
@@ -98,6 +101,29 @@ def _about(report: Report, parts: Sequence[tuple[str, str, str]]) -> str:
         summary = f"{len(report.skipped)} images could not be used"
         about += f"<details open><summary>{summary}</summary>{bullets(report.skipped)}</details>"
     return about
+
+
+def _few_images(report: Report) -> str:
+    """Return a warning if a split of the report has fewer than `FEW_IMAGES` images, else ""."""
+    few = []
+    if report.images < FEW_IMAGES:
+        few.append(
+            f"figures, intervals and p come from {_count(report.images)} of {report.split}, and "
+            "other images may give quite different ones"
+        )
+    if report.tune_images < FEW_IMAGES:
+        few.append(
+            f"background scores and choices come from {_count(report.tune_images)} of "
+            f"{report.tune_split}, and may be far from the best"
+        )
+    if not few:
+        return ""
+    warning = "; ".join(few)
+    return f"{warning[0].upper()}{warning[1:]}. Use at least {FEW_IMAGES} images."
+
+
+def _count(images: int) -> str:
+    return f"{images} image{'' if images == 1 else 's'}"
 
 
 def _lead(report: Report) -> str:
