@@ -125,6 +125,16 @@ def test_components_are_those_of_grad_cam_up_to_their_sign(host, method):
         assert min(abs(own - each).max() for each in both) < 1e-4
 
 
+@pytest.mark.parametrize("method", ["FinerCAM", "RefineCAM"])
+def test_methods_on_top_of_others_average_over_mirror_images_and_brightness(method):
+    model, pixels = built()
+    cam = getattr(compat, method)(model)
+    views = [cam(pixels * factor, TARGETS) for factor in (0.9, 1.0, 1.1)]
+    views += [cam(pixels.flip(-1) * factor, TARGETS)[..., ::-1] for factor in (0.9, 1.0, 1.1)]
+    found = cam(pixels, TARGETS, aug_smooth=True)
+    np.testing.assert_allclose(found, np.mean(views, axis=0), atol=1e-6)
+
+
 def test_random_weights_weight_channels_as_in_grad_cam():
     theirs = pytest.importorskip("pytorch_grad_cam")
     model, pixels = built()

@@ -120,15 +120,9 @@ class CAM(AbstractContextManager["CAM"]):
             aug_smooth: average over mirror images and three brightnesses, as grad-cam does.
             eigen_smooth: take the first principal component instead of the sum over channels.
         """
-        if not aug_smooth:
-            return self.forward(input_tensor, targets, eigen_smooth).cpu().numpy()
-        views = []
-        for mirrored in (False, True):
-            for factor in (0.9, 1.0, 1.1):
-                pixels = input_tensor.flip(-1) if mirrored else input_tensor
-                maps = self.forward(pixels * factor, targets, eigen_smooth)
-                views.append(maps.flip(-1) if mirrored else maps)
-        return torch.stack(views).mean(0).cpu().numpy()
+        return smoothed(
+            lambda pixels: self.forward(pixels, targets, eigen_smooth), input_tensor, aug_smooth
+        )
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: the hooks are off already. Errors are not swallowed."""
@@ -237,6 +231,20 @@ class CAM(AbstractContextManager["CAM"]):
                 f"shape {tuple(planes.shape)}"
             )
         return planes.flatten(2).mT.float(), (planes.shape[2], planes.shape[3])
+
+
+def smoothed(
+    forward: Callable[[Tensor], Float[Tensor, "b H W"]], pixels: Tensor, aug_smooth: bool
+) -> Maps:
+    """Return maps, or their mean over mirror images and three brightnesses."""
+    if not aug_smooth:
+        return forward(pixels).cpu().numpy()
+    views = []
+    for mirrored in (False, True):
+        for factor in (0.9, 1.0, 1.1):
+            maps = forward((pixels.flip(-1) if mirrored else pixels) * factor)
+            views.append(maps.flip(-1) if mirrored else maps)
+    return torch.stack(views).mean(0).cpu().numpy()
 
 
 def model_scores(output: object) -> Tensor:

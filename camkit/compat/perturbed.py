@@ -1,7 +1,6 @@
 """Score-CAM and Ablation-CAM, which run the model again for each channel of a layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from camkit.capture.hooks import Hooks
 from camkit.capture.layers import undisturbed
+from camkit.compat.ablation_layer import AblationLayer
 from camkit.compat.base import CAM, LayerEvidence, Reshape, model_scores
 from camkit.compat.utils.model_targets import Target, apply_target
 from camkit.contrib.perturbed import Run, ablated_scores, masked_scores, without_channels
@@ -35,20 +35,6 @@ class ScoreCAM(CAM):
                 scores = masked_scores(run, image, planes[place], self.batch_size)
                 rows.append(scores[:, 0].softmax(0))
         return evidence.tokens * torch.stack(rows)[:, None]
-
-
-@dataclass(frozen=True)
-class AblationLayer:
-    """States that channels are the second axis of a layer's output, as in convolutions."""
-
-    axis = 1
-
-
-@dataclass(frozen=True)
-class AblationLayerVit(AblationLayer):
-    """States that channels are the last axis of a layer's output, as in transformers."""
-
-    axis = -1
 
 
 class AblationCAM(CAM):
