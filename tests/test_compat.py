@@ -322,6 +322,19 @@ def test_what_cannot_be_read_is_refused_with_the_way_out():
         cam(pixels, TARGETS)
 
 
+@pytest.mark.parametrize("method", ["GradCAM", "KPCA_CAM", "AblationCAM"])
+def test_planes_with_channels_last_need_no_reshape(method):
+    sizes = {"depths": (1, 1), "embed_dim": 16, "num_heads": (1, 2), "num_classes": 5}
+    options = {"img_size": (64, 96), "window_size": 4} | sizes
+    model = shaken(timm.create_model("swin_tiny_patch4_window7_224", **options))
+    layer, pixels = [model.layers[-1].blocks[-1].norm1], torch.randn(1, 3, 64, 96)
+    planes = lambda output: output.movedim(-1, 1)  # noqa: E731
+    assert planes(model.layers[0](model.patch_embed(pixels))).shape == (1, 16, 16, 24)
+    found = getattr(compat, method)(model, layer)(pixels, TARGETS[:1])
+    expected = of_grad_cam(method, model, layer, planes, TARGETS[:1], pixels)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 PERTURBING = ["ScoreCAM", "AblationCAM"]
 RERUNNING = [*PERTURBING, "ShapleyCAM"]
 

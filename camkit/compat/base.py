@@ -1,5 +1,6 @@
 """The base of grad-cam's classes: layers of a model, read as maps at the size of the images."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class CAM(AbstractContextManager["CAM"]):
         model: any module that takes images; it may be frozen, compiled or in half precision.
         target_layers: layers to read; None is the norm before the last attention.
         reshape_transform: turns a layer's output into ``(b, channels, h, w)``; None derives the
-            layout of tokens from the model.
+            layout of tokens from the model, and that of planes from the proportions of the images.
         call: calls a model that takes more than images, as in `camkit.wrap`.
     """
 
@@ -230,6 +231,8 @@ class CAM(AbstractContextManager["CAM"]):
                 "`reshape_transform` must return (b, channels, h, w) for a layer's output, got "
                 f"shape {tuple(planes.shape)}"
             )
+        if self.reshape_transform is None and _channels_last(planes.shape, image):
+            planes = planes.movedim(-1, 1)
         return planes.flatten(2).mT.float(), (planes.shape[2], planes.shape[3])
 
 
@@ -256,6 +259,16 @@ def model_scores(output: object) -> Tensor:
             "such tensor; wrap the model in a module that returns its scores"
         )
     return found[0]
+
+
+def _channels_last(shape: Sequence[int], image: Sequence[int]) -> bool:
+    """Whether the second and third axes, not the last two, have the proportions of the images."""
+
+    def misfit(rows: int, cols: int) -> float:
+        return abs(math.log(rows * image[1] / (cols * image[0])))
+
+    second, last = misfit(*shape[1:3]), misfit(*shape[2:4])
+    return last > math.log(1.5) and second < last  # convolutions may trim a few rows
 
 
 def _chosen(targets: Targets, outputs: Tensor) -> Sequence[Target]:
