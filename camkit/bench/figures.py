@@ -18,8 +18,7 @@ from camkit.bench.examples import FALSE, HIT, MISSED, WRONG, Example
 from camkit.bench.markup import points, printable, select, text
 from camkit.bench.results import Report, Row
 from camkit.errors import CamkitError
-from camkit.mask import voc_palette
-from camkit.paint import Picture, overlay_cam, overlay_mask
+from camkit.paint import Picture, mask_colour, overlay_cam, overlay_mask
 from camkit.score import THRESHOLDS
 from camkit.tensors import IGNORE
 
@@ -202,11 +201,7 @@ def error_picture(rgb: Picture, errors: UInt8[np.ndarray, "H W"]) -> Picture:
 
 def _article(report: Report, example: Example) -> str:
     names = ", ".join(report.classes[value] for value in example.classes) or "no class"
-    palette = voc_palette()
-    keys = "".join(
-        _swatch((palette[3 * v], palette[3 * v + 1], palette[3 * v + 2]), report.classes[v])
-        for v in example.classes
-    )
+    keys = "".join(_swatch(mask_colour(v), report.classes[v]) for v in example.classes)
     summary = f"{example.row} {example.iou * 100:.1f}"
     if example.base is not None and example.base_iou is not None:
         summary += f", {example.base} {example.base_iou * 100:.1f}: {points(example.gain)}"
