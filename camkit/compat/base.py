@@ -21,6 +21,7 @@ from camkit.compat.utils.model_targets import (
     check_targets,
 )
 from camkit.errors import CaptureError
+from camkit.printing import short_repr
 from camkit.seeds.token_gradients import principal_component, weight_tokens
 from camkit.seeds.views import ModelCall
 
@@ -52,6 +53,8 @@ class LayerEvidence:
     pixels: Float[Tensor, "b d H W"]
     scores: Tensor
     targets: Sequence[Target]
+
+    __repr__ = short_repr
 
 
 class CAM(AbstractContextManager["CAM"]):

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from camkit.printing import short_repr
+
 Target: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -79,6 +81,8 @@ class SemanticSegmentationTarget:
 
     category: int
     mask: np.ndarray | Tensor
+
+    __repr__ = short_repr
 
     def __call__(self, output: Tensor) -> Tensor:
         mask = torch.as_tensor(self.mask, device=output.device)
