@@ -22,6 +22,7 @@ from camkit.compat.utils.model_targets import (
     check_targets,
 )
 from camkit.errors import CaptureError
+from camkit.printing import short_repr
 from camkit.seeds.token_gradients import principal_component, weight_tokens
 from camkit.seeds.views import ModelCall
 
@@ -53,6 +54,8 @@ class LayerEvidence:
     pixels: Float[Tensor, "b d H W"]
     scores: Tensor
     targets: Sequence[Target]
+
+    __repr__ = short_repr
 
 
 class CAM(AbstractContextManager["CAM"]):

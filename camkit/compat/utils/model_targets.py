@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camkit.compat.missing import stand_in
+from camkit.printing import short_repr
 
 Target: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -81,6 +82,8 @@ class SemanticSegmentationTarget:
 
     category: int
     mask: np.ndarray | Tensor
+
+    __repr__ = short_repr
 
     def __call__(self, output: Tensor) -> Tensor:
         mask = torch.as_tensor(self.mask, device=output.device)
