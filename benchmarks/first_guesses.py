@@ -29,14 +29,16 @@ OTHER = len(CLASSES) + 1  # a guess of something else
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int, help="only the first N photos")
+    parser.add_argument("--limit", type=int, help="only N photos, spread over the split")
     options = parser.parse_args()
     folder = data_folder()
     if folder is None:
         parser.error("set CAMKIT_DATA to the folder that holds voc12_animals/")
     dataset = Clean(open_dataset(folder / "voc12_animals"))
     animals = {dataset.classes.index(name) for name in CLASSES[:-1]}
-    samples = [s for s in dataset.split("train") if animals & set(s.classes)][: options.limit]
+    samples = [s for s in dataset.split("train") if animals & set(s.classes)]
+    if options.limit is not None:
+        samples = samples[:: max(1, len(samples) // options.limit)][: options.limit]
     opened = open_model(DEFAULT_MODEL)
     objects = imagenet_vocabulary()
     single = replace(objects, candidates=tuple(range(1000)))
@@ -102,27 +104,28 @@ def report(
     measured = list(range(OTHER))
     rows, lines = {}, []
     for name, counts in stacked.items():
-        named = mean_iou(counts.sum(0), classes=measured)
-        thing = class_iou(as_object(counts.sum(0)))[1]
-        rows[name] = {"mean_iou": float(named), "object_iou": float(thing), "right": right[name]}
-        lines.append(
-            f"| {name} | {100 * right[name]:.0f} | {100 * thing:.1f} | {100 * named:.1f} |"
-        )
+        named = float(mean_iou(counts.sum(0), classes=measured))
+        thing = float(class_iou(as_object(counts.sum(0)))[1])
+        rows[name] = {"mean_iou": named, "object_iou": thing, "right": right[name]}
+        numbers = (f"{100 * right[name]:.0f}", f"{100 * thing:.1f}", f"{100 * named:.1f}")
+        lines.append(f"| {name} | {' | '.join(numbers)} |")
     before, now = stacked["guess among outputs"], stacked["guess among objects"]
     gains = {
         "object_iou": paired_gain(as_object(before), as_object(now), classes=[1]),
         "mean_iou": paired_gain(before, now, classes=measured),
     }
-    text = f"""Masks of first guesses on {len(before)} photos of voc12_animals/train with an animal, without those with
-drawn boxes; ViT-Ti/16 (augreg, ImageNet), 384 pixels, the defaults of `camkit.wrap`. "right" is the share of photos
-whose guess is of a class in the photo; "object" the IoU of all object pixels, whatever the class; mIoU is over
-background and the six classes. `python benchmarks/first_guesses.py`
+    text = f"""Masks of first guesses on {len(before)} photos of voc12_animals/train with an animal,
+without those with drawn boxes; ViT-Ti/16 (augreg, ImageNet), 384 pixels, the defaults of
+`camkit.wrap`. "right" is the share of photos whose guess is of a class in the photo; "object" the
+IoU of all object pixels, whatever the class; mIoU is over background and the six classes.
+`python benchmarks/first_guesses.py`
 
 | classes | right, % | object IoU | mIoU |
 |---|---|---|---|
 {chr(10).join(lines)}
 
-Guesses among objects over guesses among outputs: object IoU {interval(gains["object_iou"])}, mIoU {interval(gains["mean_iou"])}.
+Guesses among objects over guesses among outputs: object IoU {interval(gains["object_iou"])}, mIoU
+{interval(gains["mean_iou"])}.
 """
     RESULTS.joinpath("first_guesses.md").write_text(text, encoding="utf-8")
     content = {
