@@ -349,7 +349,8 @@ def test_real_labels_are_the_classes_in_the_masks(real_data):
 def test_masks_of_16_bits_hold_more_than_254_classes(tmp_path):
     ids = torch.tensor([[0, 1, 255], [256, 1281, 65535]], dtype=torch.int32)
     save_mask(ids, tmp_path / "mask.png", bits=16)
-    assert Image.open(tmp_path / "mask.png").mode == "I;16"
+    with Image.open(tmp_path / "mask.png") as image:
+        assert image.mode == "I;16"
     read = read_mask(tmp_path / "mask.png", size=(2, 3), num_classes=1300, classes=[254, 1280])
     assert read.tolist() == [[0, 0, 1], [0, 2, 255]]  # 255 is a class, 65535 is ignored
     with pytest.raises(DataError, match=r"holds the ids 1281; .*0 to 300 .* and 65535 for ignore"):
