@@ -99,7 +99,7 @@ def test_boundary_iou_stands_there_where_it_was_measured(report, source):
         replace(report.rows[0], outlines=Outlines(0.25, None)),
         replace(
             report.rows[1],
-            outlines=Outlines(0.5, Gain(0.25, 0.5, 0.25, 0.125, 0.375, 0.0, 1.0, 10)),
+            outlines=Outlines(0.5, Gain(0.25, 0.5, 0.25, 0.125, 0.375, 0.0, 1.0, 10, 40)),
         ),
     ]
     _, *lines = Page(to_html(replace(report, rows=tuple(rows)))).tables["Boundary IoU and gains"]
