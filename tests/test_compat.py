@@ -358,7 +358,7 @@ def test_a_forward_that_fails_midway_leaves_the_model_alone(method):
 
     def failing(model, images):
         runs.append(len(images))
-        if len(runs) == 3:
+        if len(runs) >= 3:
             raise RuntimeError("out of memory")
         return model(images)
 
@@ -377,7 +377,8 @@ def test_channels_are_batched_and_maps_do_not_depend_on_the_batch(method):
     )
     cam.batch_size = 20
     np.testing.assert_allclose(cam(pixels, TARGETS), expected, atol=1e-4)
-    assert runs == [2, *[20, 20, 8] * 2]  # 48 channels of each image
+    # 48 channels of each image; changed tokens join a forward of one image
+    assert runs == [2, *([20, 20, 8] if method == "ScoreCAM" else [2, 1, 1, 1, 1]) * 2]
     cam.batch_size = 0
     with pytest.raises(ValueError, match=r"`batch_size` must be a whole number .* got 0"):
         cam(pixels, TARGETS)
