@@ -202,7 +202,8 @@ class Vocabulary:
             if count != len(self):
                 raise ValueError(
                     f"`outputs` must hold one score for each of the {len(self)} names, got "
-                    f"{count}; give `members` where names and outputs differ"
+                    f"{count}; give `members` where names and outputs differ, and for a model that "
+                    "returns embeddings (CLIP) use camkit.seeds.TextClasses instead"
                 )
             return outputs
         largest = max(max(member) for member in self.members)

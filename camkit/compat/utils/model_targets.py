@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from camkit.compat.missing import stand_in
 from camkit.printing import short_repr
 
 Target: TypeAlias = Callable[[Tensor], Tensor]
@@ -144,3 +145,7 @@ def apply_target(target: Target, output: Tensor) -> Float[Tensor, ""]:
             f"{tuple(value.shape)}"
         )
     return value.reshape(())
+
+
+def __getattr__(name: str) -> type:
+    return stand_in(__name__, name)
