@@ -216,6 +216,13 @@ def test_large_photos_are_reduced(report, examples):
     assert sizes == [(1, 1), *[(320, 213)] * 3, *[(480, 320)] * 4]
 
 
+def test_a_colour_that_only_a_mask_has_is_named_too(report, examples):
+    one = replace(examples[0], classes=(1,), mask=torch.full_like(examples[0].mask, 3))
+    page = show_examples(report, [replace(one, base_mask=None, base=None, base_iou=None)])
+    key = page.partition('<span class="key">')[2].partition("</p>")[0]
+    assert Page(key).texts == [report.classes[1], report.classes[3]]
+
+
 def over(layer, rgb):
     """A layer over a picture, by another library."""
     picture = Image.fromarray(rgb).convert("RGBA")

@@ -197,6 +197,15 @@ def test_hostile_names_run_nothing_in_a_browser(browser, report, examples, tmp_p
     assert browser.run("document.title") == f"camkit benchmark: {HOSTILE[2]}, train"
     assert browser.run("document.scripts.length") == 1
     assert browser.run("document.querySelector('article h3').textContent") == HOSTILE[1]
+    browser.run(OPEN)
+    assert viewer(browser)[:3] == [True, HOSTILE[1], "photo"]
+    saved = browser.saved(tmp_path, lambda: browser.click("#save"))
+    assert saved.name == "script-document.title-taken-script-photo.png"
+    browser.press("Escape")
+    assert focused(browser) == f"Enlarge and compare stages: {HOSTILE[1]}"
+    saved = browser.saved(tmp_path, lambda: browser.click("#classes .row:not([hidden]) .csv"))
+    assert {saved.parent, saved.suffix} == {tmp_path, ".csv"}
+    assert browser.run("document.scripts.length") == 1
     assert browser.complaints == []
 
 

@@ -120,7 +120,7 @@ def _article(report: Report, example: Example) -> str:
     palette = voc_palette()
     keys = "".join(
         _swatch((palette[3 * v], palette[3 * v + 1], palette[3 * v + 2]), report.classes[v])
-        for v in example.classes
+        for v in _painted(example)
     )
     summary = f"{example.row} {example.iou * 100:.1f}"
     if example.base is not None and example.base_iou is not None:
@@ -145,6 +145,13 @@ def _article(report: Report, example: Example) -> str:
         f'<span class="key">{keys}</span></p>'
         f'<div class="strip">{figures}</div></article>\n'
     )
+
+
+def _painted(example: Example) -> list[int]:
+    """Return the classes of the truth and of the masks, which may hold others."""
+    masks = [example.mask] + ([] if example.base_mask is None else [example.base_mask])
+    values = {value for mask in masks for value in mask.unique().tolist()}
+    return sorted(values.union(example.classes) - {0, IGNORE})
 
 
 def _stages(example: Example, names: str) -> Iterator[_Stage]:
