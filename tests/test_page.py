@@ -99,7 +99,7 @@ def test_boundary_iou_stands_there_where_it_was_measured(report, source):
         replace(report.rows[0], outlines=Outlines(0.25, None)),
         replace(
             report.rows[1],
-            outlines=Outlines(0.5, Gain(0.25, 0.5, 0.25, 0.125, 0.375, 0.0, 1.0, 10)),
+            outlines=Outlines(0.5, Gain(0.25, 0.5, 0.25, 0.125, 0.375, 0.0, 1.0, 10, 40)),
         ),
     ]
     _, *lines = Page(to_html(replace(report, rows=tuple(rows)))).tables["Boundary IoU and gains"]
@@ -398,6 +398,15 @@ def test_few_images_are_told(report, images, tuned, said):
     words = " ".join(Page(to_html(of)).texts)
     assert ("FEW IMAGES" in words) == bool(said)
     assert said in words
+
+
+def test_every_other_warning_of_the_report_is_on_the_page_once(report):
+    few = "12 images: the interval and p are not reliable; use 30 or more"
+    marked = replace(report, rows=report.rows[:1], warnings=(few, "no mask shows <cat>"))
+    words = Page(to_html(marked)).texts
+    assert " no mask shows <cat>." in words
+    assert " ".join(words).count("FEW IMAGES") == 1
+    assert few not in " ".join(words)
 
 
 def test_the_first_lines_tell_the_row_that_the_tuning_split_chooses(report, source):

@@ -14,8 +14,7 @@ from torch import Tensor
 from camkit.bench.examples import FALSE, HIT, MISSED, WRONG, Example
 from camkit.bench.markup import data_uri, points, select, text
 from camkit.bench.results import Report
-from camkit.mask import voc_palette
-from camkit.paint import Picture, overlay_cam, overlay_mask
+from camkit.paint import Picture, mask_colour, overlay_cam, overlay_mask
 from camkit.tensors import IGNORE
 
 Layer: TypeAlias = UInt8[np.ndarray, "h w 4"]
@@ -117,11 +116,7 @@ def error_layer(errors: UInt8[np.ndarray, "h w"]) -> Layer:
 
 def _article(report: Report, example: Example) -> str:
     names = ", ".join(report.classes[value] for value in example.classes) or "no class"
-    palette = voc_palette()
-    keys = "".join(
-        _swatch((palette[3 * v], palette[3 * v + 1], palette[3 * v + 2]), report.classes[v])
-        for v in _painted(example)
-    )
+    keys = "".join(_swatch(mask_colour(v), report.classes[v]) for v in _painted(example))
     summary = f"{example.row} {example.iou * 100:.1f}"
     if example.base is not None and example.base_iou is not None:
         summary += f", {example.base} {example.base_iou * 100:.1f}: {points(example.gain)}"

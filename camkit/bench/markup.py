@@ -148,6 +148,7 @@ def to_markdown(report: Report) -> str:
     ]
     if report.oracle:
         lines += ["", "ORACLE: background scores were picked on images that are reported."]
+    lines += [line for warning in report.warnings for line in ("", f"WARNING: {warning}.")]
     lines += [
         "",
         "| variant | background score | on tuning split | mIoU | gain (95% interval) | p "

@@ -95,6 +95,8 @@ class Report:
         weights_sha256: hash of the model's weights.
         environment: versions and machine.
         rows: one for each entry.
+        warnings: what makes figures unreliable, a sentence each: few images, classes without a true
+            pixel, labels that the masks contradict.
     """
 
     dataset: str
@@ -110,6 +112,7 @@ class Report:
     weights_sha256: str
     environment: dict[str, Any]
     rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:
