@@ -216,6 +216,13 @@ def test_large_photos_are_reduced(report, examples):
     assert sizes == [(1, 1), *[(320, 213)] * 3, *[(480, 320)] * 4]
 
 
+def test_a_colour_that_only_a_mask_has_is_named_too(report, examples):
+    one = replace(examples[0], classes=(1,), mask=torch.full_like(examples[0].mask, 3))
+    page = show_examples(report, [replace(one, base_mask=None, base=None, base_iou=None)])
+    key = page.partition('<span class="key">')[2].partition("</p>")[0]
+    assert Page(key).texts == [report.classes[1], report.classes[3]]
+
+
 def over(layer, rgb):
     """A layer over a picture, by another library."""
     picture = Image.fromarray(rgb).convert("RGBA")
@@ -391,6 +398,15 @@ def test_few_images_are_told(report, images, tuned, said):
     words = " ".join(Page(to_html(of)).texts)
     assert ("FEW IMAGES" in words) == bool(said)
     assert said in words
+
+
+def test_every_other_warning_of_the_report_is_on_the_page_once(report):
+    few = "12 images: the interval and p are not reliable; use 30 or more"
+    marked = replace(report, rows=report.rows[:1], warnings=(few, "no mask shows <cat>"))
+    words = Page(to_html(marked)).texts
+    assert " no mask shows <cat>." in words
+    assert " ".join(words).count("FEW IMAGES") == 1
+    assert few not in " ".join(words)
 
 
 def test_the_first_lines_tell_the_row_that_the_tuning_split_chooses(report, source):

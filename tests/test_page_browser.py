@@ -197,6 +197,15 @@ def test_hostile_names_run_nothing_in_a_browser(browser, report, examples, tmp_p
     assert browser.run("document.title") == f"camkit benchmark: {HOSTILE[2]}, train"
     assert browser.run("document.scripts.length") == 1
     assert browser.run("document.querySelector('article h3').textContent") == HOSTILE[1]
+    browser.run(OPEN)
+    assert viewer(browser)[:3] == [True, HOSTILE[1], "photo"]
+    saved = browser.saved(tmp_path, lambda: browser.click("#save"))
+    assert saved.name == "script-document.title-taken-script-photo.png"
+    escape(browser)
+    assert focused(browser) == f"Enlarge and compare stages: {HOSTILE[1]}"
+    saved = browser.saved(tmp_path, lambda: browser.click("#classes .row:not([hidden]) .csv"))
+    assert {saved.parent, saved.suffix} == {tmp_path, ".csv"}
+    assert browser.run("document.scripts.length") == 1
     assert browser.complaints == []
 
 
@@ -217,6 +226,14 @@ def viewer(browser):
         " at('viewer-title').textContent, at('stage-name').value, "
         " at('view').getAttribute('aria-label')]; })()"
     )
+
+
+def escape(browser):
+    """Press Escape and wait until the viewer has closed, which a browser does a moment later."""
+    once = "new Promise(done => viewer.addEventListener('close', done, { once: true }))"
+    browser.run(f"window.gone = {once}, 0")
+    browser.press("Escape")
+    browser.run("gone.then(() => 0)")
 
 
 def focused(browser):
@@ -286,7 +303,7 @@ def test_the_viewer_works_by_keyboard_and_gives_the_focus_back(browser, file):
     browser.press("ArrowRight")  # also where the slider has not the focus
     assert viewer(browser)[2] == "errors"
     browser.press("Home")
-    browser.press("Escape")
+    escape(browser)
     assert viewer(browser)[0] is False
     assert focused(browser) == f"Enlarge and compare stages: {names[1]}"
     browser.press("Space")

@@ -116,7 +116,7 @@ def error_layer(errors: UInt8[np.ndarray, "h w"]) -> Layer:
 
 def _article(report: Report, example: Example) -> str:
     names = ", ".join(report.classes[value] for value in example.classes) or "no class"
-    keys = "".join(_swatch(mask_colour(v), report.classes[v]) for v in example.classes)
+    keys = "".join(_swatch(mask_colour(v), report.classes[v]) for v in _painted(example))
     summary = f"{example.row} {example.iou * 100:.1f}"
     if example.base is not None and example.base_iou is not None:
         summary += f", {example.base} {example.base_iou * 100:.1f}: {points(example.gain)}"
@@ -140,6 +140,13 @@ def _article(report: Report, example: Example) -> str:
         f'<span class="key">{keys}</span></p>'
         f'<div class="strip">{figures}</div></article>\n'
     )
+
+
+def _painted(example: Example) -> list[int]:
+    """Return the classes of the truth and of the masks, which may hold others."""
+    masks = [example.mask] + ([] if example.base_mask is None else [example.base_mask])
+    values = {value for mask in masks for value in mask.unique().tolist()}
+    return sorted(values.union(example.classes) - {0, IGNORE})
 
 
 def _stages(example: Example, names: str) -> Iterator[_Stage]:

@@ -31,10 +31,7 @@ from camkit.bench.markup import (
     text,
 )
 from camkit.bench.results import Report
-from camkit.score import class_scores
-
-FEW_IMAGES = 30
-"""Below this number of images, a bootstrap over images says little."""
+from camkit.score import FEW_IMAGES, class_scores, few_images
 
 
 def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
@@ -84,6 +81,9 @@ def _about(report: Report, parts: Sequence[tuple[str, str, str]]) -> str:
         )
     if few := _few_images(report):
         about += f'<p class="warning"><strong>FEW IMAGES</strong> {text(few)}</p>'
+    for warning in report.warnings:
+        if warning != few_images(report.images):  # said above, with the tuning split
+            about += f'<p class="warning"><strong>WARNING</strong> {text(warning)}.</p>'
     tuned = f"{report.tune_split} ({report.tune_images} images)"
     about += facts(
         {
