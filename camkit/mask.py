@@ -129,6 +129,8 @@ def gate(cam: Cam, classes: Classes) -> Cam:
             f"`classes` must name the {cam.shape[1]} maps of each of {cam.shape[0]} images, "
             f"got shape {tuple(classes.shape)}; pad shorter lists with -1"
         )
+    if classes.is_floating_point() or classes.dtype == torch.bool:
+        raise TypeError(f"`classes` must hold indices of an integer dtype, got {classes.dtype}")
     if classes.numel() and int(classes.min()) < -1:
         raise ValueError(
             f"`classes` must hold indices from 0, or -1 for padding, got {int(classes.min())}"

@@ -26,6 +26,7 @@ from camkit.names import read_vocabulary, vocabulary_of
 from camkit.ops.images import resize_cam
 from camkit.photo import Photo, PhotoSettings
 from camkit.printing import short_repr
+from camkit.refiners.flat import warn_of_flat_maps
 from camkit.refiners.normalize import normalize_cam
 from camkit.refiners.protocol import Refiner
 from camkit.result import Result, mask_bits
@@ -355,12 +356,14 @@ class Pipeline:
             _legend([index for index in row if index >= 0], known, vocabulary, targets.functions)
             for row in indices.tolist()
         ]
+        names = tuple(tuple(legend.values()) for legend in legends)
+        warn_of_flat_maps(maps, cam, indices, names)
         return Stages(
             seed=first,
             cam=cam,
             capture=capture,
             classes=indices,
-            names=tuple(tuple(legend.values()) for legend in legends),
+            names=names,
             values=tuple(tuple(legend) for legend in legends),
             method=method,
             passed_over=passed_over,

@@ -73,7 +73,7 @@ class Result:
         return self._seen()
 
     def image(self, side: int | None = None) -> Image.Image:
-        """Return the photo with the mask painted over it, in the colours of PASCAL VOC.
+        """Return the photo with the mask painted over it (`camkit.paint.overlay_mask`).
 
         Args:
             side: the long side is at most this many pixels; None keeps the photo's own size.

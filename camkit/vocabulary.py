@@ -202,7 +202,8 @@ class Vocabulary:
             if count != len(self):
                 raise ValueError(
                     f"`outputs` must hold one score for each of the {len(self)} names, got "
-                    f"{count}; give `members` where names and outputs differ"
+                    f"{count}; give `members` where names and outputs differ, and for a model that "
+                    "returns embeddings (CLIP) use camkit.seeds.TextClasses instead"
                 )
             return outputs
         largest = max(max(member) for member in self.members)
@@ -211,14 +212,15 @@ class Vocabulary:
                 f"`outputs` must hold at least {largest + 1} scores, as output {largest} is a "
                 f"member, got {count}; use the classifier that the vocabulary was made for"
             )
-        single = [place for place, member in enumerate(self.members) if len(member) == 1]
-        joined = [place for place, member in enumerate(self.members) if len(member) > 1]
-        parts = [  # a thousand classes of one output each are picked at once
-            outputs[..., [self.members[place][0] for place in single]],
-            *(outputs[..., list(self.members[i])].logsumexp(-1, keepdim=True) for i in joined),
-        ]
-        order = sorted(range(len(self)), key=[*single, *joined].__getitem__)
-        return torch.cat(parts, dim=-1)[..., order]
+        by_size: dict[int, list[int]] = {}
+        for place, member in enumerate(self.members):
+            by_size.setdefault(len(member), []).append(place)
+        parts = []
+        for size, places in by_size.items():  # classes of as many outputs are joined at once
+            held = outputs[..., [output for place in places for output in self.members[place]]]
+            parts.append(held if size == 1 else held.unflatten(-1, (-1, size)).logsumexp(-1))
+        order = [place for places in by_size.values() for place in places]
+        return torch.cat(parts, dim=-1)[..., sorted(range(len(order)), key=order.__getitem__)]
 
 
 def _plain(name: str) -> str:

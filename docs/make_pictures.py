@@ -1,8 +1,9 @@
-"""Make the images of README and docs: two photographs of scikit-image, and the flow of camkit.
+"""Make the images of README and docs: photographs of scikit-image, and the flow of camkit.
 
-    CAMKIT_DATA=folder python docs/make_pictures.py
+    python docs/make_pictures.py
 
-Writes docs/images/photos_to_masks.jpg and flow.svg; finds weights as `camkit demo` does.
+Writes docs/images/photos_to_masks.jpg and flow.svg. The model is the one that ships with camkit, so
+nothing is downloaded, and README's lines give the same masks.
 """
 
 from html import escape
@@ -10,14 +11,14 @@ from pathlib import Path
 
 import skimage
 from PIL import Image
+from torch import Tensor
 
 import camkit
-from camkit.cli.models import DEFAULT_MODEL, open_model
 from camkit.paint import contact_sheet, overlay_cam, overlay_mask
 
 IMAGES = Path(__file__).parent / "images"
-SHOWN = ((skimage.data.astronaut(), "person"), (skimage.data.chelsea(), "cat"))  # free of rights
-TITLES = ("photo", "seed", "refined", "mask")
+SHOWN = {"chelsea": ("cat",), "coffee": ("cup",), "camera": ("person", "tripod")}  # free of rights
+TITLES = ("photo", "first map", "refined map", "mask", "mask without a class given")
 
 BOXES = {  # name: column, row, label of its outgoing arrow
     "Photo": (0, 1, "pixels"),
@@ -34,19 +35,26 @@ BOXES = {  # name: column, row, label of its outgoing arrow
 WIDTH, HEIGHT, STEP, LIFT = 128, 40, 168, 92
 
 
-def photos_to_masks(width: int = 320) -> Image.Image:
-    """Show each photo with its seed, refined map and mask, with the defaults of `wrap`."""
-    opened = open_model(DEFAULT_MODEL)
-    settings = {"size": opened.photos.size, "mean": opened.photos.mean, "std": opened.photos.std}
-    pipeline = camkit.wrap(opened.model, vocabulary=opened.vocabulary)
-    rows = []
-    for picture, name in SHOWN:
-        result = pipeline(camkit.photo_from_array(picture, **settings), classes=[name])
+def photos_to_masks(width: int = 260) -> Image.Image:
+    """Show photos with the maps of their first class, their mask, and that of the first guess."""
+    refined = camkit.wrap(camkit.data.demo_model())
+    rows, captions = [], []
+    for photo, names in SHOWN.items():
+        result, guess = (
+            refined(getattr(skimage.data, photo)(), classes=classes) for classes in (names, None)
+        )
+        picture = result.picture()
         seed = camkit.resize_cam(result.seed, result.photo.size)[0, 0].clamp(0, 1)
         maps = overlay_cam(picture, seed), overlay_cam(picture, result.cam[0, 0])
-        rows.append((picture, *maps, overlay_mask(picture, result.mask.clamp(max=1))))
-    captions = [f"class: {name}" for _, name in SHOWN]
+        masks = (overlay_mask(picture, _numbered(found.mask)) for found in (result, guess))
+        rows.append((picture, *maps, *masks))
+        captions.append(f"given: {' and '.join(names)}; first guess: {guess.names[0]}")
     return Image.fromarray(contact_sheet(rows, titles=TITLES, captions=captions, cell=width))
+
+
+def _numbered(mask: Tensor) -> Tensor:
+    """Values 1, 2, ... in place of those of the classes, so that all rows have the same colours."""
+    return mask.unique(return_inverse=True)[1].byte()
 
 
 def flow() -> str:

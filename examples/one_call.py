@@ -11,11 +11,11 @@ if __name__ == "__main__":
     model = timm.create_model(  # for trained weights: pretrained=True, and no depth or num_classes
         "vit_tiny_patch16_224", pretrained=False, depth=3, num_classes=3, dynamic_img_size=True
     )
-    pipeline = camkit.wrap(model, vocabulary=camkit.Vocabulary(SHAPE_CLASSES))
-    print(pipeline)
+    refined = camkit.wrap(model, vocabulary=SHAPE_CLASSES)  # a model of ImageNet has names
     (picture, _), *_ = draw_shapes(1, size=(96, 144))
-    photo = camkit.photo_from_array(picture, size=144)  # or camkit.load_photo("cat.jpg", size=384)
-    result = pipeline(photo, classes=["circle", "triangle"])
+    result = refined(picture, classes=["circle", "triangle"])  # or refined("cat.jpg")
+    print(refined)
+    print(result)
     folder = result.save("out/one_call")
     print(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
     print("(random weights: this shows the calls and the array shapes; the maps are noise)")

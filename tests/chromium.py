@@ -15,7 +15,20 @@ BINARY = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 _LAUNCH = "import os, sys; os.dup2({}, 3); os.dup2({}, 4); os.execv(sys.argv[1], sys.argv[1:])"
-_KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), "Space": (32, " "), "ArrowDown": (40, "")}
+_KEYS = {
+    "Tab": (9, ""),
+    "Enter": (13, "\r"),
+    "Escape": (27, ""),
+    "Space": (32, " "),
+    "PageUp": (33, ""),
+    "PageDown": (34, ""),
+    "End": (35, ""),
+    "Home": (36, ""),
+    "ArrowLeft": (37, ""),
+    "ArrowRight": (39, ""),
+    "ArrowDown": (40, ""),
+}
+_SHIFT = 8
 
 
 class Chromium:
@@ -41,7 +54,7 @@ class Chromium:
         for end in (commands, answers, *ends):
             os.close(end)
         self._numbers, self._buffer, self._session = count(1), b"", None
-        self.complaints, self.requests, self._loaded = [], [], False
+        self.complaints, self.requests, self._loaded, self._saved = [], [], False, None
         target = self._page_target()
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
             "sessionId"
@@ -63,11 +76,14 @@ class Chromium:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")
                 return answer["result"]
 
-    def open(self, path, *, scheme="light", width=1200, height=900):
-        """Load a file under a colour scheme and a width of the window."""
+    def open(self, path, *, scheme="light", width=1200, height=900, motion=""):
+        """Load a file under a colour scheme, a wish for less motion, and a width of the window."""
         self.complaints, self.requests, self._loaded = [], [], False
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.call("Emulation.setEmulatedMedia", features=[feature])
+        self._features = [
+            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "prefers-reduced-motion", "value": motion},
+        ]
+        self.call("Emulation.setEmulatedMedia", media="", features=self._features)
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Page.navigate", url=path.as_uri())
@@ -93,13 +109,51 @@ class Chromium:
             place = {"x": x, "y": y, "button": "left", "clickCount": 1}
             self.call("Input.dispatchMouseEvent", type=kind, **place)
 
-    def press(self, key):
+    def drag(self, path, *, touch=False, release=True):
+        """Press at the first point of a path, move along it, and let go at the last one."""
+        names = ("touchStart", "touchMove", "touchEnd")
+        names = names if touch else ("mousePressed", "mouseMoved", "mouseReleased")
+        steps = [(names[0], path[0]), *((names[1], point) for point in path[1:])]
+        for kind, (x, y) in [*steps, (names[2], path[-1])] if release else steps:
+            if touch:
+                points = [] if kind == "touchEnd" else [{"x": x, "y": y}]
+                self.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+            else:
+                place = {"x": x, "y": y, "button": "left", "buttons": 1, "clickCount": 1}
+                self.call("Input.dispatchMouseEvent", type=kind, **place)
+
+    def press(self, key, *, shift=False):
         """Press a key of the keyboard."""
         code, typed = _KEYS[key]
         name = " " if key == "Space" else key
         named = {"key": name, "code": key, "windowsVirtualKeyCode": code}
+        named["modifiers"] = _SHIFT if shift else 0
         self.call("Input.dispatchKeyEvent", type="keyDown", text=typed, **named)
         self.call("Input.dispatchKeyEvent", type="keyUp", **named)
+
+    def saved(self, folder, action):
+        """The file that the page saves in a folder during an action."""
+        self._saved = None
+        settings = {"downloadPath": str(folder), "eventsEnabled": True}
+        self.call("Browser.setDownloadBehavior", behavior="allow", **settings)
+        action()
+        while self._saved is None:
+            self._next()
+        return folder / self._saved
+
+    def show_on_paper(self):
+        """Apply the styles of print, as a print preview does."""
+        self.run("dispatchEvent(new Event('beforeprint'))")
+        self.call("Emulation.setEmulatedMedia", media="print", features=self._features)
+
+    def roles(self):
+        """Role and name of everything that a screen reader is told, in order."""
+        nodes = self.call("Accessibility.getFullAXTree")["nodes"]
+        return [
+            (node["role"]["value"], node.get("name", {}).get("value", ""))
+            for node in nodes
+            if not node["ignored"]
+        ]
 
     def screenshot(self, path, *, whole=True):
         """Write a picture of the page, all of it or what the window shows."""
@@ -138,6 +192,10 @@ class Chromium:
     def _note(self, method, params):
         if method == "Page.loadEventFired":
             self._loaded = True
+        elif method == "Browser.downloadWillBegin":
+            self._name = params["suggestedFilename"]
+        elif method == "Browser.downloadProgress" and params["state"] == "completed":
+            self._saved = self._name
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
         elif method == "Runtime.exceptionThrown":

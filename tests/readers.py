@@ -144,4 +144,7 @@ def without_downloads():
 def tiny_clip(*_, **__):
     vision = {"image_size": SIZE, "patch_size": 16, "width": 32, "layers": 5, "head_width": 16}
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    return sys.modules["open_clip"].model.CLIP(16, vision, text).eval(), None, None
+    made = sys.modules["open_clip"].model.CLIP(16, vision, text).eval()
+    colours = {"mean": (0.481, 0.458, 0.408), "std": (0.269, 0.261, 0.276)}
+    sys.modules["open_clip"].model.set_model_preprocess_cfg(made, {**colours, "size": SIZE})
+    return made, None, None

@@ -232,6 +232,32 @@ def test_ignored_pixels_count_nowhere(model, shapes):
     assert after.mean_iou == pytest.approx(float(mean_iou(rest)), abs=1e-9)
 
 
+def test_what_makes_figures_unreliable_is_in_the_report(model, shapes):
+    names = {name: index + 1 for index, name in enumerate(SHAPE_CLASSES)}
+    lost = shapes.split("val")[0]
+    repaint(lost.mask, lambda ids: np.where(ids > 0, 255, ids))
+    for sample in (*shapes.split("train"), *shapes.split("val")):  # no mask shows this class
+        repaint(sample.mask, lambda ids: np.where(ids == names["square"], 0, ids))
+    report = measured(model, shapes)
+    few, absent, *_ = report.warnings
+    assert few == "3 images: the interval and p are not reliable; use 30 or more"
+    assert absent.startswith("no mask of train shows square: left out of the mean")
+    assert any(f"of val name a class that the mask shows nowhere, such as {lost.name}" in warning
+               for warning in report.warnings)  # fmt: skip
+    assert json.loads(to_json(report))["warnings"] == list(report.warnings)
+    assert f"WARNING: {few}.\n" in to_markdown(report)
+    assert few not in measured(model, shapes, variants=[SEED]).warnings  # has no interval
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_that_mark_objects_with_255_are_no_measurement(model, shapes, split):
+    for sample in shapes.split(split):
+        repaint(sample.mask, lambda ids: np.where(ids > 0, 255, ids))
+    words = rf"nothing can be measured on the \d masks of {split}, .* mark objects with 255"
+    with pytest.raises(DataError, match=words):
+        measured(model, shapes)
+
+
 def test_a_class_absent_everywhere_has_no_figure_and_json_says_null(model, shapes):
     for split in ("train", "val"):
         for sample in shapes.split(split):

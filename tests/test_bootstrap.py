@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from camkit.score import holm, mean_iou, paired_gain
+from camkit.score import FEW_IMAGES, holm, mean_iou, paired_gain
 
 
 def population(images: int, *, better: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +67,12 @@ def test_holm_multiplies_by_how_many_are_left():
     assert holm([]) == []
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), -0.1, 1.5])
+def test_holm_takes_probabilities(wrong):
+    with pytest.raises(ValueError, match=rf"must lie in \[0, 1\], got {wrong}"):
+        holm([0.01, wrong])
+
+
 def test_working_in_chunks_changes_no_result(monkeypatch):
     base, other = population(30, better=0.05)
     whole = paired_gain(base, other, resamples=100)
@@ -124,5 +130,15 @@ def test_settings_of_the_bootstrap_out_of_range_are_refused(resamples, level):
 
 def test_a_bootstrap_needs_a_pixel_of_the_chosen_classes():
     base = torch.tensor([[[4, 0], [0, 0]], [[4, 0], [0, 0]]])
-    with pytest.raises(ValueError, match="the images hold no pixel of the chosen classes"):
+    with pytest.raises(ValueError, match=r"none of the classes \[1\] has a true pixel"):
         paired_gain(base, base, classes=[1])
+    with pytest.raises(ValueError, match=r"empty mask would score 100 %; .* with 255"):
+        paired_gain(base, base)
+    assert paired_gain(base, base, classes=[0]).mean_iou_base == 1.0
+
+
+@pytest.mark.parametrize(("images", "few"), [(FEW_IMAGES - 1, True), (FEW_IMAGES, False)])
+def test_a_gain_says_that_it_rests_on_few_images(images, few):
+    base, other = population(images, better=0.2)
+    gain = paired_gain(base, other, resamples=10)
+    assert (gain.images, gain.few_images) == (images, few)

@@ -117,7 +117,7 @@ def test_boxes_move_with_their_image():
     ("changes", "words"),
     [
         ({"cam": torch.full((4, 4), 1.5)}, r"`cam` must lie in \[0, 1\]"),
-        ({"cam": torch.full((4, 4), float("nan"))}, r"`cam` must lie in \[0, 1\]"),
+        ({"cam": torch.full((4, 4), float("nan"))}, "`cam` must be finite, got NaN"),
         ({"boxes": torch.tensor([[9, 9, 3, 3]])}, "pixels, not width and height"),
         ({"boxes": torch.zeros(0, 4).long()}, "at least one box"),
         ({"thresholds": torch.tensor([1.0])}, r"thresholds in \[0, 1\)"),

@@ -23,6 +23,7 @@ from camkit.data import (
     write_shapes,
 )
 from camkit.errors import DataError
+from camkit.paint import save_mask
 from camkit.photo import load_photo
 
 
@@ -107,7 +108,7 @@ def test_grey_levels_of_four_bits_are_refused_because_pil_stretches_them(tmp_pat
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     assert np.array(Image.open(path)).tolist() == [[0, 17]]
-    with pytest.raises(DataError, match="8-bit grey levels"):
+    with pytest.raises(DataError, match="grey levels of 8 or 16 bits"):
         read_mask(path, size=(1, 2), num_classes=20)
 
 
@@ -343,3 +344,16 @@ def test_real_labels_are_the_classes_in_the_masks(real_data):
         size = load_photo(sample.photo).size
         ids = set(read_mask(sample.mask, size=size, num_classes=20).unique().tolist()) - {0, 255}
         assert tuple(sorted(value - 1 for value in ids)) == sample.classes
+
+
+def test_masks_of_16_bits_hold_more_than_254_classes(tmp_path):
+    ids = torch.tensor([[0, 1, 255], [256, 1281, 65535]], dtype=torch.int32)
+    save_mask(ids, tmp_path / "mask.png", bits=16)
+    with Image.open(tmp_path / "mask.png") as image:
+        assert image.mode == "I;16"
+    read = read_mask(tmp_path / "mask.png", size=(2, 3), num_classes=1300, classes=[254, 1280])
+    assert read.tolist() == [[0, 0, 1], [0, 2, 255]]  # 255 is a class, 65535 is ignored
+    with pytest.raises(DataError, match=r"holds the ids 1281; .*0 to 300 .* and 65535 for ignore"):
+        read_mask(tmp_path / "mask.png", size=(2, 3), num_classes=300, classes=[0])
+    with pytest.raises(ValueError, match=r"ids in 0\.\.255, got 0 to 65535; use bits=16"):
+        save_mask(ids, tmp_path / "mask.png")

@@ -134,6 +134,32 @@ def test_each_fault_is_found_and_its_file_named(shapes, spoil, problem, file, wo
     assert str(file(shapes, 0)) in found[0].message
 
 
+def hide_objects(root, numbers):
+    for number in numbers:
+        ids = ids_of(mask(root, number))
+        redraw(mask(root, number), np.where(ids > 0, 255, ids))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_split_whose_masks_mark_objects_with_255_is_an_error(shapes, labelled):
+    hide_objects(shapes, range(9, 12))  # those of val
+    if not labelled:
+        (shapes / "labels.json").unlink()
+    dataset = open_dataset(shapes) if labelled else open_voc(shapes)
+    (found,) = [one for one in check_dataset(dataset) if one.problem == "mask"]
+    assert found.certain
+    assert "none of the 3 masks of val shows a class, only background and ignored" in found.message
+    assert "write class + 1 there: 1 for the first class" in found.message
+
+
+def test_masks_without_the_class_of_their_labels_are_counted(shapes):
+    hide_objects(shapes, [0, 1])
+    *each, counted = check_dataset(open_dataset(shapes))
+    assert [one.file for one in each] == [mask(shapes, 0), mask(shapes, 1)]
+    assert "2 of 9 masks of train show no pixel of a class that their labels" in counted.message
+    assert not counted.certain
+
+
 def test_faults_do_not_hide_one_another(shapes):
     truncate_photo(shapes)
     shutil.copy(photo(shapes, 1), photo(shapes, 2))

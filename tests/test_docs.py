@@ -12,12 +12,15 @@ from urllib.parse import urlsplit
 
 import pytest
 import readers
+import timm
 import torch
 from fresh import ON_FIRST_USE, FreshProcesses
 from pages import ROOT, blocks, script_of
 from PIL import Image
+from safetensors.torch import save_file
 
 import camkit
+import camkit.cli.models
 from camkit.cli import COMMANDS, command_module
 from camkit.data import draw_shapes, write_cam, write_shapes
 
@@ -31,7 +34,8 @@ ALL_BLOCKS = [block for page_blocks in BLOCKS.values() for block in page_blocks]
 HERE = [  # test_plug_in.py runs the blocks of that page
     block for block in ALL_BLOCKS if block.page != "plug_in.md" and block.why_not is None
 ]
-COMPLETE = ("README.md", "start.md")  # their lines need nothing that they do not show
+COMPLETE = ("README.md", "index.md", "start.md")  # their lines need nothing that they do not show
+GREY = {"in_chans": 1, "num_classes": 2}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,11 @@ def stand_ins(tmp_path_factory):
     (home / "photos").mkdir()
     for place, (rgb, _) in zip(("cat.jpg", "photos/dog.jpg"), draw_shapes(2), strict=True):
         Image.fromarray(rgb).save(home / place)
+    Image.fromarray(draw_shapes(1)[0][0][..., 0]).save(home / "scan.png")
+    (home / "names.txt").write_text("\n".join(f"bird {number}" for number in range(12)), "utf-8")
+    for name, options in (("birds", {"num_classes": 12}), ("scans", GREY)):
+        model = timm.create_model("vit_tiny_patch16_224", **options)
+        save_file(model.state_dict(), home / f"{name}.safetensors")
     (home / "JPEGImages").symlink_to(home / "VOC2012" / "JPEGImages")
     for folder in ("cams", "cam-npy"):
         (home / folder).mkdir()
@@ -71,15 +80,17 @@ def test_a_block_runs_in_a_process_of_its_own(block, fresh, stand_ins, tmp_path)
     fresh.run(code, tmp_path, given=("readers", "names_of", outputs, before))
 
 
-@pytest.mark.parametrize("block", [block for block in HERE if block.page == "README.md"], ids=str)
-def test_lines_of_the_readme_run_with_nothing_but_camkit(block, fresh, tmp_path):
+@pytest.mark.parametrize(
+    "block", [block for block in HERE if block.page in ("README.md", "index.md")], ids=str
+)
+def test_lines_of_the_first_pages_run_with_nothing_but_camkit(block, fresh, tmp_path):
     fresh.run(block.code, tmp_path)
 
 
 def test_a_line_that_relies_on_the_imports_of_others_fails(fresh, tmp_path):
-    line = "import camkit\nprint(len(camkit.cli.COMMANDS))"
-    exec(compile(line, "here", "exec"), {})  # this process has imported camkit.cli
-    with pytest.raises(AssertionError, match="module 'camkit' has no attribute 'cli'"):
+    line = "import camkit\nprint(camkit.cli.models.DEFAULT_MODEL)"
+    exec(compile(line, "here", "exec"), {})  # this process has imported camkit.cli.models
+    with pytest.raises(AssertionError, match=r"module 'camkit\.cli' has no attribute 'models'"):
         fresh.run(line, tmp_path)
 
 

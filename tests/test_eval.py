@@ -154,6 +154,28 @@ def test_figures_of_masks_worked_by_hand(tiny, tmp_path, capsys):
     assert (figures["images"], figures["background_score"], figures["failed"]) == (2, None, {})
 
 
+def test_true_masks_that_mark_objects_with_255_are_no_measurement(tmp_path, capsys):
+    truths = save_all(tmp_path / "gt", {"a": [[0, 255], [0, 255]], "b": [[0, 0], [255, 0]]})
+    masks = save_all(tmp_path / "masks", {"a": np.zeros((2, 2)), "b": np.zeros((2, 2))})
+    assert evaluate(masks, "--gt", truths, "--num-classes", 2) == 1
+    printed = capsys.readouterr()
+    assert "nothing can be measured on 2 true masks" in printed.err
+    assert "write class + 1 there instead: 1 for the first class" in printed.err
+    assert "mIoU" not in printed.out
+
+
+def test_labels_of_a_class_that_the_truth_lacks_are_counted(drawn, tmp_path, capsys):
+    cams, truths = drawn
+    classes = {path.stem: maps_of(path)[1][0].tolist() for path in cams.iterdir()}
+    (tmp_path / "labels.json").write_text(json.dumps(classes))
+    hidden = read(truths / "image3.png")
+    save_mask(hidden.masked_fill(hidden > 0, 255).byte(), truths / "image3.png")
+    options = ["--labels", tmp_path / "labels.json", "--json", tmp_path / "out.json"]
+    assert evaluate(cams, "--gt", truths, *SHAPES, *options) == 0
+    assert "the labels of 1 of 8 images name a class that the truth" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out.json").read_text())["labels_without_a_pixel"] == 1
+
+
 def test_mean_iou_is_that_of_torchmetrics(drawn, tmp_path, capsys):
     cams, truths = drawn
     masks = masks_at(cams, 0.5, tmp_path / "masks")
@@ -358,7 +380,9 @@ def test_the_gain_over_others_is_that_of_the_paired_bootstrap(drawn, tmp_path, c
         expected.high,
     )
     assert expected.gain > 0
-    printed = capsys.readouterr().out
+    assert (actual["images"], actual["few_images"]) == (8, True)
+    printed, warned = capsys.readouterr()
+    assert "8 images: the interval and p are not reliable; use 30 or more" in warned
     assert f"against {bad}: mIoU {100 * expected.mean_iou_base:.2f}" in printed
     assert f"gain {100 * expected.gain:+.2f}, 95% interval " in printed
 

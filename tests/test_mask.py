@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from camkit.mask import gate, power_threshold, to_mask
+from camkit.seeds.protocol import check_classes
 
 
 def row(*classes: list[float]) -> torch.Tensor:
@@ -103,6 +104,15 @@ def test_a_cam_outside_its_range_is_refused(wrong):
 def test_a_cam_that_is_not_finite_is_refused(wrong):
     with pytest.raises(ValueError, match=r"must be finite, got \w+ in image 0, map 1"):
         to_mask(row([0.5, 0.5], [0.5, wrong]))
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("wrong", [[[1.9]], [[True]]])
+def test_classes_are_whole_numbers(wrong):
+    classes = torch.tensor(wrong)
+    for check in (lambda: to_mask(row([0.5]), classes), lambda: check_classes(classes, 1, 3)):
+        with pytest.raises(TypeError, match=f"indices of an integer dtype, got {classes.dtype}"):
+            check()
 
 
 def test_rounding_past_the_range_is_accepted():

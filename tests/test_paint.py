@@ -85,7 +85,7 @@ def test_a_mask_is_not_saved_into_a_missing_folder(tmp_path):
 
 def test_mask_colours_are_blended_with_the_photo():
     painted = overlay_mask(GREY, np.full((20, 20), 1), opacity=0.5)
-    assert painted[10, 10].tolist() == [114, 50, 50]  # half of 100 and half of (128, 0, 0)
+    assert painted[10, 10].tolist() == [140, 50, 50]  # half of 100 and half of (181, 0, 0)
 
 
 def test_background_keeps_the_photo():
@@ -104,13 +104,21 @@ def test_a_border_is_one_line_inside_its_class():
     mask[:, 10:] = 1
     painted = overlay_mask(GREY, mask, opacity=1.0)
     assert painted[5, 9].tolist() == [100, 100, 100]
-    assert painted[5, 10].tolist() == [185, 115, 115]  # (128, 0, 0) and 45% of the way to white
-    assert painted[5, 11].tolist() == [128, 0, 0]
+    assert painted[5, 10].tolist() == [214, 115, 115]  # (181, 0, 0) and 45% of the way to white
+    assert painted[5, 11].tolist() == [181, 0, 0]
 
 
-@pytest.mark.parametrize("value", [1, 2, 15, 254])
-def test_the_colour_of_a_mask_value_is_that_of_the_palette(value):
-    assert list(mask_colour(value)) == voc_palette()[3 * value : 3 * value + 3]
+@pytest.mark.parametrize(
+    ("value", "colour"),
+    [(1, (181, 0, 0)), (8, (128, 0, 0)), (12, (90, 0, 181)), (15, (221, 148, 148))],
+)
+def test_a_mask_is_painted_in_brightened_voc_colours(value, colour):
+    assert mask_colour(value) == colour
+    assert tuple(overlay_mask(GREY, np.full((20, 20), value), opacity=1.0)[9, 9]) == colour
+
+
+def test_every_mask_value_of_8_bits_has_a_colour_of_its_own():
+    assert len({mask_colour(value) for value in range(256)}) == 256
 
 
 def test_no_evidence_leaves_the_photo_as_it_is():

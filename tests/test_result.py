@@ -256,8 +256,8 @@ def test_a_notebook_shows_the_painted_photo_and_a_legend(result):
         ["cat", "1", "10 %"],
         ["background", "0", "40 %"],
     ]
-    assert "rgb(128,0,0)" in page  # value 1 in the palette of VOC
-    assert "rgb(128,128,0)" in page  # value 3
+    assert "rgb(181,0,0)" in page  # value 1, (128, 0, 0) in VOC
+    assert "rgb(181,181,0)" in page  # value 3
     shown, painted = (
         np.asarray(image, dtype=float)[:, 7:42].mean((0, 1))
         for image in (shown_in(page), striped.image())
@@ -301,8 +301,8 @@ def test_a_shrunk_mask_holds_no_value_that_the_mask_has_not(result):
     flat = replace(striped, photo=replace(result.photo, path=None, rgb=result.photo.rgb * 0))
     pixels = np.asarray(flat.image(side=7)).reshape(-1, 3)
     colours = {tuple(pixel) for pixel in pixels.tolist()}
-    assert {(70, 0, 0), (70, 70, 0)} <= colours  # 55 % of the colours of 1 and 3, over black
-    assert (128, 0, 128) not in colours
+    assert {(100, 0, 0), (100, 100, 0)} <= colours  # 55 % of the colours of 1 and 3, over black
+    assert (0, 100, 0) not in colours  # of 2, which lies between
 
 
 @pytest.mark.parametrize("change", ["gone", "another size"])
@@ -380,7 +380,7 @@ def test_a_sheet_has_a_row_for_each_result_and_its_colours(result):
     assert one.width == two.width == 3 * 100 + 2 * 10 + 2 * 20
     assert two.height - one.height >= round(100 * 40 / 70)
     colours = {tuple(pixel) for pixel in np.asarray(one).reshape(-1, 3).tolist()}
-    assert {(128, 0, 0), (128, 128, 0)} <= colours
+    assert {(181, 0, 0), (181, 181, 0)} <= colours
 
 
 def test_a_result_without_any_class_is_shown(result):

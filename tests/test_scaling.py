@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from timm.models import VisionTransformer
 
-from camkit import normalize_cam
+from camkit import GradientSeed, normalize_cam, wrap
 from camkit.capture import Capture
 from camkit.contrib.layers import BestAgreementSeed
 from camkit.ops.confidence import FuzzyMembership, MeanSplit, Otsu, TanhAroundMean, TwoMeans
@@ -11,6 +12,7 @@ from camkit.ops.images import to_rgb
 from camkit.ops.propagation import balance, random_walk
 from camkit.ops.scaling import flat_maps, scaled_to_max, scaled_to_range
 from camkit.refiners import Amplify
+from camkit.refiners.flat import FlatMapWarning, warn_of_flat_maps
 from camkit.seeds.protocol import above_mean
 
 ROUNDED = torch.linspace(0.5906587, 0.5906595, 16).view(1, 1, 4, 4)  # float32 has 14 steps there
@@ -105,3 +107,43 @@ def test_flat_maps_have_finite_gradients():
     (scaled_to_range(cam) + scaled_to_max(cam)).square().sum().backward()
     assert cam.grad.isfinite().all()
     assert not scaled_to_range(cam.detach())[:, :2].any()
+
+
+CLASSES, NAMES = torch.tensor([[4, 7], [2, -1]]), (("cat", "dog"), ("cow",))
+CLEAR = torch.rand(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_clear_maps_and_padding_are_no_reason_to_warn():
+    seed = CLEAR.clone()
+    seed[1, 1] = 0.0  # padding
+    warn_of_flat_maps(seed, seed, CLASSES, NAMES)
+    warn_of_flat_maps(seed, torch.ones_like(seed), CLASSES, NAMES)  # a refiner filled the picture
+
+
+@pytest.mark.parametrize("value", [0.0, 0.59])
+def test_flat_seeds_are_told_by_name(value):
+    seed = CLEAR.clone()
+    seed[0, 1] = seed[1, 0] = value
+    with pytest.warns(FlatMapWarning, match="the map of dog, cow is flat, so its mask means noth"):
+        warn_of_flat_maps(seed, CLEAR, CLASSES, NAMES)
+
+
+def test_maps_that_a_refiner_emptied_are_told_by_name():
+    cam = CLEAR.repeat_interleave(2, -1).clone()
+    cam[0, 0] = 0.0
+    with pytest.warns(FlatMapWarning, match="the map of cat is flat"):
+        warn_of_flat_maps(CLEAR, cam, CLASSES, NAMES)
+
+
+def staged(model, pixels):
+    stages = wrap(model, seed=GradientSeed()).stages(pixels, rgb=pixels, classes=[1])
+    warn_of_flat_maps(stages.seed, stages.cam, stages.classes, stages.names)
+
+
+def test_an_untrained_head_of_zeros_has_flat_maps():
+    model = VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=8, depth=1, num_heads=2, num_classes=3
+    )
+    torch.nn.init.zeros_(model.head.weight)
+    with pytest.warns(FlatMapWarning, match=r"the map of 1 is flat, .*a new head is often all z"):
+        staged(model.eval(), torch.rand(1, 3, 32, 32))

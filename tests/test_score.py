@@ -8,11 +8,13 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from camkit.mask import to_mask
 from camkit.score import (
     THRESHOLDS,
+    ScoreWarning,
     best_threshold,
     class_iou,
     confusion_matrix,
     mean_iou,
     sweep_confusions,
+    threshold_curve,
 )
 
 # classes: background, a, b (predicted, never true), c (neither)
@@ -198,8 +200,37 @@ def test_the_best_threshold_is_the_lowest_of_equals():
 
 def test_best_threshold_needs_a_pixel_of_the_chosen_classes():
     confusions = ABSENT_BUT_PREDICTED.expand(96, 4, 4)
-    with pytest.raises(ValueError, match="no pixel of the chosen classes"):
+    with pytest.raises(ValueError, match=r"none of the classes \[3\] has a true pixel"):
         best_threshold(confusions, classes=[3])
+
+
+OBJECTS_AT_255 = {"truth": torch.tensor([[0, 255], [0, 255]])}
+
+
+def test_masks_that_mark_objects_with_255_measure_nothing():
+    counts = confusion_matrix(**OBJECTS_AT_255, predicted=torch.zeros(2, 2).long(), num_classes=2)
+    words = "an empty mask would score 100 %; if the true masks mark objects with 255"
+    for definition in ("present", "union", "psa"):
+        with pytest.warns(ScoreWarning, match=words):
+            mean_iou(counts, definition=definition)
+    swept = counts.expand(2, 2, 2)
+    for refuse in (best_threshold, threshold_curve):
+        with pytest.raises(ValueError, match=words):
+            refuse(swept, torch.tensor([0.25, 0.5]))
+    assert mean_iou(counts, classes=[0]) == 1.0  # asked for, and measured
+    assert mean_iou(counts[None]) == 1.0  # of one image among others
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_masks_and_counts_are_whole_numbers(dtype):
+    masks = {name: torch.zeros(1, 2).long() for name in ("truth", "predicted")}
+    for name in masks:
+        wrong = masks | {name: masks[name].to(dtype)}
+        with pytest.raises(TypeError, match=f"`{name}` must hold whole numbers .* got {dtype}"):
+            confusion_matrix(**wrong, num_classes=2)
+    with pytest.raises(TypeError, match=f"`confusion` must hold whole numbers .* got {dtype}"):
+        mean_iou(torch.eye(2).to(dtype))
 
 
 @pytest.mark.usefixtures("no_shape_checks")

@@ -159,8 +159,8 @@ class Evaluator:
 
     def measure_all(
         self, samples: Sequence[Sample], requests: Requests, title: str, skipped: list[str]
-    ) -> Iterator[tuple[str, dict[Variant, Counts]]]:
-        """Yield name and counts of each image; append errors of unusable images to ``skipped``."""
+    ) -> Iterator[tuple[Sample, dict[Variant, Counts]]]:
+        """Yield the counts of each image; append the errors of unusable images to ``skipped``."""
         usable = 0
         for sample in progress(samples, desc=title, unit="image", mininterval=0.5):
             try:
@@ -169,7 +169,7 @@ class Evaluator:
                 skipped.append(str(error))
                 continue
             usable += 1
-            yield sample.name, counts
+            yield sample, counts
         if not usable:
             raise DataError(f"no usable image among {len(samples)} ({'; '.join(skipped[:3])})")
 
@@ -203,9 +203,7 @@ class Evaluator:
             classes=[self.dataset.classes.index(name) for name in self.vocabulary.names],
         )
         if self.labels == "dataset":
-            present = [self.dataset.classes[index] for index in sample.classes]
-            names = self.vocabulary.names
-            classes = tuple(index for index, name in enumerate(names) if name in present)
+            classes = self.labelled(sample)
         else:
             spec, vocabulary = WatchSpec(), self.vocabulary
             runner = ModelRunner(self.model, spec, vocabulary=vocabulary, call=self.call)
@@ -213,6 +211,11 @@ class Evaluator:
                 predicted = self.labels(runner(to_input(self.model, photo.pixels)))
             classes = tuple(sorted(index for index in predicted[0].tolist() if index >= 0))
         return LabelledPhoto(photo, truth, classes)
+
+    def labelled(self, sample: Sample) -> tuple[int, ...]:
+        """Return the measured classes that the labels of the data set name for an image."""
+        present = [self.dataset.classes[index] for index in sample.classes]
+        return tuple(i for i, name in enumerate(self.vocabulary.names) if name in present)
 
     def maps(self, labelled: LabelledPhoto, variants: Sequence[Variant]) -> dict[Variant, Cam]:
         """Return maps at the size of the photo, in [0, 1]; one empty map without classes."""

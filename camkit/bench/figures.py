@@ -1,27 +1,16 @@
-"""Plots and example pictures of a report, for light and dark screens."""
+"""Plots of a report, for light and dark screens."""
 
-import base64
 import io
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import cv2
-import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
-from torch import Tensor
-
-from camkit.bench.examples import FALSE, HIT, MISSED, WRONG, Example
-from camkit.bench.markup import points, printable, select, text
+from camkit.bench.markup import data_uri, printable, text
 from camkit.bench.results import Report, Row
 from camkit.errors import CamkitError
-from camkit.mask import voc_palette
-from camkit.paint import Picture, overlay_cam, overlay_mask
 from camkit.score import THRESHOLDS
-from camkit.tensors import IGNORE
 
 COLOURS = (
     *("#1f77b4", "#e0701a", "#2ca02c", "#d94f4f", "#9467bd"),
@@ -32,29 +21,8 @@ COLOURS = (
 STROKES = ("solid", "dashed", "dotted")
 """Line styles, in turn, so that neighbours do not differ by colour alone."""
 
-SIDE = 240
-"""Long side of a picture in pixels: 36 examples of eight pictures stay below 5 MB."""
-
-ERRORS = {
-    HIT: ("hit", (0, 158, 115)),
-    MISSED: ("missed", (0, 114, 178)),
-    FALSE: ("false", (213, 94, 0)),
-    WRONG: ("wrong class", (240, 228, 66)),
-    IGNORE: ("ignored", (200, 200, 200)),
-}
-"""Names and colours of an error map; colours of Okabe and Ito, safe for the colour-blind."""
-
-_ORDERS = {
-    "random": "random draw",
-    "best": "best gains",
-    "worst": "worst gains",
-    "all": "all, best first",
-}
-_QUALITY = 74  # of WebP: no visible blocks at this size, about 8 kB per picture
-_STRENGTH = 0.75  # of error colours over the grey photo
-
 _INK = "#010203"  # placeholder for the text colour, which differs between light and dark screens
-_ON_LIGHT, _ON_DARK = "#3a3a3a", "#d0d0d0"
+_INKS = {"light": "#3a3a3a", "dark": "#d0d0d0"}
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the fonts of the browser, which has every script
     "svg.hashsalt": "camkit",
@@ -147,124 +115,9 @@ def _plot_html(figure: Any, alt: str) -> str:
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    light, dark = (
-        _uri("image/svg+xml", file.getvalue().replace(_INK, ink).encode())
-        for ink in (_ON_LIGHT, _ON_DARK)
+    # both are in the page: paper is white even where the screen is dark
+    return "".join(
+        f'<img class="plot on-{paper}" alt="{text(alt)}" '
+        f'src="{data_uri("image/svg+xml", file.getvalue().replace(_INK, ink).encode())}">'
+        for paper, ink in _INKS.items()
     )
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img class="plot" src="{light}" alt="{text(alt)}"></picture>'
-    )
-
-
-def show_examples(report: Report, examples: Iterable[Example]) -> str:
-    """Return all examples as HTML with controls to filter them; empty without examples."""
-    articles: list[str] = []
-    compared: dict[str, None] = {}
-    present = dict.fromkeys(range(1, len(report.classes)), 0)
-    for example in examples:
-        articles.append(_article(report, example))
-        base = "" if example.base is None else f" over {example.base}"
-        compared[f"{example.row}{base}"] = None
-        for value in example.classes:
-            present[value] += 1
-    if not articles:
-        return ""
-    classes = {"": "any class"} | {
-        str(value): f"{report.classes[value]} ({number})"
-        for value, number in present.items()
-        if number
-    }
-    errors = "".join(_swatch(colour, name) for name, colour in ERRORS.values())
-    return (
-        f"<p>{text('; '.join(compared))}. Best and worst by the mIoU of each image alone, "
-        "which only ranks the pictures. Class maps show the strongest class of each "
-        "pixel, from the lowest value in the map to the highest.</p>"
-        f'<p>Errors: {errors}</p><form class="controls">'
-        f"<label>Show {select('order', _ORDERS)}</label> "
-        f"<label>with {select('class', classes)}</label> "
-        '<label><input type="checkbox" id="large"> large</label> '
-        f'<span role="status" id="count">{len(articles)} images</span></form>'
-        f'<div id="examples">{"".join(articles)}</div>'
-    )
-
-
-def error_picture(rgb: Picture, errors: UInt8[np.ndarray, "H W"]) -> Picture:
-    """Paint an error map over the grey photo."""
-    grey = cv2.cvtColor(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    painted = grey.copy()
-    for value, (_, colour) in ERRORS.items():
-        chosen = errors == value
-        mixed = grey[chosen] + _STRENGTH * (np.array(colour, dtype=np.float64) - grey[chosen])
-        painted[chosen] = mixed.round().astype(np.uint8)
-    return painted
-
-
-def _article(report: Report, example: Example) -> str:
-    names = ", ".join(report.classes[value] for value in example.classes) or "no class"
-    palette = voc_palette()
-    keys = "".join(
-        _swatch((palette[3 * v], palette[3 * v + 1], palette[3 * v + 2]), report.classes[v])
-        for v in example.classes
-    )
-    summary = f"{example.row} {example.iou * 100:.1f}"
-    if example.base is not None and example.base_iou is not None:
-        summary += f", {example.base} {example.base_iou * 100:.1f}: {points(example.gain)}"
-    figures = ""
-    for title, alt, picture in _example_pictures(example, names):
-        file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="WEBP", quality=_QUALITY, method=4)
-        figures += (
-            f'<figure><img src="{_uri("image/webp", file.getvalue())}" width="{picture.shape[1]}" '
-            f'height="{picture.shape[0]}" alt="{text(alt)}" loading="lazy" decoding="async">'
-            f"<figcaption>{text(title)}</figcaption></figure>"
-        )
-    return (
-        f'<article data-gain="{example.gain!r}" data-groups="{" ".join(example.groups)}" '
-        f'data-classes="{" ".join(map(str, example.classes))}"><h3>{text(example.name)}</h3>'
-        f"<p>{text(summary)} <small>({text(', '.join(example.groups))})</small> {keys}</p>"
-        f'<div class="strip">{figures}</div></article>\n'
-    )
-
-
-def _example_pictures(example: Example, names: str) -> Iterable[tuple[str, str, Picture]]:
-    """Yield title, description and picture, from the photo to the errors."""
-    rows, cols = example.photo.shape[:2]
-    scale = min(1.0, SIDE / max(rows, cols))
-    size = (max(1, round(cols * scale)), max(1, round(rows * scale)))
-
-    def nearest(mask: Tensor) -> UInt8[np.ndarray, "h w"]:
-        return cv2.resize(
-            mask.cpu().numpy().astype(np.uint8), size, interpolation=cv2.INTER_NEAREST
-        )
-
-    rgb = cv2.resize(example.photo, size, interpolation=cv2.INTER_AREA)
-    yield "photo", f"photo of {names}: {example.name}", rgb
-    for stage in example.stages:
-        strongest = stage.cam.amax(0).detach().cpu().numpy()
-        cam = cv2.resize(strongest, size, interpolation=cv2.INTER_AREA)
-        low, high = cam.min(), cam.max()  # between refiners, a map may cover any part of [0, 1]
-        stretched = ((cam - low) / max(high - low, 1e-6)).clip(0, 1)
-        yield stage.name, f"class map after {stage.name}", overlay_cam(rgb, stretched)
-    masks = {"mask": example.mask, "ground truth": example.truth}
-    if example.base_mask is not None:
-        masks = {"mask of base": example.base_mask} | masks
-    for title, mask in masks.items():
-        covered = _share((mask != 0) & (mask != IGNORE))
-        yield title, f"{title}, {covered} of the photo", overlay_mask(rgb, nearest(mask))
-    alt = "errors: " + ", ".join(
-        f"{name} {_share(example.errors == value)}" for value, (name, _) in ERRORS.items()
-    )
-    yield "errors", alt, error_picture(rgb, nearest(example.errors))
-
-
-def _share(chosen: Tensor) -> str:
-    return f"{float(chosen.float().mean()) * 100:.0f} %"
-
-
-def _swatch(colour: tuple[int, int, int], name: str) -> str:
-    return f'<span class="chip"><i style="background:rgb{colour}"></i>{text(name)}</span>'
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,7 +1,9 @@
 """The tables of a report, as Markdown and as HTML in which all text is escaped."""
 
+import base64
 import html
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -19,11 +21,29 @@ class Cell:
         shown: its text.
         value: its sort key, if that is not the text; NaN and None come last.
         note: smaller text below.
+        more: further numbers behind the text, one for each further part of the `Head`.
     """
 
     shown: str
     value: float | int | None = None
     note: str = ""
+    more: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column whose cells hold several numbers; a CSV file has a column for each.
+
+    Attributes:
+        name: as displayed.
+        parts: name of each number; the first is the sort key.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+
+
+INTERVAL = Head("95% interval", ("low", "high"))
 
 
 NO_CELL = Cell("-", math.nan)
@@ -46,7 +66,7 @@ def gain_cells(gain: Gain | None) -> tuple[Cell, Cell]:
     if gain is None:
         return NO_CELL, NO_CELL
     interval = f"{points(gain.low)} to {points(gain.high)}"
-    return Cell(points(gain.gain), gain.gain), Cell(interval, gain.low)
+    return Cell(points(gain.gain), gain.gain), Cell(interval, gain.low, more=(gain.high,))
 
 
 @dataclass(frozen=True)
@@ -65,16 +85,17 @@ class Table:
     key: str
     title: str
     caption: str
-    heads: Sequence[str]
+    heads: Sequence[str | Head]
     rows: Sequence[Sequence[Cell]]
     note: str = ""
 
 
 def extra_tables(report: Report) -> list[Table]:
     """Return the tables besides the main one, each only if the report has figures for it."""
-    rows, names, gain = report.rows, get_args(Definition), ("gain", "95% interval")
+    rows, names, gain = report.rows, get_args(Definition), ("gain", INTERVAL)
     tables: list[Table] = []
     lines: list[tuple[Cell, ...]]
+    heads: tuple[str | Head, ...]
     if lines := [
         (Cell(row.name), Cell(other.name), *gain_cells(other.gain))
         for row in rows
@@ -101,9 +122,10 @@ def extra_tables(report: Report) -> list[Table]:
         lines = []
         for name, quality in measured:
             pairs = zip(astuple(quality.means), astuple(quality.errors), strict=True)
-            shown = (Cell(f"{mean:.3f} ± {error:.3f}", mean) for mean, error in pairs)
+            shown = (Cell(f"{m:.3f} ± {error:.3f}", m, more=(error,)) for m, error in pairs)
             lines.append((Cell(name), *shown))
-        heads = ("variant", "insertion", "deletion", "left behind")
+        parts = ("mean", "standard error")
+        heads = ("variant", *(Head(n, parts) for n in ("insertion", "deletion", "left behind")))
         note = (
             f"By the classifier's scores, over {measured[0][1].maps} maps, with standard errors. "
             "Higher insertion is better; lower deletion and a lower score left behind are better."
@@ -126,6 +148,7 @@ def to_markdown(report: Report) -> str:
     ]
     if report.oracle:
         lines += ["", "ORACLE: background scores were picked on images that are reported."]
+    lines += [line for warning in report.warnings for line in ("", f"WARNING: {warning}.")]
     lines += [
         "",
         "| variant | background score | on tuning split | mIoU | gain (95% interval) | p "
@@ -135,7 +158,7 @@ def to_markdown(report: Report) -> str:
     ]
     for table in extra_tables(report):
         lines += ["", f"{table.caption}. {table.note}".strip(), ""]
-        lines += [f"| {' | '.join(table.heads)} |", "|---" * len(table.heads) + "|"]
+        lines += [f"| {' | '.join(map(head_name, table.heads))} |", "|---" * len(table.heads) + "|"]
         lines += [f"| {' | '.join(cell.shown for cell in row)} |" for row in table.rows]
     if report.skipped:
         lines += ["", f"{len(report.skipped)} images could not be used:"]
@@ -172,19 +195,18 @@ def printable(value: object) -> str:
     return "".join("\ufffd" if unicodedata.category(char) == "Cc" else char for char in whole)
 
 
-def html_table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+def head_name(head: str | Head) -> str:
+    """Return the name of a column."""
+    return head.name if isinstance(head, Head) else head
+
+
+def html_table(caption: str, heads: Sequence[str | Head], rows: Iterable[Sequence[Cell]]) -> str:
     """Return a table that can be sorted by any column; the first column holds names."""
-    columns = "".join(
-        f'<th scope="col"><button type="button">{text(head)}</button></th>' for head in heads
-    )
+    columns = "".join(map(_head_html, heads))
     lines = []
     for first, *others in rows:
-        line = f'<th scope="row">{_content(first)}</th>'
-        for cell in others:
-            key = "" if cell.value is None or math.isnan(cell.value) else repr(cell.value)
-            data = "" if cell.value is None else f' data-value="{key}"'
-            line += f"<td{data}>{_content(cell)}</td>"
-        lines.append(f"<tr>{line}</tr>\n")
+        cells = "".join(map(_cell_html, others))
+        lines.append(f'<tr><th scope="row">{_name_html(first)}</th>{cells}</tr>\n')
     table = f"<thead><tr>{columns}</tr></thead>\n<tbody>{''.join(lines)}</tbody>"
     return scrolled(caption, f"<table><caption>{text(caption)}</caption>{table}</table>")
 
@@ -195,8 +217,32 @@ def scrolled(name: str, content: str) -> str:
     return f'<div class="scroll" {label}>{content}</div>'
 
 
+def _head_html(head: str | Head) -> str:
+    parts = f' data-parts="{text("|".join(head.parts))}"' if isinstance(head, Head) else ""
+    name = text(head_name(head))
+    return f'<th scope="col"{parts}><button type="button">{name}</button></th>'
+
+
+def _cell_html(cell: Cell) -> str:
+    key = "" if cell.value is None or math.isnan(cell.value) else repr(cell.value)
+    data = "" if cell.value is None else f' data-value="{key}"'
+    if cell.more:
+        data += f' data-more="{" ".join(map(repr, cell.more))}"'
+    return f"<td{data}>{_content(cell)}</td>"
+
+
+def _name_html(cell: Cell) -> str:
+    """Return a name that may be long; a line may end after each part of a chain."""
+    name = re.sub(r"([+|,/])", r"\1<wbr>", text(cell.shown))
+    return f"<span>{name}</span>{_note_html(cell)}"
+
+
 def _content(cell: Cell) -> str:
-    return text(cell.shown) + (f"<small>{text(cell.note)}</small>" if cell.note else "")
+    return text(cell.shown) + _note_html(cell)
+
+
+def _note_html(cell: Cell) -> str:
+    return f"<small>{text(cell.note)}</small>" if cell.note else ""
 
 
 def facts(values: Mapping[str, object]) -> str:
@@ -223,3 +269,8 @@ def section(key: str, title: str, content: str) -> str:
     """Return a section of the page with its heading."""
     heading = f'<h2 id="{key}-title">{text(title)}</h2>'
     return f'<section id="{key}" aria-labelledby="{key}-title">{heading}\n{content}</section>'
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """Return an address that holds the content itself."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

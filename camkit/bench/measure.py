@@ -1,8 +1,8 @@
 """`run`: measure methods on held-out masks, tuned on one split, reported on another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,15 +11,17 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from camkit.bench.cache import ResultCache
-from camkit.bench.evaluator import Evaluator, LabelSource
+from camkit.bench.evaluator import Counts, Evaluator, LabelSource
 from camkit.bench.protocol import Entry, Repeats, Variant, check_entries
 from camkit.bench.quality import Quality, measure_quality
 from camkit.bench.results import Comparison, Outlines, Report, Row
 from camkit.data import DataSet, Sample, shared_images
+from camkit.errors import DataError
 from camkit.manifest import provenance
 from camkit.photo import PhotoSettings
 from camkit.printing import short_repr
 from camkit.score import (
+    FEW_IMAGES,
     THRESHOLDS,
     Best,
     Definition,
@@ -27,13 +29,69 @@ from camkit.score import (
     average_precision,
     best_threshold,
     class_iou,
+    few_images,
     holm,
     mean_iou,
     paired_gain,
     threshold_curve,
 )
+from camkit.score.confusion import NO_FOREGROUND
 from camkit.seeds.views import ModelCall
 from camkit.vocabulary import Vocabulary
+
+
+@dataclass
+class Truth:
+    """What the true masks of a split show.
+
+    Attributes:
+        split: its name.
+        classes: the measured classes.
+        pixels: true pixels of each class, the background first.
+        images: images counted.
+        unseen: images whose labels name a measured class that their mask shows nowhere.
+    """
+
+    split: str
+    classes: tuple[str, ...]
+    pixels: Int[Tensor, "c"] = field(init=False)
+    images: int = 0
+    unseen: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pixels = torch.zeros(len(self.classes) + 1, dtype=torch.int64)
+
+    def add(self, sample: Sample, labels: Sequence[int], counts: Counts) -> None:
+        """Count an image; its true pixels are the same in the counts of any variant."""
+        shown = counts.swept[0].sum(-1)
+        self.pixels += shown
+        self.images += 1
+        if any(shown[index + 1] == 0 for index in labels):
+            self.unseen.append(sample.name)
+
+    def check(self) -> None:
+        """Raise a DataError if no mask shows a measured class."""
+        if not self.pixels[1:].any():
+            raise DataError(
+                f"nothing can be measured on the {self.images} masks of {self.split}, of "
+                f"{', '.join(self.classes)}: {NO_FOREGROUND}"
+            )
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what the masks lack, a sentence each."""
+        shown = zip(self.classes, self.pixels[1:].tolist(), strict=True)
+        absent = [name for name, pixels in shown if not pixels]
+        if absent:
+            yield (
+                f"no mask of {self.split} shows {', '.join(absent)}: left out of the mean over the "
+                "classes present"
+            )
+        if self.unseen:
+            yield (
+                f"the labels of {len(self.unseen)} of {self.images} images of {self.split} name a "
+                f"class that the mask shows nowhere, such as {self.unseen[0]}; check the labels, "
+                "and whether masks mark objects with 255, which is ignored"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,7 +155,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     Raises:
         ValueError: the splits share images without ``oracle_threshold``, or a class is not in the
             data set.
-        DataError: no image of a split can be used.
+        DataError: no image of a split can be used, or no mask of a split shows a measured class.
     """
     entries = tuple(variants)
     unknown = [name for name in vocabulary.names if name not in dataset.classes]
@@ -123,15 +181,17 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         tuned: dict[Variant, Tensor] = {}
         requests = dict.fromkeys(variant for entry in entries for variant in entry.variants)
         title = f"tuning on {tune_split}"
-        for _, by_variant in evaluator.measure_all(tuning, requests, title, skipped):
+        tuning_truth, truth = (Truth(name, vocabulary.names) for name in (tune_split, split))
+        for sample, by_variant in evaluator.measure_all(tuning, requests, title, skipped):
+            tuning_truth.add(sample, evaluator.labelled(sample), next(iter(by_variant.values())))
             for variant, counts in by_variant.items():
                 tuned[variant] = counts.swept + tuned.get(variant, 0)
+        tuning_truth.check()
         tune_images = len(tuning) - len(skipped)
         best = {variant: best_threshold(counts, THRESHOLDS) for variant, counts in tuned.items()}
         chosen = {entry.name: entry.reported(best) for entry in entries}
         scores = {v: best[v].threshold for picked in chosen.values() for v in picked}
-        title = f"measuring on {split}"
-        names, reported = _report_on(evaluator, held_out, scores, title, skipped, outlines)
+        names, reported = _report_on(evaluator, held_out, scores, truth, skipped, outlines)
         explained = () if quality is None else dict.fromkeys(v[0] for v in chosen.values())
         qualities = measure_quality(evaluator, held_out, tuple(explained), quality or Quality())
     rows = [_row(entry, chosen, tuned, best, reported) for entry in entries]
@@ -156,30 +216,42 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
             )
             for row in rows
         ),
+        warnings=tuple(_warnings(rows, (tuning_truth, truth))),
     )
+
+
+def _warnings(rows: Sequence[Row], truths: Sequence[Truth]) -> Iterator[str]:
+    images = truths[-1].images
+    if images < FEW_IMAGES and any(row.gain or row.over_controls for row in rows):
+        yield few_images(images)
+    for truth in truths:
+        yield from truth.warnings()
 
 
 def _report_on(
     evaluator: Evaluator,
     samples: Sequence[Sample],
     scores: Mapping[Variant, float],
-    title: str,
+    truth: Truth,
     skipped: list[str],
     outlines: bool,
 ) -> tuple[tuple[str, ...], dict[Variant, Reported]]:
-    """Return the names of the usable images, and the counts on them."""
+    """Return the names of the usable images, and the counts on them; add to ``truth``."""
+    title = f"measuring on {truth.split}"
     steps = {v: int((THRESHOLDS - score).abs().argmin()) for v, score in scores.items()}
     requests = {variant: score if outlines else None for variant, score in scores.items()}
     names = []
     swept: dict[Variant, Tensor] = {}
     images: dict[Variant, list[Tensor]] = {variant: [] for variant in scores}
     bands: dict[Variant, list[Tensor]] = {variant: [] for variant in scores}
-    for name, by_variant in evaluator.measure_all(samples, requests, title, skipped):
-        names.append(name)
+    for sample, by_variant in evaluator.measure_all(samples, requests, title, skipped):
+        truth.add(sample, evaluator.labelled(sample), next(iter(by_variant.values())))
+        names.append(sample.name)
         for variant, counts in by_variant.items():
             swept[variant] = counts.swept + swept.get(variant, 0)
             images[variant].append(counts.swept[steps[variant]].clone())  # not the whole sweep
             bands[variant] += [] if counts.outline is None else [counts.outline]
+    truth.check()
     return tuple(names), {
         v: Reported(swept[v], torch.stack(images[v]), torch.stack(bands[v]) if outlines else None)
         for v in scores

@@ -4,17 +4,21 @@ import base64
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.resources import files
 
 import torch
 
 from camkit.bench.confusions import confusion_table
 from camkit.bench.examples import Example
-from camkit.bench.figures import classes_plot, curves_plot, legend, show_examples
+from camkit.bench.figures import classes_plot, curves_plot, legend
+from camkit.bench.gallery import show_examples
 from camkit.bench.markup import (
+    INTERVAL,
     NO_CELL,
     Cell,
+    Head,
     bullets,
     extra_tables,
     facts,
@@ -26,8 +30,8 @@ from camkit.bench.markup import (
     select,
     text,
 )
-from camkit.bench.results import Report, few_images
-from camkit.score import class_scores
+from camkit.bench.results import Report
+from camkit.score import FEW_IMAGES, class_scores, few_images
 
 
 def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
@@ -40,43 +44,46 @@ def to_html(report: Report, examples: Iterable[Example] = ()) -> str:
     Raises:
         CamkitError: matplotlib is not installed.
     """
-    content = [
-        _about(report),
-        section("summary", "Summary", _summary(report)),
-    ]
+    parts = [("summary", "Summary", _summary(report))]
     for table in extra_tables(report):
         note = f"<p>{text(table.note)}</p>" if table.note else ""
         figures = html_table(table.caption, table.heads, table.rows)
-        content.append(section(table.key, table.title, note + figures))
-    content.append(section("curves", "Background scores", _curves(report)))
-    content.append(section("classes", "Classes", _classes(report)))
-    shown = show_examples(report, examples)
-    content.append(section("gallery", "Examples", shown) if shown else "")
-    content.append(section("settings", "Settings", _settings(report)))
+        parts.append((table.key, table.title, note + figures))
+    parts.append(("curves", "Background scores", _curves(report)))
+    parts.append(("classes", "Classes", _classes(report)))
+    if shown := show_examples(report, examples):
+        parts.append(("gallery", "Examples", shown))
+    parts.append(("settings", "Settings", _settings(report)))
+    sections = [section(*part) for part in parts]
     template = files("camkit.bench").joinpath("page.html").read_text(encoding="utf-8")
     # the hash allows the browser to run this script and no other
     script = template.partition("<script>")[2].partition("</script>")[0]
-    parts = {
+    texts = {
         "title": text(f"camkit benchmark: {report.dataset}, {report.split}"),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "content": "\n".join(filter(None, content)),
+        "content": "\n".join((_about(report, parts), *sections)),
     }
     # in one pass, so that braces within a name are not replaced
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: texts[match[1]], template)
 
 
-def _about(report: Report) -> str:
+def _about(report: Report, parts: Sequence[tuple[str, str, str]]) -> str:
+    links = "".join(f'<li><a href="#{key}">{text(title)}</a></li>' for key, title, _ in parts)
     about = (
         f"<header><h1>{text(report.dataset)}</h1>"
-        f"<p>{len(report.rows)} variants measured on {report.images} images.</p></header>"
+        f"<p>{len(report.rows)} variants measured on {report.images} images.</p>"
+        f'{_lead(report)}</header><nav aria-label="Sections"><ul>{links}</ul></nav>'
     )
     if report.oracle:
         about += (
             '<p class="warning"><strong>ORACLE</strong> Background scores were picked on images '
             "that are also reported, so these figures are too high for new images.</p>"
         )
-    if few := few_images(report):
+    if few := _few_images(report):
         about += f'<p class="warning"><strong>FEW IMAGES</strong> {text(few)}</p>'
+    for warning in report.warnings:
+        if warning != few_images(report.images):  # said above, with the tuning split
+            about += f'<p class="warning"><strong>WARNING</strong> {text(warning)}.</p>'
     tuned = f"{report.tune_split} ({report.tune_images} images)"
     about += facts(
         {
@@ -96,8 +103,43 @@ def _about(report: Report) -> str:
     return about
 
 
+def _few_images(report: Report) -> str:
+    """Return a warning if a split of the report has fewer than `FEW_IMAGES` images, else ""."""
+    few = []
+    if report.images < FEW_IMAGES:
+        few.append(
+            f"figures, intervals and p come from {_count(report.images)} of {report.split}, and "
+            "other images may give quite different ones"
+        )
+    if report.tune_images < FEW_IMAGES:
+        few.append(
+            f"background scores and choices come from {_count(report.tune_images)} of "
+            f"{report.tune_split}, and may be far from the best"
+        )
+    if not few:
+        return ""
+    warning = "; ".join(few)
+    return f"{warning[0].upper()}{warning[1:]}. Use at least {FEW_IMAGES} images."
+
+
+def _count(images: int) -> str:
+    return f"{images} image{'' if images == 1 else 's'}"
+
+
+def _lead(report: Report) -> str:
+    """Return the figure of the row that the tuning split chooses."""
+    row = max(report.rows, key=lambda row: row.tuned_mean_iou)
+    lead = f"<strong>{row.mean_iou * 100:.1f}</strong> mIoU by <b>{text(row.name)}</b>"
+    if row.gain is not None and row.entry.base is not None:
+        difference, interval = gain_cells(row.gain)
+        lead += f", {difference.shown} ({interval.shown}) over {text(row.entry.base.name)}"
+    return f'<p class="lead">{lead}; the best variant on {text(report.tune_split)}.</p>'
+
+
 def _summary(report: Report) -> str:
-    heads = ["variant", "mIoU", "gain", "95% interval", "p", "chance of a loss"]
+    repeated = any(row.spread is not None for row in report.rows)
+    mean: str | Head = Head("mIoU", ("mean", "lowest", "highest")) if repeated else "mIoU"
+    heads = ["variant", mean, "gain", INTERVAL, "p", "chance of a loss"]
     heads += ["background score", f"mIoU on {report.tune_split}", "mean over all scores"]
     lines = []
     for row in report.rows:
@@ -111,7 +153,7 @@ def _summary(report: Report) -> str:
         lines.append(
             [
                 Cell(row.name, note=", ".join(notes)),
-                percent(row.mean_iou),
+                replace(percent(row.mean_iou), more=row.spread or ()),
                 *gain_cells(row.gain),
                 NO_CELL if row.p_value is None else Cell(f"{row.p_value:.2g}", row.p_value),
                 percent(None if row.gain is None else row.gain.chance_below_zero),

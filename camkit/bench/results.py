@@ -8,9 +8,6 @@ from camkit.bench.protocol import Entry, Variant
 from camkit.bench.quality import MeanQuality
 from camkit.score import Gain
 
-FEW_IMAGES = 30
-"""Below this number of images, a bootstrap over images says little."""
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -98,6 +95,8 @@ class Report:
         weights_sha256: hash of the model's weights.
         environment: versions and machine.
         rows: one for each entry.
+        warnings: what makes figures unreliable, a sentence each: few images, classes without a true
+            pixel, labels that the masks contradict.
     """
 
     dataset: str
@@ -113,34 +112,12 @@ class Report:
     weights_sha256: str
     environment: dict[str, Any]
     rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:
         """Number of reported images."""
         return len(self.names)
-
-
-def few_images(report: Report) -> str:
-    """Return a warning if a split of the report has fewer than `FEW_IMAGES` images, else ""."""
-    few = []
-    if report.images < FEW_IMAGES:
-        few.append(
-            f"figures, intervals and p come from {_count(report.images)} of {report.split}, and "
-            "other images may give quite different ones"
-        )
-    if report.tune_images < FEW_IMAGES:
-        few.append(
-            f"background scores and choices come from {_count(report.tune_images)} of "
-            f"{report.tune_split}, and may be far from the best"
-        )
-    if not few:
-        return ""
-    warning = "; ".join(few)
-    return f"{warning[0].upper()}{warning[1:]}. Use at least {FEW_IMAGES} images."
-
-
-def _count(images: int) -> str:
-    return f"{images} image{'' if images == 1 else 's'}"
 
 
 def to_json(report: Report) -> str:

@@ -26,6 +26,7 @@ from camkit.ops.images import resize_cam
 from camkit.photo import decode
 from camkit.printing import short_repr
 from camkit.score import THRESHOLDS, Definition, best_threshold, confusion_matrix, sweep_confusions
+from camkit.score.confusion import NO_FOREGROUND, has_foreground
 
 Choice: TypeAlias = Literal["given", "tuned", "oracle"]
 """Where a background score comes from; "oracle" is the best on the images that are scored, which
@@ -43,6 +44,8 @@ class ScoreResult:
         failures: images not counted, here or while the background score was chosen.
         background_score: at which masks were drawn; None for a folder of masks.
         choice: where the background score comes from.
+        unseen: images counted whose labels name a class that the truth shows nowhere, if labels
+            were given.
     """
 
     confusion: Int[Tensor, "c c"]
@@ -51,6 +54,7 @@ class ScoreResult:
     failures: tuple[Failure, ...]
     background_score: float | None = None
     choice: Choice = "given"
+    unseen: int = 0
 
     __repr__ = short_repr
 
@@ -125,7 +129,7 @@ def score_masks(
         workers: see `run_jobs`.
 
     Raises:
-        DataError: not a single image could be counted.
+        DataError: not a single image could be counted, or no true mask shows a class.
     """
     return _count(_CountMask(num_classes), items, keep_each=keep_each, workers=workers)[0]
 
@@ -157,7 +161,7 @@ def score_cams(  # noqa: PLR0913 - each setting is a choice of its own
 
     Raises:
         ValueError: images are both tuned on and scored, or ``tune`` comes with a score.
-        DataError: not a single image could be counted.
+        DataError: not a single image could be counted, or no true mask shows a class.
     """
     shared = {item.name for item in tune} & {item.name for item in items}
     if shared:
@@ -245,28 +249,41 @@ def _count(
     keep_each: bool = False,
     workers: int | None = None,
 ) -> list[ScoreResult]:
-    """Count every image, by many processes; return a result for each background score."""
+    """Count every image, by many processes; return a result for each background score.
+
+    Raises:
+        DataError: not a single image could be counted, or no true mask shows a class.
+    """
     total = torch.zeros(len(work.thresholds), work.num_classes, work.num_classes).long()
     each: dict[str, Tensor] = {}
     failures: list[Failure] = []
+    unseen = 0
     for item, result in run_jobs(work, items, stage="score", workers=workers):
         if isinstance(result, Failure):
             failures.append(result)
             continue
         confusion = torch.from_numpy(result)
         total += confusion
+        shown = confusion[0].sum(1) > 0
+        unseen += not all(shown[index + 1] for index in item.classes or ())
         if keep_each:
             each[item.name] = confusion.int()  # the pixels of one image fit 32 bits
     failures.sort(key=lambda failure: failure.key)
     if len(failures) == len(items):
         reason = f"; {failures[0].key}: {failures[0].reason}" if failures else ""
         raise DataError(f"not a single image could be counted{reason}")
+    if not has_foreground(total[0]):
+        raise DataError(
+            f"nothing can be measured on {len(items) - len(failures)} true masks, such as "
+            f"{items[0].truth}: {NO_FOREGROUND}"
+        )
     return [
         ScoreResult(
             confusion,
             {name: confusions[number] for name, confusions in each.items()},
             len(items) - len(failures),
             tuple(failures),
+            unseen=unseen,
         )
         for number, confusion in enumerate(total)
     ]

@@ -363,7 +363,8 @@ class Capture:
                     or "the model returned none, or its output comes from no classifier; compute "
                     "them with `scores=lambda output: ...`"
                 )
-                + ", or name the `classes` and use a seed that needs no scores, such as "
+                + ", for CLIP use camkit.seeds.TextClasses, "
+                "or name the `classes` and use a seed that needs no scores, such as "
                 "ClassAttentionSeed"
             )
         if not self.outputs.isfinite().all():

@@ -199,7 +199,7 @@ def execute(options: argparse.Namespace) -> int:
         quality=Quality() if settings["quality"] else None,
         outlines=settings["outlines"],
     )
-    print(to_markdown(report))
+    _print(report)
     if options.out is not None:
         _write(options.out, report, settings)
     if options.html is not None:
@@ -217,6 +217,12 @@ def execute(options: argparse.Namespace) -> int:
         with unfinished(options.html) as draft:
             draft.write_text(to_html(report, examples), encoding="utf-8")
     return 1 if report.skipped else 0
+
+
+def _print(report: Report) -> None:
+    print(to_markdown(report))
+    for warning in report.warnings:
+        print(f"camkit: warning: {warning}", file=sys.stderr)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from camkit.score import (
     Definition,
     class_scores,
     class_table,
+    few_images,
     mean_iou,
     paired_gain,
     percent,
@@ -102,11 +103,17 @@ def execute(options: argparse.Namespace) -> int:
         f"    by the other definitions: {', '.join(others)}"
     )
     print(f"pixel accuracy {percent(accuracy)}")
+    if result.unseen:
+        _warn(
+            f"the labels of {result.unseen} of {result.images} images name a class that the truth "
+            "shows nowhere; check the labels, and whether the truth marks objects with 255"
+        )
     figures: dict[str, object] = {
         "camkit": version("camkit"),
         "masks": str(options.masks),
         "truth": str(options.gt),
         "images": result.images,
+        "labels_without_a_pixel": result.unseen,
         "definition": options.definition,
         "background_score": result.background_score,
         "background_score_is": None if result.background_score is None else result.choice,
@@ -118,17 +125,7 @@ def execute(options: argparse.Namespace) -> int:
     if options.against is not None:
         other = _score(options, options.against, cams, len(names))
         failures += other.failures
-        both = [name for name in result.each if name in other.each]
-        if len(both) < 2:
-            message = f"{len(both)} images are in both folders; a comparison needs at least 2"
-            raise CamkitError(message)
-        base, ours = (torch.stack([side.each[name] for name in both]) for side in (other, result))
-        gain = paired_gain(base, ours, definition=options.definition)
-        print(f"\nagainst {options.against}: mIoU {percent(gain.mean_iou_base)}")
-        _print_score(options, other)
-        low, high = 100 * gain.low, 100 * gain.high
-        print(f"gain {100 * gain.gain:+.2f}, 95% interval {low:+.2f} to {high:+.2f}")
-        figures["gain"] = {"against": str(options.against), **asdict(gain)}
+        figures["gain"] = _compare(options, result, other)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         with unfinished(options.json) as draft:
@@ -139,6 +136,29 @@ def execute(options: argparse.Namespace) -> int:
         message = f"camkit: {len(failures)} images could not be counted and are in no figure"
         print(message, file=sys.stderr)
     return 1 if failures else 0
+
+
+def _compare(
+    options: argparse.Namespace, result: ScoreResult, other: ScoreResult
+) -> dict[str, object]:
+    """Print the gain over another folder, on the images of both; return its figures."""
+    both = [name for name in result.each if name in other.each]
+    if len(both) < 2:
+        message = f"{len(both)} images are in both folders; a comparison needs at least 2"
+        raise CamkitError(message)
+    base, ours = (torch.stack([side.each[name] for name in both]) for side in (other, result))
+    gain = paired_gain(base, ours, definition=options.definition)
+    print(f"\nagainst {options.against}: mIoU {percent(gain.mean_iou_base)}")
+    _print_score(options, other)
+    low, high = 100 * gain.low, 100 * gain.high
+    print(f"gain {100 * gain.gain:+.2f}, 95% interval {low:+.2f} to {high:+.2f}")
+    if gain.few_images:
+        _warn(few_images(gain.images))
+    return {"against": str(options.against), **asdict(gain), "few_images": gain.few_images}
+
+
+def _warn(message: str) -> None:
+    print(f"camkit: warning: {message}", file=sys.stderr)
 
 
 def _class_names(options: argparse.Namespace) -> Sequence[str]:

@@ -3,8 +3,10 @@
 Put ``camkit.compat`` where a script says ``pytorch_grad_cam``, and keep the rest.
 """
 
-from typing import NoReturn
-
+from camkit.compat.ablation_layer import (
+    AblationLayer as AblationLayer,
+    AblationLayerVit as AblationLayerVit,
+)
 from camkit.compat.base import CAM as CAM
 from camkit.compat.components import (
     FEM as FEM,
@@ -23,15 +25,10 @@ from camkit.compat.gradients import (
     ShapleyCAM as ShapleyCAM,
     XGradCAM as XGradCAM,
 )
-from camkit.compat.guided import GuidedBackpropReLUModel as GuidedBackpropReLUModel
+from camkit.compat.guided_backprop import GuidedBackpropReLUModel as GuidedBackpropReLUModel
 from camkit.compat.meta import FinerCAM as FinerCAM, RefineCAM as RefineCAM
-from camkit.compat.missing import INSTEAD
-from camkit.compat.perturbed import (
-    AblationCAM as AblationCAM,
-    AblationLayer as AblationLayer,
-    AblationLayerVit as AblationLayerVit,
-    ScoreCAM as ScoreCAM,
-)
+from camkit.compat.missing import INSTEAD, stand_in
+from camkit.compat.perturbed import AblationCAM as AblationCAM, ScoreCAM as ScoreCAM
 from camkit.compat.utils.image import (
     deprocess_image as deprocess_image,
     preprocess_image as preprocess_image,
@@ -55,11 +52,13 @@ from camkit.compat.utils.reshape_transforms import (
 from camkit.errors import CamkitError, closest
 
 
-def __getattr__(name: str) -> NoReturn:
-    """Say what to use in place of a name that is not here."""
+def __getattr__(name: str) -> type:
+    """Return a stand-in for a name of grad-cam that is not here, or suggest the closest name."""
+    if name in INSTEAD:
+        return stand_in(__name__, name)
     own = (n for n, v in globals().items() if getattr(v, "__module__", "").startswith(__name__))
-    instead = INSTEAD.get(name) or closest(name, [each for each in own if each[0] != "_"])
-    if name in INSTEAD or name[0].isupper():
+    suggestion = closest(name, [each for each in own if each[0] != "_"])
+    if name[0].isupper():
         # an AttributeError would lose its words in `from camkit.compat import name`
-        raise CamkitError(f"camkit.compat has no {name}: {instead}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {instead}")
+        raise CamkitError(f"camkit.compat has no {name}: {suggestion}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {suggestion}")

@@ -1,5 +1,6 @@
 """The base of grad-cam's classes: layers of a model, read as maps at the size of the images."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from camkit.compat.utils.model_targets import (
     check_targets,
 )
 from camkit.errors import CaptureError
+from camkit.printing import short_repr
 from camkit.seeds.token_gradients import principal_component, weight_tokens
 from camkit.seeds.views import ModelCall
 
@@ -53,6 +55,8 @@ class LayerEvidence:
     scores: Tensor
     targets: Sequence[Target]
 
+    __repr__ = short_repr
+
 
 class CAM(AbstractContextManager["CAM"]):
     """Base of all methods; a subclass names its weighting in `camkit.seeds.token_gradients`.
@@ -64,7 +68,7 @@ class CAM(AbstractContextManager["CAM"]):
         model: any module that takes images; it may be frozen, compiled or in half precision.
         target_layers: layers to read; None is the norm before the last attention.
         reshape_transform: turns a layer's output into ``(b, channels, h, w)``; None derives the
-            layout of tokens from the model.
+            layout of tokens from the model, and that of planes from the proportions of the images.
         call: calls a model that takes more than images, as in `camkit.wrap`.
     """
 
@@ -120,15 +124,9 @@ class CAM(AbstractContextManager["CAM"]):
             aug_smooth: average over mirror images and three brightnesses, as grad-cam does.
             eigen_smooth: take the first principal component instead of the sum over channels.
         """
-        if not aug_smooth:
-            return self.forward(input_tensor, targets, eigen_smooth).cpu().numpy()
-        views = []
-        for mirrored in (False, True):
-            for factor in (0.9, 1.0, 1.1):
-                pixels = input_tensor.flip(-1) if mirrored else input_tensor
-                maps = self.forward(pixels * factor, targets, eigen_smooth)
-                views.append(maps.flip(-1) if mirrored else maps)
-        return torch.stack(views).mean(0).cpu().numpy()
+        return smoothed(
+            lambda pixels: self.forward(pixels, targets, eigen_smooth), input_tensor, aug_smooth
+        )
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: the hooks are off already. Errors are not swallowed."""
@@ -236,7 +234,23 @@ class CAM(AbstractContextManager["CAM"]):
                 "`reshape_transform` must return (b, channels, h, w) for a layer's output, got "
                 f"shape {tuple(planes.shape)}"
             )
+        if self.reshape_transform is None and _channels_last(planes.shape, image):
+            planes = planes.movedim(-1, 1)
         return planes.flatten(2).mT.float(), (planes.shape[2], planes.shape[3])
+
+
+def smoothed(
+    forward: Callable[[Tensor], Float[Tensor, "b H W"]], pixels: Tensor, aug_smooth: bool
+) -> Maps:
+    """Return maps, or their mean over mirror images and three brightnesses."""
+    if not aug_smooth:
+        return forward(pixels).cpu().numpy()
+    views = []
+    for mirrored in (False, True):
+        for factor in (0.9, 1.0, 1.1):
+            maps = forward((pixels.flip(-1) if mirrored else pixels) * factor)
+            views.append(maps.flip(-1) if mirrored else maps)
+    return torch.stack(views).mean(0).cpu().numpy()
 
 
 def model_scores(output: object) -> Tensor:
@@ -248,6 +262,16 @@ def model_scores(output: object) -> Tensor:
             "such tensor; wrap the model in a module that returns its scores"
         )
     return found[0]
+
+
+def _channels_last(shape: Sequence[int], image: Sequence[int]) -> bool:
+    """Whether the second and third axes, not the last two, have the proportions of the images."""
+
+    def misfit(rows: int, cols: int) -> float:
+        return abs(math.log(rows * image[1] / (cols * image[0])))
+
+    second, last = misfit(*shape[1:3]), misfit(*shape[2:4])
+    return last > math.log(1.5) and second < last  # convolutions may trim a few rows
 
 
 def _chosen(targets: Targets, outputs: Tensor) -> Sequence[Target]:

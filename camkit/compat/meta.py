@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from camkit.compat.base import CAM, Maps, Reshape, stretched
+from camkit.compat.base import CAM, Maps, Reshape, smoothed, stretched
 from camkit.compat.gradients import GradCAM, GradCAMPlusPlus
 from camkit.compat.utils.model_targets import FinerWeightedTarget, Target
 from camkit.seeds.views import ModelCall
@@ -29,7 +29,7 @@ class FinerCAM(AbstractContextManager["FinerCAM"]):
     ) -> None:
         self.base_cam = base_method(model, target_layers, reshape_transform, call=call)
 
-    def __call__(
+    def __call__(  # noqa: PLR0913 - the signature is grad-cam's
         self,
         input_tensor: Tensor,
         targets: Sequence[Target] | None = None,
@@ -37,6 +37,8 @@ class FinerCAM(AbstractContextManager["FinerCAM"]):
         alpha: float = 1.0,
         comparison_categories: Sequence[int] | None = None,
         target_idx: int | None = None,
+        *,
+        aug_smooth: bool = False,
     ) -> Maps:
         """Return maps in [0, 1] at the size of the images.
 
@@ -47,6 +49,7 @@ class FinerCAM(AbstractContextManager["FinerCAM"]):
             alpha: factor of the subtracted scores.
             comparison_categories: ranks by similarity of score; 1 is the most similar class.
             target_idx: the class; None takes the most probable one.
+            aug_smooth: as in `CAM`; grad-cam has it only there.
         """
         ranks = (1, 2, 3) if comparison_categories is None else tuple(comparison_categories)
 
@@ -57,7 +60,11 @@ class FinerCAM(AbstractContextManager["FinerCAM"]):
             return [FinerWeightedTarget(row[0], [row[r] for r in kept], alpha) for row in order]
 
         chosen = contrasts if targets is None else targets
-        return self.base_cam.forward(input_tensor, chosen, eigen_smooth).cpu().numpy()
+        return smoothed(
+            lambda pixels: self.base_cam.forward(pixels, chosen, eigen_smooth),
+            input_tensor,
+            aug_smooth,
+        )
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: the hooks are off already. Errors are not swallowed."""
@@ -85,11 +92,17 @@ class RefineCAM(AbstractContextManager["RefineCAM"]):
         input_tensor: Tensor,
         targets: Sequence[Target] | None = None,
         eigen_smooth: bool = False,
+        *,
+        aug_smooth: bool = False,
     ) -> Maps:
         """Return maps in [0, 1] at the size of the images; the arguments are those of `CAM`."""
-        layers = self.base_cam.layer_maps(input_tensor, targets, eigen_smooth)
-        product = stretched(layers.flatten(0, 1)).unflatten(0, layers.shape[:2]).prod(0)
-        return stretched(product).cpu().numpy()
+
+        def forward(pixels: Tensor) -> Tensor:
+            layers = self.base_cam.layer_maps(pixels, targets, eigen_smooth)
+            product = stretched(layers.flatten(0, 1)).unflatten(0, layers.shape[:2]).prod(0)
+            return stretched(product)
+
+        return smoothed(forward, input_tensor, aug_smooth)
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: the hooks are off already. Errors are not swallowed."""

@@ -1,5 +1,9 @@
 """Names of grad-cam that camkit has something else for, and what that is."""
 
+from typing import Any, NoReturn
+
+from camkit.errors import CamkitError
+
 _METRICS = (
     "keep importing it from pytorch_grad_cam.metrics: it takes the maps and targets of "
     "camkit.compat; against true masks, use camkit.score or `camkit bench`"
@@ -39,7 +43,22 @@ INSTEAD = {
         *("ROADCombined", "ROADMostRelevantFirst", "ROADLeastRelevantFirst"),
         *("ROADMostRelevantFirstAverage", "ROADLeastRelevantFirstAverage"),
         *("CamMultImageConfidenceChange", "DropInConfidence", "IncreaseInConfidence"),
-        *("PerturbationConfidenceMetric", "metrics"),
+        "PerturbationConfidenceMetric",
     ),
     _METRICS,
 )
+
+
+def stand_in(module: str, name: str) -> type:
+    """Return a class of this name that raises when it is called: scripts import more than they use.
+
+    Raises:
+        AttributeError: it is none of these names.
+    """
+    if name not in INSTEAD:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise CamkitError(f"camkit.compat has no {name}: {INSTEAD[name]}")
+
+    return type(name, (), {"__new__": refuse, "__module__": module, "__doc__": INSTEAD[name]})

@@ -1,7 +1,6 @@
 """Score-CAM and Ablation-CAM, which run the model again for each channel of a layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from camkit.capture.hooks import Hooks
 from camkit.capture.layers import undisturbed
+from camkit.compat.ablation_layer import AblationLayer
 from camkit.compat.base import CAM, LayerEvidence, Reshape, model_scores
 from camkit.compat.utils.model_targets import Target, apply_target
 from camkit.contrib.perturbed import Run, ablated_scores, masked_scores, without_channels
@@ -37,20 +37,6 @@ class ScoreCAM(CAM):
         return evidence.tokens * torch.stack(rows)[:, None]
 
 
-@dataclass(frozen=True)
-class AblationLayer:
-    """States that channels are the second axis of a layer's output, as in convolutions."""
-
-    axis = 1
-
-
-@dataclass(frozen=True)
-class AblationLayerVit(AblationLayer):
-    """States that channels are the last axis of a layer's output, as in transformers."""
-
-    axis = -1
-
-
 class AblationCAM(CAM):
     """Channels weighted by the drop of the score without them, as a share of the score.
 
@@ -63,8 +49,7 @@ class AblationCAM(CAM):
         model: as in `CAM`.
         target_layers: as in `CAM`.
         reshape_transform: as in `CAM`.
-        ablation_layer: states the axis of the channels; None takes the last of three axes, the
-            second of four.
+        ablation_layer: states the axis of the channels; None finds it.
         batch_size: channels in a forward.
         ratio_channels_to_ablate: 1.0; other values are refused.
         call: as in `CAM`.
@@ -95,7 +80,7 @@ class AblationCAM(CAM):
 
     def _weighted(self, evidence: LayerEvidence) -> Float[Tensor, "b n c"]:
         output = evidence.output
-        axis = self._channel_axis(output)
+        axis = self._channel_axis(output, evidence.tokens.shape[-1])
         if len(output) != len(evidence.pixels) or output.shape[axis] != evidence.tokens.shape[-1]:
             raise CamkitError(
                 "AblationCAM needs a layer whose output has images as its first axis and channels "
@@ -119,10 +104,10 @@ class AblationCAM(CAM):
                 rows.append((score - changed) / score)
         return evidence.tokens * torch.stack(rows)[:, None]
 
-    def _channel_axis(self, output: Tensor) -> int:
+    def _channel_axis(self, output: Tensor, channels: int) -> int:
         if self.ablation_layer is not None:
             return self.ablation_layer.axis
-        return -1 if output.dim() == 3 else 1
+        return 1 if output.dim() == 4 and output.shape[1] == channels else -1
 
 
 def _run(cam: CAM, target: Target) -> Run:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -43,10 +43,10 @@ def check_dataset(dataset: DataSet, *, splits: Sequence[str] | None = None) -> l
 
     Errors are listed images that are missing, photos and masks that cannot be read to their end,
     masks whose size differs from that of their upright photo, ids of no class, a palette that an
-    editor has renumbered, classes in a mask that the labels lack, and one content under two names,
-    within a split or across splits. Notes are labels without a pixel, images without a mask beside
-    others that have one, photos stored rotated, and splits that share images by name, as trainval
-    and train do.
+    editor has renumbered, classes in a mask that the labels lack, splits whose masks show no class
+    at all, and one content under two names, within a split or across splits. Notes are labels
+    without a pixel, images without a mask beside others that have one, photos stored rotated, and
+    splits that share images by name, as trainval and train do.
 
     Args:
         dataset: the data set to check.
@@ -60,6 +60,7 @@ def check_dataset(dataset: DataSet, *, splits: Sequence[str] | None = None) -> l
     """
     findings: list[Finding] = []
     checked: set[Sample] = set()
+    shown: dict[Path | None, Sequence[int]] = {}  # the classes in each mask
     samples: dict[str, list[Sample]] = {}
     for name in dataset.splits if splits is None else splits:
         samples[name] = []
@@ -76,8 +77,9 @@ def check_dataset(dataset: DataSet, *, splits: Sequence[str] | None = None) -> l
             samples[name], desc=f"checking {name}", unit="image", mininterval=0.5
         ):
             if sample not in checked:
-                findings += _check_sample(dataset, sample, mask_expected=masked)
+                findings += _check_sample(dataset, sample, shown, mask_expected=masked)
                 checked.add(sample)
+        findings += _check_any_class(dataset, name, samples[name], shown)
         findings += _repeated(samples[name])
     for first, second in combinations(samples.items(), 2):
         findings += _shared(dataset, first, second)
@@ -127,7 +129,14 @@ def _contents(samples: Iterable[Sample]) -> dict[Path, str]:
     return contents
 
 
-def _check_sample(dataset: DataSet, sample: Sample, *, mask_expected: bool) -> Iterator[Finding]:
+def _check_sample(
+    dataset: DataSet,
+    sample: Sample,
+    shown: dict[Path | None, Sequence[int]],
+    *,
+    mask_expected: bool,
+) -> Iterator[Finding]:
+    """Check a photo and its mask; note the classes of a readable mask in ``shown``."""
     try:
         size = read_picture(sample.photo).shape[:2]
     except DataError as error:
@@ -140,14 +149,41 @@ def _check_sample(dataset: DataSet, sample: Sample, *, mask_expected: bool) -> I
         return
     count = len(dataset.classes)
     try:
-        shown = mask_classes(sample.mask, num_classes=count, form=sample.form, size=size)
+        classes = mask_classes(sample.mask, num_classes=count, form=sample.form, size=size)
     except DataError as error:
         yield Finding("mask", sample.mask, str(error))
         return
+    shown[sample.mask] = classes
     yield from _check_orientation(sample.photo, sample.mask)
     if sample.form == VOC_FORM:
-        yield from _check_palette(sample.mask, shown, count)
-    yield from _check_labels(dataset.classes, sample, sample.mask, shown)
+        yield from _check_palette(sample.mask, classes, count)
+    yield from _check_labels(dataset.classes, sample, sample.mask, classes)
+
+
+def _check_any_class(
+    dataset: DataSet,
+    split: str,
+    samples: Sequence[Sample],
+    shown: Mapping[Path | None, Sequence[int]],
+) -> Iterator[Finding]:
+    """Find a split whose masks measure nothing, and count the masks without their labels."""
+    masks = [(sample, shown[sample.mask]) for sample in samples if sample.mask in shown]
+    if masks and not any(classes for _, classes in masks):
+        message = (
+            f"{dataset.root}: none of the {len(masks)} masks of {split} shows a class, only "
+            "background and ignored pixels, so they measure nothing; if they mark objects with "
+            "255, which is ignored, write class + 1 there: 1 for the first class"
+        )
+        yield Finding("mask", dataset.root, message)
+        return
+    unseen = [sample for sample, classes in masks if not {*sample.classes} <= {*classes}]
+    if len(unseen) > 1:
+        message = (
+            f"{dataset.root}: {len(unseen)} of {len(masks)} masks of {split} show no pixel of a "
+            f"class that their labels name, such as {unseen[0].name}; check whether they mark it "
+            "with 255, which is ignored"
+        )
+        yield Finding("labels", dataset.root, message, certain=False)
 
 
 def _check_orientation(photo: Path, mask: Path) -> Iterator[Finding]:

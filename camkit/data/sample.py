@@ -12,7 +12,7 @@ from torch import Tensor
 
 from camkit.errors import DataError
 from camkit.photo import decode
-from camkit.tensors import IGNORE
+from camkit.tensors import IGNORE, IGNORE_16
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,11 @@ class MaskForm:
 
     Attributes:
         colours: a value is red + 256 * green + 65536 * blue of an RGB image; else it is an index
-            into a palette or an 8-bit grey level.
+            into a palette or a grey level of 8 or 16 bits.
         ids: the id (0 for background, else class index + 1) of each value; None where values are
             ids already.
-        ignored: values of pixels that are not scored.
+        ignored: values of pixels that are not scored; in grey levels of 16 bits that are ids
+            already, 65535 takes the place of 255.
     """
 
     colours: bool = False
@@ -155,7 +156,9 @@ def _mask_ids(
             "the photo"
         )
     known = dict(form.ids or {value: value for value in range(num_classes + 1)})
-    id_of = known | dict.fromkeys(form.ignored, -1)
+    wide = values.dtype == np.uint16 and form.ids is None
+    ignored = (IGNORE_16,) if wide else form.ignored
+    id_of = known | dict.fromkeys(ignored, -1)
     held = unique_values(values)
     unknown = [value for value in held.tolist() if value not in id_of]
     if unknown:
@@ -163,7 +166,7 @@ def _mask_ids(
         raise DataError(
             f"{path} holds the ids {', '.join(map(str, unknown))}; allowed are "
             f"{count}{min(known)} to {max(known)} for {num_classes} classes and "
-            f"{', '.join(map(str, form.ignored))} for ignore"
+            f"{', '.join(map(str, ignored))} for ignore"
         )
     ids = np.array([id_of[value] for value in held.tolist()], np.int64)
     return ids[np.searchsorted(held, values)]
@@ -183,10 +186,12 @@ def mask_values(path: Path, *, form: MaskForm = VOC_FORM) -> Integer[np.ndarray,
     # PIL stretches 2- and 4-bit grey levels to 0..255, so only 8-bit levels are still ids. The bits
     # follow signature (8 bytes), chunk length and name (8), width and height (8).
     stretched = image.mode == "L" and path.read_bytes()[24] != 8
+    if image.format == "PNG" and image.mode == "I;16":
+        return np.array(image, np.uint16)
     if image.format != "PNG" or image.mode not in ("P", "L") or stretched:
         raise DataError(
             f"{path} is a {image.format} of mode {image.mode}; expected class ids in a PNG with a "
-            "palette (mode P) or 8-bit grey levels (mode L), not colours"
+            "palette (mode P) or grey levels of 8 or 16 bits (modes L and I;16), not colours"
         )
     return np.array(image)
 

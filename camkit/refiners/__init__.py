@@ -8,6 +8,7 @@ from camkit.refiners.edge_aware import (
     PixelAdaptive as PixelAdaptive,
     Superpixels as Superpixels,
 )
+from camkit.refiners.flat import FlatMapWarning as FlatMapWarning
 from camkit.refiners.normalize import (
     Amplify as Amplify,
     Blur as Blur,

@@ -1,6 +1,12 @@
 """Scores against true masks: confusion matrices, mean IoU, sweeps and significance of a gain."""
 
-from camkit.score.bootstrap import Gain as Gain, holm as holm, paired_gain as paired_gain
+from camkit.score.bootstrap import (
+    FEW_IMAGES as FEW_IMAGES,
+    Gain as Gain,
+    few_images as few_images,
+    holm as holm,
+    paired_gain as paired_gain,
+)
 from camkit.score.boxes import (
     BoxAccuracy as BoxAccuracy,
     box_accuracy as box_accuracy,
@@ -10,6 +16,7 @@ from camkit.score.boxes import (
 from camkit.score.confusion import (
     ClassScore as ClassScore,
     Definition as Definition,
+    ScoreWarning as ScoreWarning,
     boundary_confusion as boundary_confusion,
     class_iou as class_iou,
     class_scores as class_scores,

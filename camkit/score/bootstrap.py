@@ -7,7 +7,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from camkit.score.confusion import Definition, Overlap
+from camkit.score.confusion import Definition, Overlap, check_foreground
+
+FEW_IMAGES = 30
+"""Below this number of images, intervals and p values are not reliable (benchmarks/coverage.py)."""
 
 _CHUNK_BYTES = 100 * 2**20  # of working memory, whatever the size of the set
 
@@ -18,7 +21,8 @@ class Gain:
 
     ``low`` to ``high`` is the percentile interval of the gain; ``chance_below_zero`` and
     ``chance_above_zero`` are the shares of resampled sets on which ``other`` is strictly worse or
-    better.
+    better. With fewer than `FEW_IMAGES` ``images``, ``few_images`` is true, and neither the
+    interval nor the p value keeps what it promises.
     """
 
     mean_iou_base: float
@@ -29,6 +33,12 @@ class Gain:
     chance_below_zero: float
     chance_above_zero: float
     resamples: int
+    images: int
+
+    @property
+    def few_images(self) -> bool:
+        """Whether the interval and the p value are not reliable: see `FEW_IMAGES`."""
+        return self.images < FEW_IMAGES
 
     @property
     def p_value(self) -> float:
@@ -51,6 +61,7 @@ def paired_gain(  # noqa: PLR0913 - each of the five settings is a choice of its
 
     Images are drawn with replacement, the same images for both methods, and the mean IoU of each
     drawn set is taken from its summed confusion. Sets without any of ``classes`` are left out.
+    With fewer than `FEW_IMAGES` images the result says ``few_images``.
 
     Args:
         base: one confusion matrix per image.
@@ -62,7 +73,8 @@ def paired_gain(  # noqa: PLR0913 - each of the five settings is a choice of its
         level: share of the resampled gains that the interval holds.
 
     Raises:
-        ValueError: the matrices are not of the same images, or a setting is out of range.
+        ValueError: the matrices are not of the same images, no class but the background has a
+            true pixel, or a setting is out of range.
     """
     _check_pairs(base, other)
     if resamples < 1 or not 0.0 < level < 1.0:
@@ -73,6 +85,7 @@ def paired_gain(  # noqa: PLR0913 - each of the five settings is a choice of its
     def mean(overlap: Overlap) -> Tensor:
         return overlap.mean_iou(definition=definition, classes=classes)
 
+    check_foreground(base.sum(0), classes)
     mean_base, mean_other = (mean(Overlap.of(side.sum(0))) for side in (base, other))
     if mean_base.isnan() or mean_other.isnan():
         raise ValueError("the images hold no pixel of the chosen classes, so no mean IoU exists")
@@ -92,7 +105,17 @@ def paired_gain(  # noqa: PLR0913 - each of the five settings is a choice of its
         chance_below_zero=float((gains < 0).double().mean()),
         chance_above_zero=float((gains > 0).double().mean()),
         resamples=len(gains),
+        images=len(base),
     )
+
+
+def few_images(images: int) -> str:
+    """Say that so few images make an interval unreliable.
+
+    >>> few_images(9)
+    '9 images: the interval and p are not reliable; use 30 or more'
+    """
+    return f"{images} images: the interval and p are not reliable; use {FEW_IMAGES} or more"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -100,9 +123,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     The chance that any of them falsely stays below a level is at most that level.
 
+    Raises:
+        ValueError: a p value is NaN or outside [0, 1].
+
     >>> [round(p, 4) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
     """
+    wrong = [p for p in p_values if not 0.0 <= p <= 1.0]  # NaN too
+    if wrong:
+        raise ValueError(f"`p_values` must lie in [0, 1], got {wrong[0]}")
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected = [0.0] * len(p_values)
     least = 0.0

@@ -1,6 +1,7 @@
 """Confusion matrices of masks and their outlines, the mIoU definitions of the field, tables."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -16,6 +17,17 @@ from camkit.tensors import IGNORE
 
 Definition: TypeAlias = Literal["present", "union", "psa"]
 """Which classes a mean IoU averages over: see `mean_iou`."""
+
+NO_FOREGROUND = (
+    "no class but the background has a true pixel, so an empty mask would score 100 %; if the true "
+    "masks mark objects with 255, which is ignored, write class + 1 there instead: 1 for the first "
+    "class"
+)
+"""Why some true masks measure nothing, and what to do."""
+
+
+class ScoreWarning(UserWarning):
+    """A score that means nothing."""
 
 
 def confusion_matrix(
@@ -58,6 +70,7 @@ def checked_mask(
 
     ``name`` is the name of the mask in an error.
     """
+    _check_integers(name, mask)
     if not 1 <= num_classes <= IGNORE:
         raise ValueError(f"`num_classes` must lie in 1 to {IGNORE}, got {num_classes}")
     values = mask.long()
@@ -84,6 +97,7 @@ class Overlap:
 
     @classmethod
     def of(cls, confusion: Int[Tensor, "*n c c"]) -> "Overlap":
+        _check_integers("confusion", confusion)
         counts = confusion.long()
         return cls(counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2))
 
@@ -146,8 +160,47 @@ def mean_iou(
 
     Returns:
         float64 in [0, 1]; NaN where no class counts.
+
+    Warns:
+        ScoreWarning: a single matrix, of a whole set, in which no class but the background has a
+            true pixel: whatever the definition, the score rewards empty masks.
     """
-    return Overlap.of(confusion).mean_iou(definition=definition, classes=classes)
+    mean = Overlap.of(confusion).mean_iou(definition=definition, classes=classes)
+    if confusion.ndim == 2 and not mean.isnan() and not has_foreground(confusion, classes):
+        warnings.warn(_nothing(classes), ScoreWarning, stacklevel=2)
+    return mean
+
+
+def has_foreground(confusion: Int[Tensor, "c c"], classes: Sequence[int] | None = None) -> bool:
+    """Return whether any class but the background has a true pixel, or is not asked for.
+
+    Args:
+        confusion: row = truth, column = prediction, summed over a set.
+        classes: mask values to average over, 0 being the background; None takes all.
+    """
+    chosen = range(len(confusion)) if classes is None else classes
+    objects = [value for value in chosen if value > 0]
+    return not objects or bool(confusion[objects].sum() > 0)
+
+
+def check_foreground(confusion: Int[Tensor, "c c"], classes: Sequence[int] | None = None) -> None:
+    """Raise a ValueError unless `has_foreground`."""
+    if not has_foreground(confusion, classes):
+        raise ValueError(_nothing(classes))
+
+
+def _nothing(classes: Sequence[int] | None) -> str:
+    if classes is None:
+        return f"this mean IoU measures nothing: {NO_FOREGROUND}"
+    return f"this mean IoU measures nothing: none of the classes {list(classes)} has a true pixel"
+
+
+def _check_integers(name: str, values: Tensor) -> None:
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(
+            f"`{name}` must hold whole numbers of an integer dtype, got {values.dtype}; convert "
+            f"what you know to be whole by {name}.long()"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from camkit.mask import strongest
-from camkit.score.confusion import Definition, checked_mask, mean_iou
+from camkit.score.confusion import Definition, check_foreground, checked_mask, mean_iou
 
 THRESHOLDS = torch.arange(96, dtype=torch.float64) / 100
 """0.00 to 0.95 in steps of 0.01, the usual step; published sweeps end at 0.60."""
@@ -124,9 +124,11 @@ def best_threshold(
         classes: mask values to average over, 0 being the background; None takes all.
 
     Raises:
-        ValueError: there is not one score for each matrix, or no pixel to score.
+        ValueError: there is not one score for each matrix, or no class but the background has a
+            true pixel.
     """
     _check_same_sweep(confusions, thresholds)
+    check_foreground(confusions[0], classes)
     means = mean_iou(confusions, definition=definition, classes=classes)
     if means.isnan().all():
         raise ValueError("`confusions` hold no pixel of the chosen classes, so no mean IoU exists")
@@ -143,9 +145,10 @@ def threshold_curve(
 ) -> Curve:
     """Compute the mean IoU at every background score.
 
-    The arguments are those of `best_threshold`; the mean is NaN where no class counts.
+    The arguments and errors are those of `best_threshold`.
     """
     _check_same_sweep(confusions, thresholds)
+    check_foreground(confusions[0], classes)
     means = mean_iou(confusions, definition=definition, classes=classes)
     return Curve(tuple(thresholds.tolist()), tuple(means.tolist()))
 

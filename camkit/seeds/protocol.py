@@ -65,6 +65,11 @@ def check_classes(classes: Classes, images: int, known: int | None) -> None:
         raise ValueError(
             f"`classes` must have one row per image ({images}), got {classes.shape[0]}"
         )
+    if classes.is_floating_point() or classes.dtype == torch.bool:
+        raise TypeError(
+            f"`classes` must hold indices of an integer dtype, got {classes.dtype}; "
+            "camkit.seeds.read_targets turns labels into indices"
+        )
     if classes.shape[1] == 0:
         raise ValueError("`classes` must ask for at least one class, got none")
     low, high = int(classes.min()), int(classes.max())

@@ -278,7 +278,8 @@ def _numbers(
         if named:
             raise ValueError(
                 f"{named[0]!r} is a name, but the pipeline has no vocabulary; use output indices, "
-                "or pass `vocabulary=` to camkit.wrap"
+                "or pass `vocabulary=` to camkit.wrap; for CLIP, which compares images with texts, "
+                "use camkit.seeds.TextClasses.from_prompts"
             )
         if not plain:
             raise ValueError("name at least one class, got none")

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Real, UInt8
 from torch import Tensor
 
+from camkit.compat.missing import stand_in
+
 
 def preprocess_image(
     img: Real[np.ndarray, "H W 3"],
@@ -90,3 +92,7 @@ def show_cam_on_image(
     colours = colours[:, :, ::-1] if use_rgb else colours
     mixed = image_weight * img + (1 - image_weight) * (colours.astype(np.float32) / 255)
     return (mixed / max(mixed.max(), 1e-7) * 255).astype(np.uint8)
+
+
+def __getattr__(name: str) -> type:
+    return stand_in(__name__, name)

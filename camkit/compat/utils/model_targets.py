@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from camkit.compat.missing import stand_in
+from camkit.printing import short_repr
+
 Target: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -80,6 +83,8 @@ class SemanticSegmentationTarget:
     category: int
     mask: np.ndarray | Tensor
 
+    __repr__ = short_repr
+
     def __call__(self, output: Tensor) -> Tensor:
         mask = torch.as_tensor(self.mask, device=output.device)
         if output.dim() != 3 or output.shape[1:] != mask.shape:
@@ -140,3 +145,7 @@ def apply_target(target: Target, output: Tensor) -> Float[Tensor, ""]:
             f"{tuple(value.shape)}"
         )
     return value.reshape(())
+
+
+def __getattr__(name: str) -> type:
+    return stand_in(__name__, name)

@@ -3,6 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from camkit.compat.missing import stand_in
+
 
 def vit_reshape_transform(
     tensor: Float[Tensor, "b t c"], height: int = 14, width: int = 14
@@ -21,3 +23,7 @@ def swinT_reshape_transform(  # noqa: N802 - grad-cam's name
             "of this model, or leave `reshape_transform` out: camkit knows the layout"
         )
     return tensor.mT.unflatten(-1, (height, width))
+
+
+def __getattr__(name: str) -> type:
+    return stand_in(__name__, name)

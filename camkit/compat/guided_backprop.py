@@ -11,6 +11,7 @@ from camkit.capture.hooks import Hooks
 from camkit.capture.layers import undisturbed
 from camkit.capture.parameters import to_input
 from camkit.compat.base import model_scores
+from camkit.compat.missing import stand_in
 from camkit.compat.utils.model_targets import ClassifierOutputTarget, apply_target
 from camkit.errors import CamkitError
 
@@ -67,3 +68,7 @@ class GuidedBackpropReLUModel:
             finally:
                 hooks.remove()
         return gradient[0].permute(1, 2, 0).float().cpu().numpy()
+
+
+def __getattr__(name: str) -> type:
+    return stand_in(__name__, name)
