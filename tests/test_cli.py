@@ -165,7 +165,7 @@ def test_a_folder_is_led_to_the_command_for_folders(tmp_path, capsys):
         "camkit run 'my photos' --classes cat --out masks --refine blur:2 --refine crf "
         f"--model {NAME}.test --size 64"
     )
-    assert main(shlex.split(command)[1:] + ["--workers", "0"]) == 0
+    assert main([*shlex.split(command)[1:], "--workers", "0"]) == 0
     assert (tmp_path / "masks" / "masks" / "a.png").is_file()
 
 
@@ -195,7 +195,6 @@ def test_a_misspelt_photo_is_told_before_the_model_is_opened(tmp_path, capsys):
         ("eval shapes/SegmentationClass --gt shaeps", "did you mean shapes?"),
         ("demo --photos 0", "--photos and --images must be at least 1"),
         ("doctor demo --size 31", "cannot be run on images of shape (1, 3, 31, 31)"),
-        ("cam a.png --refine json.JSONDecoder", "must be a refiner"),
         ("build-kernels --arch 7", "must be 80 or newer, got 7"),
     ],
 )
@@ -448,6 +447,7 @@ def test_doctor_says_what_it_expected_where_a_model_should_be(place, words, caps
     assert words in error
 
 
+@pytest.mark.filterwarnings("ignore::camkit.refiners.FlatMapWarning")  # random weights
 def test_demo_paints_a_sheet_and_writes_its_table(monkeypatch, tmp_path, capsys, weights):
     (tmp_path / "data").mkdir()
     shutil.copytree(weights, tmp_path / "data" / "weights")
