@@ -472,8 +472,8 @@ def test_code_compiled_behind_an_edit_of_some_blocks_is_edited_in_these():
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (object(), "must have __call__"),
-        (Cosines, r"must be an instance, such as Cosines\(\)"),
+        (object(), "`edit` must be an edit, such as camkit.DOEI"),
+        (Cosines, r"got the class Cosines; add brackets: Cosines\(\)"),
         (HybridAlignment(), r"camkit.DOEI\(alignment="),
     ],
 )

@@ -58,6 +58,8 @@ class Truth:
     images: int = 0
     unseen: list[str] = field(default_factory=list)
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         self.pixels = torch.zeros(len(self.classes) + 1, dtype=torch.int64)
 

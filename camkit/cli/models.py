@@ -63,6 +63,8 @@ class LoadedModel:
     source: str
     call: ModelCall | None = None
 
+    __repr__ = short_repr
+
 
 @dataclass(frozen=True)
 class ModelSource:
