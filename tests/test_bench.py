@@ -240,7 +240,7 @@ def test_what_makes_figures_unreliable_is_in_the_report(model, shapes):
         repaint(sample.mask, lambda ids: np.where(ids == names["square"], 0, ids))
     report = measured(model, shapes)
     few, absent, *_ = report.warnings
-    assert few == "3 images: the interval and p are not reliable; use 30 or more"
+    assert few == "3 images: the interval and p are not reliable; use 40 or more"
     assert absent.startswith("no mask of train shows square: left out of the mean")
     assert any(f"of val name a class that the mask shows nowhere, such as {lost.name}" in warning
                for warning in report.warnings)  # fmt: skip

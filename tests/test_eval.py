@@ -382,7 +382,7 @@ def test_the_gain_over_others_is_that_of_the_paired_bootstrap(drawn, tmp_path, c
     assert expected.gain > 0
     assert (actual["images"], actual["few_images"]) == (8, True)
     printed, warned = capsys.readouterr()
-    assert "8 images: the interval and p are not reliable; use 30 or more" in warned
+    assert "8 images: the interval and p are not reliable; use 40 or more" in warned
     assert f"against {bad}: mIoU {100 * expected.mean_iou_base:.2f}" in printed
     assert f"gain {100 * expected.gain:+.2f}, 95% interval " in printed
 

@@ -388,9 +388,9 @@ def test_confusions_hold_the_pixels_and_show_shares(report, source):
 @pytest.mark.parametrize(
     ("images", "tuned", "said"),
     [
-        (30, 30, ""),
-        (29, 30, "come from 29 images of train"),
-        (30, 1, "come from 1 image of val"),
+        (40, 40, ""),
+        (39, 40, "come from 39 images of train"),
+        (40, 1, "come from 1 image of val"),
     ],
 )
 def test_few_images_are_told(report, images, tuned, said):
@@ -401,7 +401,7 @@ def test_few_images_are_told(report, images, tuned, said):
 
 
 def test_every_other_warning_of_the_report_is_on_the_page_once(report):
-    few = "12 images: the interval and p are not reliable; use 30 or more"
+    few = "12 images: the interval and p are not reliable; use 40 or more"
     marked = replace(report, rows=report.rows[:1], warnings=(few, "no mask shows <cat>"))
     words = Page(to_html(marked)).texts
     assert " no mask shows <cat>." in words

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from camkit.score.confusion import Definition, Overlap, check_foreground
 
-FEW_IMAGES = 30
+FEW_IMAGES = 40
 """Below this number of images, intervals and p values are not reliable (benchmarks/coverage.py)."""
 
 _CHUNK_BYTES = 100 * 2**20  # of working memory, whatever the size of the set
@@ -113,7 +113,7 @@ def few_images(images: int) -> str:
     """Say that so few images make an interval unreliable.
 
     >>> few_images(9)
-    '9 images: the interval and p are not reliable; use 30 or more'
+    '9 images: the interval and p are not reliable; use 40 or more'
     """
     return f"{images} images: the interval and p are not reliable; use {FEW_IMAGES} or more"
 
