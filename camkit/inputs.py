@@ -28,6 +28,7 @@ from camkit.photo import (
     upright_rgb,
     upright_rgba,
 )
+from camkit.seeds.views import stated_size
 
 PhotoLike: TypeAlias = Any
 """A `Photo`; the path of a file, its bytes or an open file; a PIL image; an array (rows, cols) or
@@ -63,7 +64,7 @@ def photo_settings(model: nn.Module, given: Any = None, *, size: int = 384) -> P
     embedding = next(iter(find_patch_embeddings(model).values()), None)
     channels = 3 if embedding is None else embedding.in_channels
     patch = patch_step(model)
-    fixed = _fixed_size(model)
+    fixed = stated_size(model) if _has_fixed_size(model) else None
     stated = _given(given) if given is not None else _stated(model)
     if stated is None or "mean" not in stated or "std" not in stated:
         raise CamkitError(
@@ -155,23 +156,19 @@ def _processor(name: Any) -> Any:
         return None  # none is saved there, or this version does not read it
 
 
-def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
-    """Return rows and columns of the only input size of a model, or None if it takes any."""
+def _has_fixed_size(model: nn.Module) -> bool:
+    """Return whether a model takes images of one size only, as far as its library shows it."""
     if getattr(model, "dynamic_img_size", False):
-        return None
-    embedding = getattr(model, "patch_embed", None)
-    if getattr(embedding, "strict_img_size", False):  # timm
-        return _pair(getattr(embedding, "img_size", None))
+        return False
+    if getattr(getattr(model, "patch_embed", None), "strict_img_size", False):  # timm
+        return True
     if type(model).__module__.startswith("torchvision."):
-        return _pair(getattr(model, "image_size", None))
+        return True
     towers: tuple[Any, ...] = (model, getattr(model, "visual", None))  # open_clip
-    for tower in towers:
-        if hasattr(tower, "preprocess_cfg") or hasattr(tower, "image_mean"):
-            return _pair(getattr(tower, "image_size", None))
-    config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", None) or config
-    optional = any("interpolate_pos_encoding" in _parameters(module) for module in model.modules())
-    return _pair(getattr(config, "image_size", None)) if optional else None
+    if any(hasattr(tower, "preprocess_cfg") or hasattr(tower, "image_mean") for tower in towers):
+        return True
+    # transformers: other sizes need an argument of the call
+    return any("interpolate_pos_encoding" in _parameters(module) for module in model.modules())
 
 
 def _parameters(module: nn.Module) -> Sequence[str]:
@@ -179,12 +176,6 @@ def _parameters(module: nn.Module) -> Sequence[str]:
         return list(signature(module.forward).parameters)
     except (TypeError, ValueError):  # compiled code has none
         return ()
-
-
-def _pair(size: Any) -> tuple[int, int] | None:
-    if isinstance(size, int):
-        return (size, size)
-    return (int(size[0]), int(size[1])) if isinstance(size, Sequence) and len(size) == 2 else None
 
 
 def as_photos(value: PhotoLike) -> list[PhotoLike] | None:

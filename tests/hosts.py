@@ -117,3 +117,14 @@ class TowardsTheFirstKeys:
 
 
 EDITS = {"output": ScaleOutput(2.0), "keys": TowardsTheFirstKeys()}
+
+
+class Scaled(nn.Module):
+    """Takes the scale of its pixels as a second input."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels, scale):
+        return self.model(pixels * scale)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from hosts import shaken
+from hosts import Scaled, shaken
 
 from camkit import (
     DOEI,
@@ -292,17 +292,6 @@ def test_a_store_is_read_while_another_writes(tmp_path):
         assert second.get("b") is None
     with sqlite3.connect(path) as file:
         assert file.execute("SELECT count(*) FROM kept").fetchone() == (1,)
-
-
-class Scaled(torch.nn.Module):
-    """Takes the scale of its pixels as a second input."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels, scale):
-        return self.model(pixels * scale)
 
 
 def test_a_model_of_two_inputs_is_measured_by_its_call_and_always_again(

@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 from helpers import errors_of
+from hosts import Scaled
 from PIL import Image
 from safetensors.torch import save_file
 from small_runs import (
@@ -69,17 +70,6 @@ def rows(out):
 
 
 # Output
-
-
-class Scaled(torch.nn.Module):
-    """Takes the scale of its pixels as a second input."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels, scale):
-        return self.model(pixels * scale)
 
 
 def halved_and_doubled(model, pixels):

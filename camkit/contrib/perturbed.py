@@ -1,5 +1,6 @@
 """Score-CAM and Ablation-CAM: channels weighted by forwards of changed images or tokens."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ def _finite(scores: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _PerturbationSeed:
+class _PerturbationSeed(ABC):
     """Runs the model again for every channel of the tokens that enter the last attention.
 
     Attributes:
@@ -168,6 +169,7 @@ class _PerturbationSeed:
         maps = torch.einsum("bnd,bdk->bkn", tokens, torch.stack(weights)).clamp_min(0.0)
         return fold_maps(capture, maps, classes)
 
+    @abstractmethod
     def _changed(
         self,
         capture: Capture,
@@ -177,13 +179,12 @@ class _PerturbationSeed:
         columns: Int[Tensor, " k"],
     ) -> Float[Tensor, "d k"]:
         """Return the scores of an image's classes for each changed channel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _weights(
         self, own: Float[Tensor, " k"], changed: Float[Tensor, "d k"]
     ) -> Float[Tensor, "d k"]:
         """Return the weights of the channels, given the scores of the image as it is."""
-        raise NotImplementedError
 
     def _run(self, capture: Capture, columns: Int[Tensor, " k"]) -> Run:
         vocabulary = capture.vocabulary
