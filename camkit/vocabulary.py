@@ -1,5 +1,6 @@
 """Class names, the classifier outputs that belong to each class, and its value in masks."""
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+_DISCOUNT = 0.1  # of large groups in first guesses
 
 
 @dataclass(frozen=True)
@@ -182,13 +185,20 @@ class Vocabulary:
         kept = self.subset(self.candidates)
         return replace(kept, values=tuple(self.value(index) for index in self.candidates))
 
-    def among_candidates(self, scores: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
-        """Set the scores of classes that first guesses do not choose to minus infinity."""
+    def for_guesses(self, scores: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """Return the scores that first guesses compare.
+
+        Classes that are no candidates get minus infinity. The probability of a group of n outputs
+        is divided by n ** 0.1, because large groups win too often: the exponent is our choice, made
+        on photos of animals (benchmarks/first_guesses.py).
+        """
         if self.candidates is None:
             return scores
-        chosen = torch.zeros(len(self), dtype=torch.bool, device=scores.device)
-        chosen[list(self.candidates)] = True
-        return scores.masked_fill(~chosen, -torch.inf)
+        discounts = torch.full((len(self),), torch.inf)
+        for index in self.candidates:
+            outputs = 1 if self.members is None else len(self.members[index])
+            discounts[index] = _DISCOUNT * math.log(outputs)
+        return scores - discounts.to(scores)
 
     def score(self, outputs: Float[Tensor, "... o"]) -> Float[Tensor, "... C"]:
         """Join the outputs of each class into one score.

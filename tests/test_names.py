@@ -135,6 +135,20 @@ def test_sister_classes_add_up_to_the_first_guess():
     assert single(photo).classes == (559,)
 
 
+def test_a_large_group_needs_more_than_a_small_one():
+    # 118 dogs hold 0.42 together, divided by 118 ** 0.1 = 1.61 that is less than 0.32
+    dogs = {f"_{output}": 0.42 / 118 for output in VOC_IN_IMAGENET["dog"]}
+    scores = scores_of(_339=0.32, **dogs)
+    names = imagenet_vocabulary()
+    assert names.names[int(names.score(scores).argmax())] == "dog"
+    assert names.names[int(names.for_guesses(names.score(scores)).argmax())] == "horse"
+    divided = names.for_guesses(names.score(scores)) - names.score(scores)
+    dog = names.index("dog")
+    assert float(divided[dog].exp()) == pytest.approx(118**-0.1)
+    assert float(divided[names.index("horse")]) == 0.0
+    assert float(divided[281]) == -torch.inf  # a tabby is no guess, a cat is
+
+
 def test_labels_may_be_given_for_the_outputs_alone():
     photo = camkit.photo_from_array(np.zeros((32, 32, 3), np.uint8), size=32)
     refined = camkit.wrap(vit(1000), seed=camkit.GradientSeed(), refine=[])

@@ -23,7 +23,8 @@ class PredictedClasses:
     """Predict the classes of each image with the model's classifier, for images without labels.
 
     Attributes:
-        threshold: probability from which a class counts as present.
+        threshold: probability from which a class counts as present; for ImageNet's groups the
+            discounted one of `Vocabulary.for_guesses`.
         activation: makes probabilities of scores: "sigmoid" of each class, for a classifier trained
             with several classes per image, or "softmax" over all classifier outputs, summed within
             a class, for one class per image.
@@ -45,7 +46,7 @@ class PredictedClasses:
 
     def __call__(self, capture: Capture) -> Classes:
         """Return the classes of each image, most probable first, padded with -1."""
-        scores = guessable(capture.scores.detach().float(), capture)
+        scores = scores_for_guesses(capture.scores.detach().float(), capture)
         if self.activation == "sigmoid":
             probabilities = scores.sigmoid()
         else:
@@ -57,10 +58,10 @@ class PredictedClasses:
         return order.masked_fill(~present, -1)[:, : max(1, int(present.sum(1).max()))]
 
 
-def guessable(scores: Scores, capture: Capture) -> Scores:
-    """Set the scores of classes that first guesses do not choose to minus infinity."""
+def scores_for_guesses(scores: Scores, capture: Capture) -> Scores:
+    """Return the scores that first guesses compare, see `Vocabulary.for_guesses`."""
     vocabulary = capture.vocabulary
-    return scores if vocabulary is None else vocabulary.among_candidates(scores)
+    return scores if vocabulary is None else vocabulary.for_guesses(scores)
 
 
 Score: TypeAlias = Callable[[Float[Tensor, " o"]], Tensor]
@@ -114,7 +115,7 @@ class Targets:
         elif self.rule is not None:
             classes = self.rule(capture).to(capture.device)
         else:
-            classes = guessable(capture.scores, capture).argmax(1, keepdim=True)
+            classes = scores_for_guesses(capture.scores, capture).argmax(1, keepdim=True)
         known = None if known is None else known + len(self.functions)
         check_classes(classes, capture.images, known)
         return classes
