@@ -411,6 +411,26 @@ def test_maps_that_a_model_returns_are_read_as_watched_ones():
         torch.testing.assert_close(rows, ClassAttentionSeed()(watched, ALL))
 
 
+def test_class_attention_of_the_last_blocks_leaves_the_earlier_ones_out():
+    # one class token and two patches, two heads; the class token attends to the patches like this
+    rows = [[(0.1, 0.5), (0.3, 0.1)], [(0.2, 0.4), (0.6, 0.0)], [(0.8, 0.2), (0.0, 0.6)]]
+    maps = [torch.zeros(1, 2, 3, 3) for _ in rows]
+    for each, heads in zip(maps, rows, strict=True):
+        each[0, :, 0, 1:] = torch.tensor(heads)
+    capture, first = camkit.Capture.of_attention(maps, (1, 2)), torch.tensor([[0]])
+    for blocks, expected in ((1, [0.4, 0.4]), (2, [0.4, 0.3]), (None, [1 / 3, 0.3])):
+        found = ClassAttentionSeed(blocks=blocks)(capture, first)
+        torch.testing.assert_close(found.flatten(), torch.tensor(expected))
+    only_first_head = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [1.0, 0.0]]])  # of each block
+    found = ClassAttentionSeed(lambda _: only_first_head, blocks=2)(capture, first)
+    torch.testing.assert_close(found.flatten(), torch.tensor([0.25, 0.15]))
+
+
+def test_class_attention_of_no_block_is_refused():
+    with pytest.raises(ValueError, match="at least 1, or None for all, got 0"):
+        ClassAttentionSeed(blocks=0)
+
+
 @pytest.mark.parametrize(
     ("maps", "words"),
     [

@@ -398,11 +398,15 @@ class Capture:
             )
         return tuple(ClassCall(call.attention, (0,), call.patches) for call in self.pooling)
 
-    def class_to_patch(self) -> Float[Tensor, "b c n"]:
-        """Return the class rows of the attention, averaged over heads and watched blocks."""
+    def class_to_patch(self, blocks: int | None = None) -> Float[Tensor, "b c n"]:
+        """Return the class rows of the attention, averaged over heads and watched blocks.
+
+        Args:
+            blocks: use the last n of them; None uses all.
+        """
         rows = [
             call.attention.rows(call.queries).mean(1)[..., call.patches]
-            for call in self.class_calls()
+            for call in self.class_calls()[-(blocks or 0) :]
         ]
         return torch.stack(rows).mean(0)
 

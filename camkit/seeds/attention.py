@@ -33,9 +33,15 @@ class ClassAttentionSeed:
         head_weights: weighs the heads of each block (`camkit.seeds.HeadWeights`), in place of a
             plain mean: the mean of weight times attention, as in WeakTr (Zhu et al. 2023), whose
             weights a network of its own derives from the image.
+        blocks: average over the last n watched blocks; None takes all.
     """
 
     head_weights: HeadWeights | None = None
+    blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"`blocks` must be at least 1, or None for all, got {self.blocks}")
 
     @property
     def requires(self) -> WatchSpec:
@@ -54,11 +60,12 @@ class ClassAttentionSeed:
 
     def _rows(self, capture: Capture) -> Float[Tensor, "b c n"]:
         if self.head_weights is None:
-            return capture.class_to_patch()
+            return capture.class_to_patch(self.blocks)
+        used = slice(-(self.blocks or 0), None)
         calls = capture.class_calls()
         weights = read_head_weights(self.head_weights, capture, [c.attention for c in calls])
         rows = []
-        for call, weight in zip(calls, weights.unbind(1), strict=True):
+        for call, weight in zip(calls[used], weights.unbind(1)[used], strict=True):
             row = call.attention.rows(call.queries)[..., call.patches]
             rows.append((row * weight[:, :, None, None].to(row)).mean(1))
         return torch.stack(rows).mean(0)
