@@ -7,6 +7,7 @@ attend to similar patches by queries to queries, keys to keys and values to valu
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar, Literal
 
 import torch
@@ -170,12 +171,12 @@ class StaticCalibration:
         """Average the values of each head, ``(b, a, t, e)``, over similar tokens."""
         if attention.v is None:
             raise UnsupportedModelError("the values of this attention were not recorded")
-        values, scale, averages = attention.v, attention.scale, []
-        for name in self.of:
-            x: Tensor = getattr(attention, name)
-            if self.heads == "own":
-                averages.append(F.scaled_dot_product_attention(x, x, values, scale=scale))
-                continue
-            average = head_mean(x, x, scale=scale)[:, None].to(values.dtype) @ values
-            averages.append(average * x.shape[1] if self.heads == "sum" else average)
-        return torch.stack(averages).mean(0)
+        values, scale = attention.v, attention.scale
+        parts: list[Tensor] = [getattr(attention, name) for name in self.of]
+        if self.heads == "own":
+            own = [F.scaled_dot_product_attention(x, x, values, scale=scale) for x in parts]
+            return torch.stack(own).mean(0)
+        # the maps are averaged before they meet the values: one product in place of three
+        average = reduce(torch.add, (head_mean(x, x, scale=scale) for x in parts)) / len(parts)
+        gathered = average[:, None].to(values.dtype) @ values
+        return gathered * values.shape[1] if self.heads == "sum" else gathered
