@@ -1,5 +1,6 @@
 """From a photo to a mask: `wrap` makes a `Pipeline`, and `Pipeline.stages` shows every step."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -250,9 +251,15 @@ class Pipeline:
             rgb=torch.cat([photo.rgb for photo in photos]),
             classes=classes,
         )
-        return [self._result(photo, stages, place) for place, photo in enumerate(photos)]
+        settings = self._settings(stages.method)  # reads all weights, so once for all photos
+        return [
+            self._result(photo, stages, place, copy.deepcopy(settings))
+            for place, photo in enumerate(photos)
+        ]
 
-    def _result(self, photo: Photo, stages: "Stages", place: int) -> "Result":
+    def _result(
+        self, photo: Photo, stages: "Stages", place: int, settings: dict[str, Any]
+    ) -> "Result":
         row = stages.classes[place].tolist()
         slots = [slot for slot, index in enumerate(row) if index >= 0]
         values, names = stages.values[place], stages.names[place]
@@ -272,7 +279,7 @@ class Pipeline:
             mask=mask,
             legend=dict(zip(values, names, strict=True)),
             logits=cam.new_zeros(1, 0) if outputs is None else outputs[place : place + 1].detach(),
-            settings=self._settings(stages.method),
+            settings=settings,
             passed_over=stages.passed_over,
         )
 

@@ -207,21 +207,9 @@ class Vocabulary:
         the constant that all classes share. That is our choice; it lets many weak members count.
         Without ``members``, the outputs are the scores.
         """
-        count = outputs.shape[-1]
+        self.check_outputs(outputs.shape[-1])
         if self.members is None:
-            if count != len(self):
-                raise ValueError(
-                    f"`outputs` must hold one score for each of the {len(self)} names, got "
-                    f"{count}; give `members` where names and outputs differ, and for a model that "
-                    "returns embeddings (CLIP) use camkit.seeds.TextClasses instead"
-                )
             return outputs
-        largest = max(max(member) for member in self.members)
-        if count <= largest:
-            raise ValueError(
-                f"`outputs` must hold at least {largest + 1} scores, as output {largest} is a "
-                f"member, got {count}; use the classifier that the vocabulary was made for"
-            )
         by_size: dict[int, list[int]] = {}
         for place, member in enumerate(self.members):
             by_size.setdefault(len(member), []).append(place)
@@ -231,6 +219,31 @@ class Vocabulary:
             parts.append(held if size == 1 else held.unflatten(-1, (-1, size)).logsumexp(-1))
         order = [place for places in by_size.values() for place in places]
         return torch.cat(parts, dim=-1)[..., sorted(range(len(order)), key=order.__getitem__)]
+
+    def members_of(self, index: int) -> tuple[int, ...]:
+        """Return the outputs of a class."""
+        return (index,) if self.members is None else self.members[index]
+
+    def check_outputs(self, count: int) -> None:
+        """Check that a classifier of this many outputs suits the vocabulary.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if self.members is None:
+            if count != len(self):
+                raise ValueError(
+                    f"`outputs` must hold one score for each of the {len(self)} names, got "
+                    f"{count}; give `members` where names and outputs differ, and for a model that "
+                    "returns embeddings (CLIP) use camkit.seeds.TextClasses instead"
+                )
+            return
+        largest = max(max(member) for member in self.members)
+        if count <= largest:
+            raise ValueError(
+                f"`outputs` must hold at least {largest + 1} scores, as output {largest} is a "
+                f"member, got {count}; use the classifier that the vocabulary was made for"
+            )
 
 
 def _plain(name: str) -> str:

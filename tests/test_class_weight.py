@@ -291,3 +291,12 @@ def test_sharing_a_score_leaves_the_model_as_it_was():
     assert torch.equal(model(pixels), before)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_scores_of_some_classes_are_those_among_the_scores_of_all():
+    model, pixels = scored("siglip")
+    groups = Vocabulary(("one", "pair", "three"), members=((4,), (0, 3), (1, 2, 3)))
+    for vocabulary in (None, groups):
+        capture = capture_of(model, pixels, vocabulary=vocabulary)
+        every = capture.patch_scores()
+        torch.testing.assert_close(capture.patch_scores([2, 0]), every[..., [2, 0]])

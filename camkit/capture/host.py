@@ -50,10 +50,10 @@ def is_attention(module: nn.Module) -> bool:
     parts = dict(module.named_children())
     if set(parts) == {"attention", "output"}:
         return is_attention(parts["attention"])
-    if all(not isinstance(getattr(module, name, None), int) for name in HEAD_COUNTS):
-        return False
     held = {*parts, *dict(module.named_parameters(recurse=False))}
-    return any(held.issuperset(names) for names in PROJECTIONS)
+    if not any(map(held.issuperset, PROJECTIONS)):  # asked first: of most modules, and quickly
+        return False
+    return any(isinstance(getattr(module, name, None), int) for name in HEAD_COUNTS)
 
 
 def head_count(module: nn.Module) -> int:

@@ -37,8 +37,15 @@ def is_linear(module: nn.Module) -> bool:
     )
 
 
-def applied(layer: nn.Module, tokens: Float[Tensor, "*b d"]) -> Float[Tensor, "*b o"]:
+def applied(
+    layer: nn.Module, tokens: Float[Tensor, "*b d"], outputs: Sequence[int] | None = None
+) -> Float[Tensor, "*b o"]:
     """Apply a linear layer or 1x1 convolution to tokens, without the user's hooks.
+
+    Args:
+        layer: the layer.
+        tokens: its input.
+        outputs: compute only these of its outputs; None computes all.
 
     Raises:
         UnsupportedModelError: its weights are sharded over several processes.
@@ -48,12 +55,17 @@ def applied(layer: nn.Module, tokens: Float[Tensor, "*b d"]) -> Float[Tensor, "*
     if isinstance(kept, Tensor) and kept.is_floating_point() and kept.dtype.itemsize > 1:
         tokens = tokens.to(kept.dtype)  # autocast or the host's own code may do so in the forward
     if weight is not None and (bias is not None or getattr(layer, "bias", None) is None):
-        return F.linear(tokens, weight.flatten(1), bias)  # such a convolution is linear
+        rows = weight.flatten(1)  # such a convolution is linear
+        if outputs is not None:
+            chosen = torch.tensor(list(outputs), device=rows.device)
+            rows, bias = rows[chosen], None if bias is None else bias[chosen]
+        return F.linear(tokens, rows, bias)
     if isinstance(layer, nn.Conv2d):
         columns: Tensor = layer.forward(tokens.reshape(-1, tokens.shape[-1], 1, 1))
-        return columns.reshape(*tokens.shape[:-1], -1)
-    scores: Tensor = layer.forward(tokens)
-    return scores
+        scores = columns.reshape(*tokens.shape[:-1], -1)
+    else:
+        scores = layer.forward(tokens)
+    return scores if outputs is None else scores[..., list(outputs)]
 
 
 def linear_weight(layer: nn.Module, like: Tensor | None = None) -> Float[Tensor, "o d"]:

@@ -353,6 +353,10 @@ class Capture:
         Raises:
             CaptureError: the model returned none, or they are not finite.
         """
+        outputs = self._checked_outputs()
+        return outputs if self.vocabulary is None else self.vocabulary.score(outputs)
+
+    def _checked_outputs(self) -> Float[Tensor, "b o"]:
         if self.outputs is None and not self.blocks:
             raise CaptureError(_NO_FORWARD)
         if self.outputs is None:
@@ -369,13 +373,16 @@ class Capture:
             )
         if not self.outputs.isfinite().all():
             raise CaptureError("the scores hold NaN or inf; check the weights and the pixels")
-        return self._grouped(self.outputs)
+        return self.outputs
 
     @property
     def class_count(self) -> int | None:
         """Number of classes; None if neither scores nor a vocabulary nor class tokens tell it."""
         if self.outputs is not None:
-            return int(self.scores.shape[-1])
+            count = self._checked_outputs().shape[-1]
+            if self.vocabulary is None:
+                return count
+            self.vocabulary.check_outputs(count)
         if self.vocabulary is not None:
             return len(self.vocabulary)
         tokens = len(self.anatomy.class_tokens)
@@ -459,15 +466,27 @@ class Capture:
             raise CaptureError("neither tokens behind the last block nor its keys were recorded")
         return keys.detach().transpose(1, 2).flatten(2)[:, self.patches]
 
-    def patch_scores(self) -> Float[Tensor, "b n C"]:
-        """Score every patch alone with the classifier (`camkit.capture.tail.patch_scores`)."""
+    def patch_scores(self, classes: Sequence[int] | None = None) -> Float[Tensor, "b n C"]:
+        """Score every patch alone with the classifier (`camkit.capture.tail.patch_scores`).
+
+        Args:
+            classes: compute the scores of these classes only, in this order; None computes all. A
+                classifier of many outputs takes long for all patches.
+        """
         self._check_evaluated()
         patches = self.patches
         if self.outputs is None:
             raise CaptureError("no class scores were recorded, so the classifier is not known")
         special = (*self.anatomy.class_tokens, *self.anatomy.distillation_tokens)
-        scores = patch_scores(self.tail, self.outputs, special, patches)
-        return self._grouped(scores)
+        vocabulary, chosen = self.vocabulary, None
+        if classes is not None:
+            groups = [(i,) if vocabulary is None else vocabulary.members_of(i) for i in classes]
+            chosen = sorted({output for group in groups for output in group})
+            places = {output: place for place, output in enumerate(chosen)}
+            members = tuple(tuple(places[output] for output in group) for group in groups)
+            vocabulary = Vocabulary(tuple(map(str, classes)), members)
+        scores = patch_scores(self.tail, self.outputs, special, patches, chosen)
+        return scores if vocabulary is None else vocabulary.score(scores)
 
     def _check_evaluated(self) -> None:
         if self.class_query_only:
@@ -476,6 +495,3 @@ class Capture:
                 "unknown; watch without `skip_unused_patches=True`, or state what the stage reads "
                 "as its `requires`"
             )
-
-    def _grouped(self, outputs: Tensor) -> Tensor:
-        return outputs if self.vocabulary is None else self.vocabulary.score(outputs)

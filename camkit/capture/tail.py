@@ -53,7 +53,8 @@ def patch_scores(
     outputs: Float[Tensor, "b o"],
     special: Sequence[int],
     patches: Sequence[int],
-) -> Float[Tensor, "b n o"]:
+    chosen: Sequence[int] | None = None,
+) -> Float[Tensor, "b n C"]:
     """Score every patch as the classifier would score it alone.
 
     How the host pools its tokens (one special token, the mean or the maximum over patches, or a
@@ -67,13 +68,14 @@ def patch_scores(
         outputs: what the model returned.
         special: positions of the class and distillation tokens.
         patches: positions of the patches.
+        chosen: compute only these outputs of the classifier; None computes all.
 
     Raises:
         UnsupportedModelError: there is no such classifier, or the pooling is another.
     """
     with torch.no_grad():
         entering = entering_classifiers(tail, outputs, special, patches)
-        return torch.stack([applied(head, tokens) for head, tokens in entering]).mean(0)
+        return torch.stack([applied(head, tokens, chosen) for head, tokens in entering]).mean(0)
 
 
 def entering_classifiers(

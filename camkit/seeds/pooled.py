@@ -151,14 +151,17 @@ class ClassWeightSeed:
 
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         if self.layer is None:
-            scores = capture.patch_scores()
+            check_classes(classes, capture.images, capture.class_count)
+            asked = classes.clamp_min(0).unique()
+            scores = capture.patch_scores(asked.tolist())
+            maps = pick(scores, torch.searchsorted(asked, classes.clamp_min(0)))
         else:
             tokens = leaving_tokens(capture, self.layer, self)
             special = (*capture.anatomy.class_tokens, *capture.anatomy.distillation_tokens)
             scores = inner_patch_scores(capture.tail, tokens, special, capture.patches)
             scores = scores if capture.vocabulary is None else capture.vocabulary.score(scores)
-        check_classes(classes, len(scores), scores.shape[-1])
-        maps = pick(scores, classes)
+            check_classes(classes, len(scores), scores.shape[-1])
+            maps = pick(scores, classes)
         if self.cut is not None:
             maps = above_mean(maps) if self.cut == "mean" else maps.clamp_min(0.0)
         return fold_maps(capture, maps, classes)
