@@ -3,6 +3,11 @@
 from camkit.bench.examples import Example as Example, collect_examples as collect_examples
 from camkit.bench.markup import to_markdown as to_markdown
 from camkit.bench.measure import run as run
+from camkit.bench.oracles import (
+    ErrorAnalysis as ErrorAnalysis,
+    ErrorShares as ErrorShares,
+    Oracle as Oracle,
+)
 from camkit.bench.page import to_html as to_html
 from camkit.bench.protocol import (
     Choice as Choice,

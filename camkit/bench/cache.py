@@ -53,7 +53,8 @@ def _feed(digest: Any, value: Any) -> bool:
 
 _IRRELEVANT = (  # to the measurements; a change here keeps the cache valid
     *("bulk", "cli", "compat", "losses", "bench/examples.py", "bench/figures.py"),
-    *("bench/markup.py", "bench/page.py", "bench/quality.py", "bench/results.py"),
+    *("bench/markup.py", "bench/oracles.py", "bench/page.py", "bench/quality.py"),
+    "bench/results.py",
 )
 _SOURCES = (".py", ".cpp", ".hpp", ".cu", ".cuh")
 

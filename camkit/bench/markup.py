@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import get_args
 
+from camkit.bench.oracles import BAND, SIZES
 from camkit.bench.results import Report, Row
 from camkit.score import Definition, Gain
 
@@ -131,7 +132,49 @@ def extra_tables(report: Report) -> list[Table]:
             "Higher insertion is better; lower deletion and a lower score left behind are better."
         )
         tables.append(Table("quality", "By the classifier", "Without masks", heads, lines, note))
-    return tables
+    return tables + _analysis_tables(report)
+
+
+def _analysis_tables(report: Report) -> list[Table]:
+    """Return oracles, a column for each row, and shares of wrong pixels."""
+    analysed = [(row, row.analysis) for row in report.rows if row.analysis is not None]
+    if not analysed:
+        return []
+    by_row = [{o.name: o.mean_iou for o in analysis.oracles} for _, analysis in analysed]
+    names = dict.fromkeys(name for oracles in by_row for name in oracles)
+    lines: list[tuple[Cell, ...]]
+    lines = [(Cell("as measured"), *(percent(row.mean_iou) for row, _ in analysed))]
+    lines += [
+        (Cell(f"oracle: {name}"), *(percent(oracles.get(name)) for oracles in by_row))
+        for name in names
+    ]
+    note = (
+        "Every line but the first is an upper bound that reads the true masks: what a perfect part "
+        "in place of the method's would reach, no result of the method. Oracles have the "
+        "background score that is best on the reported images; lines without a kind of error have "
+        "the method's own."
+    )
+    heads = ("mIoU in %", *(row.name for row, _ in analysed))
+    tables = [Table("oracles", "Oracles", "Oracles, which read the masks", heads, lines, note)]
+    lines = [
+        (
+            Cell(row.name),
+            Cell(group.group if group.kind == "all" else f"{group.kind}: {group.group}"),
+            Cell(f"{group.wrong:,}", group.wrong),
+            *(percent(share) for share in astuple(group)[3:]),
+        )
+        for row, analysis in analysed
+        for group in analysis.errors
+    ]
+    note = (
+        "In %. A wrong pixel belongs to its true class, or to the painted class if it is "
+        f"background. A class that covers less than {SIZES['small']:.0%} of a picture is small "
+        f"there, from {SIZES['medium']:.0%} large. The last column counts pixels within {BAND} "
+        "pixels of an outline of the true mask."
+    )
+    heads = ("variant", "pixels of", "wrong pixels", "share of all errors")
+    heads += ("background as class", "class as background", "class as another", "near an outline")
+    return [*tables, Table("errors", "Errors", "Wrong pixels by kind", heads, lines, note)]
 
 
 def to_markdown(report: Report) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from camkit.bench.cache import ResultCache
 from camkit.bench.evaluator import Counts, Evaluator, LabelSource
+from camkit.bench.oracles import measure_oracles
 from camkit.bench.protocol import Entry, Repeats, Variant, check_entries
 from camkit.bench.quality import Quality, measure_quality
 from camkit.bench.results import Comparison, Outlines, Report, Row
@@ -129,6 +130,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     cache: Path | None = None,
     quality: Quality | None = None,
     outlines: bool = False,
+    oracles: bool = False,
 ) -> Report:
     """Measure variants: background scores and choices from ``tune_split``, figures from ``split``.
 
@@ -153,6 +155,9 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         quality: also measure how well the maps explain the classifier, by many forwards per image.
         outlines: also measure boundary IoU (`camkit.score.boundary_confusion`), at the same
             background scores.
+        oracles: also analyse the errors of each row, by a further pass over the reported images:
+            what oracles that read the masks would reach, and shares of wrong pixels
+            (`ErrorAnalysis`). All other figures are the same with and without it.
 
     Raises:
         ValueError: the splits share images without ``oracle_threshold``, or a class is not in the
@@ -194,8 +199,11 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         chosen = {entry.name: entry.reported(best) for entry in entries}
         scores = {v: best[v].threshold for picked in chosen.values() for v in picked}
         names, reported = _report_on(evaluator, held_out, scores, truth, skipped, outlines)
-        explained = () if quality is None else dict.fromkeys(v[0] for v in chosen.values())
-        qualities = measure_quality(evaluator, held_out, tuple(explained), quality or Quality())
+        firsts = dict.fromkeys(v[0] for v in chosen.values())
+        explained = () if quality is None else tuple(firsts)
+        qualities = measure_quality(evaluator, held_out, explained, quality or Quality())
+        analysed = {variant: scores[variant] for variant in firsts} if oracles else {}
+        analyses = measure_oracles(evaluator, held_out, analysed) if oracles else {}
     rows = [_row(entry, chosen, tuned, best, reported) for entry in entries]
     p_values = iter(holm([row.gain.p_value for row in rows if row.gain is not None]))
     return Report(
@@ -214,6 +222,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
             replace(
                 row,
                 quality=qualities.get(row.variant),
+                analysis=analyses.get(row.variant),
                 p_value=None if row.gain is None else next(p_values),
             )
             for row in rows

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from camkit.bench.oracles import ErrorAnalysis
 from camkit.bench.protocol import Entry, Variant
 from camkit.bench.quality import MeanQuality
 from camkit.score import Gain
@@ -50,6 +51,7 @@ class Row:
         p_value: of the gain, corrected for all gains over bases in the report (Holm 1979).
         outlines: boundary IoU, if requested.
         quality: insertion and deletion, if requested.
+        analysis: oracles and error shares, if requested; of repeats those of the first.
     """
 
     entry: Entry
@@ -70,6 +72,7 @@ class Row:
     p_value: float | None
     outlines: Outlines | None = None
     quality: MeanQuality | None = None
+    analysis: ErrorAnalysis | None = None
 
     @property
     def name(self) -> str:
@@ -136,6 +139,7 @@ def _row(row: Row) -> dict[str, Any]:
         "over_controls": [{"name": c.name, **vars(c.gain)} for c in row.over_controls],
         "outlines": None if row.outlines is None else asdict(row.outlines),
         "quality": None if row.quality is None else asdict(row.quality),
+        "analysis": None if row.analysis is None else asdict(row.analysis),
     }
     del data["entry"]
     return {name: _without_nan(value) for name, value in data.items()}

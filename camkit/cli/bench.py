@@ -136,6 +136,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--edit-blocks", type=int, default=3, metavar="N", help="last blocks to edit; 0 edits all")
     add("--stages", action="store_true", help="measure every chain step by step")
     add("--outlines", action="store_true", help="measure boundary IoU, too")
+    add(
+        "--oracles",
+        action="store_true",
+        help="show where points are lost: bounds that read the masks, and shares of wrong pixels",
+    )
     add("--quality", action="store_true", help="measure insertion and deletion, too; slow")
     add(
         "--oracle-threshold",
@@ -198,6 +203,7 @@ def execute(options: argparse.Namespace) -> int:
         cache=None if options.no_cache or opened.own_code else options.cache or _cache_path(),
         quality=Quality() if settings["quality"] else None,
         outlines=settings["outlines"],
+        oracles=settings["oracles"],
     )
     _print(report)
     if options.out is not None:
