@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         CaptureError as CaptureError,
         UnsupportedModelError as UnsupportedModelError,
     )
+    from camkit.fitting import fit as fit
     from camkit.mask import to_mask as to_mask
     from camkit.method import Method as Method
     from camkit.ops.images import resize_cam as resize_cam
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         photo_from_array as photo_from_array,
     )
     from camkit.pipeline import Pipeline as Pipeline, wrap as wrap
+    from camkit.readout import Readout as Readout
     from camkit.refiners import (
         DenseCRF as DenseCRF,
         Propagate as Propagate,
@@ -60,11 +62,13 @@ _MODULES = {  # of each name above; imported on first use, so that `camkit --hel
     "diagnosis": ("diagnose",),
     "edits": ("DOEI", "attach"),
     "errors": ("CamkitError", "CaptureError", "UnsupportedModelError"),
+    "fitting": ("fit",),
     "mask": ("to_mask",),
     "method": ("Method",),
     "ops.images": ("resize_cam",),
     "photo": ("Photo", "load_photo", "photo_from_array"),
     "pipeline": ("Pipeline", "wrap"),
+    "readout": ("Readout",),
     "refiners": ("DenseCRF", "Propagate", "chain", "normalize_cam"),
     "result": ("Result", "show"),
     "seeds": ("GradientSeed", "Views"),

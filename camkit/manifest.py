@@ -53,6 +53,25 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def values_hash(model: nn.Module) -> str:
+    """Return the SHA-256 of the parameters of a model, rounded to float16.
+
+    A copy in half precision has the same hash, one in bfloat16 has not.
+
+    Returns:
+        Hexadecimal digits, or `UNKNOWN` and the reason, as `weights_hash` does.
+    """
+    digest = hashlib.sha256()
+    try:
+        for name, parameter in sorted(model.named_parameters()):
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            for part in _stored(name, parameter):
+                digest.update(part.cpu().half().contiguous().numpy().tobytes())
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return f"{UNKNOWN}{' '.join(str(error).split())[:200]}"
+    return digest.hexdigest()
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield all tensors of the state by name, also packed ones (quantised layers)."""
     for name, value in sorted(model.state_dict().items()):

@@ -1,5 +1,6 @@
 """Method: every setting between a photo and its mask; presets; methods written in words."""
 
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch import nn
 
 from camkit import edits, refiners, seeds
 from camkit.capture.modes import borrowed
@@ -17,6 +19,8 @@ from camkit.capture.record import WatchSpec, required_by
 from camkit.checks import as_blocks, check_fraction, check_stage
 from camkit.edits import AnyEdit
 from camkit.errors import CaptureError, UnsupportedModelError, closest
+from camkit.manifest import values_hash
+from camkit.readout import Origin, Readout
 from camkit.refiners import Refiner
 from camkit.seeds import ModelRunner, Seed, Views
 from camkit.tensors import RGB, Pixels
@@ -231,6 +235,60 @@ class Preset:
         """Return the seed and the edit, which tell presets apart."""
         edit = self.method.edit
         return repr(self.method.seed) + ("" if edit is None else f" under {edit!r}")
+
+
+def split_refine(refine: Sequence[Refiner]) -> tuple[tuple[Refiner, ...], tuple[Refiner, ...]]:
+    """Split a chain before its first refiner that follows the edges of the picture."""
+    place = next((i for i, each in enumerate(refine) if isinstance(each, _EDGES)), len(refine))
+    return tuple(refine[:place]), tuple(refine[place:])
+
+
+_EDGES = (
+    refiners.DenseCRF,
+    refiners.PixelAdaptive,
+    refiners.GuidedFilter,
+    refiners.FastGlobalSmooth,
+    refiners.Superpixels,
+    refiners.AtReducedSize,
+)
+
+
+def origin_of(method: Method, model: nn.Module) -> Origin:
+    """Return what a read-out fitted with this method and model has to be used with."""
+    settings = replace(method, refine=split_refine(method.refine)[0], views=None).settings()
+    del settings["views"], settings["background_score"]
+    return Origin(type(model).__name__, values_hash(model), json.dumps(settings))
+
+
+def with_readout(methods: Sequence[Method], readout: Readout, model: nn.Module) -> Method:
+    """Put a read-out behind the first maps of the method that it was fitted with.
+
+    Args:
+        methods: those that may have been used.
+        readout: see `camkit.seeds.FittedSeed`.
+        model: which the read-out must have been fitted on.
+
+    Raises:
+        ValueError: it was fitted on another model or with another method, or the method has views.
+    """
+    origins = [origin_of(method, model) for method in methods]
+    reasons = [readout.origin.why_not(origin) for origin in origins]
+    fitting = [m for m, reason in zip(methods, reasons, strict=True) if reason is None]
+    if not fitting:
+        raise ValueError(
+            f"this read-out does not fit: {reasons[0]}; fit it again with camkit.fit, or give the "
+            "model, seed, edit and refiners that it was fitted with"
+        )
+    method = fitting[0]
+    if method.views is not None:
+        raise ValueError("a read-out reads the photo as given; leave out `views`")
+    first, edges = split_refine(method.refine)
+    spreading = [each for each in first if isinstance(each, refiners.Propagate)]
+    spread = replace(
+        spreading[-1] if spreading else refiners.Propagate(blocks=6, balance=3), steps=1
+    )
+    seed = seeds.FittedSeed(method.seed, readout, first, spread, method.background_score)
+    return replace(method, seed=seed, refine=edges, background_score=seeds.FITTED_SCORE)
 
 
 CALIBRATED = Preset(

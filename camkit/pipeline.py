@@ -1,8 +1,10 @@
 """From a photo to a mask: `wrap` makes a `Pipeline`, and `Pipeline.stages` shows every step."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -22,16 +24,18 @@ from camkit.grid import Grid
 from camkit.inputs import PhotoLike, as_photos, photo_settings, to_photo
 from camkit.manifest import provenance
 from camkit.mask import to_mask
-from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset, read_refine
+from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset, read_refine, with_readout
 from camkit.names import read_vocabulary, vocabulary_of
 from camkit.ops.images import resize_cam
 from camkit.photo import Photo, PhotoSettings
 from camkit.printing import short_repr
+from camkit.readout import Readout
 from camkit.refiners.flat import warn_of_flat_maps
-from camkit.refiners.normalize import normalize_cam
+from camkit.refiners.normalize import scale_seed
 from camkit.refiners.protocol import Refiner
 from camkit.result import Result, mask_bits
 from camkit.seeds.attention import GradientSeed
+from camkit.seeds.fitted import FittedSeed
 from camkit.seeds.protocol import Seed
 from camkit.seeds.targets import (
     ClassRequest,
@@ -65,6 +69,7 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
     views: Views | None = None,
     refine: Refiner | Sequence[Refiner] = DEFAULT_REFINE,
     background_score: float | None = None,
+    readout: Readout | str | Path | None = None,
     vocabulary: Vocabulary | Sequence[str] | Mapping[Any, Any] | None = None,
     photos: Any = None,
     scores: Callable[[Any], Tensor] | None = None,
@@ -88,6 +93,9 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
         refine: refiners, applied in order; or a single one.
         background_score: score that a class must exceed to own a pixel, in [0, 1]; None takes the
             score of the preset, or 0.55 with a seed or edit of your own.
+        readout: a read-out that `camkit.fit` made for this model, or the path of a saved one. It
+            improves the maps of the first refiners; those that follow edges come behind it. Give
+            the same ``seed``, ``edit`` and ``refine`` as to `camkit.fit`.
         vocabulary: the class names: a list with the name of each output, some of the names that the
             model states itself, a dict, or a `Vocabulary` (`Vocabulary.of` has the forms). None
             takes the names that the model states (`camkit.names.vocabulary_of`), such as those of
@@ -106,11 +114,13 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
     Raises:
         UnsupportedModelError: the model has no attention.
         TypeError: an argument is of another kind.
-        ValueError: ``background_score`` is outside [0, 1], or the vocabulary does not suit.
+        ValueError: ``background_score`` is outside [0, 1], the vocabulary does not suit, or the
+            read-out was fitted on another model or other first maps.
+        DataError: the file of the read-out cannot be used.
     """
     check_model(model)
     shared: dict[str, Any] = {"views": views, "refine": read_refine(refine)}
-    if background_score is not None:
+    if background_score is not None and readout is None:
         shared["background_score"] = background_score
     method: Method | tuple[Preset, ...]
     if seed is None and edit is None:
@@ -119,6 +129,12 @@ def wrap(  # noqa: PLR0913 - the fields of a Method, and what a model cannot tel
         blocks = as_blocks("edit_blocks", edit_blocks)
         seed = GradientSeed() if seed is None else seed
         method = Method(seed, edit=edit, edit_blocks=blocks, **shared)
+    if readout is not None:
+        candidates = [method] if isinstance(method, Method) else [p.method for p in method]
+        loaded = readout if isinstance(readout, Readout) else Readout.load(readout)
+        method = with_readout(candidates, loaded, model)
+        if background_score is not None:
+            method = replace(method, background_score=background_score)
     facts = ModelFacts.of(modules, class_tokens, other_tokens, grid)
     return Pipeline(
         model,
@@ -219,13 +235,13 @@ class Pipeline:
         """
         several = as_photos(photo)
         if several is None:
-            return self._segment([self._prepared(photo)], classes)[0]
+            return self._segment([self.prepare(photo)], classes)[0]
         if not isinstance(classes, TextClasses):
             self._targets(classes, len(several))  # wrong requests fail before any photo is read
         results: dict[int, Result] = {}
         waiting: dict[tuple[int, ...], list[tuple[int, Photo]]] = {}
         for place, each in enumerate(several):
-            prepared = self._prepared(each)
+            prepared = self.prepare(each)
             group = waiting.setdefault(tuple(prepared.pixels.shape), [])
             group.append((place, prepared))
             if len(group) == _BATCH:
@@ -234,7 +250,8 @@ class Pipeline:
             results |= self._segment_group(group, classes)
         return [results[place] for place in range(len(several))]
 
-    def _prepared(self, photo: PhotoLike) -> Photo:
+    def prepare(self, photo: PhotoLike) -> Photo:
+        """Return a photo at the model's size, normalised; a `camkit.Photo` as it is."""
         return photo if isinstance(photo, Photo) else to_photo(photo, self.photos)
 
     def _segment_group(
@@ -281,6 +298,7 @@ class Pipeline:
             logits=cam.new_zeros(1, 0) if outputs is None else outputs[place : place + 1].detach(),
             settings=settings,
             passed_over=stages.passed_over,
+            unfitted=stages.unfitted[place],
         )
 
     def _targets(self, classes: ClassRequest, images: int) -> Targets:
@@ -350,7 +368,7 @@ class Pipeline:
             else:
                 reader = MultiViewReader(runner, pixels, rgb, capture)
                 maps = reader.seeds(indices, [(seed, method.views)])[seed, method.views]
-            first = cam = normalize_cam(maps)
+            first = cam = scale_seed(seed, maps)
 
             # 5. The refiners.
             for refiner in method.refine:
@@ -365,6 +383,7 @@ class Pipeline:
         ]
         names = tuple(tuple(legend.values()) for legend in legends)
         warn_of_flat_maps(maps, cam, indices, names)
+        unfitted = _unfitted(method.seed, names)
         return Stages(
             seed=first,
             cam=cam,
@@ -374,6 +393,7 @@ class Pipeline:
             values=tuple(tuple(legend) for legend in legends),
             method=method,
             passed_over=passed_over,
+            unfitted=unfitted,
         )
 
     def decide(self, pixels: Pixels, rgb: RGB) -> Method:
@@ -448,6 +468,26 @@ class Pipeline:
         return f"Pipeline({name}, {choice}{candidates})"
 
 
+def _unfitted(seed: object, names: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    """Return the classes of each image that a read-out does not know, and warn of them."""
+    if not isinstance(seed, FittedSeed):
+        return ((),) * len(names)
+    unfitted = tuple(map(seed.unfitted, names))
+    if found := list(dict.fromkeys(name for row in unfitted for name in row)):
+        listed = ", ".join(f'"{name}"' for name in found)
+        warnings.warn(
+            f"the read-out does not know {listed}, so the unfitted maps are used; fit photos with "
+            "these classes and add the read-outs",
+            UnfittedClassWarning,
+            stacklevel=3,
+        )
+    return unfitted
+
+
+class UnfittedClassWarning(UserWarning):
+    """A class of a photo is not known to the read-out."""
+
+
 def _stage_name(stage: object) -> str:
     return getattr(stage, "__name__", type(stage).__name__)
 
@@ -483,6 +523,7 @@ class Stages:
         values: their values in masks.
         method: the method used.
         passed_over: see `Result`.
+        unfitted: see `Result`; of each image.
     """
 
     seed: Cam
@@ -493,5 +534,6 @@ class Stages:
     values: tuple[tuple[int, ...], ...]
     method: Method
     passed_over: tuple[str, ...] = ()
+    unfitted: tuple[tuple[str, ...], ...] = ()
 
     __repr__ = short_repr

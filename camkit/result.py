@@ -51,6 +51,7 @@ class Result:
         settings: every setting that led to the result, JSON-ready.
         passed_over: the presets that were tried before the method in use, each with the reason why
             the model does not support it.
+        unfitted: classes that the read-out does not know, if there is one: their maps are unfitted.
     """
 
     photo: Photo
@@ -63,6 +64,7 @@ class Result:
     logits: Float[Tensor, "1 o"]
     settings: dict[str, Any]
     passed_over: tuple[str, ...] = ()
+    unfitted: tuple[str, ...] = ()
 
     def picture(self) -> UInt8[np.ndarray, "H W 3"]:
         """Return the photo at its own size, read from its file if it has one."""
@@ -194,6 +196,7 @@ class Result:
             "legend": {str(value): name for value, name in self.legend.items()},
             "most_probable_output": int(scores.argmax()) if len(scores) else None,
             "passed_over": list(self.passed_over),
+            "unfitted": list(self.unfitted),
             **self.settings,
         }
 

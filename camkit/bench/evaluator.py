@@ -21,7 +21,7 @@ from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
 from camkit.photo import Photo, PhotoSettings
 from camkit.printing import short_repr
-from camkit.refiners.normalize import normalize_cam
+from camkit.refiners.normalize import scale_seed
 from camkit.score import boundary_confusion, sweep_confusions
 from camkit.screen import progress
 from camkit.seeds.targets import PredictedClasses
@@ -81,7 +81,7 @@ def variant_maps(
             requests = [(v.method.seed, v.method.views or Views()) for v in group]
             reader = MultiViewReader(runner, pixels, rgb, capture)
             first = reader.seeds(classes.to(pixels.device), requests)
-            refined: dict[Any, Cam] = {(r, ()): normalize_cam(cam) for r, cam in first.items()}
+            refined: dict[Any, Cam] = {(r, ()): scale_seed(r[0], cam) for r, cam in first.items()}
             for variant, request in zip(group, requests, strict=True):
                 chain = variant.method.refine
                 for count, refiner in enumerate(chain, start=1):

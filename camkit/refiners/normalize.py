@@ -45,6 +45,11 @@ def normalize_cam(cam: Cam, *, mode: Literal["max", "minmax"] = "max", epsilon: 
     return cam / (top + epsilon).clamp_min(torch.finfo(cam.dtype).tiny) * (top > rounding)
 
 
+def scale_seed(seed: object, maps: Cam) -> Cam:
+    """Bring the maps of a seed to [0, 1], unless its ``absolute`` says that they lie there."""
+    return maps if getattr(seed, "absolute", False) else normalize_cam(maps)
+
+
 def check_epsilon(epsilon: float) -> None:
     """Raise a ValueError if `normalize_cam` cannot add ``epsilon``."""
     if not 0.0 <= epsilon < math.inf:

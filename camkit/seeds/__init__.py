@@ -13,6 +13,7 @@ from camkit.seeds.combined import (
     ProductSeed as ProductSeed,
     RefinedSeed as RefinedSeed,
 )
+from camkit.seeds.fitted import FITTED_SCORE as FITTED_SCORE, FittedSeed as FittedSeed
 from camkit.seeds.hybrid import HybridAttentionSeed as HybridAttentionSeed
 from camkit.seeds.legrad import LeGradSeed as LeGradSeed
 from camkit.seeds.patches import (
