@@ -220,6 +220,7 @@ def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> l
 def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> Iterator[Maps]:
     cams = np.zeros((len(batch), 0, 1, 1), np.float32)
     slots: list[list[int]] = [[]] * len(batch)
+    unfitted: tuple[tuple[str, ...], ...] = ((),) * len(batch)
     names: tuple[tuple[str, ...], ...] = ((),) * len(batch)
     values: tuple[tuple[int, ...], ...] = ((),) * len(batch)
     outputs = None
@@ -233,6 +234,7 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
         )
         cams, slots = stages.cam.float().cpu().numpy(), stages.classes.tolist()
         names, values, outputs = stages.names, stages.values, stages.capture.outputs
+        unfitted = stages.unfitted
     bits = _mask_bits(recipe, pipeline.vocabulary)
     for number, image in enumerate(batch):
         classes = tuple(index for index in slots[number] if index >= 0)
@@ -249,6 +251,8 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
             "legend": {str(value): name for value, name in legend.items()},
             "most_probable_output": None if outputs is None else int(outputs[number].argmax()),
         }
+        if unfitted[number]:
+            row["unfitted"] = list(unfitted[number])
         cam = np.ascontiguousarray(cams[number, : len(classes)])
         yield Maps(image, classes, cam, values[number], bits or mask_bits(values[number]), row)
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "cam": "Segment photos: mask, overlay, maps and manifest of each into its own folder.",
     "run": "Write masks and class maps of any number of images; the same command continues a "
     "stopped run.",
+    "fit": "Fit a read-out over photos with image-level labels, for better maps (`--readout`).",
     "bench": "Measure methods on a data set with masks: tuned on one split, reported on another.",
     "doctor": "Report what camkit recognises in a model, what works on it, and the line to start "
     "with.",

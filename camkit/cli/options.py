@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 
@@ -18,8 +19,10 @@ from camkit.method import (
     read_refiners,
     settings_of,
     show_value,
+    with_readout,
 )
 from camkit.pipeline import wrap
+from camkit.readout import Readout
 from camkit.refiners import AtReducedSize, DenseCRF, Refiner
 from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
@@ -64,6 +67,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEP",
         help="refiners, see below (default: propagate:steps=2,blocks=6,balance=3+normalize:minmax)",
     )
+    add("--readout", type=Path, metavar="FILE", help="a read-out that `camkit fit` wrote")
 
 
 def method_of(options: argparse.Namespace, opened: OpenedModel) -> Method:
@@ -87,6 +91,9 @@ def _method(options: argparse.Namespace, opened: OpenedModel) -> Method:
             edit=options.edit,
             edit_blocks=options.edit_blocks or None,
         )
+    if options.readout is not None:
+        readout = Readout.load(options.readout)
+        return with_readout([replace(method, refine=refine)], readout, opened.model)
     _, finish = split_refiners(refine)
     if any(isinstance(_inner(refiner), DenseCRF) for refiner in finish):
         method = replace(method, background_score=0.5)

@@ -9,30 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from camkit.bulk import Item, read_labels
-from camkit.bulk.items import IMAGE_SUFFIXES, is_image
+from camkit.bulk.items import is_image
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import CamOutput, Loading, Recipe, Writing
 from camkit.bulk.running import rank_of, run
-from camkit.bulk.sources import Labelled, PhotoFolder, Source, SourceKind, open_source
+from camkit.bulk.sources import PhotoFolder, Source
 from camkit.cli.mask import add_background, add_ignore_below, background_score
 from camkit.cli.models import MODELS, add_model_arguments, open_named
 from camkit.cli.options import (
     add_method_arguments,
     method_of,
     read_classes,
-    read_predicted,
     refiners_help,
     split_refiners,
 )
-from camkit.data import COCO_CLASSES, VOC_CLASSES
-from camkit.data.labels import read_names
-from camkit.errors import CamkitError, closest, nearby
+from camkit.cli.sources import (
+    add_input_arguments,
+    check_has_images,
+    labelled,
+    name_skipped,
+    open_input,
+    vocabulary_for,
+)
 from camkit.method import REFINERS
 from camkit.seeds import PredictedClasses
-
-_KNOWN = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
-_FIRST = PredictedClasses(0.5, "softmax")  # at most one class can have more than half
 
 EXAMPLES = f"""examples:
   camkit run photos --out masks
@@ -58,25 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("input", type=Path, metavar="INPUT", help="images")
     add("--out", type=Path, required=True, help="results folder")
-    kinds = get_args(SourceKind)
-    add("--as", dest="kind", choices=kinds, default="auto", help="kind of INPUT (default: auto)")
-    add("--split", help="split of a data set")
-    add("--root", type=Path, help="folder that the paths of a list start at (default: its own)")
-    add("--image-column", default="image", help="Parquet column of image bytes (default: image)")
-    add("--key-column", help="Parquet column of image names (default: numbers of the rows)")
-    add("--label-column", help="Parquet column of class indices")
-    add("--classes", help="classes of every image: names or indices, separated by commas")
-    add(
-        "--labels",
-        help="dataset (from INPUT), first (the classifier's most probable class), "
-        "predicted[:SCORE] (all classes with this probability), or a file: cls_labels.npy, JSON "
-        "(default: dataset if INPUT has labels, else first)",
-    )
-    add(
-        "--vocabulary",
-        help="classes that label indices count: voc, coco, or a file of names, one per line "
-        "(default: the classes of the data set, else of the model)",
-    )
+    add_input_arguments(parser)
     add_method_arguments(parser)
     add(
         "--cams",
@@ -111,18 +93,10 @@ def execute(options: argparse.Namespace) -> int:
     for name in ("address", "actors", "gpus"):
         if cluster is None and getattr(options, name) is not None:
             raise ValueError(f"--{name} needs a cluster; add --engine ray, or omit it")
-    source = open_source(
-        options.input,
-        kind=options.kind,
-        split=options.split,
-        root=options.root,
-        image=options.image_column,
-        key=options.key_column,
-        labels=options.label_column,
-    )
+    source = open_input(options)
     photos, rank = source, rank_of(os.environ)
     _check_input(options, source)
-    source, labels = _labelled(source, options.labels)
+    source, labels = labelled(source, options.labels)
     recipe = _recipe(options, source, labels)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the way clusters end a job
     summary = run(
@@ -147,7 +121,7 @@ def execute(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     if isinstance(photos, PhotoFolder) and rank.number == 0:
-        _name_skipped(photos)
+        name_skipped(photos)
     return 1 if summary.failed else 0
 
 
@@ -162,56 +136,13 @@ def _check_input(options: argparse.Namespace, source: Source) -> None:
     if place.is_file() and is_image(place.name):
         command = shlex.join(["camkit", "cam", str(place)])
         raise ValueError(f"{place} is a single photo; give its folder, or use: {command}")
-    if next(iter(source), None) is None:
-        if isinstance(source, PhotoFolder):
-            _name_skipped(source)
-        raise CamkitError(f"{place} has no images; read are {', '.join(IMAGE_SUFFIXES)}")
-
-
-def _name_skipped(photos: PhotoFolder) -> None:
-    """Say how many files of a folder are not read, because of their suffixes."""
-    skipped = photos.skipped()
-    if skipped:
-        listed = ", ".join(f"{number} {suffix}" for suffix, number in skipped.most_common(8))
-        files = "file is" if skipped.total() == 1 else "files are"
-        print(
-            f"camkit: {skipped.total()} {files} not read ({listed}); "
-            f"read are {', '.join(IMAGE_SUFFIXES)}",
-            file=sys.stderr,
-        )
-
-
-def _labelled(source: Source, text: str | None) -> tuple[Source, PredictedClasses | None]:
-    """Return the source with the labels of ``--labels``, or the prediction that replaces them."""
-    if text is None:
-        first = next((entry for entry in source if isinstance(entry, Item)), None)
-        return source, None if first is not None and first.classes is not None else _FIRST
-    if text == "dataset":
-        return source, None
-    if text == "first":
-        return source, _FIRST
-    predicted = read_predicted(text)
-    if predicted is None and not Path(text).exists():
-        word = closest(text, ("dataset", "first", "predicted"))
-        hint = f"; {word}" if word.startswith("did you mean") else nearby(Path(text)) or f"; {word}"
-        raise ValueError(f"--labels {text}: no such file{hint}")
-    return (Labelled(source, read_labels(text)), None) if predicted is None else (source, predicted)
-
-
-def _read_names(text: str) -> tuple[str, ...]:
-    path = Path(text)
-    if not path.exists():
-        hint = nearby(path) or f"; {closest(text, _KNOWN)}"
-        raise ValueError(f"--vocabulary {text}: no such file{hint}")
-    return tuple(read_names(path))
+    check_has_images(source, place)
 
 
 def _recipe(options: argparse.Namespace, source: Source, labels: PredictedClasses | None) -> Recipe:
     """Open the model and return the recipe that the options describe."""
-    opened, names = open_named(vars(options)), source.classes
-    if options.vocabulary is not None:
-        names = _KNOWN.get(options.vocabulary) or _read_names(options.vocabulary)
-    vocabulary = opened.vocabulary if names is None else opened.vocabulary.subset(list(names))
+    opened = open_named(vars(options))
+    vocabulary = vocabulary_for(options, source, opened.vocabulary)
     classes = None
     if options.classes is not None:
         if options.labels is not None:

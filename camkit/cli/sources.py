@@ -1,0 +1,110 @@
+"""Options that say which images a command works on, and which classes they show."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import get_args
+
+from camkit.bulk import Item, read_labels
+from camkit.bulk.items import IMAGE_SUFFIXES
+from camkit.bulk.sources import Labelled, PhotoFolder, Source, SourceKind, open_source
+from camkit.cli.options import read_predicted
+from camkit.data import COCO_CLASSES, VOC_CLASSES
+from camkit.data.labels import read_names
+from camkit.errors import CamkitError, closest, nearby
+from camkit.seeds import PredictedClasses
+from camkit.vocabulary import Vocabulary
+
+_KNOWN = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
+_FIRST = PredictedClasses(0.5, "softmax")  # at most one class can have more than half
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `open_input`, `labelled` and `vocabulary_for` read, but for INPUT."""
+    add = parser.add_argument
+    kinds = get_args(SourceKind)
+    add("--as", dest="kind", choices=kinds, default="auto", help="kind of INPUT (default: auto)")
+    add("--split", help="split of a data set")
+    add("--root", type=Path, help="folder that the paths of a list start at (default: its own)")
+    add("--image-column", default="image", help="Parquet column of image bytes (default: image)")
+    add("--key-column", help="Parquet column of image names (default: numbers of the rows)")
+    add("--label-column", help="Parquet column of class indices")
+    add("--classes", help="classes of every image: names or indices, separated by commas")
+    add(
+        "--labels",
+        help="dataset (from INPUT), first (the classifier's most probable class), "
+        "predicted[:SCORE] (all classes with this probability), or a file: cls_labels.npy, JSON "
+        "(default: dataset if INPUT has labels, else first)",
+    )
+    add(
+        "--vocabulary",
+        help="classes that label indices count: voc, coco, or a file of names, one per line "
+        "(default: the classes of the data set, else of the model)",
+    )
+
+
+def open_input(options: argparse.Namespace) -> Source:
+    """Open INPUT; raises the errors of `open_source`."""
+    return open_source(
+        options.input,
+        kind=options.kind,
+        split=options.split,
+        root=options.root,
+        image=options.image_column,
+        key=options.key_column,
+        labels=options.label_column,
+    )
+
+
+def check_has_images(source: Source, place: Path) -> None:
+    """Raise CamkitError for an input without images; say which files of a folder are not read."""
+    if next(iter(source), None) is None:
+        if isinstance(source, PhotoFolder):
+            name_skipped(source)
+        raise CamkitError(f"{place} has no images; read are {', '.join(IMAGE_SUFFIXES)}")
+
+
+def name_skipped(photos: PhotoFolder) -> None:
+    """Say how many files of a folder are not read, because of their suffixes."""
+    skipped = photos.skipped()
+    if skipped:
+        listed = ", ".join(f"{number} {suffix}" for suffix, number in skipped.most_common(8))
+        files = "file is" if skipped.total() == 1 else "files are"
+        print(
+            f"camkit: {skipped.total()} {files} not read ({listed}); "
+            f"read are {', '.join(IMAGE_SUFFIXES)}",
+            file=sys.stderr,
+        )
+
+
+def labelled(source: Source, text: str | None) -> tuple[Source, PredictedClasses | None]:
+    """Return the source with the labels of ``--labels``, or the prediction that replaces them."""
+    if text is None:
+        first = next((entry for entry in source if isinstance(entry, Item)), None)
+        return source, None if first is not None and first.classes is not None else _FIRST
+    if text == "dataset":
+        return source, None
+    if text == "first":
+        return source, _FIRST
+    predicted = read_predicted(text)
+    if predicted is None and not Path(text).exists():
+        word = closest(text, ("dataset", "first", "predicted"))
+        hint = f"; {word}" if word.startswith("did you mean") else nearby(Path(text)) or f"; {word}"
+        raise ValueError(f"--labels {text}: no such file{hint}")
+    return (Labelled(source, read_labels(text)), None) if predicted is None else (source, predicted)
+
+
+def vocabulary_for(options: argparse.Namespace, source: Source, known: Vocabulary) -> Vocabulary:
+    """Return the classes that labels count: those of --vocabulary, of the source, or the model."""
+    names = source.classes
+    if options.vocabulary is not None:
+        names = _KNOWN.get(options.vocabulary) or _read_names(options.vocabulary)
+    return known if names is None else known.subset(list(names))
+
+
+def _read_names(text: str) -> tuple[str, ...]:
+    path = Path(text)
+    if not path.exists():
+        hint = nearby(path) or f"; {closest(text, _KNOWN)}"
+        raise ValueError(f"--vocabulary {text}: no such file{hint}")
+    return tuple(read_names(path))
