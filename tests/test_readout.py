@@ -83,7 +83,7 @@ def test_sums_of_two_sets_are_the_sums_of_all_photos() -> None:
 
 def test_classes_without_patches_or_that_look_like_background_are_not_known() -> None:
     hidden = torch.tensor(RNG.normal(-2.0, 1.0, (100, 3)))
-    readout = readout_of({"cat": CAT, "fog": hidden, "rare": DOG[:49], "none": DOG[:0]})
+    readout = readout_of({"cat": CAT, "fog": hidden, "rare": DOG[:49], "none": DOG[:0]}, photos=0)
     assert [readout.knows(name) for name in readout.classes] == [True, False, False, False]
     assert not readout.knows("never seen")
     margins = readout.margins(CAT[None], [["cat", "fog"]])
