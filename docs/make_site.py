@@ -59,6 +59,7 @@ ROOMS = {
         *("method", "method.Preset", "method.PRESETS", "method.CALIBRATED"),
         *("method.GRADIENT", "method.POOLED"),
     ),
+    "fitting": ("Read-outs", "fitting", "readout"),
     "capture": ("Watching a model", "capture", "diagnosis", "diagnosis.Diagnosis"),
     "seeds": ("Seeds", "seeds"),
     "edits": ("Edits", "edits", "ops/paired.PairBias"),

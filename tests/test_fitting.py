@@ -1,11 +1,14 @@
 """Fitting over photos: what counts as an example, what the result is, what is refused."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
+from hosts import shaken
 from torch import nn
 
 import camkit
@@ -16,7 +19,17 @@ from camkit.fitting import sure_patches
 from camkit.method import split_refine
 from camkit.pipeline import UnfittedClassWarning
 from camkit.refiners import AtReducedSize, Normalize
-from camkit.seeds import FittedSeed
+from camkit.seeds import FittedSeed, TextClasses
+
+VISION = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 16, "image_size": 64}
+TEXT = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 4, "layers": 2}
+
+
+def words(prompts):
+    """A tokenizer that gives every text its own numbers; the last is the largest, as in CLIP."""
+    rows = [[1 + sum(map(ord, text[i : i + 4])) % 47 for i in range(0, 28, 4)] for text in prompts]
+    return torch.tensor([[*row, 49] for row in rows])
+
 
 SETTINGS = open_model(EMBEDDED).photos
 
@@ -242,3 +255,24 @@ def test_the_command_line_fits_joins_and_reads(tmp_path: Path, capsys, samples):
     assert "FittedSeed" in text
     assert main(["fit", "--out", files[2]]) == 1
     assert "either INPUT or --join" in capsys.readouterr().err
+
+
+def test_classes_of_clip_are_fitted_by_their_texts():
+    model = shaken(open_clip.model.CLIP(16, VISION, TEXT))
+    texts = TextClasses.from_prompts(model, ["cat", "dog"], tokenize=words, background=("sky",))
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(3)]
+    arguments = {
+        "photos": camkit.photo.PhotoSettings(size=64, multiple=64),
+        "call": lambda model, pixels: model.encode_image(pixels),
+    }
+    labels = [["cat"], [1], ["cat", "dog"]]
+    readout = camkit.fit(camkit.wrap(model, **arguments), pictures, labels, vocabulary=texts)
+    assert readout.classes == ("cat", "dog")
+    assert readout.images.photos.tolist() == [2, 2]
+    fitted = camkit.wrap(model, readout=readout, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnfittedClassWarning)  # noise shows no cat
+        result = fitted(pictures[0], classes=texts)
+    assert result.names == ("cat", "dog")
+    assert set(result.unfitted) == {name for name in result.names if not readout.knows(name)}
