@@ -1,5 +1,9 @@
 """Refiners worked by hand, and the laws they keep."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -164,3 +168,30 @@ def test_a_chain_is_itself_a_refiner(line):
 def test_an_empty_chain_changes_nothing(two_halves):
     cam = torch.rand(1, 1, 2, 4)
     assert torch.equal(chain()(cam, two_halves), cam)
+
+
+def test_kept_attention_is_that_of_the_capture_and_goes_with_it():
+    maps = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    cam = torch.rand(1, 1, 2, 3)
+    capture = Capture.of_attention([maps[:1], maps[1:]], (2, 3))
+    both, last = Propagate(balance=3), Propagate(balance=3, blocks=1)
+    first = both(cam, capture)
+    assert torch.equal(both(cam, capture), first)
+    again = Capture.of_attention([maps[1:]], (2, 3))
+    assert torch.equal(last(cam, capture), both(cam, again))
+    assert not torch.equal(last(cam, capture), first)
+    gone = weakref.ref(capture)
+    del capture
+    gc.collect()
+    assert gone() is None
+
+
+def test_attention_read_without_gradients_does_not_cut_later_ones():
+    maps = torch.rand(1, 1, 7, 7).softmax(-1).requires_grad_()
+    capture = replace(Capture.of_attention([maps], (2, 3)), blocks=(ExplicitAttention(maps),))
+    cam = torch.rand(1, 1, 2, 3)
+    with torch.no_grad():
+        Propagate(balance=3)(cam, capture)
+    Propagate(balance=3)(cam, capture).sum().backward()
+    Propagate(balance=3)(cam, capture).pow(2).sum().backward()
+    assert maps.grad is not None

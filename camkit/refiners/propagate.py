@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from camkit.seeds.protocol import HeadWeights, read_head_weights, required_by_we
 from camkit.tensors import Cam
 
 Spread: TypeAlias = Float[Tensor, "b k n"]
+
+
+_KEPT: "WeakKeyDictionary[Capture, dict[tuple[object, ...], Tensor]]" = WeakKeyDictionary()
 
 
 def _block_maps(
@@ -43,9 +47,19 @@ def _patch_attention(
     balance_rounds: int,
     head_weights: HeadWeights | None = None,
 ) -> Float[Tensor, "b n n"]:
-    """Return patch-to-patch attention, averaged over heads, summed over blocks, balanced."""
+    """Return patch-to-patch attention, averaged over heads, summed over blocks, balanced.
+
+    It is kept with the capture unless it has a graph: several refiners may read it.
+    """
+    kept = _KEPT.setdefault(capture, {}) if head_weights is None else {}
+    key = (blocks, balance_rounds, torch.is_grad_enabled())
+    if key in kept:
+        return kept[key]
     total = reduce(torch.add, _block_maps(capture, blocks, head_weights))  # one map at a time
-    return balance(total, rounds=balance_rounds) if balance_rounds else total
+    total = balance(total, rounds=balance_rounds) if balance_rounds else total
+    if not total.requires_grad and not total.is_inference():
+        kept[key] = total
+    return total
 
 
 def _attention_step(
