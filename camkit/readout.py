@@ -16,6 +16,7 @@ from torch import Tensor
 
 from camkit.errors import DataError
 from camkit.manifest import unfinished
+from camkit.printing import short_repr
 
 Form: TypeAlias = Literal["auto", "object", "classes"]
 """One column for all objects, or one for each class; "auto" decides by the number of photos."""
@@ -46,6 +47,8 @@ class Moments:
     count: Float[Tensor, " g"]
     total: Float[Tensor, "g D"]
     product: Float[Tensor, "g D D"]
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, vectors: Float[Tensor, "n D"]) -> "Moments":
@@ -97,6 +100,8 @@ class ImageMoments:
     vectors: Moments
     labelled: Float[Tensor, "k d"]
     photos: Float[Tensor, " k"]
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, vector: Float[Tensor, " d"], classes: Sequence[int], known: int) -> "ImageMoments":
@@ -161,6 +166,8 @@ class Linear:
 
     weight: Float[Tensor, "D c"]
     bias: Float[Tensor, " c"]
+
+    __repr__ = short_repr
 
     def __call__(self, vectors: Float[Tensor, "... D"]) -> Float[Tensor, "... c"]:
         return vectors @ self.weight.to(vectors) + self.bias.to(vectors)

@@ -370,11 +370,11 @@ def test_a_file_is_no_longer_than_700_lines_and_says_what_is_in_it():
         assert ast.get_docstring(ast.parse(text)), f"{path} opens with no docstring"
 
 
-def test_at_most_25_names_are_at_top_level():
+def test_at_most_27_names_are_at_top_level():
     modules = {name for name in vars(camkit) if inspect.ismodule(getattr(camkit, name))}
     public = [n for n in vars(camkit) if n[0] != "_" and n not in modules | {"TYPE_CHECKING"}]
     ours = [n for n in public if getattr(camkit, n).__module__.startswith("camkit.")]
-    assert len(ours) <= 25, sorted(ours)
+    assert len(ours) <= 27, sorted(ours)
 
 
 HEADLESS = [ClassAttentionSeed(), AttentionRolloutSeed(), TokenCutSeed(), EigenCAMSeed()]

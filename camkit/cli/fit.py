@@ -39,7 +39,7 @@ EXAMPLES = f"""examples:
 
 INPUT is what `camkit run` takes. The model runs once on each photo; photos that show none of the
 classes, or that the classifier is not sure of, teach nothing. A read-out belongs to one model and
-one method: give the same options to `camkit run`, `camkit cam` and `camkit bench`.
+one method: give the same options to `camkit run` and `camkit cam`.
 
 {MODELS}
 """
