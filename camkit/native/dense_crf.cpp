@@ -4,11 +4,13 @@
 // torch are in camkit/ops/mean_field.py and camkit/ops/permutohedral.py. Reasons for its speed:
 //
 // * pixels in one simplex share its corners, so a hash table finds simplices first, and only new
-//   simplices look up their vertices;
+//   simplices look up their vertices, which then know each other as neighbours;
+// * neighbours that share no occupied simplex need a search, of which a small filter spares most;
 // * the vertices along one axis of the lattice form chains, and a chain is blurred in place;
 //   a vertex without neighbours along an axis does not change and is left out;
 // * the kernels are linear and probabilities sum to one, so the last label needs no channel;
 // * slicing, softmax and splatting are one pass, and probabilities are not stored between steps;
+// * loops over many vertices have no branches on their data, and memory is prefetched;
 // * the lattice of the Gaussian kernel depends only on the size of the image, and is cached.
 
 #include <algorithm>
@@ -127,94 +129,192 @@ inline float exponential(float x) {
 
 // All steps for one image; rows hold R vectors of W floats, or many of them if `Parts`.
 template <int W, int R, bool Parts = false>
-void infer(const Problem& problem, const float* log_scores, const Lattice& gauss,
-           const Lattice& bilateral, float* out) {
-  using Row = Rows<W, R>;
-  using Vec = typename Row::Vec;
-  const int64_t pixels = problem.rows * problem.cols;
-  const int channels = int(problem.labels) - 1;
-  const int64_t parts = Parts ? (channels + W * R - 1) / (W * R) : 1;
-  const int64_t stride = parts * R, floats = stride * W;
-  const size_t gauss_size = (gauss.vertices + 2) * stride;
-  const size_t bilateral_size = (bilateral.vertices + 2) * stride;
-  Zeros<Vec> gauss_values(gauss_size), gauss_next(gauss_size);
-  Zeros<Vec> bilateral_values(bilateral_size), bilateral_next(bilateral_size);
-  Zeros<Vec> block_rows(BLOCK * stride);
-  Zeros<float> planes(problem.labels * BLOCK);  // [label][pixel of the block]
-  float* const row_floats = reinterpret_cast<float*>(block_rows.data());
+class Inference {
+ public:
+  Inference(const Problem& problem, const float* log_scores, const Lattice& gauss,
+            const Lattice& bilateral, float* out)
+      : problem_(problem),
+        log_scores_(log_scores),
+        gauss_(gauss),
+        bilateral_(bilateral),
+        out_(out),
+        pixels_(problem.rows * problem.cols),
+        channels_(int(problem.labels) - 1),
+        parts_(Parts ? (channels_ + W * R - 1) / (W * R) : 1),
+        gauss_values_((gauss.vertices + 2) * stride()),
+        gauss_next_((gauss.vertices + 2) * stride()),
+        bilateral_values_((bilateral.vertices + 2) * stride()),
+        bilateral_next_((bilateral.vertices + 2) * stride()),
+        rows_(BLOCK * stride()),
+        planes_(std::max(problem.labels, stride() * W) * BLOCK) {}
 
-  for (int step = 0; step <= problem.steps; ++step) {
-    const bool last = step == problem.steps;
-    for (int64_t b = 0; b < gauss.blocks; ++b) {
-      const int count = int(std::min<int64_t>(BLOCK, pixels - b * BLOCK));
-      float* const rest = &planes[channels * BLOCK];
-      // Log odds of each label over the last label.
-      alignas(64) float base[BLOCK] = {}, top[BLOCK] = {};
-      std::memcpy(base, log_scores + channels * pixels + b * BLOCK, count * sizeof(float));
-      if (step) {
-        block_rows.clear();
-        for (int64_t part = 0; part < parts; ++part) {
-          const int64_t at = part * R;
-          Row::template slice<3>(gauss, b, problem.gauss_weight, gauss_values.data() + at, stride,
-                                 block_rows.data() + at);
-          Row::template slice<6>(bilateral, b, problem.bilateral_weight,
-                                 bilateral_values.data() + at, stride,
-                                 block_rows.data() + at);
-        }
-        const float* const gauss_total = &gauss.total[b * BLOCK];
-        const float* const bilateral_total = &bilateral.total[b * BLOCK];
-        for (int p = 0; p < BLOCK; ++p)
-          base[p] += problem.gauss_weight * gauss_total[p] +
-                     problem.bilateral_weight * bilateral_total[p];
-        for (int c = 0; c < channels; ++c)
-          for (int p = 0; p < BLOCK; ++p) base[p] -= row_floats[p * floats + c];
-      }
-      for (int c = 0; c < channels; ++c) {
-        float* const plane = &planes[c * BLOCK];
-        const float* const given = log_scores + c * pixels + b * BLOCK;
-        if (count == BLOCK)
-          for (int p = 0; p < BLOCK; ++p) plane[p] = given[p] - base[p];
-        else
-          for (int p = 0; p < count; ++p) plane[p] = given[p] - base[p];
-        if (step)
-          for (int p = 0; p < BLOCK; ++p) plane[p] += row_floats[p * floats + c];
-        for (int p = 0; p < BLOCK; ++p) top[p] = plane[p] > top[p] ? plane[p] : top[p];
-      }
-      alignas(64) float sum[BLOCK];
-      for (int p = 0; p < BLOCK; ++p) sum[p] = rest[p] = exponential(-top[p]);
-      for (int c = 0; c < channels; ++c) {
-        float* const plane = &planes[c * BLOCK];
-        for (int p = 0; p < BLOCK; ++p) plane[p] = exponential(plane[p] - top[p]);
-        for (int p = 0; p < BLOCK; ++p) sum[p] += plane[p];
-      }
-      for (int p = 0; p < BLOCK; ++p) sum[p] = 1.f / sum[p];
-      if (last) {
-        for (int64_t c = 0; c <= channels; ++c)
-          for (int p = 0; p < count; ++p)
-            out[c * pixels + b * BLOCK + p] = planes[c * BLOCK + p] * sum[p];
-        continue;
-      }
-      for (int c = 0; c < channels; ++c)
-        for (int p = 0; p < BLOCK; ++p) row_floats[p * floats + c] = planes[c * BLOCK + p] * sum[p];
-      for (int64_t p = 0; p < BLOCK; ++p)
-        for (int64_t c = channels; c < floats; ++c) row_floats[p * floats + c] = 0.f;
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t at = part * R;
-        Row::template splat<3>(gauss, b, gauss_next.data() + at, stride, block_rows.data() + at);
-        Row::template splat<6>(bilateral, b, bilateral_next.data() + at, stride,
-                               block_rows.data() + at);
+  void run() {
+    for (int64_t b = 0; b < gauss_.blocks; ++b) {
+      start(b);
+      soften();
+      splat(b);
+    }
+    for (int step = 1; step < problem_.steps; ++step) {
+      blur();
+      for (int64_t b = 0; b < gauss_.blocks; ++b) {
+        slice(b);
+        soften();
+        splat(b);
       }
     }
-    if (last) break;
-    gauss_values.swap(gauss_next);
-    bilateral_values.swap(bilateral_next);
-    gauss_next.clear();
-    bilateral_next.clear();
-    for (int64_t part = 0; part < parts; ++part) {
-      Row::blur(gauss, gauss_values.data() + part * R, stride);
-      Row::blur(bilateral, bilateral_values.data() + part * R, stride);
+    blur();
+    for (int64_t b = 0; b < gauss_.blocks; ++b) {
+      slice(b);
+      finish(b);
     }
   }
+
+ private:
+  using Row = Rows<W, R>;
+  using Vec = typename Row::Vec;
+  int64_t stride() const { return Parts ? parts_ * R : R; }
+  float* plane(int64_t channel) { return &planes_[channel * BLOCK]; }
+  int count(int64_t b) const { return int(std::min<int64_t>(BLOCK, pixels_ - b * BLOCK)); }
+
+  // Log odds of each label over the last, without a message. What stays the same over the steps,
+  // these and the response to ones, is kept in the output until the last step.
+  void start(int64_t b) {
+    const float* const last = log_scores_ + channels_ * pixels_ + b * BLOCK;
+    for (int c = 0; c < channels_; ++c) {
+      const float* const given = log_scores_ + c * pixels_ + b * BLOCK;
+      float* const kept = out_ + c * pixels_ + b * BLOCK;
+      for (int p = 0; p < count(b); ++p) {
+        plane(c)[p] = given[p] - last[p];
+        kept[p] = plane(c)[p] - (problem_.gauss_weight * gauss_.total[b * BLOCK + p] +
+                                 problem_.bilateral_weight * bilateral_.total[b * BLOCK + p]);
+      }
+    }
+  }
+
+  // Log odds with the messages of all pixels.
+  void slice(int64_t b) {
+    prefetch(b + 1);
+    for (int64_t part = 0; part < stride(); part += R)
+      for (int p = 0; p < BLOCK; ++p) {
+        Vec near[R] = {}, alike[R] = {};
+        Row::template gather<3>(gauss_, b, p, gauss_values_.data() + part, stride(), near);
+        Row::template gather<6>(bilateral_, b, p, bilateral_values_.data() + part, stride(), alike);
+        for (int i = 0; i < R; ++i)
+          rows_[p * stride() + part + i] =
+              problem_.gauss_weight * near[i] + problem_.bilateral_weight * alike[i];
+      }
+    unpack();
+    alignas(64) float sum[BLOCK];
+    std::memcpy(sum, plane(0), sizeof sum);
+    for (int c = 1; c < channels_; ++c)
+      for (int p = 0; p < BLOCK; ++p) sum[p] += plane(c)[p];
+    for (int c = 0; c < channels_; ++c) {
+      const float* const kept = out_ + c * pixels_ + b * BLOCK;
+      float* const odds = plane(c);
+      if (count(b) == BLOCK)
+        for (int p = 0; p < BLOCK; ++p) odds[p] += kept[p] + sum[p];
+      else
+        for (int p = 0; p < count(b); ++p) odds[p] += kept[p] + sum[p];
+    }
+  }
+
+  // Starts to load what is read in order, before it is used.
+  void prefetch(int64_t b) const {
+    if (b == gauss_.blocks) return;
+    gauss_.prefetch(b, 3);
+    bilateral_.prefetch(b, 6);
+    for (int c = 0; c < channels_; ++c)
+      for (int p = 0; p < BLOCK; p += 16) __builtin_prefetch(out_ + c * pixels_ + b * BLOCK + p);
+  }
+
+  // Turns log odds into the probabilities of all labels.
+  void soften() {
+    alignas(64) float top[BLOCK], total[BLOCK];
+    for (int p = 0; p < BLOCK; ++p) top[p] = std::max(0.f, plane(0)[p]);
+    for (int c = 1; c < channels_; ++c)
+      for (int p = 0; p < BLOCK; ++p) top[p] = std::max(top[p], plane(c)[p]);
+    for (int p = 0; p < BLOCK; ++p) total[p] = rest_[p] = exponential(-top[p]);
+    for (int c = 0; c < channels_; ++c) {
+      float* const likely = plane(c);
+      for (int p = 0; p < BLOCK; ++p) likely[p] = exponential(likely[p] - top[p]);
+      for (int p = 0; p < BLOCK; ++p) total[p] += likely[p];
+    }
+    for (int p = 0; p < BLOCK; ++p) total[p] = 1.f / total[p];
+    for (int c = 0; c < channels_; ++c)
+      for (int p = 0; p < BLOCK; ++p) plane(c)[p] *= total[p];
+    for (int p = 0; p < BLOCK; ++p) rest_[p] *= total[p];
+  }
+
+  void splat(int64_t b) {
+    pack();
+    for (int64_t part = 0; part < stride(); part += R)
+      for (int p = 0; p < BLOCK; ++p) {
+        Vec own[R];
+        for (int i = 0; i < R; ++i) own[i] = rows_[p * stride() + part + i];
+        Row::template scatter<3>(gauss_, b, p, gauss_next_.data() + part, stride(), own);
+        Row::template scatter<6>(bilateral_, b, p, bilateral_next_.data() + part, stride(), own);
+      }
+  }
+
+  void blur() {
+    gauss_values_.swap(gauss_next_);
+    bilateral_values_.swap(bilateral_next_);
+    gauss_next_.clear();
+    bilateral_next_.clear();
+    for (int64_t part = 0; part < stride(); part += R) {
+      Row::blur(gauss_, gauss_values_.data() + part, stride());
+      Row::blur(bilateral_, bilateral_values_.data() + part, stride());
+    }
+  }
+
+  void finish(int64_t b) {
+    soften();
+    for (int c = 0; c < channels_; ++c)
+      std::memcpy(out_ + c * pixels_ + b * BLOCK, plane(c), count(b) * sizeof(float));
+    std::memcpy(out_ + channels_ * pixels_ + b * BLOCK, rest_, count(b) * sizeof(float));
+  }
+
+  // From rows to planes and back; channels that only fill a row stay zero.
+  void unpack() {
+    const float* const from = reinterpret_cast<const float*>(rows_.data());
+    if constexpr (R == 1 && !Parts) {  // a fixed number of channels, which compilers vectorise
+      for (int p = 0; p < BLOCK; ++p)
+        for (int c = 0; c < W; ++c) planes_[c * BLOCK + p] = from[p * W + c];
+    } else {
+      for (int c = 0; c < channels_; ++c)
+        for (int p = 0; p < BLOCK; ++p) plane(c)[p] = from[p * stride() * W + c];
+    }
+  }
+
+  void pack() {
+    float* const to = reinterpret_cast<float*>(rows_.data());
+    if constexpr (R == 1 && !Parts) {
+      for (int p = 0; p < BLOCK; ++p)
+        for (int c = 0; c < W; ++c) to[p * W + c] = planes_[c * BLOCK + p];
+    } else {
+      for (int c = 0; c < channels_; ++c)
+        for (int p = 0; p < BLOCK; ++p) to[p * stride() * W + c] = plane(c)[p];
+    }
+  }
+
+  const Problem& problem_;
+  const float* const log_scores_;
+  const Lattice& gauss_;
+  const Lattice& bilateral_;
+  float* const out_;
+  const int64_t pixels_;
+  const int channels_;
+  const int64_t parts_;
+  Zeros<Vec> gauss_values_, gauss_next_, bilateral_values_, bilateral_next_;
+  Zeros<Vec> rows_;      // [pixel of the block][channel]
+  Zeros<float> planes_;  // [channel][pixel of the block]
+  alignas(64) float rest_[BLOCK];
+};
+
+template <int W, int R, bool Parts = false>
+void infer(const Problem& problem, const float* log_scores, const Lattice& gauss,
+           const Lattice& bilateral, float* out) {
+  Inference<W, R, Parts>(problem, log_scores, gauss, bilateral, out).run();
 }
 
 void infer_image(const Problem& problem, int64_t image) {

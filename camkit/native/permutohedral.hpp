@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -60,58 +61,92 @@ class Zeros {
   size_t count_ = 0;
 };
 
+inline uint64_t scrambled(int64_t key) {
+  const uint64_t h = uint64_t(key) * 0x9E3779B97F4A7C15u;
+  return (h ^ (h >> 32)) * 0xD6E8FEB86659FD93u;
+}
+
 // Numbers keys in the order in which they are first seen.
 class Numbering {
  public:
-  explicit Numbering(size_t expected) : slots_(0) {
-    bits_ = 10;
+  explicit Numbering(size_t expected) {
     while ((size_t(1) << bits_) < expected) ++bits_;
-    slots_ = Zeros<Slot>(size_t(1) << bits_);
+    slots_ = Zeros<Slot>(slots());
+    keys_ = Zeros<int64_t>(slots() * 5 / 8);
   }
-  void prefetch(int64_t key) const { __builtin_prefetch(&slots_[hash(key) >> (64 - bits_)]); }
-  int32_t find(int64_t key) const {
-    const uint64_t h = hash(key);
-    for (size_t i = h >> (64 - bits_);; i = (i + 1) & mask()) {
-      const Slot slot = slots_[i];
-      if (!slot.next_id) return -1;
-      if (slot.mark == uint32_t(h) && keys[slot.next_id - 1] == key) return slot.next_id - 1;
-    }
+  int32_t size() const { return count_; }
+  const int64_t* keys() const { return keys_.data(); }
+  void prefetch(int64_t key) const { __builtin_prefetch(&slots_[scrambled(key) >> (64 - bits_)]); }
+  int32_t find(int64_t key) const { return slots_[place(key, scrambled(key))].next_id - 1; }
+  // Makes room for so many more keys.
+  void reserve(size_t more) {
+    if ((count_ + more) * 8 > slots() * 5) grow();
   }
+  // Without a branch on whether the key is new, which no processor could predict.
   int32_t add(int64_t key) {
-    const int32_t found = find(key);
-    if (found >= 0) return found;
-    if (keys.size() * 5 > (mask() + 1) * 3) grow();
-    keys.push_back(key);
-    place(int32_t(keys.size() - 1));
-    return int32_t(keys.size() - 1);
+    const uint64_t h = scrambled(key);
+    Slot& slot = slots_[place(key, h)];
+    const int32_t added = !slot.next_id;
+    count_ += added;
+    const int32_t id = added ? count_ : slot.next_id;
+    slot = {uint32_t(h), id};
+    keys_[id - 1] = key;
+    return id - 1;
   }
-
-  std::vector<int64_t> keys;
 
  private:
   struct Slot {
     uint32_t mark;    // bits of the hash, which differ for most other keys
     int32_t next_id;  // the number plus one; 0 is empty
   };
-  static uint64_t hash(int64_t key) {
-    uint64_t h = uint64_t(key) * 0x9E3779B97F4A7C15u;
-    return (h ^ (h >> 32)) * 0xD6E8FEB86659FD93u;
-  }
-  size_t mask() const { return (size_t(1) << bits_) - 1; }
-  void place(int32_t id) {
-    const uint64_t h = hash(keys[id]);
+  size_t slots() const { return size_t(1) << bits_; }
+  // The slot that holds the key, or the empty one where it belongs.
+  size_t place(int64_t key, uint64_t h) const {
     size_t i = h >> (64 - bits_);
-    while (slots_[i].next_id) i = (i + 1) & mask();
-    slots_[i] = {uint32_t(h), id + 1};
+    for (;; i = (i + 1) & (slots() - 1)) {
+      const Slot slot = slots_[i];
+      if ((slot.next_id != 0) & (slot.mark != uint32_t(h))) continue;
+      if (!slot.next_id || keys_[slot.next_id - 1] == key) return i;
+    }
   }
   void grow() {
-    slots_ = Zeros<Slot>(0);
-    slots_ = Zeros<Slot>(size_t(1) << ++bits_);
-    for (size_t id = 0; id < keys.size(); ++id) place(int32_t(id));
+    ++bits_;
+    slots_ = Zeros<Slot>(slots());
+    Zeros<int64_t> keys(slots() * 5 / 8);
+    std::copy_n(keys_.data(), count_, keys.data());
+    keys_.swap(keys);
+    for (int32_t id = 0; id < count_; ++id) {
+      const uint64_t h = scrambled(keys_[id]);
+      slots_[place(keys_[id], h)] = {uint32_t(h), id + 1};
+    }
   }
 
-  int bits_;
+  int bits_ = 11;
+  int32_t count_ = 0;
   Zeros<Slot> slots_;
+  Zeros<int64_t> keys_;
+};
+
+// Tells that a key is none of many, nearly always without a look at a larger table.
+class Filter {
+ public:
+  Filter(const int64_t* keys, size_t count) {
+    while ((size_t(8) << bits_) < count) ++bits_;  // eight bits for each key, or more
+    words_ = Zeros<uint64_t>(size_t(1) << bits_);
+    for (size_t i = 0; i < count; ++i)
+      words_[scrambled(keys[i]) >> (64 - bits_)] |= marks(keys[i]);
+  }
+  bool excludes(int64_t key) const {
+    return ~words_[scrambled(key) >> (64 - bits_)] & marks(key);
+  }
+
+ private:
+  static uint64_t marks(int64_t key) {
+    const uint64_t h = scrambled(key);
+    return uint64_t(1) << (h & 63) | uint64_t(1) << (h >> 6 & 63);
+  }
+  int bits_ = 4;
+  Zeros<uint64_t> words_;
 };
 
 // A lattice over the pixels of one image, with the kernel's symmetric normalisation in its weights.
@@ -124,7 +159,15 @@ struct Lattice {
   size_t bytes() const {
     size_t sum = simplex_of.bytes() + weights.bytes() + total.bytes() + 4 * corner_ids.capacity();
     for (const auto& chain : chains) sum += 4 * chain.capacity();
+    for (const auto& pair : pairs) sum += 4 * pair.capacity();
     return sum;
+  }
+
+  // Starts to load what is read in order, long before it is used.
+  void prefetch(int64_t block, int corners) const {
+    const float* const weight = weights.data() + block * BLOCK * corners;
+    for (int i = 0; i < BLOCK * corners; i += 16) __builtin_prefetch(weight + i);
+    for (int i = 0; i < BLOCK; i += 16) __builtin_prefetch(simplex_of.data() + block * BLOCK + i);
   }
 
   int64_t blocks;
@@ -133,7 +176,8 @@ struct Lattice {
   Zeros<float> weights;                      // [block][corner][pixel]
   Zeros<float> total;                        // by pixel: the filter's response to ones
   std::vector<int32_t> corner_ids;           // [simplex][corner]
-  std::vector<std::vector<int32_t>> chains;  // by axis: vertices in order, the zero row after each
+  std::vector<std::vector<int32_t>> pairs;   // by axis: vertices with one neighbour, and that one
+  std::vector<std::vector<int32_t>> chains;  // by axis: longer chains, the zero row after each
 };
 
 // Where the features of a block of pixels lie in the lattice of D dimensions.
@@ -197,35 +241,37 @@ class Embedding {
       }
     // Barycentric weights are differences of the offsets in order of rank.
     for (int i = 0; i <= D; ++i)
-      for (int p = 0; p < BLOCK; ++p) {
-        const float offset = (e[i][p] - coarse[i][p]) * down;
-        for (int r = 0; r <= D; ++r) v[r][p] = rank[i][p] == r ? offset : v[r][p];
-      }
+      for (int p = 0; p < BLOCK; ++p) e[i][p] = (e[i][p] - coarse[i][p]) * down;
+    for (int i = 0; i <= D; ++i)
+      for (int r = 0; r <= D; ++r)  // pixels innermost, or compilers branch on the rank
+        for (int p = 0; p < BLOCK; ++p) v[r][p] = rank[i][p] == r ? e[i][p] : v[r][p];
     for (int p = 0; p < BLOCK; ++p) weight[0][p] = v[D][p] + (1.0f - v[0][p]);
     for (int r = 1; r <= D; ++r)
       for (int p = 0; p < BLOCK; ++p) weight[r][p] = v[D - r][p] - v[D + 1 - r][p];
-    for (int p = 0; p < BLOCK; ++p) {
-      int64_t packed = 0, ranks = 0;
-      for (int i = 0; i < D; ++i) {
-        packed += int64_t(coarse[i][p]) * stride[i];
-        ranks += rank[i][p] * stride[i];
-      }
-      origin[p] = packed;
-      simplex[p] = packed + ranks;  // ranks fit below the multiples of D + 1
-    }
+    // Ranks fit below the multiples of D + 1, so the sum with them names the simplex.
+    for (int p = 0; p < BLOCK; ++p) simplex[p] = 0;
+    for (int i = 0; i < D; ++i)
+      for (int p = 0; p < BLOCK; ++p)
+        simplex[p] += int64_t(int32_t(coarse[i][p]) + rank[i][p]) * stride[i];
   }
 
-  // The packed coordinates of the corners of pixel p's simplex.
-  void corners(int p, int64_t (&keys)[D + 1]) const {
-    int64_t by_rank[D + 1];
-    for (int i = 0; i <= D; ++i) by_rank[rank[i][p]] = stride[i];
-    keys[0] = origin[p];
-    for (int r = 1; r <= D; ++r) keys[r] = keys[r - 1] + stride_sum - (D + 1) * by_rank[D + 1 - r];
+  // The packed coordinates of the corners of pixel p's simplex. From corner r to the next, and from
+  // the last to the first, is one step along the axis `axes[r]`.
+  void corners(int p, int64_t (&keys)[D + 1], uint8_t (&axes)[D + 1]) const {
+    keys[0] = simplex[p];
+    for (int i = 0; i <= D; ++i) {
+      keys[0] -= rank[i][p] * stride[i];
+      axes[D - rank[i][p]] = uint8_t(i);
+    }
+    for (int r = 0; r < D; ++r) keys[r + 1] = keys[r] + step(axes[r]);
   }
+
+  // One step along an axis: D down there, one up everywhere else.
+  int64_t step(int axis) const { return stride_sum - (D + 1) * stride[axis]; }
 
   int64_t stride[D + 1], stride_sum = 0;
   alignas(64) float weight[D + 1][BLOCK];
-  int64_t origin[BLOCK], simplex[BLOCK];
+  alignas(64) int64_t simplex[BLOCK];
   alignas(64) int32_t rank[D + 1][BLOCK];
 
  private:
@@ -247,56 +293,68 @@ template <int W, int R>
 struct Rows {
   using Vec = typename Lanes<W>::type;
 
-  // Adds the values of the lattice at the pixels of a block to the block's rows. The constant by
-  // which the blur scales values cancels in the normalisation.
+  // Adds up the values at the corners of pixel p of a block. The constant by which the blur scales
+  // values cancels in the normalisation.
   template <int Corners>
-  static void slice(const Lattice& lattice, int64_t block, float gain, const Vec* values,
-                    int64_t stride, Vec* rows) {
-    const int32_t* simplex_of = &lattice.simplex_of[block * BLOCK];
-    const float* weights = &lattice.weights[block * BLOCK * Corners];
-    for (int p = 0; p < BLOCK; ++p) {
-      const int32_t* corner = &lattice.corner_ids[size_t(simplex_of[p]) * Corners];
-      Vec sum[R] = {};
-      for (int r = 0; r < Corners; ++r) {
-        const Vec* row = values + corner[r] * stride;
-        for (int i = 0; i < R; ++i) sum[i] += weights[r * BLOCK + p] * row[i];
-      }
-      for (int i = 0; i < R; ++i) rows[p * stride + i] += gain * sum[i];
+  static void gather(const Lattice& lattice, int64_t block, int p, const Vec* values,
+                     int64_t stride, Vec (&sum)[R]) {
+    const int32_t simplex = lattice.simplex_of[block * BLOCK + p];
+    const int32_t* const corner = &lattice.corner_ids[size_t(simplex) * Corners];
+    const float* const weights = &lattice.weights[block * BLOCK * Corners];
+    for (int r = 0; r < Corners; ++r) {
+      const Vec* const row = values + corner[r] * stride;
+      for (int i = 0; i < R; ++i) sum[i] += weights[r * BLOCK + p] * row[i];
     }
   }
 
+  // Adds the pixel's values to those of its corners.
   template <int Corners>
-  static void splat(const Lattice& lattice, int64_t block, Vec* values, int64_t stride,
-                    const Vec* rows) {
-    const int32_t* simplex_of = &lattice.simplex_of[block * BLOCK];
-    const float* weights = &lattice.weights[block * BLOCK * Corners];
-    for (int p = 0; p < BLOCK; ++p) {
-      const int32_t* corner = &lattice.corner_ids[size_t(simplex_of[p]) * Corners];
-      Vec own[R];
-      for (int i = 0; i < R; ++i) own[i] = rows[p * stride + i];
-      for (int r = 0; r < Corners; ++r) {
-        Vec* row = values + corner[r] * stride;
-        for (int i = 0; i < R; ++i) row[i] += weights[r * BLOCK + p] * own[i];
-      }
+  static void scatter(const Lattice& lattice, int64_t block, int p, Vec* values, int64_t stride,
+                      const Vec (&own)[R]) {
+    const int32_t simplex = lattice.simplex_of[block * BLOCK + p];
+    const int32_t* const corner = &lattice.corner_ids[size_t(simplex) * Corners];
+    const float* const weights = &lattice.weights[block * BLOCK * Corners];
+    for (int r = 0; r < Corners; ++r) {
+      Vec* const row = values + corner[r] * stride;
+      for (int i = 0; i < R; ++i) row[i] += weights[r * BLOCK + p] * own[i];
     }
   }
 
   static void blur(const Lattice& lattice, Vec* values, int64_t stride) {
-    const int32_t zero = lattice.vertices, waste = zero + 1;
-    for (const auto& chain : lattice.chains) {
-      Vec before[R] = {}, own[R] = {};
-      int32_t at = zero;
-      for (const int32_t next : chain) {
-        const Vec* row = values + next * stride;
-        Vec* target = values + (at == zero ? waste : at) * stride;
-        for (int i = 0; i < R; ++i) {
-          const Vec after = row[i];
-          target[i] = own[i] + 0.5f * (before[i] + after);
-          before[i] = own[i];
-          own[i] = after;
-        }
-        at = next;
+    for (size_t axis = 0; axis < lattice.chains.size(); ++axis) {
+      blur_pairs(lattice.pairs[axis], values, stride);
+      blur_chains(lattice.chains[axis], lattice.vertices, values, stride);
+    }
+  }
+
+ private:
+  static void blur_pairs(const std::vector<int32_t>& pairs, Vec* values, int64_t stride) {
+    for (size_t i = 0; i < pairs.size(); i += 2) {
+      Vec* const one = values + pairs[i] * stride;
+      Vec* const other = values + pairs[i + 1] * stride;
+      for (int j = 0; j < R; ++j) {
+        const Vec before = one[j];
+        one[j] += 0.5f * other[j];
+        other[j] += 0.5f * before;
       }
+    }
+  }
+
+  static void blur_chains(const std::vector<int32_t>& chains, int32_t zero, Vec* values,
+                          int64_t stride) {
+    const int32_t waste = zero + 1;
+    Vec before[R] = {}, own[R] = {};
+    int32_t at = zero;
+    for (const int32_t next : chains) {
+      const Vec* const row = values + next * stride;
+      Vec* const target = values + (at == zero ? waste : at) * stride;
+      for (int i = 0; i < R; ++i) {
+        const Vec after = row[i];
+        target[i] = own[i] + 0.5f * (before[i] + after);
+        before[i] = own[i];
+        own[i] = after;
+      }
+      at = next;
     }
   }
 };
@@ -306,52 +364,119 @@ using One = Rows<1, 1>;
 // Normalises the weights by the filter's response to ones; stores the new response in `total`.
 template <int Corners>
 void normalise(Lattice& lattice) {
+  const float one[1] = {1.f};
   Zeros<float> values(lattice.vertices + 2);
-  float block_rows[BLOCK];
   for (const bool first : {true, false}) {
     values.clear();
-    std::fill_n(block_rows, BLOCK, 1.f);
     for (int64_t b = 0; b < lattice.blocks; ++b)
-      One::splat<Corners>(lattice, b, values.data(), 1, block_rows);
+      for (int p = 0; p < BLOCK; ++p)
+        One::scatter<Corners>(lattice, b, p, values.data(), 1, one);
     One::blur(lattice, values.data(), 1);
     for (int64_t b = 0; b < lattice.blocks; ++b) {
-      std::fill_n(block_rows, BLOCK, 0.f);
-      One::slice<Corners>(lattice, b, 1.f, values.data(), 1, block_rows);
-      if (!first) {
-        std::memcpy(&lattice.total[b * BLOCK], block_rows, sizeof block_rows);
-        continue;
+      float* const total = &lattice.total[b * BLOCK];
+      for (int p = 0; p < BLOCK; ++p) {
+        float sum[1] = {};
+        One::gather<Corners>(lattice, b, p, values.data(), 1, sum);
+        total[p] = sum[0];
       }
-      float* weights = &lattice.weights[b * BLOCK * Corners];
-      for (int p = 0; p < BLOCK; ++p) block_rows[p] = 1.f / std::sqrt(block_rows[p] + 1e-20f);
+      if (!first) continue;
+      float* const weights = &lattice.weights[b * BLOCK * Corners];
+      for (int p = 0; p < BLOCK; ++p) total[p] = 1.f / std::sqrt(total[p] + 1e-20f);
       for (int r = 0; r < Corners; ++r)
-        for (int p = 0; p < BLOCK; ++p) weights[r * BLOCK + p] *= block_rows[p];
+        for (int p = 0; p < BLOCK; ++p) weights[r * BLOCK + p] *= total[p];
     }
   }
 }
 
+// The vertices of a lattice and, along each axis, the next vertex of each, or -1.
 template <int D>
-void link(Lattice& lattice, const Numbering& vertices, const Embedding<D>& embedding) {
-  constexpr int AHEAD = 16;
-  const int32_t count = lattice.vertices = int32_t(vertices.keys.size());
-  lattice.chains.resize(D + 1);
-  std::vector<int32_t> next(count);
-  std::vector<char> has_previous(count);
-  for (int axis = 0; axis <= D; ++axis) {
-    // one step along an axis: D down there, one up everywhere else
-    const int64_t step = embedding.stride_sum - (D + 1) * embedding.stride[axis];
-    std::fill(has_previous.begin(), has_previous.end(), 0);
-    for (int32_t v = 0; v < count; ++v) {
-      if (v + AHEAD < count) vertices.prefetch(vertices.keys[v + AHEAD] + step);
-      next[v] = vertices.find(vertices.keys[v] + step);
-      if (next[v] >= 0) has_previous[next[v]] = 1;
+class Vertices {
+ public:
+  explicit Vertices(size_t expected) : numbers_(expected) { enlarge(expected / 2); }
+  int32_t size() const { return numbers_.size(); }
+  const int32_t* next(int axis) const { return next_[axis].data(); }
+  void prefetch(int64_t key) const { numbers_.prefetch(key); }
+  // Makes room for so many more vertices.
+  void reserve(size_t more) {
+    numbers_.reserve(more);
+    if (size() + more > room_) enlarge((size() + more) * 2);
+  }
+  // Adds the corners of a simplex. Along its edges, vertices are linked without a search.
+  void add(const int64_t (&corners)[D + 1], const uint8_t (&axes)[D + 1], int32_t* ids) {
+    for (int r = 0; r <= D; ++r) ids[r] = numbers_.add(corners[r]);
+    for (int r = 0; r <= D; ++r) next_[axes[r]][ids[r]] = ids[r < D ? r + 1 : 0];
+  }
+  // Links neighbours whose common simplices hold no pixel.
+  void link(const Embedding<D>& embedding) {
+    constexpr int32_t AHEAD = 16;
+    const int64_t* const keys = numbers_.keys();
+    const Filter filter(keys, size());
+    std::vector<int32_t> unsure(size() + 1);
+    for (int axis = 0; axis <= D; ++axis) {
+      const int64_t step = embedding.step(axis);
+      int32_t* const next = next_[axis].data();
+      int32_t count = 0;
+      for (int32_t v = 0; v < size(); ++v) {
+        unsure[count] = v;
+        count += (next[v] < 0) & !filter.excludes(keys[v] + step);
+      }
+      for (int32_t i = 0; i < count; ++i) {
+        if (i + AHEAD < count) numbers_.prefetch(keys[unsure[i + AHEAD]] + step);
+        next[unsure[i]] = numbers_.find(keys[unsure[i]] + step);
+      }
     }
-    auto& chain = lattice.chains[axis];
+  }
+
+ private:
+  void enlarge(size_t room) {
+    for (auto& next : next_) {
+      Zeros<int32_t> larger(room);
+      std::copy_n(next.data(), size(), larger.data());
+      std::fill(larger.data() + size(), larger.data() + room, -1);
+      next.swap(larger);
+    }
+    room_ = room;
+  }
+
+  Numbering numbers_;
+  size_t room_ = 0;
+  Zeros<int32_t> next_[D + 1];
+};
+
+// Sorts the vertices of each axis into pairs and longer chains. Selections have no branches, which
+// would be mispredicted.
+template <int D>
+void chain_up(Lattice& lattice, const Vertices<D>& vertices) {
+  const int32_t count = lattice.vertices = vertices.size();
+  lattice.pairs.resize(D + 1);
+  lattice.chains.resize(D + 1);
+  std::vector<char> has_previous(count + 1);
+  std::vector<int32_t> heads(count + 1), pairs(count + 2);
+  for (int axis = 0; axis <= D; ++axis) {
+    const int32_t* const next = vertices.next(axis);
+    std::fill(has_previous.begin(), has_previous.end(), 0);
+    for (int32_t v = 0; v < count; ++v) has_previous[next[v] + 1] = 1;
+    int32_t found = 0, longer = 0, paired = 0, edges = 0;
     for (int32_t v = 0; v < count; ++v) {
-      if (has_previous[v] || next[v] < 0) continue;
-      for (int32_t at = v; at >= 0; at = next[at]) chain.push_back(at);
+      heads[found] = v;
+      found += (next[v] >= 0) & !has_previous[v + 1];
+      edges += next[v] >= 0;
+    }
+    for (int32_t i = 0; i < found; ++i) {
+      const int32_t head = heads[i], second = next[head], is_pair = next[second] < 0;
+      pairs[paired] = head;
+      pairs[paired + 1] = second;
+      paired += 2 * is_pair;
+      heads[longer] = head;
+      longer += !is_pair;
+    }
+    lattice.pairs[axis].assign(pairs.begin(), pairs.begin() + paired);
+    auto& chain = lattice.chains[axis];
+    chain.reserve(edges - paired / 2 + 2 * longer);
+    for (int32_t i = 0; i < longer; ++i) {
+      for (int32_t at = heads[i]; at >= 0; at = next[at]) chain.push_back(at);
       chain.push_back(count);
     }
-    chain.shrink_to_fit();
   }
 }
 
@@ -359,11 +484,17 @@ void link(Lattice& lattice, const Numbering& vertices, const Embedding<D>& embed
 template <int D, class Fill>
 Lattice build(int64_t pixels, const float (&largest)[D], Fill fill) {
   Lattice lattice(D + 1, pixels);
-  const size_t expected = std::max<int64_t>(1024, pixels / 2);
-  Numbering simplices(expected), vertices(expected);
+  const size_t expected = std::max<int64_t>(2048, pixels);
+  Numbering simplices(expected);
+  Vertices<D> vertices(expected);
   auto embedding = std::make_unique<Embedding<D>>(largest);
   alignas(64) float feature[D][BLOCK];
-  std::vector<int64_t> keys;
+  struct Simplex {
+    int64_t corners[D + 1];
+    uint8_t axes[D + 1];
+  };
+  std::vector<Simplex> found(BLOCK);
+  int first[BLOCK + 1];  // pixels in new simplices
   for (int64_t b = 0; b < lattice.blocks; ++b) {
     fill(b, feature);
     embedding->locate(feature);
@@ -372,19 +503,26 @@ Lattice build(int64_t pixels, const float (&largest)[D], Fill fill) {
     float* weights = &lattice.weights[b * BLOCK * (D + 1)];
     for (int r = 0; r <= D; ++r)
       std::memcpy(weights + r * BLOCK, embedding->weight[r], count * sizeof(float));
-    keys.clear();
+    const int32_t known = simplices.size();
+    simplices.reserve(BLOCK);
     for (int p = 0; p < count; ++p) {
-      const size_t known = simplices.keys.size();
+      const int32_t before = simplices.size();
       lattice.simplex_of[b * BLOCK + p] = simplices.add(embedding->simplex[p]);
-      if (simplices.keys.size() == known) continue;
-      int64_t corners[D + 1];
-      embedding->corners(p, corners);
-      keys.insert(keys.end(), corners, corners + D + 1);
+      first[before - known] = p;  // overwritten unless the simplex is new
     }
-    for (const int64_t key : keys) vertices.prefetch(key);
-    for (const int64_t key : keys) lattice.corner_ids.push_back(vertices.add(key));
+    const int32_t added = simplices.size() - known;
+    for (int32_t s = 0; s < added; ++s) {
+      embedding->corners(first[s], found[s].corners, found[s].axes);
+      for (const int64_t key : found[s].corners) vertices.prefetch(key);
+    }
+    lattice.corner_ids.resize(size_t(simplices.size()) * (D + 1));
+    vertices.reserve(added * (D + 1));
+    for (int32_t s = 0; s < added; ++s)
+      vertices.add(found[s].corners, found[s].axes,
+                   &lattice.corner_ids[size_t(known + s) * (D + 1)]);
   }
-  link<D>(lattice, vertices, *embedding);
+  vertices.link(*embedding);
+  chain_up<D>(lattice, vertices);
   normalise<D + 1>(lattice);
   return lattice;
 }
