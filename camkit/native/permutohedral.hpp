@@ -72,7 +72,7 @@ class Numbering {
   explicit Numbering(size_t expected) {
     while ((size_t(1) << bits_) < expected) ++bits_;
     slots_ = Zeros<Slot>(slots());
-    keys_ = Zeros<int64_t>(slots() * 5 / 8);
+    keys_ = Zeros<int64_t>(slots() * 5 / 8 + 1);
   }
   int32_t size() const { return count_; }
   const int64_t* keys() const { return keys_.data(); }
@@ -87,11 +87,10 @@ class Numbering {
     const uint64_t h = scrambled(key);
     Slot& slot = slots_[place(key, h)];
     const int32_t added = !slot.next_id;
+    keys_[count_] = key;  // overwritten unless the key is new
     count_ += added;
-    const int32_t id = added ? count_ : slot.next_id;
-    slot = {uint32_t(h), id};
-    keys_[id - 1] = key;
-    return id - 1;
+    slot = {uint32_t(h), added ? count_ : slot.next_id};
+    return slot.next_id - 1;
   }
 
  private:
@@ -112,7 +111,7 @@ class Numbering {
   void grow() {
     ++bits_;
     slots_ = Zeros<Slot>(slots());
-    Zeros<int64_t> keys(slots() * 5 / 8);
+    Zeros<int64_t> keys(slots() * 5 / 8 + 1);
     std::copy_n(keys_.data(), count_, keys.data());
     keys_.swap(keys);
     for (int32_t id = 0; id < count_; ++id) {
@@ -394,7 +393,6 @@ class Vertices {
  public:
   explicit Vertices(size_t expected) : numbers_(expected) { enlarge(expected / 2); }
   int32_t size() const { return numbers_.size(); }
-  const int32_t* next(int axis) const { return next_[axis].data(); }
   void prefetch(int64_t key) const { numbers_.prefetch(key); }
   // Makes room for so many more vertices.
   void reserve(size_t more) {
@@ -404,19 +402,22 @@ class Vertices {
   // Adds the corners of a simplex. Along its edges, vertices are linked without a search.
   void add(const int64_t (&corners)[D + 1], const uint8_t (&axes)[D + 1], int32_t* ids) {
     for (int r = 0; r <= D; ++r) ids[r] = numbers_.add(corners[r]);
-    for (int r = 0; r <= D; ++r) next_[axes[r]][ids[r]] = ids[r < D ? r + 1 : 0];
+    for (int r = 0; r <= D; ++r) links_[ids[r]].next[axes[r]] = ids[r < D ? r + 1 : 0];
   }
-  // Links neighbours whose common simplices hold no pixel.
-  void link(const Embedding<D>& embedding) {
+  // Returns the next vertex of each by axis, also where no common simplex holds a pixel.
+  std::vector<Zeros<int32_t>> link(const Embedding<D>& embedding) {
     constexpr int32_t AHEAD = 16;
     const int64_t* const keys = numbers_.keys();
     const Filter filter(keys, size());
+    std::vector<Zeros<int32_t>> linked;
     std::vector<int32_t> unsure(size() + 1);
     for (int axis = 0; axis <= D; ++axis) {
       const int64_t step = embedding.step(axis);
-      int32_t* const next = next_[axis].data();
+      linked.emplace_back(size());
+      int32_t* const next = linked.back().data();
       int32_t count = 0;
       for (int32_t v = 0; v < size(); ++v) {
+        next[v] = links_[v].next[axis];
         unsure[count] = v;
         count += (next[v] < 0) & !filter.excludes(keys[v] + step);
       }
@@ -425,35 +426,37 @@ class Vertices {
         next[unsure[i]] = numbers_.find(keys[unsure[i]] + step);
       }
     }
+    return linked;
   }
 
  private:
+  struct Links {
+    int32_t next[D + 1];
+  };
   void enlarge(size_t room) {
-    for (auto& next : next_) {
-      Zeros<int32_t> larger(room);
-      std::copy_n(next.data(), size(), larger.data());
-      std::fill(larger.data() + size(), larger.data() + room, -1);
-      next.swap(larger);
-    }
+    Zeros<Links> links(room);
+    std::copy_n(links_.data(), size(), links.data());
+    std::memset(links.data() + size(), 0xff, (room - size()) * sizeof(Links));  // all -1
+    links_.swap(links);
     room_ = room;
   }
 
   Numbering numbers_;
   size_t room_ = 0;
-  Zeros<int32_t> next_[D + 1];
+  Zeros<Links> links_;
 };
 
 // Sorts the vertices of each axis into pairs and longer chains. Selections have no branches, which
 // would be mispredicted.
 template <int D>
-void chain_up(Lattice& lattice, const Vertices<D>& vertices) {
-  const int32_t count = lattice.vertices = vertices.size();
+void chain_up(Lattice& lattice, const std::vector<Zeros<int32_t>>& links) {
+  const int32_t count = lattice.vertices;
   lattice.pairs.resize(D + 1);
   lattice.chains.resize(D + 1);
   std::vector<char> has_previous(count + 1);
   std::vector<int32_t> heads(count + 1), pairs(count + 2);
   for (int axis = 0; axis <= D; ++axis) {
-    const int32_t* const next = vertices.next(axis);
+    const int32_t* const next = links[axis].data();
     std::fill(has_previous.begin(), has_previous.end(), 0);
     for (int32_t v = 0; v < count; ++v) has_previous[next[v] + 1] = 1;
     int32_t found = 0, longer = 0, paired = 0, edges = 0;
@@ -521,8 +524,8 @@ Lattice build(int64_t pixels, const float (&largest)[D], Fill fill) {
       vertices.add(found[s].corners, found[s].axes,
                    &lattice.corner_ids[size_t(known + s) * (D + 1)]);
   }
-  vertices.link(*embedding);
-  chain_up<D>(lattice, vertices);
+  lattice.vertices = vertices.size();
+  chain_up<D>(lattice, vertices.link(*embedding));
   normalise<D + 1>(lattice);
   return lattice;
 }
