@@ -151,7 +151,8 @@ class Origin:
         for name in ("model", "weights", "method"):
             mine, its = getattr(self, name), getattr(other, name)
             if mine != its and not (name == "weights" and "" in (mine, its)):
-                return f"its {name} is {mine}, here it is {its}"
+                what = "hash of the weights" if name == "weights" else name
+                return f"the {what} differs: {mine} in the fit, {its} here"
         return None
 
 
@@ -226,7 +227,7 @@ class Readout:
             return NotImplemented
         reason = self.origin.why_not(other.origin)
         if reason is None and self.form != other.form:
-            reason = f"its form is {self.form}, here it is {other.form}"
+            reason = f"the form differs: {self.form} and {other.form}"
         if reason is not None:
             raise ValueError(f"read-outs of different origin do not add up: {reason}")
         names = (*self.classes, *(name for name in other.classes if name not in self.classes))
@@ -449,7 +450,7 @@ class Readout:
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"{name} is not finite")
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of the sums and of everything else: read-outs with the same digest read the same."""
         digest = hashlib.sha256(json.dumps([self.classes, self.photos, self.form]).encode())

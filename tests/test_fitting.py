@@ -171,9 +171,9 @@ def test_edges_do_not_change_the_fit_and_follow_the_fitted_maps(
 
 def test_another_model_method_or_view_is_refused(opened, vocabulary, pipeline, samples, readout):
     arguments = {"vocabulary": vocabulary, "photos": SETTINGS, "readout": readout}
-    with pytest.raises(ValueError, match="does not fit: its method is"):
+    with pytest.raises(ValueError, match="does not fit: the method differs"):
         camkit.wrap(opened.model, seed=camkit.GradientSeed(), **arguments)
-    with pytest.raises(ValueError, match="does not fit: its method is"):
+    with pytest.raises(ValueError, match="does not fit: the method differs"):
         camkit.wrap(opened.model, refine=Normalize(mode="minmax"), **arguments)
     with pytest.raises(ValueError, match="leave out `views`"):
         camkit.wrap(opened.model, views=camkit.Views(flip=True), **arguments)
@@ -181,7 +181,7 @@ def test_another_model_method_or_view_is_refused(opened, vocabulary, pipeline, s
     camkit.wrap(other, **arguments)
     with torch.no_grad():
         next(other.parameters()).add_(0.1)
-    with pytest.raises(ValueError, match="does not fit: its weights is"):
+    with pytest.raises(ValueError, match="does not fit: the hash of the weights differs"):
         camkit.wrap(other, **arguments)
     fitted = camkit.wrap(opened.model, **arguments)
     with pytest.raises(ValueError, match="without read-out"):
