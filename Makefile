@@ -55,8 +55,8 @@ package: $(VENV)/.installed
 
 # Published tables; many hours on two cores. benchmarks/README.md says what each script measures, and which are not among these.
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/preset.py --limit 60
-	$(BIN)/python benchmarks/preset.py --limit 60 --voc
+	$(BIN)/python benchmarks/preset.py --limit 200
+	$(BIN)/python benchmarks/preset.py --limit 200 --voc
 	$(BIN)/python benchmarks/gains.py
 	$(BIN)/python benchmarks/gains.py --coco
 	$(BIN)/python benchmarks/seeds.py --limit 226

@@ -157,7 +157,7 @@ def main() -> None:
     found_data()
     opened = open_model(VOC_MODEL if options.voc else DEFAULT_MODEL)
     variants = every_seed() if options.every_seed else lines()
-    found = measure(variants, options, opened=opened, clean=True, tuned=TUNED)
+    found = measure(variants, options, opened=opened, tuned=TUNED)
     name = "doei_seeds" if options.every_seed else "doei"
     write(found.report, options, f"{name}_voc" if options.voc else name)
 

@@ -11,14 +11,14 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DEFAULT = "calibrated + balanced propagation"
+PROPAGATED = "hybrid + balanced propagation"
 SHORT = {
     "class attention": "attention of the class token",
     "gradient": "gradient of the class score in attention",
-    "calibrated": "camkit's default seed",
-    DEFAULT: "**default of `camkit.wrap`**: this seed, propagated along the model's attention",
-    f"{DEFAULT} + GuidedFilter": "default and a guided filter",
-    f"{DEFAULT} + DenseCRF, half size": "default and a dense CRF",
+    "hybrid": "camkit's default seed, without gradients",
+    PROPAGATED: "this seed, propagated along the model's attention",
+    "default": "**default of `camkit.wrap`**: and a guided filter",
+    f"{PROPAGATED} + DenseCRF, half size": "a dense CRF in place of the guided filter",
 }
 """Rows of README's table: names in the results, and what a reader of README is told."""
 

@@ -13,8 +13,8 @@ figures come from its `val`, or from photos of COCO. Settings of the refiners we
 from dataclasses import replace
 from pathlib import Path
 
-from gain_tables import DEFAULT as BEST, write_tables
-from tables import CHAIN, measure, table_options, write
+from gain_tables import PROPAGATED, write_tables
+from tables import BEFORE, CHAIN, measure, table_options, write
 
 import camkit
 from camkit.bench import Variant, collect_examples, standard_variants, to_html
@@ -23,34 +23,36 @@ from camkit.bench import Variant, collect_examples, standard_variants, to_html
 def variants() -> tuple[Variant, ...]:
     """The standard seeds and propagations, controls of the best, and what follows colours."""
     lines = {line.name: line for line in standard_variants()}
-    seed, best, minmax = lines["calibrated"], lines[BEST], CHAIN[1]
-    lines["calibrated"] = seed = replace(seed, base=lines["gradient"])
+    seed, best, minmax = lines["hybrid"], lines[PROPAGATED], CHAIN[1]
+    lines["hybrid"] = seed = replace(seed, base=lines["gradient"])
     controls = tuple(
         replace(
             best,
-            name=f"control: calibrated + blur {width:g}",
+            name=f"control: hybrid + blur {width:g}",
             method=replace(best.method, refine=(blur, minmax)),
         )
         for width, blur in ((width, camkit.refiners.Blur(width)) for width in (1.0, 2.0))
     )
-    lines[BEST] = best = replace(best, base=seed, controls=controls)
+    lines[PROPAGATED] = best = replace(best, base=seed, controls=controls)
+    lines["default"] = replace(lines["default"], base=best)
     crf = camkit.DenseCRF(background_score=0.5)
     edges = {
-        "GuidedFilter": camkit.refiners.GuidedFilter(),
         "PixelAdaptive, half size": camkit.refiners.PixelAdaptive(scale=0.5),
         "DenseCRF, half size": camkit.refiners.AtReducedSize(crf, scale=0.5),
     }
     after = (
         replace(
             best,
-            name=f"{BEST} + {name}",
+            name=f"{PROPAGATED} + {name}",
             method=replace(best.method, refine=(*CHAIN, refiner)),
             base=best,
             controls=(),
         )
         for name, refiner in edges.items()
     )
-    return (*lines.values(), *controls, *after)
+    gated = Variant("gradient, gated by class weight", replace(BEFORE, refine=()))
+    before = Variant(f"{gated.name} + balanced propagation", BEFORE, base=gated)
+    return (*lines.values(), *controls, *after, gated, before)
 
 
 def main() -> None:

@@ -5,8 +5,8 @@
 
 Background scores are picked on the first images of `train`, figures come from the next ones; `val`
 is not read, and photos that boxes are drawn into are left out. Gains are over class attention, and
-for calibrated seeds over the gradient gated by the class weight, alone and behind the default
-refiners.
+for calibrated seeds over the gradient gated by the class weight, alone and behind balanced
+propagation.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from preset import VOC_MODEL
-from tables import CLASSES, KEPT, RESULTS, Clean, Halves, found_data, write
+from tables import CHAIN, CLASSES, KEPT, RESULTS, Clean, Halves, found_data, write
 
 import camkit
 from camkit.bench import Variant, run
@@ -50,7 +50,7 @@ CALIBRATED = {
 
 
 class Lines:
-    """Each seed alone and behind the default refiners, over the same of a first seed."""
+    """Each seed alone and behind propagation, over the same of a first seed."""
 
     def __init__(self, *, blocks: int | None = None) -> None:
         edit = None if blocks is None else camkit.edits.StaticCalibration()
@@ -61,7 +61,7 @@ class Lines:
         bases = self.found[:2] or (None, None)
         alone = camkit.Method(seed, refine=(), **self._method)
         self.found.append(Variant(name, alone, base=bases[0]))
-        refined = camkit.Method(seed, **self._method)
+        refined = camkit.Method(seed, refine=CHAIN, **self._method)
         self.found.append(Variant(f"{name}, refined", refined, base=bases[1]))
 
 

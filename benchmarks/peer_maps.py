@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import camkit
-from camkit.method import DEFAULT_REFINE
+from camkit.method import CALIBRATED, DEFAULT_REFINE, WITHOUT_EDGES
 from camkit.photo import Photo
 
 Maps: TypeAlias = Callable[[Photo, list[int]], Tensor]
@@ -73,7 +73,7 @@ def target(vocabulary: camkit.Vocabulary, index: int) -> Callable[[Tensor], Tens
     return lambda outputs: vocabulary.score(outputs)[index]
 
 
-def grad_cam(name: str, **smoothing: bool) -> Method:
+def grad_cam(name: str, layer: int = -1, **smoothing: bool) -> Method:
     """A method of grad-cam; several classes as in its guides, one copy of the image for each."""
 
     def build(model: Any, vocabulary: camkit.Vocabulary) -> Maps:
@@ -84,24 +84,25 @@ def grad_cam(name: str, **smoothing: bool) -> Method:
         def maps(photo: Photo, classes: list[int]) -> Tensor:
             targets = [target(vocabulary, index) for index in classes]
             pixels = photo.pixels.repeat(len(classes), 1, 1, 1)
-            layers = [model.blocks[-1].norm1]
+            layers = [model.blocks[layer].norm1]
             with extractor(model, layers, reshape_transform=on_grid(photo)) as cam:
                 return minmax(torch.from_numpy(cam(pixels, targets, **smoothing)))
 
         return maps
 
     settings = "".join(f", {word}={value}" for word, value in smoothing.items())
-    return Method("grad-cam", f"{name}, blocks[-1].norm1{settings}", build)
+    return Method("grad-cam", f"{name}, blocks[{layer}].norm1{settings}", build)
 
 
-def torch_cam(name: str, blocks: int = 1) -> Method:
+def torch_cam(name: str, layer: int = -1, *, blocks: int = 1) -> Method:
     """A method of torchcam: one forward, then one call per class; several layers are fused."""
 
     def build(model: Any, vocabulary: camkit.Vocabulary) -> Maps:
         import torchcam.methods
 
         extractor = getattr(torchcam.methods, name)
-        layers = [block.norm1 for block in model.blocks[-blocks:]]
+        chosen = [model.blocks[layer]] if blocks == 1 else model.blocks[-blocks:]
+        layers = [block.norm1 for block in chosen]
 
         def maps(photo: Photo, classes: list[int]) -> Tensor:
             with extractor(model, layers, reshape_transform=on_grid(photo)) as cam:
@@ -116,7 +117,7 @@ def torch_cam(name: str, blocks: int = 1) -> Method:
 
         return maps
 
-    layers = "blocks[-1].norm1" if blocks == 1 else f"norm1 of the last {blocks} blocks"
+    layers = f"blocks[{layer}].norm1" if blocks == 1 else f"norm1 of the last {blocks} blocks"
     return Method("torchcam", f"{name}, {layers}", build)
 
 
@@ -170,11 +171,18 @@ def rollout() -> Method:
     return Method("fast-vit-rollout", "defaults (mean of heads, discard_ratio=0.9)", build)
 
 
-def chain(seed: Any, *refine: Any) -> Method:
+def chain(seed: Any, *refine: Any, edit: Any = None, edit_blocks: int | None = None) -> Method:
     """A seed and refiners of camkit."""
 
     def build(model: Any, vocabulary: camkit.Vocabulary) -> Maps:
-        pipeline = camkit.wrap(model, seed=seed, refine=refine, vocabulary=vocabulary)
+        pipeline = camkit.wrap(
+            model,
+            seed=seed,
+            edit=edit,
+            edit_blocks=edit_blocks,
+            refine=refine,
+            vocabulary=vocabulary,
+        )
 
         def maps(photo: Photo, classes: list[int]) -> Tensor:
             asked = torch.tensor([classes])
@@ -182,7 +190,8 @@ def chain(seed: Any, *refine: Any) -> Method:
 
         return maps
 
-    return Method("camkit", ", ".join(map(repr, (seed, *refine))), build)
+    under = [] if edit is None else [f"under {edit!r} of the last {edit_blocks} blocks"]
+    return Method("camkit", ", ".join([repr(seed), *under, *map(repr, refine)]), build)
 
 
 def minmax(maps: Tensor) -> Tensor:
@@ -191,30 +200,42 @@ def minmax(maps: Tensor) -> Tensor:
 
 
 SMOOTHED = "grad-cam GradCAM, smoothed"
+LAYERS = (-1, -2, -3, -4)
+"""The blocks whose first norm a method of one layer may read; which one is chosen on `train`."""
+
+
+def by_layer(title: str, make: Callable[[str, int], Method]) -> dict[str, Method]:
+    """A method at each layer that may be chosen."""
+    name = title.split()[-1]
+    return {f"{title}, layer {layer}": make(name, layer) for layer in LAYERS}
+
+
+def family(name: str) -> str:
+    """The method without its layer."""
+    return name.partition(", layer ")[0]
+
+
 PEERS: dict[str, Method] = {
-    "grad-cam GradCAM": grad_cam("GradCAM"),
+    **by_layer("grad-cam GradCAM", grad_cam),
     SMOOTHED: grad_cam("GradCAM", aug_smooth=True, eigen_smooth=True),
-    "grad-cam GradCAM++": grad_cam("GradCAMPlusPlus"),
-    "grad-cam HiResCAM": grad_cam("HiResCAM"),
-    "grad-cam LayerCAM": grad_cam("LayerCAM"),
-    "torchcam GradCAM": torch_cam("GradCAM"),
-    "torchcam LayerCAM": torch_cam("LayerCAM"),
+    **by_layer("grad-cam GradCAMPlusPlus", grad_cam),
+    **by_layer("grad-cam HiResCAM", grad_cam),
+    **by_layer("grad-cam LayerCAM", grad_cam),
+    **by_layer("torchcam GradCAM", torch_cam),
+    **by_layer("torchcam LayerCAM", torch_cam),
     "torchcam LayerCAM, fused": torch_cam("LayerCAM", blocks=4),
     "torchcam RefineCAM": torch_cam("RefineCAM", blocks=4),
     "torchcam LeGrad": legrad(),
     "fast-vit-rollout": rollout(),
 }
 
-BALANCED = DEFAULT_REFINE  # balanced propagation, then min-max
+HYBRID = {"edit": CALIBRATED.method.edit, "edit_blocks": CALIBRATED.method.edit_blocks}
 OURS: dict[str, Method] = {
     "gradient": chain(camkit.GradientSeed()),
-    "rollout": chain(camkit.seeds.RelevanceSeed()),
     "class weight": chain(camkit.seeds.ClassWeightSeed()),
-    "gradient + balanced": chain(camkit.GradientSeed(), *BALANCED),
-    "rollout + balanced": chain(camkit.seeds.RelevanceSeed(), *BALANCED),
-    "class weight + balanced": chain(camkit.seeds.ClassWeightSeed(), *BALANCED),
-    "gradient + balanced + PAR": chain(
-        camkit.GradientSeed(), *BALANCED, camkit.refiners.PixelAdaptive(scale=0.5)
-    ),
+    "gradient + balanced": chain(camkit.GradientSeed(), *WITHOUT_EDGES),
+    "hybrid": chain(CALIBRATED.method.seed, **HYBRID),
+    "hybrid + balanced": chain(CALIBRATED.method.seed, *WITHOUT_EDGES, **HYBRID),
+    "default": chain(CALIBRATED.method.seed, *DEFAULT_REFINE, **HYBRID),
 }
 METHODS = PEERS | OURS

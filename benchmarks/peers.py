@@ -4,9 +4,10 @@
     CAMKIT_DATA=folder python benchmarks/peers.py --limit 24 --out quick
 
 ViT-Ti with its ImageNet classifier, voc12_animals; README.md here tells how to install the peers.
-All choices are made on every fourth image of `train`, figures come from `val` and from coco100_voc,
-images are read and counted as in `camkit.bench.run`. Time: CPU time of one thread for all maps of
-an image, forward included; methods take turns image by image. Memory: growth of the peak resident
+All choices are made on every fourth image of `train`, the layers of the peers on the first 60 of
+these; figures come from `val` and from coco100_voc; photos with drawn boxes are left out. Images
+are read and counted as in `camkit.bench.run`. Time: CPU time of one thread for all maps of an
+image, forward included; methods take turns image by image. Memory: growth of the peak resident
 size over one plain forward, on four images, each method in a process of its own (Linux).
 """
 
@@ -24,8 +25,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from peer_maps import METHODS, PEERS, SMOOTHED, Maps
+from peer_maps import METHODS, PEERS, SMOOTHED, Maps, family
 from peer_report import name_of, to_json, to_markdown
+from tables import Clean
 from torch import Tensor
 from watching import RESULTS, _peak
 
@@ -222,6 +224,14 @@ def leaders(best: dict[Key, Best], found: dict[Key, Best]) -> dict[str, Key]:
     }
 
 
+def best_layers(tried: dict[Key, Best]) -> list[Key]:
+    """Of each method the layer that did best, in the order of the table."""
+    groups: dict[str, list[Key]] = {}
+    for key in tried:
+        groups.setdefault(family(key[0]), []).append(key)
+    return [max(keys, key=lambda key: tried[key].mean_iou) for keys in groups.values()]
+
+
 @dataclass
 class Tuned:
     """What was picked on `train`: methods and chains, their background scores, the best of each."""
@@ -240,6 +250,8 @@ def pick(opened: OpenedModel, dataset: DataSet, train: Sequence[Sample]) -> Tune
     first = next(tasks(opened, dataset, train[:1]))
     for maps in methods.values():  # libraries are loaded, roles of tokens are measured
         maps(first.photo, [0])
+    tried = tune(methods, tasks(opened, dataset, train[:CRF_IMAGES], "choosing layers"))
+    methods = {key: methods[key] for key in best_layers(tried)}
     best = tune(methods, tasks(opened, dataset, train, "tuning on train"))
     tried = {
         (name, recipe): followed(methods[name, None], recipe, best[name, None].threshold)
@@ -301,7 +313,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     opened = open_model(DEFAULT_MODEL)
-    dataset = open_dataset(folder / "voc12_animals")
+    dataset = Clean(open_dataset(folder / "voc12_animals"))
     if options.memory:
         name, recipe = (*options.memory, None)[:2]
         asked = [task for task in tasks(opened, dataset, dataset.split("val")[:8]) if task.classes]

@@ -5,14 +5,14 @@
 
 ViT-Ti with its ImageNet classifier, or (`--voc`) one trained on the six VOC classes. Background
 scores are picked on `train` of voc12_animals, figures come from its `val`. Gains are over the
-gradient seed, for a calibrated seed over the same seed without. The seed of `camkit.wrap` is "both
-where they agree @ qkv, last 4"; the last lines are refined as `camkit.wrap` refines. views.py is
+gradient seed, for a calibrated seed over the same seed without. The seed of `camkit.wrap` is
+"hybrid attention @ qkv, last 4"; the last lines are propagated as in `camkit.wrap`. views.py is
 about several sizes, preset.py about how the default was chosen.
 """
 
 from dataclasses import replace
 
-from tables import CHAIN, found_data, measure, table_options, write
+from tables import BEFORE, CHAIN, found_data, measure, table_options, write
 
 import camkit
 from camkit.bench import Report, Row, Variant
@@ -54,7 +54,8 @@ SEEDS: dict[str, Seed] = {
     "logit lenses, the one that agrees": BestAgreementSeed(LENSES),
     "gradient and class weight, product": FusedSeed((GRADIENT, WEIGHT), join="product"),
     "gradient and class weight, mean": FusedSeed((GRADIENT, WEIGHT)),
-    "both where they agree": CALIBRATED.method.seed,
+    "both where they agree": BEFORE.seed,
+    "hybrid attention": CALIBRATED.method.seed,
     "normalised cut (TokenCut)": camkit.seeds.TokenCutSeed(),
     "loneliest patches (LOST)": camkit.seeds.LOSTSeed(),
     "like what is attended to": camkit.seeds.PrototypeSeed(),
@@ -77,7 +78,12 @@ KEY_EDITS = {
     "outliers from 3 deviations": camkit.edits.SuppressOutliers(threshold=3.0),
     "fuzzy key pruning": camkit.edits.FuzzyKeyPruning(),
 }
-REFINED = ("gradient", "gradient and class weight, product", "both where they agree")
+REFINED = (
+    "gradient",
+    "gradient and class weight, product",
+    "both where they agree",
+    "hybrid attention",
+)
 KEY_EDITED = ("gradient", "class attention", "class weight")
 
 
@@ -133,7 +139,7 @@ def choice(report: Report) -> str:
             f"The default: {told(today)}."
         )
 
-    default = "both where they agree @ qkv, last 4"
+    default = "hybrid attention @ qkv, last 4"
     seeds = [row for row in report.rows if not row.name.endswith(", refined")]
     refined = [row for row in report.rows if row.name.endswith(", refined")]
     return f"Seeds, {chosen(seeds, default)}\n\nRefined, {chosen(refined, default + ', refined')}"

@@ -20,6 +20,15 @@ KEPT = Path(__file__).parent.parent / "out" / "measured.sqlite"  # so that a run
 CLASSES = ["cat", "dog", "horse", "cow", "sheep", "person"]
 CHAIN = (camkit.Propagate(steps=2, blocks=6, balance=3), camkit.refiners.Normalize(mode="minmax"))
 SEED = camkit.GradientSeed()
+CRF = (camkit.refiners.AtReducedSize(camkit.DenseCRF(background_score=0.5), scale=0.5),)
+TUNED = 120
+BEFORE = camkit.Method(
+    camkit.seeds.GatedProductSeed(SEED, camkit.seeds.ClassWeightSeed()),
+    edit=camkit.edits.StaticCalibration(),
+    edit_blocks=4,
+    refine=CHAIN,
+)
+"""The default of camkit.wrap before it did without gradients, and without a guided filter."""
 
 
 @dataclass(frozen=True)
@@ -133,23 +142,22 @@ def measure(
     *,
     opened: OpenedModel | None = None,
     outlines: bool = False,
-    clean: bool = False,
-    tuned: int | None = None,
+    classes: Sequence[str] = CLASSES,
+    tuned: int | None = TUNED,
 ) -> Measured:
     """Pick on `train` of voc12_animals; figures are from its `val`, or from photos of COCO.
 
-    With ``clean``, photos of voc12_animals with drawn boxes are left out, and background scores are
-    picked on the first ``tuned`` images of `train`.
+    Photos of voc12_animals with drawn boxes are left out, and background scores are picked on the
+    first ``tuned`` images of `train`.
     """
     folder = found_data()
-    dataset: DataSet = open_dataset(folder / "voc12_animals")
-    dataset = Clean(dataset, tuned) if clean else dataset
+    dataset: DataSet = Clean(open_dataset(folder / "voc12_animals"), tuned)
     tune_split, split = "train", "val"
     if getattr(options, "coco", False):
         dataset = Across(dataset, open_dataset(folder / "coco100_voc"))
         tune_split, split = dataset.splits
     opened = opened or open_model(DEFAULT_MODEL)
-    vocabulary = opened.vocabulary.subset(CLASSES)
+    vocabulary = opened.vocabulary.subset(classes)
     torch.set_num_threads(1)
     report = run(
         opened.model,

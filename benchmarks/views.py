@@ -8,6 +8,7 @@ that of making the maps of one line alone, per image, one thread.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from tables import measure, table_options, write
@@ -17,12 +18,12 @@ from camkit import bench
 from camkit.bench.evaluator import variant_maps
 from camkit.cli.models import OpenedModel
 from camkit.data import Sample
-from camkit.method import DEFAULT_REFINE
-from camkit.seeds import Seed, Views
+from camkit.method import CALIBRATED, WITHOUT_EDGES
+from camkit.seeds import Views
 
-SEEDS: dict[str, Seed] = {
-    "gradient": camkit.GradientSeed(),
-    "class weight": camkit.seeds.ClassWeightSeed(),
+METHODS = {
+    "gradient": camkit.Method(camkit.GradientSeed()),
+    "hybrid": CALIBRATED.method,
 }
 TOCO = (1.0, 0.5, 1.5)
 VIEWS = {
@@ -39,17 +40,13 @@ VIEWS = {
 
 def lines() -> list[bench.Variant]:
     found = []
-    for name, seed in SEEDS.items():
-        for refine, words in ((), ""), (DEFAULT_REFINE, ", refined"):
-            single = bench.Variant(f"{name}{words}", camkit.Method(seed, refine=refine))
+    for name, method in METHODS.items():
+        for refine, words in ((), ""), (WITHOUT_EDGES, ", refined"):
+            single = bench.Variant(f"{name}{words}", replace(method, refine=refine))
             found.append(single)
             for label, views in VIEWS.items():
-                line = f"{name}{words}: {label}"
-                found.append(
-                    bench.Variant(
-                        line, camkit.Method(seed, views=views, refine=refine), base=single
-                    )
-                )
+                seen = replace(single.method, views=views)
+                found.append(bench.Variant(f"{name}{words}: {label}", seen, base=single))
     return found
 
 

@@ -76,10 +76,20 @@ REFINERS: Names = {
 }
 """All refiners; the last three need the attention of a model."""
 
-DEFAULT_REFINE: tuple[Refiner, ...] = (
+WITHOUT_EDGES: tuple[Refiner, ...] = (
     refiners.Propagate(steps=2, blocks=6, balance=3),
     refiners.Normalize(mode="minmax"),
 )
+"""Spreads maps along the model's attention; they stay on the patch grid."""
+
+DEFAULT_REFINE: tuple[Refiner, ...] = (*WITHOUT_EDGES, refiners.GuidedFilter())
+"""The same, then follows the edges of the picture."""
+
+CHAINS: Mapping[str, tuple[Refiner, ...]] = {
+    "default": DEFAULT_REFINE,
+    "without_edges": WITHOUT_EDGES,
+}
+"""Short names of several refiners."""
 
 
 def read_refine(refine: Refiner | Sequence[Refiner]) -> tuple[Refiner, ...]:
@@ -293,16 +303,16 @@ def with_readout(methods: Sequence[Method], readout: Readout, model: nn.Module) 
 
 CALIBRATED = Preset(
     Method(
-        seeds.GatedProductSeed(seeds.GradientSeed(), seeds.ClassWeightSeed()),
+        seeds.HybridAttentionSeed(),
         edit=edits.StaticCalibration(),
         edit_blocks=4,
-        background_score=0.54,
+        background_score=0.52,
     ),
     depth=6,
     classifier=True,
 )
-"""For classifiers on a class token: the gradient of its attention, gated by the class score of each
-patch."""
+"""For classifiers on class tokens: their attention to patches times the likeness of calibrated
+patches to the class, without gradients."""
 
 GRADIENT = Preset(Method(seeds.GradientSeed(), background_score=0.55))
 """For other models with a class token or a pooling query; it demands least of a model."""
@@ -323,7 +333,8 @@ def read_refiners(texts: Sequence[str], names: Names = PICTURE_REFINERS) -> tupl
 
     Args:
         texts: each ``STEP`` or ``STEP+STEP``; a step is ``NAME[:SETTINGS]``, and any step may set
-            ``reduced=SCALE`` to refine at reduced size (`camkit.refiners.AtReducedSize`).
+            ``reduced=SCALE`` to refine at reduced size (`camkit.refiners.AtReducedSize`). Where all
+            `REFINERS` are allowed, a step may be the name of one of the `CHAINS`.
         names: the short names allowed.
 
     Raises:
@@ -331,6 +342,9 @@ def read_refiners(texts: Sequence[str], names: Names = PICTURE_REFINERS) -> tupl
     """
     chain: list[Refiner] = []
     for step in (step for text in texts for step in re.split(r"\+(?=\D)", text)):  # not in 1e+3
+        if names is REFINERS and step.strip() in CHAINS:
+            chain += CHAINS[step.strip()]
+            continue
         build_step, settings = _read_spec(step, names, "refiner", reduced=float)
         scale = settings.pop("reduced", None)
         refiner = build_step(**settings)

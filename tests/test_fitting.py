@@ -54,6 +54,14 @@ def pipeline(opened, vocabulary):
     return camkit.wrap(opened.model, vocabulary=vocabulary, photos=SETTINGS)
 
 
+@pytest.fixture(scope="module")
+def smooth(opened, vocabulary):
+    """The same without the refiner that follows edges: its maps are on the patch grid."""
+    return camkit.wrap(
+        opened.model, vocabulary=vocabulary, photos=SETTINGS, refine=camkit.method.WITHOUT_EDGES
+    )
+
+
 def labels_of(samples):
     return [list(sample.classes) for sample in samples]
 
@@ -71,11 +79,11 @@ def test_patches_far_from_the_background_score_are_examples():
     assert sure_patches(maps, 0.5).tolist() == [0, -2, -2, -2]
 
 
-def test_a_fit_counts_the_sure_patches_and_the_labels(pipeline, samples, readout):
+def test_a_fit_counts_the_sure_patches_and_the_labels(pipeline, smooth, samples, readout):
     score, counts, photos = pipeline.method.background_score, torch.zeros(5), torch.zeros(4)
     for sample in samples:
         photo = pipeline.prepare(sample.photo)
-        stages = pipeline.stages(photo.pixels, rgb=photo.rgb, classes=[list(sample.classes)])
+        stages = smooth.stages(photo.pixels, rgb=photo.rgb, classes=[list(sample.classes)])
         groups = sure_patches(stages.cam[0].flatten(1), score)
         counts[0] += (groups == -1).sum()
         for slot, index in enumerate(sample.classes):
@@ -102,14 +110,20 @@ def test_read_outs_of_parts_add_up_to_that_of_all_photos(pipeline, samples, read
 
 
 def test_fitted_maps_are_the_mean_of_first_maps_and_spread_evidence(
-    opened, vocabulary, pipeline, samples, readout
+    opened, vocabulary, smooth, samples, readout
 ):
     sample = next(s for s in samples if len(s.classes) == 1)
     name = demo_photos().classes[sample.classes[0]]
     assert readout.knows(name)
-    fitted = camkit.wrap(opened.model, vocabulary=vocabulary, photos=SETTINGS, readout=readout)
-    photo = pipeline.prepare(sample.photo)
-    plain = pipeline.stages(photo.pixels, rgb=photo.rgb, classes=[list(sample.classes)])
+    fitted = camkit.wrap(
+        opened.model,
+        vocabulary=vocabulary,
+        photos=SETTINGS,
+        readout=readout,
+        refine=camkit.method.WITHOUT_EDGES,
+    )
+    photo = smooth.prepare(sample.photo)
+    plain = smooth.stages(photo.pixels, rgb=photo.rgb, classes=[list(sample.classes)])
     read = fitted.stages(photo.pixels, rgb=photo.rgb, classes=[list(sample.classes)])
     margins = readout.margins(plain.capture.patch_embeddings().detach(), [[name]])
     evidence = plain.capture.grid.fold((10 * margins).sigmoid())
@@ -156,12 +170,12 @@ def test_edges_do_not_change_the_fit_and_follow_the_fitted_maps(
     opened, vocabulary, samples, readout
 ):
     crf = AtReducedSize(camkit.DenseCRF(background_score=0.5), scale=0.5)
-    chain = (*camkit.method.DEFAULT_REFINE, crf)
+    chain = (*camkit.method.WITHOUT_EDGES, crf)
     sharp = camkit.wrap(opened.model, vocabulary=vocabulary, photos=SETTINGS, refine=chain)
     again = camkit.fit(sharp, [s.photo for s in samples], labels_of(samples))
     assert again.digest == readout.digest
     assert again.origin == readout.origin
-    assert split_refine(chain) == (camkit.method.DEFAULT_REFINE, (crf,))
+    assert split_refine(chain) == (camkit.method.WITHOUT_EDGES, (crf,))
     with_edges = camkit.wrap(
         opened.model, vocabulary=vocabulary, photos=SETTINGS, refine=chain, readout=readout
     )

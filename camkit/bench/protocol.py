@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from camkit.method import CALIBRATED, DEFAULT_REFINE, Method
+from camkit.method import CALIBRATED, DEFAULT_REFINE, WITHOUT_EDGES, Method
 from camkit.refiners.normalize import Normalize
 from camkit.refiners.propagate import Propagate
 from camkit.score import Best
@@ -131,7 +131,8 @@ def standard_variants(*, calibrated: bool = True) -> tuple[Variant, ...]:
     """Return standard seeds, each alone and after plain and balanced propagation.
 
     Args:
-        calibrated: add the preset `CALIBRATED`, which not every model supports.
+        calibrated: add the preset `CALIBRATED`, which not every model supports: the row "hybrid",
+            and "default", which is all of it.
     """
     methods = {
         "class attention": Method(ClassAttentionSeed()),
@@ -140,10 +141,10 @@ def standard_variants(*, calibrated: bool = True) -> tuple[Variant, ...]:
         "relevance": Method(RelevanceSeed()),
     }
     if calibrated:
-        methods["calibrated"] = CALIBRATED.method
+        methods["hybrid"] = CALIBRATED.method
     chains = {
         "propagation": (Propagate(steps=2, blocks=6), Normalize(mode="minmax")),
-        "balanced propagation": DEFAULT_REFINE,
+        "balanced propagation": WITHOUT_EDGES,
     }
     variants = []
     for name, method in methods.items():
@@ -151,4 +152,7 @@ def standard_variants(*, calibrated: bool = True) -> tuple[Variant, ...]:
         variants.append(base)
         for step, chain in chains.items():
             variants.append(Variant(f"{name} + {step}", replace(method, refine=chain), base=base))
+    if calibrated:
+        method = replace(CALIBRATED.method, refine=DEFAULT_REFINE)
+        variants.append(Variant("default", method, base=variants[-1]))
     return tuple(variants)

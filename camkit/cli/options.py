@@ -65,7 +65,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--refine",
         action="append",
         metavar="STEP",
-        help="refiners, see below (default: propagate:steps=2,blocks=6,balance=3+normalize:minmax)",
+        help="refiners, see below (default: propagate:steps=2,blocks=6,balance=3+normalize:minmax"
+        "+guided, for short `default`; `without_edges` leaves out the last)",
     )
     add("--readout", type=Path, metavar="FILE", help="a read-out that `camkit fit` wrote")
 
