@@ -3,10 +3,11 @@
     CAMKIT_DATA=folder python benchmarks/edges.py
 
 Maps of ViT-Ti by the default seed of camkit.wrap and balanced propagation at 384 pixels, refined at
-the original size of the photos; those with drawn boxes are left out. Background scores are picked on `train`, figures come from `val`; settings of the fast
-filters were chosen on 60 images of `train` (`--choose`). One thread; CPU time of the process.
-Memory: growth of the peak resident size over one photo of 500x375 and two maps, in a process of its
-own (Linux). CRFs get the background score that is best on `train` without any refiner.
+the original size of the photos; those with drawn boxes are left out. Background scores are picked
+on `train`, figures come from `val`; settings of the fast filters were chosen on 60 images of
+`train` (`--choose`). One thread; CPU time of the process. Memory: growth of the peak resident size
+over one photo of 500x375 and two maps, in a process of its own (Linux). CRFs get the background
+score that is best on `train` without any refiner.
 
 Boundary IoU is that of Cheng et al. 2021, pixels of all images together
 (`camkit.score.boundary_confusion`).
