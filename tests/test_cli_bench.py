@@ -148,6 +148,17 @@ def test_labels_may_be_predicted(bench, tmp_path, capsys):
     assert "dataset or predicted[:THRESHOLD]" in capsys.readouterr().err
 
 
+def test_a_read_out_has_a_row_of_its_own(bench, tmp_path, capsys):
+    model = ["--model", f"{NAME}.test", "--size", "64", "--names", "names.txt"]
+    method = ["--seed", "attention", "--refine", "propagate"]
+    labels = ["--classes", "circle", "--out", "fitted.safetensors"]
+    assert main(["fit", "shapes/JPEGImages", *model, *method, *labels]) == 0
+    assert bench(*SHORT, "--refine", "propagate", "--readout", "fitted.safetensors") == 0
+    assert "| attention > propagate, fitted |" in capsys.readouterr().out
+    assert bench(*SHORT, "--refine", "blur", "--readout", "fitted.safetensors") == 1
+    assert "does not fit: the method differs" in capsys.readouterr().err
+
+
 def test_a_page_is_written(bench, tmp_path):
     assert bench(*SHORT, "--refine", "blur", "--html", "pages/report.html", "--examples", "1") == 0
     page = (tmp_path / "pages" / "report.html").read_text()

@@ -204,6 +204,21 @@ def test_another_model_method_or_view_is_refused(opened, vocabulary, pipeline, s
         camkit.fit(pipeline, [samples[0].photo] * 2, [[0]])
 
 
+def test_a_benchmark_adds_the_row_of_a_read_out(opened, vocabulary, readout):
+    rows = camkit.bench.standard_variants()
+    row = camkit.bench.fitted_variant(rows, readout, opened.model)
+    assert (row.name, row.base) == ("default, fitted", rows[-1])
+    asked = camkit.wrap(opened.model, vocabulary=vocabulary, photos=SETTINGS, readout=readout)
+    assert row.method == asked.method
+    smooth = [each for each in rows if each.name == "hybrid + balanced propagation"]
+    row = camkit.bench.fitted_variant(smooth, readout, opened.model)
+    assert (row.base, row.method.refine) == (smooth[0], ())
+    with pytest.raises(ValueError, match="does not fit: the method differs"):
+        camkit.bench.fitted_variant(rows[:6], readout, opened.model)
+    with pytest.raises(ValueError, match="no row with refiners"):
+        camkit.bench.fitted_variant(rows[:1], readout, opened.model)
+
+
 def test_a_copy_in_half_precision_takes_the_read_out(opened, vocabulary, readout):
     half = open_model(EMBEDDED).model.half()
     camkit.wrap(half, vocabulary=vocabulary, photos=SETTINGS, readout=readout)

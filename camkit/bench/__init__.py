@@ -14,6 +14,7 @@ from camkit.bench.protocol import (
     Entry as Entry,
     Repeats as Repeats,
     Variant as Variant,
+    fitted_variant as fitted_variant,
     stages as stages,
     standard_variants as standard_variants,
 )

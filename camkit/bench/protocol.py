@@ -1,10 +1,20 @@
 """What a benchmark compares: variants, choices among them, and repeats."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from camkit.method import CALIBRATED, DEFAULT_REFINE, WITHOUT_EDGES, Method
+from torch import nn
+
+from camkit.method import (
+    CALIBRATED,
+    DEFAULT_REFINE,
+    WITHOUT_EDGES,
+    Method,
+    origin_of,
+    with_readout,
+)
+from camkit.readout import Readout
 from camkit.refiners.normalize import Normalize
 from camkit.refiners.propagate import Propagate
 from camkit.score import Best
@@ -100,6 +110,31 @@ def stages(variant: Variant) -> tuple[Variant, ...]:
             Variant(f"{variant.name}: {name}", method, base=steps[-1] if steps else variant.base)
         )
     return (*steps, replace(variant, base=steps[-1]) if steps else variant)
+
+
+def fitted_variant(
+    variants: Sequence[Variant], readout: Readout, model: nn.Module, name: str = "fitted"
+) -> Variant:
+    """Return the row of a read-out, based on the row whose first maps it was fitted on.
+
+    A read-out is fitted over a data set, so its row does not compare with methods that read one
+    photo; its name says so. Fit it on photos that are not reported.
+
+    Args:
+        variants: rows that it may have been fitted on; the last that fits is its base.
+        readout: see `camkit.fit`.
+        model: the measured one.
+        name: of the row.
+
+    Raises:
+        ValueError: it was fitted on another model, or on the first maps of none of the rows.
+    """
+    refined = [each for each in reversed(variants) if each.method.refine]
+    if not refined:
+        raise ValueError("`variants` holds no row with refiners that a read-out can be based on")
+    fits = [readout.origin.why_not(origin_of(each.method, model)) is None for each in refined]
+    base = refined[fits.index(True) if any(fits) else 0]
+    return Variant(f"{base.name}, {name}", with_readout([base.method], readout, model), base=base)
 
 
 def check_entries(entries: tuple[Entry, ...]) -> None:

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +17,7 @@ from camkit.bench import (
     Report,
     Variant,
     collect_examples,
+    fitted_variant,
     measure,
     stages,
     standard_variants,
@@ -25,7 +26,7 @@ from camkit.bench import (
     to_markdown,
 )
 from camkit.bench.evaluator import LabelSource
-from camkit.cli.models import MODELS, add_model_arguments, open_named
+from camkit.cli.models import MODELS, OpenedModel, add_model_arguments, open_named
 from camkit.cli.options import (
     GRAMMAR,
     METHOD_GRAMMAR,
@@ -38,6 +39,7 @@ from camkit.errors import CamkitError
 from camkit.manifest import unfinished
 from camkit.method import CALIBRATED, REFINERS, Method, read_refiners
 from camkit.native.loader import named_cache
+from camkit.readout import Readout
 
 EXAMPLES = f"""examples:
   camkit bench VOC2012 --split val --tune-split train
@@ -134,6 +136,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         add(f"--{name}", action="append", default=[], metavar="SPEC", help=f"{what}; repeatable")
     add("--edit-blocks", type=int, default=3, metavar="N", help="last blocks to edit; 0 edits all")
+    add(
+        "--readout",
+        metavar="FILE",
+        help="adds a row with a read-out of `camkit fit`, over the row that it was fitted with",
+    )
     add("--stages", action="store_true", help="measure every chain step by step")
     add("--outlines", action="store_true", help="measure boundary IoU, too")
     add(
@@ -172,21 +179,11 @@ def execute(options: argparse.Namespace) -> int:
     labels: LabelSource | None = "dataset" if source == "dataset" else read_predicted(source)
     if labels is None:
         raise ValueError(f"--labels must be dataset or predicted[:THRESHOLD], got {source!r}")
-    variants: tuple[Entry, ...] = ()
-    if any(settings[key] for key in ("seed", "edit", "refine", "control")):
-        variants = read_entries(
-            seeds=settings["seed"] or ("gradient",),
-            edits=settings["edit"],
-            refine=settings["refine"],
-            controls=settings["control"],
-            edit_blocks=settings["edit-blocks"] or None,
-            by_stages=settings["stages"],
-        )
+    entries = _entries(settings)
     opened = open_named(settings)
     print(f"model {settings['model']} from {opened.source}", file=sys.stderr)
     vocabulary = opened.vocabulary.subset(names)
-    if not variants:
-        variants = standard_variants(calibrated=default_method(opened) == CALIBRATED.method)
+    variants = _completed(entries, opened, settings["readout"])
     report = measure.run(
         opened.model,
         dataset,
@@ -223,6 +220,32 @@ def execute(options: argparse.Namespace) -> int:
         with unfinished(options.html) as draft:
             draft.write_text(to_html(report, examples), encoding="utf-8")
     return 1 if report.skipped else 0
+
+
+def _entries(settings: Mapping[str, Any]) -> tuple[Entry, ...]:
+    """Return the rows that the options describe, if they describe any."""
+    if not any(settings[key] for key in ("seed", "edit", "refine", "control")):
+        return ()
+    return read_entries(
+        seeds=settings["seed"] or ("gradient",),
+        edits=settings["edit"],
+        refine=settings["refine"],
+        controls=settings["control"],
+        edit_blocks=settings["edit-blocks"] or None,
+        by_stages=settings["stages"],
+    )
+
+
+def _completed(
+    entries: tuple[Entry, ...], opened: OpenedModel, readout: str | None
+) -> tuple[Entry, ...]:
+    """Take the standard rows if there are none, and add that of a read-out."""
+    if not entries:
+        entries = standard_variants(calibrated=default_method(opened) == CALIBRATED.method)
+    if readout is None:
+        return entries
+    rows = [variant for entry in entries for variant in entry.variants]
+    return (*entries, fitted_variant(rows, Readout.load(readout), opened.model))
 
 
 def _print(report: Report) -> None:
