@@ -7,15 +7,17 @@ mirror image; class maps are the true masks at a sixteenth of the size with nois
 `camkit.DenseCRF` does; labels that a photo lacks are noise. Ten updates. "Half size" is the picture
 that `AtReducedSize(DenseCRF(), scale=0.5)` hands to the CRF, with its kernels.
 
-Times: all ways take turns on each batch, and a ratio is taken batch by batch, against pydensecrf
-right before. With two threads each of the two images has a thread of its own; pydensecrf has one
-thread. The plain version runs in the first round only. The Gaussian lattice of the size is cached
-by our backends from the first round on, as over a data set; that round is measured too. Memory:
-growth of the peak resident size over one photo of 375x500 pixels (two threads: two photos), each in
-a process of its own, which has run on a small photo before (Linux).
+Times: all ways take turns on each batch, and a ratio is taken batch by batch. With two threads each
+of the two images has a thread of its own; pydensecrf has one thread. The plain version runs on the
+first two batches only. The Gaussian lattice of the size is in the cache of the compiled version
+before, as over a data set. Memory: growth of the peak resident size over one photo of 375x500
+pixels (two threads: two photos), each in a process of its own, which has run on a small photo
+before and has no lattice of the size (Linux).
 """
 
 import argparse
+import ctypes
+import itertools
 import json
 import multiprocessing
 import os
@@ -42,9 +44,12 @@ CHOSEN = ("psa", "irn", "clip_es", "toco_cam")
 LABELS = (2, 3, 5, 21)
 SCALES = {"full": 1.0, "half": 0.5}
 STEPS = 10
+PLAIN = 2  # photos that the plain version also runs on
 
 
 class Way(NamedTuple):
+    """A backend on some threads."""
+
     backend: Any
     threads: int
 
@@ -63,9 +68,12 @@ WAYS = {
     "native_2_threads": Way("native", 2),
     "torch": Way("torch", 1),
 }
+OURS = tuple(WAYS)[1:]
 
 
 class Case(NamedTuple):
+    """What `mean_field` takes."""
+
     scores: torch.Tensor
     rgb: torch.Tensor
     kernels: Kernels
@@ -77,7 +85,7 @@ def photos(count: int) -> list[str]:
 
 
 def case(name: str, preset: str, scale: float, labels: int) -> Case:
-    """A photo and its mirror image, with scores of ``labels`` labels, those that are there first."""
+    """A photo and its mirror image, with scores of some labels, those that are there first."""
     rgb = torch.from_numpy(np.array(Image.open(DATA / "JPEGImages" / f"{name}.jpg")))
     mask = torch.from_numpy(np.array(Image.open(DATA / "SegmentationClass" / f"{name}.png")))
     there = [value for value in mask.unique().tolist() if value != 255][:labels]
@@ -95,54 +103,55 @@ def case(name: str, preset: str, scale: float, labels: int) -> Case:
 
 
 class Timed(NamedTuple):
+    """Seconds of one call."""
+
     cpu: float
     wall: float
 
 
-def speed(cases: Sequence[Case], rounds: int) -> dict[str, Any]:
-    """Milliseconds an image, and how many times faster than pydensecrf."""
-    seconds: dict[str, list[Timed]] = {name: [] for name in WAYS}
-    for round_ in range(rounds):
-        for each in cases:
-            for name, way in WAYS.items():
-                if name == "torch" and round_:
-                    continue
-                cpu, wall = time.process_time(), time.perf_counter()
-                way(each)
-                spent = Timed(time.process_time() - cpu, time.perf_counter() - wall)
-                seconds[name].append(spent)
-    row: dict[str, Any] = {}
-    for name in WAYS:
-        for clock in Timed._fields:
-            found = [getattr(spent, clock) for spent in seconds[name]]
-            row[f"{name}_{clock}_ms"] = round(500 * statistics.fmean(found), 1)  # two images
-            if name == THEIRS:
-                continue
-            pairs = zip(seconds[THEIRS], found, strict=False)
-            row[f"{name}_{clock}_times"] = spread([getattr(a, clock) / b for a, b in pairs])
-    return row
+class Compared:
+    """Times and results of all ways, on the same batches."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, list[Timed]] = {name: [] for name in WAYS}
+        self._errors: dict[str, list[torch.Tensor]] = {name: [] for name in OURS}
+        self._differ = dict.fromkeys(OURS, 0)
+
+    def add(self, batch: Case, names: Sequence[str]) -> None:
+        mean_field(*batch, steps=1, backend="native")  # the Gaussian lattice is cached by size
+        found = {}
+        for name in names:
+            cpu, wall = time.process_time(), time.perf_counter()
+            found[name] = WAYS[name](batch)
+            spent = Timed(time.process_time() - cpu, time.perf_counter() - wall)
+            self._spent[name].append(spent)
+        theirs = found.pop(THEIRS)
+        for name, ours in found.items():
+            self._differ[name] += int((ours.argmax(1) != theirs.argmax(1)).sum())
+            self._errors[name].append((ours - theirs).abs().flatten())
+
+    def row(self) -> dict[str, Any]:
+        """Milliseconds an image, times faster than pydensecrf, and differences from it."""
+        row: dict[str, Any] = {}
+        for name, clock in itertools.product(WAYS, Timed._fields):
+            seconds = [getattr(spent, clock) for spent in self._spent[name]]
+            row[f"{name}_{clock}_ms"] = round(500 * statistics.fmean(seconds), 1)  # two images
+            if name != THEIRS:
+                theirs = [getattr(spent, clock) for spent in self._spent[THEIRS]]
+                found = [a / b for a, b in zip(theirs, seconds, strict=False)]
+                row[f"{name}_{clock}_times"] = spread(found)
+        for name in OURS:
+            errors = torch.cat(self._errors[name])
+            row[f"{name}_error_max"], row[f"{name}_error_mean"] = map(
+                float, (errors.max(), errors.mean())
+            )
+            row[f"{name}_labels_differ"] = self._differ[name]
+        return row
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     quartiles = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": round(quartiles[1], 2), "quartiles": [round(q, 2) for q in quartiles[::2]]}
-
-
-def agreement(cases: Sequence[Case]) -> dict[str, Any]:
-    """Equal labels in % of all pixels, and differences of probabilities."""
-    found: dict[str, Any] = {}
-    for name in ("native", "torch"):
-        pixels, same, errors = 0, 0, []
-        for each in cases:
-            ours, theirs = WAYS[name](each), WAYS[THEIRS](each)
-            equal = ours.argmax(1) == theirs.argmax(1)
-            pixels, same = pixels + equal.numel(), same + int(equal.sum())
-            errors.append((ours - theirs).abs())
-        found[f"{name}_labels_percent"] = 100 * same / pixels
-        found[f"{name}_labels_differ"] = pixels - same
-        found[f"{name}_error_max"] = max(float(error.max()) for error in errors)
-        found[f"{name}_error_mean"] = statistics.fmean(float(error.mean()) for error in errors)
-    return found
 
 
 def growth(name: str, preset: str, scale: float, labels: int) -> float:
@@ -151,10 +160,11 @@ def growth(name: str, preset: str, scale: float, labels: int) -> float:
     count = 2 if way.threads == 2 else 1
     scores, rgb = whole.scores[:count].clone(), whole.rgb[:count].clone()
     way(Case(scores[..., :40, :50], rgb[:, :40, :50], whole.kernels))
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be taken again without growth
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _peak()
     way(Case(scores, rgb, whole.kernels))
-    return _peak() - before
+    return max(0.0, _peak() - before)
 
 
 def large_photo() -> str:
@@ -194,49 +204,48 @@ def _told(times: dict[str, Any]) -> str:
 
 
 def summary(rows: Sequence[dict[str, Any]], count: int) -> str:
-    equal = [f"{min(row[f'{name}_labels_percent'] for row in rows):.4f} %" for name in WAYS_OURS]
-    few = [row["native_cpu_times"]["median"] for row in rows if row["labels"] <= 5]
-    many = [row["native_cpu_times"]["median"] for row in rows if row["labels"] > 5]
+    differ = sum(row[f"{name}_labels_differ"] for row in rows for name in OURS)
+    medians = {
+        title: [row["native_cpu_times"]["median"] for row in rows if (row["labels"] <= 5) == few]
+        for title, few in (("2 to 5 labels", True), ("21 labels", False))
+    }
+    found = [f"with {title} {min(v):.1f} to {max(v):.1f}" for title, v in medians.items() if v]
     return (
         f"{count} photos and their mirror images, {STEPS} updates. ms: CPU time of the compiled "
-        "version for an image, one thread. Times: how many times less CPU or wall time than "
-        "pydensecrf needs, median and quartiles over batches. MiB: growth of peak memory over one "
-        "photo of 375x500 pixels. Largest difference: of any probability to that of pydensecrf.\n\n"
-        f"Labels equal to those of pydensecrf, worst row: native {equal[0]}, plain {equal[1]}. "
-        f"With 2 to 5 labels the compiled version needs {min(few):.1f} to {max(few):.1f} times "
-        f"less CPU time, with 21 labels {min(many):.1f} to {max(many):.1f} times less (medians)."
+        "version for an image, one thread. Times: how many times the CPU or wall time of the "
+        "compiled version pydensecrf needs, median and quartiles over batches. Plain: the same of "
+        "plain torch. Largest difference: of any probability from that of pydensecrf. MiB: growth "
+        "of peak memory over one photo of 375x500 pixels.\n\n"
+        f"Labels that differ from those of pydensecrf, all rows together: {differ}. pydensecrf "
+        f"needs {', '.join(found)} times the CPU time of the compiled version (medians, one "
+        "thread)."
     )
-
-
-WAYS_OURS = ("native", "torch")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--photos", type=int, default=6)
     parser.add_argument("--settings", nargs="+", default=CHOSEN, choices=PRESETS)
     parser.add_argument("--labels", nargs="+", type=int, default=LABELS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    kinds = list(itertools.product(options.settings, SCALES, options.labels))
+    memories = [memory(preset, SCALES[size], labels) for preset, size, labels in kinds]
     rows: list[dict[str, Any]] = []
-    for preset in options.settings:
-        for size, scale in SCALES.items():
-            for labels in options.labels:
-                row: dict[str, Any] = {"preset": preset, "size": size, "labels": labels}
-                row |= memory(preset, scale, labels)
-                cases = [case(name, preset, scale, labels) for name in photos(options.photos)]
-                row |= agreement(cases) | speed(cases, options.rounds)
-                print(table([row]).splitlines()[-1], flush=True)
-                rows.append(row)
+    for (preset, size, labels), found in zip(kinds, memories, strict=True):
+        compared = Compared()
+        for place, name in enumerate(photos(options.photos)):
+            batch = case(name, preset, SCALES[size], labels)
+            compared.add(batch, [way for way in WAYS if way != "torch" or place < PLAIN])
+        rows.append({"preset": preset, "size": size, "labels": labels} | compared.row() | found)
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
     result = {
         "environment": environment(),
         "photos": photos(options.photos),
         "steps": STEPS,
-        "rounds": options.rounds,
         "against_pydensecrf": rows,
     }
     told = f"{summary(rows, options.photos)}\n\n{table(rows)}\n"
