@@ -9,6 +9,11 @@ on `train`, figures come from `val`; settings of the fast filters were chosen on
 over one photo of 500x375 and two maps, in a process of its own (Linux). CRFs get the background
 score that is best on `train` without any refiner.
 
+Cost (`--cost` measures it alone): CPU time on photos of 500x375 and maps of one and three classes
+on a grid of 24x24, pooled from the true masks, with noise. Refiners take turns on each photo; the
+median of the rounds is taken for each photo, then the mean over the photos. CRFs have the lattice
+of the Gaussian kernel in the cache, as from the second photo of a size on.
+
 Boundary IoU is that of Cheng et al. 2021, pixels of all images together
 (`camkit.score.boundary_confusion`).
 """
@@ -22,10 +27,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from tables import CHAIN, CLASSES, RESULTS, Clean
 from torch import Tensor
 from watching import _peak
@@ -36,8 +44,10 @@ from camkit.cli.models import DEFAULT_MODEL, data_folder, open_model
 from camkit.data import DataSet, Sample, open_dataset, read_mask
 from camkit.manifest import environment
 from camkit.method import CALIBRATED
+from camkit.ops.mean_field import Kernels
 from camkit.photo import read_picture
 from camkit.refiners import Refiner
+from camkit.refiners.crf import PRESETS
 from camkit.score import (
     THRESHOLDS,
     best_threshold,
@@ -48,9 +58,12 @@ from camkit.score import (
     sweep_confusions,
 )
 from camkit.screen import progress
+from camkit.tensors import IGNORE
 
 LABELS = len(CLASSES) + 1
 CHOSEN_ON = 60
+CLASS_COUNTS = (1, 3)
+COST_PHOTOS = 5
 
 
 def nothing(cam: Tensor, capture: Capture) -> Tensor:
@@ -269,6 +282,102 @@ def with_memory(row: Row) -> Row:
     return replace(row, peak_mebibytes=float(done.stdout))
 
 
+def costly() -> dict[str, Refiner]:
+    """Refiners whose cost is measured; CRFs once for each set of kernels."""
+    names: dict[Kernels, list[str]] = {}
+    for name, kernels in PRESETS.items():
+        names.setdefault(kernels, []).append(name)
+    default = camkit.DenseCRF()
+    return {
+        "GuidedFilter": camkit.refiners.GuidedFilter(),
+        "FastGlobalSmooth": camkit.refiners.FastGlobalSmooth(),
+        "PixelAdaptive": camkit.refiners.PixelAdaptive(),
+        "PixelAdaptive, half size": camkit.refiners.PixelAdaptive(scale=0.5),
+        f"DenseCRF, full size: {default.preset}": default,
+        **{
+            f"DenseCRF, half size: {', '.join(same)}": camkit.refiners.AtReducedSize(
+                camkit.DenseCRF(preset=same[0]), scale=0.5
+            )
+            for same in names.values()
+        },
+    }
+
+
+def cost(samples: Sequence[Sample], rounds: int) -> dict[str, Any]:
+    """CPU milliseconds of each refiner for a photo, by number of classes."""
+    model, each = open_model(DEFAULT_MODEL).model, costly()
+    totals = {name: dict.fromkeys(CLASS_COUNTS, 0.0) for name in each}
+    for sample, classes in itertools.product(samples, CLASS_COUNTS):
+        cam, capture = coarse(sample, classes, model)
+        spent: dict[str, list[float]] = {name: [] for name in each}
+        for round_ in range(rounds + 1):
+            for name, refiner in each.items():
+                start = time.process_time()
+                with torch.no_grad():
+                    refiner(cam, capture)
+                if round_:  # the first fills caches
+                    spent[name].append(time.process_time() - start)
+        for name, seconds in spent.items():
+            totals[name][classes] += 1000 * float(np.median(seconds)) / len(samples)
+    rows = [
+        {"name": name, **{f"classes_{count}_ms": round(ms, 1) for count, ms in found.items()}}
+        for name, found in totals.items()
+    ]
+    return {"environment": environment(), "photos": len(samples), "rounds": rounds, "rows": rows}
+
+
+def coarse(sample: Sample, classes: int, model: torch.nn.Module) -> tuple[Tensor, Capture]:
+    """Maps of true masks on a grid of 24x24, with noise, and the capture of the photo."""
+    mask = torch.from_numpy(np.array(Image.open(sample.mask)))
+    there = [value for value in mask.unique().tolist() if 0 < value < IGNORE][:classes]
+    truth = torch.zeros(1, classes, *mask.shape)
+    for slot, value in enumerate(there):
+        truth[0, slot] = mask == value
+    generator = torch.Generator().manual_seed(0)
+    cam = F.adaptive_avg_pool2d(truth, 24)
+    cam = (cam + 0.2 * torch.randn(cam.shape, generator=generator)).clamp(0, 1)
+    rgb = torch.from_numpy(read_picture(sample.photo)).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad(), camkit.watch(model, rgb=rgb) as seen:
+        model(torch.zeros(1, 3, 384, 384))
+    return cam, seen.capture
+
+
+def cost_table(found: dict[str, Any]) -> str:
+    heads = ["refiner", *(f"ms, {count} class{'es' * (count > 1)}" for count in CLASS_COUNTS)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + len(heads) * "---|"]
+    for row in found["rows"]:
+        cells = [f"{row[f'classes_{count}_ms']:.0f}" for count in CLASS_COUNTS]
+        lines.append("| " + " | ".join([row["name"], *cells]) + " |")
+    told = (
+        f"CPU time for a photo of 500x375, one thread, maps on a grid of 24x24; mean over "
+        f"{found['photos']} photos, median of {found['rounds']} rounds each.\n\n"
+    )
+    return told + "\n".join(lines)
+
+
+def of_one_size(samples: Sequence[Sample]) -> list[Sample]:
+    sizes = ((sample, Image.open(sample.photo).size) for sample in samples[::10] if sample.mask)
+    return [sample for sample, size in sizes if size == (500, 375)][:COST_PHOTOS]
+
+
+def write(found: dict[str, Any]) -> None:
+    """Write what was measured; parts that were not measured now stay as they were."""
+    path = RESULTS / "edges.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known |= found
+    path.write_text(json.dumps(known, indent=2) + "\n")
+    parts = []
+    if "rows" in known:
+        images = known["images"]
+        rows = [Row(**row) for row in known["rows"]]
+        parts.append(
+            f"Images: {images['train']} of train, {images['val']} of val.\n\n{table(rows)}"
+        )
+    if "cost" in known:
+        parts.append(cost_table(known["cost"]))
+    (RESULTS / "edges.md").write_text("\n\n".join(parts) + "\n")
+
+
 def table(rows: Sequence[Row]) -> str:
     columns = ["refiner", "background score", "on train", "mIoU", "gain (95% interval)"]
     columns += ["boundary IoU", "ms", "MiB"]
@@ -298,6 +407,8 @@ def main() -> None:
     parser.add_argument("--tune-limit", type=int, help="only the first images of train")
     parser.add_argument("--choose", action="store_true", help="compare settings on train alone")
     parser.add_argument("--only", default="", help="with --choose: names that begin so")
+    parser.add_argument("--cost", action="store_true", help="measure only the cost")
+    parser.add_argument("--rounds", type=int, default=5, help="of the cost")
     parser.add_argument("--grow", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -306,6 +417,11 @@ def main() -> None:
         print(growth(options.grow))
         return
     dataset = Clean(open_dataset(folder / "voc12_animals"))
+    if options.cost:
+        found = cost(of_one_size(dataset.split("train")), options.rounds)
+        print(cost_table(found))
+        write({"cost": found})
+        return
     images = Images(dataset)
     if options.choose:
         samples = dataset.split("train")[::2][: options.limit or CHOSEN_ON]
@@ -324,9 +440,7 @@ def main() -> None:
     print(table(rows))
     count = {"train": len(train), "val": len(val)}
     found = {"environment": environment(), "images": count, "rows": [asdict(row) for row in rows]}
-    told = f"Images: {count['train']} of train, {count['val']} of val.\n\n{table(rows)}\n"
-    (RESULTS / "edges.json").write_text(json.dumps(found, indent=2) + "\n")
-    (RESULTS / "edges.md").write_text(told)
+    write(found | {"cost": cost(of_one_size(dataset.split("train")), options.rounds)})
 
 
 if __name__ == "__main__":

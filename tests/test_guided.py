@@ -7,7 +7,7 @@ import torch
 from coarse import captured
 
 from camkit import resize_cam
-from camkit.ops.edge_aware import box_mean, guided_filter
+from camkit.ops.edge_aware import box_mean, box_mean_torch, guided_filter
 from camkit.refiners import GuidedFilter
 
 SIZES = [(1, 1), (1, 9), (7, 1), (11, 14)]
@@ -103,6 +103,31 @@ def test_the_mean_of_a_window_counts_only_pixels_of_the_picture(radius):
         inside = windows(place, (9, 13), radius)
         expected = planes[(..., *inside)].mean((-2, -1))
         torch.testing.assert_close(found[..., place[0], place[1]], expected)
+
+
+@pytest.mark.parametrize("radius", [1, 4, 100])
+@pytest.mark.parametrize("size", [*SIZES, (40, 57)], ids=str)
+def test_opencv_and_plain_torch_compute_the_same_means(size, radius):
+    planes = torch.rand(2, 3, *size)
+    exact = box_mean_torch(planes.double(), radius)
+    for found in (box_mean(planes, radius), box_mean_torch(planes, radius)):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=5e-7, atol=0)
+
+
+def test_opencv_takes_strided_planes_and_leaves_them_as_they_are():
+    planes = torch.rand(2, 9, 3, 13).transpose(1, 2)
+    before = planes.clone()
+    torch.testing.assert_close(box_mean(planes, 2), box_mean_torch(before, 2))
+    assert torch.equal(planes, before)
+
+
+def test_means_that_need_a_gradient_have_one_in_single_precision():
+    planes = torch.rand(1, 1, 5, 6, requires_grad=True)
+    box_mean(planes, 1).sum().backward()
+    expected = box_mean_torch(torch.ones(1, 1, 5, 6), 1)
+    assert planes.grad.sum() == pytest.approx(30)
+    torch.testing.assert_close(planes.grad[..., 2, 2], expected[..., 2, 2])
 
 
 def test_means_keep_their_digits_on_a_long_picture():

@@ -149,10 +149,11 @@ def _analysis_tables(report: Report) -> list[Table]:
         for name in names
     ]
     note = (
-        "Every line but the first is an upper bound that reads the true masks: what a perfect part "
-        "in place of the method's would reach, no result of the method. Oracles have the "
-        "background score that is best on the reported images; lines without a kind of error have "
-        "the method's own."
+        "Every line but the first reads the true masks: it shows what the method reaches with one "
+        "part replaced, and is no result. Best background scores and lines without a kind of error "
+        "are never below the measured line; the others may be, and another rule that reads the "
+        "masks may reach more. Oracles have the background score that is best on the reported "
+        "images; lines without a kind of error have the method's own."
     )
     heads = ("mIoU in %", *(row.name for row, _ in analysed))
     tables = [Table("oracles", "Oracles", "Oracles, which read the masks", heads, lines, note)]

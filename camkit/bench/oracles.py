@@ -1,7 +1,9 @@
 """Oracles, which read the true masks, and shares of wrong pixels: where a method loses its points.
 
-An oracle replaces one part of a method by what the masks say. Its figure bounds what a better part
-could gain, and is no result of the method: it has no gain, is not cached, and chooses nothing.
+An oracle replaces one part of a method by what the masks say. Its figure shows how much may depend
+on that part, and is no result of the method: it has no gain, is not cached, and chooses nothing.
+Only the best background scores and the removal of errors are bounded: they are never below the
+measured figure. Another rule in place of the same part may reach more.
 """
 
 import math

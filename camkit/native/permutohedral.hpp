@@ -300,6 +300,11 @@ struct Rows {
     const int32_t simplex = lattice.simplex_of[block * BLOCK + p];
     const int32_t* const corner = &lattice.corner_ids[size_t(simplex) * Corners];
     const float* const weights = &lattice.weights[block * BLOCK * Corners];
+    if (WIDE && Corners > 3 && p + PIXELS_AHEAD < BLOCK) {
+      const int32_t later = lattice.simplex_of[block * BLOCK + p + PIXELS_AHEAD];
+      const int32_t* const ids = &lattice.corner_ids[size_t(later) * Corners];
+      for (int r = 0; r < Corners; ++r) fetch(values + ids[r] * stride);
+    }
     for (int r = 0; r < Corners; ++r) {
       const Vec* const row = values + corner[r] * stride;
       for (int i = 0; i < R; ++i) sum[i] += weights[r * BLOCK + p] * row[i];
@@ -327,8 +332,23 @@ struct Rows {
   }
 
  private:
+  // Rows of a cache line or more do not stay in the caches and are fetched ahead. For smaller rows
+  // that would only cost time, and so for the few rows of the Gaussian kernel.
+  static constexpr bool WIDE = sizeof(Vec) * R >= 64;
+  static constexpr size_t ROWS_AHEAD = 24;
+  static constexpr int PIXELS_AHEAD = 8;
+
+  static void fetch(const Vec* row) {
+    if (!WIDE) return;
+    __builtin_prefetch(row);
+    if (sizeof(Vec) * R > 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + 64);
+  }
+
   static void blur_pairs(const std::vector<int32_t>& pairs, Vec* values, int64_t stride) {
     for (size_t i = 0; i < pairs.size(); i += 2) {
+      if (WIDE && i + 2 * ROWS_AHEAD < pairs.size())
+        for (const size_t later : {i + 2 * ROWS_AHEAD, i + 2 * ROWS_AHEAD + 1})
+          fetch(values + pairs[later] * stride);
       Vec* const one = values + pairs[i] * stride;
       Vec* const other = values + pairs[i + 1] * stride;
       for (int j = 0; j < R; ++j) {
@@ -344,7 +364,10 @@ struct Rows {
     const int32_t waste = zero + 1;
     Vec before[R] = {}, own[R] = {};
     int32_t at = zero;
-    for (const int32_t next : chains) {
+    for (size_t place = 0; place < chains.size(); ++place) {
+      const int32_t next = chains[place];
+      if (WIDE && place + ROWS_AHEAD < chains.size())
+        fetch(values + chains[place + ROWS_AHEAD] * stride);
       const Vec* const row = values + next * stride;
       Vec* const target = values + (at == zero ? waste : at) * stride;
       for (int i = 0; i < R; ++i) {

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import cv2
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -54,12 +55,11 @@ def guided_filter(
     with torch.autocast(maps.device.type, enabled=False):
         small, large = rgb.detach().to(dtype), target.detach().to(dtype)
         slopes, offset = _fits(maps.to(dtype), small, radius, eps)
-        if large.shape != small.shape:
-            size = (large.shape[-2], large.shape[-1])
-            slopes, offset = [resize_cam(slope, size) for slope in slopes], resize_cam(offset, size)
-        filtered = offset
+        size = (large.shape[-2], large.shape[-1])
+        resizes = large.shape != small.shape
+        filtered = resize_cam(offset, size) if resizes else offset
         for slope, channel in zip(slopes, large.split(1, dim=1), strict=True):
-            filtered = filtered + slope * channel
+            filtered.addcmul_(resize_cam(slope, size) if resizes else slope, channel)
     return filtered.to(maps.dtype)
 
 
@@ -71,7 +71,38 @@ def check_guided_settings(radius: int, eps: float) -> None:
 
 
 def box_mean(planes: Float[Tensor, "b c H W"], radius: int) -> Float[Tensor, "b c H W"]:
-    """Average over the pixels of a square window that lie within the picture."""
+    """Average over the pixels of a square window that lie within the picture.
+
+    Planes of float32 on the CPU that need no gradient are summed by OpenCV.
+    """
+    wants_gradient = planes.requires_grad and torch.is_grad_enabled()
+    plain = wants_gradient or planes.dtype != torch.float32 or planes.device.type != "cpu"
+    if plain or torch.compiler.is_compiling():
+        return box_mean_torch(planes, radius)
+    return _box_mean_opencv(planes, radius)
+
+
+def _box_mean_opencv(planes: Float[Tensor, "b c H W"], radius: int) -> Float[Tensor, "b c H W"]:
+    rows, cols = planes.shape[-2:]
+    reach = [min(radius, size - 1) for size in (cols, rows)]
+    window = (2 * reach[0] + 1, 2 * reach[1] + 1)
+    sums = torch.empty_like(planes, memory_format=torch.contiguous_format)
+    pairs = zip(planes.detach().flatten(0, 1).numpy(), sums.flatten(0, 1).numpy(), strict=True)
+    for plane, target in pairs:  # OpenCV sums in double precision
+        cv2.boxFilter(plane, -1, window, target, normalize=False, borderType=cv2.BORDER_CONSTANT)
+    return sums.div_(_window_sizes(planes, -2, radius)[:, None] * _window_sizes(planes, -1, radius))
+
+
+def _window_sizes(planes: Tensor, dim: int, radius: int) -> Float[Tensor, " n"]:
+    """Return how many pixels of each window along a dimension lie within the picture."""
+    size = planes.shape[dim]
+    places = torch.arange(size, device=planes.device)
+    reach = min(radius, size - 1)
+    return ((places + reach + 1).clamp_max(size) - (places - reach).clamp_min(0)).to(planes)
+
+
+def box_mean_torch(planes: Float[Tensor, "b c H W"], radius: int) -> Float[Tensor, "b c H W"]:
+    """Compute `box_mean` in plain torch, its specification: any device, differentiable."""
     # Sums of 1, 2, 4, ... neighbours add up to sums of 2 radius + 1. Differences of running sums
     # are simpler, but lose digits with the length of the picture.
     for dim in (-1, -2):
@@ -88,9 +119,7 @@ def box_mean(planes: Float[Tensor, "b c H W"], radius: int) -> Float[Tensor, "b 
                 kept = padded.shape[dim] - length
                 padded = padded.narrow(dim, 0, kept) + padded.narrow(dim, length, kept)
                 length *= 2
-        places = torch.arange(size, device=planes.device)
-        count = (places + reach + 1).clamp_max(size) - (places - reach).clamp_min(0)
-        planes = total / count.to(planes).view(-1, *[1] * (-1 - dim))
+        planes = total / _window_sizes(planes, dim, radius).view(-1, *[1] * (-1 - dim))
     return planes
 
 
