@@ -210,10 +210,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         title: [row["native_cpu_times"]["median"] for row in rows if (row["labels"] <= 5) == few]
         for title, few in (("2 to 5 labels", True), ("21 labels", False))
     }
-    count = max(len(row["photos"]) for row in rows)
+    counts = sorted({len(row["photos"]) for row in rows})
     found = [f"with {title} {min(v):.1f} to {max(v):.1f}" for title, v in medians.items() if v]
     return (
-        f"{count} photos and their mirror images, {STEPS} updates. ms: CPU time of the compiled "
+        f"{' or '.join(map(str, counts))} photos a row (crf.json names them) and their mirror "
+        f"images, {STEPS} updates. ms: CPU time of the compiled "
         "version for an image, one thread. Times: how many times the CPU or wall time of the "
         "compiled version pydensecrf needs, median and quartiles over batches. Plain: the same of "
         "plain torch. Largest difference: of any probability from that of pydensecrf. MiB: growth "
