@@ -1,6 +1,7 @@
 """The dense CRF against pydensecrf: CPU and wall time, labels, probabilities, peak memory, threads.
 
     CAMKIT_DATA=folder python benchmarks/crf.py
+    CAMKIT_DATA=folder python benchmarks/crf.py --settings toco_cam    # only these rows anew
 
 Photos are those of voc12_animals/train, every 60th, at their own sizes. A batch is a photo and its
 mirror image; class maps are the true masks at a sixteenth of the size with noise, sharpened as
@@ -203,15 +204,17 @@ def _told(times: dict[str, Any]) -> str:
     return f"{times['median']:.1f} ({low:.1f} to {high:.1f})"
 
 
-def summary(rows: Sequence[dict[str, Any]], count: int) -> str:
+def summary(rows: Sequence[dict[str, Any]]) -> str:
     differ = sum(row[f"{name}_labels_differ"] for row in rows for name in OURS)
     medians = {
         title: [row["native_cpu_times"]["median"] for row in rows if (row["labels"] <= 5) == few]
         for title, few in (("2 to 5 labels", True), ("21 labels", False))
     }
+    counts = sorted({len(row["photos"]) for row in rows})
     found = [f"with {title} {min(v):.1f} to {max(v):.1f}" for title, v in medians.items() if v]
     return (
-        f"{count} photos and their mirror images, {STEPS} updates. ms: CPU time of the compiled "
+        f"{' or '.join(map(str, counts))} photos a row (crf.json names them) and their mirror "
+        f"images, {STEPS} updates. ms: CPU time of the compiled "
         "version for an image, one thread. Times: how many times the CPU or wall time of the "
         "compiled version pydensecrf needs, median and quartiles over batches. Plain: the same of "
         "plain torch. Largest difference: of any probability from that of pydensecrf. MiB: growth "
@@ -234,25 +237,40 @@ def main() -> None:
     torch.set_num_threads(1)
     kinds = list(itertools.product(options.settings, SCALES, options.labels))
     memories = [memory(preset, SCALES[size], labels) for preset, size, labels in kinds]
-    rows: list[dict[str, Any]] = []
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if set(options.settings) < set(CHOSEN):
+        rows = {kind_of(row): row for row in measured_before(options.out)}
     for (preset, size, labels), found in zip(kinds, memories, strict=True):
         compared = Compared()
         for place, name in enumerate(photos(options.photos)):
             batch = case(name, preset, SCALES[size], labels)
             compared.add(batch, [way for way in WAYS if way != "torch" or place < PLAIN])
-        rows.append({"preset": preset, "size": size, "labels": labels} | compared.row() | found)
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-    result = {
-        "environment": environment(),
-        "photos": photos(options.photos),
-        "steps": STEPS,
-        "against_pydensecrf": rows,
-    }
-    told = f"{summary(rows, options.photos)}\n\n{table(rows)}\n"
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "crf.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.out / "crf.md").write_text(told)
-    print(told)
+        kind = {"preset": preset, "size": size, "labels": labels}
+        row = kind | compared.row() | found | {"photos": photos(options.photos)}
+        rows[kind_of(row)] = row
+        print(table([row]).splitlines()[-1], flush=True)
+        write(options.out, sorted(rows.values(), key=order))
+
+
+def measured_before(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "crf.json"
+    return json.loads(path.read_text())["against_pydensecrf"] if path.exists() else []
+
+
+def kind_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("preset", "size", "labels"))
+
+
+def order(row: dict[str, Any]) -> tuple[int, int, int]:
+    return list(PRESETS).index(row["preset"]), list(SCALES).index(row["size"]), row["labels"]
+
+
+def write(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write all rows; also after each, so that a stopped run loses nothing."""
+    found = {"environment": environment(), "steps": STEPS, "against_pydensecrf": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "crf.json").write_text(json.dumps(found, indent=2) + "\n")
+    (folder / "crf.md").write_text(f"{summary(rows)}\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":
