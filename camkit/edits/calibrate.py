@@ -178,5 +178,7 @@ class StaticCalibration:
             return torch.stack(own).mean(0)
         # the maps are averaged before they meet the values: one product in place of three
         average = reduce(torch.add, (head_mean(x, x, scale=scale) for x in parts)) / len(parts)
-        gathered = average[:, None].to(values.dtype) @ values
+        joined = values.transpose(1, 2).flatten(2)  # one product for all heads
+        gathered = (average.to(values.dtype) @ joined).unflatten(-1, values.shape[1::2])
+        gathered = gathered.transpose(1, 2)
         return gathered * values.shape[1] if self.heads == "sum" else gathered
