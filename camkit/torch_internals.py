@@ -292,6 +292,8 @@ def leave_out_of_copies(handle: RemovableHandle, kind: type) -> None:
     hooks = found[0]
     present = any(isinstance(hook, kind) for hook in hooks.values())
     for dictionary in found:
+        if present == ("__reduce_ex__" in vars(dictionary)):
+            continue
         if present:
             reduce = partial(_reduced_without, ref(dictionary), ref(hooks), kind)
             dictionary.__reduce_ex__ = reduce
