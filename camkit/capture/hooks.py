@@ -54,6 +54,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._first: dict[tuple[int, str], RemovableHandle] = {}
 
     def before(
         self,
@@ -65,7 +66,8 @@ class Hooks:
     ) -> None:
         """Call ``function(module, args, kwargs)`` before each forward of ``module``."""
         hook = Hook(function, while_measuring=while_measuring)
-        self._keep(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outermost))
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outermost)
+        self._keep(handle, (id(module), "before"))
 
     def after(
         self,
@@ -80,18 +82,20 @@ class Hooks:
         It is called after a forward that raised, too; then the output is None.
         """
         hook = Hook(function, while_measuring=while_measuring)
-        self._keep(
-            module.register_forward_hook(
-                hook, with_kwargs=True, always_call=True, prepend=not outermost
-            )
+        handle = module.register_forward_hook(
+            hook, with_kwargs=True, always_call=True, prepend=not outermost
         )
+        self._keep(handle, (id(module), "after"))
 
-    def _keep(self, handle: RemovableHandle) -> None:
+    def _keep(self, handle: RemovableHandle, place: tuple[int, str]) -> None:
         self._handles.append(handle)
-        leave_out_of_copies(handle, Hook)
+        if place not in self._first:
+            self._first[place] = handle
+            leave_out_of_copies(handle, Hook)
 
     def remove(self) -> None:
         while self._handles:
-            handle = self._handles.pop()
-            handle.remove()
+            self._handles.pop().remove()
+        while self._first:
+            _, handle = self._first.popitem()
             leave_out_of_copies(handle, Hook)

@@ -67,7 +67,7 @@ def attention_columns(
     return columns.to(q.dtype)
 
 
-def head_mean(  # noqa: PLR0913 - all of one attention call
+def head_mean(
     q: Heads,
     k: Keys,
     *,
@@ -94,10 +94,10 @@ def head_mean(  # noqa: PLR0913 - all of one attention call
             return found
         whole = head_mean(q, k, scale=scale, bias=bias, normaliser=normaliser)
         return take(take(whole, tokens, 1), tokens, 2)
+    found = None if bias is not None else _fast_head_mean(q, k, normaliser, scale)
+    if found is not None:
+        return found
     with torch.autocast(q.device.type, enabled=False):
-        found = None if bias is not None else _fast_head_mean(q, k, normaliser, scale)
-        if found is not None:
-            return found
         inputs = operator_inputs(q, k, scale, bias, normaliser)
         if inputs is not None:
             return reweight.affinity_mean(q, k, *inputs, scale=scale).to(q.dtype)
@@ -113,8 +113,7 @@ def _fast_head_mean(
     q: Heads, k: Keys, normaliser: Normaliser | None, scale: float, run: range | None = None
 ) -> Float[Tensor, "b _ _"] | None:
     tokens = slice(None) if run is None else slice(run.start, run.stop)
-    with torch.autocast(q.device.type, enabled=False):
-        found = mean_of_heads(q, k, normaliser, scale=scale, tokens=tokens)
+    found = mean_of_heads(q, k, normaliser, scale=scale, tokens=tokens)
     return None if found is None else found.to(q.dtype)
 
 

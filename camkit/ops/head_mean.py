@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.ops.reweight_plain import TOGETHER, at_least_float32, chunks
+from camkit.ops.reweight_plain import at_least_float32, chunks
 
 _LOG2E = math.log2(math.e)
+_TOGETHER = 3 << 18  # numbers of a small map
 _ALIGNED = 16  # numbers of float32 in 64 bytes
 # Powers below 2 ** -126 become zero. Where the largest of a row is at least 2 ** -96, what is lost
 # is less than the rounding of the row's sum.
@@ -39,13 +40,15 @@ def mean_of_heads(
         tokens: rows and columns to return, a slice of step 1.
 
     Returns:
-        The average; None if this way does not take the arguments: on another device, in a graph, or
-        with logits so far apart that powers of two would be lost.
+        The average; None if this way does not take the arguments: on another device, in a graph,
+        under autocast, or with logits so far apart that powers of two would be lost.
     """
     known = [each for each in (q, k, normaliser) if each is not None]
     graph = torch.is_grad_enabled() and any(each.requires_grad for each in known)
     plain = all(type(each) is Tensor and each.device.type == "cpu" for each in known)
     if graph or not plain or q.shape != k.shape or not q.numel():
+        return None
+    if torch.is_autocast_enabled("cpu"):
         return None
     dtype, heads = at_least_float32(q.dtype), q.shape[1]
     same = q is k
@@ -54,7 +57,7 @@ def mean_of_heads(
     levels = None
     if normaliser is not None:
         levels = (normaliser.to(dtype) * _LOG2E + math.log2(heads))[:, :, tokens, None]
-    if heads * q.shape[2] ** 2 <= 2 * TOGETHER:
+    if heads * q.shape[2] ** 2 <= _TOGETHER:
         return _all_heads(q, k, levels, scale, tokens)
     if levels is not None:
         return _head_by_head(q[:, :, tokens], k[:, :, tokens], levels, scale)
