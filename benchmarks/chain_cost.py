@@ -43,9 +43,7 @@ Chain = Callable[[Sequence[Path], Sequence[int]], object]
 """``(photos, classes asked of each) -> masks``"""
 
 WITHOUT_GRADIENTS = Method(
-    seeds.ProductSeed(seeds.ClassAttentionSeed(blocks=6), seeds.ClassWeightSeed()),
-    edit=StaticCalibration(),
-    edit_blocks=4,
+    seeds.HybridAttentionSeed(), edit=StaticCalibration(), edit_blocks=4, background_score=0.5
 )
 METHODS = {
     "camkit, calibrated gradient": CALIBRATED.method,

@@ -4,8 +4,9 @@ import hashlib
 import os
 import platform
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def weights_hash(model: nn.Module) -> str:
             for part in _stored(name, tensor)
             if part.numel()
         ]
-        fingerprint = tuple((text, *_identity(part)) for text, part in parts)
+        fingerprint = tuple(text for text, _ in parts), *_identity([part for _, part in parts])
         cached = _HASHES.get(model)
         if cached is not None and cached[0] == fingerprint:
             return cached[1]
@@ -89,6 +90,9 @@ def _stored(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
     Raises:
         ValueError: this process does not have them.
     """
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype == torch.float32
+    if plain and tensor.layout == torch.strided and tensor.device.type == "cpu":
+        return [tensor.detach()]
     if nn.parameter.is_lazy(tensor):
         raise ValueError(f"{name} is not initialised")
     tensor = whole_tensor(name, tensor.detach())
@@ -104,11 +108,25 @@ def _stored(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
     return [torch.view_as_real(tensor) if tensor.is_complex() else tensor]
 
 
-def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Return what changes with a plain tensor: the version misses writes through ``.data``."""
-    bits = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
-    version = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, float(bits.sum(dtype=torch.float64))
+def _identity(tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
+    """Return what changes with plain tensors: the version misses writes through ``.data``."""
+    places = [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(_sum_of_bits(tensor))
+    return tuple(places), *(tuple(torch.stack(s).tolist()) for s in by_device.values())
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Add up the bits of a tensor as integers of 64 bits: any single change shows."""
+    flat = tensor.contiguous().view(-1)
+    size = flat.dtype.itemsize
+    if flat.numel() * size % 8 or flat.storage_offset() * size % 8 or flat.data_ptr() % 8:
+        return flat.view(_INTEGERS[size]).sum(dtype=torch.int64)
+    return flat.view(torch.int64).sum()
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def provenance(model: nn.Module) -> dict[str, Any]:
@@ -116,10 +134,15 @@ def provenance(model: nn.Module) -> dict[str, Any]:
     return {"weights_sha256": weights_hash(model), "environment": environment()}
 
 
+@cache
+def _version(package: str) -> str:
+    return version(package)  # it reads a file
+
+
 def environment() -> dict[str, Any]:
     """Return versions and machine, JSON-ready."""
     return {
-        "camkit": version("camkit"),
+        "camkit": _version("camkit"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -9,6 +9,7 @@ from torch import Tensor
 from camkit.ops.finite import finite_range
 from camkit.tensors import IGNORE, IGNORE_16, Cam, Classes, Mask
 
+_FEW = 8  # classes of an image that are compared one by one
 _TOLERANCE = 1e-4  # resizing and half precision may move a normalised map out of [0, 1] by this
 
 
@@ -84,10 +85,8 @@ def to_mask(
             f"`ignore_below` must lie in [0, {threshold:.4g}), below the score a class must beat, "
             f"got {ignore_below}"
         )
-    score, slot = strongest(cam, classes)
-    winner, highest = slot, cam.shape[1] - 1
+    highest = cam.shape[1] - 1
     if classes is not None:
-        winner = classes.long().gather(1, slot.flatten(1)).view_as(slot)
         highest = int(classes.max()) if classes.numel() else -1
     ignore, dtype = (IGNORE, torch.uint8) if bits == 8 else (IGNORE_16, torch.int32)
     if highest >= ignore - 1:
@@ -95,10 +94,34 @@ def to_mask(
             f"a mask of {bits} bits holds classes 0 to {ignore - 2}, got class {highest}; use "
             "bits=16, or classes=None, which numbers by slot, and keep the class list as the legend"
         )
-    mask = torch.where(score > threshold, winner + 1, 0)
+    score, mask = _over_threshold(cam, classes, threshold)
     if ignore_below is not None:
         mask = mask.masked_fill((score > ignore_below) & (score <= threshold), ignore)
     return mask.to(dtype)
+
+
+def _over_threshold(
+    cam: Cam, classes: Classes | None, threshold: float
+) -> tuple[Float[Tensor, "b h w"], Int[Tensor, "b h w"]]:
+    """Return each pixel's highest score and its mask value; the first of equal classes wins.
+
+    A few classes are compared one by one, because indices of 64 bits for each pixel are slow.
+    """
+    if cam.shape[1] > _FEW:
+        score, winner = strongest(cam, classes)
+        if classes is not None:
+            winner = classes.long().gather(1, winner.flatten(1)).view_as(winner)
+        return score, torch.where(score > threshold, winner + 1, 0)
+    cam = _checked(cam, classes)
+    slots = torch.arange(cam.shape[1], device=cam.device)[None] if classes is None else classes
+    values = (slots + 1).int()[:, :, None, None]
+    score = cam[:, 0]
+    mask = torch.where(score > threshold, values[:, 0], 0)
+    for slot in range(1, cam.shape[1]):
+        plane = cam[:, slot]
+        mask = torch.where((plane > score) & (plane > threshold), values[:, slot], mask)
+        score = torch.maximum(score, plane)
+    return score, mask
 
 
 def power_threshold(alpha: float) -> float:
@@ -149,6 +172,12 @@ def strongest(
         cam: maps of the requested classes in [0, 1].
         classes: the classes of the maps, -1 where a slot is padding; None if no slot is.
     """
+    score, slot = _checked(cam, classes).max(dim=1)
+    return score, slot
+
+
+def _checked(cam: Cam, classes: Classes | None) -> Cam:
+    """Return maps in [0, 1], those of padded slots zero."""
     if cam.shape[1] == 0:
         raise ValueError("`cam` must hold at least one class map, got none; pad with class -1")
     low, high = finite_range("cam", cam) or (0.0, 0.0)
@@ -157,5 +186,4 @@ def strongest(
             f"`cam` must lie in [0, 1], got values from {low:.4g} to {high:.4g}; normalise each "
             "map first"
         )
-    score, slot = (cam if classes is None else gate(cam, classes)).max(dim=1)
-    return score, slot
+    return cam if classes is None else gate(cam, classes)

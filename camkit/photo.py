@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image, ImageOps
 
 from camkit.errors import DataError
@@ -175,13 +175,15 @@ def photo_from_array(
     rows, cols = _model_size(original, size, multiple)
     shown = _colours(levels)
     resized = levels if (rows, cols) == original else _resized(levels, rows, cols)
-    colours = torch.from_numpy(_colours(resized)).permute(2, 0, 1)[None].contiguous() / 255
+    colours = _unit_interval(_colours(resized))
     if channels == 1 and levels.shape[2] > 1:
         resized = np.array(Image.fromarray(_colours(resized)).convert("L"))[:, :, None]
-    elif channels == 3:
-        resized = _colours(resized)
-    pixels = torch.from_numpy(resized).permute(2, 0, 1)[None].contiguous() / 255
+    pixels = colours if channels == 3 else _unit_interval(resized)
     return Photo(pixels=(pixels - shift) / scale, rgb=colours, size=original, original=shown)
+
+
+def _unit_interval(levels: UInt8[np.ndarray, "R S c"]) -> Float[torch.Tensor, "1 c R S"]:
+    return torch.from_numpy(levels).permute(2, 0, 1)[None].contiguous() / 255
 
 
 def to_bytes(picture: Shaped[np.ndarray, "R S ..."]) -> UInt8[np.ndarray, "R S _"]:

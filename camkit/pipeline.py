@@ -178,7 +178,7 @@ class Pipeline:
         check_model(model)
         check_function("scores", scores)
         check_function("call", call)
-        Host.of(model, **facts.arguments())  # refuse here, not at the first photo
+        self._host = (Host.of(model, **facts.arguments()), facts)  # refuse here, not at a photo
         self.model = model
         self._names_given = vocabulary is not None
         self.vocabulary: Vocabulary | None = None
@@ -195,6 +195,14 @@ class Pipeline:
         self._passed_over: tuple[str, ...] = ()
         self._presets = (Preset(method),) if isinstance(method, Method) else tuple(method)
         self._method = method if isinstance(method, Method) else None
+
+    def _current_host(self) -> Host:
+        """The parts of the model, found again if it was changed."""
+        host, facts = self._host
+        if host.model is not self.model or facts != self.facts or not host.is_current():
+            host = Host.of(self.model, **self.facts.arguments())
+            self._host = host, self.facts
+        return host
 
     @property
     def photos(self) -> PhotoSettings:
@@ -303,7 +311,9 @@ class Pipeline:
 
     def _targets(self, classes: ClassRequest, images: int) -> Targets:
         """Check a request for the classes of the model, other than texts."""
-        known = known_classes(self.model) if self.scores is None else None
+        known = (
+            known_classes(self.model, self._current_host().widths) if self.scores is None else None
+        )
         return read_targets(
             classes,
             images=images,
@@ -334,7 +344,8 @@ class Pipeline:
             targets = read_targets(every, images=len(pixels), vocabulary=vocabulary)
         else:
             targets = self._targets(classes, len(pixels))
-        check_size(self.model, pixels)
+        host = self._current_host()
+        check_size(host, pixels)
 
         # 2. The method. The model's classifier cannot explain texts and custom scores.
         if len(self._presets) > 1 and (scores is not self.scores or targets.functions):
@@ -357,6 +368,7 @@ class Pipeline:
             scores=scores,
             call=self.call,
             facts=self.facts,
+            host=host,
         )
         with borrowed(self.model), torch.no_grad():
             capture = runner(pixels, rgb)
@@ -408,6 +420,7 @@ class Pipeline:
                 scores=self.scores,
                 call=self.call,
                 facts=self.facts,
+                host=self._current_host(),
             )
             if self.scores is None:  # otherwise `scores` may depend on the batch size
                 pixels, rgb = pixels[:1], rgb[:1]

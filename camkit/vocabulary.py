@@ -5,6 +5,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -224,6 +225,10 @@ class Vocabulary:
         """Return the outputs of a class."""
         return (index,) if self.members is None else self.members[index]
 
+    @cached_property
+    def _largest(self) -> int:
+        return max(max(member) for member in self.members or ((-1,),))
+
     def check_outputs(self, count: int) -> None:
         """Check that a classifier of this many outputs suits the vocabulary.
 
@@ -238,8 +243,8 @@ class Vocabulary:
                     "returns embeddings (CLIP) use camkit.seeds.TextClasses instead"
                 )
             return
-        largest = max(max(member) for member in self.members)
-        if count <= largest:
+        if count <= self._largest:
+            largest = self._largest
             raise ValueError(
                 f"`outputs` must hold at least {largest + 1} scores, as output {largest} is a "
                 f"member, got {count}; use the classifier that the vocabulary was made for"

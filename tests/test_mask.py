@@ -156,3 +156,15 @@ def test_an_exponent_must_be_above_zero(alpha):
 def test_an_ignore_band_must_lie_below_the_background_score(low):
     with pytest.raises(ValueError, match=rf"must lie in \[0, 0.45\), .*, got {low}"):
         to_mask(row([0.5]), background_score=0.45, ignore_below=low)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+def test_a_few_classes_are_drawn_as_they_are_among_many(slots):
+    """Scores of few levels, so that classes tie with each other and with the background."""
+    cam = torch.randint(0, 9, (2, slots, 20, 30)) / 8
+    classes = torch.stack([torch.randperm(200)[:slots] for _ in range(2)])
+    padding = 9 - slots
+    more = torch.cat([cam, torch.ones(2, padding, 20, 30)], 1)
+    padded = torch.cat([classes, torch.full((2, padding), -1)], 1)
+    drawn = to_mask(cam, classes, background_score=0.5, ignore_below=0.25)
+    assert torch.equal(drawn, to_mask(more, padded, background_score=0.5, ignore_below=0.25))

@@ -218,3 +218,33 @@ def test_a_bias_that_learns_gets_its_gradient():
     assert torch.autograd.gradcheck(
         lambda bias: attention_columns(q, k, [0], scale=0.5, bias=bias), bias
     )
+
+
+@pytest.mark.parametrize("patches", [17, 300])  # heads together, and one by one
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("tokens", [None, range(1, 18), [2, 0, 5]])
+def test_head_mean_between_chosen_tokens_is_cut_from_the_whole_map(patches, known, tokens):
+    q, k, _ = heads_of_fused_qkv(2, 3, patches, 8)
+    whole = oracles.full_attention(q, k, SCALE, None).mean(1)
+    lse = (SCALE * q @ k.mT).logsumexp(-1) if known else None
+    chosen = list(range(patches + 2) if tokens is None else tokens)
+    found = head_mean(q, k, scale=SCALE, normaliser=lse, tokens=tokens)
+    assert_near(found, whole[:, chosen][:, :, chosen])
+
+
+@pytest.mark.parametrize("scale", [SCALE, -SCALE])
+def test_head_mean_of_queries_to_themselves(scale):
+    q, _, _ = heads_of_fused_qkv(2, 3, 300, 8)
+    whole = oracles.full_attention(q, q, scale, None)
+    assert_near(head_mean(q, q, scale=scale), whole.mean(1))
+
+
+def test_head_mean_where_one_token_is_so_long_that_powers_would_be_lost():
+    """Logits of 0 to 2000: rows far below the largest logit keep their sum of one."""
+    q, k, _ = heads_of_fused_qkv(1, 3, 300, 8)
+    q[:, :, 7] *= 100.0
+    k[:, :, 9] *= 100.0
+    whole = oracles.full_attention(q, k, SCALE, None)
+    # logits near 2000 are rounded to 1e-4
+    assert_near(head_mean(q, k, scale=SCALE), whole.mean(1), rtol=1e-3, atol=1e-4)
+    assert_near(head_mean(q, q, scale=SCALE).sum(-1), torch.ones(1, 302).double())

@@ -27,13 +27,14 @@ from camkit import (
     watch,
     wrap,
 )
-from camkit.edits import ScaleOutput
+from camkit.edits import ScaleOutput, StaticCalibration
 from camkit.refiners import Normalize
 from camkit.seeds import (
     AttentionRolloutSeed,
     ClassAttentionSeed,
     ClassWeightSeed,
     EigenCAMSeed,
+    HybridAttentionSeed,
     RelevanceSeed,
     TokenCutSeed,
     Views,
@@ -416,3 +417,35 @@ def test_where_scores_are_needed_the_error_names_the_argument(seed, classes, pho
 def test_a_class_outside_the_vocabulary_of_a_headless_model_is_refused(photo):
     with pytest.raises(ValueError, match="0 to 4, got 5"):
         wrap(vit(0), seed=ClassAttentionSeed(), vocabulary=NAMES)(photo, classes=[5])
+
+
+def replace_block(model):
+    model.blocks[1] = vit().blocks[1]
+
+
+def replace_attention(model):
+    model.blocks[2].attn = vit().blocks[2].attn
+
+
+def reset_head(model):
+    model.reset_classifier(7)
+
+
+def write_past_the_version(model):
+    model.blocks[0].mlp.fc1.weight.data.mul_(2.0)
+
+
+@pytest.mark.parametrize(
+    "change", [replace_block, replace_attention, reset_head, write_past_the_version]
+)
+def test_a_model_that_is_changed_between_photos_is_seen_as_it_is(change, photo):
+    model = vit()
+    pipeline = camkit.wrap(model, seed=HybridAttentionSeed(), edit=StaticCalibration())
+    before = pipeline(photo, classes=[1])
+    change(model)
+    fresh = camkit.wrap(model, seed=HybridAttentionSeed(), edit=StaticCalibration())
+    found, expected = pipeline(photo, classes=[1]), fresh(photo, classes=[1])
+    assert torch.equal(found.cam, expected.cam)
+    assert torch.equal(found.logits, expected.logits)
+    assert found.settings == expected.settings
+    assert before.settings["weights_sha256"] != found.settings["weights_sha256"]

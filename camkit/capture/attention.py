@@ -74,8 +74,8 @@ class Attention(Protocol):
     def columns(self, keys: Sequence[int]) -> Float[Tensor, "b a t c"]:
         """Return how much every token attends to the tokens ``keys``."""
 
-    def head_mean(self) -> Float[Tensor, "b t s"]:
-        """Return the whole map averaged over heads; it is large."""
+    def head_mean(self, tokens: Sequence[int] | None = None) -> Float[Tensor, "b _ _"]:
+        """Return the map averaged over heads, whole or between ``tokens``; it is large."""
 
     def propagate(
         self, values: Float[Tensor, "b k n"], patches: Sequence[int]
@@ -151,9 +151,13 @@ class FusedAttention:
             *self.joined(), keys, scale=self.scale, bias=self.bias, normaliser=self.normaliser
         )
 
-    def head_mean(self) -> Float[Tensor, "b t s"]:
+    def head_mean(self, tokens: Sequence[int] | None = None) -> Float[Tensor, "b _ _"]:
         return head_mean(
-            *self.joined(), scale=self.scale, bias=self.bias, normaliser=self.normaliser
+            *self.joined(),
+            scale=self.scale,
+            bias=self.bias,
+            normaliser=self.normaliser,
+            tokens=tokens,
         )
 
     def propagate(
@@ -224,13 +228,15 @@ class ExplicitAttention:
     def columns(self, keys: Sequence[int]) -> Map:
         return take(self.weights, keys, 3)
 
-    def head_mean(self) -> Float[Tensor, "b t s"]:
-        return self.weights.mean(1)
+    def head_mean(self, tokens: Sequence[int] | None = None) -> Float[Tensor, "b _ _"]:
+        if tokens is None:
+            return self.weights.mean(1)
+        return take(take(self.weights, tokens, 2), tokens, 3).mean(1)
 
     def propagate(
         self, values: Float[Tensor, "b k n"], patches: Sequence[int]
     ) -> Float[Tensor, "b k n"]:
-        affinity = take(take(self.head_mean(), patches, 1), patches, 2).to(values.dtype)
+        affinity = self.head_mean(patches).to(values.dtype)
         affinity = affinity / affinity.sum(-1, keepdim=True)
         return values @ affinity.mT
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from operator import index
 from threading import RLock
 from typing import Any
@@ -17,7 +18,7 @@ from camkit.capture.parameters import is_one_layer
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
 from camkit.printing import short_repr
-from camkit.torch_internals import compiled_original
+from camkit.torch_internals import compiled_original, modules_of, structure_of
 
 HEAD_COUNTS = ("num_heads", "heads", "num_attention_heads", "n_heads", "nhead")
 PROJECTIONS = (
@@ -124,9 +125,23 @@ def find_patch_embeddings(model: nn.Module) -> dict[str, nn.Conv2d]:
     return found
 
 
+def layer_widths(model: nn.Module) -> set[int]:
+    """Return the numbers of outputs of a model's linear layers and convolutions."""
+    return {
+        module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        for module in modules_of(model)
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+
+
 def patch_step(model: nn.Module) -> tuple[int, int] | None:
     """Return rows and columns of a patch, if one convolution cuts images into patches."""
-    for module in find_patch_embeddings(model).values():
+    return step_of(find_patch_embeddings(model).values())
+
+
+def step_of(embeddings: Iterable[nn.Conv2d]) -> tuple[int, int] | None:
+    """Return rows and columns of a patch, if one of these convolutions cuts images into patches."""
+    for module in embeddings:
         if module.kernel_size == module.stride and not any(_padding(module)):
             return (module.stride[0], module.stride[1])
     return None
@@ -319,6 +334,7 @@ class Host:
         class_tokens: positions of the class tokens, if the user named them.
         other_tokens: positions of further tokens that are no patches, if the user named them.
         grid: the patch grid, if the user named it.
+        structure: of the model, see `structure_of`.
     """
 
     model: nn.Module
@@ -328,6 +344,7 @@ class Host:
     class_tokens: tuple[int, ...] | None = None
     other_tokens: tuple[int, ...] | None = None
     grid: Grid | None = None
+    structure: tuple[Any, ...] = ()
 
     __repr__ = short_repr
 
@@ -367,6 +384,7 @@ class Host:
             while inner:
                 inner = inner.rpartition(".")[0]
                 outer.add(inner)
+        structure = structure_of(model)
         entrances = []
         for name, module in model.named_modules(remove_duplicate=False):
             if name in outer and _wrapped(module) is None:
@@ -379,7 +397,12 @@ class Host:
             class_tokens=_positions("class_tokens", class_tokens),
             other_tokens=_positions("other_tokens", other_tokens),
             grid=Grid(*grid) if isinstance(grid, tuple) else grid,
+            structure=structure,
         )
+
+    def is_current(self) -> bool:
+        """Whether the model still holds the modules that it held when this was made."""
+        return self.structure == structure_of(self.model)
 
     @property
     def core(self) -> nn.Module:
@@ -391,13 +414,41 @@ class Host:
 
     def blocks(self) -> dict[str, nn.Module]:
         """Return the attention modules without pooling heads, which add nothing to the tokens."""
+        return dict(self._blocks)
+
+    @cached_property
+    def _blocks(self) -> dict[str, nn.Module]:
         return {name: m for name, m in self.attention.items() if not is_pooling(self.model, name)}
+
+    @cached_property
+    def around(self) -> dict[str, nn.Module]:
+        """The block that each attention module lies in, see `block_modules`."""
+        return block_modules(self.model, self.attention)
+
+    @cached_property
+    def tail(self) -> tuple[nn.Module, ...]:
+        """The modules outside the blocks, see `tail_modules`."""
+        return tuple(tail_modules(self.model, list(self.attention)))
+
+    @cached_property
+    def widths(self) -> set[int]:
+        """The numbers of outputs of the model's layers."""
+        return layer_widths(self.model)
+
+    @cached_property
+    def _configured(self) -> list[nn.Module]:
+        parts = (part for module in self.attention.values() for part in modules_of(module))
+        return [part for part in parts if "config" in vars(part)]
 
     def places(self) -> dict[str, tuple[int, int]]:
         """Return the place of each block in its tower, and how many blocks the tower has.
 
         Blocks belong to the tower of the patch embedding that is nearest by its name.
         """
+        return dict(self._places)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
         embeddings = [name.split(".")[:-1] for name in find_patch_embeddings(self.model)]
         towers: dict[tuple[int, ...], list[str]] = {}
         for name in self.blocks():
@@ -432,9 +483,9 @@ class Host:
         Raises:
             UnsupportedModelError: it does, and the compiler would fail under camkit's hooks.
         """
-        for module in self.attention.values():
-            configs = (getattr(part, "config", None) for part in module.modules())
-            if any(getattr(c, "_attn_implementation", None) == "flex_attention" for c in configs):
+        for part in self._configured:
+            config = vars(part).get("config")
+            if getattr(config, "_attn_implementation", None) == "flex_attention":
                 raise UnsupportedModelError(f"attention is hidden: {how_to_reveal(self.model)}")
 
     def anatomy(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from camkit.capture.outputs import replace_tensors
+from camkit.torch_internals import modules_of
 
 
 class _Thread(local):
@@ -161,11 +162,14 @@ def _has_other_leaves(node: Any, starts: set[int]) -> bool:
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode, outside inference mode; restore the mode of each module."""
-    modes = [(module, module.training) for module in model.modules()]
+    modules = modules_of(model)
+    modes = [module.training for module in modules]
     try:
-        model.eval()
+        if any(modes):
+            model.eval()
         with torch.inference_mode(mode=False):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, training in zip(modules, modes, strict=True):
+            if module.training != training:
+                module.training = training

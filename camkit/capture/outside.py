@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from camkit.capture.hooks import Hooks
-from camkit.capture.host import Host, block_modules
+from camkit.capture.host import Host
 from camkit.capture.intercept import Intercept
 from camkit.capture.tail import tokens_of
 from camkit.printing import short_repr
@@ -124,7 +124,7 @@ class OutsideAttention:
         self._begin, self._end, self._follows, self._seen = begin, end, follows, seen
         known = _OUTSIDE.get(host.model, {})
         held = {name: module for name, module in attention.items() if known.get(name, True)}
-        self._around = block_modules(host.model, held)
+        self._around = {n: block for n, block in host.around.items() if n in held}
         self._attention = {name: held[name] for name in self._around}
 
     def start(self, hooks: Hooks) -> None:

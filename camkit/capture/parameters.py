@@ -156,15 +156,7 @@ def to_input(model: nn.Module, pixels: Tensor) -> Tensor:
     They are those of the patch embedding, else of the largest floating-point parameter or buffer.
     The first parameter says little: it may be quantised, of another precision, or offloaded.
     """
-    first: list[tuple[nn.Module | None, Tensor]] = [
-        (module, module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d) and module.in_channels == pixels.shape[1]
-    ]
-    tensors = (*model.parameters(), *model.buffers())
-    held = [tensor for tensor in tensors if not nn.parameter.is_lazy(tensor)]
-    held.sort(key=Tensor.numel, reverse=True)
-    for module, tensor in (*first, *((None, tensor) for tensor in held)):
+    for module, tensor in _taking_pixels(model, pixels.shape[1]):
         if not tensor.is_floating_point() or torch.finfo(tensor.dtype).bits < 16:
             continue
         if tensor.is_meta and module is None:
@@ -172,6 +164,17 @@ def to_input(model: nn.Module, pixels: Tensor) -> Tensor:
         device = _loaded_to(module) if tensor.is_meta else tensor.device
         return pixels.to(device=device, dtype=tensor.dtype)
     return pixels
+
+
+def _taking_pixels(model: nn.Module, channels: int) -> Iterator[tuple[nn.Module | None, Tensor]]:
+    """Yield weights of convolutions with their modules, then all other tensors, largest first."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == channels:
+            yield module, module.weight
+    tensors = (*model.parameters(), *model.buffers())
+    held = [tensor for tensor in tensors if not nn.parameter.is_lazy(tensor)]
+    held.sort(key=Tensor.numel, reverse=True)
+    yield from ((None, tensor) for tensor in held)
 
 
 def device_of(model: nn.Module) -> torch.device | None:

@@ -13,6 +13,7 @@ from camkit.capture.attention import Attention, ExplicitAttention
 from camkit.capture.tail import TailCall, patch_scores
 from camkit.errors import CaptureError, UnsupportedModelError
 from camkit.grid import Grid
+from camkit.ops.attention import take
 from camkit.ops.images import check_rgb
 from camkit.printing import short_repr
 from camkit.tensors import RGB, Scores
@@ -412,7 +413,7 @@ class Capture:
             blocks: use the last n of them; None uses all.
         """
         rows = [
-            call.attention.rows(call.queries).mean(1)[..., call.patches]
+            take(call.attention.rows(call.queries).mean(1), call.patches, 2)
             for call in self.class_calls()[-(blocks or 0) :]
         ]
         return torch.stack(rows).mean(0)
@@ -460,7 +461,7 @@ class Capture:
         outputs = [c.output for c in self.tail if c.output.dim() == 3]
         spread = [o for o in outputs if len(o) == self.images and o.shape[1] in places]
         if spread:
-            return spread[-1][:, places[spread[-1].shape[1]]]
+            return take(spread[-1], places[spread[-1].shape[1]], 1)
         keys = getattr(self.blocks[-1], "k", None)
         if keys is None:
             raise CaptureError("neither tokens behind the last block nor its keys were recorded")

@@ -13,7 +13,7 @@ from camkit.capture.anatomy import Anatomy, with_images
 from camkit.capture.attention import Attention, ClassRows, ExplicitAttention, FusedAttention
 from camkit.capture.class_query import ClassPath, ClassQuery
 from camkit.capture.hooks import Hooks
-from camkit.capture.host import Host, block_modules, tail_modules
+from camkit.capture.host import Host
 from camkit.capture.intercept import EvenRows, Intercept
 from camkit.capture.modes import Graph
 from camkit.capture.order import sequence_first
@@ -203,10 +203,9 @@ class Recorder(Subscriber[Recording]):
         self._even_rows: Intercept | None = None
         self._entering = list(host.blocks())[-spec.entering :] if spec.entering else []
 
-        around = block_modules(host.model, host.attention)
+        around = dict(host.around)
         self.attention_modules = host.attention
-        tail = tail_modules(host.model, list(host.attention))
-        self._observed = dict.fromkeys(tail, False) | dict.fromkeys(around.values(), True)
+        self._observed = dict.fromkeys(host.tail, False) | dict.fromkeys(around.values(), True)
         leaving = spec.within_blocks or spec.leaving or spec.class_paths
         self.blocks = around if leaving else {}
         if (spec.within_blocks or spec.class_paths) and not around:
@@ -482,7 +481,7 @@ class Recorder(Subscriber[Recording]):
             if self._scores is not None:
                 turn.outputs = checked_scores(self._scores(output))
             else:
-                turn.find_scores(output, known_classes(self._host.model))
+                turn.find_scores(output, known_classes(self._host.model, self._host.widths))
             if turn.outputs is not None and not self._builds_graph:
                 turn.outputs = turn.outputs.detach()
         if len(passes) > 1:

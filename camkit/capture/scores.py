@@ -1,6 +1,6 @@
 """The class scores in what a host returns: which tensor they are, and what was applied to them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from camkit.capture.host import layer_widths
 from camkit.capture.tail import TailCall, classifiers, fitting_classifiers
 from camkit.errors import CaptureError
 from camkit.printing import short_repr
@@ -216,17 +217,18 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.float(), other.detach().float(), rtol=tolerance, atol=1e-6)
 
 
-def known_classes(model: nn.Module) -> int | None:
+def known_classes(model: nn.Module, widths: Set[int] | None = None) -> int | None:
     """Return the number of classes a model states, if one of its layers has as many outputs.
 
     None where a layer has one output less: the model may count the background (ToCo).
+
+    Args:
+        model: in any mode.
+        widths: numbers of outputs of its layers, if they are known.
     """
     config: Any = getattr(model, "config", None)
     stated: Any = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
-    widths = {
-        getattr(module, "out_features", None) or getattr(module, "out_channels", None)
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    known = isinstance(stated, int) and stated > 0 and stated in widths
-    return stated if known and stated - 1 not in widths else None
+    if not isinstance(stated, int) or stated < 1:
+        return None
+    widths = layer_widths(model) if widths is None else widths
+    return stated if stated in widths and stated - 1 not in widths else None

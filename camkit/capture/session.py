@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from camkit.capture.anatomy import WINDOWS, Anatomy, image_batch
 from camkit.capture.attention import Attention
 from camkit.capture.hooks import Hooks
-from camkit.capture.host import Host, head_count, tail_modules
+from camkit.capture.host import Host, head_count
 from camkit.capture.intercept import Bias, Intercept, Tap
+from camkit.capture.linears import LinearCalls, LinearTap
 from camkit.capture.order import sequence_first
 from camkit.capture.outside import OutsideAttention, close_windows
 from camkit.capture.parameters import reshards
@@ -125,6 +126,7 @@ class AttentionCall(Generic[C]):
         outside: whether the host computes it from the module's weights without calling the module.
         maps: how many attention maps the subscriber has accepted so far.
         attention: the latest of them, if the subscriber keeps it here.
+        linears: the linear layers that ran in it, if the subscriber ``keeps_linears``.
     """
 
     context: C
@@ -136,6 +138,7 @@ class AttentionCall(Generic[C]):
     outside: bool = False
     maps: int = 0
     attention: Attention | None = None
+    linears: LinearCalls | None = None
 
     __repr__ = short_repr
 
@@ -242,6 +245,7 @@ class Subscriber(Generic[C]):
         reads_values: have `nn.MultiheadAttention` attend a second time, through
             scaled_dot_product_attention, which shows queries, keys and values.
         normaliser: take the normaliser of the softmax from the kernel where it returns it.
+        keeps_linears: keep what linear layers return in an attention module (`AttentionCall`).
         enabled: whether forwards are reported.
     """
 
@@ -253,6 +257,7 @@ class Subscriber(Generic[C]):
     edits_logits: bool = False
     reads_values: bool = False
     normaliser: bool = True
+    keeps_linears: bool = False
     enabled: bool = True
 
     def start(self, hooks: Hooks) -> None: ...
@@ -344,7 +349,7 @@ class ForwardSession(Generic[C]):
             hooks.before(embedding, self._before_embedding)
             hooks.after(embedding, self._after_embedding)
         if not self._host.embeddings:
-            for module in tail_modules(self._host.model, list(self._host.attention)):
+            for module in self._host.tail:
                 hooks.before(module, self._before_lead)
         for name, block in self._subscriber.blocks.items():
             hooks.after(block, partial(self._after_block, name), outermost=reshards(block))
@@ -486,7 +491,12 @@ class ForwardSession(Generic[C]):
         changed = subscriber.attention_begins(call)
         report = partial(subscriber.attention, call)
         added = partial(subscriber.added_to_logits, call) if subscriber.edits_logits else None
-        handler = Tap(report, added, heads=call.heads, normaliser=subscriber.normaliser)
+        settings: dict[str, Any] = {"heads": call.heads, "normaliser": subscriber.normaliser}
+        if subscriber.keeps_linears:
+            call.linears = LinearCalls()
+            handler: Tap = LinearTap(report, added, linears=call.linears, **settings)
+        else:
+            handler = Tap(report, added, **settings)
         tap = Intercept(handler, call.module, with_values=subscriber.reads_values)
         self._here.calls.append((call, tap))
         tap.__enter__()
@@ -504,7 +514,7 @@ class ForwardSession(Generic[C]):
             # None: the forward raised
             return None if output is None else self._subscriber.attention_ends(call, output)
         finally:
-            call.args, call.kwargs, call.attention = (), {}, None
+            call.args, call.kwargs, call.attention, call.linears = (), {}, None, None
 
     def _follows_outside(self) -> bool:
         return self._reports() and bool(self._here.forwards) and not self._here.calls

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from camkit.capture.parameters import applied, is_linear, is_one_layer
 from camkit.errors import UnsupportedModelError
+from camkit.ops.attention import take
 from camkit.printing import short_repr
 from camkit.torch_internals import whole_tensor
 
@@ -201,7 +202,7 @@ def _entering(
     """Return single patches as they enter the classifier, if a way of pooling gives its input."""
     entered = head.input.flatten(1)
     for tokens in reversed(spreads):
-        own = tokens[:, patches]
+        own = take(tokens, patches, 1)
         pooled = [own.mean(1), own.amax(1), tokens.mean(1), *(tokens[:, p] for p in special)]
         for norm in (None, *norms):
             if any(_same(_normed(norm, candidate), entered) for candidate in pooled):

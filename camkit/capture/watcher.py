@@ -86,14 +86,38 @@ def watch(  # noqa: PLR0913 - each says one thing about the model or the record
         >>> seen.capture.class_to_patch()  # doctest: +SKIP
     """
     check_model(model)
-    check_function("scores", scores)
     spec = requires or WatchSpec()
     spec = replace(spec, gradients=spec.gradients or gradients)
+    host = Host.of(model, **ModelFacts.of(modules, class_tokens, other_tokens, grid).arguments())
+    return watch_host(
+        host,
+        spec,
+        blocks=blocks,
+        class_rows_only=class_rows_only,
+        skip_unused_patches=skip_unused_patches,
+        rgb=rgb,
+        vocabulary=vocabulary,
+        scores=scores,
+    )
+
+
+def watch_host(  # noqa: PLR0913 - as `watch`
+    host: Host,
+    spec: WatchSpec,
+    *,
+    blocks: int | Sequence[int] | None = None,
+    class_rows_only: bool = False,
+    skip_unused_patches: bool = False,
+    rgb: RGB | None = None,
+    vocabulary: Vocabulary | None = None,
+    scores: Callable[[Any], Tensor] | None = None,
+) -> "Watch":
+    """See the attention of a host's forwards as `watch` does, with its errors."""
+    check_function("scores", scores)
     if (spec.gradients or spec.within_blocks or spec.class_paths) and class_rows_only:
         raise ValueError("`class_rows_only` drops what `gradients` needs; choose one of them")
     if rgb is not None:
         check_rgb(rgb)
-    host = Host.of(model, **ModelFacts.of(modules, class_tokens, other_tokens, grid).arguments())
     blocks = as_blocks("blocks", blocks)
     if isinstance(blocks, int):
         if blocks < 1:

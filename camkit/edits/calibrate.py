@@ -18,7 +18,7 @@ from torch import Tensor
 from camkit.capture.attention import Attention, FusedAttention
 from camkit.edits.protocol import Attended, BlockContext
 from camkit.errors import UnsupportedModelError
-from camkit.ops.attention import head_mean
+from camkit.ops.attention import head_mean, run_of
 from camkit.ops.scaling import rounding_of
 from camkit.tensors import Tokens
 
@@ -164,6 +164,10 @@ class StaticCalibration:
     def merge(self, tokens: Tokens, side: Tokens, site: BlockContext) -> Tokens:
         """Put the patches of the second stream among the host's other tokens."""
         places = site.anatomy.patches(tokens.shape[1])
+        run = run_of(places, tokens.shape[1])
+        if run is not None:  # three copies less
+            parts = tokens[:, : run.start], side[:, run.start : run.stop], tokens[:, run.stop :]
+            return torch.cat([part.to(tokens.dtype) for part in parts], 1)
         patches = torch.tensor(places, device=tokens.device)
         return tokens.index_copy(1, patches, side[:, patches].to(tokens.dtype))
 
@@ -177,6 +181,10 @@ class StaticCalibration:
             own = [F.scaled_dot_product_attention(x, x, values, scale=scale) for x in parts]
             return torch.stack(own).mean(0)
         # the maps are averaged before they meet the values: one product in place of three
+        if len({part.shape for part in parts}) == 1:  # values may be wider than keys
+            parts = [torch.cat(parts, 1)]
         average = reduce(torch.add, (head_mean(x, x, scale=scale) for x in parts)) / len(parts)
-        gathered = average[:, None].to(values.dtype) @ values
+        joined = values.transpose(1, 2).flatten(2)  # one product for all heads
+        gathered = (average.to(values.dtype) @ joined).unflatten(-1, values.shape[1::2])
+        gathered = gathered.transpose(1, 2)
         return gathered * values.shape[1] if self.heads == "sum" else gathered

@@ -17,7 +17,7 @@ from camkit.capture.anatomy import Anatomy, check_one_for_each_class
 from camkit.capture.attention import Attention
 from camkit.capture.facts import ModelFacts
 from camkit.capture.hooks import Hooks
-from camkit.capture.host import Host, block_modules, how_to_reveal, is_whole_block
+from camkit.capture.host import Host, how_to_reveal, is_whole_block
 from camkit.capture.intercept import Bias, taps_suspended
 from camkit.capture.order import sequence_first
 from camkit.capture.passes import is_further_block
@@ -105,12 +105,23 @@ def attach(  # noqa: PLR0913 - as `watch`
     check_function("scores", scores)
     blocks = blocks if isinstance(blocks, str) else as_blocks("blocks", blocks)
     if is_compiled(model):
-        raise UnsupportedModelError(
-            "the model is compiled already, and compiled code runs past new hooks; attach the edit "
-            "first and compile afterwards"
-        )
+        raise UnsupportedModelError(_COMPILED)
     host = Host.of(model, **ModelFacts.of(modules, class_tokens, other_tokens, grid).arguments())
     return Handle(Editor(host, edit, blocks, normalisation, scores), host)
+
+
+def attach_to(host: Host, edit: AnyEdit, blocks: "Blocks" = None) -> "Handle":
+    """Let ``edit`` change blocks of a host as `attach` does, with its errors."""
+    if is_compiled(host.model):
+        raise UnsupportedModelError(_COMPILED)
+    blocks = blocks if isinstance(blocks, str) else as_blocks("blocks", blocks)
+    return Handle(Editor(host, edit, blocks, None), host)
+
+
+_COMPILED = (
+    "the model is compiled already, and compiled code runs past new hooks; attach the edit first "
+    "and compile afterwards"
+)
 
 
 class Handle:
@@ -279,7 +290,7 @@ class Editor(Subscriber[EditedPass]):
         self.attention_modules = {name: held[name] for name in chosen}
         of_pairs = isinstance(edit, PairEdit) and getattr(edit, "changes_logits", True)
         self.edits_logits = isinstance(edit, KeyEdit) or of_pairs
-        self.reads_values = isinstance(edit, StreamEdit)
+        self.reads_values = self.keeps_linears = isinstance(edit, StreamEdit)
         self.normaliser = self.edits_output  # edits of outputs read columns
         self.strength = 1.0
         self._host = host
@@ -295,7 +306,7 @@ class Editor(Subscriber[EditedPass]):
 
         carries = isinstance(edit, StreamEdit)
         follows = carries or getattr(edit, "reads_stream", False)
-        around = block_modules(host.model, host.attention) if follows else {}
+        around = dict(host.around) if follows else {}
         around = {name: block for name, block in around.items() if name in chosen}
         self._streams = {n: BlockStream(held[n], block) for n, block in around.items()}
         self.blocks = around if carries else {}
@@ -461,7 +472,8 @@ class Editor(Subscriber[EditedPass]):
         with taps_suspended():  # an edit's own attention is not the host's
             after = _batch_first(edit(*given, seen, site), turned)
         if call.name in self.blocks:
-            self._streams[call.name].follow(call.context, seen, (call.args, call.kwargs), after)
+            ran = call.args, call.kwargs, call.linears
+            self._streams[call.name].follow(call.context, seen, ran, after)
         # some hosts return their map beside the tokens
         return (after, *output[1:]) if isinstance(output, tuple) else after
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from camkit.ops import reweight
+from camkit.ops.head_mean import mean_of_heads
 from camkit.ops.reweight import Heads as Heads, LogWeights, Normaliser as Normaliser
 from camkit.ops.reweight_plain import (
     ALL,
@@ -73,8 +74,29 @@ def head_mean(
     scale: float,
     bias: Bias | None = None,
     normaliser: Normaliser | None = None,
-) -> Float[Tensor, "b t s"]:
-    """Return the whole attention map averaged over heads, built head by head."""
+    tokens: Sequence[int] | None = None,
+) -> Float[Tensor, "b _ _"]:
+    """Return the attention map averaged over heads, built head by head.
+
+    Args:
+        q: these and other arguments are explained in `camkit.ops.attention`.
+        k: keys.
+        scale: factor on the dot products.
+        bias: added to the logits.
+        normaliser: log-sum-exp of each row.
+        tokens: rows and columns to return; None returns the whole map.
+    """
+    if tokens is not None:
+        run = run_of(tokens, q.shape[2])
+        fast = bias is None and run is not None and q.shape[2] == k.shape[2]
+        found = _fast_head_mean(q, k, normaliser, scale, run) if fast and run else None
+        if found is not None:
+            return found
+        whole = head_mean(q, k, scale=scale, bias=bias, normaliser=normaliser)
+        return take(take(whole, tokens, 1), tokens, 2)
+    found = None if bias is not None else _fast_head_mean(q, k, normaliser, scale)
+    if found is not None:
+        return found
     with torch.autocast(q.device.type, enabled=False):
         inputs = operator_inputs(q, k, scale, bias, normaliser)
         if inputs is not None:
@@ -85,6 +107,14 @@ def head_mean(
         of_head = bias if bias is None or bias.shape[1] == 1 else bias[:, only]
         total = total + _softmax(q[:, only], k[:, only], scale, of_head)[:, 0]
     return (total / q.shape[1]).to(q.dtype)
+
+
+def _fast_head_mean(
+    q: Heads, k: Keys, normaliser: Normaliser | None, scale: float, run: range | None = None
+) -> Float[Tensor, "b _ _"] | None:
+    tokens = slice(None) if run is None else slice(run.start, run.stop)
+    found = mean_of_heads(q, k, normaliser, scale=scale, tokens=tokens)
+    return None if found is None else found.to(q.dtype)
 
 
 def relevance_hop(  # noqa: PLR0913 - all of one attention call

@@ -33,7 +33,7 @@ def _block_maps(
     patches, used = capture.patches, slice(-(blocks or 0), None)
     if head_weights is None:
         for block in capture.blocks[used]:
-            yield block.head_mean()[:, patches][:, :, patches]
+            yield block.head_mean(patches)
         return
     weights = read_head_weights(head_weights, capture, capture.blocks).unbind(1)
     for block, weight in zip(capture.blocks[used], weights[used], strict=True):

@@ -15,6 +15,7 @@ from camkit.capture.record import Capture, ClassCall, WatchSpec, required_by
 from camkit.capture.tail import classifiers, entering_classifiers, is_classifier
 from camkit.edits.interaction import VirtualClassTokens
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.ops.attention import take
 from camkit.seeds.patches import PrototypeSeed
 from camkit.seeds.protocol import (
     HeadWeights,
@@ -136,7 +137,7 @@ class HybridAttentionSeed:
             shares = _class_token_shares(capture, classes)
             return _unit(shares.to(tokens) @ tokens) @ _unit(patches).mT
         compared = [
-            _compare(_joined(self._less_mean(rows), capture.vocabulary), patches, classes)
+            _compare(self._less_mean(rows), patches, classes, capture.vocabulary)
             for rows, patches in _classifier_sides(capture)
         ]
         return torch.stack(compared).mean(0)
@@ -151,10 +152,10 @@ class HybridAttentionSeed:
             )
         rows = self._less_mean(rows)
         outputs = None if capture.outputs is None else capture.outputs.shape[1]
-        if len(rows) == outputs:
-            rows = _joined(rows, capture.vocabulary)
-        _check_count(len(rows), capture, "rows given in `sides`")
-        return _compare(rows, patches, classes)
+        joined = capture.vocabulary if len(rows) == outputs else None
+        count = len(rows) if joined is None or joined.members is None else len(joined)
+        _check_count(count, capture, "rows given in `sides`")
+        return _compare(rows, patches, classes, joined)
 
     def _less_mean(self, rows: Rows) -> Rows:
         rows = _exact(rows)
@@ -179,7 +180,7 @@ class HybridAttentionSeed:
     def _interaction(
         self, capture: Capture, call: ClassCall, weight: Tensor | None
     ) -> Float[Tensor, "b c n"]:
-        heads = call.attention.rows(call.queries)[..., call.patches].detach()
+        heads = take(call.attention.rows(call.queries), call.patches, 3).detach()
         if self.interaction == "sum":
             if not capture.anatomy.class_tokens:
                 raise CaptureError(_NO_CLASS_TOKENS)
@@ -303,19 +304,27 @@ def _class_token_shares(capture: Capture, classes: Classes) -> Float[Tensor, "b 
     return torch.stack([capture.class_token_shares(c) for c in classes.unbind(1)], 1)
 
 
-def _joined(rows: Float[Tensor, "o d"], vocabulary: Vocabulary | None) -> Rows:
-    """Average the rows of the outputs that a vocabulary joins into one class."""
-    if vocabulary is None or vocabulary.members is None:
-        return rows
-    return torch.stack([rows[list(group)].mean(0) for group in vocabulary.members])
+def _compare(
+    rows: Rows,
+    patches: Float[Tensor, "b n d"],
+    classes: Classes,
+    vocabulary: Vocabulary | None = None,
+) -> PatchMaps:
+    """Return the cosine of each patch with the rows of ``classes``.
 
-
-def _compare(rows: Rows, patches: Float[Tensor, "b n d"], classes: Classes) -> PatchMaps:
-    """Return the cosine of each patch with the rows of ``classes``."""
-    check_classes(classes, len(patches), len(rows))
+    A vocabulary may join several rows into one class, which then is their mean.
+    """
+    members = None if vocabulary is None else vocabulary.members
+    check_classes(classes, len(patches), len(rows if members is None else members))
     patches = _exact(patches)
-    asked = _unit(rows.to(patches))[classes.clamp_min(0)]
-    return asked @ _unit(patches).mT
+    known, slots = classes.clamp_min(0).unique(return_inverse=True)
+    if members is None:
+        asked = rows[known.to(rows.device)]
+    else:  # only of the classes asked for: there may be a thousand
+        asked = rows.new_zeros(len(known), rows.shape[1])
+        for place, index in enumerate(known.tolist()):
+            asked[place] = rows[list(members[index])].mean(0)
+    return _unit(asked.to(patches))[slots] @ _unit(patches).mT
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from camkit.capture.facts import NO_FACTS, ModelFacts
-from camkit.capture.host import find_patch_embeddings, patch_step
+from camkit.capture.host import Host, find_patch_embeddings, step_of
 from camkit.capture.modes import measurement
 from camkit.capture.record import ATTENTION, Capture, WatchSpec
-from camkit.capture.watcher import watch
-from camkit.edits.handle import attach
+from camkit.capture.watcher import watch_host
+from camkit.checks import check_model
+from camkit.edits.handle import attach_to
 from camkit.edits.protocol import AnyEdit
 from camkit.errors import CamkitError, UnsupportedModelError
 from camkit.ops.images import resize_cam
@@ -140,6 +141,7 @@ class ModelRunner:
         scores: as in `camkit.watch`.
         call: calls the model; None is ``model(pixels)``.
         facts: what the user states about the model.
+        host: the model's parts with these facts, if they are known and current.
     """
 
     model: nn.Module
@@ -150,24 +152,25 @@ class ModelRunner:
     scores: Callable[[Any], Tensor] | None = None
     call: ModelCall | None = None
     facts: ModelFacts = NO_FACTS
+    host: Host | None = None
 
     __repr__ = short_repr
 
     def __call__(self, pixels: Pixels, rgb: RGB | None = None) -> Capture:
-        seen = watch(
-            self.model,
+        check_model(self.model)
+        host = self.host or Host.of(self.model, **self.facts.arguments())
+        seen = watch_host(
+            host,
+            self.requires,
             rgb=rgb,
             vocabulary=self.vocabulary,
             scores=self.scores,
-            requires=self.requires,
             skip_unused_patches=self.edit is None,
-            **self.facts.arguments(),
         )
         try:
             with torch.no_grad(), ExitStack() as edited, seen:
                 if self.edit is not None:
-                    facts = self.facts.arguments()
-                    handle = attach(self.model, self.edit, blocks=self.edit_blocks, **facts)
+                    handle = attach_to(host, self.edit, self.edit_blocks)
                     edited.enter_context(handle).rgb = rgb
                 self._run(pixels.clone() if pixels.is_inference() else pixels)
         except Exception as error:
@@ -227,9 +230,9 @@ def stated_size(model: nn.Module) -> Size | None:
     return None
 
 
-def check_size(model: nn.Module, pixels: Pixels) -> None:
+def check_size(host: Host, pixels: Pixels) -> None:
     """Check that the sides of pictures are multiples of the patch size."""
-    patch = patch_step(model)
+    patch = step_of(host.embeddings)
     height, width = pixels.shape[-2:]
     if patch and (height % patch[0] or width % patch[1]):
         raise ValueError(
