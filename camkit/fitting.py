@@ -215,6 +215,11 @@ class Sums:
         self._classes: dict[str | None, tuple[Tensor, ...]] = {}  # None: of the background
         self._vectors: tuple[Tensor, ...] | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added that a photo with a class taught."""
+        return self._vectors is None
+
     def add(self, more: Readout | None) -> None:
         """Add a read-out; None adds nothing.
 
@@ -273,7 +278,7 @@ def _added(before: tuple[Tensor, ...] | None, more: Sequence[Tensor]) -> tuple[T
     if before is None:
         return tuple(map(Tensor.clone, more))
     for mine, its in zip(before, more, strict=True):
-        mine += its
+        mine.add_(its)
     return before
 
 

@@ -91,24 +91,6 @@ class Writing:
         )
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A read-out fitted over all images, in a pass of its own before that of the maps.
-
-    Attributes:
-        form: see `camkit.Readout`.
-        guesses: the classes that count for images without labels, in both passes; images without
-            a confident guess teach nothing, and get an empty mask.
-    """
-
-    form: Form = "auto"
-    guesses: PredictedClasses = GUESSES
-
-    def __post_init__(self) -> None:
-        if self.form not in get_args(Form):
-            raise ValueError(f"`form` must be one of {get_args(Form)}, got {self.form!r}")
-
-
 Job: TypeAlias = Literal["fit", "maps"]
 """The pass of a bulk run: the sums of a read-out, or class maps and masks."""
 
@@ -131,7 +113,10 @@ class Recipe:
         batch: images of one size that go through the model together.
         chunk: images that are planned together and batched by size. ``batch`` and ``chunk`` change
             only the rounding of the maps.
-        fit: fit a read-out over all images first, and put it behind the maps of ``method``.
+        fit: fit a read-out of this form (`camkit.Readout`) over all images in a pass of its own,
+            and read the maps of ``method`` by it.
+        guesses: classes of images for which the source has no labels, in both passes. None makes
+            them failures; with ``fit`` it is the `camkit.fitting.GUESSES` of `camkit.fit`.
     """
 
     model: Callable[[], nn.Module]
@@ -143,17 +128,24 @@ class Recipe:
     call: ModelCall | None = None
     batch: int = 8
     chunk: int = 32
-    fit: Fit | None = None
+    fit: Form | None = None
+    guesses: PredictedClasses | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.chunk < self.batch:
             raise ValueError(
                 f"`batch` must be at least 1 and `chunk` no less, got {self.batch}, {self.chunk}"
             )
-        if self.fit is not None and isinstance(self.method.seed, FittedSeed):
-            raise ValueError("the method has a read-out already; leave out `fit`, or the read-out")
-        if self.fit is not None and self.method.views is not None:
-            raise ValueError("a read-out reads the photo as given; leave out `views`, or `fit`")
+        if self.fit is None:
+            return
+        if self.fit not in get_args(Form):
+            raise ValueError(f"`fit` must be one of {get_args(Form)}, got {self.fit!r}")
+        has_readout = isinstance(self.method.seed, FittedSeed)
+        if has_readout or self.method.views is not None:
+            what = "a read-out already" if has_readout else "views, and a read-out reads no views"
+            raise ValueError(f"`fit` needs the method of the first maps, but this one has {what}")
+        if self.guesses is None:
+            object.__setattr__(self, "guesses", GUESSES)
 
     def pipeline(self, model: nn.Module) -> Pipeline:
         """Wrap the opened model."""
@@ -165,7 +157,7 @@ class Recipe:
         Raises:
             ValueError: the read-out was fitted on another model or with another method.
         """
-        return replace(self, method=with_readout([self.method], readout, model))
+        return replace(self, method=with_readout([self.method], readout, model), fit=None)
 
     def settings(self, model: nn.Module, source: object) -> dict[str, str]:
         """Return everything that determines the results, as text."""
@@ -191,5 +183,7 @@ class Recipe:
         if self.call is not None:  # the repr of a function would hold an address
             settings["call"] = getattr(self.call, "__qualname__", repr(self.call))
         if self.fit is not None:
-            settings["fit"] = f"{self.fit!r}, background_score={method.background_score}"
+            settings["fit"] = f"{self.fit}, background_score={method.background_score}"
+        if self.guesses is not None:
+            settings["guesses"] = repr(self.guesses)
         return settings if method.views is None else settings | {"views": repr(method.views)}
