@@ -17,6 +17,7 @@ from camkit.errors import CamkitError, DataError
 from camkit.fitting import Sums
 from camkit.readout import Readout
 
+_PAUSE = 1.0  # seconds between two savings of the sums, at least
 _SHARE = 20  # saving the sums takes at most one part in so many of the time
 _POLL, _PATIENCE = 0.2, 600.0  # seconds: between two looks at other ranks, and without news of them
 
@@ -50,7 +51,7 @@ class FitLedger(Ledger):
         for path in journal.folder.sums.glob(f"{journal.folder.rank}-*"):
             if path != self._file:  # a run was killed between a file and its entry
                 path.unlink(missing_ok=True)
-        self._pause = 1.0
+        self._pause = _PAUSE
 
     def begin(self, planned: ChunkPlan) -> int:
         """Open a chunk and return its number."""
@@ -88,7 +89,7 @@ class FitLedger(Ledger):
         if self._unsaved and (everything or begun > self._written + self._pause):
             self._save()
             self._written = time.monotonic()
-            self._pause = max(1.0, _SHARE * (self._written - begun))
+            self._pause = max(_PAUSE, _SHARE * (self._written - begun))
 
     def _save(self) -> None:
         """Write the sums to a file of its own, then the journal, then remove the file before."""

@@ -86,6 +86,7 @@ class Journal:
                     self._file.execute(table)
             on_error.pop_all()
         self._lock = lock
+        self._settings: dict[str, str] = {}
 
     def claim(
         self,
@@ -121,7 +122,8 @@ class Journal:
                 raise DataError(f"{root} holds results of other settings ({changes}); {way_out}")
             file.execute("DELETE FROM settings")
             file.executemany("INSERT INTO settings VALUES (?, ?)", sorted(settings.items()))
-        self._write_settings(settings)
+        self._settings = dict(settings)
+        self._write_settings()
 
     def _forget_results(self, file: sqlite3.Connection, others: Sequence[str]) -> None:
         """Delete the results that the journal lists, and the other files named."""
@@ -136,9 +138,9 @@ class Journal:
             (root / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder.sums, ignore_errors=True)
 
-    def _write_settings(self, settings: Mapping[str, str]) -> None:
+    def _write_settings(self) -> None:
         with unfinished(self.folder.root / SETTINGS) as draft:
-            text = json.dumps(dict(settings), indent=2, ensure_ascii=False)
+            text = json.dumps(self._settings, indent=2, ensure_ascii=False)
             draft.write_text(text + "\n", encoding="utf-8")
 
     def known(self, keys: Sequence[str], job: Job = "maps") -> dict[str, str | None]:
@@ -192,8 +194,8 @@ class Journal:
         with self._transaction() as file:
             file.execute("INSERT OR REPLACE INTO settings VALUES ('readout', ?)", (digest,))
             file.execute("DELETE FROM sums")
-            settings = dict(file.execute("SELECT name, value FROM settings").fetchall())
-            self._write_settings(settings)
+            self._settings["readout"] = digest
+            self._write_settings()
 
     @property
     def readout(self) -> str | None:
