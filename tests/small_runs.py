@@ -154,6 +154,12 @@ class Marked:
         return "marked"
 
 
+def fit_recipe():
+    """A recipe that fits a read-out; its maps reach from 0 to 1."""
+    method = Method(refine=(Propagate(steps=1), Normalize("minmax")))
+    return replace(small_recipe(), method=method, fit="auto", labels=None)
+
+
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -163,7 +169,7 @@ def fit_and_die(photos, out, begun, number):
     torch.set_num_threads(1)
     fitpass._PAUSE = fitpass._SHARE = 0.0
     source = Marked(PhotoFolder(Path(photos)), die, when=(int(begun), int(number)))
-    run(replace(small_recipe(), fit="auto", labels=None), source, out, workers=0, threads=1)
+    run(fit_recipe(), source, out, workers=0, threads=1)
 
 
 ON_A_NODE = "CAMKIT_TESTS_ON_A_NODE"
