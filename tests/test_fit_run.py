@@ -35,7 +35,6 @@ from camkit.errors import DataError
 from camkit.photo import PhotoSettings
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals")
-pytestmark = pytest.mark.filterwarnings("ignore::camkit.pipeline.UnfittedClassWarning")
 RECIPE = fit_recipe()
 WITH_CLASSES = 16  # of 24 photos; four show none of the classes, four have no labels
 
@@ -110,6 +109,9 @@ def test_masks_are_those_of_a_run_with_the_read_out_given(photos, undisturbed, t
     assert masks[0] == masks[1]
     assert len(masks[0]) == 24
     assert any(masks[0][name] != masks[2][name] for name in masks[0])
+    assert start(
+        Marked(list(photos)[:2], labels=((1,), (0,))), tmp_path / "new", given
+    ).unfitted == ("square",)
 
 
 def test_a_finished_run_is_left_as_it_is(photos, undisturbed, tmp_path):

@@ -164,7 +164,6 @@ def test_a_stopped_run_continues_with_the_other_engine(cluster, tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
-@pytest.mark.filterwarnings("ignore::camkit.pipeline.UnfittedClassWarning")
 def test_a_read_out_is_that_of_the_local_engine_but_for_the_order_of_its_sums(cluster, tmp_path):
     photos, recipe = write_photos(tmp_path / "in", 24), fit_recipe()
     (tmp_path / "in" / "empty.png").touch()

@@ -368,6 +368,8 @@ class _OpenChunk:
 class Ledger:
     """Collects the outcomes of chunks in work, and writes them to the journal.
 
+    Its set ``unfitted`` names the classes of the images that a read-out does not know.
+
     Args:
         journal: of the results folder.
         advance: called with the numbers of images done and failed, as they come.
@@ -378,6 +380,7 @@ class Ledger:
         self, journal: Journal, advance: Callable[[int, int], None], *, by_chunk: bool
     ) -> None:
         self.folder = journal.folder
+        self.unfitted: set[str] = set()
         self._journal, self._advance, self._by_chunk = journal, advance, by_chunk
         self._open: dict[int, _OpenChunk] = {}
         self._begun = 0
@@ -403,6 +406,8 @@ class Ledger:
             if not isinstance(outcome, Lesson) and outcome.key in chunk.pending:
                 chunk.pending.remove(outcome.key)
                 chunk.outcomes.append(outcome)
+                if isinstance(outcome, ImageResult):
+                    self.unfitted.update(outcome.row.get("unfitted", ()))
                 failed = isinstance(outcome, Failure)
                 self._advance(not failed, failed)
 

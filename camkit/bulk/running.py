@@ -101,6 +101,7 @@ class RunSummary:
         done: images done in the folder, by all runs.
         errors: images failed in the folder, in all runs; ``errors.tsv`` lists them.
         unread: images that failed in the pass of the fit, in all runs; `errors.tsv` lists them too.
+        unfitted: classes of images done by this run that the read-out does not know.
     """
 
     written: int
@@ -109,6 +110,7 @@ class RunSummary:
     done: int
     errors: int
     unread: int = 0
+    unfitted: tuple[str, ...] = ()
 
 
 def run(  # noqa: PLR0913 - each setting is a choice of its own
@@ -170,7 +172,15 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
             journal.export()
         done, errors = journal.counts()
         unread = journal.counts("fit")[1]
-    return RunSummary(progress.written, progress.failed, progress.settled, done, errors, unread)
+    return RunSummary(
+        progress.written,
+        progress.failed,
+        progress.settled,
+        done,
+        errors,
+        unread,
+        progress.unfitted,
+    )
 
 
 @dataclass(frozen=True)
@@ -221,7 +231,10 @@ def fit_readout(  # noqa: PLR0913 - each setting is a choice of its own
         raise ValueError('`recipe.fit` must be "auto", "object" or "classes", got None')
     _check_sharing(Rank(), ray, overwrite=False, set_here=(workers, device) != (None, None))
     engine = _Engine.on_this_machine(device, workers, threads, Rank(), ray)
-    out, model = Path(out), recipe.model()
+    out = Path(out)
+    if out.is_dir():
+        raise ValueError(f"`out` must be a file to write, but {out} is a folder; name a file in it")
+    model = recipe.model()
     folder = out.with_name(f"{out.name}.part")
     way_out = "go on with these settings, or start again (--overwrite)"
     with Journal(OutFolder(folder)) as journal:
@@ -299,6 +312,7 @@ class _Engine:
             finally:
                 torch.set_num_threads(before)
                 ledger.write(everything=True)
+        progress.unfitted = tuple(sorted(ledger.unfitted))
         return progress
 
     def _ledger(self, recipe: Recipe, journal: Journal, progress: "_Progress", job: Job) -> Ledger:
@@ -335,6 +349,7 @@ class _Progress:
     def __init__(self, source: Source, chunk: int, rank: Rank, job: Job) -> None:
         self._source, self._chunk, self._rank, self._job = source, chunk, rank, job
         self.written = self.failed = self.settled = 0
+        self.unfitted: tuple[str, ...] = ()
         self._bar = progress_bar(None, "fitting" if job == "fit" else "running")
         Thread(target=self._count, daemon=True).start()
 

@@ -125,6 +125,12 @@ def execute(options: argparse.Namespace) -> int:
             "--retry tries them again",
             file=sys.stderr,
         )
+    if summary.unfitted:
+        print(
+            f"camkit: the read-out does not know {', '.join(summary.unfitted)}; their maps stay "
+            "unfitted, as the manifest says of each image",
+            file=sys.stderr,
+        )
     if summary.unread:
         print(
             f"camkit: the read-out lacks {summary.unread} images that failed, see "
