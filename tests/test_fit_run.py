@@ -25,7 +25,8 @@ from small_runs import (
 )
 
 import camkit
-from camkit.bulk import Rank, fit_readout, run
+from camkit import fitting
+from camkit.bulk import Rank, fit_readout, fitpass, run
 from camkit.bulk.ledger import Journal
 from camkit.bulk.stages import OutFolder
 from camkit.cli import main
@@ -204,6 +205,27 @@ def test_an_interrupted_fit_continues_where_it_stopped(photos, undisturbed, tmp_
     with pytest.raises(KeyboardInterrupt):
         start(Marked(photos, interrupt, when=(2, 20)), tmp_path)
     assert counted(tmp_path)[0] == 24
+    start(Marked(photos), tmp_path)
+    assert tree(tmp_path) == tree(undisturbed)
+
+
+def test_an_interrupt_in_the_middle_of_an_addition_counts_nothing_twice(
+    photos, undisturbed, tmp_path, monkeypatch
+):
+    added, calls = fitting._added, []
+
+    def interrupted_once(*sums):
+        calls.append(sums)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return added(*sums)
+
+    monkeypatch.setattr(fitting, "_added", interrupted_once)
+    monkeypatch.setattr(fitpass, "_PAUSE", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        start(Marked(photos), tmp_path)
+    assert len(calls) == 40
+    assert 0 < counted(tmp_path)[0] < 24
     start(Marked(photos), tmp_path)
     assert tree(tmp_path) == tree(undisturbed)
 

@@ -52,6 +52,7 @@ class FitLedger(Ledger):
             if path != self._file:  # a run was killed between a file and its entry
                 path.unlink(missing_ok=True)
         self._pause = _PAUSE
+        self._whole = True  # an interrupt in the middle of an addition leaves False
 
     def begin(self, planned: ChunkPlan) -> int:
         """Open a chunk and return its number."""
@@ -62,6 +63,7 @@ class FitLedger(Ledger):
 
     def add(self, number: int, *outcomes: ImageResult | Failure | Lesson) -> None:
         """Take outcomes; a lesson may be of images of other chunks as well."""
+        self._whole = False
         for outcome in outcomes:
             keys = outcome.keys if isinstance(outcome, Lesson) else (outcome.key,)
             awaited = [key for key in keys if key in self._numbers]
@@ -73,9 +75,16 @@ class FitLedger(Ledger):
                 self._sums.add(outcome.sums)
             for key in awaited:
                 super().add(self._numbers.pop(key), ImageResult(key, {}))
+        self._whole = True
 
     def write(self, *, everything: bool = False) -> None:
-        """Save the sums and what they contain: at once, or if it is time."""
+        """Save the sums and what they contain: at once, or if it is time.
+
+        Sums that an interrupt left half added are not saved: those on disk are whole.
+        """
+        if not self._whole:
+            return
+        self._whole = False
         for number, chunk in list(self._open.items()):
             if chunk.pending and self._in_order:
                 break
@@ -85,6 +94,7 @@ class FitLedger(Ledger):
                 for lesson in self._lessons.pop(number):
                     self._sums.add(lesson)
                 del self._open[number]
+        self._whole = True
         begun = time.monotonic()
         if self._unsaved and (everything or begun > self._written + self._pause):
             self._save()

@@ -392,8 +392,9 @@ def add_lessons(rows: Mapping[str, Any]) -> dict[str, list[bytes]]:
             sums.add(lesson.sums)
         others = tuple(x for x in message.outcomes if not isinstance(x, Lesson))
         kept.append(replace(message, outcomes=others))
-    lesson = Lesson(tuple(keys), None if sums.empty else sums.readout())
-    kept[0] = replace(kept[0], outcomes=(*kept[0].outcomes, lesson))
+    if keys:
+        lesson = Lesson(tuple(keys), None if sums.empty else sums.readout())
+        kept[0] = replace(kept[0], outcomes=(*kept[0].outcomes, lesson))
     return {"message": [message.packed()["message"] for message in kept]}
 
 
