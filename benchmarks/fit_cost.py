@@ -144,8 +144,8 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"An image of a run without gradients takes {taken['run']:.0f} ms of CPU time, and "
         f"{taken['run with a fit']:.0f} ms with a fit "
-        f"({taken['run with a fit'] / taken['run']:.2f} x). In a fit over {held['images']} photos the "
-        "memory of the process changed by "
+        f"({taken['run with a fit'] / taken['run']:.2f} x). In a fit over {held['images']} "
+        "photos the memory of the process changed by "
         f"{held['mib_from_80_percent'] - held['mib_from_20_to_40_percent']:+.0f} MiB between 20 to "
         "40% of the time and the last fifth of it.",
     ]
