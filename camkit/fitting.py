@@ -15,7 +15,7 @@ from camkit.readout import Form, ImageMoments, Moments, Origin, Readout
 from camkit.screen import progress
 from camkit.seeds import FittedSeed, PredictedClasses, TextClasses
 from camkit.seeds.fitted import pooled_tokens
-from camkit.tensors import RGB, Pixels
+from camkit.tensors import RGB, Cam, Pixels
 
 PhotoLabels: TypeAlias = Sequence[str | int] | None
 """The classes of a photo by name or index; empty for none of them, None if they are not known."""
@@ -70,7 +70,7 @@ def fit(
         raise ValueError(
             f"`labels` must hold the classes of each of the {len(listed)} photos, got {len(rows)}"
         )
-    fitter = Fitter(pipeline, texts=texts, guesses=guesses)
+    fitter, sums = Fitter(pipeline, texts=texts, guesses=guesses), Sums()
     waiting: dict[tuple[Any, ...], list[tuple[Photo, PhotoLabels]]] = {}
     for photo, row in progress(list(zip(listed, rows, strict=True)), desc="fitting"):
         if row is not None and not len(row):
@@ -80,14 +80,14 @@ def fit(
         group = waiting.setdefault(key, [])
         group.append((prepared, row))
         if len(group) == _BATCH:
-            fitter.add_photos(waiting.pop(key))
+            sums.add(fitter.of_photos(waiting.pop(key)))
     for group in waiting.values():
-        fitter.add_photos(group)
-    return fitter.readout(form)
+        sums.add(fitter.of_photos(group))
+    return sums.readout(form, order=fitter.names)
 
 
 class Fitter:
-    """Sums up what batches of photos teach; `fit` and bulk runs share it.
+    """Makes the read-out of each batch of photos; `fit` and bulk runs share it.
 
     Args:
         pipeline: makes the first maps.
@@ -103,50 +103,66 @@ class Fitter:
         guesses: PredictedClasses = GUESSES,
     ) -> None:
         self._pipeline, self._texts, self._guesses = pipeline, texts, guesses
-        self._background: Moments | None = None
-        self._patches: dict[str, Moments] = {}
-        self._order: dict[str, int] = {}
-        self._vectors: Moments | None = None
-        self._labelled: dict[str, Moments] = {}
         self._origin: Origin | None = None
-        self._photos = 0
 
-    def add_photos(self, group: Sequence[tuple[Photo, PhotoLabels]]) -> None:
-        """Add photos of one size, all with labels or all without."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes in their order; empty if indices name them."""
+        if self._texts is not None:
+            return self._texts.names
+        vocabulary = self._pipeline.vocabulary
+        return () if vocabulary is None else vocabulary.names
+
+    def of_photos(self, group: Sequence[tuple[Photo, PhotoLabels]]) -> Readout | None:
+        """Return the read-out of photos of one size, all with labels or all without."""
         pixels = torch.cat([photo.pixels for photo, _ in group])
         rgb = torch.cat([photo.rgb for photo, _ in group])
         labels = [row for _, row in group if row is not None]
-        self.add(pixels, rgb, labels or None)
+        return self.of(pixels, rgb, labels or None)
 
-    def add(
-        self, pixels: Pixels, rgb: RGB, labels: Sequence[Sequence[str | int]] | None = None
-    ) -> None:
-        """Add a batch, as `Pipeline.stages` takes it; ``labels`` are not empty, None guesses."""
+    def of(
+        self,
+        pixels: Pixels,
+        rgb: RGB,
+        labels: Sequence[Sequence[str | int]] | None = None,
+        *,
+        counted: Sequence[bool] | None = None,
+    ) -> Readout | None:
+        """Return the read-out of a batch; None if no photo of it has a class.
+
+        Args:
+            pixels: as `Pipeline.stages` takes them.
+            rgb: the same pictures in [0, 1].
+            labels: classes of each photo, not empty; None guesses.
+            counted: the photos that count; the others only keep the batch as it was.
+        """
         stages, rows = self._stages(pixels, rgb, labels)
         if self._origin is None:
             if isinstance(stages.method.seed, FittedSeed) or stages.method.views is not None:
                 raise ValueError("a read-out is fitted on a pipeline without read-out and views")
             self._origin = origin_of(stages.method, self._pipeline.model)
-        first, edges = split_refine(stages.method.refine)
-        cam = stages.cam
-        if edges:
-            cam = stages.seed
-            for refiner in first:
-                cam = refiner(cam, stages.capture)
-        grid = stages.capture.grid
-        if cam.shape[-2:] != (grid.rows, grid.cols):
-            raise ValueError(
-                "the first maps of a read-out must stay on the patch grid, got maps of "
-                f"{tuple(cam.shape[-2:])} for {grid.rows}x{grid.cols} patches; leave out refiners "
-                "that change the size"
-            )
-        tokens = stages.capture.patch_embeddings().detach().float()
-        pooled = pooled_tokens(stages.capture)
-        score = stages.method.background_score
-        for image, row in enumerate(rows):
-            if row:
-                maps = cam[image, list(row)].flatten(1)
-                self._add_image(tokens[image], pooled[image], maps, list(row.values()), score)
+        cam = _first_maps(stages)
+        photos = [i for i, row in enumerate(rows) if row and (counted is None or counted[i])]
+        names = list(dict.fromkeys(name for photo in photos for name in rows[photo].values()))
+        if not names:
+            return None
+        tokens = stages.capture.patch_embeddings().detach().float()[photos]
+        groups = torch.empty(tokens.shape[:2], dtype=torch.int64)
+        present = torch.zeros(len(photos), len(names), dtype=torch.float64)
+        for place, photo in enumerate(photos):
+            numbers = torch.tensor([names.index(name) for name in rows[photo].values()])
+            present[place, numbers] = 1.0
+            maps = cam[photo, list(rows[photo])].flatten(1)
+            sure = sure_patches(maps, stages.method.background_score).cpu()
+            groups[place] = torch.where(sure < 0, sure, numbers[sure.clamp_min(0)])
+        groups = groups.to(tokens.device)
+        patches = Moments.joined_from(
+            [Moments.of(tokens[groups == group]) for group in (_BACKGROUND, *range(len(names)))]
+        )
+        pooled = pooled_tokens(stages.capture)[photos]
+        labelled = present.mT @ pooled.double().cpu()
+        images = ImageMoments(Moments.of(pooled), labelled, present.sum(0))
+        return Readout(tuple(names), patches, images, len(photos), self._origin)
 
     def _stages(
         self, pixels: Pixels, rgb: RGB, labels: Sequence[Sequence[str | int]] | None
@@ -159,65 +175,111 @@ class Fitter:
                 present = self._guesses(stages.capture).tolist()
             else:
                 present = [[names.index(c) if isinstance(c, str) else c for c in r] for r in labels]
-            rows = [{index: names[index] for index in row if index >= 0} for row in present]
-        else:
-            request: Any = self._guesses if labels is None else [list(row) for row in labels]
-            stages = self._pipeline.stages(pixels, rgb=rgb, classes=request)
-            rows = []
-            for image, row in enumerate(stages.classes.tolist()):
-                slots = [slot for slot, index in enumerate(row) if index >= 0]
-                rows.append(dict(zip(slots, stages.names[image], strict=True)))
-        for image, row in enumerate(rows):
-            for slot, name in row.items():
-                self._order.setdefault(name, int(stages.classes[image, slot]))
+            return stages, [{index: names[index] for index in row if index >= 0} for row in present]
+        request: Any = self._guesses if labels is None else [list(row) for row in labels]
+        stages = self._pipeline.stages(pixels, rgb=rgb, classes=request)
+        rows = []
+        for image, row in enumerate(stages.classes.tolist()):
+            slots = [slot for slot, index in enumerate(row) if index >= 0]
+            rows.append(dict(zip(slots, stages.names[image], strict=True)))
         return stages, rows
 
-    def _add_image(
-        self,
-        tokens: Float[Tensor, "n d"],
-        pooled: Float[Tensor, " d"],
-        maps: Float[Tensor, "k n"],
-        names: Sequence[str],
-        score: float,
-    ) -> None:
-        """Add the sure patches of one photo, and its pooled token."""
-        self._photos += 1
-        self._vectors = _sum(self._vectors, Moments.of(pooled[None]))
-        for name in names:
-            self._labelled[name] = _sum(self._labelled.get(name), Moments.of(pooled[None]))
-        groups = sure_patches(maps, score)
-        for slot, name in enumerate(names):
-            if (groups == slot).any():
-                found = Moments.of(tokens[groups == slot])
-                self._patches[name] = _sum(self._patches.get(name), found)
-        if (groups == _BACKGROUND).any():
-            self._background = _sum(self._background, Moments.of(tokens[groups == _BACKGROUND]))
 
-    def readout(self, form: Form = "auto") -> Readout:
-        """Return the read-out of everything added so far.
+def _first_maps(stages: Stages) -> Cam:
+    """Return the maps before refiners that follow edges; raises a ValueError off the patch grid."""
+    first, edges = split_refine(stages.method.refine)
+    cam = stages.cam
+    if edges:
+        cam = stages.seed
+        for refiner in first:
+            cam = refiner(cam, stages.capture)
+    grid = stages.capture.grid
+    if cam.shape[-2:] != (grid.rows, grid.cols):
+        raise ValueError(
+            "the first maps of a read-out must stay on the patch grid, got maps of "
+            f"{tuple(cam.shape[-2:])} for {grid.rows}x{grid.cols} patches; leave out refiners "
+            "that change the size"
+        )
+    return cam
+
+
+class Sums:
+    """Running sums of read-outs; memory grows with their classes, not with their number.
+
+    Sums are added in place and in the order of the calls, so the same calls give the same bits.
+    """
+
+    def __init__(self) -> None:
+        self._origin: Origin | None = None
+        self._photos = 0
+        self._classes: dict[str | None, tuple[Tensor, ...]] = {}  # None: of the background
+        self._vectors: tuple[Tensor, ...] | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added that a photo with a class taught."""
+        return self._vectors is None
+
+    def add(self, more: Readout | None) -> None:
+        """Add a read-out; None adds nothing.
 
         Raises:
-            ValueError: nothing was added, or no photo had a class.
+            ValueError: it belongs to another model, other weights or other first maps.
+        """
+        if more is None:
+            return
+        self._origin = self._origin or more.origin
+        reason = self._origin.why_not(more.origin)
+        if reason is not None:
+            raise ValueError(f"read-outs of different origin do not add up: {reason}")
+        self._photos += more.photos
+        patches, images = more.patches, more.images
+        for row, name in enumerate((None, *more.classes)):
+            parts = [patches.count[row], patches.total[row], patches.product[row]]
+            if row:
+                parts += [images.labelled[row - 1], images.photos[row - 1]]
+            self._classes[name] = _added(self._classes.get(name), parts)
+        vectors = images.vectors
+        self._vectors = _added(self._vectors, (vectors.count, vectors.total, vectors.product))
+
+    def readout(self, form: Form = "auto", *, order: Sequence[str] = ()) -> Readout:
+        """Return the read-out of everything added so far.
+
+        Args:
+            form: see `camkit.Readout`.
+            order: names of classes in the order that they get; classes without names, which are
+                numbers, have theirs.
+
+        Raises:
+            ValueError: no photo had a class.
         """
         if self._origin is None or self._vectors is None:
             raise ValueError(
                 "no photo has a class to learn from: give `labels`, or photos that the classifier "
                 "is confident about"
             )
-        width = self._vectors.total.shape[1]
-        names = tuple(sorted(self._labelled, key=lambda name: (self._order[name], name)))
-        patches = Moments.none(len(names) + 1, width)
-        groups = [self._background, *(self._patches.get(name) for name in names)]
-        for row, group in enumerate(groups):
-            if group is not None:
-                patches = patches + group.spread_to([row], len(names) + 1)
-        held = [self._labelled[name] for name in names]
-        images = ImageMoments(
-            self._vectors,
-            torch.cat([each.total for each in held]),
-            torch.cat([each.count for each in held]),
+        places = {name: place for place, name in enumerate(order)}
+        held = [name for name in self._classes if name is not None]
+        names = sorted(held, key=lambda name: (places.get(name, len(places)), len(name), name))
+        own = [self._classes[name] for name in names]
+        patches = zip(self._classes[None], *(parts[:3] for parts in own), strict=True)
+        labelled, photos = (torch.stack([parts[place] for parts in own]) for place in (3, 4))
+        return Readout(
+            tuple(names),
+            Moments(*(torch.stack(parts) for parts in patches)),
+            ImageMoments(Moments(*map(Tensor.clone, self._vectors)), labelled, photos),
+            self._photos,
+            self._origin,
+            form,
         )
-        return Readout(names, patches, images, self._photos, self._origin, form)
+
+
+def _added(before: tuple[Tensor, ...] | None, more: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if before is None:
+        return tuple(map(Tensor.clone, more))
+    for mine, its in zip(before, more, strict=True):
+        mine.add_(its)
+    return before
 
 
 _BACKGROUND = -1
@@ -239,7 +301,3 @@ def sure_patches(maps: Float[Tensor, "k n"], score: float) -> Int[Tensor, " n"]:
     above = strongest > score + _SURE
     groups[above] = slots[above]
     return groups
-
-
-def _sum(before: Moments | None, more: Moments) -> Moments:
-    return more if before is None else before + more

@@ -276,6 +276,7 @@ class Pipeline:
             rgb=torch.cat([photo.rgb for photo in photos]),
             classes=classes,
         )
+        _warn_of_unfitted(stages.unfitted)
         settings = self._settings(stages.method)  # reads all weights, so once for all photos
         return [
             self._result(photo, stages, place, copy.deepcopy(settings))
@@ -395,7 +396,9 @@ class Pipeline:
         ]
         names = tuple(tuple(legend.values()) for legend in legends)
         warn_of_flat_maps(maps, cam, indices, names)
-        unfitted = _unfitted(method.seed, names)
+        unfitted: tuple[tuple[str, ...], ...] = ((),) * len(names)
+        if isinstance(method.seed, FittedSeed):
+            unfitted = tuple(map(method.seed.unfitted, names))
         return Stages(
             seed=first,
             cam=cam,
@@ -481,11 +484,8 @@ class Pipeline:
         return f"Pipeline({name}, {choice}{candidates})"
 
 
-def _unfitted(seed: object, names: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-    """Return the classes of each image that a read-out does not know, and warn of them."""
-    if not isinstance(seed, FittedSeed):
-        return ((),) * len(names)
-    unfitted = tuple(map(seed.unfitted, names))
+def _warn_of_unfitted(unfitted: tuple[tuple[str, ...], ...]) -> None:
+    """Warn of the classes of each image that a read-out does not know."""
     if found := list(dict.fromkeys(name for row in unfitted for name in row)):
         listed = ", ".join(f'"{name}"' for name in found)
         warnings.warn(
@@ -494,7 +494,6 @@ def _unfitted(seed: object, names: tuple[tuple[str, ...], ...]) -> tuple[tuple[s
             UnfittedClassWarning,
             stacklevel=3,
         )
-    return unfitted
 
 
 class UnfittedClassWarning(UserWarning):

@@ -63,6 +63,12 @@ class Moments:
         zeros = torch.zeros(groups, width, width, dtype=torch.float64)
         return cls(zeros[:, 0, 0].clone(), zeros[:, 0].clone(), zeros)
 
+    @classmethod
+    def joined_from(cls, parts: Sequence["Moments"]) -> "Moments":
+        """Return the groups of all parts, one after the other."""
+        names = ("count", "total", "product")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
     def __len__(self) -> int:
         return len(self.count)
 

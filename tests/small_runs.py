@@ -2,9 +2,10 @@
 
 import os
 import signal
+import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from camkit.bulk import fitpass
 from camkit.bulk.ledger import Journal
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Loading, Recipe, Writing
@@ -124,6 +126,50 @@ def run_small(photos, out, workers):
     """What a process does that is to be killed."""
     torch.set_num_threads(1)
     run(small_recipe(cams="npz"), PhotoFolder(Path(photos)), out, workers=workers, threads=1)
+
+
+LABELS = ((0,), (2,), (0,), (), None, (2,))
+"""The classes of photos by their place, over and over: known, none of them, or not known."""
+
+
+class Marked:
+    """Photos with labels, in which something happens in a pass before a photo."""
+
+    classes = None
+
+    def __init__(self, photos, act=None, *, when=(0, 0), labels=LABELS):
+        self.photos, self.act, self.when, self.labels = photos, act, when, labels
+        self.passes = 0
+
+    def __iter__(self):
+        leads = threading.current_thread() is threading.main_thread()  # another thread counts
+        self.passes += leads
+        begun = self.passes
+        for number, item in enumerate(self.photos):
+            if leads and (begun, number) == self.when:
+                self.act()
+            yield replace(item, classes=self.labels[number % len(self.labels)])
+
+    def __str__(self):
+        return "marked"
+
+
+def fit_recipe():
+    """A recipe that fits a read-out; its maps reach from 0 to 1."""
+    method = Method(refine=(Propagate(steps=1), Normalize("minmax")))
+    return replace(small_recipe(), method=method, fit="auto", labels=None)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit_and_die(photos, out, begun, number):
+    """What a process does that is killed in a pass, before a photo; it saves every chunk."""
+    torch.set_num_threads(1)
+    fitpass._PAUSE = fitpass._SHARE = 0.0
+    source = Marked(PhotoFolder(Path(photos)), die, when=(int(begun), int(number)))
+    run(fit_recipe(), source, out, workers=0, threads=1)
 
 
 ON_A_NODE = "CAMKIT_TESTS_ON_A_NODE"

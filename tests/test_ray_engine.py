@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import errors_of
 from PIL import Image
 from small_runs import (
@@ -22,7 +23,9 @@ from small_runs import (
     ON_A_NODE,
     SLOW,
     DiesOfDarkness,
+    Marked,
     OpenSmall,
+    fit_recipe,
     run_model,
     small_recipe,
     tree,
@@ -36,6 +39,7 @@ from camkit.bulk.stages import OutFolder, read
 from camkit.cli import main
 from camkit.errors import CamkitError
 from camkit.manifest import weights_hash
+from camkit.readout import Readout
 
 SOURCES = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 pytestmark = [
@@ -158,6 +162,35 @@ def test_a_stopped_run_continues_with_the_other_engine(cluster, tmp_path):
     assert ran.written + ran.settled == 24
     assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_a_read_out_is_that_of_the_local_engine_but_for_the_order_of_its_sums(cluster, tmp_path):
+    photos, recipe = write_photos(tmp_path / "in", 24), fit_recipe()
+    (tmp_path / "in" / "empty.png").touch()
+    local(recipe, Marked(photos), tmp_path / "local")
+    out = tmp_path / "ray"
+    with pytest.raises(KeyboardInterrupt):
+        local(recipe, Marked(photos, interrupt, when=(1, 18)), out)
+    assert len(list((out / ".sums").iterdir())) == 1
+    ran = run(recipe, Marked(photos), out, ray=RayEngine())
+    assert (ran.written, ran.failed, ran.unread) == (24, 1, 1)
+    actual, expected = (
+        Readout.load(path / "readout.safetensors") for path in (out, tmp_path / "local")
+    )
+    assert (actual.classes, actual.photos) == (expected.classes, expected.photos)
+    for name, tensor in actual._tensors().items():
+        torch.testing.assert_close(tensor, expected._tensors()[name], rtol=1e-12, atol=1e-9)
+    masks = [
+        {name: data for name, data in tree(path).items() if name.startswith("masks/")}
+        for path in (out, tmp_path / "local")
+    ]
+    assert len(masks[0]) == 24
+    assert masks[0] == masks[1]
+    assert not (out / ".sums").exists()
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def test_a_run_continues_after_its_leading_process_is_killed(cluster, tmp_path):

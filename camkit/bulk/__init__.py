@@ -16,7 +16,13 @@ from camkit.bulk.camjobs import (
 from camkit.bulk.items import Failure as Failure, Item as Item
 from camkit.bulk.ray_engine import RayEngine as RayEngine
 from camkit.bulk.recipe import Loading as Loading, Recipe as Recipe, Writing as Writing
-from camkit.bulk.running import Rank as Rank, RunSummary as RunSummary, run as run
+from camkit.bulk.running import (
+    FitSummary as FitSummary,
+    Rank as Rank,
+    RunSummary as RunSummary,
+    fit_readout as fit_readout,
+    run as run,
+)
 from camkit.bulk.scoring import (
     ScoreResult as ScoreResult,
     pair_truth as pair_truth,

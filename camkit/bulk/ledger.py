@@ -14,16 +14,23 @@ from hashlib import sha256
 from pathlib import Path
 
 from camkit.bulk.items import Failure, Item
-from camkit.bulk.stages import ImageResult, OutFolder, OutputError, write_part
+from camkit.bulk.recipe import Job
+from camkit.bulk.stages import ImageResult, Lesson, OutFolder, OutputError, write_part
 from camkit.errors import CamkitError, DataError
 from camkit.manifest import unfinished
 
 JOURNAL, SETTINGS = "journal.sqlite", "settings.json"
 MANIFEST, ERRORS = "manifest.jsonl", "errors.tsv"
+READOUT = "readout.safetensors"
+_IMAGES: Mapping[Job, str] = {"maps": "images", "fit": "fitted_images"}
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS images (key TEXT PRIMARY KEY, row TEXT, stage TEXT, reason TEXT)"
-    " WITHOUT ROWID",
+    *(
+        f"CREATE TABLE IF NOT EXISTS {table} (key TEXT PRIMARY KEY, row TEXT, stage TEXT, "
+        "reason TEXT) WITHOUT ROWID"
+        for table in _IMAGES.values()
+    ),
+    "CREATE TABLE IF NOT EXISTS sums (rank INTEGER PRIMARY KEY, file TEXT NOT NULL)",
 )
 _VALUES = 500  # at most in one SQL statement
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -31,7 +38,7 @@ _PAUSE = 1.0  # seconds between two writes to the journal
 
 
 class Journal:
-    """Which images of a results folder are done or failed, by key.
+    """Which images of a results folder are done or failed in each pass, by key.
 
     Several processes may write to one journal, also on a disk that several machines share.
 
@@ -79,6 +86,7 @@ class Journal:
                     self._file.execute(table)
             on_error.pop_all()
         self._lock = lock
+        self._settings: dict[str, str] = {}
 
     def claim(
         self,
@@ -99,16 +107,12 @@ class Journal:
         root = self.folder.root
         with self._transaction() as file:
             known = dict(file.execute("SELECT name, value FROM settings").fetchall())
+            if "fit" in settings and "readout" in known and not overwrite:
+                settings = {**settings, "readout": known["readout"]}  # what the fit has recorded
             names = [name for name in {**known, **settings} if not (moved and name == "source")]
             differ = [name for name in names if known.get(name) != settings.get(name)]
             if overwrite:
-                for row in map(json.loads, self.lines()):
-                    for kind in ("mask", "cam"):
-                        if kind in row:
-                            (root / row[kind]).unlink(missing_ok=True)
-                file.execute("DELETE FROM images")
-                for name in (MANIFEST, ERRORS):
-                    (root / name).unlink(missing_ok=True)
+                self._forget_results(file, [READOUT] if "readout" in known else [])
             elif known and differ:
                 if differ == ["source"]:
                     way_out = "if these are the same images at another place, say so (--moved)"
@@ -118,23 +122,53 @@ class Journal:
                 raise DataError(f"{root} holds results of other settings ({changes}); {way_out}")
             file.execute("DELETE FROM settings")
             file.executemany("INSERT INTO settings VALUES (?, ?)", sorted(settings.items()))
-        with unfinished(root / SETTINGS) as draft:
-            text = json.dumps(dict(settings), indent=2, ensure_ascii=False)
+        self._settings = dict(settings)
+        self._write_settings()
+
+    def _forget_results(self, file: sqlite3.Connection, others: Sequence[str]) -> None:
+        """Delete the results that the journal lists, and the other files named."""
+        root = self.folder.root
+        for row in map(json.loads, self.lines()):
+            for kind in ("mask", "cam"):
+                if kind in row:
+                    (root / row[kind]).unlink(missing_ok=True)
+        for table in (*_IMAGES.values(), "sums"):
+            file.execute(f"DELETE FROM {table}")
+        for name in (MANIFEST, ERRORS, *others):
+            (root / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder.sums, ignore_errors=True)
+
+    def _write_settings(self) -> None:
+        with unfinished(self.folder.root / SETTINGS) as draft:
+            text = json.dumps(self._settings, indent=2, ensure_ascii=False)
             draft.write_text(text + "\n", encoding="utf-8")
 
-    def known(self, keys: Sequence[str]) -> dict[str, str | None]:
+    def known(self, keys: Sequence[str], job: Job = "maps") -> dict[str, str | None]:
         """Return the settled keys among ``keys``: None if done, else the stage that failed."""
         stages: dict[str, str | None] = {}
         with _explained(self._path):
             for start in range(0, len(keys), _VALUES):
                 part = keys[start : start + _VALUES]
                 marks = ", ".join("?" * len(part))
-                query = f"SELECT key, stage FROM images WHERE key IN ({marks})"
+                query = f"SELECT key, stage FROM {_IMAGES[job]} WHERE key IN ({marks})"
                 stages.update(self._file.execute(query, part).fetchall())
         return stages
 
-    def record(self, outcomes: Iterable[ImageResult | Failure]) -> None:
-        """Record images as done or failed, in one transaction."""
+    def record(
+        self,
+        outcomes: Iterable[ImageResult | Failure],
+        job: Job = "maps",
+        *,
+        sums: str | None = None,
+    ) -> None:
+        """Record images as done or failed, in one transaction.
+
+        Args:
+            outcomes: of the images.
+            job: the pass that they are of.
+            sums: file below `OutFolder.sums` that contains what this rank has summed up, these
+                images included; it replaces the one before.
+        """
         rows = [
             (outcome.key, None, outcome.stage, outcome.reason)
             if isinstance(outcome, Failure)
@@ -143,17 +177,51 @@ class Journal:
         ]
         if rows:
             with self._transaction() as file:
-                file.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?)", rows)
+                table = _IMAGES[job]
+                file.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", rows)
+                if sums is not None:
+                    rank = self.folder.rank
+                    file.execute("INSERT OR REPLACE INTO sums VALUES (?, ?)", (rank, sums))
+
+    def sums(self) -> dict[int, Path]:
+        """Return the file with the sums of each rank, until the read-out is recorded."""
+        with _explained(self._path):
+            rows = self._file.execute("SELECT rank, file FROM sums ORDER BY rank").fetchall()
+        return {rank: self.folder.sums / name for rank, name in rows}
+
+    def record_readout(self, digest: str) -> None:
+        """Record that `READOUT` is in the folder and contains all sums; the fit is over."""
+        with self._transaction() as file:
+            file.execute("INSERT OR REPLACE INTO settings VALUES ('readout', ?)", (digest,))
+            file.execute("DELETE FROM sums")
+            self._settings["readout"] = digest
+            self._write_settings()
+
+    @property
+    def readout(self) -> str | None:
+        """Digest of the read-out that all maps are read by; None until the fit is over."""
+        with _explained(self._path):
+            query = "SELECT value FROM settings WHERE name = 'readout'"
+            row = self._file.execute(query).fetchone()
+        return None if row is None else str(row[0])
 
     def forget_failures(self) -> int:
-        """Delete the failures, so that a run tries these images again; return their number."""
-        with self._transaction() as file:
-            return file.execute("DELETE FROM images WHERE row IS NULL").rowcount
+        """Delete the failures, so that a run tries these images again; return their number.
 
-    def counts(self) -> tuple[int, int]:
+        Failures of a fit that is over stay: its read-out does not change any more.
+        """
+        jobs: tuple[Job, ...] = ("maps",) if self.readout is not None else ("maps", "fit")
+        with self._transaction() as file:
+            deleted = [
+                file.execute(f"DELETE FROM {_IMAGES[job]} WHERE row IS NULL").rowcount
+                for job in jobs
+            ]
+        return sum(deleted)
+
+    def counts(self, job: Job = "maps") -> tuple[int, int]:
         """Return how many images are done, and how many failed."""
         with _explained(self._path):
-            query = "SELECT count(row), count(*) - count(row) FROM images"
+            query = f"SELECT count(row), count(*) - count(row) FROM {_IMAGES[job]}"
             done, failed = self._file.execute(query).fetchone()
         return done, failed
 
@@ -163,8 +231,11 @@ class Journal:
         return (row for (row,) in self._file.execute(query))
 
     def failures(self) -> Iterator[Failure]:
-        """Yield the failures, sorted by key."""
-        query = "SELECT key, stage, reason FROM images WHERE row IS NULL ORDER BY key"
+        """Yield the failures of both passes, sorted by key; those of the fit have "fit: STAGE"."""
+        query = (
+            "SELECT key, 'fit: ' || stage AS stage, reason FROM fitted_images WHERE row IS NULL "
+            "UNION ALL SELECT key, stage, reason FROM images WHERE row IS NULL ORDER BY key, stage"
+        )
         return (Failure(*row) for row in self._file.execute(query))
 
     def export(self, *, manifest: bool = True) -> None:
@@ -178,7 +249,7 @@ class Journal:
                 path = root / MANIFEST
                 with unfinished(path) as draft, draft.open("w", encoding="utf-8") as file:
                     file.writelines(line + "\n" for line in self.lines())
-            if not self.counts()[1]:
+            if not self.counts()[1] + self.counts("fit")[1]:
                 (root / ERRORS).unlink(missing_ok=True)
                 return
             with unfinished(root / ERRORS) as draft, draft.open("w", encoding="utf-8") as file:
@@ -269,10 +340,10 @@ class ChunkPlan:
         return sha256("\n".join(sorted(self.todo)).encode()).hexdigest()[:24]
 
 
-def plan(chunk: Iterable[Item | Failure], journal: Journal) -> ChunkPlan:
+def plan(chunk: Iterable[Item | Failure], journal: Journal, job: Job = "maps") -> ChunkPlan:
     """Plan a chunk from what the journal knows."""
     entries = {entry.key: entry for entry in chunk}
-    known = journal.known(list(entries))
+    known = journal.known(list(entries), job)
     failures = [
         entry for key, entry in entries.items() if isinstance(entry, Failure) and key not in known
     ]
@@ -297,6 +368,8 @@ class _OpenChunk:
 class Ledger:
     """Collects the outcomes of chunks in work, and writes them to the journal.
 
+    Its set ``unfitted`` names the classes of the images that a read-out does not know.
+
     Args:
         journal: of the results folder.
         advance: called with the numbers of images done and failed, as they come.
@@ -307,6 +380,7 @@ class Ledger:
         self, journal: Journal, advance: Callable[[int, int], None], *, by_chunk: bool
     ) -> None:
         self.folder = journal.folder
+        self.unfitted: set[str] = set()
         self._journal, self._advance, self._by_chunk = journal, advance, by_chunk
         self._open: dict[int, _OpenChunk] = {}
         self._begun = 0
@@ -323,15 +397,17 @@ class Ledger:
         self._advance(0, len(planned.failures))
         return self._begun
 
-    def add(self, number: int, *outcomes: ImageResult | Failure) -> None:
+    def add(self, number: int, *outcomes: ImageResult | Failure | Lesson) -> None:
         """Take outcomes of a chunk; those of images that need no result are dropped."""
         chunk = self._open.get(number)
         if chunk is None:  # only finished images of it were still in work
             return
         for outcome in outcomes:
-            if outcome.key in chunk.pending:
+            if not isinstance(outcome, Lesson) and outcome.key in chunk.pending:
                 chunk.pending.remove(outcome.key)
                 chunk.outcomes.append(outcome)
+                if isinstance(outcome, ImageResult):
+                    self.unfitted.update(outcome.row.get("unfitted", ()))
                 failed = isinstance(outcome, Failure)
                 self._advance(not failed, failed)
 

@@ -1,6 +1,7 @@
 """Bulk runs on a Ray cluster: Ray Data moves the images, this process keeps the ledger.
 
 plans -> ReadChunk (tasks) -> RunModel (actors) -> FinishBatch (tasks) -> ledger
+plans -> ReadChunk (tasks) -> RunModel (actors) -> add_lessons (tasks) -> ledger, to fit a read-out
 
 Ray decides which machine does what and how much waits between two stages, and repeats the work of
 lost machines.
@@ -10,6 +11,7 @@ import importlib.util
 import logging
 import os
 import platform
+import shutil
 import signal
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -25,25 +27,28 @@ import torch
 
 from camkit.bulk.items import Failure, Place
 from camkit.bulk.ledger import ChunkPlan, Ledger
-from camkit.bulk.recipe import Recipe
+from camkit.bulk.recipe import Job, Recipe
 from camkit.bulk.stages import (
     ImageResult,
+    Lesson,
     Maps,
     OutFolder,
     OutputError,
     batches,
     chunks,
     finish,
-    forward,
+    model_stage,
     read,
 )
 from camkit.bulk.workers import DIED, WorkerPool
 from camkit.capture.parameters import move_model
 from camkit.errors import CamkitError
+from camkit.fitting import Sums
 from camkit.manifest import weights_hash
 
 _ROUND = 1000  # chunks per model that are planned at once, because a source may be endless
 _MEMORY = 2**29  # that a model reserves; it also keeps tasks out of the model's process
+_SUMMANDS = 8  # lessons that a task adds up before they go to the leading process
 _TRIES = 2  # processes that a batch may kill before its images are tried one by one
 
 
@@ -81,6 +86,7 @@ class RayEngine:
         plans: Iterator[ChunkPlan],
         *,
         threads: int = 1,
+        job: Job = "maps",
     ) -> None:
         """Work through the plans.
 
@@ -90,6 +96,7 @@ class RayEngine:
             ledger: of the results folder; only this process writes the journal.
             plans: see `camkit.bulk.ledger.plan`.
             threads: of each model on a CPU.
+            job: the pass.
 
         Raises:
             CamkitError: the cluster cannot be used, a machine does not see the images, the weights
@@ -98,6 +105,7 @@ class RayEngine:
         import ray.data
 
         folder = OutFolder(ledger.folder.root.resolve(), ledger.folder.rank)
+        shutil.rmtree(folder.drafts / "begun", ignore_errors=True)  # of chunks of another pass
         variables = {name: text for name, text in os.environ.items() if name.startswith("CAMKIT_")}
         with _connected(self.address):
             actors, cpus, gpus = self._divide(ray.cluster_resources(), threads)
@@ -107,7 +115,7 @@ class RayEngine:
                     probe = folder.drafts / f"probe-{uuid.uuid4().hex}"
                     probe.touch()
                     sample = _first_readable(part[0])
-                    context = RunContext(recipe, weights, folder, probe, sample, variables)
+                    context = RunContext(recipe, weights, folder, probe, sample, variables, job=job)
                     numbered = [(ledger.begin(plan), plan) for plan in part]
                     messages = [
                         Message(number, plan.todo, images=plan.items)
@@ -190,18 +198,20 @@ def _process(
     data.context.target_max_block_size = 1  # each message is a block
     data.context.enable_progress_bars = False
     data.context.print_on_execution_start = False
-    replies = (
-        data.flat_map(ReadChunk(context), num_cpus=1)
-        .map(
-            RunModel,  # type: ignore[arg-type]
-            fn_constructor_args=(context, "cuda" if gpus else "cpu", cpus),
-            compute=ActorPoolStrategy(size=actors),
-            num_cpus=cpus,
-            num_gpus=gpus,
-            memory=_MEMORY,
-        )
-        .map(FinishBatch(context), num_cpus=1)
+    replies = data.flat_map(ReadChunk(context), num_cpus=1).map(
+        RunModel,  # type: ignore[arg-type]
+        fn_constructor_args=(context, "cuda" if gpus else "cpu", cpus),
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=cpus,
+        num_gpus=gpus,
+        memory=_MEMORY,
     )
+    if context.job == "fit":
+        replies = replies.map_batches(
+            add_lessons, batch_size=_SUMMANDS, batch_format="numpy", num_cpus=1
+        )
+    else:
+        replies = replies.map(FinishBatch(context), num_cpus=1)
     for row in replies.iter_rows():
         yield unpacked(row)
 
@@ -218,7 +228,7 @@ class Message:
         todo: keys of the images that need results; the others keep the batches identical.
         part: number of the message among those of the chunk.
         images: `Item` to read, `ReadImage` for the model, or `Maps` to finish.
-        outcomes: results and failures so far.
+        outcomes: results, failures and lessons so far; lessons also of other chunks.
         fatal: the error that ends the run.
     """
 
@@ -226,7 +236,7 @@ class Message:
     todo: frozenset[str]
     part: int = 0
     images: tuple[Any, ...] = ()
-    outcomes: tuple[ImageResult | Failure, ...] = ()
+    outcomes: tuple[ImageResult | Failure | Lesson, ...] = ()
     fatal: CamkitError | None = None
 
     def packed(self) -> dict[str, Any]:
@@ -255,6 +265,7 @@ class RunContext:
         sample: an image that the leading process can open.
         variables: of its environment.
         home: its working directory, where relative paths start.
+        job: the pass.
     """
 
     recipe: Recipe
@@ -264,6 +275,7 @@ class RunContext:
     sample: Place | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
     home: Path = field(default_factory=Path.cwd)
+    job: Job = "maps"
 
     def enter(self, threads: int) -> None:
         """Prepare this process for the run."""
@@ -341,19 +353,20 @@ class RunModel:
                 f"the model opened on {platform.node()} has other weights than the one on the "
                 "machine that leads the run; put its weights where all machines find them"
             )
-        self._pipeline = context.recipe.pipeline(move_model(model, device))
+        pipeline = context.recipe.pipeline(move_model(model, device))
+        self._stage = model_stage(pipeline, context.recipe, context.job)
 
     def __call__(self, row: Mapping[str, bytes]) -> dict[str, Any]:
         return self._context.process(row, self._run, self._threads)[0]
 
     def _run(self, message: Message) -> list[Message]:
         """Run the model; give up an image that killed the process alone."""
-        recipe, folder = self._context.recipe, self._context.folder
+        folder = self._context.folder
         mark = _mark(folder, "model", message)
-        outcomes: list[Maps | Failure] = []
+        outcomes: list[Maps | Lesson | Failure] = []
         with _count_deaths(mark, folder) as deaths:
             if deaths < _TRIES:
-                outcomes = forward(self._pipeline, recipe, message.images)
+                outcomes = self._stage(message.images, message.todo)
             else:
                 for number, image in enumerate(message.images):
                     image_mark = mark.with_name(f"{mark.name}-{number}")
@@ -361,9 +374,28 @@ class RunModel:
                         outcomes.append(Failure(image.key, "model", DIED))
                         continue
                     with _count_deaths(image_mark, folder):
-                        outcomes += forward(self._pipeline, recipe, (image,))
-        maps, failures = _split(outcomes)
-        return [replace(message, images=maps, outcomes=failures)]
+                        outcomes += self._stage((image,), message.todo)
+        maps, others = _split(outcomes)
+        return [replace(message, images=maps, outcomes=others)]
+
+
+def add_lessons(rows: Mapping[str, Any]) -> dict[str, list[bytes]]:
+    """Add up what several batches taught, of whatever chunks: one level of a tree of sums."""
+    messages = [unpacked({"message": row}) for row in rows["message"]]
+    kept: list[Message] = []
+    keys: list[str] = []
+    sums = Sums()
+    for message in messages:
+        lessons = [outcome for outcome in message.outcomes if isinstance(outcome, Lesson)]
+        for lesson in lessons:
+            keys += lesson.keys
+            sums.add(lesson.sums)
+        others = tuple(x for x in message.outcomes if not isinstance(x, Lesson))
+        kept.append(replace(message, outcomes=others))
+    if keys:
+        lesson = Lesson(tuple(keys), None if sums.empty else sums.readout())
+        kept[0] = replace(kept[0], outcomes=(*kept[0].outcomes, lesson))
+    return {"message": [message.packed()["message"] for message in kept]}
 
 
 @dataclass(frozen=True)
@@ -383,10 +415,10 @@ class FinishBatch:
         return [replace(message, images=(), outcomes=(*message.outcomes, *outcomes))]
 
 
-def _split(outcomes: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Failure, ...]]:
-    """Return the images that go on, and the failures."""
-    failures = tuple(outcome for outcome in outcomes if isinstance(outcome, Failure))
-    return tuple(image for image in outcomes if not isinstance(image, Failure)), failures
+def _split(outcomes: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Failure | Lesson, ...]]:
+    """Return the images that go on, and the failures and lessons, which do not."""
+    ended = tuple(outcome for outcome in outcomes if isinstance(outcome, Failure | Lesson))
+    return tuple(x for x in outcomes if not isinstance(x, Failure | Lesson)), ended
 
 
 def _work_on_each(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Literal, TypeAlias, get_args
 
@@ -12,13 +12,15 @@ import torch
 from jaxtyping import UInt8
 from torch import nn
 
+from camkit.fitting import GUESSES
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
-from camkit.method import Method
+from camkit.method import Method, with_readout
 from camkit.photo import Photo, PhotoSettings, photo_from_array
 from camkit.pipeline import Pipeline
+from camkit.readout import Form, Readout
 from camkit.refiners import Refiner
-from camkit.seeds import PredictedClasses
+from camkit.seeds import FittedSeed, PredictedClasses
 from camkit.seeds.views import ModelCall
 from camkit.vocabulary import Vocabulary
 
@@ -89,6 +91,10 @@ class Writing:
         )
 
 
+Job: TypeAlias = Literal["fit", "maps"]
+"""The pass of a bulk run: the sums of a read-out, or class maps and masks."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A bulk run: model, method, how images are loaded, what is written.
@@ -107,6 +113,10 @@ class Recipe:
         batch: images of one size that go through the model together.
         chunk: images that are planned together and batched by size. ``batch`` and ``chunk`` change
             only the rounding of the maps.
+        fit: fit a read-out of this form (`camkit.Readout`) over all images in a pass of its own,
+            and read the maps of ``method`` by it.
+        guesses: classes of images for which the source has no labels, in both passes. None makes
+            them failures; with ``fit`` it is the `camkit.fitting.GUESSES` of `camkit.fit`.
     """
 
     model: Callable[[], nn.Module]
@@ -118,16 +128,36 @@ class Recipe:
     call: ModelCall | None = None
     batch: int = 8
     chunk: int = 32
+    fit: Form | None = None
+    guesses: PredictedClasses | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.chunk < self.batch:
             raise ValueError(
                 f"`batch` must be at least 1 and `chunk` no less, got {self.batch}, {self.chunk}"
             )
+        if self.fit is None:
+            return
+        if self.fit not in get_args(Form):
+            raise ValueError(f"`fit` must be one of {get_args(Form)}, got {self.fit!r}")
+        has_readout = isinstance(self.method.seed, FittedSeed)
+        if has_readout or self.method.views is not None:
+            what = "a read-out already" if has_readout else "views, and a read-out reads no views"
+            raise ValueError(f"`fit` needs the method of the first maps, but this one has {what}")
+        if self.guesses is None:
+            object.__setattr__(self, "guesses", GUESSES)
 
     def pipeline(self, model: nn.Module) -> Pipeline:
         """Wrap the opened model."""
         return Pipeline(model, self.method, vocabulary=self.vocabulary, call=self.call)
+
+    def read_by(self, readout: Readout, model: nn.Module) -> "Recipe":
+        """Return the recipe of the maps that follow the fit.
+
+        Raises:
+            ValueError: the read-out was fitted on another model or with another method.
+        """
+        return replace(self, method=with_readout([self.method], readout, model), fit=None)
 
     def settings(self, model: nn.Module, source: object) -> dict[str, str]:
         """Return everything that determines the results, as text."""
@@ -152,4 +182,8 @@ class Recipe:
         }
         if self.call is not None:  # the repr of a function would hold an address
             settings["call"] = getattr(self.call, "__qualname__", repr(self.call))
+        if self.fit is not None:
+            settings["fit"] = f"{self.fit}, background_score={method.background_score}"
+        if self.guesses is not None:
+            settings["guesses"] = repr(self.guesses)
         return settings if method.views is None else settings | {"views": repr(method.views)}

@@ -1,5 +1,6 @@
 """A bulk run from its first image to its manifest, and the engine that works on this machine."""
 
+import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,14 +13,17 @@ from threading import Thread
 from typing import TypeAlias
 
 import torch
+from torch import nn
 
+from camkit.bulk.fitpass import FitLedger, finish_fit, finished_readout
 from camkit.bulk.items import Failure, Item
-from camkit.bulk.ledger import ChunkPlan, Journal, Ledger, plan
+from camkit.bulk.ledger import READOUT, ChunkPlan, Journal, Ledger, plan
 from camkit.bulk.ray_engine import RayEngine
-from camkit.bulk.recipe import Loading, Recipe, Writing
+from camkit.bulk.recipe import Job, Loading, Recipe, Writing
 from camkit.bulk.sources import Source
 from camkit.bulk.stages import (
     ImageResult,
+    Lesson,
     Maps,
     OutFolder,
     OutputError,
@@ -27,13 +31,15 @@ from camkit.bulk.stages import (
     batches,
     chunks,
     finish,
-    forward,
+    model_stage,
     read,
 )
 from camkit.bulk.workers import WorkerPool, progress_bar, usable_cores, worker_count
 from camkit.capture.parameters import move_model
 from camkit.errors import CamkitError
+from camkit.manifest import weights_hash
 from camkit.pipeline import Pipeline
+from camkit.readout import Readout
 
 _CHUNKS = 3  # in work: one is read, one is in the model, one is finished
 _TRIES = 3  # workers that an image may kill alone before it is given up
@@ -94,6 +100,8 @@ class RunSummary:
         settled: images that earlier runs finished or gave up.
         done: images done in the folder, by all runs.
         errors: images failed in the folder, in all runs; ``errors.tsv`` lists them.
+        unread: images that failed in the pass of the fit, in all runs; `errors.tsv` lists them too.
+        unfitted: classes of images done by this run that the read-out does not know.
     """
 
     written: int
@@ -101,6 +109,8 @@ class RunSummary:
     settled: int
     done: int
     errors: int
+    unread: int = 0
+    unfitted: tuple[str, ...] = ()
 
 
 def run(  # noqa: PLR0913 - each setting is a choice of its own
@@ -118,6 +128,8 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     moved: bool = False,
 ) -> RunSummary:
     """Write masks and class maps of all images of a source.
+
+    If the recipe says so, a pass before that fits a read-out over all images.
 
     The same call continues where an earlier one ended, for whatever reason it ended: images that
     the journal in ``out`` lists are skipped. A script that calls this needs
@@ -145,40 +157,169 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     """
     rank = rank or Rank()
     _check_sharing(rank, ray, overwrite=overwrite, set_here=(workers, device) != (None, None))
-    cores = max(1, usable_cores() // rank.neighbours)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = device or (f"cuda:{rank.local % gpus}" if gpus else "cpu")
-    _check_cores(device, gpus, threads)
-    if ray is None and device == "cpu" and threads is None:
-        threads = max(1, cores // 2)
-    workers = worker_count(workers, max(1, cores - (threads or 1)))
-    before = torch.get_num_threads()
+    engine = _Engine.on_this_machine(device, workers, threads, rank, ray)
     model = recipe.model()
-    settings = recipe.settings(model, source)
     with Journal(OutFolder(Path(out), rank.number)) as journal:
-        journal.claim(settings, overwrite=overwrite, moved=moved)
+        journal.claim(recipe.settings(model, source), overwrite=overwrite, moved=moved)
         if retry:
             journal.forget_failures()
-        with closing(_Progress(source, recipe.chunk, rank)) as progress:
-            by_chunk = recipe.writing.cams == "parquet"
-            ledger = Ledger(journal, progress.advance, by_chunk=by_chunk)
+        try:
+            if recipe.fit is not None:
+                readout = _fit(engine, recipe, model, journal, source)
+                recipe = recipe.read_by(readout, model)
+            progress = engine.run(recipe, model, journal, source, "maps")
+        finally:
+            journal.export()
+        done, errors = journal.counts()
+        unread = journal.counts("fit")[1]
+    return RunSummary(
+        progress.written,
+        progress.failed,
+        progress.settled,
+        done,
+        errors,
+        unread,
+        progress.unfitted,
+    )
+
+
+@dataclass(frozen=True)
+class FitSummary:
+    """What became of the fit of a read-out.
+
+    Attributes:
+        readout: of all images.
+        failures: images that could not be read.
+    """
+
+    readout: Readout
+    failures: tuple[Failure, ...]
+
+
+def fit_readout(  # noqa: PLR0913 - each setting is a choice of its own
+    recipe: Recipe,
+    source: Source,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    ray: RayEngine | None = None,
+    overwrite: bool = False,
+) -> FitSummary:
+    """Fit a read-out over all images of a source, and save it.
+
+    The same call continues where an interrupted one ended: until the file is complete, a folder
+    ``OUT.part`` beside it contains the sums and the journal.
+
+    Args:
+        recipe: its ``fit`` is set.
+        source: as in `run`, as are the next four.
+        out: file of the read-out, see `camkit.Readout.save`.
+        device: of the model.
+        workers: processes that read images.
+        threads: of the model on a CPU.
+        ray: a cluster that does the work instead of this machine.
+        overwrite: remove what an interrupted call with other settings left.
+
+    Raises:
+        DataError: an interrupted call had other settings.
+        CamkitError: the file cannot be written, or another process works on it.
+        ValueError: no image has a class, or settings contradict each other.
+    """
+    if recipe.fit is None:
+        raise ValueError('`recipe.fit` must be "auto", "object" or "classes", got None')
+    _check_sharing(Rank(), ray, overwrite=False, set_here=(workers, device) != (None, None))
+    engine = _Engine.on_this_machine(device, workers, threads, Rank(), ray)
+    out = Path(out)
+    if out.is_dir():
+        raise ValueError(f"`out` must be a file to write, but {out} is a folder; name a file in it")
+    model = recipe.model()
+    folder = out.with_name(f"{out.name}.part")
+    way_out = "go on with these settings, or start again (--overwrite)"
+    with Journal(OutFolder(folder)) as journal:
+        journal.claim(recipe.settings(model, source), overwrite=overwrite, way_out=way_out)
+        journal.forget_failures()
+        readout = _fit(engine, recipe, model, journal, source)
+        failures = tuple(journal.failures())
+    (folder / READOUT).replace(out)
+    shutil.rmtree(folder)
+    return FitSummary(readout, failures)
+
+
+def _fit(
+    engine: "_Engine", recipe: Recipe, model: nn.Module, journal: Journal, source: Source
+) -> Readout:
+    """Return the read-out of all images; images that the journal lists are in it."""
+    readout = finished_readout(journal)
+    if readout is None:
+        engine.run(recipe, model, journal, source, "fit")
+        readout = finish_fit(journal, recipe, source, engine.rank.world)
+    return readout
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What does the work: this machine with these settings, or a cluster."""
+
+    device: str
+    workers: int
+    threads: int | None
+    rank: Rank
+    ray: RayEngine | None
+
+    @classmethod
+    def on_this_machine(
+        cls,
+        device: str | None,
+        workers: int | None,
+        threads: int | None,
+        rank: Rank,
+        ray: RayEngine | None,
+    ) -> "_Engine":
+        """Check the settings, and choose those that are None by the cores and GPUs."""
+        cores = max(1, usable_cores() // rank.neighbours)
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = device or (f"cuda:{rank.local % gpus}" if gpus else "cpu")
+        _check_cores(device, gpus, threads)
+        if ray is None and device == "cpu" and threads is None:
+            threads = max(1, cores // 2)
+        workers = worker_count(workers, max(1, cores - (threads or 1)))
+        return cls(device, workers, threads, rank, ray)
+
+    def run(
+        self, recipe: Recipe, model: nn.Module, journal: Journal, source: Source, job: Job
+    ) -> "_Progress":
+        """Take all images of this rank that are left through a pass."""
+        before = torch.get_num_threads()
+        with closing(_Progress(source, recipe.chunk, self.rank, job)) as progress:
+            ledger = self._ledger(recipe, journal, progress, job)
             plans = progress.plans(journal)
             try:
-                if ray is not None:
-                    weights = settings["weights_sha256"]
-                    ray.run(recipe, weights, ledger, plans, threads=threads or 1)
+                if self.ray is not None:
+                    weights, threads = weights_hash(model), self.threads or 1
+                    self.ray.run(recipe, weights, ledger, plans, threads=threads, job=job)
                 else:
-                    pipeline = recipe.pipeline(move_model(model, device))
-                    engine = LocalEngine(recipe, pipeline, ledger, workers=workers, threads=threads)
-                    engine.run(plans)
+                    pipeline = recipe.pipeline(move_model(model, self.device))
+                    LocalEngine(
+                        recipe,
+                        pipeline,
+                        ledger,
+                        workers=self.workers,
+                        threads=self.threads,
+                        job=job,
+                    ).run(plans)
             finally:
-                try:
-                    ledger.write(everything=True)
-                finally:
-                    torch.set_num_threads(before)
-                    journal.export()
-        done, errors = journal.counts()
-    return RunSummary(progress.written, progress.failed, progress.settled, done, errors)
+                torch.set_num_threads(before)
+                ledger.write(everything=True)
+        progress.unfitted = tuple(sorted(ledger.unfitted))
+        return progress
+
+    def _ledger(self, recipe: Recipe, journal: Journal, progress: "_Progress", job: Job) -> Ledger:
+        if job == "fit":
+            return FitLedger(journal, progress.advance, in_order=self.ray is None)
+        by_chunk = recipe.writing.cams == "parquet"
+        return Ledger(journal, progress.advance, by_chunk=by_chunk)
 
 
 def _check_sharing(rank: Rank, ray: RayEngine | None, *, overwrite: bool, set_here: bool) -> None:
@@ -205,10 +346,11 @@ def _check_cores(name: str, gpus: int, threads: int | None) -> None:
 class _Progress:
     """A progress bar, and the numbers it counts; a thread counts the images of the source."""
 
-    def __init__(self, source: Source, chunk: int, rank: Rank) -> None:
-        self._source, self._chunk, self._rank = source, chunk, rank
+    def __init__(self, source: Source, chunk: int, rank: Rank, job: Job) -> None:
+        self._source, self._chunk, self._rank, self._job = source, chunk, rank, job
         self.written = self.failed = self.settled = 0
-        self._bar = progress_bar(None, "running")
+        self.unfitted: tuple[str, ...] = ()
+        self._bar = progress_bar(None, "fitting" if job == "fit" else "running")
         Thread(target=self._count, daemon=True).start()
 
     def close(self) -> None:
@@ -217,7 +359,7 @@ class _Progress:
     def plans(self, journal: Journal) -> Iterator[ChunkPlan]:
         """Yield the plans of chunks that are not done yet; move the bar past the others."""
         for chunk in self._rank.chunks(self._source, self._chunk):
-            planned = plan(chunk, journal)
+            planned = plan(chunk, journal, self._job)
             self.settled += planned.settled
             if not self._bar.disable:
                 self._bar.initial += planned.settled  # does not count towards the rate
@@ -260,6 +402,7 @@ class LocalEngine:
         ledger: of the results folder.
         workers: processes that read and finish; 0 uses a thread of this process.
         threads: of the model on a CPU; None leaves the number unchanged.
+        job: the pass.
     """
 
     def __init__(
@@ -270,8 +413,10 @@ class LocalEngine:
         *,
         workers: int,
         threads: int | None = None,
+        job: Job = "maps",
     ) -> None:
-        self._recipe, self._pipeline, self._ledger = recipe, pipeline, ledger
+        self._recipe, self._ledger = recipe, ledger
+        self._stage = model_stage(pipeline, recipe, job)
         loading, writing, folder = recipe.loading, recipe.writing, ledger.folder
         work = partial(work_on, loading=loading, writing=writing, folder=folder)
         self._pool: WorkerPool[Task, Result] = WorkerPool(
@@ -280,7 +425,7 @@ class LocalEngine:
         self._model = ThreadPoolExecutor(
             1, initializer=None if threads is None else partial(torch.set_num_threads, threads)
         )
-        self._in_model: Future[list[Maps | Failure]] | None = None
+        self._in_model: Future[list[Maps | Lesson | Failure]] | None = None
         self._batches: deque[Sequence[ReadImage]] = deque()
         self._chunks: dict[str, _Chunk] = {}  # of each image in work
 
@@ -314,20 +459,29 @@ class LocalEngine:
         for task, outcome in self._pool.receive([self._in_model] if self._in_model else ()):
             self._take(task, outcome)
         if self._in_model is not None and self._in_model.done():
-            outcomes = self._in_model.result()
-            self._in_model = None
-            for maps in outcomes:
-                key = maps.key if isinstance(maps, Failure) else maps.image.key
-                if key not in self._chunks[key].plan.todo:
-                    del self._chunks[key]
-                elif isinstance(maps, Failure):
-                    self._ledger.add(self._chunks.pop(key).number, maps)
-                else:
-                    self._pool.add(maps, "write", urgent=True)
+            done, self._in_model = self._in_model, None
+            for result in done.result():
+                self._pass_on(result)
         if self._in_model is None and self._batches:
             batch = self._batches.popleft()
-            self._in_model = self._model.submit(forward, self._pipeline, self._recipe, batch)
+            todo = self._chunks[batch[0].key].plan.todo
+            self._in_model = self._model.submit(self._stage, batch, todo)
         self._ledger.write()
+
+    def _pass_on(self, outcome: Maps | Lesson | Failure) -> None:
+        """Pass on what the model did."""
+        if isinstance(outcome, Maps):
+            key = outcome.image.key
+            if key in self._chunks[key].plan.todo:
+                self._pool.add(outcome, "write", urgent=True)
+            else:
+                del self._chunks[key]
+            return
+        keys = outcome.keys if isinstance(outcome, Lesson) else (outcome.key,)
+        number = self._chunks[keys[0]].number
+        for key in keys:
+            del self._chunks[key]
+        self._ledger.add(number, outcome)
 
     def _take(self, task: Task, outcome: Result | Failure) -> None:
         """Pass on what a worker did."""

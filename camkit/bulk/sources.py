@@ -430,11 +430,13 @@ class Labelled:
     Attributes:
         source: of the images.
         labels: found by the last part of a key, or by the whole key.
+        partial: images without an entry have unknown classes, instead of being failures.
     """
 
     source: Source
     labels: ImageLabels
     classes: None = None
+    partial: bool = False
 
     def __iter__(self) -> Iterator[Item | Failure]:
         for entry in self.source:
@@ -446,7 +448,7 @@ class Labelled:
             try:
                 yield replace(entry, classes=self.labels.of(name))
             except DataError as error:
-                yield Failure(key, "list", str(error))
+                yield entry if self.partial else Failure(key, "list", str(error))
 
     def __str__(self) -> str:
         return str(self.source)

@@ -4,6 +4,7 @@ chunks(source, size)              -> Iterator[tuple[Item | Failure, ...]]
     read(item, loading)               -> ReadImage                     any core
     batches(images, recipe)           -> list[tuple[ReadImage, ...]]   of one size each
     forward(pipeline, recipe, batch)  -> list[Maps | Failure]          where the model is
+    learn(fitter, recipe, batch, todo) -> list[Lesson | Failure]       the same in the pass of a fit
     finish(maps, writing, folder)     -> ImageResult                   any core; writes the files
     write_part(results, folder, name) -> list[ImageResult]             Parquet only, once per chunk
 
@@ -17,7 +18,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -31,21 +32,24 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from camkit.bulk.items import Failure, Item, result_path
-from camkit.bulk.recipe import Loading, Recipe, Writing
+from camkit.bulk.recipe import Job, Loading, Recipe, Writing
 from camkit.capture.record import Capture
 from camkit.data.camfiles import write_cam
 from camkit.errors import CamkitError, DataError
+from camkit.fitting import GUESSES, Fitter
 from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
 from camkit.paint import save_mask
 from camkit.photo import picture_from_file
 from camkit.pipeline import Pipeline
 from camkit.printing import short_repr
+from camkit.readout import Readout
 from camkit.result import mask_bits
 from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
 
 Entry = TypeVar("Entry")
+Outcome = TypeVar("Outcome")
 
 _FOLDER_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
@@ -81,6 +85,11 @@ class OutFolder:
     def drafts(self) -> Path:
         """Folder of unfinished files of this rank, which its next run clears."""
         return self.root / ".drafts" / f"rank-{self.rank}"
+
+    @property
+    def sums(self) -> Path:
+        """Folder of the sums of a fit that is not over; the journal lists its files."""
+        return self.root / ".sums"
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +159,21 @@ class ImageResult:
     __repr__ = short_repr
 
 
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What the images of a batch taught a read-out.
+
+    Attributes:
+        keys: of the images, also of those that show no class.
+        sums: of those images that were still to be counted; None if none of them shows a class.
+    """
+
+    keys: tuple[str, ...]
+    sums: Readout | None
+
+    __repr__ = short_repr
+
+
 def chunks(entries: Iterable[Entry], size: int) -> Iterator[tuple[Entry, ...]]:
     """Cut the entries of a source into chunks, in order.
 
@@ -186,13 +210,24 @@ def read(item: Item, loading: Loading) -> ReadImage:
 def batches(images: Sequence[ReadImage], recipe: Recipe) -> list[tuple[ReadImage, ...]]:
     """Batch the pictures of a chunk by size, in order.
 
-    Pictures without any class need no model and form batches of their own.
+    Pictures without any class need no model and form batches of their own, as do those whose
+    classes only the model knows.
     """
     groups: dict[tuple[Any, ...], list[ReadImage]] = {}
     for image in images:
-        empty = _known_classes(image, recipe) == ()
-        groups.setdefault((image.rgb.shape, empty), []).append(image)
+        classes = _known_classes(image, recipe)
+        groups.setdefault((image.rgb.shape, classes == (), classes is None), []).append(image)
     return [batch for group in groups.values() for batch in chunks(group, recipe.batch)]
+
+
+def model_stage(
+    pipeline: Pipeline, recipe: Recipe, job: Job
+) -> Callable[[Sequence[ReadImage], frozenset[str]], list[Maps | Lesson | Failure]]:
+    """Return what a pass does with a batch, of which some images are still to be done."""
+    if job == "maps":
+        return lambda batch, _: [*forward(pipeline, recipe, batch)]
+    fitter = Fitter(pipeline, guesses=recipe.guesses or GUESSES)
+    return lambda batch, todo: [*learn(fitter, recipe, batch, todo)]
 
 
 def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> list[Maps | Failure]:
@@ -203,8 +238,39 @@ def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> l
     Raises:
         CamkitError: the batch does not fit the memory of the device.
     """
+    return _alone_if_failed(lambda part: [*_forward(pipeline, recipe, part)], batch)
+
+
+def learn(
+    fitter: Fitter, recipe: Recipe, batch: Sequence[ReadImage], todo: frozenset[str]
+) -> list[Lesson | Failure]:
+    """Run the model on a batch and sum up what those images in ``todo`` teach.
+
+    Images that fail, and the error, are those of `forward`.
+    """
+
+    def work(part: Sequence[ReadImage]) -> list[Lesson]:
+        labels = _class_request(recipe, part)
+        sums = None
+        if labels is not None:
+            rows = [_known_classes(image, recipe) or () for image in part]
+            photos = [recipe.loading.photo(image.rgb, image.rgb.shape[:2]) for image in part]
+            pixels = torch.cat([photo.pixels for photo in photos])
+            rgb = torch.cat([photo.rgb for photo in photos])
+            counted = [image.key in todo for image in part]
+            guessed = isinstance(labels, PredictedClasses)
+            sums = fitter.of(pixels, rgb, None if guessed else rows, counted=counted)
+        return [Lesson(tuple(image.key for image in part), sums)]
+
+    return _alone_if_failed(work, batch)
+
+
+def _alone_if_failed(
+    work: Callable[[Sequence[ReadImage]], list[Outcome]], batch: Sequence[ReadImage]
+) -> list[Outcome | Failure]:
+    """Work on a batch, or on each of its pictures alone if the batch fails."""
     try:
-        return list(_forward(pipeline, recipe, batch))
+        return [*work(batch)]
     except torch.OutOfMemoryError as error:
         rows, cols = batch[0].rgb.shape[:2]
         raise CamkitError(
@@ -214,7 +280,7 @@ def forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> l
     except (CamkitError, ValueError) as error:
         if len(batch) == 1:
             return [Failure(batch[0].key, "model", " ".join(str(error).split()))]
-    return [outcome for image in batch for outcome in forward(pipeline, recipe, (image,))]
+    return [outcome for image in batch for outcome in _alone_if_failed(work, (image,))]
 
 
 def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> Iterator[Maps]:
@@ -277,7 +343,9 @@ def _class_request(recipe: Recipe, batch: Sequence[ReadImage]) -> Any:
     if isinstance(recipe.labels, PredictedClasses):
         return recipe.labels
     if any(row is None for row in rows):
-        raise DataError("the image has no labels; give labels, or let the classifier predict")
+        if recipe.guesses is None:
+            raise DataError("the image has no labels; give labels, or let the classifier predict")
+        return recipe.guesses  # `batches` keeps images with and without labels apart
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=-1)
 

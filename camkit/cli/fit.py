@@ -1,34 +1,27 @@
 """Fit a read-out over photos with image-level labels, for better maps (`--readout`)."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add as plus
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from camkit.bulk import Failure, Item
-from camkit.bulk.recipe import Loading
-from camkit.bulk.stages import ReadImage, chunks, read
+from camkit.bulk.recipe import Loading, Recipe
+from camkit.bulk.running import fit_readout
 from camkit.cli.models import MODELS, add_model_arguments, open_named
-from camkit.cli.options import add_method_arguments, method_of, read_classes
+from camkit.cli.options import add_form, add_method_arguments, method_to_fit, read_classes
 from camkit.cli.sources import (
     add_input_arguments,
     check_has_images,
+    guesses_for,
     labelled,
     open_input,
     vocabulary_for,
 )
-from camkit.errors import CamkitError
-from camkit.fitting import GUESSES, Fitter
-from camkit.photo import Photo
-from camkit.pipeline import Pipeline
+from camkit.method import split_refine
 from camkit.readout import Readout
-from camkit.screen import progress
-from camkit.seeds import PredictedClasses
 
 EXAMPLES = f"""examples:
   camkit fit photos --labels labels.json --out readout.safetensors
@@ -39,7 +32,8 @@ EXAMPLES = f"""examples:
 
 INPUT is what `camkit run` takes. The model runs once on each photo; photos that show none of the
 classes, or that the classifier is not sure of, teach nothing. A read-out belongs to one model and
-one method: give the same options to `camkit run` and `camkit cam`.
+one method: give the same options to `camkit run` and `camkit cam`. An interrupted command leaves
+the folder OUT.part: the same command does the rest.
 
 {MODELS}
 """
@@ -52,15 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--join", type=Path, nargs="+", metavar="FILE", help="add up read-outs instead")
     add_input_arguments(parser)
     add_method_arguments(parser)
-    add(
-        "--form",
-        choices=("auto", "object", "classes"),
-        default="auto",
-        help="one column for all objects, or one for each class (default: by the number of photos)",
-    )
+    add_form(parser)
     add("--max-pixels", type=int, default=Loading.max_pixels, help="larger images are refused")
     add("--batch", type=int, default=8, help="images per forward (default: 8)")
+    add("--workers", type=int, help="processes that read (default: the cores left)")
+    add("--threads", type=int, help="of the model on a CPU (default: half of the cores)")
     add("--device", help="of the model (default: a GPU if there is one)")
+    add("--overwrite", action="store_true", help="remove what an interrupted command left")
     add_model_arguments(parser)
 
 
@@ -72,9 +64,10 @@ def execute(options: argparse.Namespace) -> int:
     failed = 0
     if options.join is not None:
         readout = reduce(plus, map(Readout.load, options.join))
+        readout.save(options.out)
     else:
         readout, failed = _fit(options)
-    print(f"{readout.save(options.out)}: {readout}")
+    print(f"{options.out}: {readout}")
     unknown = [name for name in readout.classes if not readout.knows(name)]
     if unknown:
         print(
@@ -88,59 +81,33 @@ def _fit(options: argparse.Namespace) -> tuple[Readout, int]:
     """Return the read-out of the photos of INPUT, and how many could not be read."""
     source = open_input(options)
     check_has_images(source, options.input)
-    source, predicted = labelled(source, options.labels)
+    source, predicted = labelled(source, options.labels, partial=True)
     opened = open_named(vars(options))
     vocabulary = vocabulary_for(options, source, opened.vocabulary)
     same = read_classes(vocabulary, options.classes) if options.classes is not None else None
-    method = method_of(options, opened)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = Pipeline(opened.model.to(device), method, vocabulary=vocabulary, call=opened.call)
-    loading = Loading(**opened.photos.arguments(), max_pixels=options.max_pixels)
-    # by default only what the classifier is sure of: a wrong guess would teach a wrong class
-    guesses = predicted if options.labels is not None and predicted is not None else GUESSES
-    fitter, failures = Fitter(pipeline, guesses=guesses), 0
-    bar = progress(desc="fitting", unit="photo")
-    for chunk in chunks(source, max(32, options.batch)):
-        images: list[ReadImage] = []
-        for entry in chunk:
-            image = _read(entry, loading)
-            if isinstance(image, ReadImage):
-                images.append(image)
-                continue
-            failures += 1
-            tqdm.write(f"camkit: {image.key}: {image.reason}", file=sys.stderr)
-        _add(fitter, images, loading, options.batch, predicted, same)
-        bar.update(len(chunk))
-    bar.close()
-    return fitter.readout(options.form), failures
-
-
-def _read(entry: Item | Failure, loading: Loading) -> ReadImage | Failure:
-    if isinstance(entry, Failure):
-        return entry
-    try:
-        return read(entry, loading)
-    except CamkitError as error:
-        return Failure(entry.key, "read", " ".join(str(error).split()))
-
-
-def _add(
-    fitter: Fitter,
-    images: Sequence[ReadImage],
-    loading: Loading,
-    batch: int,
-    predicted: PredictedClasses | None,
-    same: tuple[int, ...] | None,
-) -> None:
-    """Add the photos of a chunk, in batches of one size."""
-    groups: dict[tuple[object, ...], list[tuple[Photo, tuple[int, ...] | None]]] = {}
-    for image in images:
-        labels = None if predicted is not None else image.classes
-        labels = labels if same is None else same
-        if labels is None or labels:
-            key = (image.rgb.shape, labels is None)
-            photo = loading.photo(image.rgb, size=image.rgb.shape[:2])
-            groups.setdefault(key, []).append((photo, labels))
-    for group in groups.values():
-        for part in chunks(group, batch):
-            fitter.add_photos(part)
+    method = method_to_fit(options, opened)
+    recipe = Recipe(
+        model=opened.opener,
+        method=replace(method, refine=split_refine(method.refine)[0]),
+        loading=Loading(**opened.photos.arguments(), max_pixels=options.max_pixels),
+        vocabulary=vocabulary,
+        labels=predicted if same is None else same,
+        call=opened.call,
+        batch=options.batch,
+        chunk=max(32, options.batch),
+        fit=options.form or "auto",
+        guesses=guesses_for(options.labels, predicted),
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the way clusters end a job
+    summary = fit_readout(
+        recipe,
+        source,
+        options.out,
+        device=options.device,
+        workers=options.workers,
+        threads=options.threads,
+        overwrite=options.overwrite,
+    )
+    for failure in summary.failures:
+        print(f"camkit: {failure.key}: {failure.reason}", file=sys.stderr)
+    return summary.readout, len(summary.failures)

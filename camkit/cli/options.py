@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -22,7 +23,7 @@ from camkit.method import (
     with_readout,
 )
 from camkit.pipeline import wrap
-from camkit.readout import Readout
+from camkit.readout import Form, Readout
 from camkit.refiners import AtReducedSize, DenseCRF, Refiner
 from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
@@ -82,7 +83,15 @@ def method_of(options: argparse.Namespace, opened: OpenedModel) -> Method:
         raise ValueError(str(error)) from error
 
 
-def _method(options: argparse.Namespace, opened: OpenedModel) -> Method:
+def method_to_fit(options: argparse.Namespace, opened: OpenedModel) -> Method:
+    """Return the method whose maps a read-out is fitted on, with all refiners of the options."""
+    try:
+        return _unfitted(options, opened)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _unfitted(options: argparse.Namespace, opened: OpenedModel) -> Method:
     refine = read_refiners(options.refine, REFINERS) if options.refine else DEFAULT_REFINE
     if options.seed is None and options.edit is None:
         method = default_method(opened)
@@ -92,13 +101,17 @@ def _method(options: argparse.Namespace, opened: OpenedModel) -> Method:
             edit=options.edit,
             edit_blocks=options.edit_blocks or None,
         )
+    return replace(method, refine=refine)
+
+
+def _method(options: argparse.Namespace, opened: OpenedModel) -> Method:
+    method = _unfitted(options, opened)
     if options.readout is not None:
-        readout = Readout.load(options.readout)
-        return with_readout([replace(method, refine=refine)], readout, opened.model)
-    _, finish = split_refiners(refine)
+        return with_readout([method], Readout.load(options.readout), opened.model)
+    _, finish = split_refiners(method.refine)
     if any(isinstance(_inner(refiner), DenseCRF) for refiner in finish):
         method = replace(method, background_score=0.5)
-    return replace(method, refine=refine)
+    return method
 
 
 def split_refiners(refine: Sequence[Refiner]) -> tuple[tuple[Refiner, ...], tuple[Refiner, ...]]:
@@ -122,6 +135,16 @@ def default_method(opened: OpenedModel) -> Method:
     pixels = grey[:, : opened.photos.channels] * 2 - 1
     pipeline = wrap(opened.model, vocabulary=opened.vocabulary, call=opened.call)
     return pipeline.decide(pixels, grey)
+
+
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """Add the form of a read-out."""
+    parser.add_argument(
+        "--form",
+        choices=get_args(Form),
+        help="of the read-out: one column for all objects, or one for each class (default: auto, "
+        "by the number of photos)",
+    )
 
 
 def read_classes(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:

@@ -17,8 +17,10 @@ from camkit.bulk.sources import PhotoFolder, Source
 from camkit.cli.mask import add_background, add_ignore_below, background_score
 from camkit.cli.models import MODELS, add_model_arguments, open_named
 from camkit.cli.options import (
+    add_form,
     add_method_arguments,
     method_of,
+    method_to_fit,
     read_classes,
     refiners_help,
     split_refiners,
@@ -26,19 +28,21 @@ from camkit.cli.options import (
 from camkit.cli.sources import (
     add_input_arguments,
     check_has_images,
+    guesses_for,
     labelled,
     name_skipped,
     open_input,
     vocabulary_for,
 )
-from camkit.method import REFINERS
-from camkit.seeds import PredictedClasses
+from camkit.method import REFINERS, split_refine
+from camkit.seeds import FITTED_SCORE, PredictedClasses
 
 EXAMPLES = f"""examples:
   camkit run photos --out masks
   camkit run VOC2012 --split train --refine propagate+normalize:minmax+crf --cams both --out labels
   camkit run list.txt --root JPEGImages --labels cls_labels.npy --vocabulary voc --out masks
   camkit run shards --labels predicted:0.2 --cams parquet --out maps           tar shards
+  camkit run photos --labels labels.json --fit --out masks                     two passes
   camkit run photos.parquet --key-column name --out masks
   torchrun --nproc-per-node 8 -m camkit run photos --out masks                 one GPU per process
   camkit run photos --out masks --engine ray --address auto --gpus 0.5         a cluster
@@ -47,7 +51,8 @@ EXAMPLES = f"""examples:
 
 INPUT is a folder of photos, a list of paths, a data set in the layout of VOC, COCO or ImageNet-S, a
 folder of WebDataset tar files or of Parquet, or one such file. A journal in OUT records what is
-done: the same command does the rest, however the last one ended.
+done: the same command does the rest, however the last one ended. With --fit the model runs twice
+on each image: the first pass fits OUT/readout.safetensors, the second makes the maps with it.
 
 {MODELS}
 
@@ -71,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_background(parser)
     add_ignore_below(parser)
     add("--max-pixels", type=int, default=Loading.max_pixels, help="larger images are refused")
+    add("--fit", action="store_true", help="first fit a read-out over all images, for better maps")
+    add_form(parser)
     add("--batch", type=int, default=8, help="images per forward (default: 8)")
     add("--chunk", type=int, default=32, help="images planned together (default: 32)")
     add("--workers", type=int, help="processes that read and finish (default: the cores left)")
@@ -87,16 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    _check_options(options)
     cluster = None
     if options.engine == "ray":
         cluster = RayEngine(options.address, options.actors, options.gpus)
-    for name in ("address", "actors", "gpus"):
-        if cluster is None and getattr(options, name) is not None:
-            raise ValueError(f"--{name} needs a cluster; add --engine ray, or omit it")
     source = open_input(options)
     photos, rank = source, rank_of(os.environ)
     _check_input(options, source)
-    source, labels = labelled(source, options.labels)
+    source, labels = labelled(source, options.labels, partial=options.fit)
     recipe = _recipe(options, source, labels)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the way clusters end a job
     summary = run(
@@ -120,9 +125,34 @@ def execute(options: argparse.Namespace) -> int:
             "--retry tries them again",
             file=sys.stderr,
         )
+    if summary.unfitted:
+        print(
+            f"camkit: the read-out does not know {', '.join(summary.unfitted)}; their maps stay "
+            "unfitted, as the manifest says of each image",
+            file=sys.stderr,
+        )
+    if summary.unread:
+        print(
+            f"camkit: the read-out lacks {summary.unread} images that failed, see "
+            f"{options.out / 'errors.tsv'}",
+            file=sys.stderr,
+        )
     if isinstance(photos, PhotoFolder) and rank.number == 0:
         name_skipped(photos)
     return 1 if summary.failed else 0
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    for name in ("address", "actors", "gpus"):
+        if options.engine != "ray" and getattr(options, name) is not None:
+            raise ValueError(f"--{name} needs a cluster; add --engine ray, or omit it")
+    if options.fit and options.readout is not None:
+        raise ValueError(
+            "--fit fits a read-out of its own; omit --readout, or omit --fit to use that file"
+        )
+    if options.form is not None and not options.fit:
+        raise ValueError("--form is that of the read-out of --fit; add --fit, or omit it")
 
 
 def _check_input(options: argparse.Namespace, source: Source) -> None:
@@ -148,16 +178,24 @@ def _recipe(options: argparse.Namespace, source: Source, labels: PredictedClasse
         if options.labels is not None:
             raise ValueError("--classes gives the classes of every image; omit --labels")
         classes = read_classes(vocabulary, options.classes)
-    method = method_of(options, opened)
-    refine, finish = split_refiners(method.refine)
     score = background_score(options)
+    if options.fit:
+        # the fit reads the first maps, and its own maps have another background score
+        method = method_to_fit(options, opened)
+        first, edges = split_refine(method.refine)
+        kept, finish = split_refiners(edges)
+        refine, default = (*first, *kept), FITTED_SCORE
+    else:
+        method = method_of(options, opened)
+        refine, finish = split_refiners(method.refine)
+        default = method.background_score
     return Recipe(
         model=opened.opener,
         method=replace(method, refine=refine),
         loading=Loading(**opened.photos.arguments(), max_pixels=options.max_pixels),
         writing=Writing(
             finish,
-            method.background_score if score is None else score,
+            default if score is None else score,
             options.background,
             options.ignore_below,
             not options.no_masks,
@@ -168,4 +206,6 @@ def _recipe(options: argparse.Namespace, source: Source, labels: PredictedClasse
         call=opened.call,
         batch=options.batch,
         chunk=max(options.chunk, options.batch),
+        fit=(options.form or "auto") if options.fit else None,
+        guesses=guesses_for(options.labels, labels) if options.fit else None,
     )

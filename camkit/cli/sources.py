@@ -12,6 +12,7 @@ from camkit.cli.options import read_predicted
 from camkit.data import COCO_CLASSES, VOC_CLASSES
 from camkit.data.labels import read_names
 from camkit.errors import CamkitError, closest, nearby
+from camkit.fitting import GUESSES
 from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
 
@@ -77,11 +78,16 @@ def name_skipped(photos: PhotoFolder) -> None:
         )
 
 
-def labelled(source: Source, text: str | None) -> tuple[Source, PredictedClasses | None]:
-    """Return the source with the labels of ``--labels``, or the prediction that replaces them."""
+def labelled(
+    source: Source, text: str | None, *, partial: bool = False
+) -> tuple[Source, PredictedClasses | None]:
+    """Return the source with the labels of ``--labels``, or the prediction that replaces them.
+
+    Images that a label file leaves out are failures, or with ``partial`` images without labels.
+    """
     if text is None:
-        first = next((entry for entry in source if isinstance(entry, Item)), None)
-        return source, None if first is not None and first.classes is not None else _FIRST
+        labels = (entry.classes is not None for entry in source if isinstance(entry, Item))
+        return source, None if (any(labels) if partial else next(labels, False)) else _FIRST
     if text == "dataset":
         return source, None
     if text == "first":
@@ -91,7 +97,21 @@ def labelled(source: Source, text: str | None) -> tuple[Source, PredictedClasses
         word = closest(text, ("dataset", "first", "predicted"))
         hint = f"; {word}" if word.startswith("did you mean") else nearby(Path(text)) or f"; {word}"
         raise ValueError(f"--labels {text}: no such file{hint}")
-    return (Labelled(source, read_labels(text)), None) if predicted is None else (source, predicted)
+    if predicted is not None:
+        return source, predicted
+    found = Labelled(source, read_labels(text), partial=partial)
+    if partial and not any(isinstance(x, Item) and x.classes is not None for x in found):
+        raise ValueError(f"--labels {text} names none of the images; check the names in it")
+    return found, None
+
+
+def guesses_for(text: str | None, predicted: PredictedClasses | None) -> PredictedClasses:
+    """Return the classes that teach a read-out where an image has no labels.
+
+    Without ``--labels predicted`` or ``first`` they are only those that the classifier is sure of:
+    a wrong guess would teach a wrong class.
+    """
+    return GUESSES if text is None or predicted is None else predicted
 
 
 def vocabulary_for(options: argparse.Namespace, source: Source, known: Vocabulary) -> Vocabulary:
