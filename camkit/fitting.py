@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from camkit.inputs import PhotoLike
-from camkit.method import origin_of, split_refine
+from camkit.method import origin_of
 from camkit.photo import Photo
 from camkit.pipeline import Pipeline, Stages, wrap
 from camkit.readout import Form, ImageMoments, Moments, Origin, Readout
@@ -102,7 +102,8 @@ class Fitter:
         texts: TextClasses | None = None,
         guesses: PredictedClasses = GUESSES,
     ) -> None:
-        self._pipeline, self._texts, self._guesses = pipeline, texts, guesses
+        self._pipeline = pipeline.without_edges()  # they would be computed for nothing
+        self._texts, self._guesses = texts, guesses
         self._origin: Origin | None = None
 
     @property
@@ -186,14 +187,8 @@ class Fitter:
 
 
 def _first_maps(stages: Stages) -> Cam:
-    """Return the maps before refiners that follow edges; raises a ValueError off the patch grid."""
-    first, edges = split_refine(stages.method.refine)
-    cam = stages.cam
-    if edges:
-        cam = stages.seed
-        for refiner in first:
-            cam = refiner(cam, stages.capture)
-    grid = stages.capture.grid
+    """Return the maps, which must be on the patch grid, or raise a ValueError."""
+    cam, grid = stages.cam, stages.capture.grid
     if cam.shape[-2:] != (grid.rows, grid.cols):
         raise ValueError(
             "the first maps of a read-out must stay on the patch grid, got maps of "

@@ -24,7 +24,15 @@ from camkit.grid import Grid
 from camkit.inputs import PhotoLike, as_photos, photo_settings, to_photo
 from camkit.manifest import provenance
 from camkit.mask import to_mask
-from camkit.method import DEFAULT_REFINE, PRESETS, Method, Preset, read_refine, with_readout
+from camkit.method import (
+    DEFAULT_REFINE,
+    PRESETS,
+    Method,
+    Preset,
+    read_refine,
+    split_refine,
+    with_readout,
+)
 from camkit.names import read_vocabulary, vocabulary_of
 from camkit.ops.images import resize_cam
 from camkit.photo import Photo, PhotoSettings
@@ -396,9 +404,7 @@ class Pipeline:
         ]
         names = tuple(tuple(legend.values()) for legend in legends)
         warn_of_flat_maps(maps, cam, indices, names)
-        unfitted: tuple[tuple[str, ...], ...] = ((),) * len(names)
-        if isinstance(method.seed, FittedSeed):
-            unfitted = tuple(map(method.seed.unfitted, names))
+        fitted = method.seed if isinstance(method.seed, FittedSeed) else None
         return Stages(
             seed=first,
             cam=cam,
@@ -408,8 +414,18 @@ class Pipeline:
             values=tuple(tuple(legend) for legend in legends),
             method=method,
             passed_over=passed_over,
-            unfitted=unfitted,
+            unfitted=tuple(() if fitted is None else fitted.unfitted(each) for each in names),
         )
+
+    def without_edges(self) -> "Pipeline":
+        """Return a pipeline of this model without the refiners that follow edges, and what follows.
+
+        Its maps are on the patch grid, unless another refiner changes their size.
+        """
+        other = copy.copy(self)
+        other._presets = tuple(replace(p, method=_without_edges(p.method)) for p in self._presets)
+        other._method = None if self._method is None else _without_edges(self._method)
+        return other
 
     def decide(self, pixels: Pixels, rgb: RGB) -> Method:
         """Return the method for this model; the first call decides it, by trying the presets.
@@ -549,3 +565,7 @@ class Stages:
     unfitted: tuple[tuple[str, ...], ...] = ()
 
     __repr__ = short_repr
+
+
+def _without_edges(method: Method) -> Method:
+    return replace(method, refine=split_refine(method.refine)[0])
