@@ -26,10 +26,10 @@ MANY_PHOTOS = 100
 
 _RIDGE, _IMAGE_RIDGE = 0.1, 1.0  # penalties, as shares of the mean variance of a feature
 _BALANCE = 0.5  # a class of n patches weighs n ** (1 - 0.5)
-_OWN_COLUMN = 200  # patches from which a class has a column of its own
+_OWN_COLUMN = 200  # patches from which a class has a column of its own, if it has enough photos
 _KNOWN = 50  # patches from which a class counts as seen
 _SHARE = 0.7  # of its patches that must be read as object
-_PHOTOS = 10  # with a class, and without it, from which the classifier counts
+_PHOTOS = 10  # from which a class has a column, and a classifier if as many lack the class
 _FILE = "camkit_readout_1"
 _PARTS = ("count", "total", "product")
 
@@ -265,13 +265,15 @@ class Readout:
 
     @cached_property
     def _columns(self) -> tuple[tuple[int, ...], ...]:
-        """Return the classes of each column: classes with few patches share one."""
+        """Return the classes of each column: classes of few patches or photos share one."""
         everything = tuple(range(len(self.classes)))
         if not self.by_class:
             return (everything,)
         count = self.patches.count[1:]
-        own = tuple((each,) for each in everything if count[each] >= _OWN_COLUMN)
-        rest = tuple(each for each in everything if 0 < count[each] < _OWN_COLUMN)
+        photos = self.images.photos
+        enough = {i for i in everything if count[i] >= _OWN_COLUMN and photos[i] >= _PHOTOS}
+        own = tuple((each,) for each in everything if each in enough)
+        rest = tuple(each for each in everything if count[each] > 0 and each not in enough)
         return (*own, rest) if rest else own
 
     @cached_property

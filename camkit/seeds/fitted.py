@@ -27,8 +27,11 @@ class FittedSeed:
 
     The read-out's margin m of each patch becomes evidence, ``sigmoid(10 m)``, which is spread once
     and averaged with the refined map of the seed. If the read-out has a classifier from image
-    labels, its scores of the patches, times class attention, first join the maps of the seed. A
-    class that the read-out does not know (`camkit.readout.Readout.knows`) keeps its unfitted map.
+    labels, its scores of the patches, times class attention, first join the maps of the seed.
+
+    A class that the read-out does not know (`camkit.readout.Readout.knows`) keeps its unfitted map.
+    Where this is stronger than the unfitted map of another class, evidence cannot raise the other
+    map: it tells objects from background, and the unknown object looks like one, too.
 
     Attributes:
         seed: the seed of the first maps.
@@ -60,8 +63,11 @@ class FittedSeed:
         margins = self.readout.margins(tokens, names)
         evidence = capture.grid.fold((_STEEPNESS * margins).sigmoid())
         fitted = (first + self.spread(evidence, capture).clamp(0.0, 1.0)) / 2
-        cam = torch.where(known, fitted, _stretched(first, self.unfitted_score))
-        return cam.masked_fill((classes < 0)[:, :, None, None], 0.0)
+        absent = (classes < 0)[:, :, None, None]
+        unfitted = _stretched(first, self.unfitted_score)
+        rival = unfitted.masked_fill(known | absent, -1.0).amax(1, keepdim=True)
+        fitted = torch.where(rival > unfitted, fitted.minimum(unfitted), fitted)
+        return torch.where(known, fitted, unfitted).masked_fill(absent, 0.0)
 
     def unfitted(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Return the classes that keep their unfitted map."""
