@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,14 +27,14 @@ import timm
 import torch
 from peer_maps import MultiheadBlock, minmax
 from peers import pydensecrf
+from tables import BEFORE
 from torch import Tensor, nn
 from watching import RESULTS
 
 import camkit
-from camkit import refiners, seeds
-from camkit.edits import StaticCalibration
+from camkit import refiners
 from camkit.manifest import environment
-from camkit.method import CALIBRATED, DEFAULT_REFINE, GRADIENT, Method
+from camkit.method import CALIBRATED, GRADIENT, WITHOUT_EDGES
 from camkit.photo import PhotoSettings
 
 SMALL, TINY = "vit_small_patch16_224", "vit_tiny_patch16_224"
@@ -42,13 +43,13 @@ PLAIN, SCORE = "plain forward", 0.5
 Chain = Callable[[Sequence[Path], Sequence[int]], object]
 """``(photos, classes asked of each) -> masks``"""
 
-WITHOUT_GRADIENTS = Method(
-    seeds.HybridAttentionSeed(), edit=StaticCalibration(), edit_blocks=4, background_score=0.5
-)
+HALF = (*WITHOUT_EDGES, refiners.AtReducedSize(camkit.DenseCRF(), scale=0.5))
 METHODS = {
-    "camkit, calibrated gradient": CALIBRATED.method,
-    "camkit, gradient": GRADIENT.method,
-    "camkit, without gradients": WITHOUT_GRADIENTS,
+    "camkit, default": CALIBRATED.method,
+    "camkit, default without edges": replace(CALIBRATED.method, refine=WITHOUT_EDGES),
+    "camkit, default with a half-size CRF": replace(CALIBRATED.method, refine=HALF),
+    "camkit, gradient, without edges": replace(GRADIENT.method, refine=WITHOUT_EDGES),
+    "camkit, former default": BEFORE,
 }
 
 
@@ -60,19 +61,11 @@ def picture(folder: Path) -> Path:
     return path
 
 
-def ours(method: Method, side: int, *, crf: bool) -> Callable[[nn.Module], Chain]:
-    """A chain of camkit, perhaps with a dense CRF at half size."""
+def ours(method: camkit.Method, side: int) -> Callable[[nn.Module], Chain]:
+    """A chain of camkit."""
 
     def build(model: nn.Module) -> Chain:
-        half = (refiners.AtReducedSize(camkit.DenseCRF(), scale=0.5),) if crf else ()
-        pipeline = camkit.wrap(
-            model,
-            seed=method.seed,
-            edit=method.edit,
-            edit_blocks=method.edit_blocks,
-            refine=(*DEFAULT_REFINE, *half),
-            photos=PhotoSettings(size=(side, side)),
-        )
+        pipeline = camkit.Pipeline(model, method, photos=PhotoSettings(size=(side, side)))
         return lambda paths, asked: pipeline(list(paths), classes=[list(asked) for _ in paths])
 
     return build
@@ -177,8 +170,7 @@ def new(name: str, side: int) -> nn.Module:
 def chains(name: str, side: int) -> dict[str, Chain]:
     found: dict[str, Chain] = {}
     for way, method in METHODS.items():
-        found[way] = ours(method, side, crf=False)(new(name, side))
-        found[f"{way} + half-size CRF"] = ours(method, side, crf=True)(new(name, side))
+        found[way] = ours(method, side)(new(name, side))
     for way, (package, maps_of) in PEERS.items():
         if find_spec(package):
             found[way] = peer(maps_of, side, crf=False)(new(name, side))

@@ -79,12 +79,12 @@ def test_patches_far_from_the_background_score_are_examples():
     assert sure_patches(maps, 0.5).tolist() == [0, -2, -2, -2]
 
 
-def test_a_fit_counts_the_sure_patches_and_the_labels(pipeline, smooth, samples, readout):
-    score, counts, photos = pipeline.method.background_score, torch.zeros(5), torch.zeros(4)
+def test_a_fit_counts_the_sure_patches_and_the_labels(smooth, samples, readout):
+    counts, photos = torch.zeros(5), torch.zeros(4)
     for sample in samples:
-        photo = pipeline.prepare(sample.photo)
+        photo = smooth.prepare(sample.photo)
         stages = smooth.stages(photo.pixels, rgb=photo.rgb, classes=[list(sample.classes)])
-        groups = sure_patches(stages.cam[0].flatten(1), score)
+        groups = sure_patches(stages.cam[0].flatten(1), stages.method.background_score)
         counts[0] += (groups == -1).sum()
         for slot, index in enumerate(sample.classes):
             counts[index + 1] += (groups == slot).sum()
@@ -151,6 +151,38 @@ def test_a_class_that_the_fit_never_saw_keeps_its_mask_and_is_named(
     same = (result.mask == plain.mask).float().mean()
     assert same > 0.99
     assert (plain.cam > score).any()
+
+
+def test_where_an_unknown_class_is_stronger_no_other_map_is_raised(
+    opened, vocabulary, smooth, samples
+):
+    unknown, known = 1, 2  # a person and a cup
+    others = [s for s in samples if unknown not in s.classes]
+    readout = camkit.fit(smooth, [s.photo for s in others], labels_of(others))
+    fitted = camkit.wrap(
+        opened.model,
+        vocabulary=vocabulary,
+        photos=SETTINGS,
+        readout=readout,
+        refine=camkit.method.WITHOUT_EDGES,
+    )
+    names = [[vocabulary.names[unknown], vocabulary.names[known]]]
+    assert [readout.knows(name) for name in names[0]] == [False, True]
+    photo = smooth.prepare(next(s.photo for s in samples if unknown in s.classes))
+    asked = {"rgb": photo.rgb, "classes": [[unknown, known]]}
+    seen = smooth.stages(photo.pixels, **asked)
+    plain, read = seen.cam[0], fitted.stages(photo.pixels, **asked).cam[0]
+    margins = readout.margins(seen.capture.patch_embeddings().detach(), names)
+    evidence = seen.capture.grid.fold((10 * margins).sigmoid())
+    spread = camkit.Propagate(steps=1, blocks=6, balance=3)(evidence, seen.capture)[0]
+    raised = (plain[1] + spread[1].clamp(0, 1)) / 2
+    score = smooth.method.background_score
+    plain = torch.where(plain > score, (1 + (plain - score) / (1 - score)) / 2, plain / score / 2)
+    torch.testing.assert_close(read[0], plain[0], rtol=0, atol=1e-5)
+    stronger = plain[0] > plain[1]
+    assert (raised > plain[1] + 1e-2)[stronger].any()  # what must not happen
+    wanted = torch.where(stronger, raised.minimum(plain[1]), raised)
+    torch.testing.assert_close(read[1], wanted, rtol=0, atol=1e-4)
 
 
 def test_photos_without_labels_count_by_confident_guesses(pipeline, samples):

@@ -31,8 +31,21 @@ def readout_of(
     return Readout(names, sum(sums[1:], sums[0]), images, photos, ORIGIN)
 
 
+def test_classes_of_few_photos_share_a_column() -> None:
+    patches = {"cat": CAT, "dog": DOG, "cow": -CAT}
+    tokens, names = torch.zeros(1, 1, 3).double(), [["cat", "dog", "cow"]]
+    own = replace(readout_of(patches, photos=30), form="classes")
+    assert len(set(own._margins(tokens)[0, 0].tolist())) == 3
+    few = replace(readout_of(patches, photos=29), form="classes")  # one shows 9 cows
+    assert few._margins(tokens).shape[-1] == 3  # a column for cows alone, as the only rare class
+    fewer = replace(readout_of(patches, photos=28), form="classes")
+    margins = fewer.margins(tokens, names)[0, :, 0].tolist()
+    assert fewer._margins(tokens).shape[-1] == 2
+    assert margins[1] == fewer._margins(tokens)[0, 0, 1] != margins[0]
+
+
 def test_the_solution_is_that_of_ridge_regression_on_the_patches_themselves() -> None:
-    readout = replace(readout_of({"cat": CAT, "dog": DOG[:250]}), form="classes")
+    readout = replace(readout_of({"cat": CAT, "dog": DOG[:250]}, photos=20), form="classes")
     features = torch.cat([BACKGROUND, CAT, DOG[:250]])
     groups = torch.tensor([0] * 400 + [1] * 400 + [2] * 250)
     weight = torch.tensor([400**-0.5, 400**-0.5, 250**-0.5]).double()

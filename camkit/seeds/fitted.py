@@ -27,7 +27,8 @@ class FittedSeed:
 
     The read-out's margin m of each patch becomes evidence, ``sigmoid(10 m)``, which is spread once
     and averaged with the refined map of the seed. If the read-out has a classifier from image
-    labels, its scores of the patches, times class attention, first join the maps of the seed.
+    labels, its scores of the patches, times class attention, first join the maps of the seed, if it
+    knows all classes of the photo.
 
     A class that the read-out does not know (`camkit.readout.Readout.knows`) keeps its unfitted map.
     Where this is stronger than the unfitted map of another class, evidence cannot raise the other
@@ -58,8 +59,8 @@ class FittedSeed:
     def __call__(self, capture: Capture, classes: Classes) -> Cam:
         names = names_of(capture, classes)
         tokens = capture.patch_embeddings().detach().float()
-        first = self._first(capture, classes, names, tokens)
-        known = self._known(names, first)
+        known = self._known(names, tokens)
+        first = self._first(capture, classes, names, known)
         margins = self.readout.margins(tokens, names)
         evidence = capture.grid.fold((_STEEPNESS * margins).sigmoid())
         fitted = (first + self.spread(evidence, capture).clamp(0.0, 1.0)) / 2
@@ -74,11 +75,17 @@ class FittedSeed:
         return tuple(name for name in names if not self.readout.knows(name))
 
     def _first(
-        self, capture: Capture, classes: Classes, names: list[list[str]], tokens: Tensor
+        self,
+        capture: Capture,
+        classes: Classes,
+        names: list[list[str]],
+        known: Bool[Tensor, "b k 1 1"],
     ) -> Cam:
         cam = scaled_to_max(self.seed(capture, classes).float().clamp_min(0.0))
-        if self.readout.by_class:
-            scores = above_mean(self.readout.class_scores(tokens, names))
+        whole = (known[..., 0] | (classes < 0)[..., None]).all(1, keepdim=True)
+        if self.readout.by_class and bool(whole.any()):
+            tokens = capture.patch_embeddings().detach().float()
+            scores = above_mean(self.readout.class_scores(tokens, names)) * whole
             evidence = scaled_to_max(scores, (-1,)) * class_attention(capture)[:, None]
             cam = scaled_to_max(cam + scaled_to_max(fold_maps(capture, evidence, classes)))
         for refiner in self.refine:
