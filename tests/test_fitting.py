@@ -20,6 +20,7 @@ from camkit.method import split_refine
 from camkit.pipeline import UnfittedClassWarning
 from camkit.refiners import AtReducedSize, Normalize
 from camkit.seeds import FittedSeed, TextClasses
+from camkit.seeds.fitted import contested
 
 VISION = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 16, "image_size": 64}
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 4, "layers": 2}
@@ -153,7 +154,7 @@ def test_a_class_that_the_fit_never_saw_keeps_its_mask_and_is_named(
     assert (plain.cam > score).any()
 
 
-def test_where_an_unknown_class_is_stronger_no_other_map_is_raised(
+def test_beside_an_unknown_class_unfitted_maps_decide_between_classes(
     opened, vocabulary, smooth, samples
 ):
     unknown, known = 1, 2  # a person and a cup
@@ -178,11 +179,18 @@ def test_where_an_unknown_class_is_stronger_no_other_map_is_raised(
     raised = (plain[1] + spread[1].clamp(0, 1)) / 2
     score = smooth.method.background_score
     plain = torch.where(plain > score, (1 + (plain - score) / (1 - score)) / 2, plain / score / 2)
-    torch.testing.assert_close(read[0], plain[0], rtol=0, atol=1e-5)
     stronger = plain[0] > plain[1]
     assert (raised > plain[1] + 1e-2)[stronger].any()  # what must not happen
-    wanted = torch.where(stronger, raised.minimum(plain[1]), raised)
+    wanted = torch.where(stronger, plain[1], raised)
     torch.testing.assert_close(read[1], wanted, rtol=0, atol=1e-4)
+    wanted = torch.where(stronger, plain[0], plain[0] * (wanted / plain[1]).clamp_max(1))
+    torch.testing.assert_close(read[0], wanted, rtol=0, atol=1e-4)
+    # patches where the unknown class is stronger, where it is weaker, and where evidence agrees
+    unfitted = torch.tensor([[0.8, 0.6, 0.3], [0.6, 0.8, 0.7]])[None, :, None]
+    evident = torch.tensor([[0.0, 0.0, 0.0], [0.9, 0.4, 0.8]])[None, :, None]
+    is_known = torch.tensor([False, True])[None, :, None, None]
+    found = contested(evident, unfitted, is_known, ~is_known)[0, :, 0]
+    torch.testing.assert_close(found, torch.tensor([[0.8, 0.3, 0.3], [0.6, 0.4, 0.8]]))
 
 
 def test_photos_without_labels_count_by_confident_guesses(pipeline, samples):

@@ -31,8 +31,10 @@ class FittedSeed:
     knows all classes of the photo.
 
     A class that the read-out does not know (`camkit.readout.Readout.knows`) keeps its unfitted map.
-    Where this is stronger than the unfitted map of another class, evidence cannot raise the other
-    map: it tells objects from background, and the unknown object looks like one, too.
+    Beside other classes, a patch belongs to the class whose unfitted map is the strongest there:
+    evidence tells objects from background, and the unknown object looks like one, too. So where the
+    unknown class is the stronger, the other map stays unfitted, and where it is the weaker, its map
+    is lowered with that of the other.
 
     Attributes:
         seed: the seed of the first maps.
@@ -66,9 +68,8 @@ class FittedSeed:
         fitted = (first + self.spread(evidence, capture).clamp(0.0, 1.0)) / 2
         absent = (classes < 0)[:, :, None, None]
         unfitted = _stretched(first, self.unfitted_score)
-        rival = unfitted.masked_fill(known | absent, -1.0).amax(1, keepdim=True)
-        fitted = torch.where(rival > unfitted, fitted.minimum(unfitted), fitted)
-        return torch.where(known, fitted, unfitted).masked_fill(absent, 0.0)
+        cam = contested(fitted, unfitted, known, ~known & ~absent)
+        return cam.masked_fill(absent, 0.0)
 
     def unfitted(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Return the classes that keep their unfitted map."""
@@ -118,6 +119,18 @@ def pooled_tokens(capture: Capture) -> Float[Tensor, "b d"]:
     weights = class_attention(capture)
     weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
     return torch.einsum("bn,bnd->bd", weights, capture.patch_embeddings().detach().float())
+
+
+def contested(
+    fitted: Cam, unfitted: Cam, known: Bool[Tensor, "b k 1 1"], unknown: Bool[Tensor, "b k 1 1"]
+) -> Cam:
+    """Take fitted maps of known classes and unfitted ones of others, in the order of the latter."""
+    rival = unfitted.masked_fill(~unknown, -1.0).amax(1, keepdim=True)
+    fitted = torch.where(rival > unfitted, unfitted, fitted)
+    best, slot = unfitted.masked_fill(~known, -1.0).max(1, keepdim=True)
+    lowered = (fitted.gather(1, slot) / best.clamp_min(1e-6)).clamp_max(1.0)
+    others = torch.where(best > unfitted, unfitted * lowered, unfitted)
+    return torch.where(known, fitted, others)
 
 
 def _stretched(cam: Cam, score: float) -> Cam:
