@@ -31,7 +31,7 @@ SLOWEST_FILES = (
     *("ray_engine", "contract_compile", "cuda_emulation", "run_command", "bulk", "cli_files"),
     *("cuda_build", "cli_bench", "bench", "real", "cli", "run", "reweight", "bench_edit"),
     *("same_bits", "plug_in", "parameters", "contract_parallel", "contract_training"),
-    *("docs", "examples"),
+    *("fit_run", "fitting", "docs", "examples"),
 )
 
 

@@ -62,6 +62,9 @@ class Transformer(nn.Module):
         return self.head(self.norms[-1](x)[:, 0])
 
 
+OPENING = threading.Lock()  # threads of a process share torch's random state
+
+
 @dataclass(frozen=True)
 class OpenSmall:
     """Opens the same tiny model everywhere."""
@@ -69,7 +72,7 @@ class OpenSmall:
     rng_seed: int = 0
 
     def __call__(self):
-        with torch.random.fork_rng():
+        with OPENING, torch.random.fork_rng():
             torch.manual_seed(self.rng_seed)
             return Transformer().eval()
 

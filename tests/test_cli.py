@@ -313,7 +313,7 @@ def test_bench_prints_a_table_of_the_classes_asked_and_writes_it(tmp_path, capsy
     assert "mIoU in % over background, horse, cat\n" in table
     assert (tmp_path / "results" / "first.md").read_text() == table.removesuffix("\n")
     data = json.loads((tmp_path / "results" / "first.json").read_text())
-    assert (data["tune_images"], data["images"], len(data["rows"])) == (6, 2, 15)
+    assert (data["tune_images"], data["images"], len(data["rows"])) == (6, 2, 16)
 
 
 def test_bench_ends_with_1_when_images_were_left_out_or_it_cannot_write(tmp_path, capsys):

@@ -307,7 +307,7 @@ def test_a_class_has_the_same_value_whatever_the_other_classes_are(photo):
 
 @pytest.mark.parametrize(("index", "dtype"), [(253, torch.uint8), (254, torch.int32)])
 def test_the_last_class_that_a_byte_holds_is_253(photo, index, dtype):
-    result = wrap(vit(outputs=255), background_score=0.1)(photo, classes=[index])
+    result = wrap(vit(outputs=255), background_score=0.5)(photo, classes=[index])
     assert result.legend == {index + 1: str(index)}
     assert set(result.mask.unique().tolist()) == {0, index + 1}
     assert result.mask.dtype == dtype
