@@ -1,7 +1,7 @@
 """What a read-out fitted over a folder gains, beside its controls, and when it does harm.
 
     CAMKIT_DATA=folder python benchmarks/fitted.py
-    CAMKIT_DATA=folder python benchmarks/fitted.py --voc
+    CAMKIT_DATA=folder python benchmarks/fitted.py --voc --short
     CAMKIT_DATA=folder python benchmarks/fitted.py --coco    # other photos, more classes
     CAMKIT_DATA=folder python benchmarks/fitted.py --side 512
 
@@ -153,7 +153,6 @@ def on_voc(opened: OpenedModel, limit: int | None, *, short: bool) -> list[Entry
     animals, coco = open_dataset(data / "voc12_animals"), open_dataset(data / "coco100_voc")
     train = Clean(animals).split("train")[:limit]
     folder = Folder.of(opened, train, animals.classes, CLASSES)
-    other = Folder.of(opened, coco.split("train")[:limit], coco.classes, CLASSES)
     read = reader(opened.model)
     parts = folder.fitted(folder.labels)
     whole = total(parts)
@@ -169,6 +168,7 @@ def on_voc(opened: OpenedModel, limit: int | None, *, short: bool) -> list[Entry
     ]
     if short:
         return found
+    other = Folder.of(opened, coco.split("train")[:limit], coco.classes, CLASSES)
     lines = {
         "one column": replace(whole, form="object"),
         "control: margins shuffled": as_kind(Shuffled, whole),
@@ -225,7 +225,8 @@ def on_coco(opened: OpenedModel, limit: int | None, classes: Sequence[str]) -> l
 def main() -> None:
     parser = table_options(__doc__, coco=True)
     parser.add_argument("--voc", action="store_true", help="the model trained on VOC")
-    parser.add_argument("--side", type=int, help="long side in pixels; the first rows alone")
+    parser.add_argument("--side", type=int, help="long side in pixels; implies --short")
+    parser.add_argument("--short", action="store_true", help="the first rows alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     opened = open_model(VOC_MODEL if options.voc else DEFAULT_MODEL)
@@ -241,7 +242,8 @@ def main() -> None:
         report = measure(entries, options, opened=opened, classes=classes).report
         write(report, options, f"{name}_coco")
         return
-    entries = on_voc(opened, options.limit, short=options.side is not None)
+    short = options.short or options.side is not None
+    entries = on_voc(opened, options.limit, short=short)
     report = measure(entries, options, opened=opened).report
     write(report, options, name)
 
