@@ -250,3 +250,14 @@ def test_the_refiner_fits_at_its_scale_and_keeps_the_range(scale, size):
     torch.testing.assert_close(found[inside], free[inside])
     assert (found <= cam.amax((2, 3), keepdim=True)).all()
     assert (found >= cam.amin((2, 3), keepdim=True)).all()
+
+
+def test_many_maps_are_filtered_as_each_alone():
+    cam, rgb = torch.rand(2, 37, 4, 5), torch.rand(2, 3, 64, 80)
+    capture = captured(rgb)
+    together = GuidedFilter()(cam, capture)
+    assert together.shape == (2, 37, 64, 80)
+    for slot in (0, 15, 16, 36):
+        alone = GuidedFilter()(cam[:, slot : slot + 1], capture)
+        torch.testing.assert_close(together[:, slot : slot + 1], alone, rtol=0, atol=1e-6)
+    assert GuidedFilter()(cam[:, :0], capture).shape == (2, 0, 64, 80)

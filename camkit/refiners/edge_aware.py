@@ -33,6 +33,8 @@ from camkit.refiners.protocol import (
 )
 from camkit.tensors import RGB, Cam
 
+_TOGETHER = 16  # maps that are filtered at once: each takes several planes of the picture's size
+
 
 @dataclass(frozen=True)
 class GuidedFilter:
@@ -70,8 +72,11 @@ class GuidedFilter:
         rgb = rgb.to(cam.device, dtype)
         low = rgb if self.scale == 1.0 else resize_cam(rgb, size)
         maps = resize_cam(cam.to(dtype), size)
-        filtered = guided_filter(maps, low, rgb, radius=self.radius, eps=self.eps)
-        return _clip_to_range(filtered, cam).to(cam.dtype)
+        parts = [
+            guided_filter(part, low, rgb, radius=self.radius, eps=self.eps)
+            for part in maps.split(_TOGETHER, dim=1)
+        ]
+        return _clip_to_range(torch.cat(parts, 1), cam).to(cam.dtype)
 
 
 def _clip_to_range(maps: Float[Tensor, "b k H W"], cam: Cam) -> Float[Tensor, "b k H W"]:
