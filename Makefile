@@ -59,6 +59,11 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/preset.py --limit 200 --voc
 	$(BIN)/python benchmarks/gains.py
 	$(BIN)/python benchmarks/gains.py --coco
+	$(BIN)/python benchmarks/fitted.py
+	$(BIN)/python benchmarks/fitted.py --coco
+	$(BIN)/python benchmarks/fitted.py --voc --short
+	$(BIN)/python benchmarks/fit_cost.py
+	$(BIN)/python benchmarks/oracles.py
 	$(BIN)/python benchmarks/seeds.py --limit 226
 	$(BIN)/python benchmarks/seeds.py --limit 120 --voc
 	$(BIN)/python benchmarks/pooled.py --limit 60

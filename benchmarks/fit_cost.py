@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from bulk_setting import MODEL, RESULTS, bulk_recipe, link_photos, resident, watched
-from tables import CLASSES, found_data
+from tables import BEFORE, CLASSES, found_data
 
 import camkit
 from camkit.bulk import Writing, fit_readout, run
@@ -30,13 +30,12 @@ from camkit.cli.models import OpenedModel, open_model
 from camkit.data import Sample, open_dataset
 from camkit.fitting import Fitter, Sums
 from camkit.manifest import environment
-from camkit.method import CALIBRATED, DEFAULT_REFINE
+from camkit.method import CALIBRATED, WITHOUT_EDGES
 from camkit.photo import Photo
-from camkit.seeds import HybridAttentionSeed
 
 METHODS = {
-    "default": CALIBRATED.method,
-    "no gradients": replace(CALIBRATED.method, seed=HybridAttentionSeed()),
+    "without edges": replace(CALIBRATED.method, refine=WITHOUT_EDGES),
+    "former default, with gradients": BEFORE,
 }
 Batch = tuple[torch.Tensor, torch.Tensor, list[list[str]]]
 
@@ -102,7 +101,7 @@ def runs(photos: list[Path], work: Path, count: int) -> dict[str, float]:
     opened = open_model(MODEL)
     recipe = replace(
         bulk_recipe(opened.photos.size, crf=False),
-        method=replace(METHODS["no gradients"], refine=DEFAULT_REFINE),
+        method=METHODS["without edges"],
         writing=Writing(),
     )
     found = {}
@@ -116,7 +115,7 @@ def runs(photos: list[Path], work: Path, count: int) -> dict[str, float]:
 def memory(photos: list[Path], work: Path, count: int) -> dict[str, float]:
     """Resident memory of the process, early and late in a fit."""
     source = link_photos(work / "in", photos, count)
-    recipe = replace(bulk_recipe(64, crf=False), method=METHODS["no gradients"], fit="auto")
+    recipe = replace(bulk_recipe(64, crf=False), method=METHODS["without edges"], fit="auto")
     series: list[int] = []
     with watched(1, lambda: series.append(resident(os.getpid()))):
         fit_readout(recipe, source, work / "a.safetensors", workers=0, threads=1)
@@ -142,7 +141,7 @@ def table(results: dict[str, Any]) -> str:
     taken, held = results["runs"], results["memory"]
     lines += [
         "",
-        f"An image of a run without gradients takes {taken['run']:.0f} ms of CPU time, and "
+        f"An image of a run without edges takes {taken['run']:.0f} ms of CPU time, and "
         f"{taken['run with a fit']:.0f} ms with a fit "
         f"({taken['run with a fit'] / taken['run']:.2f} x). In a fit over {held['images']} "
         "photos the memory of the process changed by "

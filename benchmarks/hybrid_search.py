@@ -13,14 +13,12 @@ import argparse
 import math
 from pathlib import Path
 
-import torch
 from preset import VOC_MODEL
-from tables import CHAIN, CLASSES, KEPT, RESULTS, Clean, Halves, found_data, write
+from tables import CHAIN, KEPT, RESULTS, measure_halves, write
 
 import camkit
-from camkit.bench import Variant, run
+from camkit.bench import Variant
 from camkit.cli.models import DEFAULT_MODEL, open_model
-from camkit.data import open_dataset
 from camkit.seeds import ClassWeightSeed, HybridAttentionSeed, PrototypeSeed
 
 BOTH = ("classifier", "class tokens")
@@ -85,17 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     options = parser.parse_args()
     opened = open_model(VOC_MODEL if options.voc else DEFAULT_MODEL)
-    torch.set_num_threads(1)
-    report = run(
-        opened.model,
-        Halves(Clean(open_dataset(found_data() / "voc12_animals")), "train", options.images),
-        vocabulary=opened.vocabulary.subset(CLASSES),
-        variants=variants(),
-        split="next",
-        tune_split="first",
-        photos=opened.photos,
-        cache=KEPT,
-    )
+    report = measure_halves(opened, variants(), options.images, cache=KEPT)
     write(report, options, "hybrid_search_voc" if options.voc else "hybrid_search")
 
 

@@ -14,12 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from tables import BEFORE, CLASSES, CRF, RESULTS, Clean, Halves, found_data, write
+from tables import BEFORE, CRF, RESULTS, measure_halves, write
 
-from camkit.bench import Variant, run, to_json
+from camkit.bench import Variant, to_json
 from camkit.cli.models import DEFAULT_MODEL, open_model
-from camkit.data import open_dataset
 from camkit.method import CALIBRATED, DEFAULT_REFINE, WITHOUT_EDGES
 
 KINDS = {
@@ -77,17 +75,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     options = parser.parse_args()
     opened = open_model(DEFAULT_MODEL)
-    torch.set_num_threads(1)
-    report = run(
-        opened.model,
-        Halves(Clean(open_dataset(found_data() / "voc12_animals")), "train", options.images),
-        vocabulary=opened.vocabulary.subset(CLASSES),
-        variants=variants(),
-        split="next",
-        tune_split="first",
-        photos=opened.photos,
-        oracles=True,
-    )
+    report = measure_halves(opened, variants(), options.images, oracles=True)
     write(report, options, "oracles")
     (options.out / "oracle_ladder.md").write_text(ladder(json.loads(to_json(report))))
 

@@ -174,6 +174,23 @@ def measure(
     return Measured(report, opened, dataset, vocabulary)
 
 
+def measure_halves(
+    opened: OpenedModel, variants: Sequence[Entry], images: int, **settings: Any
+) -> Report:
+    """Pick on the first images of `train`, and measure on the next; to choose, not to report."""
+    torch.set_num_threads(1)
+    return run(
+        opened.model,
+        Halves(Clean(open_dataset(found_data() / "voc12_animals")), "train", images),
+        vocabulary=opened.vocabulary.subset(CLASSES),
+        variants=variants,
+        split="next",
+        tune_split="first",
+        photos=opened.photos,
+        **settings,
+    )
+
+
 def write(
     report: Report, options: argparse.Namespace, name: str, *, told: str = "", **more: Any
 ) -> None:

@@ -63,6 +63,14 @@ def smooth(opened, vocabulary):
     )
 
 
+def read_by(readout, opened, vocabulary):
+    """The pipeline of `smooth` with a read-out."""
+    chain = camkit.method.WITHOUT_EDGES
+    return camkit.wrap(
+        opened.model, vocabulary=vocabulary, photos=SETTINGS, readout=readout, refine=chain
+    )
+
+
 def labels_of(samples):
     return [list(sample.classes) for sample in samples]
 
@@ -116,13 +124,7 @@ def test_fitted_maps_are_the_mean_of_first_maps_and_spread_evidence(
     sample = next(s for s in samples if len(s.classes) == 1)
     name = demo_photos().classes[sample.classes[0]]
     assert readout.knows(name)
-    fitted = camkit.wrap(
-        opened.model,
-        vocabulary=vocabulary,
-        photos=SETTINGS,
-        readout=readout,
-        refine=camkit.method.WITHOUT_EDGES,
-    )
+    fitted = read_by(readout, opened, vocabulary)
     photo = smooth.prepare(sample.photo)
     plain = smooth.stages(photo.pixels, rgb=photo.rgb, classes=[list(sample.classes)])
     read = fitted.stages(photo.pixels, rgb=photo.rgb, classes=[list(sample.classes)])
@@ -160,13 +162,7 @@ def test_beside_an_unknown_class_unfitted_maps_decide_between_classes(
     unknown, known = 1, 2  # a person and a cup
     others = [s for s in samples if unknown not in s.classes]
     readout = camkit.fit(smooth, [s.photo for s in others], labels_of(others))
-    fitted = camkit.wrap(
-        opened.model,
-        vocabulary=vocabulary,
-        photos=SETTINGS,
-        readout=readout,
-        refine=camkit.method.WITHOUT_EDGES,
-    )
+    fitted = read_by(readout, opened, vocabulary)
     names = [[vocabulary.names[unknown], vocabulary.names[known]]]
     assert [readout.knows(name) for name in names[0]] == [False, True]
     photo = smooth.prepare(next(s.photo for s in samples if unknown in s.classes))

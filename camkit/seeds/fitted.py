@@ -124,7 +124,7 @@ def pooled_tokens(capture: Capture) -> Float[Tensor, "b d"]:
 def contested(
     fitted: Cam, unfitted: Cam, known: Bool[Tensor, "b k 1 1"], unknown: Bool[Tensor, "b k 1 1"]
 ) -> Cam:
-    """Take fitted maps of known classes and unfitted ones of others, in the order of the latter."""
+    """Join fitted maps of known classes and unfitted maps of others, which decide between them."""
     rival = unfitted.masked_fill(~unknown, -1.0).amax(1, keepdim=True)
     fitted = torch.where(rival > unfitted, unfitted, fitted)
     best, slot = unfitted.masked_fill(~known, -1.0).max(1, keepdim=True)
