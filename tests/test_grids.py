@@ -128,6 +128,24 @@ class Dropped(nn.Module):
         return self.conv(pixels).flatten(2).mT[:, [0, 1, 3, 5, 7, 8, 9, 12]]
 
 
+class Mixed(nn.Module):
+    """Every place gets something of every other, as in the first stages of a pyramid (MiT)."""
+
+    def forward(self, maps):
+        flat = maps.flatten(2)
+        shares = torch.rand(2 * flat.shape[-1:], generator=torch.Generator().manual_seed(0))
+        return (flat @ shares.softmax(0)).view_as(maps) + 0.01 * maps
+
+
+def test_the_last_convolution_of_a_pyramid_shows_the_grid():
+    """Its stages mix places, so that no change of pixels tells where a patch lies."""
+    torch.manual_seed(0)
+    stages = nn.Sequential(nn.Conv2d(3, 8, 4, 4), Mixed(), nn.Conv2d(8, 24, 2, 2))
+    model = shaken(Cuts(stages))
+    assert list(find_patch_embeddings(model)) == ["patch_embed.0"]
+    assert capture_of(model, torch.randn(2, 3, 32, 48)).grid == Grid(4, 6)
+
+
 def test_patches_that_lie_on_no_grid_are_refused():
     with pytest.raises(camkit.CaptureError, match="leave 8, but the patch grid is 4x4"):
         capture_of(shaken(Cuts(Dropped())), torch.randn(2, 3, 32, 32))

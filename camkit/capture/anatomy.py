@@ -360,7 +360,8 @@ def measure_grid(
 ) -> Grid | None:
     """Find the rows and columns of the patches of images of one size, by running the model.
 
-    If one of the ``embeddings`` returns as many values as there are patches, it shows the grid.
+    If one of the ``embeddings`` returns as many values as there are patches, it shows the grid; so
+    do convolutions (of a pyramid, say) if all that return as many values agree.
     Else the pixels are changed a little: evenly, then in proportion to their column, then to their
     row. By how much the second and third change move a patch, relative to the first, tells its
     place. Of all grids of as many patches, the one is taken whose columns and rows have one place
@@ -384,12 +385,16 @@ def measure_grid(
     probe_of = _token_probe(model, attention, args, kwargs, embeddings)
     fits: list[tuple[float, Grid]] = []
     try:
-        with _shapes_of(embeddings) as shapes:
+        convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+        with _shapes_of(embeddings) as embedded, _shapes_of(convolutions) as convolved:
             plain, _ = probe_of(probe, {})
         count = len(anatomy.patches(plain.shape[1]))
-        for shape in shapes:
+        for shape in embedded:
             if shape.numel() == count:
                 return Grid(*shape)
+        shown = {shape for shape in convolved if shape.numel() == count}
+        if len(shown) == 1:
+            return Grid(*shown.pop())
         for change in (size * draw[:, :1, :1], size * draw):
             even, by_column, by_row = (
                 _movements(plain, probe_of(probe + change * ramp, {})[0])
