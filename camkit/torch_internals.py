@@ -371,6 +371,15 @@ def whole_tensor(name: str, tensor: Tensor) -> Tensor:
     return local
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a transform of `torch.func` (vmap, grad) runs, so that a tensor has no plain values.
+
+    True if torch does not tell.
+    """
+    peek = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+    return True if peek is None else bool(peek(tensor))
+
+
 def tree_leaves(tree: Any) -> list[Any]:
     """List the values in nested tuples, lists, dictionaries and outputs registered with torch."""
     try:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from torch.nn import functional as F
 
+from camkit.ops import images
 from camkit.ops.images import resize_cam
 
 SIDES = st.integers(1, 12)
@@ -73,3 +75,21 @@ def test_a_size_below_one_is_refused(size):
     words = f"at least 1x1 .rows, columns., got {size[0]}x{size[1]}"
     with pytest.raises(ValueError, match=words):
         resize_cam(torch.rand(1, 1, 2, 2), size)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (7, 31), (28, 36), (40, 57), (384, 500)], ids=str)
+def test_opencv_and_torch_enlarge_alike(size, monkeypatch):
+    cam = torch.rand(2, 3, 7, 9).mT.contiguous().mT  # strided
+    before, exact = cam.clone(), resize_cam(cam.double(), size)
+    torch.testing.assert_close(resize_cam(cam, size).double(), exact, rtol=0, atol=2e-6)
+    assert torch.equal(cam, before)
+    monkeypatch.setattr(images, "USE_OPENCV", False)
+    in_torch = resize_cam(cam, size)
+    assert torch.equal(in_torch, F.interpolate(cam, size, mode="bilinear", align_corners=False))
+    torch.testing.assert_close(in_torch.double(), exact, rtol=0, atol=1e-4)
+
+
+def test_maps_are_resized_under_vmap():
+    cam = torch.rand(4, 1, 2, 7, 9)
+    found = torch.vmap(lambda one: resize_cam(one, (14, 18)))(cam)
+    torch.testing.assert_close(found, torch.stack([resize_cam(one, (14, 18)) for one in cam]))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.ops.images import resize_cam
+from camkit.ops.images import resize_cam, suits_opencv
 from camkit.ops.similarity import check_positive, check_shape
 from camkit.tensors import RGB
 
@@ -75,11 +75,9 @@ def box_mean(planes: Float[Tensor, "b c H W"], radius: int) -> Float[Tensor, "b 
 
     Planes of float32 on the CPU that need no gradient are summed by OpenCV.
     """
-    wants_gradient = planes.requires_grad and torch.is_grad_enabled()
-    plain = wants_gradient or planes.dtype != torch.float32 or planes.device.type != "cpu"
-    if plain or torch.compiler.is_compiling():
-        return box_mean_torch(planes, radius)
-    return _box_mean_opencv(planes, radius)
+    if suits_opencv(planes):
+        return _box_mean_opencv(planes, radius)
+    return box_mean_torch(planes, radius)
 
 
 def _box_mean_opencv(planes: Float[Tensor, "b c H W"], radius: int) -> Float[Tensor, "b c H W"]:
