@@ -293,7 +293,7 @@ def disable_compiler(function: _Function, reason: str) -> _Function:
 def count_hooks(module: nn.Module) -> int:
     """Count the forward hooks and forward pre-hooks of a module and all modules in it."""
     count = 0
-    for part in module.modules():
+    for part in modules_of(module):
         try:
             count += len(part._forward_hooks) + len(part._forward_pre_hooks)
         except AttributeError:

@@ -8,11 +8,13 @@ import torch
 import zoo
 from helpers import hooks_on, modes_on
 from hosts import HandMade, shaken, tiny
+from torch import nn
 
 from camkit import attach, watch
 from camkit.edits import FuzzyKeyPruning, StaticCalibration, SuppressOutliers
 from camkit.edits.calibrate import outlying
 from camkit.errors import CaptureError, UnsupportedModelError
+from camkit.seeds import ModelRunner
 from camkit.seeds.text import last_tokens
 
 VARIANTS = [
@@ -74,6 +76,43 @@ def test_scores_of_a_class_token_do_not_move_by_a_bit(family, edit):
     expected = model(pixels)
     _, logits = tokens_under(model, pixels, edit)
     assert torch.equal(logits, expected)
+
+
+class MeanOfTokens(nn.Module):
+    """Lets every token see the others behind the attention, too."""
+
+    def forward(self, tokens):
+        return tokens + tokens.mean(1, keepdim=True)
+
+
+def given_to(model, name):
+    """Record the shapes that a module is given; no hook, which would have all tokens computed."""
+    module, shapes = model.get_submodule(name), []
+    forward = module.forward
+    module.forward = lambda tokens: shapes.append(tuple(tokens.shape)) or forward(tokens)
+    return shapes
+
+
+@pytest.mark.parametrize("family", ["vit", "deit distilled", "dinov2 registers", "mixed"])
+def test_a_pipeline_leaves_out_patches_that_the_second_stream_replaces(family):
+    """Only where nothing else reads them: one class token, no foreign hook, no further mixing."""
+    model, pixels = tiny("vit" if family == "mixed" else family)
+    if family == "mixed":
+        model.blocks[-1].norm2 = nn.Sequential(model.blocks[-1].norm2, MeanOfTokens())
+    runner = ModelRunner(model, edit=StaticCalibration(), edit_blocks=2)
+    expected, logits = tokens_under(model, pixels, StaticCalibration(), blocks=2)
+    shapes = given_to(model, "blocks.2.mlp.fc1")
+    for _ in range(2):  # the first run finds out that it may, the second does
+        found = runner(pixels)
+        torch.testing.assert_close(last_tokens(found), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.outputs, logits, rtol=1e-5, atol=1e-5)
+    assert (shapes[-1][1] == 1) is (family == "vit")
+    model.blocks[2].norm2.register_forward_hook(lambda *_: None)  # somebody may read all patches
+    runner(pixels)
+    assert shapes[-1][1] > 1
+    shapes.clear()
+    model(pixels)
+    assert shapes == [expected.shape]
 
 
 def test_a_block_in_the_middle_hands_its_calibrated_patches_on():

@@ -232,9 +232,10 @@ def test_head_mean_between_chosen_tokens_is_cut_from_the_whole_map(patches, know
     assert_near(found, whole[:, chosen][:, :, chosen])
 
 
+@pytest.mark.parametrize("patches", [300, 575, 640])  # heads together, and one by one
 @pytest.mark.parametrize("scale", [SCALE, -SCALE])
-def test_head_mean_of_queries_to_themselves(scale):
-    q, _, _ = heads_of_fused_qkv(2, 3, 300, 8)
+def test_head_mean_of_queries_to_themselves(scale, patches):
+    q, _, _ = heads_of_fused_qkv(2, 3, patches, 8)
     whole = oracles.full_attention(q, q, scale, None)
     assert_near(head_mean(q, q, scale=scale), whole.mean(1))
 
@@ -248,3 +249,13 @@ def test_head_mean_where_one_token_is_so_long_that_powers_would_be_lost():
     # logits near 2000 are rounded to 1e-4
     assert_near(head_mean(q, k, scale=SCALE), whole.mean(1), rtol=1e-3, atol=1e-4)
     assert_near(head_mean(q, q, scale=SCALE).sum(-1), torch.ones(1, 302).double())
+
+
+def test_a_short_token_among_long_ones_keeps_its_attention_to_itself():
+    """Its own logit is 0, the largest of the others 6000: their powers would be lost to it."""
+    q, _, _ = heads_of_fused_qkv(1, 3, 575, 8)
+    q *= 40.0
+    q[:, :, 5] = 0.0
+    found = head_mean(q, q, scale=SCALE)
+    assert_near(found[0, 5], torch.full((577,), 1 / 577).double())  # all logits of the row are 0
+    assert_near(found.sum(-1), torch.ones(1, 577).double())

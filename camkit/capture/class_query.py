@@ -140,7 +140,7 @@ class ClassQuery:
         finally:
             watching.remove()
             self.disarm()
-        same = len(expected) == len(shortened) and all(map(_close, shortened, expected))
+        same = len(expected) == len(shortened) and all(map(close_outputs, shortened, expected))
         return same and query.ran and not late and any(isinstance(v, Tensor) for v in expected)
 
     def _before_attention(self, *_: Any) -> None:
@@ -280,7 +280,7 @@ class ClassPath:
         except (RuntimeError, TypeError):  # shapes that fit whole sequences only
             self._refuse("cannot be called with the class token alone")
         token, expected = tokens_of(again), left.detach().narrow(axis, place, 1)
-        if token is None or not token.requires_grad or not _close(token.detach(), expected):
+        if token is None or not token.requires_grad or not close_outputs(token.detach(), expected):
             self._refuse("computes another class token when it is given that token alone")
         q, k, v = (t.detach() for t in (attention.q[:, :, place, None], attention.k, attention.v))
         row = FusedAttention(q, k, attention.scale, v=v, output=leaf)
@@ -298,8 +298,8 @@ def _first(value: Any, images: int) -> Any:
     return value[:1] if per_image else value
 
 
-def _close(value: Any, expected: Any) -> bool:
-    """Whether two outputs are equal up to rounding."""
+def close_outputs(value: Any, expected: Any) -> bool:
+    """Whether two outputs of a host are equal up to rounding."""
     if not isinstance(value, Tensor) or not isinstance(expected, Tensor):
         return value is expected or bool(value == expected)
     if value.shape != expected.shape or value.dtype != expected.dtype:

@@ -144,6 +144,8 @@ class StaticCalibration:
     of: str = "qkv"
     heads: Literal["own", "mean", "sum"] = "sum"
 
+    replaces_patches: ClassVar[bool] = True  # nothing reads those of the host behind the last block
+
     def __post_init__(self) -> None:
         if not self.of or len(set(self.of)) < len(self.of) or not set(self.of) <= set("qkv"):
             raise ValueError(f'`of` must name some of "qkv", none twice, got {self.of!r}')

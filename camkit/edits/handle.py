@@ -1,7 +1,7 @@
 """attach(model, edit): an edit that stays on a model until it is removed."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -110,12 +110,21 @@ def attach(  # noqa: PLR0913 - as `watch`
     return Handle(Editor(host, edit, blocks, normalisation, scores), host)
 
 
-def attach_to(host: Host, edit: AnyEdit, blocks: "Blocks" = None) -> "Handle":
-    """Let ``edit`` change blocks of a host as `attach` does, with its errors."""
+def attach_to(
+    host: Host, edit: AnyEdit, blocks: "Blocks" = None, *, skip_replaced: bool = False
+) -> "Handle":
+    """Let ``edit`` change blocks of a host as `attach` does, with its errors.
+
+    With ``skip_replaced``, the MLP of the last block is not computed for patches that the edit
+    replaces behind it, where a trial shows that the class token stays the same. This needs a model
+    whose hooks are all camkit's, and is done in evaluation mode without gradients only.
+    """
     if is_compiled(host.model):
         raise UnsupportedModelError(_COMPILED)
     blocks = blocks if isinstance(blocks, str) else as_blocks("blocks", blocks)
-    return Handle(Editor(host, edit, blocks, None), host)
+    editor = Editor(host, edit, blocks, None)
+    editor.skip_replaced = skip_replaced and getattr(edit, "replaces_patches", False)
+    return Handle(editor, host)
 
 
 _COMPILED = (
@@ -261,9 +270,11 @@ class Editor(Subscriber[EditedPass]):
         edit: the edit.
         rgb: colours of the next forwards, in [0, 1]; None takes them from the pixels.
         labels: classes present in the images of the next forwards.
+        skip_replaced: see `attach_to`.
     """
 
     pass_type = EditedPass
+    skip_replaced = False
 
     def __init__(
         self,
@@ -277,20 +288,20 @@ class Editor(Subscriber[EditedPass]):
         held = host.blocks()
         names = list(held)
         chosen = _chosen(host, edit, blocks)
-        self.edits_output = isinstance(edit, Edit) and getattr(edit, "changes_output", True)
-        whole = [name for name in chosen if is_whole_block(held[name])]
-        if whole and self.edits_output:
-            raise UnsupportedModelError(
-                f"{whole[0]} holds attention, MLP and residual in one, so what its attention adds "
-                "cannot be edited; an edit of keys can"
-            )
+        # checks of protocols look at every name, and each attention call would repeat them
+        self._output_edit = edit if isinstance(edit, Edit) else None
+        self._key_edit = edit if isinstance(edit, KeyEdit) else None
+        self._stream_edit = edit if isinstance(edit, StreamEdit) else None
+        self.edits_output = self._output_edit is not None and getattr(edit, "changes_output", True)
+        if self.edits_output:
+            _check_parts({name: held[name] for name in chosen})
         self.edit = edit
         self.rgb: RGB | Sequence[GivenRGB | None] | None = None
         self.labels: Labels | Sequence[GivenLabels | None] | None = None
         self.attention_modules = {name: held[name] for name in chosen}
         of_pairs = isinstance(edit, PairEdit) and getattr(edit, "changes_logits", True)
-        self.edits_logits = isinstance(edit, KeyEdit) or of_pairs
-        self.reads_values = self.keeps_linears = isinstance(edit, StreamEdit)
+        self.edits_logits = self._key_edit is not None or of_pairs
+        self.reads_values = self.keeps_linears = self._stream_edit is not None
         self.normaliser = self.edits_output  # edits of outputs read columns
         self.strength = 1.0
         self._host = host
@@ -304,7 +315,7 @@ class Editor(Subscriber[EditedPass]):
         self._unfinished: set[str] = set()
         self._forwards_since_backward = 0
 
-        carries = isinstance(edit, StreamEdit)
+        carries = self._stream_edit is not None
         follows = carries or getattr(edit, "reads_stream", False)
         around = dict(host.around) if follows else {}
         around = {name: block for name, block in around.items() if name in chosen}
@@ -426,8 +437,8 @@ class Editor(Subscriber[EditedPass]):
         _check_readable(call, attention)
         tokens = _batch_first(tokens, call.sequence_first(tokens, attention))
         site = self._site(call.name, call.context, attention)
-        if isinstance(edit, KeyEdit):
-            return edit.log_weights(tokens, attention, site)
+        if self._key_edit is not None:
+            return self._key_edit.log_weights(tokens, attention, site)
         if not isinstance(edit, PairEdit) or attention.shape[2] == 1:  # pooled: no pair of patches
             return None
         bias: object = edit.pair_bias(tokens, attention, site)
@@ -449,14 +460,14 @@ class Editor(Subscriber[EditedPass]):
         return output
 
     def attention_ends(self, call: AttentionCall[EditedPass], output: Any) -> Any:
-        tokens, seen, edit = call.tokens, call.attention, self.edit
+        tokens, seen, edit = call.tokens, call.attention, self._output_edit
         self._unfinished.discard(call.name)
         if tokens is None or seen is None:
             raise CaptureError(
                 "an edited block ran but its attention was not seen: "
                 f"{how_to_reveal(self._host.model)}"
             )
-        if not isinstance(edit, Edit) or not self.edits_output:
+        if edit is None or not self.edits_output:
             return None
         if seen.shape[2] == 1 or call.context.strength == 0.0:  # pooled: no token of its own
             return None
@@ -473,9 +484,22 @@ class Editor(Subscriber[EditedPass]):
             after = _batch_first(edit(*given, seen, site), turned)
         if call.name in self.blocks:
             ran = call.args, call.kwargs, call.linears
-            self._streams[call.name].follow(call.context, seen, ran, after)
+            stream = self._streams[call.name]
+            stream.follow(call.context, seen, ran, after)
+            place = self._only_read(call.name, call.context, seen)
+            if place is not None:
+                stream.keep_only(0 if turned else 1, place)
         # some hosts return their map beside the tokens
         return (after, *output[1:]) if isinstance(output, tuple) else after
+
+    def _only_read(self, name: str, context: EditedPass, seen: Attention) -> int | None:
+        """Return the place of the only token of a block that is read behind its attention."""
+        last = name == list(self.blocks)[-1] == list(self._host.blocks())[-1]
+        if not (self.skip_replaced and last) or torch.is_grad_enabled():
+            return None
+        special, length = context.anatomy.class_tokens, seen.shape[2]
+        alone = len(special) == 1 and len(context.anatomy.patches(length)) == length - 1
+        return special[0] % length if alone and not self.blocks[name].training else None
 
     def block_leaves(
         self,
@@ -486,10 +510,9 @@ class Editor(Subscriber[EditedPass]):
         tokens: Tensor,
     ) -> Tensor | None:
         """Carry the second stream through the block, and merge it behind the last one."""
-        del args, kwargs
-        stream, edit, context = self._streams[name], self.edit, call.context
+        stream, edit, context = self._streams[name], self._stream_edit, call.context
         entered, seen = stream.now.entered, stream.now.seen
-        if seen is None or not isinstance(edit, StreamEdit):
+        if seen is None or edit is None:
             return None
         try:
             default = context.anatomy.sequence_first
@@ -510,6 +533,9 @@ class Editor(Subscriber[EditedPass]):
                 context.side = edit.step(side, attended)
                 if name != places[-1]:
                     return None
+                place = self._only_read(name, context, seen)
+                if place is not None:
+                    stream.try_alone(args, kwargs, tokens, 0 if turned else 1, place)
                 side, context.side = context.side, None
                 site = self._site(name, context, seen)
                 return _batch_first(edit.merge(_batch_first(tokens, turned), side, site), turned)
@@ -566,6 +592,16 @@ class Editor(Subscriber[EditedPass]):
         place = self._places[name]
         picture, labels = context.picture, context.labels
         return BlockContext(context.anatomy, *place, picture, labels, entered, context.strength)
+
+
+def _check_parts(attention: Mapping[str, nn.Module]) -> None:
+    """Refuse blocks that hold attention and MLP in one."""
+    whole = [name for name, module in attention.items() if is_whole_block(module)]
+    if whole:
+        raise UnsupportedModelError(
+            f"{whole[0]} holds attention, MLP and residual in one, so what its attention adds "
+            "cannot be edited; an edit of keys can"
+        )
 
 
 def _nothing(*_: object) -> None:

@@ -4,14 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import local
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from camkit.capture.attention import Attention, FusedAttention
+from camkit.capture.class_query import close_outputs
 from camkit.capture.hooks import Hooks
 from camkit.capture.intercept import Intercept, taps_suspended
 from camkit.capture.linears import LinearCalls
+from camkit.capture.modes import measurement
 from camkit.capture.session import ForwardPass
 from camkit.capture.tail import tokens_of
 from camkit.edits.protocol import Attended
@@ -36,6 +39,8 @@ class BlockCall:
         scaled_by: those modules, layer scale and dropout.
         scale: a parameter of the block that scales what is added.
         is_sum: whether the block goes on with the sum of its tokens and what is added.
+        kept: the axis and the place of the only token that is read behind the sum, while the block
+            runs; None if all may be read.
     """
 
     entered: Tensor | None = None
@@ -46,8 +51,28 @@ class BlockCall:
     scaled_by: list[nn.Module] = field(default_factory=list)
     scale: Tensor | None = None
     is_sum: bool = False
+    kept: tuple[int, int] | None = None
 
     __repr__ = short_repr
+
+
+@dataclass
+class _Route:
+    """What an earlier call of a block showed.
+
+    Attributes:
+        modules: those that took what attention returned, and the one that was given the sum.
+        given_sum: the latter.
+        alone: whether a single token behind the sum is computed as among all others; None if that
+            was not tried.
+    """
+
+    modules: tuple[nn.Module, ...]
+    given_sum: nn.Module
+    alone: bool | None = None
+
+
+_ROUTES: "WeakKeyDictionary[nn.Module, _Route]" = WeakKeyDictionary()
 
 
 class _Here(local):
@@ -78,9 +103,16 @@ class BlockStream:
     def start(self, hooks: Hooks, *, follow_sum: bool) -> None:
         """Put hooks on; ``follow_sum`` finds out how attention is added, for `attended`."""
         hooks.before(self.block, self._before)
-        for module in self._beside if follow_sum else ():
+        route = self._route()
+        for module in () if not follow_sum else route.modules if route else self._beside:
             hooks.before(module, self._before_beside)
             hooks.after(module, self._after_beside)
+
+    def _route(self) -> _Route | None:
+        """Return what earlier calls showed, if the modules are still parts of the block."""
+        route = _ROUTES.get(self.block)
+        known = route is not None and set(route.modules) <= set(self._beside)
+        return route if known else None
 
     def forget(self) -> None:
         """Drop the tensors of this call."""
@@ -96,7 +128,51 @@ class BlockStream:
         """The block has attended: with which arguments, and what its attention module returned."""
         now = self.now
         now.context, now.seen, now.call, now.added = context, seen, call, output
-        now.scaled_by, now.scale, now.is_sum = [], None, False
+        now.scaled_by, now.scale, now.is_sum, now.kept = [], None, False, None
+
+    def keep_only(self, axis: int, place: int) -> None:
+        """Compute what follows the sum, in this call, for one token only, if that is exact.
+
+        The sum of all tokens and what the block computes for one is right for that one alone. A
+        trial (`try_alone`) must have shown that.
+        """
+        route = self._route()
+        if route is not None and route.alone:
+            self.now.kept = axis, place
+
+    def try_alone(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor, axis: int, place: int
+    ) -> None:
+        """Find out, once, whether a token behind the sum does not depend on the others.
+
+        Args:
+            args: positional arguments of the block.
+            kwargs: its arguments by name.
+            tokens: what it returned.
+            axis: of the tokens.
+            place: of the token.
+        """
+        route = self._route()
+        if route is None or route.alone is not None:
+            return
+        only = {"axis": axis, "place": place, "count": tokens.shape[axis]}
+
+        def narrow(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (_only(given[0], **only), *given[1:])
+
+        handle = route.given_sum.register_forward_pre_hook(narrow)
+        try:
+            with measurement(tokens.device), torch.no_grad():
+                again = tokens_of(self.block.forward(*args, **kwargs))
+        except (RuntimeError, TypeError):  # of the host: it needs all tokens
+            again = None
+        finally:
+            handle.remove()
+        route.alone = (
+            again is not None
+            and again.shape == tokens.shape
+            and close_outputs(_only(again, **only), _only(tokens, **only))
+        )
 
     def attended(self, batch_first: Callable[[Tensor], Tensor]) -> Attended:
         """Describe how the block used its attention, once it has run.
@@ -115,6 +191,7 @@ class BlockStream:
                 'attn_implementation="sdpa")'
             )
         if not self.now.is_sum:
+            _ROUTES.pop(self.block, None)
             raise UnsupportedModelError(
                 f"{type(self.block).__name__} does not add its attention to its tokens and go on "
                 "with the sum, so a second stream cannot follow it"
@@ -138,9 +215,17 @@ class BlockStream:
 
     def _before_beside(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The first module that is given the sum proves that there is one."""
-        del module, kwargs
+        self._find_sum(module, args)
+        now = self.now
+        if not now.is_sum or now.kept is None or now.entered is None or not args:
+            return None
+        axis, place = now.kept
+        only = _only(args[0], axis=axis, place=place, count=now.entered.shape[axis])
+        return (only, *args[1:]), kwargs
+
+    def _find_sum(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         now = self.now
         if now.added is None or now.entered is None or now.is_sum or not args:
             return
@@ -157,7 +242,14 @@ class BlockStream:
                 total, expected, rtol=1e-3, atol=1e-3
             ):
                 now.scale, now.is_sum = scale, True
+                self._remember(module)
                 return
+
+    def _remember(self, given_sum: nn.Module) -> None:
+        modules = (*self.now.scaled_by, given_sum)
+        route = self._route()
+        if route is None or route.modules != modules:
+            _ROUTES[self.block] = _Route(modules, given_sum)
 
     def _after_beside(self, *call: Any) -> None:
         """Follow what attention returned through layer scale and dropout."""
@@ -166,6 +258,12 @@ class BlockStream:
         if now.added is not None and not now.is_sum and args and args[0] is now.added:
             now.scaled_by.append(module)
             now.added = output
+
+
+def _only(tokens: Any, *, axis: int, place: int, count: int) -> Any:
+    """Return one of ``count`` tokens along an axis; anything else as it is."""
+    suits = isinstance(tokens, Tensor) and tokens.dim() == 3 and tokens.shape[axis] == count
+    return tokens.narrow(axis, place, 1) if suits else tokens
 
 
 class ReplacedAttention:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import cv2
 import torch
@@ -88,7 +89,13 @@ def _box_mean_opencv(planes: Float[Tensor, "b c H W"], radius: int) -> Float[Ten
     pairs = zip(planes.detach().flatten(0, 1).numpy(), sums.flatten(0, 1).numpy(), strict=True)
     for plane, target in pairs:  # OpenCV sums in double precision
         cv2.boxFilter(plane, -1, window, target, normalize=False, borderType=cv2.BORDER_CONSTANT)
-    return sums.div_(_window_sizes(planes, -2, radius)[:, None] * _window_sizes(planes, -1, radius))
+    return sums.div_(_window_areas(rows, cols, radius))
+
+
+@lru_cache(maxsize=8)
+def _window_areas(rows: int, cols: int, radius: int) -> Float[Tensor, "H W"]:
+    plane = torch.empty(rows, cols)
+    return _window_sizes(plane, -2, radius)[:, None] * _window_sizes(plane, -1, radius)
 
 
 def _window_sizes(planes: Tensor, dim: int, radius: int) -> Float[Tensor, " n"]:

@@ -61,10 +61,12 @@ def mean_of_heads(
         return _all_heads(q, k, levels, scale, tokens)
     if levels is not None:
         return _head_by_head(q[:, :, tokens], k[:, :, tokens], levels, scale)
-    levels = _upper_bounds(q, k, scale)
-    if levels is None:
-        return None
-    return _head_by_head(q[:, :, tokens], k, levels[:, :, tokens], scale, columns=tokens)
+    whole = len(range(q.shape[2])[tokens]) == q.shape[2]
+    found = _of_one_set(q, scale) if same and whole else None
+    levels = _upper_bounds(q, k, scale) if found is None else None
+    if levels is not None:
+        found = _head_by_head(q[:, :, tokens], k, levels[:, :, tokens], scale, columns=tokens)
+    return found
 
 
 def _all_heads(q: Tensor, k: Tensor, levels: Tensor | None, scale: float, tokens: slice) -> Tensor:
@@ -111,6 +113,49 @@ def _head_by_head(
                 else:
                     shares = buffer.sum(-1, keepdim=True).mul_(heads).reciprocal_()
                     into.addcmul_(buffer[:, columns], shares)
+    return total
+
+
+def _of_one_set(q: Tensor, scale: float) -> Tensor | None:
+    """Average the maps of tokens that attend to themselves, whose logits are symmetric.
+
+    The lower left quarter of the powers is the upper right one, transposed. All logits are reduced
+    by the largest of the head, because a reduction by row would break the symmetry.
+
+    Returns:
+        The average; None if the logits of a row may lie so far below that its powers are lost, or
+        if a map is large, so that it is better computed by rows.
+    """
+    images, heads, length, _ = q.shape
+    own = q.square().sum(-1) * (scale * _LOG2E)
+    highest = own.amax(-1)
+    deepest = highest - own.amin(-1)
+    large = next(chunks(length, length, q.device)).stop < length
+    if scale < 0 or large or bool(deepest.amax() > _DEEPEST):
+        return None
+    half = length // 2 // _ALIGNED * _ALIGNED
+    first, last = slice(None, half), slice(half, None)
+    total = q.new_zeros(images, length, length)
+    mirrored = q.new_zeros(half, length - half)
+    pairs = ((first, first), (first, last), (last, last))
+    parts = [q.new_empty(len(range(length)[a]), len(range(length)[b])) for a, b in pairs]
+    for image, into in enumerate(total):
+        mirrored.zero_()
+        for head in range(heads):
+            tokens, level = q[image, head], highest[image, head]
+            for (rows, columns), part in zip(pairs, parts, strict=True):
+                torch.addmm(
+                    level, tokens[rows], tokens[columns].mT,
+                    beta=-1, alpha=scale * _LOG2E, out=part,
+                ).exp2_()  # fmt: skip
+            corner, side, rest = parts
+            upper = (corner.sum(1) + side.sum(1)).mul_(heads).reciprocal_()
+            lower = (side.sum(0) + rest.sum(1)).mul_(heads).reciprocal_()
+            into[first, first].addcmul_(corner, upper[:, None])
+            into[first, last].addcmul_(side, upper[:, None])
+            into[last, last].addcmul_(rest, lower[:, None])
+            mirrored.addcmul_(side, lower)
+        into[last, first] = mirrored.mT
     return total
 
 

@@ -27,6 +27,7 @@ from camkit.ops.scaling import scaled_to_max
 from camkit.printing import short_repr
 from camkit.seeds.protocol import Seed
 from camkit.tensors import RGB, Cam, Classes, Pixels
+from camkit.torch_internals import count_hooks
 from camkit.vocabulary import Vocabulary
 
 Join: TypeAlias = Literal["sum", "max"]
@@ -159,6 +160,10 @@ class ModelRunner:
     def __call__(self, pixels: Pixels, rgb: RGB | None = None) -> Capture:
         check_model(self.model)
         host = self.host or Host.of(self.model, **self.facts.arguments())
+        # others may read all tokens
+        skip = self.edit is not None and not (
+            self.requires.class_paths or self.requires.within_blocks or count_hooks(self.model)
+        )
         seen = watch_host(
             host,
             self.requires,
@@ -170,7 +175,7 @@ class ModelRunner:
         try:
             with torch.no_grad(), ExitStack() as edited, seen:
                 if self.edit is not None:
-                    handle = attach_to(host, self.edit, self.edit_blocks)
+                    handle = attach_to(host, self.edit, self.edit_blocks, skip_replaced=skip)
                     edited.enter_context(handle).rgb = rgb
                 self._run(pixels.clone() if pixels.is_inference() else pixels)
         except Exception as error:
