@@ -40,7 +40,7 @@ SEEDS = {
         HYBRID, WEIGHT
     ),
 }
-EDIT = camkit.edits.StaticCalibration()
+EDIT = camkit.edits.StaticCalibration(of="k")
 MINMAX = camkit.refiners.Normalize("minmax")
 CRF = camkit.DenseCRF(background_score=0.5)
 
@@ -74,6 +74,11 @@ def variants() -> list[Variant]:
     for blocks in (3, 5):
         method = camkit.Method(HYBRID, edit=EDIT, edit_blocks=blocks, refine=SPREAD)
         title = f"hybrid attention, {blocks} blocks calibrated, propagated"
+        found.append(Variant(title, method, base=spreading))
+    for of in ("qkv", "qk"):
+        edit = camkit.edits.StaticCalibration(of=of)
+        method = camkit.Method(HYBRID, edit=edit, edit_blocks=4, refine=SPREAD)
+        title = f"hybrid attention, calibrated by {', '.join(of)}, propagated"
         found.append(Variant(title, method, base=spreading))
     hybrid = camkit.Method(HYBRID, edit=EDIT, edit_blocks=4, refine=SPREAD)
     base = next(each for each in found if each.name == "hybrid attention, propagated")

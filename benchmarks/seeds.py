@@ -6,7 +6,7 @@
 ViT-Ti with its ImageNet classifier, or (`--voc`) one trained on the six VOC classes. Background
 scores are picked on `train` of voc12_animals, figures come from its `val`. Gains are over the
 gradient seed, for a calibrated seed over the same seed without. The seed of `camkit.wrap` is
-"hybrid attention @ qkv, last 4"; the last lines are propagated as in `camkit.wrap`. views.py is
+"hybrid attention @ k, last 4"; the last lines are propagated as in `camkit.wrap`. views.py is
 about several sizes, preset.py about how the default was chosen.
 """
 
@@ -101,7 +101,8 @@ def variants() -> list[Variant]:
         for blocks in ((1, 3, 5) if edit == EXCEL else (3,))
     ]
     edits += [("like what the gradient points at, tokens", "qkv, last 3", EXCEL, 3)]
-    edits += [(name, "qkv, last 4", EXCEL, 4) for name in REFINED[1:]]
+    edits += [(name, "qkv, last 4", EXCEL, 4) for name in REFINED[1:3]]
+    edits += [("hybrid attention", "k, last 4", CALIBRATED.method.edit, 4)]
     edits += [(name, title, edit, None) for name in KEY_EDITED for title, edit in KEY_EDITS.items()]
     found += [
         Variant(
@@ -112,7 +113,9 @@ def variants() -> list[Variant]:
         for name, title, edit, blocks in edits
     ]
     last: Variant | None = None
-    for variant in [one for one in found if one.name.removesuffix(" @ qkv, last 4") in REFINED]:
+    ends = ("", " @ qkv, last 4", " @ k, last 4")
+    spread = {name + end for name in REFINED for end in ends}
+    for variant in [one for one in found if one.name in spread]:
         refined = Variant(
             f"{variant.name}, refined",
             replace(variant.method, refine=CHAIN),
@@ -139,7 +142,7 @@ def choice(report: Report) -> str:
             f"The default: {told(today)}."
         )
 
-    default = "hybrid attention @ qkv, last 4"
+    default = "hybrid attention @ k, last 4"
     seeds = [row for row in report.rows if not row.name.endswith(", refined")]
     refined = [row for row in report.rows if row.name.endswith(", refined")]
     return f"Seeds, {chosen(seeds, default)}\n\nRefined, {chosen(refined, default + ', refined')}"

@@ -21,6 +21,7 @@ _HASHES: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary(
 UNKNOWN = "unknown: "
 
 
+@torch.no_grad()
 def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of the names, types, shapes and bytes of parameters and buffers.
 
@@ -67,7 +68,7 @@ def values_hash(model: nn.Module) -> str:
         for name, parameter in sorted(model.named_parameters()):
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
             for part in _stored(name, parameter):
-                digest.update(part.cpu().half().contiguous().numpy().tobytes())
+                digest.update(part.detach().cpu().half().contiguous().numpy().tobytes())
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return f"{UNKNOWN}{' '.join(str(error).split())[:200]}"
     return digest.hexdigest()
@@ -75,7 +76,8 @@ def values_hash(model: nn.Module) -> str:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield all tensors of the state by name, also packed ones (quantised layers)."""
-    for name, value in sorted(model.state_dict().items()):
+    # with keep_vars no tensor is detached, which takes longer than all else here
+    for name, value in sorted(model.state_dict(keep_vars=True).items()):
         if isinstance(value, torch.Tensor):
             yield name, value
         elif isinstance(value, tuple):
@@ -92,7 +94,7 @@ def _stored(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
     """
     plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype == torch.float32
     if plain and tensor.layout == torch.strided and tensor.device.type == "cpu":
-        return [tensor.detach()]
+        return [tensor]
     if nn.parameter.is_lazy(tensor):
         raise ValueError(f"{name} is not initialised")
     tensor = whole_tensor(name, tensor.detach())

@@ -253,7 +253,10 @@ class Pipeline:
         if several is None:
             return self._segment([self.prepare(photo)], classes)[0]
         if not isinstance(classes, TextClasses):
-            self._targets(classes, len(several))  # wrong requests fail before any photo is read
+            host = self._current_host()
+            self._targets(
+                classes, len(several), host
+            )  # wrong requests fail before any photo is read
         results: dict[int, Result] = {}
         waiting: dict[tuple[int, ...], list[tuple[int, Photo]]] = {}
         for place, each in enumerate(several):
@@ -318,11 +321,9 @@ class Pipeline:
             unfitted=stages.unfitted[place],
         )
 
-    def _targets(self, classes: ClassRequest, images: int) -> Targets:
+    def _targets(self, classes: ClassRequest, images: int, host: Host) -> Targets:
         """Check a request for the classes of the model, other than texts."""
-        known = (
-            known_classes(self.model, self._current_host().widths) if self.scores is None else None
-        )
+        known = known_classes(self.model, host.widths) if self.scores is None else None
         return read_targets(
             classes,
             images=images,
@@ -341,7 +342,7 @@ class Pipeline:
                 `camkit.seeds.read_targets` takes; None takes the most probable class of each.
         """
         # 1. The classes, checked before the model runs. Texts bring their own names and scores.
-        vocabulary, scores = self.vocabulary, self.scores
+        vocabulary, scores, host = self.vocabulary, self.scores, self._current_host()
         if isinstance(classes, TextClasses):
             if scores is not None or self._names_given:
                 raise ValueError(
@@ -352,8 +353,7 @@ class Pipeline:
             every = [list(range(len(classes)))] * len(pixels)
             targets = read_targets(every, images=len(pixels), vocabulary=vocabulary)
         else:
-            targets = self._targets(classes, len(pixels))
-        host = self._current_host()
+            targets = self._targets(classes, len(pixels), host)
         check_size(host, pixels)
 
         # 2. The method. The model's classifier cannot explain texts and custom scores.

@@ -235,12 +235,14 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     It takes a tenth of the time of ``model.modules()``, which makes up the names of all modules.
     """
     found: dict[nn.Module, None] = {}
-    waiting = [model]
+    waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
-        if module not in found:
+        if module is not None and module not in found:
             found[module] = None
-            waiting += [part for part in _parts(module).values() if part is not None]
+            parts = _parts(module)
+            if parts:
+                waiting += parts.values()
     return list(found)
 
 
@@ -256,16 +258,16 @@ def structure_of(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _parts(module: nn.Module) -> dict[str, nn.Module | None]:
-    parts = getattr(module, "_modules", None)
+    parts = module.__dict__.get("_modules")
     return parts if isinstance(parts, dict) else dict(module.named_children())
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether a module of the model was compiled, so that new hooks might not run."""
-    return any(
-        has_compiled_forward(module) or compiled_original(module) is not None
-        for module in modules_of(model)
-    )
+    modules = modules_of(model)
+    if any(kind.__module__.startswith("torch._dynamo") for kind in set(map(type, modules))):
+        return True
+    return any(has_compiled_forward(m) or "_orig_mod" in _parts(m) for m in modules)
 
 
 def constant_when_compiled(function: _Function) -> _Function:

@@ -61,7 +61,9 @@ def same(found, wanted):
 
 def test_a_classifier_on_the_class_token_is_calibrated(deep, photo):
     found = wrap(deep)(photo, classes=[1, 3])
-    asked = wrap(deep, seed=HYBRID, edit=StaticCalibration(), edit_blocks=4, background_score=SCORE)
+    asked = wrap(
+        deep, seed=HYBRID, edit=StaticCalibration(of="k"), edit_blocks=4, background_score=SCORE
+    )
     assert same(found, asked(photo, classes=[1, 3]))
     assert found.settings == asked.settings
     assert "StaticCalibration" in found.settings["edit"]
@@ -247,7 +249,7 @@ def test_grouped_outputs_are_read_together(deep, photo):
     groups = Vocabulary(("cat", "dog"), members=((0, 1), (2, 3, 4)))
     found = wrap(deep, vocabulary=groups)(photo, classes=["dog"])
     asked = wrap(
-        deep, vocabulary=groups, seed=HYBRID, edit=StaticCalibration(), edit_blocks=4,
+        deep, vocabulary=groups, seed=HYBRID, edit=StaticCalibration(of="k"), edit_blocks=4,
         background_score=SCORE,
     )  # fmt: skip
     assert same(found, asked(photo, classes=["dog"]))

@@ -168,8 +168,8 @@ class Renamed:
     def __init__(self):
         self.hooks, self.pre_hooks = OrderedDict(), OrderedDict()
 
-    def modules(self):
-        return [self]
+    def named_children(self):
+        return []
 
     def register_forward_hook(self, hook):
         handle = RemovableHandle(self.hooks)
