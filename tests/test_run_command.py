@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_runs import nobody, tree, write_photos
 
 from camkit.bulk.ledger import Journal
@@ -190,9 +190,10 @@ def test_what_cannot_be_run_is_said_in_one_line(tmp_path, monkeypatch, capsys, g
 
 @pytest.mark.slow
 @pytest.mark.skipif(TORCHRUN is None, reason="torchrun is not installed beside this Python")
-def test_two_processes_of_torchrun_make_the_folder_of_one(tmp_path):
+@pytest.mark.parametrize("fits", [False, True])
+def test_two_processes_of_torchrun_make_the_folder_of_one(fits, tmp_path):
     write_photos(tmp_path / "in", 6)
-    asked = ["--classes", "cat,dog", "--cams", "npz", "--workers", "0"]
+    asked = ["--classes", "cat,dog", "--cams", "npz", "--workers", "0", *["--fit"] * fits]
     assert main(command(tmp_path / "in", tmp_path / "one", *asked)) == 0
     start = [TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "camkit"]
     ran = subprocess.run(
@@ -205,6 +206,12 @@ def test_two_processes_of_torchrun_make_the_folder_of_one(tmp_path):
     assert ran.returncode == 0, ran.stderr
     reported = sorted(line.partition(": ")[2] for line in ran.stdout.splitlines() if "done" in line)
     assert reported == ["2 images done, 0 failed", "4 images done, 0 failed"]  # chunks of four
+    if fits:  # the order of the sums changes their last digits
+        one, two = (load_file(tmp_path / f / "readout.safetensors") for f in ("one", "two"))
+        torch.testing.assert_close(two, one, rtol=1e-12, atol=0.0)
+        for folder in (tmp_path / "one", tmp_path / "two"):
+            (folder / "readout.safetensors").unlink()
+            (folder / "settings.json").unlink()  # holds a hash of the read-out
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 

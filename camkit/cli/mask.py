@@ -34,13 +34,15 @@ def add_ignore_below(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_background(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `background_score` reads."""
+OF_FILES = "0.45; 0.5, which draws the highest map, for files with a background map"
+
+
+def add_background(parser: argparse.ArgumentParser, *, default: str = OF_FILES) -> None:
+    """Add the options that `background_score` reads; ``default`` describes the default score."""
     parser.add_argument(
         "--background-score",
         type=float,
-        help="score in [0, 1] that a class must exceed to get a pixel (default: 0.45; 0.5, which "
-        "draws the highest map, for files with a background map)",
+        help=f"score in [0, 1] that a class must exceed to get a pixel (default: {default})",
     )
     parser.add_argument(
         "--background",

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Parquet with float16 maps at the size of the refiners (default: none)",
     )
     add("--no-masks", action="store_true", help="write class maps only")
-    add_background(parser)
+    add_background(parser, default="that of the method")
     add_ignore_below(parser)
     add("--max-pixels", type=int, default=Loading.max_pixels, help="larger images are refused")
     add("--fit", action="store_true", help="first fit a read-out over all images, for better maps")
