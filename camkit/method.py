@@ -260,6 +260,7 @@ _EDGES = (
     refiners.FastGlobalSmooth,
     refiners.Superpixels,
     refiners.AtReducedSize,
+    refiners.PromptedRefine,
 )
 
 

@@ -40,7 +40,8 @@ class Drawing:
 
     Attributes:
         masks: of each class; no pixel belongs to two of them, unless their maps are equal there.
-        kept: pixels of components that were not asked for, or got no usable mask.
+        kept: pixels that keep their scores: of components that were not asked for or got no usable
+            mask, and the whole maps of classes that got none.
         asked: number of parts asked for.
         drawn: number of these that got a usable mask.
     """
@@ -99,8 +100,10 @@ class PromptedRefine:
         mix: see step 4, in [0, 1]; 0 changes nothing, 1 returns masks.
         min_area: share of the picture below which a component is not prompted.
         max_area: share of the picture above which a mask counts as the whole picture.
-        min_agreement: agreement below which a mask is not used; a coarse map covers more or less
-            than its object, so this is low.
+        min_agreement: agreement below which a mask is not used. It is low, as a map may cover much
+            more or less than its object.
+        min_overlap: share of the smaller of mask and part that must lie in the other one, or the
+            mask is not used: a prompt that misses its object gets what lies around it.
         cache: photos whose embeddings are kept for the next call. One of SAM takes 4 MB, of SAM 2
             17 MB, on the device of the segmenter.
 
@@ -117,6 +120,7 @@ class PromptedRefine:
     min_area: float = 0.001
     max_area: float = 0.95
     min_agreement: float = 0.1
+    min_overlap: float = 0.5
     cache: int = 8
     _embeddings: EmbeddingCache = field(init=False, repr=False, compare=False)
 
@@ -129,7 +133,7 @@ class PromptedRefine:
             raise ValueError(f"`rounds` must be at least 1, got {self.rounds}")
         if not 0.0 <= self.background_score < 1.0:
             raise ValueError(f"`background_score` must lie in [0, 1), got {self.background_score}")
-        for name in ("mix", "min_area", "max_area", "min_agreement"):
+        for name in ("mix", "min_area", "max_area", "min_agreement", "min_overlap"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {value}")
@@ -176,10 +180,9 @@ class PromptedRefine:
             warnings.warn(_UNUSABLE, SegmenterWarning, stacklevel=2)
         for scores, drawing in zip(maps, drawings, strict=True):
             for score, mask, kept in zip(scores, drawing.masks, drawing.kept, strict=True):
-                if mask.any():  # else nothing was drawn, and the map stays as it is
-                    inside = torch.from_numpy(mask).to(score.device)
-                    mixed = (1.0 - self.mix) * score + self.mix * inside
-                    score.copy_(torch.where(torch.from_numpy(kept).to(score.device), score, mixed))
+                inside, same = (torch.from_numpy(each).to(score.device) for each in (mask, kept))
+                mixed = (1.0 - self.mix) * score + self.mix * inside
+                score.copy_(torch.where(same, score, mixed))
         return maps.to(cam.dtype)
 
     def drawings(self, cam: Cam, capture: Capture) -> list[Drawing]:
@@ -187,7 +190,7 @@ class PromptedRefine:
         maps = _at_picture_size(cam, capture)
         if not maps.numel():
             nothing = np.zeros(maps.shape[1:], bool)
-            return [Drawing(nothing, nothing) for _ in maps]
+            return [Drawing(nothing, ~nothing) for _ in maps]
         pictures = picture_bytes(picture_of(capture, "PromptedRefine")).cpu().numpy()
         flat = flat_maps(cam).cpu().numpy()
         return [self._draw(*each) for each in zip(maps.cpu().numpy(), flat, pictures, strict=True)]
@@ -199,7 +202,7 @@ class PromptedRefine:
         picture: UInt8[np.ndarray, "H W 3"],
     ) -> Drawing:
         coarse = _coarse_masks(scores, flat, self.background_score)
-        masks, kept = np.zeros_like(coarse), coarse.copy()
+        masks, kept = np.zeros_like(coarse), np.ones_like(coarse)
         least = self.min_area * coarse[0].size
         requests = [
             _Request(slot, part)
@@ -210,13 +213,15 @@ class PromptedRefine:
         # in the order of their places, so that the order of classes does not change batches
         requests.sort(key=lambda request: (request.part.box, request.part.mask.tobytes()))
         drawn = self._masks_of(requests, scores, picture) if requests else []
-        for request, mask in zip(requests, drawn, strict=True):
-            if mask is not None:
-                masks[request.slot] |= mask
-                kept[request.slot] &= ~request.part.mask
+        answered = [pair for pair in zip(requests, drawn, strict=True) if pair[1] is not None]
+        for slot in {request.slot for request, _ in answered}:
+            kept[slot] = coarse[slot]
+        for request, mask in answered:
+            masks[request.slot] |= mask
+            kept[request.slot] &= ~request.part.mask
         _settle(masks, scores, by_region=self.contested == "region")
         kept &= ~masks
-        return Drawing(masks, kept, len(requests), sum(mask is not None for mask in drawn))
+        return Drawing(masks, kept, len(requests), len(answered))
 
     def _masks_of(
         self,
@@ -257,11 +262,12 @@ class PromptedRefine:
         part: Bool[np.ndarray, "H W"],
     ) -> Bool[np.ndarray, "H W"] | None:
         """Return the best mask that can be used, if any; the first of equally good ones."""
-        areas = candidates.sum((1, 2))
+        areas, area = candidates.sum((1, 2)), part.sum()
         shared = (candidates & part).sum((1, 2))
-        agreement = shared / (areas + part.sum() - shared)
-        usable = (areas <= self.max_area * part.size) & (shared > 0)
-        usable &= (agreement >= self.min_agreement) & ~np.isnan(ious)
+        agreement = shared / (areas + area - shared)
+        usable = (areas <= self.max_area * part.size) & (shared > 0) & ~np.isnan(ious)
+        usable &= agreement >= self.min_agreement
+        usable &= shared >= self.min_overlap * np.minimum(areas, area)
         if not usable.any():
             return None
         values = {

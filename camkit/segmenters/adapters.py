@@ -39,7 +39,8 @@ class CallableSegmenter:
         return picture
 
     def masks(self, embedding: UInt8[np.ndarray, "H W 3"], prompts: Sequence[Prompt]) -> Answers:
-        return self.ask(embedding, prompts)
+        masks, ious = _arrays(self.ask(embedding, prompts))
+        return masks, ious
 
 
 def as_segmenter(value: Any) -> Segmenter:
@@ -92,11 +93,7 @@ def ask(
     Raises:
         ValueError: masks or predicted IoU have another shape or type than `Answers`.
     """
-    answers: tuple[Any, Any] = segmenter.masks(embedding, prompts)  # tensors are welcome too
-    masks, ious = (
-        each.detach().cpu().numpy() if isinstance(each, torch.Tensor) else np.asarray(each)
-        for each in answers
-    )
+    masks, ious = _arrays(segmenter.masks(embedding, prompts))
     wanted = (len(prompts), *size)
     if masks.ndim != 4 or (len(masks), *masks.shape[2:]) != wanted or not masks.shape[1]:
         raise ValueError(
@@ -114,3 +111,12 @@ def ask(
             f"{ious.shape}"
         )
     return masks.astype(bool), ious.astype(np.float64)
+
+
+def _arrays(answers: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return masks and predicted IoU as arrays; tensors are welcome too."""
+    masks, ious = (
+        each.detach().cpu().numpy() if isinstance(each, torch.Tensor) else np.asarray(each)
+        for each in answers
+    )
+    return masks, ious

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from camkit.segmenters.parts import Part, depth, highest
 from camkit.segmenters.protocol import Prompt
 
 
+@runtime_checkable
 class PromptRule(Protocol):
     """Makes the prompt for a part of a class map; its repr is its settings."""
 
