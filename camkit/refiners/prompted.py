@@ -16,7 +16,7 @@ from camkit.ops.finite import check_finite
 from camkit.ops.images import resize_cam
 from camkit.ops.scaling import flat_maps
 from camkit.printing import short_repr
-from camkit.refiners.protocol import picture_bytes, picture_of
+from camkit.refiners.protocol import Chain, picture_bytes, picture_of
 from camkit.segmenters.adapters import as_segmenter, ask, identity_of
 from camkit.segmenters.embeddings import EmbeddingCache
 from camkit.segmenters.parts import Part, parts_of
@@ -330,17 +330,22 @@ def _settle(
                 masks[slot] &= ~region
 
 
-def segmenters_in(refiners: Sequence[Any]) -> tuple[str, ...]:
-    """Return the identity of each segmenter among refiners, also inside of chains.
-
-    Args:
-        refiners: any refiners; opens the segmenters that are opened by name.
-    """
-    found: list[str] = []
+def prompted_in(refiners: Sequence[Any]) -> tuple[PromptedRefine, ...]:
+    """Return the refiners with a segmenter among refiners, also those inside of chains."""
+    found: list[PromptedRefine] = []
     for each in refiners:
-        inner = getattr(each, "refiners", None) or (getattr(each, "refiner", None),)
         if isinstance(each, PromptedRefine):
-            found.append(identity_of(each.segmenter))
-        elif inner != (None,):
-            found += segmenters_in(inner)
+            found.append(each)
+        elif isinstance(each, Chain):
+            found += prompted_in(each.refiners)
+        elif hasattr(each, "refiner"):  # AtReducedSize
+            found += prompted_in([each.refiner])
     return tuple(found)
+
+
+def segmenters_in(refiners: Sequence[Any]) -> tuple[str, ...]:
+    """Return the identity of each segmenter among refiners, also of those inside of chains.
+
+    Opens the segmenters that are opened by name.
+    """
+    return tuple(identity_of(each.segmenter) for each in prompted_in(refiners))
