@@ -23,7 +23,7 @@ from camkit.segmenters.parts import parts_of
 from camkit.segmenters.rules import moved_box
 
 SIZE = (24, 36)
-ANY = {"min_agreement": 0.0, "min_overlap": 0.0}
+ANY = {"min_agreement": 0.0}
 RULES = {"peaks": "peaks", "samrefiner": "samrefiner", "two rounds": SamRefinerPrompts(gamma=2.0)}
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
@@ -103,7 +103,7 @@ def test_true_segments_give_true_masks_of_drawn_scenes(tmp_path, rule):
 
 
 def test_true_segments_give_the_ceiling_on_photos(real_data):
-    """Objects are drawn to the pixel; the prompt of one map misses its object."""
+    """Objects are drawn to the pixel, where the map of 32 x 32 pixels meets them by half."""
     shared = joined = 0
     for cam, capture, truth in coarse_objects(real_data):
         labels = truth[0, 0].numpy()
@@ -115,8 +115,8 @@ def test_true_segments_give_the_ceiling_on_photos(real_data):
         found, known = refined[0, 0].numpy() > 0.5, labels != 255
         shared += (found & objects & known).sum()
         joined += ((found | objects) & known).sum()
-    assert shared / joined > coarse_iou(None, real_data) + 0.1
-    assert shared / joined > 0.9  # a map may point beside its object: then it stays as it is
+    assert shared / joined > coarse_iou(None, real_data) + 0.07
+    assert shared / joined > 0.88  # a map that hardly meets its object stays as it is
 
 
 # -- segmenters that are wrong
@@ -188,7 +188,7 @@ def test_a_map_is_mixed_with_its_mask():
     """By hand: (1 - 0.75) s + 0.75 m."""
     object_ = boxes((4, 4, 14, 24))
     score = np.where(boxes((6, 6, 12, 30)), 0.8, 0.2)
-    refined = PromptedRefine(Fixed(object_), mix=0.75)(maps(score), blank())[0, 0].numpy()
+    refined = PromptedRefine(Fixed(object_), mix=0.75, **ANY)(maps(score), blank())[0, 0].numpy()
     np.testing.assert_allclose(np.unique(refined[object_].round(5)), [0.8, 0.95], atol=1e-6)
     np.testing.assert_allclose(np.unique(refined[~object_].round(5)), [0.05, 0.2], atol=1e-6)
 
@@ -243,10 +243,12 @@ def test_two_classes_that_get_one_mask_are_settled_by_their_maps():
     both = boxes((4, 4, 14, 30))
     for order in ([0, 1], [1, 0]):
         cam, capture = contested_maps()[:, order], blank()
-        region = PromptedRefine(Fixed(both), mix=1.0)(cam, capture)[0, order]
+        region = PromptedRefine(Fixed(both), mix=1.0, **ANY)(cam, capture)[0, order]
         assert np.array_equal(region[0], both)  # 0.9 on 12 columns outweighs 0.6 on 14
         assert not region[1].any()
-        pixel = PromptedRefine(Fixed(both), mix=1.0, contested="pixel")(cam, capture)[0, order]
+        pixel = PromptedRefine(Fixed(both), mix=1.0, contested="pixel", **ANY)(cam, capture)[
+            0, order
+        ]
         assert np.array_equal(pixel[0], boxes((4, 18, 14, 30)))
         assert np.array_equal(pixel[1], boxes((4, 4, 14, 18)))
 

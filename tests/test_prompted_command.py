@@ -21,7 +21,7 @@ from camkit.photo import read_picture
 from camkit.refiners import PromptedRefine
 from camkit.segmenters import PretrainedSegmenter
 
-ANY = "choose=agreement,min_agreement=0,min_overlap=0,max_area=1"  # random weights draw anything
+ANY = "choose=agreement,min_agreement=0,max_area=1"  # random weights draw anything
 SIZE = (40, 57)
 
 

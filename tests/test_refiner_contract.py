@@ -48,7 +48,7 @@ REFINERS = {
     "Superpixels felzenszwalb": Superpixels("felzenszwalb", size=40, sigma=0.0),
     "PixelAdaptive": PixelAdaptive(steps=10),
     "AtReducedSize": AtReducedSize(FastGlobalSmooth()),
-    "PromptedRefine": PromptedRefine(Planted(by_colour)),
+    "PromptedRefine": PromptedRefine(Planted(by_colour), min_agreement=0.0),
 }
 every_refiner = pytest.mark.parametrize("name", REFINERS)
 
@@ -88,7 +88,7 @@ ALL = [
     Superpixels("felzenszwalb", vote=0.5),
     AtReducedSize(GuidedFilter()),
     AtReducedSize(PixelAdaptive(steps=1), scale=1.0),
-    PromptedRefine(Planted(by_colour), min_agreement=0.0, min_overlap=0.0),
+    PromptedRefine(Planted(by_colour), min_agreement=0.0),
     chain(Normalize(), Blur()),
 ]
 all_refiners = pytest.mark.parametrize("refiner", ALL, ids=repr)
@@ -260,7 +260,6 @@ REFUSED = [
     (prompted, "min_area", [1.1], r"must lie in \[0, 1\], got {}"),
     (prompted, "max_area", [1.1], r"must lie in \[0, 1\], got {}"),
     (prompted, "min_agreement", [-1.0], r"must lie in \[0, 1\], got {}"),
-    (prompted, "min_overlap", [-1.0], r"must lie in \[0, 1\], got {}"),
     (prompted, "cache", [-1], "must be at least 0 photos, got {}"),
     (prompted, "choose", ["iou"], "must be one of both, predicted, agreement, got {!r}"),
     (prompted, "contested", ["first"], "must be one of region, pixel, got {!r}"),
