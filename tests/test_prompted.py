@@ -141,7 +141,8 @@ def test_an_unusable_answer_changes_nothing_and_says_so(answer, rule):
 
 
 def test_a_warning_is_given_once(recwarn):
-    warnings.simplefilter("default")
+    """Even where every warning is shown, as after others have changed the filters."""
+    warnings.simplefilter("always")
     refine, cam = PromptedRefine(Fixed(boxes())), maps(boxes((2, 2, 9, 9)))
     for _ in range(3):
         refine(cam, blank())
@@ -318,14 +319,15 @@ def test_pixels_that_touch_at_corners_are_one_piece():
     assert len(part.pieces) == 1
 
 
-def test_each_piece_gets_its_peak_deepest_inside_as_a_point():
-    pieces = boxes((2, 2, 9, 9)), boxes((4, 20, 5, 23))
-    scores = 0.8 * (pieces[0] | pieces[1])
-    scores[4, 21] = 0.9
+def test_each_piece_gets_the_middle_of_its_top_as_a_point():
+    pieces = boxes((2, 2, 9, 9)), boxes((4, 20, 5, 23)), boxes((0, 30, 9, 36))
+    scores = 0.8 * pieces[0] + 0.7 * pieces[1] + 0.6 * pieces[2]
+    scores[2, 8], scores[4, 22] = 0.85, 0.9  # one is within 90 %, so its place does not count
     prompt = Peaks()(Part(pieces), scores)
-    assert prompt.points.tolist() == [[5, 5], [21, 4]]
+    assert prompt.points.tolist() == [[5, 5], [22, 4], [32, 2]]  # not at the edge of the picture
+    assert Peaks(top=1.0)(Part(pieces), scores).points[0].tolist() == [8, 2]
     assert prompt.positive.all()
-    assert prompt.box == (2, 2, 22, 8)
+    assert prompt.box == (2, 0, 35, 8)
     assert prompt.mask is None
     assert Peaks(box=False)(Part(pieces), scores).box is None
 

@@ -35,7 +35,7 @@ from camkit.refiners import (
     Superpixels,
     chain,
 )
-from camkit.segmenters import SamRefinerPrompts
+from camkit.segmenters import Peaks, SamRefinerPrompts
 
 NAN, INF = math.nan, math.inf
 CRF = DenseCRF(preset="clip_es", temperature=0.25, background_score=0.5)
@@ -263,6 +263,7 @@ REFUSED = [
     (prompted, "cache", [-1], "must be at least 0 photos, got {}"),
     (prompted, "choose", ["iou"], "must be one of both, predicted, agreement, got {!r}"),
     (prompted, "contested", ["first"], "must be one of region, pixel, got {!r}"),
+    (Peaks, "top", [0.0, 1.1, NAN], r"must lie in \(0, 1\], got {}"),
     (SamRefinerPrompts, "margin", [-0.1, 1.0, NAN], r"must lie in \[0, 1\), got {}"),
     (SamRefinerPrompts, "gamma", [0.0, INF, NAN], "must be positive and finite, got {}"),
     (SamRefinerPrompts, "strength", [0.0, INF, NAN], "must be positive and finite, got {}"),

@@ -122,6 +122,7 @@ class PromptedRefine:
     min_agreement: float = 0.5
     cache: int = 8
     _embeddings: EmbeddingCache = field(init=False, repr=False, compare=False)
+    _warned: list[bool] = field(init=False, repr=False, compare=False, default_factory=list)
 
     requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
@@ -175,7 +176,8 @@ class PromptedRefine:
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         maps = _at_picture_size(cam, capture)
         drawings = self.drawings(cam, capture)
-        if any(each.asked and not each.drawn for each in drawings):
+        if not self._warned and any(each.asked and not each.drawn for each in drawings):
+            self._warned.append(True)  # a filter of `warnings` forgets when others change filters
             warnings.warn(_UNUSABLE, SegmenterWarning, stacklevel=2)
         for scores, drawing in zip(maps, drawings, strict=True):
             for score, mask, kept in zip(scores, drawing.masks, drawing.kept, strict=True):
