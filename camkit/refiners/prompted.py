@@ -101,9 +101,10 @@ class PromptedRefine:
         min_area: share of the picture below which a component is not prompted.
         max_area: share of the picture above which a mask counts as the whole picture.
         min_agreement: agreement below which a mask is not used: a part of the object, what lies
-            around it, or another object. The default was chosen on `voc12_animals/train`: segments
-            that have nothing to do with the photo then cost about 1 mIoU, and 20 at 0.1, while true
-            segments gain as much. Lower it for maps that show only a small part of their objects.
+            around it, or another object. Chosen on 60 images of `voc12_animals/train` by
+            benchmarks/prompted.py: there segments of another photo cost 4 mIoU, and 20 at 0.1,
+            while true segments gain 6, and 9 at 0.1. Lower it for a good segmenter behind maps that
+            show only a small part of their objects.
         cache: photos whose embeddings are kept for the next call. One of SAM takes 4 MB, of SAM 2
             17 MB, on the device of the segmenter.
 
@@ -175,7 +176,7 @@ class PromptedRefine:
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         maps = _at_picture_size(cam, capture)
-        drawings = self.drawings(cam, capture)
+        drawings = self._drawings(maps, cam, capture)
         if not self._warned and any(each.asked and not each.drawn for each in drawings):
             self._warned.append(True)  # a filter of `warnings` forgets when others change filters
             warnings.warn(_UNUSABLE, SegmenterWarning, stacklevel=2)
@@ -188,7 +189,11 @@ class PromptedRefine:
 
     def drawings(self, cam: Cam, capture: Capture) -> list[Drawing]:
         """Return what the segmenter draws of each picture, before it is mixed with the maps."""
-        maps = _at_picture_size(cam, capture)
+        return self._drawings(_at_picture_size(cam, capture), cam, capture)
+
+    def _drawings(
+        self, maps: Float[Tensor, "b k H W"], cam: Cam, capture: Capture
+    ) -> list[Drawing]:
         if not maps.numel():
             nothing = np.zeros(maps.shape[1:], bool)
             return [Drawing(nothing, ~nothing) for _ in maps]

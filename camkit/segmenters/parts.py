@@ -1,14 +1,15 @@
 """Coarse masks cut into the parts that are prompted one by one: connected components, merged."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from camkit.printing import short_repr
+
+_MOST = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,32 +49,39 @@ def parts_of(mask: Bool[np.ndarray, "H W"], least: float) -> list[Part]:
 
     Args:
         mask: a coarse mask.
-        least: pixels below which a component is left out.
+        least: pixels below which a component is left out. Of more than 256 components, as of noise,
+            the largest are taken.
     """
-    count, labels, sizes, _ = cv2.connectedComponentsWithStats(
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(
         mask.astype(np.uint8), connectivity=8
     )
-    areas = sizes[:, cv2.CC_STAT_AREA]
-    pieces = [labels == place for place in range(1, count) if areas[place] >= least]
-    return [Part(tuple(group)) for group in _merged([[piece] for piece in pieces])]
+    areas = stats[:, cv2.CC_STAT_AREA]
+    kept = [place for place in range(1, count) if areas[place] >= least]
+    places = sorted(sorted(kept, key=lambda place: -areas[place])[:_MOST])
+    corners = stats[places, :2]  # column, row, columns, rows, pixels
+    groups = _merged(np.concatenate([corners, corners + stats[places, 2:4] - 1], 1))
+    return [
+        Part(tuple(labels == places[piece] for piece in np.flatnonzero(groups == group)))
+        for group in np.unique(groups)
+    ]
 
 
-def _merged(groups: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-    """Join groups whose boxes overlap until no two do."""
-    boxes = [box_of(np.logical_or.reduce(group)) for group in groups]
-    for first in range(len(groups)):
-        for second in range(first + 1, len(groups)):
-            if _overlap(boxes[first], boxes[second]):
-                joined = groups[first] + groups[second]
-                others = [g for place, g in enumerate(groups) if place not in (first, second)]
-                return _merged([*others, joined])
-    return groups
-
-
-def _overlap(one: Sequence[int], other: Sequence[int]) -> bool:
-    return all(
-        max(one[axis], other[axis]) <= min(one[axis + 2], other[axis + 2]) for axis in (0, 1)
-    )
+def _merged(boxes: Int[np.ndarray, "n 4"]) -> Int[np.ndarray, " n"]:
+    """Number boxes so that those that overlap, or whose groups do, have one number."""
+    groups = np.arange(len(boxes))
+    while True:
+        hulls = np.empty_like(boxes)
+        for group in np.unique(groups):
+            members = groups == group
+            hulls[members, :2] = boxes[members, :2].min(0)
+            hulls[members, 2:] = boxes[members, 2:].max(0)
+        first = np.maximum(hulls[:, None, :2], hulls[None, :, :2])
+        last = np.minimum(hulls[:, None, 2:], hulls[None, :, 2:])
+        meets = (first <= last).all(2)
+        joined = np.where(meets, groups, len(boxes)).min(1, initial=len(boxes))
+        if np.array_equal(joined, groups):
+            return groups
+        groups = joined
 
 
 def depth(mask: Bool[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:

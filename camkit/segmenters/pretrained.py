@@ -62,9 +62,11 @@ class PretrainedSegmenter:
         return self.opened.identity()
 
     def version(self) -> object:
+        """Return what changes when weights are written to."""
         return self.opened.version()
 
     def features(self, embedding: Any) -> Float[Tensor, "d h w"]:
+        """Return the embedding of the picture alone, without padding."""
         return self.opened.features(embedding)
 
     def embed(self, picture: UInt8[np.ndarray, "H W 3"]) -> Any:
