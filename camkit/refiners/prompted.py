@@ -54,6 +54,17 @@ class Drawing:
     __repr__ = short_repr
 
 
+class _Once:
+    """Tells the first time from others: `warnings` forgets when somebody changes its filters."""
+
+    def __init__(self) -> None:
+        self._before = False
+
+    def is_first(self) -> bool:
+        before, self._before = self._before, True
+        return not before
+
+
 @dataclass(frozen=True, eq=False)
 class _Request:
     """A part of the map of a class."""
@@ -123,7 +134,7 @@ class PromptedRefine:
     min_agreement: float = 0.5
     cache: int = 8
     _embeddings: EmbeddingCache = field(init=False, repr=False, compare=False)
-    _warned: list[bool] = field(init=False, repr=False, compare=False, default_factory=list)
+    _warning: "_Once" = field(init=False, repr=False, compare=False)
 
     requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
@@ -141,6 +152,7 @@ class PromptedRefine:
         if self.cache < 0:
             raise ValueError(f"`cache` must be at least 0 photos, got {self.cache}")
         object.__setattr__(self, "_embeddings", EmbeddingCache(self.cache))
+        object.__setattr__(self, "_warning", _Once())
 
     def _check_choices(self) -> None:
         for name, kind in (("choose", Choice), ("contested", Contested)):
@@ -177,8 +189,7 @@ class PromptedRefine:
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         maps = _at_picture_size(cam, capture)
         drawings = self._drawings(maps, cam, capture)
-        if not self._warned and any(each.asked and not each.drawn for each in drawings):
-            self._warned.append(True)  # a filter of `warnings` forgets when others change filters
+        if any(each.asked and not each.drawn for each in drawings) and self._warning.is_first():
             warnings.warn(_UNUSABLE, SegmenterWarning, stacklevel=2)
         for scores, drawing in zip(maps, drawings, strict=True):
             for score, mask, kept in zip(scores, drawing.masks, drawing.kept, strict=True):
