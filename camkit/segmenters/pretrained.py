@@ -79,6 +79,7 @@ class PretrainedSegmenter:
 def _open(name: str, folder: Path, *, online: bool) -> tuple[Any, Any]:
     try:
         from transformers import AutoModelForMaskGeneration, AutoProcessor
+        from transformers.utils import logging
     except ImportError as error:
         raise CamkitError(
             f"the segmenter {name} needs transformers; install it with `pip install camkit[sam]`"
@@ -86,6 +87,8 @@ def _open(name: str, folder: Path, *, online: bool) -> tuple[Any, Any]:
     local = (folder / name).is_dir()
     place = str(folder / name) if local else name
     offline = local or not online
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model, report = AutoModelForMaskGeneration.from_pretrained(
             place, output_loading_info=True, local_files_only=offline
@@ -97,6 +100,9 @@ def _open(name: str, folder: Path, *, online: bool) -> tuple[Any, Any]:
             f"{name} cannot be opened as a promptable segmenter of transformers: {reason}"
             f"{'' if local else nearby(folder / name)}"
         ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise CamkitError(
