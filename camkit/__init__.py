@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         refiners as refiners,
         score as score,
         seeds as seeds,
+        segmenters as segmenters,
     )
     from camkit.capture import Capture as Capture, watch as watch
     from camkit.diagnosis import diagnose as diagnose
@@ -77,7 +78,7 @@ _MODULES = {  # of each name above; imported on first use, so that `camkit --hel
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 _PACKAGES = (
     *("bench", "bulk", "compat", "contrib", "data"),
-    *("edits", "losses", "refiners", "score", "seeds"),
+    *("edits", "losses", "refiners", "score", "seeds", "segmenters"),
 )
 __all__ = [*_MODULE_OF, *_PACKAGES]  # noqa: PLE0604 - all are strings
 

@@ -22,6 +22,7 @@ from camkit.errors import CaptureError, UnsupportedModelError, closest
 from camkit.manifest import values_hash
 from camkit.readout import Origin, Readout
 from camkit.refiners import Refiner
+from camkit.refiners.prompted import segmenters_in
 from camkit.seeds import ModelRunner, Seed, Views
 from camkit.tensors import RGB, Pixels
 
@@ -75,6 +76,9 @@ REFINERS: Names = {
     "walk": refiners.RandomWalk,
 }
 """All refiners; the last three need the attention of a model."""
+
+PROMPTED: Names = {"sam": refiners.PromptedRefine}
+"""Refiners that also need a promptable segmenter, which is given apart from the words."""
 
 WITHOUT_EDGES: tuple[Refiner, ...] = (
     refiners.Propagate(steps=2, blocks=6, balance=3),
@@ -177,8 +181,8 @@ class Method:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Return every setting, JSON-ready: each stage as its repr."""
-        return {
+        """Return every setting, JSON-ready: stages as their repr, segmenters with their weights."""
+        settings = {
             "seed": repr(self.seed),
             "edit": repr(self.edit),
             "edit_blocks": self.edit_blocks,
@@ -186,6 +190,8 @@ class Method:
             "refine": [repr(refiner) for refiner in self.refine],
             "background_score": self.background_score,
         }
+        segmenters = segmenters_in(self.refine)
+        return settings | {"segmenters": list(segmenters)} if segmenters else settings
 
 
 @dataclass(frozen=True)
@@ -260,6 +266,7 @@ _EDGES = (
     refiners.FastGlobalSmooth,
     refiners.Superpixels,
     refiners.AtReducedSize,
+    refiners.PromptedRefine,
 )
 
 
@@ -329,25 +336,35 @@ background score is that of the same seed on a class token."""
 PRESETS: tuple[Preset, ...] = (CALIBRATED, GRADIENT, POOLED)
 
 
-def read_refiners(texts: Sequence[str], names: Names = PICTURE_REFINERS) -> tuple[Refiner, ...]:
+def read_refiners(
+    texts: Sequence[str], names: Names = PICTURE_REFINERS, *, segmenter: Any = None
+) -> tuple[Refiner, ...]:
     """Read refiners from words.
 
     Args:
         texts: each ``STEP`` or ``STEP+STEP``; a step is ``NAME[:SETTINGS]``, and any step may set
             ``reduced=SCALE`` to refine at reduced size (`camkit.refiners.AtReducedSize`). Where all
             `REFINERS` are allowed, a step may be the name of one of the `CHAINS`.
-        names: the short names allowed.
+        names: the short names allowed; besides them those of `PROMPTED`.
+        segmenter: for the steps of `PROMPTED`, see `camkit.refiners.PromptedRefine`.
 
     Raises:
-        ValueError: a name, a setting or a value does not exist.
+        ValueError: a name, a setting or a value does not exist, or a step lacks the segmenter.
     """
     chain: list[Refiner] = []
     for step in (step for text in texts for step in re.split(r"\+(?=\D)", text)):  # not in 1e+3
         if names is REFINERS and step.strip() in CHAINS:
             chain += CHAINS[step.strip()]
             continue
-        build_step, settings = _read_spec(step, names, "refiner", reduced=float)
+        build_step, settings = _read_spec(step, {**names, **PROMPTED}, "refiner", reduced=float)
         scale = settings.pop("reduced", None)
+        if build_step in PROMPTED.values():
+            if segmenter is None:
+                raise ValueError(
+                    f"the step {step.strip()} needs a promptable segmenter; name one, such as "
+                    "--sam hf:facebook/sam-vit-base"
+                )
+            settings["segmenter"] = segmenter
         refiner = build_step(**settings)
         chain.append(refiner if scale is None else refiners.AtReducedSize(refiner, scale=scale))
     return tuple(chain)

@@ -2,23 +2,28 @@
 
     python docs/make_pictures.py
 
-Writes docs/images/photos_to_masks.jpg and flow.svg. The model is the one that ships with camkit, so
-nothing is downloaded, and README's lines give the same masks.
+Writes docs/images/photos_to_masks.jpg, prompts.jpg and flow.svg. The model is the one that ships
+with camkit, so nothing is downloaded, and README's lines give the same masks.
 """
 
 from html import escape
 from pathlib import Path
 
+import numpy as np
 import skimage
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 import camkit
 from camkit.paint import contact_sheet, overlay_cam, overlay_mask
+from camkit.segmenters import Prompt
 
 IMAGES = Path(__file__).parent / "images"
 SHOWN = {"chelsea": ("cat",), "coffee": ("cup",), "camera": ("person", "tripod")}  # free of rights
 TITLES = ("photo", "first map", "refined map", "mask", "mask without a class given")
+
+PROMPTED = {"chelsea": 1, "astronaut": 2, "coffee": 3}  # values of their masks
+NAMES = {1: "cat", 2: "person", 3: "cup"}
 
 BOXES = {  # name: column, row, label of its outgoing arrow
     "Photo": (0, 1, "pixels"),
@@ -50,6 +55,69 @@ def photos_to_masks(width: int = 260) -> Image.Image:
         rows.append((picture, *maps, *masks))
         captions.append(f"given: {' and '.join(names)}; first guess: {guess.names[0]}")
     return Image.fromarray(contact_sheet(rows, titles=TITLES, captions=captions, cell=width))
+
+
+class Shown:
+    """Draws the true mask if the first point lies on it, and keeps the prompts."""
+
+    def __init__(self, truth: np.ndarray) -> None:
+        self.truth, self.prompts = truth, list[Prompt]()
+
+    def embed(self, picture: np.ndarray) -> np.ndarray:
+        size = picture.shape[1], picture.shape[0]
+        return np.array(Image.fromarray(self.truth).resize(size, Image.Resampling.NEAREST))
+
+    def masks(self, embedding: np.ndarray, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+        self.prompts += prompts
+        places = [prompt.points[0].astype(int) for prompt in prompts]
+        masks = np.array([[embedding == embedding[row, col]] for col, row in places])
+        return masks, np.ones((len(prompts), 1))
+
+
+def prompts(width: int = 260) -> Image.Image:
+    """Show maps, the prompts that each rule makes of them, and what a segmenter makes of these."""
+    model, rows, captions = camkit.data.demo_model(), [], []
+    folder = Path(camkit.data.__file__).parent / "embedded" / "masks"
+    for photo, value in PROMPTED.items():
+        shown = [Shown(np.array(Image.open(folder / f"{photo}.png")) == value) for _ in range(2)]
+        rules = zip(shown, ("peaks", "samrefiner"), strict=True)
+        stages = [
+            camkit.refiners.PromptedRefine(each, rule=rule, min_agreement=0.1)
+            for each, rule in rules
+        ]
+        before, first, _ = (
+            camkit.wrap(model, refine=[*camkit.method.DEFAULT_REFINE, *stage])(
+                getattr(skimage.data, photo)(), classes=[NAMES[value]]
+            )
+            for stage in ((), stages[:1], stages[1:])
+        )
+        picture = before.picture()
+        scale = picture.shape[0] / first.photo.rgb.shape[-2]
+        drawn = (_drawn(picture, each.prompts, scale) for each in shown)
+        masks = (overlay_mask(picture, _numbered(each.mask)) for each in (before, first))
+        map_, mask, refined = overlay_cam(picture, before.cam[0, 0]), *masks
+        rows.append((map_, mask, *drawn, refined))
+        captions.append(f"given: {NAMES[value]}")
+    titles = ("refined map", "its mask", 'prompts, "peaks"', 'prompts, "samrefiner"', "mask drawn")
+    return Image.fromarray(contact_sheet(rows, titles=titles, captions=captions, cell=width))
+
+
+def _drawn(picture: np.ndarray, asked: list[Prompt], scale: float) -> np.ndarray:
+    """Draw boxes, points and mask prompts over a picture."""
+    canvas = Image.fromarray(picture)
+    for prompt in asked:
+        if prompt.mask is not None:
+            logits = np.clip(prompt.mask / prompt.mask.max(), 0, 1) * 190
+            plane = Image.fromarray(logits.astype(np.uint8)).resize(canvas.size)
+            canvas.paste((255, 255, 120), mask=plane)
+        pen = ImageDraw.Draw(canvas)
+        if prompt.box is not None:
+            pen.rectangle([scale * side for side in prompt.box], outline=(0, 200, 255), width=4)
+        for (col, row), positive in zip(scale * prompt.points, prompt.positive, strict=True):
+            colour = (30, 220, 60) if positive else (20, 20, 20)
+            disc = (col - 9, row - 9, col + 9, row + 9)
+            pen.ellipse(disc, fill=colour, outline=(255, 255, 255), width=3)
+    return np.array(canvas)
 
 
 def _numbered(mask: Tensor) -> Tensor:
@@ -94,3 +162,4 @@ if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "flow.svg").write_text(flow(), encoding="utf-8")
     photos_to_masks().save(IMAGES / "photos_to_masks.jpg", quality=85)
+    prompts().save(IMAGES / "prompts.jpg", quality=80)

@@ -64,6 +64,7 @@ ROOMS = {
     "seeds": ("Seeds", "seeds"),
     "edits": ("Edits", "edits", "ops/paired.PairBias"),
     "refiners": ("Refiners", "refiners"),
+    "segmenters": ("Promptable segmenters", "segmenters"),
     "losses": ("Losses", "losses"),
     "data": ("Data", "data"),
     "score": ("Scores", "score"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from coarse import captured, coarse_iou
 from timm.models import VisionTransformer
+from tiny_segmenters import Planted, by_colour
 
 import camkit
 from camkit import CaptureError, DenseCRF, Propagate
@@ -29,10 +30,12 @@ from camkit.refiners import (
     HybridPropagate,
     Normalize,
     PixelAdaptive,
+    PromptedRefine,
     RandomWalk,
     Superpixels,
     chain,
 )
+from camkit.segmenters import Peaks, SamRefinerPrompts
 
 NAN, INF = math.nan, math.inf
 CRF = DenseCRF(preset="clip_es", temperature=0.25, background_score=0.5)
@@ -45,6 +48,7 @@ REFINERS = {
     "Superpixels felzenszwalb": Superpixels("felzenszwalb", size=40, sigma=0.0),
     "PixelAdaptive": PixelAdaptive(steps=10),
     "AtReducedSize": AtReducedSize(FastGlobalSmooth()),
+    "PromptedRefine": PromptedRefine(Planted(by_colour), min_agreement=0.0),
 }
 every_refiner = pytest.mark.parametrize("name", REFINERS)
 
@@ -84,6 +88,7 @@ ALL = [
     Superpixels("felzenszwalb", vote=0.5),
     AtReducedSize(GuidedFilter()),
     AtReducedSize(PixelAdaptive(steps=1), scale=1.0),
+    PromptedRefine(Planted(by_colour), min_agreement=0.0),
     chain(Normalize(), Blur()),
 ]
 all_refiners = pytest.mark.parametrize("refiner", ALL, ids=repr)
@@ -148,14 +153,14 @@ def test_a_map_from_the_grid_comes_back_at_the_size_of_the_picture_within_its_ra
 
 @every_refiner
 def test_images_and_classes_do_not_mix(name):
-    """In the CRF classes compete, but their order does not count."""
+    """In the CRF, and for prompts, classes compete, but their order does not count."""
     refiner, cam, rgb = REFINERS[name], torch.rand(3, 3, 2, 3), stripes(3)
     refined, order = refiner(cam, captured(rgb)), [2, 0, 1]
     torch.testing.assert_close(refiner(cam[:, order], captured(rgb)), refined[:, order])
     for image in range(3):
         single = refiner(cam[image : image + 1], captured(rgb[image : image + 1]))
         torch.testing.assert_close(refined[image], single[0])
-        if name != "DenseCRF":
+        if name not in ("DenseCRF", "PromptedRefine"):
             first = refiner(cam[image : image + 1, :1], captured(rgb[image : image + 1]))
             torch.testing.assert_close(refined[image, :1], first[0])
 
@@ -216,6 +221,10 @@ def reduced(**settings):
     return AtReducedSize(CRF, **settings)
 
 
+def prompted(**settings):
+    return PromptedRefine(Planted(by_colour), **settings)
+
+
 REFUSED = [
     (DenseCRF, "preset", ["deeplab"], "must be one of clip_es, psa, irn, .*, convcrf, got"),
     (DenseCRF, "preset", [Kernels(3, 3, 80, 0, 10)], "`bilateral_srgb` must be above 0 .*, got 0"),
@@ -245,6 +254,19 @@ REFUSED = [
     (reduced, "scale", [0.0, 2.0, NAN], r"must lie in \(0, 1\], got {}"),
     (reduced, "radius", [0], "must be at least 1 pixel, got {}"),
     (reduced, "eps", [0.0], "must be positive and finite, got {}"),
+    (prompted, "rounds", [0], "must be at least 1, got {}"),
+    (prompted, "background_score", [-0.1, 1.0, NAN], r"must lie in \[0, 1\), got {}"),
+    (prompted, "mix", [-0.1, 1.1, NAN], r"must lie in \[0, 1\], got {}"),
+    (prompted, "min_area", [1.1], r"must lie in \[0, 1\], got {}"),
+    (prompted, "max_area", [1.1], r"must lie in \[0, 1\], got {}"),
+    (prompted, "min_agreement", [-1.0], r"must lie in \[0, 1\], got {}"),
+    (prompted, "cache", [-1], "must be at least 0 photos, got {}"),
+    (prompted, "choose", ["iou"], "must be one of both, predicted, agreement, got {!r}"),
+    (prompted, "contested", ["first"], "must be one of region, pixel, got {!r}"),
+    (Peaks, "top", [0.0, 1.1, NAN], r"must lie in \(0, 1\], got {}"),
+    (SamRefinerPrompts, "margin", [-0.1, 1.0, NAN], r"must lie in \[0, 1\), got {}"),
+    (SamRefinerPrompts, "gamma", [0.0, INF, NAN], "must be positive and finite, got {}"),
+    (SamRefinerPrompts, "strength", [0.0, INF, NAN], "must be positive and finite, got {}"),
     (RandomWalk, "beta", [0.0, NAN], "must be positive and finite, got {}"),
     (RandomWalk, "logt", [-1], r"must lie in \[0, 20\], got {}"),
     (RandomWalk, "logt", [64], r"must lie in \[0, 20\], got 64: 2\^logt steps are taken"),

@@ -22,6 +22,7 @@ from camkit.mask import to_mask
 from camkit.paint import save_mask
 from camkit.photo import read_picture
 from camkit.refiners import Chain, Normalize, Refiner
+from camkit.refiners.prompted import segmenters_in
 
 BACKGROUND_SCORE = 0.45  # of `camkit.to_mask`, for files without a background map
 _TOLERANCE = 1e-4  # what resizing and half precision may add to a normalised map
@@ -177,6 +178,9 @@ def write_all(
         "labels": str(folder.labels and folder.labels.path.resolve()),
         "any_aspect": str(folder.any_aspect),
     }
+    segmenters = segmenters_in([getattr(job, "refine", None)])
+    if segmenters:
+        settings["segmenters"] = "; ".join(segmenters)
     pattern = f"*{job.suffix}"
     with Journal(OutFolder(out), results=(pattern,), exclusive=False) as journal:
         present = {path.stem for path in out.glob(pattern) if not path.name.startswith(".")}

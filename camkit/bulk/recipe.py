@@ -20,6 +20,7 @@ from camkit.photo import Photo, PhotoSettings, photo_from_array
 from camkit.pipeline import Pipeline
 from camkit.readout import Form, Readout
 from camkit.refiners import Refiner
+from camkit.refiners.prompted import segmenters_in
 from camkit.seeds import FittedSeed, PredictedClasses
 from camkit.seeds.views import ModelCall
 from camkit.vocabulary import Vocabulary
@@ -186,4 +187,7 @@ class Recipe:
             settings["fit"] = f"{self.fit}, background_score={method.background_score}"
         if self.guesses is not None:
             settings["guesses"] = repr(self.guesses)
+        segmenters = segmenters_in((*method.refine, *self.writing.finish))
+        if segmenters:
+            settings["segmenters"] = "; ".join(segmenters)
         return settings if method.views is None else settings | {"views": repr(method.views)}

@@ -14,6 +14,7 @@ from camkit.cli.options import (
     GRAMMAR,
     METHOD_GRAMMAR,
     add_method_arguments,
+    add_sam_arguments,
     method_of,
     read_classes,
     refiners_help,
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "smaller masks",
     )
     add_method_arguments(parser)
+    add_sam_arguments(parser)
     add_model_arguments(parser)
 
 

@@ -38,6 +38,7 @@ from camkit.names import read_vocabulary, vocabulary_of
 from camkit.photo import PhotoSettings, photo_from_array
 from camkit.printing import short_repr
 from camkit.seeds.views import ModelCall, ModelRunner, stated_size
+from camkit.segmenters import PretrainedSegmenter
 from camkit.vocabulary import Vocabulary
 
 DEFAULT_MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -270,6 +271,19 @@ def source_of(name: str, checkpoint: str | Path | None, *, wait: bool = True) ->
     if source.kind == "code":
         print(f"importing {name} from {source.folder}, and running it", file=sys.stderr)
     return source
+
+
+def segmenter_of(name: str, device: str) -> PretrainedSegmenter:
+    """Return the opener of a promptable segmenter of transformers.
+
+    Args:
+        name: of a folder or on the hub, with or without ``hf:``.
+        device: of the segmenter.
+    """
+    source = ModelSource(f"hf:{name.removeprefix('hf:')}")
+    local = (source.folder / source.bare).is_dir()
+    online = not local and _hub_answers(slow_counts=True)
+    return PretrainedSegmenter(source.bare, device, source.folder, online)
 
 
 def _default_or_embedded(opener: ModelSource) -> ModelSource:

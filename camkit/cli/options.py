@@ -1,6 +1,7 @@
 """Options that commands share: a method in words, classes, and the help on short names."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import get_args
 
 import torch
 
-from camkit.cli.models import OpenedModel
+from camkit.cli.models import OpenedModel, segmenter_of
 from camkit.method import (
     DEFAULT_REFINE,
     EDITS,
     PICTURE_REFINERS,
+    PROMPTED,
     REFINERS,
     SEEDS,
     Method,
@@ -24,8 +26,10 @@ from camkit.method import (
 )
 from camkit.pipeline import wrap
 from camkit.readout import Form, Readout
-from camkit.refiners import AtReducedSize, DenseCRF, Refiner
+from camkit.refiners import AtReducedSize, DenseCRF, PromptedRefine, Refiner
+from camkit.refiners.prompted import prompted_in
 from camkit.seeds import PredictedClasses
+from camkit.segmenters import PretrainedSegmenter
 from camkit.vocabulary import Vocabulary
 
 GRAMMAR = """A step is NAME[:SETTINGS]. Join steps with +, or give --refine several times. Settings
@@ -44,7 +48,7 @@ camkit.contrib.LogitLensSeed:9."""
 def refiners_help(names: Names = PICTURE_REFINERS) -> str:
     """Return refiners with their settings and defaults, one per line."""
     lines = []
-    for name, kind in names.items():
+    for name, kind in {**names, **PROMPTED}.items():
         defaults = {field.name: field.default for field in fields(kind)}
         settings = [f"{key}={show_value(defaults[key])}" for key in settings_of(kind)]
         lines.append(f"  {name:<12} {' '.join(settings)}")
@@ -72,6 +76,43 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add("--readout", type=Path, metavar="FILE", help="a read-out that `camkit fit` wrote")
 
 
+def add_sam_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `read_segmenter` reads."""
+    parser.add_argument(
+        "--sam",
+        metavar="hf:NAME",
+        help="promptable segmenter of transformers, in a folder or on the hub, such as "
+        "hf:facebook/sam-vit-base: it draws what the maps point at. The step sam[:SETTINGS] of "
+        "--refine says where and how; without such a step it comes last",
+    )
+    parser.add_argument("--sam-device", help="of the segmenter (default: a GPU if there is one)")
+
+
+def read_segmenter(options: argparse.Namespace) -> PretrainedSegmenter | None:
+    """Return the segmenter that the options name, opened where it is first used."""
+    if options.sam is None:
+        if options.sam_device is not None:
+            raise ValueError("--sam-device needs a segmenter; add --sam hf:NAME, or omit it")
+        return None
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local = os.environ.get("LOCAL_RANK", "")  # as torchrun numbers the processes of a machine
+    own = f"cuda:{int(local) % gpus if local.isdigit() else 0}" if gpus else "cpu"
+    return segmenter_of(options.sam, options.sam_device or own)
+
+
+def with_segmenter(
+    texts: Sequence[str] | None,
+    names: Names,
+    segmenter: PretrainedSegmenter | None,
+    default: tuple[Refiner, ...] = (),
+) -> tuple[Refiner, ...]:
+    """Return the refiners of the options; a segmenter without a step of its own comes last."""
+    refine = read_refiners(texts, names, segmenter=segmenter) if texts else default
+    if segmenter is None or prompted_in(refine):
+        return refine
+    return (*refine, PromptedRefine(segmenter))
+
+
 def method_of(options: argparse.Namespace, opened: OpenedModel) -> Method:
     """Return the method that the options describe.
 
@@ -92,7 +133,8 @@ def method_to_fit(options: argparse.Namespace, opened: OpenedModel) -> Method:
 
 
 def _unfitted(options: argparse.Namespace, opened: OpenedModel) -> Method:
-    refine = read_refiners(options.refine, REFINERS) if options.refine else DEFAULT_REFINE
+    segmenter = read_segmenter(options) if hasattr(options, "sam") else None
+    refine = with_segmenter(options.refine, REFINERS, segmenter, DEFAULT_REFINE)
     if options.seed is None and options.edit is None:
         method = default_method(opened)
     else:

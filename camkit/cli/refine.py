@@ -7,8 +7,14 @@ from pathlib import Path
 
 from camkit.bulk import CamFolder, Failure, RefineCam, read_labels, read_list, write_all
 from camkit.bulk.camjobs import CamJob
-from camkit.cli.options import GRAMMAR, refiners_help
-from camkit.method import read_refiners
+from camkit.cli.options import (
+    GRAMMAR,
+    add_sam_arguments,
+    read_segmenter,
+    refiners_help,
+    with_segmenter,
+)
+from camkit.method import PICTURE_REFINERS
 from camkit.refiners import chain
 from camkit.refiners.crf import PRESETS
 
@@ -16,6 +22,8 @@ EXAMPLES = f"""examples:
   camkit refine cams --images JPEGImages --refine crf:clip_es --out refined
   camkit refine cams --images JPEGImages --refine par:steps=15,scale=0.5+crf:psa --out refined
   camkit refine cams --images JPEGImages --refine guided --form psa --workers 16 --out refined
+  camkit refine cams --images JPEGImages --sam hf:facebook/sam-vit-base --out refined
+  camkit refine cams --images JPEGImages --sam sam2 --refine sam:samrefiner+crf --out refined
 
 CAM files are .npy, .npz or .safetensors in any form that camkit.data.read_cam supports; they are
 read without running code. Photos are matched by name. Existing files are kept, so the same command
@@ -24,6 +32,9 @@ continues an interrupted run. OUT also gets settings.json, and errors.tsv if fil
 {GRAMMAR}
 
 {refiners_help()}
+
+The step sam needs --sam, and then the default of --workers is 0: each worker would open a segmenter
+of its own. The weights are part of the settings, so another segmenter does not continue a run.
 
 Presets of crf: {", ".join(PRESETS)}.
 After crf, class and background are equal at 0.5: camkit mask OUT --background-score 0.5"""
@@ -35,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine",
         action="append",
-        required=True,
         metavar="STEP",
         help="refiner with settings, see below; repeat the option for further steps",
     )
+    add_sam_arguments(parser)
     parser.add_argument(
         "--form",
         choices=("both", "psa", "irn", "clip-es"),
@@ -49,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    steps = read_refiners(options.refine)
+    segmenter = read_segmenter(options)
+    if not options.refine and segmenter is None:
+        raise ValueError("nothing says how to refine; give --refine STEP, --sam hf:NAME, or both")
+    steps = with_segmenter(options.refine, PICTURE_REFINERS, segmenter)
+    if segmenter is not None and options.workers is None:
+        options.workers = 0  # each worker would open a segmenter of its own
     refine = steps[0] if len(steps) == 1 else chain(*steps)
     return write_files(options, RefineCam(refine, options.form), "CAM files")
 

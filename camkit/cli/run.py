@@ -19,6 +19,7 @@ from camkit.cli.models import MODELS, add_model_arguments, open_named
 from camkit.cli.options import (
     add_form,
     add_method_arguments,
+    add_sam_arguments,
     method_of,
     method_to_fit,
     read_classes,
@@ -47,6 +48,7 @@ EXAMPLES = f"""examples:
   torchrun --nproc-per-node 8 -m camkit run photos --out masks                 one GPU per process
   camkit run photos --out masks --engine ray --address auto --gpus 0.5         a cluster
   camkit run photos --out masks --model vit_tiny_patch16_224 --checkpoint own.pth --names names.txt
+  camkit run photos --out masks --sam hf:facebook/sam-vit-base --sam-device cuda:1
   camkit run photos --out masks --model mymodels:build                         your own code
 
 INPUT is a folder of photos, a list of paths, a data set in the layout of VOC, COCO or ImageNet-S, a
@@ -65,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="results folder")
     add_input_arguments(parser)
     add_method_arguments(parser)
+    add_sam_arguments(parser)
     add(
         "--cams",
         choices=get_args(CamOutput),

@@ -15,6 +15,10 @@ from camkit.refiners.normalize import (
     Normalize as Normalize,
     normalize_cam as normalize_cam,
 )
+from camkit.refiners.prompted import (
+    PromptedRefine as PromptedRefine,
+    SegmenterWarning as SegmenterWarning,
+)
 from camkit.refiners.propagate import (
     HybridPropagate as HybridPropagate,
     Propagate as Propagate,

@@ -1,0 +1,122 @@
+"""Any promptable segmenter as a `Segmenter`, found by what the object is."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import nn
+
+from camkit.segmenters.hugging_face import CLASSES, TransformersSegmenter, is_of_transformers
+from camkit.segmenters.predictors import (
+    SAM2PredictorSegmenter,
+    SamPredictorSegmenter,
+    is_sam2_predictor,
+    is_sam_predictor,
+)
+from camkit.segmenters.protocol import Answers, Prompt, Segmenter
+
+AskSegmenter: TypeAlias = Callable[[UInt8[np.ndarray, "H W 3"], Sequence[Prompt]], Any]
+"""A function of your own: ``(picture, prompts) -> (masks, predicted IoU)``."""
+
+
+class CallableSegmenter:
+    """A function ``(picture, prompts) -> (masks, predicted IoU)``, which keeps no embedding.
+
+    Args:
+        ask: see `AskSegmenter`; shapes and types are those of `camkit.segmenters.Answers`.
+    """
+
+    def __init__(self, ask: AskSegmenter) -> None:
+        self.ask = ask
+
+    def __repr__(self) -> str:
+        named = getattr(self.ask, "__qualname__", None)  # the repr of a function has an address
+        return f"CallableSegmenter({named or repr(self.ask)})"
+
+    def embed(self, picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+        return picture
+
+    def masks(self, embedding: UInt8[np.ndarray, "H W 3"], prompts: Sequence[Prompt]) -> Answers:
+        masks, ious = _arrays(self.ask(embedding, prompts))
+        return masks, ious
+
+
+def as_segmenter(value: Any) -> Segmenter:
+    """Return a segmenter for a model, a predictor, an object with its methods, or a function.
+
+    Args:
+        value: a model of transformers (`SamModel`, `SamHQModel`, `Sam2Model`, `Sam3TrackerModel`,
+            `EdgeTamModel`) whose processor lies beside its weights, or ``(model, processor)``;
+            ``segment_anything.SamPredictor``; ``sam2.sam2_image_predictor.SAM2ImagePredictor``; a
+            `Segmenter`; or a function as `AskSegmenter` says.
+
+    Raises:
+        CamkitError: the processor of the model is not there.
+        TypeError: it is something else.
+    """
+    if isinstance(value, tuple) and len(value) == 2 and is_of_transformers(value[0]):
+        return TransformersSegmenter(*value)
+    if is_of_transformers(value):
+        return TransformersSegmenter(value)
+    if is_sam_predictor(value):
+        return SamPredictorSegmenter(value)
+    if is_sam2_predictor(value):
+        return SAM2PredictorSegmenter(value)
+    if isinstance(value, type):
+        raise TypeError(f"`segmenter` must be an object, got the class {value.__name__}")
+    if isinstance(value, Segmenter):
+        return value
+    if callable(value) and not isinstance(value, nn.Module):
+        return CallableSegmenter(value)
+    shown = f"{type(value).__name__}(...)" if isinstance(value, nn.Module) else repr(value)
+    raise TypeError(
+        f"`segmenter` must be one of {', '.join(CLASSES)} of transformers, a SamPredictor, a "
+        "SAM2ImagePredictor, an object with the methods of camkit.segmenters.Segmenter, or a "
+        f"function (picture, prompts) -> (masks, ious), got {shown}; "
+        'camkit.segmenters.PretrainedSegmenter("facebook/sam-vit-base") opens a model by its name'
+    )
+
+
+def identity_of(segmenter: Segmenter) -> str:
+    """Return a text that changes with the weights of a segmenter, as far as it says."""
+    own = getattr(segmenter, "identity", None)
+    return str(own()) if callable(own) else repr(segmenter)
+
+
+def ask(
+    segmenter: Segmenter, embedding: Any, prompts: Sequence[Prompt], size: tuple[int, int]
+) -> Answers:
+    """Return the answers of a segmenter, checked.
+
+    Raises:
+        ValueError: masks or predicted IoU have another shape or type than `Answers`.
+    """
+    masks, ious = _arrays(segmenter.masks(embedding, prompts))
+    wanted = (len(prompts), *size)
+    if masks.ndim != 4 or (len(masks), *masks.shape[2:]) != wanted or not masks.shape[1]:
+        raise ValueError(
+            f"{segmenter!r} must return masks of shape ({wanted[0]} prompts, masks of each, "
+            f"{size[0]} rows, {size[1]} columns), got {masks.shape}"
+        )
+    if masks.dtype != bool and not np.isin(masks, (0, 1)).all():
+        raise ValueError(
+            f"{segmenter!r} must return masks of 0 and 1, got {masks.dtype} up to "
+            f"{masks.max():.4g}; compare logits with 0, or probabilities with 0.5"
+        )
+    if ious.shape != masks.shape[:2]:
+        raise ValueError(
+            f"{segmenter!r} must return a predicted IoU for each of {masks.shape[:2]} masks, got "
+            f"{ious.shape}"
+        )
+    return masks.astype(bool), ious.astype(np.float64)
+
+
+def _arrays(answers: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return masks and predicted IoU as arrays; tensors are welcome too."""
+    masks, ious = (
+        each.detach().cpu().numpy() if isinstance(each, torch.Tensor) else np.asarray(each)
+        for each in answers
+    )
+    return masks, ious
