@@ -41,6 +41,14 @@ def _block_maps(
         yield (rows * weight[:, :, None, None].to(rows)).mean(1)
 
 
+def _sum(maps: Iterator[Float[Tensor, "b n n"]]) -> Float[Tensor, "b n n"]:
+    """Add up new maps, one at a time; in place unless they have a graph."""
+    total = next(maps)
+    for each in maps:
+        total = total + each if each.requires_grad or total.requires_grad else total.add_(each)
+    return total
+
+
 def _patch_attention(
     capture: Capture,
     blocks: int | None,
@@ -55,7 +63,7 @@ def _patch_attention(
     key = (blocks, balance_rounds, torch.is_grad_enabled())
     if key in kept:
         return kept[key]
-    total = reduce(torch.add, _block_maps(capture, blocks, head_weights))  # one map at a time
+    total = _sum(_block_maps(capture, blocks, head_weights))
     total = balance(total, rounds=balance_rounds) if balance_rounds else total
     if not total.requires_grad and not total.is_inference():
         kept[key] = total
