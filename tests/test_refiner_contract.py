@@ -3,6 +3,7 @@
 import math
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from coarse import captured, coarse_iou
@@ -30,12 +31,22 @@ from camkit.refiners import (
     Normalize,
     PixelAdaptive,
     RandomWalk,
+    Regions,
+    Segments,
     Superpixels,
     chain,
 )
 
 NAN, INF = math.nan, math.inf
 CRF = DenseCRF(preset="clip_es", temperature=0.25, background_score=0.5)
+
+
+def quarters(picture):
+    """A label image of four segments."""
+    rows, cols = (np.arange(side) * 2 // side for side in picture.shape[:2])
+    return 2 * rows[:, None] + cols
+
+
 REFINERS = {
     "DenseCRF": CRF,
     "GuidedFilter": GuidedFilter(radius=4),
@@ -43,6 +54,8 @@ REFINERS = {
     "FastGlobalSmooth": FastGlobalSmooth(),
     "Superpixels slic": Superpixels("slic", size=40, sigma=0.0),
     "Superpixels felzenszwalb": Superpixels("felzenszwalb", size=40, sigma=0.0),
+    "Regions": Regions(Segments("felzenszwalb", (10, 40), least=10, sigma=0.0)),
+    "Regions cut": Regions(Segments("slic", (40, 80)), overlap="cut"),
     "PixelAdaptive": PixelAdaptive(steps=10),
     "AtReducedSize": AtReducedSize(FastGlobalSmooth()),
 }
@@ -82,6 +95,9 @@ ALL = [
     PixelAdaptive(steps=1),
     Superpixels("slic"),
     Superpixels("felzenszwalb", vote=0.5),
+    Regions(quarters),
+    Regions(quarters, rule="vote", overlap="cut"),
+    Regions(quarters, rule="sepl"),
     AtReducedSize(GuidedFilter()),
     AtReducedSize(PixelAdaptive(steps=1), scale=1.0),
     chain(Normalize(), Blur()),
@@ -181,7 +197,13 @@ def test_a_map_that_misses_an_edge_is_drawn_to_it(name):
 
 @pytest.mark.parametrize(
     "refiner",
-    [GuidedFilter(radius=2, eps=1e-2, scale=1.0), PixelAdaptive(steps=2), Superpixels("slic")],
+    [
+        GuidedFilter(radius=2, eps=1e-2, scale=1.0),
+        PixelAdaptive(steps=2),
+        Superpixels("slic"),
+        Regions(quarters),
+        Regions(quarters, overlap="rank"),
+    ],
     ids=repr,
 )
 def test_a_gradient_reaches_the_maps_through_the_refiner(refiner):
@@ -199,6 +221,7 @@ def test_a_gradient_reaches_the_maps_through_the_refiner(refiner):
         FastGlobalSmooth(smoothness=1000.0, colour_width=4 / 255),
         Superpixels("slic", size=400, coherence=10.0),
         Superpixels("felzenszwalb"),
+        Regions("felzenszwalb"),
         AtReducedSize(CRF, scale=0.5),
     ],
     ids=repr,
@@ -234,6 +257,16 @@ REFUSED = [
     (Superpixels, "coherence", [0.0, NAN], "must be positive and finite, got {}"),
     (Superpixels, "sigma", [-1.0, NAN], "must be at least 0 and finite, got {}"),
     (Superpixels, "vote", [0.0, 1.0], r"must lie in \(0, 1\), got {}"),
+    (Regions, "proposals", ["quickshift"], "must be one of slic, felzenszwalb, got 'quickshift'"),
+    (Regions, "rule", ["median"], "must be one of mean, vote, sepl, got 'median'"),
+    (Regions, "overlap", ["max"], "must be mean, cut, rank or None, got 'max'"),
+    (Regions, "background_score", [0.0, 1.0, NAN], r"must lie in \(0, 1\), got {}"),
+    (Regions, "largest", [0.0, 1.1, NAN], r"must lie in \(0, 1\], got {}"),
+    (Segments, "method", ["quickshift"], "must be one of slic, felzenszwalb, got 'quickshift'"),
+    (Segments, "scales", [(0.0,)], "must be positive and finite, got 0.0"),
+    (Segments, "least", [0], "must be at least 1 pixel, got {}"),
+    (Segments, "compactness", [0.0, INF], "must be positive and finite, got {}"),
+    (Segments, "sigma", [-1.0, NAN], "must be at least 0 and finite, got {}"),
     (PixelAdaptive, "steps", [0, NAN], "must be at least 1, got {}"),
     (PixelAdaptive, "dilations", [()], "must name at least one distance, got none"),
     (PixelAdaptive, "dilations", [(1, 0)], r"must be at least 1 each, got \(1, 0\)"),

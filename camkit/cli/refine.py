@@ -7,7 +7,7 @@ from pathlib import Path
 
 from camkit.bulk import CamFolder, Failure, RefineCam, read_labels, read_list, write_all
 from camkit.bulk.camjobs import CamJob
-from camkit.cli.options import GRAMMAR, refiners_help
+from camkit.cli.options import GRAMMAR, add_regions, refiners_help, regions_of
 from camkit.method import read_refiners
 from camkit.refiners import chain
 from camkit.refiners.crf import PRESETS
@@ -15,6 +15,8 @@ from camkit.refiners.crf import PRESETS
 EXAMPLES = f"""examples:
   camkit refine cams --images JPEGImages --refine crf:clip_es --out refined
   camkit refine cams --images JPEGImages --refine par:steps=15,scale=0.5+crf:psa --out refined
+  camkit refine cams --images JPEGImages --refine crf --regions masks --out refined
+  camkit refine cams --images JPEGImages --regions masks --region-settings rule=sepl --out refined
   camkit refine cams --images JPEGImages --refine guided --form psa --workers 16 --out refined
 
 CAM files are .npy, .npz or .safetensors in any form that camkit.data.read_cam supports; they are
@@ -26,7 +28,8 @@ continues an interrupted run. OUT also gets settings.json, and errors.tsv if fil
 {refiners_help()}
 
 Presets of crf: {", ".join(PRESETS)}.
-After crf, class and background are equal at 0.5: camkit mask OUT --background-score 0.5"""
+After crf, and after regions with rule=vote or rule=sepl, class and background are equal at 0.5:
+camkit mask OUT --background-score 0.5"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine",
         action="append",
-        required=True,
         metavar="STEP",
         help="refiner with settings, see below; repeat the option for further steps",
     )
+    add_regions(parser)
     parser.add_argument(
         "--form",
         choices=("both", "psa", "irn", "clip-es"),
@@ -49,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    steps = read_refiners(options.refine)
+    steps = (*read_refiners(options.refine or ()), *regions_of(options))
+    if not steps:
+        raise ValueError("nothing to do; give steps (--refine) or mask proposals (--regions)")
     refine = steps[0] if len(steps) == 1 else chain(*steps)
     return write_files(options, RefineCam(refine, options.form), "CAM files")
 
