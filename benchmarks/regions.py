@@ -146,7 +146,7 @@ def choice(
     """A row that chooses scales and rule on train; controls get the same choice."""
     variants = [
         Variant(
-            f"{name}: scales {'x'.join(map(str, scales))}, {rule}",
+            f"scales {'x'.join(map(str, scales))}, {rule}",
             method(*before, Regions(propose(kept(*scales)), **chosen), *behind),
         )
         for scales in SCALES
@@ -164,7 +164,10 @@ def entries(folder: Path, pool: Sequence[str]) -> list[Entry]:
     foreign = replace(foreign, base=default)
     controls = {"base": default, "controls": (random, foreign)}
     slic = [
-        Variant(f"SLIC: {sizes}, {rule}", method(*WITHOUT_EDGES, Regions(proposals, **chosen)))
+        Variant(
+            f"sizes {'x'.join(map(str, sizes))}, {rule}",
+            method(*WITHOUT_EDGES, Regions(proposals, **chosen)),
+        )
         for sizes in ((200,), (100, 200, 400))
         for proposals in (kept(*sizes, method="slic"),)
         for rule, chosen in RULES.items()

@@ -256,6 +256,17 @@ def test_two_images_get_their_own_proposals():
         torch.testing.assert_close(out[image, 0][torch.from_numpy(mask)], mean.expand(mask.sum()))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_rule
+def test_a_gpu_gives_the_same(rule, overlap):
+    cam, rgb = torch.rand(2, 3, 3, 4), torch.rand(2, 3, ROWS, COLS)
+    refiner = Regions(given_masks(*random_masks(12, 3)), rule=rule, overlap=overlap)
+    found = refiner(cam.cuda(), Capture.of_picture(rgb.cuda()))
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), refine(refiner, cam, rgb), atol=1e-5, rtol=0)
+
+
 # The function and what it returns
 
 
@@ -328,9 +339,30 @@ def test_proposals_must_be_a_function_or_a_reader():
             Regions(wrong)
 
 
+def test_of_masks_with_equal_ranks_up_to_rounding_the_smaller_counts():
+    """Both masks have 0.7 as their best mean, but not the same mean of the other class."""
+    cam = torch.zeros(1, 2, ROWS, COLS)
+    cam[:, 0, :6, :6] = 0.7  # sums of 0.7 are rounded
+    cam[:, 1, :3, :3] = 0.3
+    small, large = box(0, 3, 0, 3), box(0, 6, 0, 6)
+    for masks in ((small, large), (large, small)):
+        out = refine(Regions(given_masks(*masks), overlap="rank"), cam)[0, 1]
+        torch.testing.assert_close(out[:3, :3], torch.full((3, 3), 0.3))
+        torch.testing.assert_close(out[3:6, :6], torch.full((3, 6), 0.3 * 9 / 36))
+
+
+class Generator:
+    """A callable whose repr is an address."""
+
+    def __call__(self, _):
+        return []
+
+
 def test_the_repr_of_a_function_has_no_address():
     assert repr(Regions(random_masks)).startswith("Regions(proposals=random_masks, rule='mean'")
     assert "method='slic'" in repr(Regions(Segments("slic")))
+    assert repr(Regions(Generator())) == repr(Regions(Generator()))
+    assert "Generator.__call__" in repr(Regions(Generator().__call__))
 
 
 # Names of photos

@@ -72,7 +72,7 @@ def claims(
     totals = votes.double().sum((1, 2))[:, None]
     taken = inside / areas > HALF
     taken |= (inside >= COVERED * totals) & (inside > 0)  # a class without label takes nothing
-    scores = torch.where(taken, means.detach(), -1.0)
+    scores = torch.where(taken, means.detach().round(decimals=9), -1.0)  # sums are rounded
     best = scores.amax(0)
     winners = taken & (scores == best)
     return winners / winners.sum(0).clamp_min(1).double(), best

@@ -1,6 +1,7 @@
 """Refiners that score regions of the picture in place of pixels: any mask proposals."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -176,12 +177,10 @@ class Regions:
             raise ValueError(f"`largest` must lie in (0, 1], got {self.largest}")
 
     def __repr__(self) -> str:
-        shown = []
-        for each in fields(self):
-            value = getattr(self, each.name)
-            name = getattr(value, "__qualname__", None)  # the repr of a function has an address
-            shown.append(f"{each.name}={value!r}" if name is None else f"{each.name}={name}")
-        return f"Regions({', '.join(shown)})"
+        shown = ", ".join(
+            f"{each.name}={_shown(getattr(self, each.name))}" for each in fields(self)
+        )
+        return f"Regions({shown})"
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         rgb = picture_of(capture, "Regions")
@@ -264,14 +263,20 @@ class Regions:
         if overlap == "mean":
             pixels, covered = mean_over_masks(found, masks)
         else:
-            # the highest last; of equal ranks the smaller mask, then the first
-            numbers = np.arange(masks.count)
-            order = np.lexsort((-numbers, -masks.areas, ranks.cpu().numpy()))
+            # the highest last; of equal ranks, up to rounding, the smaller mask, then the first
+            numbers, heights = np.arange(masks.count), ranks.cpu().numpy().round(9)
+            order = np.lexsort((-numbers, -masks.areas, heights))
             owners = masks.top(order).to(marks.device)
             pixels, covered = found[:, owners.clamp_min(0)], owners >= 0
         refined = torch.where(covered, pixels.to(marks.dtype), marks)
         # sums may leave the range by rounding; the correction has no gradient
         return refined + (clip_to_range(refined.detach(), marks) - refined.detach())
+
+
+def _shown(value: object) -> str:
+    """Return the repr of a setting without an address, which would differ in every process."""
+    name = getattr(value, "__qualname__", None)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)) if name is None else str(name)
 
 
 def _warn(reason: str) -> None:
