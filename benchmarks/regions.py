@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class OfAnotherPhoto:
     """A control: the segments of a photo of a pool, resized to the picture."""
 
     segments: Kept
-    pool: tuple[str, ...]
+    pool: tuple[str, ...] = field(repr=False)
 
     def __call__(self, picture: np.ndarray) -> np.ndarray:
         rows, cols = picture.shape[:2]
@@ -125,10 +125,11 @@ def kept(*scales: float, method: str = "felzenszwalb") -> Kept:
 
 
 SCALES = [(50, 100, 200), (25, 50, 100, 200)]
-RULES = {
+RULES: dict[str, dict[str, Any]] = {
     "mean": {"rule": "mean"},
     "vote at 0.45": {"rule": "vote", "background_score": 0.45},
     "vote at 0.5": {"rule": "vote", "background_score": 0.5},
+    "vote at 0.55": {"rule": "vote", "background_score": 0.55},
 }
 
 
@@ -179,16 +180,15 @@ def entries(folder: Path, pool: Sequence[str]) -> list[Entry]:
     before = choice("dense CRF, then Felzenszwalb", lambda s: s, (*WITHOUT_EDGES, *CRF), base=crf)
     behind = choice("Felzenszwalb, then dense CRF", lambda s: s, behind=CRF, base=crf)
     true = ProposalFolder(folder / "voc12_animals" / "SegmentationClass", unlabelled=255)
+    sepl = {"sepl at 0.45": {"rule": "sepl", "background_score": 0.45}}
     ceiling = [
         Variant(
             f"ceiling: true masks, {rule}",
             method(*WITHOUT_EDGES, Regions(true, largest=1.0, **chosen)),
             base=default,
         )
-        for rule, chosen in (
-            RULES | {"sepl at 0.45": {**RULES["vote at 0.45"], "rule": "sepl"}}
-        ).items()
-        if rule != "vote at 0.5"
+        for rule, chosen in (RULES | sepl).items()
+        if rule not in ("vote at 0.5", "vote at 0.55")
     ]
     superpixels = Choice(f"SLIC, best of {len(slic)}", tuple(slic), base=default)
     return [
@@ -374,7 +374,10 @@ def main() -> None:
     measured = measure(
         entries(folder, [str(each.photo) for each in samples]), options, opened=opened
     )
-    write(measured.report, options, "regions_voc" if options.voc else "regions")
+    name = "regions_voc" if options.voc else "regions"
+    write(measured.report, options, name)
+    written = options.out / f"{name}.json"
+    written.write_text(written.read_text().replace(str(folder.resolve()), "CAMKIT_DATA"))
 
 
 if __name__ == "__main__":
