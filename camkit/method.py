@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +18,7 @@ from camkit.capture.modes import borrowed
 from camkit.capture.parameters import to_input
 from camkit.capture.record import WatchSpec, required_by
 from camkit.checks import as_blocks, check_fraction, check_stage
+from camkit.data.proposals import ProposalFolder
 from camkit.edits import AnyEdit
 from camkit.errors import CaptureError, UnsupportedModelError, closest
 from camkit.manifest import values_hash
@@ -63,6 +65,7 @@ PICTURE_REFINERS: Names = {
     "guided": refiners.GuidedFilter,
     "fgs": refiners.FastGlobalSmooth,
     "superpixels": refiners.Superpixels,
+    "regions": refiners.Regions,
     "blur": refiners.Blur,
     "normalize": refiners.Normalize,
     "amplify": refiners.Amplify,
@@ -79,6 +82,16 @@ REFINERS: Names = {
 
 PROMPTED: Names = {"sam": refiners.PromptedRefine}
 """Refiners that also need a promptable segmenter, which is given apart from the words."""
+
+WORDS_OF_REGIONS: Mapping[str, Any] = {
+    "folder": str,
+    "unlabelled": int,
+    "scales": tuple[int, ...],
+    "least": int,
+    "sigma": float,
+}
+"""Settings of ``regions`` in words that are those of its proposals: of `camkit.data.ProposalFolder`
+or `camkit.refiners.Segments`."""
 
 WITHOUT_EDGES: tuple[Refiner, ...] = (
     refiners.Propagate(steps=2, blocks=6, balance=3),
@@ -265,6 +278,7 @@ _EDGES = (
     refiners.GuidedFilter,
     refiners.FastGlobalSmooth,
     refiners.Superpixels,
+    refiners.Regions,
     refiners.AtReducedSize,
     refiners.PromptedRefine,
 )
@@ -356,18 +370,63 @@ def read_refiners(
         if names is REFINERS and step.strip() in CHAINS:
             chain += CHAINS[step.strip()]
             continue
-        build_step, settings = _read_spec(step, {**names, **PROMPTED}, "refiner", reduced=float)
+        name = step.strip().partition(":")[0]
+        more = WORDS_OF_REGIONS if names.get(name) is refiners.Regions else {}
+        known = {**names, **PROMPTED}
+        build_step, settings = _read_spec(step, known, "refiner", reduced=float, **more)
         scale = settings.pop("reduced", None)
         if build_step in PROMPTED.values():
-            if segmenter is None:
-                raise ValueError(
-                    f"the step {step.strip()} needs a promptable segmenter; name one, such as "
-                    "--sam hf:facebook/sam-vit-base"
-                )
-            settings["segmenter"] = segmenter
+            settings["segmenter"] = _given_segmenter(step, segmenter)
+        elif more:
+            settings = _with_proposals(step, settings)
         refiner = build_step(**settings)
         chain.append(refiner if scale is None else refiners.AtReducedSize(refiner, scale=scale))
     return tuple(chain)
+
+
+def _given_segmenter(step: str, segmenter: Any) -> Any:
+    if segmenter is None:
+        raise ValueError(
+            f"the step {step.strip()} needs a promptable segmenter; name one, such as "
+            "--sam hf:facebook/sam-vit-base"
+        )
+    return segmenter
+
+
+def read_regions(folder: Path, written: str = "") -> refiners.Regions:
+    """Return the refiner by the mask proposals in a folder.
+
+    Args:
+        folder: see `camkit.data.ProposalFolder`.
+        written: further settings of the step ``regions``, as in ``rule=sepl,largest=0.9``.
+
+    Raises:
+        ValueError: a setting or a value does not exist.
+        DataError: the folder does not exist.
+    """
+    step = f"regions:{written}" if written else "regions"
+    _, settings = _read_spec(step, PICTURE_REFINERS, "refiner", **WORDS_OF_REGIONS)
+    if "folder" in settings:
+        raise ValueError(f"{step}: the folder {folder} is given; omit the setting")
+    return refiners.Regions(**_with_proposals(step, settings | {"folder": str(folder)}))
+
+
+def _with_proposals(step: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Replace the settings of `WORDS_OF_REGIONS` by the proposals that they describe."""
+    given = {key: settings.pop(key) for key in WORDS_OF_REGIONS if key in settings}
+    of_files = {"folder", "unlabelled"}
+    if not given:
+        return settings
+    if "folder" in given:
+        others = {*given} - of_files | ({*settings} & {"proposals"})
+        if others:
+            raise ValueError(f"{step}: a folder has no setting {min(others)}; omit one of them")
+        folder = Path(given["folder"]).resolve()
+        return settings | {"proposals": ProposalFolder(folder, given.get("unlabelled"))}
+    if "unlabelled" in given:
+        raise ValueError(f"{step}: unlabelled is a value in files; add folder=DIR")
+    method = settings.get("proposals", "felzenszwalb")
+    return settings | {"proposals": refiners.Segments(method, **given)}
 
 
 def build(text: str, names: Names, what: str) -> Any:
@@ -409,7 +468,7 @@ def _read_edit(text: str) -> Any:
 
 
 def _read_spec(
-    text: str, names: Names, what: str, **extra: type
+    text: str, names: Names, what: str, **extra: Any
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return a factory of the object that a text names, and the settings in the text."""
     name, _, written = text.strip().partition(":")

@@ -44,6 +44,11 @@ class Photo:
     __repr__ = short_repr
 
 
+def keys_of(photos: Sequence[Photo]) -> tuple[str, ...]:
+    """Return the file names of photos without ending; empty text for photos from no file."""
+    return tuple("" if photo.path is None else photo.path.stem for photo in photos)
+
+
 @dataclass(frozen=True)
 class PhotoSettings:
     """Settings of `load_photo`, to prepare photos for a model.

@@ -35,7 +35,7 @@ from camkit.method import (
 )
 from camkit.names import read_vocabulary, vocabulary_of
 from camkit.ops.images import resize_cam
-from camkit.photo import Photo, PhotoSettings
+from camkit.photo import Photo, PhotoSettings, keys_of
 from camkit.printing import short_repr
 from camkit.readout import Readout
 from camkit.refiners.flat import warn_of_flat_maps
@@ -286,6 +286,8 @@ class Pipeline:
             torch.cat([photo.pixels for photo in photos]),
             rgb=torch.cat([photo.rgb for photo in photos]),
             classes=classes,
+            keys=keys_of(photos),
+            sizes=[photo.size for photo in photos],
         )
         _warn_of_unfitted(stages.unfitted)
         settings = self._settings(stages.method)  # reads all weights, so once for all photos
@@ -332,7 +334,15 @@ class Pipeline:
             outputs=None if self._names_given else known,
         )
 
-    def stages(self, pixels: Pixels, *, rgb: RGB, classes: ClassRequest = None) -> "Stages":
+    def stages(
+        self,
+        pixels: Pixels,
+        *,
+        rgb: RGB,
+        classes: ClassRequest = None,
+        keys: Sequence[str] = (),
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> "Stages":
         """Compute the maps of a batch; raises the errors of `__call__`.
 
         Args:
@@ -340,6 +350,8 @@ class Pipeline:
             rgb: the same pictures in [0, 1].
             classes: classes of each image, padded with -1, or any other form that
                 `camkit.seeds.read_targets` takes; None takes the most probable class of each.
+            keys: names of the photos, for refiners that read files of them; see `camkit.Capture`.
+            sizes: rows and columns of the photos themselves, for the same refiners.
         """
         # 1. The classes, checked before the model runs. Texts bring their own names and scores.
         vocabulary, scores, host = self.vocabulary, self.scores, self._current_host()
@@ -380,7 +392,7 @@ class Pipeline:
             host=host,
         )
         with borrowed(self.model), torch.no_grad():
-            capture = runner(pixels, rgb)
+            capture = replace(runner(pixels, rgb), keys=tuple(keys), sizes=tuple(sizes))
             indices = targets.classes(capture)
 
             # 4. The seed: maps on the patch grid, from this view or from several.

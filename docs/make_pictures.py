@@ -2,20 +2,26 @@
 
     python docs/make_pictures.py
 
-Writes docs/images/photos_to_masks.jpg, prompts.jpg and flow.svg. The model is the one that ships
+Writes docs/images/photos_to_masks.jpg, prompts.jpg, regions.jpg and flow.svg. The model ships
 with camkit, so nothing is downloaded, and README's lines give the same masks.
 """
 
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 import camkit
+from camkit.capture import Capture
+from camkit.method import WITHOUT_EDGES
 from camkit.paint import contact_sheet, overlay_cam, overlay_mask
+from camkit.refiners import Regions, Segments
 from camkit.segmenters import Prompt
 
 IMAGES = Path(__file__).parent / "images"
@@ -120,6 +126,45 @@ def _drawn(picture: np.ndarray, asked: list[Prompt], scale: float) -> np.ndarray
     return np.array(canvas)
 
 
+def regions(width: int = 260) -> Image.Image:
+    """Show a photo, regions, and the map and mask that each rule makes of them."""
+    photo = skimage.data.coffee()
+    found = camkit.wrap(camkit.data.demo_model(), refine=WITHOUT_EDGES)(photo, classes=["cup"])
+    capture = Capture.of_picture(torch.from_numpy(photo).permute(2, 0, 1)[None] / 255)
+    segments = Segments("felzenszwalb", (100, 400))
+    settings: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "mean: every region gets the mean of the map": (segments, {}),
+        "vote: the share of its pixels that are labelled cup": (segments, {"rule": "vote"}),
+        "sepl: regions that are labelled for more than half": (segments, {"rule": "sepl"}),
+        "sepl with the whole object and its parts, drawn by hand": (_parts, {"rule": "sepl"}),
+        "the same, and what no mask covers as a mask of its own": (
+            lambda picture: [*_parts(picture), ~_parts(picture).any(0)],
+            {"rule": "sepl"},
+        ),
+    }
+    rows = []
+    for propose, chosen in settings.values():
+        refiner = Regions(propose, background_score=0.45, **chosen)
+        masks = refiner.masks(capture)
+        outlined = photo
+        for mask in masks.dense():
+            outlined = skimage.segmentation.mark_boundaries(outlined, mask.astype(int))
+        outlined = (outlined * 255).round().astype(np.uint8)
+        cam = refiner(found.cam, capture)
+        mask = camkit.to_mask(cam, None, background_score=0.45 if not chosen else 0.5)[0]
+        before = overlay_cam(photo, found.cam[0, 0])
+        rows.append((before, outlined, overlay_cam(photo, cam[0, 0]), overlay_mask(photo, mask)))
+    titles = ("map before", "regions", "map behind", "mask")
+    return Image.fromarray(contact_sheet(rows, titles=titles, captions=[*settings], cell=width))
+
+
+def _parts(picture: np.ndarray) -> np.ndarray:
+    """Cup on a saucer, cup, coffee and spoon, as ellipses: the levels that a segmenter proposes."""
+    rows, cols = np.mgrid[: picture.shape[0], : picture.shape[1]]
+    ellipses = [(220, 278, 174, 202), (145, 286, 132, 118), (126, 287, 72, 84), (284, 362, 40, 38)]
+    return np.stack([((rows - y) / h) ** 2 + ((cols - x) / w) ** 2 < 1 for y, x, h, w in ellipses])
+
+
 def _numbered(mask: Tensor) -> Tensor:
     """Values 1, 2, ... in place of those of the classes, so that all rows have the same colours."""
     return mask.unique(return_inverse=True)[1].byte()
@@ -161,5 +206,6 @@ path {{ stroke: #00796b; fill: none; marker-end: url(#tip) }}
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "flow.svg").write_text(flow(), encoding="utf-8")
+    regions().save(IMAGES / "regions.jpg", quality=85)
     photos_to_masks().save(IMAGES / "photos_to_masks.jpg", quality=85)
     prompts().save(IMAGES / "prompts.jpg", quality=80)

@@ -3,6 +3,7 @@
 import math
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from coarse import captured, coarse_iou
@@ -32,6 +33,8 @@ from camkit.refiners import (
     PixelAdaptive,
     PromptedRefine,
     RandomWalk,
+    Regions,
+    Segments,
     Superpixels,
     chain,
 )
@@ -39,6 +42,14 @@ from camkit.segmenters import Peaks, SamRefinerPrompts
 
 NAN, INF = math.nan, math.inf
 CRF = DenseCRF(preset="clip_es", temperature=0.25, background_score=0.5)
+
+
+def quarters(picture):
+    """A label image of four segments."""
+    rows, cols = (np.arange(side) * 2 // side for side in picture.shape[:2])
+    return 2 * rows[:, None] + cols
+
+
 REFINERS = {
     "DenseCRF": CRF,
     "GuidedFilter": GuidedFilter(radius=4),
@@ -46,6 +57,8 @@ REFINERS = {
     "FastGlobalSmooth": FastGlobalSmooth(),
     "Superpixels slic": Superpixels("slic", size=40, sigma=0.0),
     "Superpixels felzenszwalb": Superpixels("felzenszwalb", size=40, sigma=0.0),
+    "Regions": Regions(Segments("felzenszwalb", (10, 40), least=10, sigma=0.0)),
+    "Regions cut": Regions(Segments("slic", (40, 80)), overlap="cut"),
     "PixelAdaptive": PixelAdaptive(steps=10),
     "AtReducedSize": AtReducedSize(FastGlobalSmooth()),
     "PromptedRefine": PromptedRefine(Planted(by_colour), min_agreement=0.0),
@@ -86,6 +99,9 @@ ALL = [
     PixelAdaptive(steps=1),
     Superpixels("slic"),
     Superpixels("felzenszwalb", vote=0.5),
+    Regions(quarters),
+    Regions(quarters, rule="vote", overlap="cut"),
+    Regions(quarters, rule="sepl"),
     AtReducedSize(GuidedFilter()),
     AtReducedSize(PixelAdaptive(steps=1), scale=1.0),
     PromptedRefine(Planted(by_colour), min_agreement=0.0),
@@ -186,7 +202,13 @@ def test_a_map_that_misses_an_edge_is_drawn_to_it(name):
 
 @pytest.mark.parametrize(
     "refiner",
-    [GuidedFilter(radius=2, eps=1e-2, scale=1.0), PixelAdaptive(steps=2), Superpixels("slic")],
+    [
+        GuidedFilter(radius=2, eps=1e-2, scale=1.0),
+        PixelAdaptive(steps=2),
+        Superpixels("slic"),
+        Regions(quarters),
+        Regions(quarters, overlap="rank"),
+    ],
     ids=repr,
 )
 def test_a_gradient_reaches_the_maps_through_the_refiner(refiner):
@@ -204,6 +226,7 @@ def test_a_gradient_reaches_the_maps_through_the_refiner(refiner):
         FastGlobalSmooth(smoothness=1000.0, colour_width=4 / 255),
         Superpixels("slic", size=400, coherence=10.0),
         Superpixels("felzenszwalb"),
+        Regions("felzenszwalb"),
         AtReducedSize(CRF, scale=0.5),
     ],
     ids=repr,
@@ -243,6 +266,16 @@ REFUSED = [
     (Superpixels, "coherence", [0.0, NAN], "must be positive and finite, got {}"),
     (Superpixels, "sigma", [-1.0, NAN], "must be at least 0 and finite, got {}"),
     (Superpixels, "vote", [0.0, 1.0], r"must lie in \(0, 1\), got {}"),
+    (Regions, "proposals", ["quickshift"], "must be one of slic, felzenszwalb, got 'quickshift'"),
+    (Regions, "rule", ["median"], "must be one of mean, vote, sepl, got 'median'"),
+    (Regions, "overlap", ["max"], "must be mean, cut, rank or None, got 'max'"),
+    (Regions, "background_score", [0.0, 1.0, NAN], r"must lie in \(0, 1\), got {}"),
+    (Regions, "largest", [0.0, 1.1, NAN], r"must lie in \(0, 1\], got {}"),
+    (Segments, "method", ["quickshift"], "must be one of slic, felzenszwalb, got 'quickshift'"),
+    (Segments, "scales", [(0.0,)], "must be positive and finite, got 0.0"),
+    (Segments, "least", [0], "must be at least 1 pixel, got {}"),
+    (Segments, "compactness", [0.0, INF], "must be positive and finite, got {}"),
+    (Segments, "sigma", [-1.0, NAN], "must be at least 0 and finite, got {}"),
     (PixelAdaptive, "steps", [0, NAN], "must be at least 1, got {}"),
     (PixelAdaptive, "dilations", [()], "must name at least one distance, got none"),
     (PixelAdaptive, "dilations", [(1, 0)], r"must be at least 1 each, got \(1, 0\)"),

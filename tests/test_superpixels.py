@@ -6,8 +6,8 @@ from coarse import captured
 from skimage.segmentation import felzenszwalb, slic
 
 from camkit import resize_cam
+from camkit.ops.region_scores import segment_means
 from camkit.refiners import Superpixels
-from camkit.refiners.edge_aware import segment_means
 
 BOTH = pytest.mark.parametrize("method", ["slic", "felzenszwalb"])
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from camkit.errors import DataError
 from camkit.manifest import UNKNOWN, weights_hash
 from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
-from camkit.photo import Photo, PhotoSettings
+from camkit.photo import Photo, PhotoSettings, keys_of
 from camkit.printing import short_repr
 from camkit.refiners.normalize import scale_seed
 from camkit.score import boundary_confusion, sweep_confusions
@@ -78,6 +78,7 @@ def variant_maps(
         )
         with torch.no_grad():
             capture = runner(pixels, rgb)  # the forward that all refiners of the group see
+            capture = replace(capture, keys=keys_of([photo]), sizes=(photo.size,))
             requests = [(v.method.seed, v.method.views or Views()) for v in group]
             reader = MultiViewReader(runner, pixels, rgb, capture)
             first = reader.seeds(classes.to(pixels.device), requests)

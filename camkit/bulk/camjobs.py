@@ -69,7 +69,7 @@ class RefineCam:
             if not isinstance(first, Normalize):
                 _check_range(cam, f"{item.path} holds maps", "start with the step normalize")
             with torch.no_grad():
-                cam = self.refine(cam, Capture.of_picture(colours))
+                cam = self.refine(cam, Capture.of_picture(colours, keys=[item.name], sizes=[size]))
             _check_range(cam, "the refiners returned maps", "end with the step normalize")
             cam = to_photo_size(ClassMaps(maps.classes, cam, opposed=False), size, item)
         write_cam(path, maps.classes, cam[0].clamp(0, 1), form=self.form)

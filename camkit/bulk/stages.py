@@ -297,6 +297,8 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
             torch.cat([photo.pixels for photo in photos]),
             rgb=torch.cat([photo.rgb for photo in photos]),
             classes=labels,
+            keys=[image.key for image in batch],
+            sizes=[image.size for image in batch],
         )
         cams, slots = stages.cam.float().cpu().numpy(), stages.classes.tolist()
         names, values, outputs = stages.names, stages.values, stages.capture.outputs
@@ -362,7 +364,8 @@ def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
     image, classes = maps.image, maps.classes
     cam = torch.from_numpy(maps.cam)[None]
     if classes and writing.finish:
-        capture = Capture.of_picture(torch.from_numpy(image.rgb).permute(2, 0, 1)[None] / 255)
+        colours = torch.from_numpy(image.rgb).permute(2, 0, 1)[None] / 255
+        capture = Capture.of_picture(colours, keys=[image.key], sizes=[image.size])
         with torch.no_grad():
             for refiner in writing.finish:
                 cam = refiner(cam, capture)

@@ -243,6 +243,9 @@ class Capture:
         rgb: the pictures in [0, 1], for refiners that read colours.
         vocabulary: names the classes, and may join several classifier outputs into one class.
         custom: how many of the last outputs are scores of the user's own, which are of no class.
+        keys: names of the photos, for refiners that read files of them: file names without ending,
+            in bulk runs with the folders. Empty if they are not known.
+        sizes: rows and columns of the photos, if ``rgb`` has another size.
     """
 
     blocks: tuple[Attention, ...]
@@ -263,11 +266,15 @@ class Capture:
     rgb: RGB | None = None
     vocabulary: Vocabulary | None = None
     custom: int = 0
+    keys: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
     __repr__ = short_repr
 
     @classmethod
-    def of_picture(cls, rgb: RGB) -> "Capture":
+    def of_picture(
+        cls, rgb: RGB, *, keys: Sequence[str] = (), sizes: Sequence[tuple[int, int]] = ()
+    ) -> "Capture":
         """Return a capture without a forward, for refiners that read colours alone.
 
         Seeds and the refiners that read attention (`camkit.Propagate`,
@@ -275,14 +282,26 @@ class Capture:
 
         Args:
             rgb: the pictures with colours in [0, 1]; each pixel counts as a patch of its own.
+            keys: names of the photos, as in `Capture`.
+            sizes: rows and columns of the photos, if the pictures have another size.
+
+        Raises:
+            ValueError: a picture has no pixels or colours outside [0, 1], or names or sizes are not
+                one for each picture.
         """
         check_rgb(rgb)
+        for name, each in (("keys", keys), ("sizes", sizes)):
+            if len(each) not in (0, len(rgb)):
+                raise ValueError(
+                    f"`{name}` must have one entry for each of {len(rgb)} pictures, got {len(each)}"
+                )
         if not rgb.numel():
             raise ValueError(f"`rgb` must hold at least one pixel, got shape {tuple(rgb.shape)}")
         low, high = (float(value) for value in rgb.detach().aminmax())
         if not (low >= 0.0 and high <= 1.0):  # NaN fails both
             raise ValueError(f"`rgb` must lie in [0, 1], got {low:g} to {high:g}; divide by 255")
-        return cls(_NoBlocks(), (), Anatomy(), Grid(rgb.shape[2], rgb.shape[3]), rgb=rgb)
+        grid, names = Grid(rgb.shape[2], rgb.shape[3]), tuple(keys)
+        return cls(_NoBlocks(), (), Anatomy(), grid, rgb=rgb, keys=names, sizes=tuple(sizes))
 
     @classmethod
     def of_attention(

@@ -17,16 +17,18 @@ from camkit.method import (
     PROMPTED,
     REFINERS,
     SEEDS,
+    WORDS_OF_REGIONS,
     Method,
     Names,
     read_refiners,
+    read_regions,
     settings_of,
     show_value,
     with_readout,
 )
 from camkit.pipeline import wrap
 from camkit.readout import Form, Readout
-from camkit.refiners import AtReducedSize, DenseCRF, PromptedRefine, Refiner
+from camkit.refiners import AtReducedSize, DenseCRF, PromptedRefine, Refiner, Regions
 from camkit.refiners.prompted import prompted_in
 from camkit.seeds import PredictedClasses
 from camkit.segmenters import PretrainedSegmenter
@@ -51,6 +53,8 @@ def refiners_help(names: Names = PICTURE_REFINERS) -> str:
     for name, kind in {**names, **PROMPTED}.items():
         defaults = {field.name: field.default for field in fields(kind)}
         settings = [f"{key}={show_value(defaults[key])}" for key in settings_of(kind)]
+        if kind is Regions:
+            settings += [f"{key}=" for key in WORDS_OF_REGIONS]
         lines.append(f"  {name:<12} {' '.join(settings)}")
     return "\n".join(lines)
 
@@ -73,6 +77,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="refiners, see below (default: propagate:steps=2,blocks=6,balance=3+normalize:minmax"
         "+guided, for short `default`; `without_edges` leaves out the last)",
     )
+    add_regions(parser)
     add("--readout", type=Path, metavar="FILE", help="a read-out that `camkit fit` wrote")
 
 
@@ -101,22 +106,51 @@ def read_segmenter(options: argparse.Namespace) -> PretrainedSegmenter | None:
 
 
 def with_segmenter(
-    texts: Sequence[str] | None,
+    options: argparse.Namespace,
     names: Names,
     segmenter: PretrainedSegmenter | None,
     default: tuple[Refiner, ...] = (),
 ) -> tuple[Refiner, ...]:
-    """Return the refiners of the options; a segmenter without a step of its own comes last."""
+    """Return the refiners of the options: steps, regions, a segmenter without a step of its own."""
+    texts = options.refine
     refine = read_refiners(texts, names, segmenter=segmenter) if texts else default
+    refine = (*refine, *regions_of(options))
     if segmenter is None or prompted_in(refine):
         return refine
     return (*refine, PromptedRefine(segmenter))
 
 
+def add_regions(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `regions_of` reads."""
+    parser.add_argument(
+        "--regions",
+        type=Path,
+        metavar="FOLDER",
+        help="mask proposals of the photos, such as those of segment-anything (see "
+        "camkit.data.ProposalFolder); their step follows those of --refine",
+    )
+    parser.add_argument(
+        "--region-settings",
+        metavar="SETTINGS",
+        help="of this step, see `regions` below, such as rule=sepl,background_score=0.4",
+    )
+
+
+def regions_of(options: argparse.Namespace) -> tuple[Refiner, ...]:
+    """Return the refiner of the proposals that the options name, if they name any."""
+    settings = options.region_settings
+    if options.regions is None:
+        if settings is not None:
+            raise ValueError("--region-settings needs the masks; add --regions FOLDER, or omit it")
+        return ()
+    return (read_regions(options.regions, settings or ""),)
+
+
 def method_of(options: argparse.Namespace, opened: OpenedModel) -> Method:
     """Return the method that the options describe.
 
-    Chains that end with a CRF return probabilities, so their background score is 0.5.
+    Chains that end with a CRF return probabilities, those with regions that vote shares of labels,
+    so their background score is 0.5.
     """
     try:
         return _method(options, opened)
@@ -134,7 +168,7 @@ def method_to_fit(options: argparse.Namespace, opened: OpenedModel) -> Method:
 
 def _unfitted(options: argparse.Namespace, opened: OpenedModel) -> Method:
     segmenter = read_segmenter(options) if hasattr(options, "sam") else None
-    refine = with_segmenter(options.refine, REFINERS, segmenter, DEFAULT_REFINE)
+    refine = with_segmenter(options, REFINERS, segmenter, DEFAULT_REFINE)
     if options.seed is None and options.edit is None:
         method = default_method(opened)
     else:
@@ -151,7 +185,7 @@ def _method(options: argparse.Namespace, opened: OpenedModel) -> Method:
     if options.readout is not None:
         return with_readout([method], Readout.load(options.readout), opened.model)
     _, finish = split_refiners(method.refine)
-    if any(isinstance(_inner(refiner), DenseCRF) for refiner in finish):
+    if any(_returns_shares(_inner(refiner)) for refiner in finish):
         method = replace(method, background_score=0.5)
     return method
 
@@ -166,6 +200,12 @@ def split_refiners(refine: Sequence[Refiner]) -> tuple[tuple[Refiner, ...], tupl
 
 def _inner(refiner: Refiner) -> Refiner:
     return refiner.refiner if isinstance(refiner, AtReducedSize) else refiner
+
+
+def _returns_shares(refiner: Refiner) -> bool:
+    """Return whether maps are shares of class and background, equal at 0.5."""
+    votes = isinstance(refiner, Regions) and refiner.rule != "mean"
+    return votes or isinstance(refiner, DenseCRF)
 
 
 def default_method(opened: OpenedModel) -> Method:

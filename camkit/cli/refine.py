@@ -9,6 +9,7 @@ from camkit.bulk import CamFolder, Failure, RefineCam, read_labels, read_list, w
 from camkit.bulk.camjobs import CamJob
 from camkit.cli.options import (
     GRAMMAR,
+    add_regions,
     add_sam_arguments,
     read_segmenter,
     refiners_help,
@@ -21,6 +22,8 @@ from camkit.refiners.crf import PRESETS
 EXAMPLES = f"""examples:
   camkit refine cams --images JPEGImages --refine crf:clip_es --out refined
   camkit refine cams --images JPEGImages --refine par:steps=15,scale=0.5+crf:psa --out refined
+  camkit refine cams --images JPEGImages --refine crf --regions masks --out refined
+  camkit refine cams --images JPEGImages --regions masks --region-settings rule=sepl --out refined
   camkit refine cams --images JPEGImages --refine guided --form psa --workers 16 --out refined
   camkit refine cams --images JPEGImages --sam hf:facebook/sam-vit-base --out refined
   camkit refine cams --images JPEGImages --sam sam2 --refine sam:samrefiner+crf --out refined
@@ -37,7 +40,8 @@ The step sam needs --sam, and then the default of --workers is 0: each worker wo
 of its own. The weights are part of the settings, so another segmenter does not continue a run.
 
 Presets of crf: {", ".join(PRESETS)}.
-After crf, class and background are equal at 0.5: camkit mask OUT --background-score 0.5"""
+After crf, and after regions with rule=vote or rule=sepl, class and background are equal at 0.5:
+camkit mask OUT --background-score 0.5"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="refiner with settings, see below; repeat the option for further steps",
     )
     add_sam_arguments(parser)
+    add_regions(parser)
     parser.add_argument(
         "--form",
         choices=("both", "psa", "irn", "clip-es"),
@@ -61,9 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     segmenter = read_segmenter(options)
-    if not options.refine and segmenter is None:
-        raise ValueError("nothing says how to refine; give --refine STEP, --sam hf:NAME, or both")
-    steps = with_segmenter(options.refine, PICTURE_REFINERS, segmenter)
+    steps = with_segmenter(options, PICTURE_REFINERS, segmenter)
+    if not steps:
+        raise ValueError(
+            "nothing says how to refine; give steps (--refine), mask proposals (--regions FOLDER) "
+            "or a segmenter (--sam hf:NAME)"
+        )
     if segmenter is not None and options.workers is None:
         options.workers = 0  # each worker would open a segmenter of its own
     refine = steps[0] if len(steps) == 1 else chain(*steps)

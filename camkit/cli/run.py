@@ -43,6 +43,7 @@ EXAMPLES = f"""examples:
   camkit run VOC2012 --split train --refine propagate+normalize:minmax+crf --cams both --out labels
   camkit run list.txt --root JPEGImages --labels cls_labels.npy --vocabulary voc --out masks
   camkit run shards --labels predicted:0.2 --cams parquet --out maps           tar shards
+  camkit run photos --regions masks --region-settings rule=sepl --out masks
   camkit run photos --labels labels.json --fit --out masks                     two passes
   camkit run photos.parquet --key-column name --out masks
   torchrun --nproc-per-node 8 -m camkit run photos --out masks                 one GPU per process

@@ -24,6 +24,10 @@ from camkit.data.imagenet import (
     imagenet_vocabulary as imagenet_vocabulary,
     open_imagenet_s as open_imagenet_s,
 )
+from camkit.data.proposals import (
+    ProposalFolder as ProposalFolder,
+    read_proposals as read_proposals,
+)
 from camkit.data.sample import (
     DataSet as DataSet,
     MaskForm as MaskForm,

@@ -6,7 +6,6 @@ from camkit.refiners.edge_aware import (
     FastGlobalSmooth as FastGlobalSmooth,
     GuidedFilter as GuidedFilter,
     PixelAdaptive as PixelAdaptive,
-    Superpixels as Superpixels,
 )
 from camkit.refiners.flat import FlatMapWarning as FlatMapWarning
 from camkit.refiners.normalize import (
@@ -25,3 +24,10 @@ from camkit.refiners.propagate import (
     RandomWalk as RandomWalk,
 )
 from camkit.refiners.protocol import Chain as Chain, Refiner as Refiner, chain as chain
+from camkit.refiners.regions import (
+    PhotoProposals as PhotoProposals,
+    Regions as Regions,
+    Segments as Segments,
+    Superpixels as Superpixels,
+    UnusedRegionsWarning as UnusedRegionsWarning,
+)

@@ -1,14 +1,12 @@
 """Refiners that follow the edges of the picture without a CRF, and any refiner at reduced size."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec, required_by
@@ -27,11 +25,12 @@ from camkit.refiners.crf import PRESETS, DenseCRF
 from camkit.refiners.protocol import (
     Chain,
     Refiner,
+    clip_to_range,
     picture_bytes,
     picture_of,
     scaled_size,
 )
-from camkit.tensors import RGB, Cam
+from camkit.tensors import Cam
 
 _TOGETHER = 16  # maps that are filtered at once: each takes several planes of the picture's size
 
@@ -76,15 +75,7 @@ class GuidedFilter:
             guided_filter(part, low, rgb, radius=self.radius, eps=self.eps)
             for part in maps.split(_TOGETHER, dim=1)
         ]
-        return _clip_to_range(torch.cat(parts, 1), cam).to(cam.dtype)
-
-
-def _clip_to_range(maps: Float[Tensor, "b k H W"], cam: Cam) -> Float[Tensor, "b k H W"]:
-    """Clip each map to the smallest and the largest score of its map in ``cam``."""
-    if cam.numel() == 0:
-        return maps
-    bounds = cam.detach().to(maps.dtype)
-    return maps.clamp(bounds.amin((-2, -1), keepdim=True), bounds.amax((-2, -1), keepdim=True))
+        return clip_to_range(torch.cat(parts, 1), cam).to(cam.dtype)
 
 
 @dataclass(frozen=True)
@@ -136,7 +127,7 @@ class AtReducedSize:
                 f"{refined.shape[-2]}x{refined.shape[-1]}; {self.refiner!r} does not"
             )
         large = guided_filter(refined, small, rgb, radius=self.radius, eps=self.eps)
-        return _clip_to_range(large, refined)
+        return clip_to_range(large, refined)
 
 
 def _shrunk(refiner: Refiner, scale: float) -> Refiner:
@@ -257,91 +248,3 @@ class PixelAdaptive:
             position_weight=self.position_weight,
         )
         return (refined / (1.0 + self.position_weight) ** self.steps).to(cam.dtype)
-
-
-# size, coherence and sigma of each method of `Superpixels`
-_DEFAULTS = {"slic": (200, 20.0, 0.0), "felzenszwalb": (50, 100.0, 0.8)}
-
-
-@dataclass(frozen=True)
-class Superpixels:
-    """Average each map, or count votes, within segments of similar colour.
-
-    Every pixel of a segment gets the same scores, so masks take the edges of the segments.
-    scikit-image computes these, one image at a time on the CPU: SLIC (Achanta et al. 2012) cuts
-    pieces of about equal size, Felzenszwalb and Huttenlocher (2004) merge pixels into pieces of any
-    size. Averaging, voting and the defaults are ours.
-
-    Attributes:
-        method: ``"slic"`` or ``"felzenszwalb"``.
-        size: pixels of a segment: the average that SLIC aims at, or the minimum that Felzenszwalb
-            leaves. None here and below is the method's default.
-        coherence: SLIC's ``compactness``, weight of nearness against colour, or Felzenszwalb's
-            ``scale``, of which larger values merge more.
-        sigma: width of the blur before the segmentation, in pixels.
-        vote: background score with which every pixel votes for its strongest class; the result is
-            each class's share of the votes in a segment. None averages the scores.
-
-    Returns, when called, maps of the picture's size; differentiable in the maps unless voted on.
-    """
-
-    method: Literal["slic", "felzenszwalb"] = "slic"
-    size: int | None = None
-    coherence: float | None = None
-    sigma: float | None = None
-    vote: float | None = None
-
-    requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
-
-    def __post_init__(self) -> None:
-        if self.method not in _DEFAULTS:
-            raise ValueError(f"`method` must be one of {', '.join(_DEFAULTS)}, got {self.method!r}")
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"`size` must be at least 1 pixel, got {self.size}")
-        if self.coherence is not None:
-            check_positive("coherence", self.coherence)
-        if self.sigma is not None and not 0.0 <= self.sigma < math.inf:
-            raise ValueError(f"`sigma` must be at least 0 and finite, got {self.sigma}")
-        if self.vote is not None and not 0.0 < self.vote < 1.0:
-            raise ValueError(f"`vote` must lie in (0, 1), got {self.vote}")
-
-    def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
-        rgb = picture_of(capture, "Superpixels")
-        check_finite("cam", cam)
-        dtype = torch.promote_types(cam.dtype, torch.float32)  # sums of many pixels
-        maps = resize_cam(cam.to(dtype), (rgb.shape[-2], rgb.shape[-1]))
-        if self.vote is not None:  # 1 where a map is the strongest and beats the background
-            background = maps.new_full((len(maps), 1, *maps.shape[2:]), self.vote)
-            winner = torch.cat([background, maps], 1).argmax(1)
-            maps = F.one_hot(winner, maps.shape[1] + 1).movedim(-1, 1)[:, 1:].to(dtype)
-        return segment_means(maps, self.segments(rgb).to(maps.device)).to(cam.dtype)
-
-    def segments(self, rgb: RGB) -> Int[Tensor, "b H W"]:
-        """Return the segment of every pixel, numbered from 0 in each image."""
-        from skimage.segmentation import felzenszwalb, slic  # takes half a second
-
-        settings = zip((self.size, self.coherence, self.sigma), _DEFAULTS[self.method], strict=True)
-        size, coherence, sigma = (default if own is None else own for own, default in settings)
-        segments = torch.zeros(len(rgb), *rgb.shape[-2:], dtype=torch.int64)
-        for image, picture in enumerate(picture_bytes(rgb).cpu().numpy()):
-            if self.method == "slic":
-                count = max(1, round(picture.shape[0] * picture.shape[1] / size))
-                labels = slic(
-                    picture, n_segments=count, compactness=coherence, sigma=sigma, start_label=0
-                )
-            else:
-                labels = felzenszwalb(picture, scale=coherence, sigma=sigma, min_size=size)
-            segments[image] = torch.from_numpy(labels.astype(np.int64))
-        return segments
-
-
-def segment_means(
-    maps: Float[Tensor, "b k H W"], segments: Int[Tensor, "b H W"]
-) -> Float[Tensor, "b k H W"]:
-    """Replace every value by the mean of its segment; segments are numbered from 0."""
-    if maps.numel() == 0:
-        return maps.clone()
-    index = segments.flatten(1)[:, None].expand(-1, maps.shape[1], -1)
-    means = maps.new_zeros(*maps.shape[:2], int(index.max()) + 1)
-    means = means.scatter_reduce(2, index, maps.flatten(2), "mean", include_self=False)
-    return means.gather(2, index).view_as(maps)

@@ -59,3 +59,11 @@ def scaled_size(rgb: RGB, scale: float) -> tuple[int, int]:
     """Return rows and columns of the pictures times ``scale``, at least 1 each."""
     rows, cols = rgb.shape[-2:]
     return max(1, round(rows * scale)), max(1, round(cols * scale))
+
+
+def clip_to_range(maps: Float[Tensor, "b k H W"], cam: Cam) -> Float[Tensor, "b k H W"]:
+    """Clip each map to the smallest and the largest score of its map in ``cam``."""
+    if cam.numel() == 0:
+        return maps
+    bounds = cam.detach().to(maps.dtype)
+    return maps.clamp(bounds.amin((-2, -1), keepdim=True), bounds.amax((-2, -1), keepdim=True))
