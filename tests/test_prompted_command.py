@@ -113,7 +113,7 @@ def test_another_segmenter_does_not_continue_a_run(cams, sam, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "nothing says how to refine; give --refine STEP, --sam hf:NAME, or both"),
+        ([], "nothing says how to refine; give steps (--refine)"),
         (["--refine", "sam"], "the step sam needs a promptable segmenter; name one, such as --sam"),
         (["--refine", "blur", "--sam-device", "cpu"], "--sam-device needs a segmenter"),
         (["--sam", "hf:nobody/none"], "nobody/none cannot be opened as a promptable segmenter"),

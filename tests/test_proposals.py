@@ -427,7 +427,7 @@ def test_a_run_is_continued_with_the_same_settings_only(shapes, work, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "nothing to do; give steps (--refine) or mask proposals (--regions)"),
+        ([], "nothing says how to refine; give steps (--refine), mask proposals"),
         (["--refine", "blur", "--region-settings", "rule=vote"], "add --regions FOLDER, or omit"),
         (["--regions", "lost"], "lost is not a folder"),
     ],
