@@ -199,6 +199,13 @@ def run_on_ray(address, photos, out):
     run(SLOW, PhotoFolder(Path(photos)), Path(out), ray=RayEngine(address))
 
 
+def fit_on_ray_and_die(address, photos, out, begun, number):
+    """What a process does that leads a fit on a cluster and is killed, before a photo of a pass."""
+    fitpass._PAUSE = fitpass._SHARE = 0.0
+    source = Marked(PhotoFolder(Path(photos)), die, when=(int(begun), int(number)))
+    run(fit_recipe(), source, Path(out), ray=RayEngine(address))
+
+
 def leave_transaction_open(out):
     """Die in the middle of an entry."""
     journal = Journal(OutFolder(out))

@@ -212,6 +212,31 @@ def test_a_run_continues_after_its_leading_process_is_killed(cluster, tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
+def test_a_fit_continues_after_its_leading_process_is_killed(cluster, tmp_path):
+    photos, out = write_photos(tmp_path / "in", 24), tmp_path / "out"
+    leading = "import sys, small_runs; small_runs.fit_on_ray_and_die(*sys.argv[1:])"
+    for place in (("1", "18"), ("2", "12")):  # in the fit, and in the maps behind it
+        lead = subprocess.run(
+            [sys.executable, "-c", leading, cluster.address, str(photos.root), str(out), *place],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(SOURCES)},
+            check=False,
+            timeout=200,
+        )
+        assert lead.returncode == -signal.SIGKILL
+    ran = local(fit_recipe(), Marked(photos), out)
+    assert (ran.written + ran.settled, ran.failed) == (24, 0)
+    local(fit_recipe(), Marked(photos), tmp_path / "whole")
+    found, expected = (Readout.load(f / "readout.safetensors") for f in (out, tmp_path / "whole"))
+    assert found.photos == expected.photos == 16  # a third shows no class
+    for name, tensor in found._tensors().items():
+        torch.testing.assert_close(tensor, expected._tensors()[name], rtol=1e-12, atol=1e-9)
+    made, wanted = (
+        {k: v for k, v in tree(f).items() if k.startswith("masks/")}
+        for f in (out, tmp_path / "whole")
+    )
+    assert made == wanted
+
+
 def begun(out):
     """Whether the journal of a run knows of an image that is done."""
     try:
