@@ -132,8 +132,10 @@ def test_compressed_counts_are_read_by_hand():
         ({"size": [0, 9], "counts": []}, r"`size` must be \[rows, columns\], got \[0, 9\]"),
         ({"size": [6, 9], "counts": [50]}, "must add up to the 54 pixels of 6x9, .* sum of 50"),
         ({"size": [6, 9], "counts": [60, -6]}, "without negative numbers, got a sum of 54"),
-        ({"size": [6, 9], "counts": [5.5]}, "must be a list of whole numbers, or text"),
-        ({"size": [6, 9]}, "must be a list of whole numbers, or text"),
+        ({"size": [2, 2], "counts": [2**62] * 4 + [4]}, "got a sum of 1.84"),
+        ({"size": [6, 9], "counts": [5.5]}, "must be a list of whole numbers, or text, got float"),
+        ({"size": [6, 9], "counts": [[5], [5, 6]]}, "list of whole numbers, or text, got list"),
+        ({"size": [6, 9]}, "must be a list of whole numbers, or text, got NoneType"),
         ({"size": [6, 9], "counts": "é"}, "must be ASCII characters"),
         ({"size": [6, 9], "counts": "5 "}, "damaged: a character or the end does not fit"),
         ({"size": [6, 9], "counts": "5P"}, "damaged: a character or the end does not fit"),
@@ -251,9 +253,13 @@ def put_pngs(*arrays):
         (put("a.jpg", b""), "has no proposals of a"),
         (put("a.pkl", pickle.dumps(Trap())), "has no proposals of a"),
         (put("a.json", b"{"), "a.json is not JSON"),
+        (put("a.json", b"[" * 100_000), "a.json is not JSON .*recursion"),
         (put("a.json", b"3"), "must hold a list of masks: dicts with a COCO encoding"),
         (put("a.json", b'{"annotations": 3}'), "must hold a list of masks"),
-        (put("a.json", b'[{"segmentation": [[1, 2]]}]'), "a.json: proposals in place 0 must hold"),
+        (
+            put("a.json", b'[{"segmentation": [[1, 2, 3, 4, 5, 6]]}]'),
+            "proposals in place 0 must hold .*, got list; polygons and boxes have to be drawn",
+        ),
         (
             put("a.json", b'[{"size": [6, 9], "counts": [3]}]'),
             "a.json: .*place 0: `counts` must ad",
@@ -278,6 +284,29 @@ def test_files_that_cannot_be_used_say_why(tmp_path, write, words):
     write(tmp_path)
     with pytest.raises(DataError, match=words):
         ProposalFolder(tmp_path).of_photo("a")
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "0.npy", "mask"])
+def test_a_folder_of_other_files_is_not_taken_for_no_masks(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(b"")
+    with pytest.raises(DataError, match=f"holds {name}, but no masks as PNG files; convert them"):
+        ProposalFolder(tmp_path).of_photo("a")
+
+
+def test_hidden_files_of_a_folder_are_no_masks(tmp_path):
+    write_pngs(tmp_path, masks())
+    (tmp_path / "a" / "._0.png").write_bytes(b"of a file manager")
+    (tmp_path / "a" / "metadata.csv").write_text("id,area")  # of amg.py
+    assert len(ProposalFolder(tmp_path).of_photo("a")) == 3
+
+
+def test_a_photo_may_have_the_name_of_a_folder_of_photos(tmp_path):
+    write_json(tmp_path, masks())
+    (tmp_path / "a").mkdir()
+    np.save(tmp_path / "a" / "b.npy", masks(2))
+    folder = ProposalFolder(tmp_path)
+    assert [len(folder.of_photo(key)) for key in ("a", "a/b")] == [3, 2]
 
 
 def test_two_files_of_one_photo_are_refused(tmp_path):
