@@ -387,8 +387,8 @@ def read_refiners(
 def _given_segmenter(step: str, segmenter: Any) -> Any:
     if segmenter is None:
         raise ValueError(
-            f"the step {step.strip()} needs a promptable segmenter; name one, such as "
-            "--sam hf:facebook/sam-vit-base"
+            f"the step {step.strip()} needs a promptable segmenter; camkit refine, run, cam and "
+            "fit take one as --sam hf:facebook/sam-vit-base"
         )
     return segmenter
 

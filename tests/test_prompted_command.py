@@ -114,7 +114,7 @@ def test_another_segmenter_does_not_continue_a_run(cams, sam, tmp_path, capsys):
     ("options", "words"),
     [
         ([], "nothing says how to refine; give steps (--refine)"),
-        (["--refine", "sam"], "the step sam needs a promptable segmenter; name one, such as --sam"),
+        (["--refine", "sam"], "the step sam needs a promptable segmenter; camkit refine, run, "),
         (["--refine", "blur", "--sam-device", "cpu"], "--sam-device needs a segmenter"),
         (["--sam", "hf:nobody/none"], "nobody/none cannot be opened as a promptable segmenter"),
         (["--sam", "{sam}", "--refine", "sam:rule=points"], "`rule` must be one of peaks, samref"),
@@ -181,6 +181,23 @@ def test_a_read_out_is_fitted_before_the_segmenter(tmp_path, sam, model):
     assert (tmp_path / "out" / "readout.safetensors").is_file()
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert "segmenters" in settings
+
+
+def test_a_fit_takes_the_same_options_as_the_run_that_reads_it(tmp_path, sam, model):
+    write_photos(tmp_path / "in", 3)
+    same = [*model, "--sam", sam, "--sam-device", "cpu", "--refine", f"default+sam:peaks,{ANY}"]
+    file = tmp_path / "readout.safetensors"
+    words = ["fit", tmp_path / "in", "--classes", "cat", "--out", file, "--workers", "0", *same]
+    assert main([str(word) for word in words]) == 0
+    assert file.is_file()
+
+
+def test_a_benchmark_does_not_offer_the_step_that_it_cannot_do(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    offered = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert "regions" in offered
+    assert "sam" not in offered
 
 
 def test_a_photo_is_drawn_with_the_segmenter_and_its_manifest_says_so(tmp_path, sam, model):

@@ -12,6 +12,7 @@ from PIL import Image
 from small_runs import CLASSES, OpenSmall, small_recipe, write_photos
 
 import camkit
+from camkit.bench.cache import fingerprint
 from camkit.bulk.running import run
 from camkit.capture import Capture
 from camkit.cli import main
@@ -20,7 +21,7 @@ from camkit.errors import DataError
 from camkit.method import read_refiners, read_regions
 from camkit.ops.mask_runs import MaskRuns
 from camkit.photo import read_picture
-from camkit.refiners import Regions, Segments
+from camkit.refiners import AtReducedSize, Regions, Segments
 from camkit.vocabulary import Vocabulary
 
 SIZE = (6, 9)
@@ -369,6 +370,21 @@ def test_a_folder_in_words_is_that_of_the_option(tmp_path):
 def test_words_that_do_not_go_together_are_refused(tmp_path, written, words):
     with pytest.raises(ValueError, match=words):
         read_refiners(["regions:" + written.format(tmp_path)])
+
+
+def test_files_keep_the_size_of_the_photo_where_the_picture_is_reduced(tmp_path):
+    np.save(tmp_path / "a.npy", masks())
+    regions = Regions(ProposalFolder(tmp_path))
+    capture = Capture.of_picture(torch.rand(1, 3, *SIZE), keys=["a"])
+    cam = torch.rand(1, 1, 3, 3)
+    known = replace(capture, sizes=(SIZE,))
+    half = AtReducedSize(regions, scale=0.5)
+    assert torch.equal(half(cam, capture), half(cam, known))
+
+
+def test_results_of_files_are_never_cached(tmp_path):
+    assert fingerprint(Regions("slic")) is not None
+    assert fingerprint(Regions(ProposalFolder(tmp_path))) is None  # the files may change
 
 
 # Commands

@@ -47,10 +47,10 @@ gradcam:variant=layercam. A name may also be the dotted path of a class, such as
 camkit.contrib.LogitLensSeed:9."""
 
 
-def refiners_help(names: Names = PICTURE_REFINERS) -> str:
+def refiners_help(names: Names = PICTURE_REFINERS, *, prompted: Names = PROMPTED) -> str:
     """Return refiners with their settings and defaults, one per line."""
     lines = []
-    for name, kind in {**names, **PROMPTED}.items():
+    for name, kind in {**names, **prompted}.items():
         defaults = {field.name: field.default for field in fields(kind)}
         settings = [f"{key}={show_value(defaults[key])}" for key in settings_of(kind)]
         if kind is Regions:
@@ -167,7 +167,7 @@ def method_to_fit(options: argparse.Namespace, opened: OpenedModel) -> Method:
 
 
 def _unfitted(options: argparse.Namespace, opened: OpenedModel) -> Method:
-    segmenter = read_segmenter(options) if hasattr(options, "sam") else None
+    segmenter = read_segmenter(options)
     refine = with_segmenter(options, REFINERS, segmenter, DEFAULT_REFINE)
     if options.seed is None and options.edit is None:
         method = default_method(opened)

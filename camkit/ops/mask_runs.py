@@ -231,7 +231,7 @@ def _array(value: Any, name: str) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biu":
         kind, way_out = type(array).__name__, "polygons and boxes have to be drawn as masks first"
         if isinstance(array, np.ndarray):
-            kind, way_out = array.dtype, "write `scores > threshold` to make masks of scores"
+            kind, way_out = f"{array.dtype}", "write `scores > threshold` to make masks of scores"
         raise ValueError(
             f"{name} must hold bool masks or label images of whole numbers, got {kind}; {way_out}"
         )

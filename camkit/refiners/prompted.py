@@ -165,6 +165,11 @@ class PromptedRefine:
             isinstance(self.rule, type) or not callable(self.rule)
         ):
             raise TypeError(f"`rule` must be a name or a rule such as Peaks(), got {self.rule!r}")
+        if not hasattr(self._rule, "needs_features"):
+            raise TypeError(
+                f"`rule` must say whether it reads the embedding, but {self.rule!r} has no "
+                "attribute `needs_features`; set it to False, or to True"
+            )
         if self._rule.needs_features and not hasattr(self.segmenter, "features"):
             raise ValueError(
                 f"{self.rule!r} compares embeddings, but {self.segmenter!r} has no method "
@@ -208,7 +213,7 @@ class PromptedRefine:
         if not maps.numel():
             nothing = np.zeros(maps.shape[1:], bool)
             return [Drawing(nothing, ~nothing) for _ in maps]
-        pictures = picture_bytes(picture_of(capture, "PromptedRefine")).cpu().numpy()
+        pictures = picture_bytes(picture_of(capture, "PromptedRefine", cam)).cpu().numpy()
         flat = flat_maps(cam).cpu().numpy()
         return [self._draw(*each) for each in zip(maps.cpu().numpy(), flat, pictures, strict=True)]
 
@@ -303,7 +308,7 @@ _UNUSABLE = (
 
 def _at_picture_size(cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
     """Return a copy of the maps at the size of the picture, in float32 or wider."""
-    rgb = picture_of(capture, "PromptedRefine")
+    rgb = picture_of(capture, "PromptedRefine", cam)
     check_finite("cam", cam)
     dtype = torch.promote_types(cam.dtype, torch.float32)  # rounded once, at the end
     size = (rgb.shape[-2], rgb.shape[-1])
