@@ -203,7 +203,7 @@ class Method:
             "refine": [repr(refiner) for refiner in self.refine],
             "background_score": self.background_score,
         }
-        segmenters = segmenters_in(self.refine)
+        segmenters = segmenters_in((self.seed, *self.refine))
         return settings | {"segmenters": list(segmenters)} if segmenters else settings
 
 

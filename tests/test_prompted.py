@@ -523,6 +523,13 @@ def test_segmenters_are_found_inside_of_chains():
     assert segmenters_in([camkit.Propagate(), lambda cam, _: cam]) == ()
 
 
+def test_the_segmenter_of_a_refined_seed_is_among_the_settings():
+    refine = PromptedRefine(Planted(by_colour))
+    refined = camkit.seeds.RefinedSeed(camkit.seeds.GradientSeed(), (refine,))
+    both = camkit.seeds.FusedSeed((camkit.seeds.GradientSeed(), refined))
+    assert camkit.Method(both, refine=()).settings()["segmenters"] == ["Planted()"]
+
+
 def test_a_refiner_can_be_sent_to_another_process():
     refine = PromptedRefine(tiny_segmenter("SamModel"), rule="samrefiner", **ANY)
     cam, capture = torch.rand(1, 2, 4, 6), blank()
