@@ -214,6 +214,14 @@ def test_names_may_hold_folders_and_dots(tmp_path):
     assert len(ProposalFolder(tmp_path).of_photo("v1.5/a.b")) == 3
 
 
+def test_a_folder_stays_the_same_in_another_working_directory(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", masks())
+    monkeypatch.chdir(tmp_path)
+    folder = ProposalFolder(".")
+    monkeypatch.chdir("/")
+    assert len(folder.of_photo("a")) == 3
+
+
 @pytest.mark.parametrize("write", [write_json, write_pngs])
 def test_a_photo_without_any_mask_has_none(tmp_path, write):
     write(tmp_path, [])

@@ -36,18 +36,19 @@ class ProposalFolder:
     ``--convert-to-rle``. Pickles are never opened.
 
     Attributes:
-        folder: of all proposals. The names of bulk runs may hold sub-folders.
+        folder: of all proposals, made absolute. The names of bulk runs may hold sub-folders.
         unlabelled: value of label images that is under no mask; None takes each value as a mask.
     """
 
-    folder: Path
+    folder: str | Path
     unlabelled: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
-        if not self.folder.is_dir():
+        folder = Path(self.folder).absolute()
+        object.__setattr__(self, "folder", folder)
+        if not folder.is_dir():
             raise DataError(
-                f"{self.folder} is not a folder{nearby(self.folder) or '; give that of proposals'}"
+                f"{folder} is not a folder{nearby(folder) or '; give that of proposals'}"
             )
 
     def of_photo(self, key: str) -> MaskRuns:
@@ -59,7 +60,7 @@ class ProposalFolder:
         Raises:
             DataError: there is no file of this name, more than one, or one that cannot be used.
         """
-        base = self.folder / key
+        base = Path(self.folder) / key
         candidates = [base.with_name(base.name + suffix) for suffix in SUFFIXES]
         found = [path for path in candidates if path.is_file()]
         # beside a file, a folder without masks is that of other photos: NAME/other.jpg
