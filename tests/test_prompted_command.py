@@ -1,5 +1,6 @@
 """Promptable segmenters on the command line: `camkit refine`, `camkit run` and `camkit cam`."""
 
+import argparse
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from tiny_segmenters import tiny_segmenter
 import camkit
 from camkit.capture import Capture
 from camkit.cli import main
+from camkit.cli.options import read_segmenter
 from camkit.data import read_cam
 from camkit.method import read_refiners
 from camkit.photo import read_picture
@@ -209,6 +211,18 @@ def test_a_photo_is_drawn_with_the_segmenter_and_its_manifest_says_so(tmp_path, 
     (manifest,) = (tmp_path / "out").rglob("manifest.json")
     settings = json.loads(manifest.read_text())
     assert "SamModel, weights_sha256=" in json.dumps(settings)
+
+
+def test_the_process_that_opens_a_segmenter_takes_its_own_gpu(sam, monkeypatch):
+    options = argparse.Namespace(sam=str(sam), sam_device=None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert read_segmenter(options).device is None
+    monkeypatch.setenv("LOCAL_RANK", "3")  # of torchrun
+    assert read_segmenter(options).device == "cuda:1"
+    options.sam_device = "cpu"
+    assert read_segmenter(options).device == "cpu"
 
 
 def test_a_dotted_path_gets_the_segmenter_too(sam):

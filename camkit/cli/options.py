@@ -99,10 +99,13 @@ def read_segmenter(options: argparse.Namespace) -> PretrainedSegmenter | None:
         if options.sam_device is not None:
             raise ValueError("--sam-device needs a segmenter; add --sam hf:NAME, or omit it")
         return None
+    # otherwise the process that opens it decides: with Ray it may be on another machine
+    device = options.sam_device
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local = os.environ.get("LOCAL_RANK", "")  # as torchrun numbers the processes of a machine
-    own = f"cuda:{int(local) % gpus if local.isdigit() else 0}" if gpus else "cpu"
-    return segmenter_of(options.sam, options.sam_device or own)
+    if device is None and gpus and local.isdigit():
+        device = f"cuda:{int(local) % gpus}"
+    return segmenter_of(options.sam, device)
 
 
 def with_segmenter(
