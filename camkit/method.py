@@ -203,7 +203,7 @@ class Method:
             "refine": [repr(refiner) for refiner in self.refine],
             "background_score": self.background_score,
         }
-        segmenters = segmenters_in(self.refine)
+        segmenters = segmenters_in((self.seed, *self.refine))
         return settings | {"segmenters": list(segmenters)} if segmenters else settings
 
 
@@ -387,8 +387,8 @@ def read_refiners(
 def _given_segmenter(step: str, segmenter: Any) -> Any:
     if segmenter is None:
         raise ValueError(
-            f"the step {step.strip()} needs a promptable segmenter; name one, such as "
-            "--sam hf:facebook/sam-vit-base"
+            f"the step {step.strip()} needs a promptable segmenter; camkit refine, run, cam and "
+            "fit take one as --sam hf:facebook/sam-vit-base"
         )
     return segmenter
 

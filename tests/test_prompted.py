@@ -464,6 +464,41 @@ def test_answers_of_another_form_are_refused(answer, words):
         refine(maps(0.8 * boxes((5, 5, 13, 22))), blank())
 
 
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (None, "NoneType"),
+        (np.zeros((2, 1, *SIZE), bool), "ndarray"),
+        ((np.zeros((1, 1, *SIZE), bool), np.zeros((1, 1)), None), "tuple of 3"),
+    ],
+)
+@pytest.mark.usefixtures("no_shape_checks")
+def test_answers_must_be_masks_and_their_predicted_iou(answer, got):
+    refine = PromptedRefine(lambda *_: answer)
+    with pytest.raises(TypeError, match=rf"predicted IoU, \(masks, ious\), got {got}$"):
+        refine(maps(0.8 * boxes((5, 5, 13, 22))), blank())
+
+
+def test_a_function_may_draw_on_its_picture_and_answer_in_half_precision():
+    seen = []
+
+    def ask(picture, prompts):
+        seen.append(picture.copy())
+        picture[:] = 0
+        ious = torch.ones(len(prompts), 1, dtype=torch.bfloat16)
+        return torch.from_numpy(boxes((4, 4, 14, 24))).expand(len(prompts), 1, *SIZE), ious
+
+    PromptedRefine(ask, rounds=2)(maps(0.8 * boxes((5, 5, 13, 22))), blank())
+    assert len(seen) == 2
+    assert np.array_equal(*seen)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_a_rule_says_whether_it_reads_the_embedding():
+    with pytest.raises(TypeError, match="has no attribute `needs_features`; set it to False"):
+        PromptedRefine(Planted(by_colour), rule=lambda *_: None)
+
+
 @pytest.mark.usefixtures("no_shape_checks")
 def test_a_rule_must_be_a_name_or_a_rule():
     with pytest.raises(ValueError, match="one of peaks, samrefiner, got 'points'"):
@@ -486,6 +521,13 @@ def test_segmenters_are_found_inside_of_chains():
     small = camkit.refiners.AtReducedSize(chain(camkit.DenseCRF(), refine))
     assert segmenters_in([camkit.Propagate(), small]) == ("Planted()",)
     assert segmenters_in([camkit.Propagate(), lambda cam, _: cam]) == ()
+
+
+def test_the_segmenter_of_a_refined_seed_is_among_the_settings():
+    refine = PromptedRefine(Planted(by_colour))
+    refined = camkit.seeds.RefinedSeed(camkit.seeds.GradientSeed(), (refine,))
+    both = camkit.seeds.FusedSeed((camkit.seeds.GradientSeed(), refined))
+    assert camkit.Method(both, refine=()).settings()["segmenters"] == ["Planted()"]
 
 
 def test_a_refiner_can_be_sent_to_another_process():

@@ -1,5 +1,6 @@
 """Promptable segmenters on the command line: `camkit refine`, `camkit run` and `camkit cam`."""
 
+import argparse
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from tiny_segmenters import tiny_segmenter
 import camkit
 from camkit.capture import Capture
 from camkit.cli import main
+from camkit.cli.options import read_segmenter
 from camkit.data import read_cam
 from camkit.method import read_refiners
 from camkit.photo import read_picture
@@ -114,7 +116,7 @@ def test_another_segmenter_does_not_continue_a_run(cams, sam, tmp_path, capsys):
     ("options", "words"),
     [
         ([], "nothing says how to refine; give steps (--refine)"),
-        (["--refine", "sam"], "the step sam needs a promptable segmenter; name one, such as --sam"),
+        (["--refine", "sam"], "the step sam needs a promptable segmenter; camkit refine, run, "),
         (["--refine", "blur", "--sam-device", "cpu"], "--sam-device needs a segmenter"),
         (["--sam", "hf:nobody/none"], "nobody/none cannot be opened as a promptable segmenter"),
         (["--sam", "{sam}", "--refine", "sam:rule=points"], "`rule` must be one of peaks, samref"),
@@ -183,6 +185,23 @@ def test_a_read_out_is_fitted_before_the_segmenter(tmp_path, sam, model):
     assert "segmenters" in settings
 
 
+def test_a_fit_takes_the_same_options_as_the_run_that_reads_it(tmp_path, sam, model):
+    write_photos(tmp_path / "in", 3)
+    same = [*model, "--sam", sam, "--sam-device", "cpu", "--refine", f"default+sam:peaks,{ANY}"]
+    file = tmp_path / "readout.safetensors"
+    words = ["fit", tmp_path / "in", "--classes", "cat", "--out", file, "--workers", "0", *same]
+    assert main([str(word) for word in words]) == 0
+    assert file.is_file()
+
+
+def test_a_benchmark_does_not_offer_the_step_that_it_cannot_do(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    offered = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert "regions" in offered
+    assert "sam" not in offered
+
+
 def test_a_photo_is_drawn_with_the_segmenter_and_its_manifest_says_so(tmp_path, sam, model):
     write_photos(tmp_path / "in", 1)
     (photo,) = sorted((tmp_path / "in").rglob("*.png"))
@@ -192,6 +211,18 @@ def test_a_photo_is_drawn_with_the_segmenter_and_its_manifest_says_so(tmp_path, 
     (manifest,) = (tmp_path / "out").rglob("manifest.json")
     settings = json.loads(manifest.read_text())
     assert "SamModel, weights_sha256=" in json.dumps(settings)
+
+
+def test_the_process_that_opens_a_segmenter_takes_its_own_gpu(sam, monkeypatch):
+    options = argparse.Namespace(sam=str(sam), sam_device=None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert read_segmenter(options).device is None
+    monkeypatch.setenv("LOCAL_RANK", "3")  # of torchrun
+    assert read_segmenter(options).device == "cuda:1"
+    options.sam_device = "cpu"
+    assert read_segmenter(options).device == "cpu"
 
 
 def test_a_dotted_path_gets_the_segmenter_too(sam):

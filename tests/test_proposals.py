@@ -12,6 +12,7 @@ from PIL import Image
 from small_runs import CLASSES, OpenSmall, small_recipe, write_photos
 
 import camkit
+from camkit.bench.cache import fingerprint
 from camkit.bulk.running import run
 from camkit.capture import Capture
 from camkit.cli import main
@@ -20,7 +21,7 @@ from camkit.errors import DataError
 from camkit.method import read_refiners, read_regions
 from camkit.ops.mask_runs import MaskRuns
 from camkit.photo import read_picture
-from camkit.refiners import Regions, Segments
+from camkit.refiners import AtReducedSize, Regions, Segments
 from camkit.vocabulary import Vocabulary
 
 SIZE = (6, 9)
@@ -132,8 +133,10 @@ def test_compressed_counts_are_read_by_hand():
         ({"size": [0, 9], "counts": []}, r"`size` must be \[rows, columns\], got \[0, 9\]"),
         ({"size": [6, 9], "counts": [50]}, "must add up to the 54 pixels of 6x9, .* sum of 50"),
         ({"size": [6, 9], "counts": [60, -6]}, "without negative numbers, got a sum of 54"),
-        ({"size": [6, 9], "counts": [5.5]}, "must be a list of whole numbers, or text"),
-        ({"size": [6, 9]}, "must be a list of whole numbers, or text"),
+        ({"size": [2, 2], "counts": [2**62] * 4 + [4]}, "got a sum of 1.84"),
+        ({"size": [6, 9], "counts": [5.5]}, "must be a list of whole numbers, or text, got float"),
+        ({"size": [6, 9], "counts": [[5], [5, 6]]}, "list of whole numbers, or text, got list"),
+        ({"size": [6, 9]}, "must be a list of whole numbers, or text, got NoneType"),
         ({"size": [6, 9], "counts": "é"}, "must be ASCII characters"),
         ({"size": [6, 9], "counts": "5 "}, "damaged: a character or the end does not fit"),
         ({"size": [6, 9], "counts": "5P"}, "damaged: a character or the end does not fit"),
@@ -211,6 +214,14 @@ def test_names_may_hold_folders_and_dots(tmp_path):
     assert len(ProposalFolder(tmp_path).of_photo("v1.5/a.b")) == 3
 
 
+def test_a_folder_stays_the_same_in_another_working_directory(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", masks())
+    monkeypatch.chdir(tmp_path)
+    folder = ProposalFolder(".")
+    monkeypatch.chdir("/")
+    assert len(folder.of_photo("a")) == 3
+
+
 @pytest.mark.parametrize("write", [write_json, write_pngs])
 def test_a_photo_without_any_mask_has_none(tmp_path, write):
     write(tmp_path, [])
@@ -251,9 +262,13 @@ def put_pngs(*arrays):
         (put("a.jpg", b""), "has no proposals of a"),
         (put("a.pkl", pickle.dumps(Trap())), "has no proposals of a"),
         (put("a.json", b"{"), "a.json is not JSON"),
+        (put("a.json", b"[" * 100_000), "a.json is not JSON .*recursion"),
         (put("a.json", b"3"), "must hold a list of masks: dicts with a COCO encoding"),
         (put("a.json", b'{"annotations": 3}'), "must hold a list of masks"),
-        (put("a.json", b'[{"segmentation": [[1, 2]]}]'), "a.json: proposals in place 0 must hold"),
+        (
+            put("a.json", b'[{"segmentation": [[1, 2, 3, 4, 5, 6]]}]'),
+            "proposals in place 0 must hold .*, got list; polygons and boxes have to be drawn",
+        ),
         (
             put("a.json", b'[{"size": [6, 9], "counts": [3]}]'),
             "a.json: .*place 0: `counts` must ad",
@@ -278,6 +293,29 @@ def test_files_that_cannot_be_used_say_why(tmp_path, write, words):
     write(tmp_path)
     with pytest.raises(DataError, match=words):
         ProposalFolder(tmp_path).of_photo("a")
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "0.npy", "mask"])
+def test_a_folder_of_other_files_is_not_taken_for_no_masks(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(b"")
+    with pytest.raises(DataError, match=f"holds {name}, but no masks as PNG files; convert them"):
+        ProposalFolder(tmp_path).of_photo("a")
+
+
+def test_hidden_files_of_a_folder_are_no_masks(tmp_path):
+    write_pngs(tmp_path, masks())
+    (tmp_path / "a" / "._0.png").write_bytes(b"of a file manager")
+    (tmp_path / "a" / "metadata.csv").write_text("id,area")  # of amg.py
+    assert len(ProposalFolder(tmp_path).of_photo("a")) == 3
+
+
+def test_a_photo_may_have_the_name_of_a_folder_of_photos(tmp_path):
+    write_json(tmp_path, masks())
+    (tmp_path / "a").mkdir()
+    np.save(tmp_path / "a" / "b.npy", masks(2))
+    folder = ProposalFolder(tmp_path)
+    assert [len(folder.of_photo(key)) for key in ("a", "a/b")] == [3, 2]
 
 
 def test_two_files_of_one_photo_are_refused(tmp_path):
@@ -340,6 +378,21 @@ def test_a_folder_in_words_is_that_of_the_option(tmp_path):
 def test_words_that_do_not_go_together_are_refused(tmp_path, written, words):
     with pytest.raises(ValueError, match=words):
         read_refiners(["regions:" + written.format(tmp_path)])
+
+
+def test_files_keep_the_size_of_the_photo_where_the_picture_is_reduced(tmp_path):
+    np.save(tmp_path / "a.npy", masks())
+    regions = Regions(ProposalFolder(tmp_path))
+    capture = Capture.of_picture(torch.rand(1, 3, *SIZE), keys=["a"])
+    cam = torch.rand(1, 1, 3, 3)
+    known = replace(capture, sizes=(SIZE,))
+    half = AtReducedSize(regions, scale=0.5)
+    assert torch.equal(half(cam, capture), half(cam, known))
+
+
+def test_results_of_files_are_never_cached(tmp_path):
+    assert fingerprint(Regions("slic")) is not None
+    assert fingerprint(Regions(ProposalFolder(tmp_path))) is None  # the files may change
 
 
 # Commands

@@ -75,6 +75,15 @@ def stripes(images=1):
 
 
 @every_refiner
+@pytest.mark.parametrize("pictures", [1, 3])
+@pytest.mark.usefixtures("no_shape_checks")
+def test_a_capture_of_another_batch_is_an_error(name, pictures):
+    words = f"needs a picture for each image in `cam`, got {pictures} for 2"
+    with pytest.raises(ValueError, match=words):
+        REFINERS[name](torch.rand(2, 1, 5, 6), captured(stripes(pictures)))
+
+
+@every_refiner
 def test_a_missing_picture_is_an_error(name):
     words = rf"^{type(REFINERS[name]).__name__} needs the picture; watch with `rgb=photo\.rgb`"
     with pytest.raises(CaptureError, match=words):

@@ -11,6 +11,8 @@ import torch
 from tiny_segmenters import MAKERS, SIDE, Planted, tiny_segmenter
 
 from camkit import CamkitError
+from camkit.capture import Capture
+from camkit.refiners import PromptedRefine
 from camkit.segmenters import (
     CallableSegmenter,
     PretrainedSegmenter,
@@ -440,8 +442,9 @@ def test_a_function_and_an_object_with_the_methods_are_segmenters():
         ("facebook/sam-vit-base", 'PretrainedSegmenter\\("facebook/sam-vit-base"\\) opens'),
         (Planted, "must be an object, got the class Planted"),
         (None, "got None"),
+        ((3, torch.nn.Linear(2, 2)), r"got a tuple of int, Linear; camkit.segmenters.Pretrained"),
     ],
-    ids=["module", "name", "class", "none"],
+    ids=["module", "name", "class", "none", "pair"],
 )
 def test_other_objects_are_refused(value, words):
     with pytest.raises(TypeError, match=words):
@@ -513,6 +516,16 @@ def test_the_identity_changes_with_the_weights():
         next(model.parameters()).add_(1.0)
     assert segmenter.identity() != identity
     assert segmenter.version() != version
+
+
+def test_embeddings_are_made_again_for_a_model_in_another_type():
+    model, processor = tiny_segmenter("SamModel")
+    refine = PromptedRefine([model, processor], min_agreement=0.0)
+    cam, capture = torch.rand(1, 1, 5, 7), Capture.of_picture(torch.rand(1, 3, 40, 57))
+    refine(cam, capture)
+    model.bfloat16()
+    refined = refine(cam, capture)
+    assert torch.equal(refined, PromptedRefine((model, processor), min_agreement=0.0)(cam, capture))
 
 
 def test_a_name_that_cannot_be_opened_is_an_error(tmp_path):

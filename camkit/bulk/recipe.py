@@ -187,7 +187,7 @@ class Recipe:
             settings["fit"] = f"{self.fit}, background_score={method.background_score}"
         if self.guesses is not None:
             settings["guesses"] = repr(self.guesses)
-        segmenters = segmenters_in((*method.refine, *self.writing.finish))
+        segmenters = segmenters_in((method.seed, *method.refine, *self.writing.finish))
         if segmenters:
             settings["segmenters"] = "; ".join(segmenters)
         return settings if method.views is None else settings | {"views": repr(method.views)}

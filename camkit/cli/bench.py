@@ -60,7 +60,7 @@ which the best on the tuning split is reported.
 
 {GRAMMAR}
 
-{refiners_help(REFINERS)}"""
+{refiners_help(REFINERS, prompted={})}"""
 
 
 def read_entries(

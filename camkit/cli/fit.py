@@ -11,7 +11,13 @@ from pathlib import Path
 from camkit.bulk.recipe import Loading, Recipe
 from camkit.bulk.running import fit_readout
 from camkit.cli.models import MODELS, add_model_arguments, open_named
-from camkit.cli.options import add_form, add_method_arguments, method_to_fit, read_classes
+from camkit.cli.options import (
+    add_form,
+    add_method_arguments,
+    add_sam_arguments,
+    method_to_fit,
+    read_classes,
+)
 from camkit.cli.sources import (
     add_input_arguments,
     check_has_images,
@@ -46,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--join", type=Path, nargs="+", metavar="FILE", help="add up read-outs instead")
     add_input_arguments(parser)
     add_method_arguments(parser)
+    add_sam_arguments(parser)
     add_form(parser)
     add("--max-pixels", type=int, default=Loading.max_pixels, help="larger images are refused")
     add("--batch", type=int, default=8, help="images per forward (default: 8)")

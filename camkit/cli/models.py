@@ -273,12 +273,12 @@ def source_of(name: str, checkpoint: str | Path | None, *, wait: bool = True) ->
     return source
 
 
-def segmenter_of(name: str, device: str) -> PretrainedSegmenter:
+def segmenter_of(name: str, device: str | None) -> PretrainedSegmenter:
     """Return the opener of a promptable segmenter of transformers.
 
     Args:
         name: of a folder or on the hub, with or without ``hf:``.
-        device: of the segmenter.
+        device: of the segmenter; None uses a GPU if there is one where it is opened.
     """
     source = ModelSource(f"hf:{name.removeprefix('hf:')}")
     local = (source.folder / source.bare).is_dir()

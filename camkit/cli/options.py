@@ -47,10 +47,10 @@ gradcam:variant=layercam. A name may also be the dotted path of a class, such as
 camkit.contrib.LogitLensSeed:9."""
 
 
-def refiners_help(names: Names = PICTURE_REFINERS) -> str:
+def refiners_help(names: Names = PICTURE_REFINERS, *, prompted: Names = PROMPTED) -> str:
     """Return refiners with their settings and defaults, one per line."""
     lines = []
-    for name, kind in {**names, **PROMPTED}.items():
+    for name, kind in {**names, **prompted}.items():
         defaults = {field.name: field.default for field in fields(kind)}
         settings = [f"{key}={show_value(defaults[key])}" for key in settings_of(kind)]
         if kind is Regions:
@@ -99,10 +99,13 @@ def read_segmenter(options: argparse.Namespace) -> PretrainedSegmenter | None:
         if options.sam_device is not None:
             raise ValueError("--sam-device needs a segmenter; add --sam hf:NAME, or omit it")
         return None
+    # otherwise the process that opens it decides: with Ray it may be on another machine
+    device = options.sam_device
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local = os.environ.get("LOCAL_RANK", "")  # as torchrun numbers the processes of a machine
-    own = f"cuda:{int(local) % gpus if local.isdigit() else 0}" if gpus else "cpu"
-    return segmenter_of(options.sam, options.sam_device or own)
+    if device is None and gpus and local.isdigit():
+        device = f"cuda:{int(local) % gpus}"
+    return segmenter_of(options.sam, device)
 
 
 def with_segmenter(
@@ -167,7 +170,7 @@ def method_to_fit(options: argparse.Namespace, opened: OpenedModel) -> Method:
 
 
 def _unfitted(options: argparse.Namespace, opened: OpenedModel) -> Method:
-    segmenter = read_segmenter(options) if hasattr(options, "sam") else None
+    segmenter = read_segmenter(options)
     refine = with_segmenter(options, REFINERS, segmenter, DEFAULT_REFINE)
     if options.seed is None and options.edit is None:
         method = default_method(opened)

@@ -36,18 +36,19 @@ class ProposalFolder:
     ``--convert-to-rle``. Pickles are never opened.
 
     Attributes:
-        folder: of all proposals. The names of bulk runs may hold sub-folders.
+        folder: of all proposals, made absolute. The names of bulk runs may hold sub-folders.
         unlabelled: value of label images that is under no mask; None takes each value as a mask.
     """
 
-    folder: Path
+    folder: str | Path
     unlabelled: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
-        if not self.folder.is_dir():
+        folder = Path(self.folder).absolute()
+        object.__setattr__(self, "folder", folder)
+        if not folder.is_dir():
             raise DataError(
-                f"{self.folder} is not a folder{nearby(self.folder) or '; give that of proposals'}"
+                f"{folder} is not a folder{nearby(folder) or '; give that of proposals'}"
             )
 
     def of_photo(self, key: str) -> MaskRuns:
@@ -59,9 +60,12 @@ class ProposalFolder:
         Raises:
             DataError: there is no file of this name, more than one, or one that cannot be used.
         """
-        base = self.folder / key
-        candidates = [base, *(base.with_name(base.name + suffix) for suffix in SUFFIXES)]
-        found = [path for path in candidates if (path.is_dir() if path == base else path.is_file())]
+        base = Path(self.folder) / key
+        candidates = [base.with_name(base.name + suffix) for suffix in SUFFIXES]
+        found = [path for path in candidates if path.is_file()]
+        # beside a file, a folder without masks is that of other photos: NAME/other.jpg
+        if base.is_dir() and (not found or _masks_in(base)):
+            found.insert(0, base)
         if len(found) != 1:
             listed = " and ".join(path.name for path in found)
             raise DataError(
@@ -111,7 +115,7 @@ def _without(labels: np.ndarray, unlabelled: int | None) -> np.ndarray:
 def _of_json(path: Path) -> list[Any]:
     try:
         content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); correct it") from error
     if isinstance(content, dict):
         content = content.get("annotations", [content] if "counts" in content else None)
@@ -141,11 +145,22 @@ def _of_numpy(path: Path) -> Any:
     return content
 
 
+def _masks_in(path: Path) -> list[Path]:
+    """List the PNG files of a folder in the order of their numbers; hidden files are none."""
+    files = [file for file in path.iterdir() if not file.name.startswith(".")]
+    masks = [file for file in files if file.suffix.lower() == ".png"]
+    return sorted(masks, key=lambda each: (len(each.name), each.name))
+
+
 def _of_folder(path: Path) -> MaskRuns:
-    """Read a folder of masks in the order of their numbers, which settles equal scores."""
-    files = [file for file in path.iterdir() if file.suffix.lower() == ".png"]
+    """Read a folder of masks; their order settles equal scores."""
+    files = _masks_in(path)
+    # amg.py writes metadata.csv, also beside no masks
+    others = {file.name for file in path.iterdir() if file.name[0] != "."} - {"metadata.csv"}
+    if others and not files:
+        raise DataError(f"{path} holds {min(others)}, but no masks as PNG files; convert them")
     parts = []
-    for file in sorted(files, key=lambda each: (len(each.name), each.name)):
+    for file in files:
         values = _grey(file)
         held = np.unique(values)
         if len(held) > 2 or (len(held) == 2 and held[0] != 0):

@@ -138,10 +138,11 @@ class MaskRuns:
             raise ValueError(f"`size` must be [rows, columns], got {size!r}")
         rows, cols = size[0], size[1]
         lengths = _lengths(encoded.get("counts"))
-        if lengths.min(initial=0) < 0 or lengths.sum() != rows * cols:
+        total = lengths.sum(dtype=np.float64)  # int64 would wrap around
+        if lengths.min(initial=0) < 0 or total != rows * cols:
             raise ValueError(
                 f"`counts` must add up to the {rows * cols} pixels of {rows}x{cols}, without "
-                f"negative numbers, got a sum of {lengths.sum()}"
+                f"negative numbers, got a sum of {total:.15g}"
             )
         edges = np.cumsum(lengths, dtype=np.int64)
         ends = edges[1::2]
@@ -228,10 +229,11 @@ def _read(part: Any, place: int) -> MaskRuns:
 def _array(value: Any, name: str) -> np.ndarray:
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biu":
-        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        kind, way_out = type(array).__name__, "polygons and boxes have to be drawn as masks first"
+        if isinstance(array, np.ndarray):
+            kind, way_out = f"{array.dtype}", "write `scores > threshold` to make masks of scores"
         raise ValueError(
-            f"{name} must hold bool masks or label images of whole numbers, got {kind}; write "
-            "`scores > threshold` to make masks of scores"
+            f"{name} must hold bool masks or label images of whole numbers, got {kind}; {way_out}"
         )
     if array.ndim not in (2, 3):
         raise ValueError(f"{name} must be (H, W) or (n, H, W), got shape {array.shape}")
@@ -242,9 +244,13 @@ def _lengths(counts: Any) -> Integer[np.ndarray, " c"]:
     """Return the lengths of runs, decompressed if they are text."""
     if isinstance(counts, str | bytes):
         return _decompressed(counts)
-    lengths = np.asarray(counts)
+    try:
+        lengths = np.asarray(counts)
+    except ValueError:  # lists of different lengths
+        lengths = np.asarray(None)
     if lengths.ndim != 1 or (lengths.size and lengths.dtype.kind not in "iu"):
-        raise ValueError(f"`counts` must be a list of whole numbers, or text, got {lengths.dtype}")
+        got = lengths.dtype if lengths.ndim == 1 else type(counts).__name__
+        raise ValueError(f"`counts` must be a list of whole numbers, or text, got {got}")
     return lengths.astype(np.int64)
 
 

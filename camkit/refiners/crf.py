@@ -72,7 +72,7 @@ class DenseCRF:
         check_backend(self.backend)
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
-        rgb = picture_bytes(picture_of(capture, "DenseCRF"))
+        rgb = picture_bytes(picture_of(capture, "DenseCRF", cam))
         check_finite("cam", cam)
         if cam.numel() == 0:
             return cam.new_zeros(*cam.shape[:2], *rgb.shape[1:3])

@@ -64,7 +64,7 @@ class GuidedFilter:
             raise ValueError(f"`scale` must lie in (0, 1], got {self.scale}")
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
-        rgb = picture_of(capture, "GuidedFilter")
+        rgb = picture_of(capture, "GuidedFilter", cam)
         check_finite("cam", cam)
         size = scaled_size(rgb, self.scale)
         dtype = torch.promote_types(cam.dtype, torch.float32)  # rounded once, at the end
@@ -113,14 +113,17 @@ class AtReducedSize:
         return required_by(self.refiner)
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
-        rgb = picture_of(capture, "AtReducedSize")
+        rgb = picture_of(capture, "AtReducedSize", cam)
         check_finite("cam", cam)
         size = scaled_size(rgb, self.scale)
         if size == (rgb.shape[-2], rgb.shape[-1]):
             return self.refiner(cam, capture)
         dtype = torch.promote_types(rgb.dtype, torch.float32)
         small = resize_cam(rgb.to(dtype), size)
-        refined = _shrunk(self.refiner, self.scale)(cam, replace(capture, rgb=small))
+        # Regions reads files of masks at the size of the photo
+        sizes = capture.sizes or ((rgb.shape[-2], rgb.shape[-1]),) * len(rgb)
+        reduced = replace(capture, rgb=small, sizes=sizes)
+        refined = _shrunk(self.refiner, self.scale)(cam, reduced)
         if (refined.shape[-2], refined.shape[-1]) != size:
             raise ValueError(
                 f"`refiner` must return maps of the size of its picture, {size[0]}x{size[1]}, got "
@@ -170,7 +173,7 @@ class FastGlobalSmooth:
         check_positive("colour_width", self.colour_width)
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
-        rgb = picture_of(capture, "FastGlobalSmooth")
+        rgb = picture_of(capture, "FastGlobalSmooth", cam)
         check_finite("cam", cam)
         library: Any = getattr(cv2, "ximgproc", None)
         if not hasattr(library, "createFastGlobalSmootherFilter"):
@@ -236,7 +239,7 @@ class PixelAdaptive:
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         dtype = torch.promote_types(cam.dtype, torch.float32)  # rounded once, at the end
-        rgb = picture_of(capture, "PixelAdaptive").to(cam.device, dtype)
+        rgb = picture_of(capture, "PixelAdaptive", cam).to(cam.device, dtype)
         check_finite("cam", cam)
         size = self.size or scaled_size(rgb, self.scale)
         refined = adapt_to_colours(

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import cv2
@@ -16,7 +16,7 @@ from camkit.ops.finite import check_finite
 from camkit.ops.images import resize_cam
 from camkit.ops.scaling import flat_maps
 from camkit.printing import short_repr
-from camkit.refiners.protocol import Chain, picture_bytes, picture_of
+from camkit.refiners.protocol import picture_bytes, picture_of
 from camkit.segmenters.adapters import as_segmenter, ask, identity_of
 from camkit.segmenters.embeddings import EmbeddingCache
 from camkit.segmenters.parts import Part, parts_of
@@ -165,6 +165,11 @@ class PromptedRefine:
             isinstance(self.rule, type) or not callable(self.rule)
         ):
             raise TypeError(f"`rule` must be a name or a rule such as Peaks(), got {self.rule!r}")
+        if not hasattr(self._rule, "needs_features"):
+            raise TypeError(
+                f"`rule` must say whether it reads the embedding, but {self.rule!r} has no "
+                "attribute `needs_features`; set it to False, or to True"
+            )
         if self._rule.needs_features and not hasattr(self.segmenter, "features"):
             raise ValueError(
                 f"{self.rule!r} compares embeddings, but {self.segmenter!r} has no method "
@@ -208,7 +213,7 @@ class PromptedRefine:
         if not maps.numel():
             nothing = np.zeros(maps.shape[1:], bool)
             return [Drawing(nothing, ~nothing) for _ in maps]
-        pictures = picture_bytes(picture_of(capture, "PromptedRefine")).cpu().numpy()
+        pictures = picture_bytes(picture_of(capture, "PromptedRefine", cam)).cpu().numpy()
         flat = flat_maps(cam).cpu().numpy()
         return [self._draw(*each) for each in zip(maps.cpu().numpy(), flat, pictures, strict=True)]
 
@@ -303,7 +308,7 @@ _UNUSABLE = (
 
 def _at_picture_size(cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
     """Return a copy of the maps at the size of the picture, in float32 or wider."""
-    rgb = picture_of(capture, "PromptedRefine")
+    rgb = picture_of(capture, "PromptedRefine", cam)
     check_finite("cam", cam)
     dtype = torch.promote_types(cam.dtype, torch.float32)  # rounded once, at the end
     size = (rgb.shape[-2], rgb.shape[-1])
@@ -346,22 +351,26 @@ def _settle(
                 masks[slot] &= ~region
 
 
-def prompted_in(refiners: Sequence[Any]) -> tuple[PromptedRefine, ...]:
-    """Return the refiners with a segmenter among refiners, also those inside of chains."""
+def prompted_in(stages: Sequence[Any]) -> tuple[PromptedRefine, ...]:
+    """Return the refiners with a segmenter among seeds and refiners.
+
+    Those inside of other stages, such as a chain or a `camkit.seeds.RefinedSeed`, are found by the
+    fields of their dataclasses.
+    """
     found: list[PromptedRefine] = []
-    for each in refiners:
+    for each in stages:
         if isinstance(each, PromptedRefine):
             found.append(each)
-        elif isinstance(each, Chain):
-            found += prompted_in(each.refiners)
-        elif hasattr(each, "refiner"):  # AtReducedSize
-            found += prompted_in([each.refiner])
+        elif isinstance(each, tuple | list):
+            found += prompted_in(each)
+        elif is_dataclass(each) and not isinstance(each, type):
+            found += prompted_in([getattr(each, held.name) for held in fields(each)])
     return tuple(found)
 
 
-def segmenters_in(refiners: Sequence[Any]) -> tuple[str, ...]:
-    """Return the identity of each segmenter among refiners, also of those inside of chains.
+def segmenters_in(stages: Sequence[Any]) -> tuple[str, ...]:
+    """Return the identity of each segmenter among seeds and refiners, see `prompted_in`.
 
     Opens the segmenters that are opened by name.
     """
-    return tuple(identity_of(each.segmenter) for each in prompted_in(refiners))
+    return tuple(identity_of(each.segmenter) for each in prompted_in(stages))

@@ -43,10 +43,25 @@ def chain(*refiners: Refiner) -> Chain:
     return Chain(refiners)
 
 
-def picture_of(capture: Capture, refiner: str) -> RGB:
-    """Return the detached pictures in [0, 1], or raise CaptureError in the refiner's name."""
+def picture_of(capture: Capture, refiner: str, cam: Cam | None = None) -> RGB:
+    """Return the detached pictures in [0, 1], or raise an error in the refiner's name.
+
+    Args:
+        capture: of the pictures.
+        refiner: its name.
+        cam: maps that must be of as many images.
+
+    Raises:
+        CaptureError: there are no pictures.
+        ValueError: there are more or fewer than images in ``cam``.
+    """
     if capture.rgb is None:
         raise CaptureError(f"{refiner} needs the picture; watch with `rgb=photo.rgb`")
+    if cam is not None and len(cam) != len(capture.rgb):
+        raise ValueError(
+            f"{refiner} needs a picture for each image in `cam`, got {len(capture.rgb)} for "
+            f"{len(cam)}; give the capture of the same batch"
+        )
     return capture.rgb.detach()
 
 

@@ -183,7 +183,7 @@ class Regions:
         return f"Regions({shown})"
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
-        rgb = picture_of(capture, "Regions")
+        rgb = picture_of(capture, "Regions", cam)
         check_finite("cam", cam)
         size = (rgb.shape[-2], rgb.shape[-1])
         if cam.numel() == 0:
@@ -348,7 +348,7 @@ class Superpixels:
             raise ValueError(f"`vote` must lie in (0, 1), got {self.vote}")
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
-        picture_of(capture, "Superpixels")
+        picture_of(capture, "Superpixels", cam)
         regions = Regions(
             self._proposals(),
             rule="mean" if self.vote is None else "vote",

@@ -39,8 +39,8 @@ class CallableSegmenter:
         return picture
 
     def masks(self, embedding: UInt8[np.ndarray, "H W 3"], prompts: Sequence[Prompt]) -> Answers:
-        masks, ious = _arrays(self.ask(embedding, prompts))
-        return masks, ious
+        # a copy, because a function may draw on its picture
+        return _arrays(self.ask(embedding.copy(), prompts), self)
 
 
 def as_segmenter(value: Any) -> Segmenter:
@@ -56,7 +56,7 @@ def as_segmenter(value: Any) -> Segmenter:
         CamkitError: the processor of the model is not there.
         TypeError: it is something else.
     """
-    if isinstance(value, tuple) and len(value) == 2 and is_of_transformers(value[0]):
+    if isinstance(value, tuple | list) and len(value) == 2 and is_of_transformers(value[0]):
         return TransformersSegmenter(*value)
     if is_of_transformers(value):
         return TransformersSegmenter(value)
@@ -70,13 +70,20 @@ def as_segmenter(value: Any) -> Segmenter:
         return value
     if callable(value) and not isinstance(value, nn.Module):
         return CallableSegmenter(value)
-    shown = f"{type(value).__name__}(...)" if isinstance(value, nn.Module) else repr(value)
+    shown = _shown(value)
     raise TypeError(
         f"`segmenter` must be one of {', '.join(CLASSES)} of transformers, a SamPredictor, a "
         "SAM2ImagePredictor, an object with the methods of camkit.segmenters.Segmenter, or a "
         f"function (picture, prompts) -> (masks, ious), got {shown}; "
         'camkit.segmenters.PretrainedSegmenter("facebook/sam-vit-base") opens a model by its name'
     )
+
+
+def _shown(value: Any) -> str:
+    """Return a short text for an object; the repr of a model has a line for each module."""
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {', '.join(type(each).__name__ for each in value)}"
+    return repr(value) if isinstance(value, str | None) else f"{type(value).__name__}(...)"
 
 
 def identity_of(segmenter: Segmenter) -> str:
@@ -93,7 +100,7 @@ def ask(
     Raises:
         ValueError: masks or predicted IoU have another shape or type than `Answers`.
     """
-    masks, ious = _arrays(segmenter.masks(embedding, prompts))
+    masks, ious = _arrays(segmenter.masks(embedding, prompts), segmenter)
     wanted = (len(prompts), *size)
     if masks.ndim != 4 or (len(masks), *masks.shape[2:]) != wanted or not masks.shape[1]:
         raise ValueError(
@@ -113,10 +120,21 @@ def ask(
     return masks.astype(bool), ious.astype(np.float64)
 
 
-def _arrays(answers: Any) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(answers: Any, segmenter: Segmenter) -> tuple[np.ndarray, np.ndarray]:
     """Return masks and predicted IoU as arrays; tensors are welcome too."""
+    if not isinstance(answers, tuple | list) or len(answers) != 2:
+        count = f" of {len(answers)}" if isinstance(answers, tuple | list) else ""
+        raise TypeError(
+            f"{segmenter!r} must return masks and their predicted IoU, (masks, ious), got "
+            f"{type(answers).__name__}{count}"
+        )
     masks, ious = (
-        each.detach().cpu().numpy() if isinstance(each, torch.Tensor) else np.asarray(each)
+        _widened(each).cpu().numpy() if isinstance(each, torch.Tensor) else np.asarray(each)
         for each in answers
     )
     return masks, ious
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that numpy can hold: it has no bfloat16."""
+    return tensor.detach().float() if tensor.is_floating_point() else tensor.detach()

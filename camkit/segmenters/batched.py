@@ -102,8 +102,14 @@ class ModelSegmenter(ABC):
         return f"{type(self.model).__name__}, weights_sha256={weights_hash(self.model)}"
 
     def version(self) -> object:
-        """Return what changes when weights are written to, such as by a training step."""
-        return sum(each._version for each in self.model.parameters() if not each.is_inference())
+        """Return what changes when weights are written to, or brought to another type or device."""
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        return hash(
+            tuple(
+                (id(each), each.dtype, each.device, None if each.is_inference() else each._version)
+                for each in weights
+            )
+        )
 
     def embed(self, picture: UInt8[np.ndarray, "H W 3"]) -> Any:
         with self._running():
