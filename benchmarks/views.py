@@ -1,4 +1,4 @@
-"""What other sizes, mirror images and tiles of a photo add to a seed, and to refined maps.
+"""What other sizes, mirror images and tiles of a photo add to the default seed, and to its maps.
 
     CAMKIT_DATA=folder python benchmarks/views.py [--limit 24]
 
@@ -21,10 +21,7 @@ from camkit.data import Sample
 from camkit.method import CALIBRATED, WITHOUT_EDGES
 from camkit.seeds import Views
 
-METHODS = {
-    "gradient": camkit.Method(camkit.GradientSeed()),
-    "hybrid": CALIBRATED.method,
-}
+METHODS = {"hybrid": CALIBRATED.method}
 TOCO = (1.0, 0.5, 1.5)
 VIEWS = {
     "mirrored": Views(flip=True),
