@@ -88,6 +88,7 @@ WORDS_OF_REGIONS: Mapping[str, Any] = {
     "unlabelled": int,
     "scales": tuple[int, ...],
     "least": int,
+    "compactness": float,
     "sigma": float,
 }
 """Settings of ``regions`` in words that are those of its proposals: of `camkit.data.ProposalFolder`

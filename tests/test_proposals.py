@@ -352,6 +352,7 @@ def test_a_lost_folder_and_another_ending_are_refused(tmp_path):
         ("regions:rule=sepl,overlap=cut", Regions(rule="sepl", overlap="cut")),
         ("regions:felzenszwalb,scales=50x200", Regions(Segments("felzenszwalb", (50.0, 200.0)))),
         ("regions:slic,scales=80,sigma=1", Regions(Segments("slic", (80.0,), sigma=1.0))),
+        ("regions:slic,compactness=5", Regions(Segments("slic", compactness=5.0))),
         ("regions:least=20", Regions(Segments("felzenszwalb", least=20))),
     ],
 )

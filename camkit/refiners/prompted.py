@@ -16,7 +16,7 @@ from camkit.ops.finite import check_finite
 from camkit.ops.images import resize_cam
 from camkit.ops.scaling import flat_maps
 from camkit.printing import short_repr
-from camkit.refiners.protocol import picture_bytes, picture_of
+from camkit.refiners.protocol import Once, picture_bytes, picture_of
 from camkit.segmenters.adapters import as_segmenter, ask, identity_of
 from camkit.segmenters.embeddings import EmbeddingCache
 from camkit.segmenters.parts import Part, parts_of
@@ -52,17 +52,6 @@ class Drawing:
     drawn: int = 0
 
     __repr__ = short_repr
-
-
-class _Once:
-    """Tells the first time from others: `warnings` forgets when somebody changes its filters."""
-
-    def __init__(self) -> None:
-        self._before = False
-
-    def is_first(self) -> bool:
-        before, self._before = self._before, True
-        return not before
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +123,7 @@ class PromptedRefine:
     min_agreement: float = 0.5
     cache: int = 8
     _embeddings: EmbeddingCache = field(init=False, repr=False, compare=False)
-    _warning: "_Once" = field(init=False, repr=False, compare=False)
+    _warning: Once = field(init=False, repr=False, compare=False)
 
     requires: ClassVar[WatchSpec] = NO_PATCH_TOKENS
 
@@ -152,7 +141,7 @@ class PromptedRefine:
         if self.cache < 0:
             raise ValueError(f"`cache` must be at least 0 photos, got {self.cache}")
         object.__setattr__(self, "_embeddings", EmbeddingCache(self.cache))
-        object.__setattr__(self, "_warning", _Once())
+        object.__setattr__(self, "_warning", Once())
 
     def _check_choices(self) -> None:
         for name, kind in (("choose", Choice), ("contested", Contested)):

@@ -43,6 +43,17 @@ def chain(*refiners: Refiner) -> Chain:
     return Chain(refiners)
 
 
+class Once:
+    """Tells the first time from others: `warnings` forgets when somebody changes its filters."""
+
+    def __init__(self) -> None:
+        self._before = False
+
+    def is_first(self) -> bool:
+        before, self._before = self._before, True
+        return not before
+
+
 def picture_of(capture: Capture, refiner: str, cam: Cam | None = None) -> RGB:
     """Return the detached pictures in [0, 1], or raise an error in the refiner's name.
 

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -26,7 +27,7 @@ from camkit.ops.region_scores import (
     shared_votes,
 )
 from camkit.ops.similarity import check_positive
-from camkit.refiners.protocol import clip_to_range, picture_bytes, picture_of
+from camkit.refiners.protocol import Once, clip_to_range, picture_bytes, picture_of
 from camkit.tensors import RGB, Cam
 
 Maps: TypeAlias = Float[Tensor, "1 k H W"]
@@ -141,7 +142,7 @@ class Regions:
     Returns, when called, maps of the picture's size. By "mean" they are differentiable in the maps;
     by "vote" and "sepl" they hold shares of labels, so use 0.5 as the background score of masks.
 
-    Warns with `UnusedRegionsWarning` if a photo has no usable mask, or if all maps are zero.
+    Warns with `UnusedRegionsWarning`, once, if a photo has no usable mask or all maps are zero.
 
     Raises, when called, a CaptureError if proposals are found by names and the capture has none,
     and a DataError or ValueError if they are of another size than the photo or have no known form.
@@ -188,15 +189,28 @@ class Regions:
         size = (rgb.shape[-2], rgb.shape[-1])
         if cam.numel() == 0:
             return cam.new_zeros(*cam.shape[:2], *size)
-        if not cam.detach().any():
-            _warn("every map is zero, so no region gets a class; check the seed")
+        if not cam.detach().any() and self._warning.is_first():
+            warnings.warn(_ALL_ZERO, UnusedRegionsWarning, stacklevel=2)
         dtype = torch.promote_types(cam.dtype, torch.float32)  # sums of many pixels
         maps = cam.to(dtype)
-        refined = [
-            self._refined(maps[image : image + 1], self.masks(capture, image), size)
-            for image in range(len(maps))
-        ]
+        refined = []
+        for image, scores in enumerate(maps.split(1)):
+            masks = self.masks(capture, image)
+            usable = self._usable(masks)
+            if not usable.count and self._warning.is_first():
+                reason = _NO_REGION.format(largest=self.largest)
+                warnings.warn(reason, UnusedRegionsWarning, stacklevel=2)
+            refined.append(self._refined(scores, usable, masks.size if masks.count else size, size))
         return torch.cat(refined).to(cam.dtype)
+
+    @cached_property
+    def _warning(self) -> Once:
+        return Once()
+
+    def _usable(self, masks: MaskRuns) -> MaskRuns:
+        """Return the masks that cover a pixel, but not nearly the whole picture."""
+        small = masks.areas <= self.largest * masks.size[0] * masks.size[1]
+        return masks.kept(small & (masks.areas > 0))
 
     def masks(self, capture: Capture, image: int = 0) -> MaskRuns:
         """Return the masks of an image, those that are ignored included.
@@ -230,21 +244,17 @@ class Regions:
         return masks
 
     def _refined(
-        self, cam: Float[Tensor, "1 k h w"], masks: MaskRuns, size: tuple[int, int]
+        self,
+        cam: Float[Tensor, "1 k h w"],
+        masks: MaskRuns,
+        raster: tuple[int, int],
+        size: tuple[int, int],
     ) -> Maps:
         """Score the regions of one image, at the size of the proposals, and return to ``size``."""
-        raster = masks.size if masks.count else size
         scores = resize_cam(cam, raster)
         marks = scores if self.rule == "mean" else shared_votes(scores, self.background_score)
-        small = masks.areas <= self.largest * raster[0] * raster[1]
-        masks = masks.kept(small & (masks.areas > 0))
         if masks.count:
             marks = self._scored(scores, marks, masks)
-        else:
-            _warn(
-                f"a photo has no region that covers a pixel and at most {self.largest:.0%} of the "
-                "picture, so its labels stay as they are; check its proposals"
-            )
         return marks if raster == size else _sampled(marks, size)
 
     def _scored(self, scores: Maps, marks: Maps, masks: MaskRuns) -> Maps:
@@ -273,14 +283,17 @@ class Regions:
         return refined + (clip_to_range(refined.detach(), marks) - refined.detach())
 
 
+_ALL_ZERO = "every map is zero, so no region gets a class; check the seed"
+_NO_REGION = (
+    "a photo has no region that covers a pixel and at most {largest:.0%} of the picture, so its "
+    "labels stay as they are; check its proposals"
+)
+
+
 def _shown(value: object) -> str:
     """Return the repr of a setting without an address, which would differ in every process."""
     name = getattr(value, "__qualname__", None)
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value)) if name is None else str(name)
-
-
-def _warn(reason: str) -> None:
-    warnings.warn(reason, UnusedRegionsWarning, stacklevel=4)
 
 
 def _wrong_size(found: tuple[int, int], expected: tuple[int, int], whose: str) -> str:
@@ -349,14 +362,17 @@ class Superpixels:
 
     def __call__(self, cam: Cam, capture: Capture) -> Float[Tensor, "b k H W"]:
         picture_of(capture, "Superpixels", cam)
-        regions = Regions(
+        return self._regions(cam, capture)
+
+    @cached_property
+    def _regions(self) -> Regions:
+        return Regions(
             self._proposals(),
             rule="mean" if self.vote is None else "vote",
             overlap="cut",
             background_score=0.5 if self.vote is None else self.vote,
             largest=1.0,  # a flat picture is one segment
         )
-        return regions(cam, capture)
 
     def segments(self, rgb: RGB) -> Int[Tensor, "b H W"]:
         """Return the segment of every pixel, numbered from 0 in each image."""
