@@ -35,7 +35,7 @@ class SegmenterWarning(UserWarning):
 
 
 @dataclass(frozen=True, eq=False)
-class Drawing:
+class _Drawing:
     """What a segmenter drew of one picture.
 
     Attributes:
@@ -192,16 +192,12 @@ class PromptedRefine:
                 score.copy_(torch.where(same, score, mixed))
         return maps.to(cam.dtype)
 
-    def drawings(self, cam: Cam, capture: Capture) -> list[Drawing]:
-        """Return what the segmenter draws of each picture, before it is mixed with the maps."""
-        return self._drawings(_at_picture_size(cam, capture), cam, capture)
-
     def _drawings(
         self, maps: Float[Tensor, "b k H W"], cam: Cam, capture: Capture
-    ) -> list[Drawing]:
+    ) -> list[_Drawing]:
         if not maps.numel():
             nothing = np.zeros(maps.shape[1:], bool)
-            return [Drawing(nothing, ~nothing) for _ in maps]
+            return [_Drawing(nothing, ~nothing) for _ in maps]
         pictures = picture_bytes(picture_of(capture, "PromptedRefine", cam)).cpu().numpy()
         flat = flat_maps(cam).cpu().numpy()
         return [self._draw(*each) for each in zip(maps.cpu().numpy(), flat, pictures, strict=True)]
@@ -211,7 +207,7 @@ class PromptedRefine:
         scores: Float[np.ndarray, "k H W"],
         flat: Bool[np.ndarray, " k"],
         picture: UInt8[np.ndarray, "H W 3"],
-    ) -> Drawing:
+    ) -> _Drawing:
         coarse = _coarse_masks(scores, flat, self.background_score)
         masks, kept = np.zeros_like(coarse), np.ones_like(coarse)
         least = self.min_area * coarse[0].size
@@ -232,7 +228,7 @@ class PromptedRefine:
             kept[request.slot] &= ~request.part.mask
         _settle(masks, scores, by_region=self.contested == "region")
         kept &= ~masks
-        return Drawing(masks, kept, len(requests), len(answered))
+        return _Drawing(masks, kept, len(requests), len(answered))
 
     def _masks_of(
         self,

@@ -92,7 +92,7 @@ class Segments:
 
         sigma = _SIGMAS[self.method] if self.sigma is None else self.sigma
         rows, cols = picture.shape[:2]
-        found = []
+        label_images = []
         for scale in self.scales or _SCALES[self.method]:
             if self.method == "slic":
                 count = max(1, round(rows * cols / scale))
@@ -105,8 +105,8 @@ class Segments:
                 )
             else:
                 labels = felzenszwalb(picture, scale=scale, sigma=sigma, min_size=self.least)
-            found.append(labels.astype(np.int64))
-        return np.stack(found)
+            label_images.append(labels.astype(np.int64))
+        return np.stack(label_images)
 
 
 @dataclass(frozen=True, repr=False)
@@ -236,8 +236,8 @@ class Regions:
             picture = picture_bytes(rgb[image : image + 1])[0].cpu().numpy()
             propose = self.proposals
             with torch.no_grad():
-                found = Segments(propose)(picture) if isinstance(propose, str) else propose(picture)
-            masks, owner = MaskRuns.of(found, size), ""
+                function = Segments(propose) if isinstance(propose, str) else propose
+                masks, owner = MaskRuns.of(function(picture), size), ""
         if masks.count and masks.size != size:
             kind = DataError if owner else ValueError
             raise kind(_wrong_size(masks.size, size, owner))
@@ -266,18 +266,19 @@ class Regions:
                 return segment_means(marks, pieces[None].to(marks.device))
             masks = MaskRuns.of_labels(pieces.numpy())
         areas = mask_areas(masks, marks.device)
-        found = mask_sums(marks[0], masks) / areas
-        ranks = found.detach().amax(0)
+        region_scores = mask_sums(marks[0], masks) / areas
+        ranks = region_scores.detach().amax(0)
         if self.rule == "sepl":
-            found, ranks = claims(marks[0], mask_sums(scores[0], masks) / areas, masks)
+            means = mask_sums(scores[0], masks) / areas
+            region_scores, ranks = claims(marks[0], means, masks)
         if overlap == "mean":
-            pixels, covered = mean_over_masks(found, masks)
+            pixels, covered = mean_over_masks(region_scores, masks)
         else:
             # the highest last; of equal ranks, up to rounding, the smaller mask, then the first
             numbers, heights = np.arange(masks.count), ranks.cpu().numpy().round(9)
             order = np.lexsort((-numbers, -masks.areas, heights))
             owners = masks.top(order).to(marks.device)
-            pixels, covered = found[:, owners.clamp_min(0)], owners >= 0
+            pixels, covered = region_scores[:, owners.clamp_min(0)], owners >= 0
         refined = torch.where(covered, pixels.to(marks.dtype), marks)
         # sums may leave the range by rounding; the correction has no gradient
         return refined + (clip_to_range(refined.detach(), marks) - refined.detach())

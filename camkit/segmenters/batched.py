@@ -127,8 +127,8 @@ class ModelSegmenter(ABC):
                     part = places[start : start + _TOGETHER]
                     batch = PromptBatch.of([prompts[place] for place in part])
                     masks, ious = self._masks(embedding, batch)
-                    found = masks.cpu().numpy(), ious.float().cpu().numpy()
-                    answers |= dict(zip(part, zip(*found, strict=True), strict=True))
+                    arrays = masks.cpu().numpy(), ious.float().cpu().numpy()
+                    answers |= dict(zip(part, zip(*arrays, strict=True), strict=True))
         masks_of, ious_of = zip(*(answers[place] for place in range(len(prompts))), strict=True)
         return np.stack(masks_of), np.stack(ious_of)
 

@@ -73,10 +73,11 @@ class TransformersSegmenter(ModelSegmenter):
         resized = inputs.get("reshaped_input_sizes")
         size = (picture.shape[0], picture.shape[1])
         rows, cols = canvas if resized is None else map(int, resized[0])
-        found = self.model.get_image_embeddings(pixels)
-        arguments = {"image_embeddings": found}
-        if isinstance(found, tuple):  # SAM-HQ
-            arguments = {"image_embeddings": found[0], "intermediate_embeddings": found[1]}
+        embeddings = self.model.get_image_embeddings(pixels)
+        arguments = {"image_embeddings": embeddings}
+        if isinstance(embeddings, tuple):  # SAM-HQ
+            last, intermediate = embeddings
+            arguments = {"image_embeddings": last, "intermediate_embeddings": intermediate}
         return _Embedding(arguments, Frame(size, (rows, cols), canvas), resized is not None)
 
     def _masks(self, embedding: _Embedding, batch: PromptBatch) -> tuple[Tensor, Tensor]:
