@@ -219,6 +219,15 @@ def test_empty_maps_stay_empty_and_it_is_said(rule, overlap):
     assert not out.any()
 
 
+@pytest.mark.parametrize("overlap", ["mean", "cut"])
+def test_means_of_a_class_do_not_depend_on_other_classes(overlap):
+    refiner = Regions(given_masks(box(0, 6, 0, 6), box(3, 9, 2, 10)), overlap=overlap)
+    cam = torch.rand(1, 3, 3, 4)
+    together = refine(refiner, cam)
+    alone = [refine(refiner, cam[:, [place]]) for place in range(3)]
+    assert torch.equal(together, torch.cat(alone, 1))
+
+
 def test_an_empty_map_beside_another_takes_no_mask():
     cam = torch.zeros(1, 2, ROWS, COLS)
     cam[:, 1, :6, :6] = 0.9

@@ -40,10 +40,13 @@ def shared_votes(
 def mask_sums(maps: Float[Tensor, "k H W"], masks: MaskRuns) -> Float[Tensor, "k n"]:
     """Add up each map within each mask, in float64; the cost grows with the runs, not the areas."""
     starts, ends, owners = _runs(masks, maps.device)
-    flat = maps.mT.flatten(1).double()
-    before = torch.cat([flat.new_zeros(len(flat), 1), flat.cumsum(1)], 1)
-    sums = flat.new_zeros(len(flat), masks.count)
-    return sums.index_add(1, owners, before[:, ends] - before[:, starts])
+    sums = [maps.new_zeros(0, masks.count, dtype=torch.float64)]
+    for plane in maps:  # one after another, because float64 at the size of a photo is large
+        total = plane.T.flatten().cumsum(0, dtype=torch.float64)
+        before = torch.cat([total.new_zeros(1), total])
+        empty = total.new_zeros(masks.count)
+        sums.append(empty.index_add(0, owners, before[ends] - before[starts])[None])
+    return torch.cat(sums)
 
 
 def mask_areas(masks: MaskRuns, device: torch.device) -> Float[Tensor, " n"]:
@@ -69,7 +72,7 @@ def claims(
         class in each mask, -1 where no class takes the mask.
     """
     inside, areas = mask_sums(votes, masks), mask_areas(masks, votes.device)
-    totals = votes.double().sum((1, 2))[:, None]
+    totals = votes.sum((1, 2), dtype=torch.float64)[:, None]
     taken = inside / areas > HALF
     taken |= (inside >= COVERED * totals) & (inside > 0)  # a class without label takes nothing
     scores = torch.where(taken, means.detach().round(decimals=9), -1.0)  # sums are rounded
@@ -79,19 +82,27 @@ def claims(
 
 
 def mean_over_masks(
-    scores: Float[Tensor, "k n"], masks: MaskRuns
+    scores: Float[Tensor, "k n"], masks: MaskRuns, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "k H W"], Bool[Tensor, "H W"]]:
-    """Give each pixel the mean score of the masks that cover it; also return where one does."""
+    """Give each pixel the mean score of the masks that cover it; also return where one does.
+
+    Args:
+        scores: of each class in each mask, in float64.
+        masks: which may overlap.
+        dtype: of the means.
+    """
     starts, ends, owners = _runs(masks, scores.device)
     rows, cols = masks.size
-    steps = scores.new_zeros(len(scores), rows * cols + 1)
-    gained = scores[:, owners]
-    sums = steps.index_add(1, starts, gained).index_add(1, ends, -gained).cumsum(1)[:, :-1]
     changes = torch.zeros(rows * cols + 1, dtype=torch.int64, device=scores.device)
     one = torch.ones_like(starts)
     covering = changes.index_add(0, starts, one).index_add(0, ends, -one).cumsum(0)[:-1]
-    means = sums / covering.clamp_min(1)
-    return means.unflatten(1, (cols, rows)).mT, (covering > 0).view(cols, rows).T
+    count = covering.clamp_min(1)
+    means = [scores.new_zeros(0, rows * cols, dtype=dtype)]
+    for gained in scores[:, owners]:  # one after another, as in `mask_sums`
+        steps = scores.new_zeros(rows * cols + 1)
+        sums = steps.index_add(0, starts, gained).index_add(0, ends, -gained).cumsum(0)[:-1]
+        means.append((sums / count).to(dtype)[None])
+    return torch.cat(means).unflatten(1, (cols, rows)).mT, (covering > 0).view(cols, rows).T
 
 
 def _runs(masks: MaskRuns, device: torch.device) -> list[Int[Tensor, " r"]]:

@@ -272,16 +272,19 @@ class Regions:
             means = mask_sums(scores[0], masks) / areas
             region_scores, ranks = claims(marks[0], means, masks)
         if overlap == "mean":
-            pixels, covered = mean_over_masks(region_scores, masks)
+            pixels, covered = mean_over_masks(region_scores, masks, marks.dtype)
         else:
             # the highest last; of equal ranks, up to rounding, the smaller mask, then the first
             numbers, heights = np.arange(masks.count), ranks.cpu().numpy().round(9)
             order = np.lexsort((-numbers, -masks.areas, heights))
             owners = masks.top(order).to(marks.device)
-            pixels, covered = region_scores[:, owners.clamp_min(0)], owners >= 0
-        refined = torch.where(covered, pixels.to(marks.dtype), marks)
+            # cast before they become as many as pixels
+            pixels = region_scores.to(marks.dtype)[:, owners.clamp_min(0)]
+            covered = owners >= 0
+        refined = torch.where(covered, pixels, marks)
         # sums may leave the range by rounding; the correction has no gradient
-        return refined + (clip_to_range(refined.detach(), marks) - refined.detach())
+        clipped = clip_to_range(refined.detach(), marks)
+        return refined + (clipped - refined.detach()) if refined.requires_grad else clipped
 
 
 _ALL_ZERO = "every map is zero, so no region gets a class; check the seed"
