@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from tables import measure, table_options, write
 
-import camkit
 from camkit import bench
 from camkit.bench.evaluator import variant_maps
 from camkit.cli.models import OpenedModel
