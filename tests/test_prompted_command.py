@@ -1,4 +1,4 @@
-"""Promptable segmenters on the command line: `camkit refine`, `camkit run` and `camkit cam`."""
+"""Promptable segmenters on the command line: refine, run, cam, fit and bench."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ import camkit
 from camkit.capture import Capture
 from camkit.cli import main
 from camkit.cli.options import read_segmenter
-from camkit.data import read_cam
+from camkit.data import read_cam, write_shapes
 from camkit.method import read_refiners
 from camkit.photo import read_picture
 from camkit.refiners import PromptedRefine
@@ -176,6 +176,26 @@ def test_a_run_draws_with_the_segmenter_and_refuses_another_one(tmp_path, sam, m
     assert "segmenters: SamModel, weights_sha256=" in capsys.readouterr().err
 
 
+def test_a_photo_that_the_segmenter_fails_on_fails_alone(tmp_path, sam, model, monkeypatch, capsys):
+    write_photos(tmp_path / "in", 3)
+    embed = PretrainedSegmenter.embed
+
+    def fails_on_the_second(segmenter, picture):
+        seen.append(picture)
+        if np.array_equal(picture, seen[0]) or len(seen) > 2:
+            return embed(segmenter, picture)
+        raise RuntimeError("kernel image is not available")
+
+    seen = []
+    monkeypatch.setattr(PretrainedSegmenter, "embed", fails_on_the_second)
+    step = f"normalize:minmax+sam:peaks,{ANY},cache=0"
+    options = ["--sam", sam, "--sam-device", "cpu", "--refine", step, "--batch", "1"]
+    assert run(tmp_path, "out", model, *options) == 1
+    assert "2 images done, 1 failed" in capsys.readouterr().out
+    reasons = (tmp_path / "out" / "errors.tsv").read_text()
+    assert "failed: kernel image is not available" in reasons
+
+
 def test_a_read_out_is_fitted_before_the_segmenter(tmp_path, sam, model):
     write_photos(tmp_path / "in", 3)
     options = ["--sam", sam, "--sam-device", "cpu", "--fit", "--refine", f"default+sam:peaks,{ANY}"]
@@ -194,12 +214,26 @@ def test_a_fit_takes_the_same_options_as_the_run_that_reads_it(tmp_path, sam, mo
     assert file.is_file()
 
 
-def test_a_benchmark_does_not_offer_the_step_that_it_cannot_do(capsys):
-    with pytest.raises(SystemExit):
-        main(["bench", "--help"])
-    offered = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert "regions" in offered
-    assert "sam" not in offered
+def test_a_benchmark_measures_the_segmenter_and_caches_none_of_it(
+    tmp_path, sam, model, capsys, monkeypatch
+):
+    write_shapes(tmp_path / "shapes", 8, size=(48, 64))
+    labels = tmp_path / "shapes" / "labels.json"
+    text = labels.read_text()
+    for shape, animal in (("circle", "cat"), ("square", "dog"), ("triangle", "horse")):
+        text = text.replace(f'"{shape}"', f'"{animal}"')
+    labels.write_text(text)
+    step = f"normalize:minmax+sam:peaks,{ANY}"
+    words = ["bench", tmp_path / "shapes", *model, "--seed", "attention", "--limit", "2"]
+    words += ["--refine", "normalize:minmax", "--refine", step, "--cache", tmp_path / "kept.sqlite"]
+    more = ["--sam", sam, "--sam-device", "cpu", "--out", tmp_path / "out.json"]
+    assert main([str(word) for word in (*words, *more)]) == 0
+    assert f"| attention > {step} |" in capsys.readouterr().out
+    plain, drawn = json.loads((tmp_path / "out.json").read_text())["rows"][1:]
+    assert plain["confusion"] != drawn["confusion"]
+    assert not (tmp_path / "kept.sqlite").exists()
+    assert main([str(word) for word in words]) == 1
+    assert "needs a promptable segmenter" in capsys.readouterr().err
 
 
 def test_a_photo_is_drawn_with_the_segmenter_and_its_manifest_says_so(tmp_path, sam, model):

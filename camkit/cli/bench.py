@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from camkit.cli.models import MODELS, OpenedModel, add_model_arguments, open_nam
 from camkit.cli.options import (
     GRAMMAR,
     METHOD_GRAMMAR,
+    add_sam_arguments,
     default_method,
+    named_segmenter,
     read_predicted,
     refiners_help,
 )
@@ -40,12 +43,14 @@ from camkit.manifest import unfinished
 from camkit.method import CALIBRATED, REFINERS, Method, read_refiners
 from camkit.native.loader import named_cache
 from camkit.readout import Readout
+from camkit.segmenters import PretrainedSegmenter
 
 EXAMPLES = f"""examples:
   camkit bench VOC2012 --split val --tune-split train
   camkit bench VOC2012 --seed gradient --refine propagate:balance=3+normalize:minmax --control blur
   camkit bench VOC2012 --seed gradient --refine "crf:psa | crf:clip_es" --html report.html
   camkit bench VOC2012 --seed gradient --edit doei --edit hop --out results.json
+  camkit bench VOC2012 --sam hf:facebook/sam-vit-base --seed gradient --refine default+sam
   camkit bench --config results.toml        repeat a benchmark
   camkit bench photos --model mymodels:build --names names.txt        your own code, never cached
 
@@ -60,10 +65,12 @@ which the best on the tuning split is reported.
 
 {GRAMMAR}
 
-{refiners_help(REFINERS, prompted={})}"""
+{refiners_help(REFINERS)}
+
+The step sam needs --sam, and what it draws is never cached."""
 
 
-def read_entries(
+def read_entries(  # noqa: PLR0913 - the options that describe rows
     *,
     seeds: Sequence[str] = ("gradient",),
     edits: Sequence[str] = (),
@@ -71,6 +78,7 @@ def read_entries(
     controls: Sequence[str] = (),
     edit_blocks: int | None = 3,
     by_stages: bool = False,
+    segmenter: PretrainedSegmenter | None = None,
 ) -> tuple[Entry, ...]:
     """Return the rows of a benchmark that the command line describes.
 
@@ -81,6 +89,7 @@ def read_entries(
         controls: chains that every chain of ``refine`` is compared with as well.
         edit_blocks: number of last blocks to edit; None edits all.
         by_stages: measure each chain step by step.
+        segmenter: of the steps ``sam``.
 
     Raises:
         ValueError: a name or a setting does not exist.
@@ -88,8 +97,9 @@ def read_entries(
     entries: list[Entry] = []
     for seed in seeds:
         base = Variant(seed, Method.from_words(seed=seed, refine=()))
-        baselines = [_row(base, chain, base) for chain in controls]
-        rows = [_row(base, chain, base, baselines) for chain in refine]
+        row_of = partial(_row, segmenter=segmenter)
+        baselines = [row_of(base, chain, base) for chain in controls]
+        rows = [row_of(base, chain, base, baselines) for chain in refine]
         entries += [base, *baselines]
         for row in rows:
             if by_stages and isinstance(row, Variant):
@@ -102,15 +112,23 @@ def read_entries(
             edited = Variant(f"{seed} @ {edit}", method, base)
             entries.append(edited)
             for chain, row in zip(refine, rows, strict=True):
-                entries.append(_row(edited, chain, row, baselines))
+                entries.append(row_of(edited, chain, row, baselines))
     return tuple(entries)
 
 
-def _row(seed: Variant, chains: str, base: Entry, controls: Sequence[Entry] = ()) -> Entry:
+def _row(
+    seed: Variant,
+    chains: str,
+    base: Entry,
+    controls: Sequence[Entry] = (),
+    *,
+    segmenter: PretrainedSegmenter | None = None,
+) -> Entry:
     """Return the variant of one chain, or the choice among several."""
     variants = []
     for chain in (part.strip() for part in chains.split("|")):
-        method = replace(seed.method, refine=read_refiners([chain], REFINERS))
+        refine = read_refiners([chain], REFINERS, segmenter=segmenter)
+        method = replace(seed.method, refine=refine)
         variants.append(Variant(f"{seed.name} > {chain}", method, base, tuple(controls)))
     if len(variants) == 1:
         return variants[0]
@@ -164,6 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--cache", type=Path, help="file to keep measurements in (default: in ~/.cache/camkit)")
     add("--no-cache", action="store_true", help="measure everything again")
+    add_sam_arguments(parser)
     add_model_arguments(parser)
 
 
@@ -184,6 +203,8 @@ def execute(options: argparse.Namespace) -> int:
     print(f"model {settings['model']} from {opened.source}", file=sys.stderr)
     vocabulary = opened.vocabulary.subset(names)
     variants = _completed(entries, opened, settings["readout"])
+    # the cache cannot tell when the user's code or the weights of a segmenter have changed
+    fresh = options.no_cache or opened.own_code or settings["sam"] is not None
     report = measure.run(
         opened.model,
         dataset,
@@ -196,8 +217,7 @@ def execute(options: argparse.Namespace) -> int:
         call=opened.call,
         limit=settings["limit"],
         oracle_threshold=settings["oracle-threshold"],
-        # the cache cannot tell when the user's code has changed
-        cache=None if options.no_cache or opened.own_code else options.cache or _cache_path(),
+        cache=None if fresh else options.cache or _cache_path(),
         quality=Quality() if settings["quality"] else None,
         outlines=settings["outlines"],
         oracles=settings["oracles"],
@@ -233,6 +253,7 @@ def _entries(settings: Mapping[str, Any]) -> tuple[Entry, ...]:
         controls=settings["control"],
         edit_blocks=settings["edit-blocks"] or None,
         by_stages=settings["stages"],
+        segmenter=named_segmenter(settings["sam"], settings["sam-device"]),
     )
 
 

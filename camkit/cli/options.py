@@ -47,10 +47,10 @@ gradcam:variant=layercam. A name may also be the dotted path of a class, such as
 camkit.contrib.LogitLensSeed:9."""
 
 
-def refiners_help(names: Names = PICTURE_REFINERS, *, prompted: Names = PROMPTED) -> str:
+def refiners_help(names: Names = PICTURE_REFINERS) -> str:
     """Return refiners with their settings and defaults, one per line."""
     lines = []
-    for name, kind in {**names, **prompted}.items():
+    for name, kind in {**names, **PROMPTED}.items():
         defaults = {field.name: field.default for field in fields(kind)}
         settings = [f"{key}={show_value(defaults[key])}" for key in settings_of(kind)]
         if kind is Regions:
@@ -95,17 +95,21 @@ def add_sam_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_segmenter(options: argparse.Namespace) -> PretrainedSegmenter | None:
     """Return the segmenter that the options name, opened where it is first used."""
-    if options.sam is None:
-        if options.sam_device is not None:
+    return named_segmenter(options.sam, options.sam_device)
+
+
+def named_segmenter(name: str | None, device: str | None) -> PretrainedSegmenter | None:
+    """Return the segmenter of ``--sam`` and ``--sam-device``, if there is one."""
+    if name is None:
+        if device is not None:
             raise ValueError("--sam-device needs a segmenter; add --sam hf:NAME, or omit it")
         return None
     # otherwise the process that opens it decides: with Ray it may be on another machine
-    device = options.sam_device
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local = os.environ.get("LOCAL_RANK", "")  # as torchrun numbers the processes of a machine
     if device is None and gpus and local.isdigit():
         device = f"cuda:{int(local) % gpus}"
-    return segmenter_of(options.sam, device)
+    return segmenter_of(name, device)
 
 
 def with_segmenter(

@@ -17,7 +17,7 @@ from camkit.ops.images import resize_cam
 from camkit.ops.scaling import flat_maps
 from camkit.printing import short_repr
 from camkit.refiners.protocol import Once, picture_bytes, picture_of
-from camkit.segmenters.adapters import as_segmenter, ask, identity_of
+from camkit.segmenters.adapters import as_segmenter, ask, errors_of, identity_of
 from camkit.segmenters.embeddings import EmbeddingCache
 from camkit.segmenters.parts import Part, parts_of
 from camkit.segmenters.rules import RULES, PromptRule, SamRefinerPrompts
@@ -238,8 +238,9 @@ class PromptedRefine:
     ) -> list[Bool[np.ndarray, "H W"] | None]:
         """Return the mask of each part; None if no usable one was drawn."""
         version: object = getattr(self.segmenter, "version", tuple)()
-        embedding = self._embeddings.get(picture, version, self.segmenter.embed)
-        features = self.segmenter.features(embedding) if self._rule.needs_features else None
+        with errors_of(self.segmenter):
+            embedding = self._embeddings.get(picture, version, self.segmenter.embed)
+            features = self.segmenter.features(embedding) if self._rule.needs_features else None
         masks: list[Bool[np.ndarray, "H W"] | None] = [None] * len(requests)
         for start in range(0, len(requests), _TOGETHER):
             part = range(start, min(start + _TOGETHER, len(requests)))

@@ -1,6 +1,7 @@
 """Any promptable segmenter as a `Segmenter`, found by what the object is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from jaxtyping import UInt8
 from torch import nn
 
+from camkit.errors import CamkitError
 from camkit.segmenters.hugging_face import CLASSES, TransformersSegmenter, is_of_transformers
 from camkit.segmenters.predictors import (
     SAM2PredictorSegmenter,
@@ -92,6 +94,17 @@ def identity_of(segmenter: Segmenter) -> str:
     return str(own()) if callable(own) else repr(segmenter)
 
 
+@contextmanager
+def errors_of(segmenter: Segmenter) -> Iterator[None]:
+    """Name the segmenter in the errors of torch that it raises, but for a lack of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CamkitError(f"{segmenter!r} failed: {error}") from error
+
+
 def ask(
     segmenter: Segmenter, embedding: Any, prompts: Sequence[Prompt], size: tuple[int, int]
 ) -> Answers:
@@ -99,8 +112,11 @@ def ask(
 
     Raises:
         ValueError: masks or predicted IoU have another shape or type than `Answers`.
+        CamkitError: the segmenter failed.
     """
-    masks, ious = _arrays(segmenter.masks(embedding, prompts), segmenter)
+    with errors_of(segmenter):
+        answers = segmenter.masks(embedding, prompts)
+    masks, ious = _arrays(answers, segmenter)
     wanted = (len(prompts), *size)
     if masks.ndim != 4 or (len(masks), *masks.shape[2:]) != wanted or not masks.shape[1]:
         raise ValueError(
