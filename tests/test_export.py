@@ -263,16 +263,22 @@ def same(found, expected=MASKS):
 def test_coco_gives_back_every_pixel(masks, tmp_path, coco, regions, to, tolerance, capsys):
     summary = send(masks, to, tmp_path / "out", regions=regions, tolerance=tolerance)
     found = read_coco(tmp_path / "out" / "annotations" / "instances_train.json")
-    # the image without a class has no crowd to hold its void
     same(found)
     assert (summary.missed, summary.added, summary.void_dropped) == (0, 0, 0)
 
 
-def test_void_of_an_image_without_classes_is_counted(tmp_path, coco):
-    masks = write_all(tmp_path, {"a": np.where(MASKS["a"] == VOID, VOID, 0)})
-    summary = send(masks, "coco", tmp_path / "out")
-    assert summary.void_dropped == (MASKS["a"] == VOID).sum() > 0
-    assert "void pixels became background" in str(summary)
+def test_void_of_an_image_without_classes_is_a_crowd_of_every_class(tmp_path, coco):
+    mask = np.where(MASKS["a"] == VOID, VOID, 0)
+    summary = send(write_all(tmp_path, {"a": mask}), "coco", tmp_path / "out")
+    path = summary.out / "annotations" / "instances_train.json"
+    same(read_coco(path), {"a": mask})
+    crowds = json.loads(path.read_text("utf-8"))["annotations"]
+    assert [(crowd["category_id"], crowd["iscrowd"]) for crowd in crowds] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+    ]
+    assert summary.annotations == 0
 
 
 def test_categories_areas_and_boxes_of_coco(masks, tmp_path, coco):

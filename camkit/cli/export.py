@@ -1,4 +1,4 @@
-"""Write masks in the format of a training or labelling tool."""
+"""Write masks for training and labelling tools: COCO, YOLO, VOC, MMSegmentation, CVAT and more."""
 
 import argparse
 from pathlib import Path

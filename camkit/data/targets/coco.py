@@ -18,7 +18,8 @@ def write_coco(plan: Plan) -> Iterator[Callable[[MaskedImage, str], None]]:
     """Write ``annotations/instances_SPLIT.json`` with run lengths, and photos in ``SPLIT``.
 
     The ids of categories are the values of the mask. Void is a crowd region (``iscrowd``, which
-    COCO's scores ignore) of each class that the image holds, as a crowd belongs to one category.
+    COCO's scores ignore) of each class that the image holds, as a crowd belongs to one category;
+    of every class if the image holds none.
     """
     with _write(plan, _run_lengths()) as add:
         yield add
@@ -67,10 +68,8 @@ def _write(
                 entry |= {} if score is None else {"score": score}
                 annotations.add({"id": last_annotation, "image_id": last_image, **entry})
             for region in void:
-                if not shown:
-                    plan.tally.void_dropped += region.area
                 segmentation = encode(region, image.size)
-                for value in sorted(shown):
+                for value in sorted(shown) or plan.legend:
                     last_annotation += 1
                     entry = _entry(region, segmentation, value) | {"iscrowd": 1}
                     annotations.add({"id": last_annotation, "image_id": last_image, **entry})

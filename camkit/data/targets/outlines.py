@@ -105,7 +105,7 @@ def write_labelme(plan: Plan) -> Iterator[Callable[[MaskedImage, str], None]]:
             "imageHeight": image.size[0],
             "imageWidth": image.size[1],
         }
-        write_text(folder / f"{image.name}.json", json.dumps(content, ensure_ascii=False, indent=1))
+        write_text(folder / f"{image.name}.json", json.dumps(content, ensure_ascii=False))
 
     yield add
     names = [IGNORED_LABEL, "_background_", *plan.legend.values()]

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from camkit.data.sample import unique_values
 
@@ -69,11 +69,28 @@ def regions_of(mask: Int[np.ndarray, "H W"], kind: Regions) -> Iterator[Region]:
             inside = pixels[top : top + height, left : left + width].view(np.bool_)
             yield Region(value, left, top, inside, int(np.count_nonzero(inside)))
             continue
-        _, labels, stats, _ = cv2.connectedComponentsWithStats(pixels, connectivity=8)
-        for label, (left, top, width, height, area) in enumerate(stats.tolist()):
-            if label > 0:
-                inside = labels[top : top + height, left : left + width] == label
-                yield Region(value, left, top, inside, area)
+        for _, left, top, inside in _components(pixels):
+            yield Region(value, left, top, inside, int(np.count_nonzero(inside)))
+
+
+def _components(
+    pixels: UInt8[np.ndarray, "H W"],
+) -> list[tuple[int, int, int, Bool[np.ndarray, "_ _"]]]:
+    """Return label, left, top and pixels of each component, by label.
+
+    Boxes come from outlines: OpenCV's own statistics take ten times longer than labels.
+    """
+    _, labels = cv2.connectedComponents(pixels, connectivity=8)
+    contours, levels = cv2.findContours(pixels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    components = []
+    for contour, parent in zip(contours, levels[0][:, 3].tolist(), strict=True):
+        if parent < 0:
+            column, row = contour[0, 0].tolist()
+            label = int(labels[row, column])
+            left, top, width, height = cv2.boundingRect(contour)
+            window = labels[top : top + height, left : left + width]
+            components.append((label, left, top, window == label))
+    return sorted(components, key=lambda component: component[0])
 
 
 def without_specks(
