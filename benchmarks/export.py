@@ -93,6 +93,14 @@ def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def page(result: dict) -> str:
+    images = result["images"]
+    return (
+        f"{images * OBJECTS:,} annotations in {images:,} masks of {ROWS}x{COLUMNS} pixels, one "
+        f"thread, photos left out.\n\n{table(result['formats'])}\n"
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--annotations", type=int, default=100_000)
@@ -120,10 +128,6 @@ if __name__ == "__main__":
         "formats": rows,
     }
     (RESULTS / "export.json").write_text(json.dumps(result, indent=2) + "\n")
-    text = (
-        f"# Exporting {images * OBJECTS:,} annotations\n\n{images:,} masks of {ROWS}x{COLUMNS} "
-        f"pixels with {OBJECTS} objects each, one thread, without photos "
-        f"(`python benchmarks/export.py`).\n\n{table(rows)}\n"
-    )
+    text = page(result)
     (RESULTS / "export.md").write_text(text)
     print(text)

@@ -611,6 +611,14 @@ def test_the_splits_and_masks_of_a_data_set_are_kept(tmp_path, coco):
     assert open_coco(tmp_path / "two").splits == data.splits
 
 
+def test_an_image_on_two_lists_counts_for_the_usual_split(tmp_path):
+    data = write_shapes(tmp_path / "shapes", 8, size=(48, 64))
+    lists = data.root / "ImageSets" / "Segmentation"
+    for name in ("easy", "trainval"):
+        (lists / f"{name}.txt").write_text((lists / "train.txt").read_text())
+    assert export(open_voc(data.root), "mmseg", tmp_path / "out").images == {"train": 6, "val": 2}
+
+
 # Photos
 
 

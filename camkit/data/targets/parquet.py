@@ -43,8 +43,8 @@ def write_hf(plan: Plan) -> Iterator[Callable[[MaskedImage, str], None]]:
         "image": {"_type": "Image"},
         "annotation": {"_type": "Image"},
         "name": text,
-        "classes": {"feature": text, "_type": "List"},
-        "confidence": {"feature": score, "_type": "List"},
+        "classes": {"feature": text, "_type": "Sequence"},
+        "confidence": {"feature": score, "_type": "Sequence"},
     }
     if plan.options.photos == "none":
         columns.pop("image")

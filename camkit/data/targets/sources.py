@@ -193,7 +193,10 @@ class FolderMasks:
 
 @dataclass(frozen=True, eq=False)
 class DataSetMasks:
-    """The true masks of a data set, in its splits; an image in two splits counts for the first."""
+    """The true masks of a data set, in its splits.
+
+    An image in two splits counts for train, val or test, else for the first.
+    """
 
     data: DataSet
 
@@ -204,6 +207,8 @@ class DataSetMasks:
     def entries(self) -> Iterator[Entry]:
         seen: set[str] = set()
         splits = [split for split in self.data.splits if split not in ("trainval", "all")]
+        # other lists, such as trainaug, hold images of these again
+        splits.sort(key=lambda split: split not in _SPLITS)
         for split in splits or self.data.splits:
             for sample in self.data.split(split):
                 if sample.mask is not None and sample.name not in seen:
