@@ -127,7 +127,16 @@ if __name__ == "__main__":
         "objects": OBJECTS,
         "formats": rows,
     }
-    (RESULTS / "export.json").write_text(json.dumps(result, indent=2) + "\n")
+    path = RESULTS / "export.json"
+    if path.is_file():  # rows of formats that were not asked for, if they are of as many masks
+        before = json.loads(path.read_text())
+        if before["images"] == images:
+            result["formats"] = {
+                to: (before["formats"] | rows)[to]
+                for to in TARGETS
+                if to in before["formats"] or to in rows
+            }
+    path.write_text(json.dumps(result, indent=2) + "\n")
     text = page(result)
     (RESULTS / "export.md").write_text(text)
     print(text)

@@ -52,14 +52,15 @@ class Head(nn.Module):
 
 
 def open_backbone(arguments: argparse.Namespace) -> nn.Module:
-    """Open the ViT; with ``--weights`` those of a safetensors file, its classifier left out."""
+    """Open the ViT; with ``--weights`` those of a safetensors file, classifiers left out."""
     options = {"img_size": arguments.size, "num_classes": 0, "pretrained": False}
     backbone = timm.create_model(arguments.model, **options).eval().to(arguments.device)
     if arguments.weights is not None:
         state = {name: value.float() for name, value in load_file(arguments.weights).items()}
-        state = {name: value for name, value in state.items() if not name.startswith("head.")}
         state = timm.models.vision_transformer.checkpoint_filter_fn(state, backbone)
-        backbone.load_state_dict(state)
+        missing = backbone.load_state_dict(state, strict=False).missing_keys
+        if missing:
+            raise ValueError(f"{arguments.weights} lacks {', '.join(missing[:4])}")
     return backbone
 
 

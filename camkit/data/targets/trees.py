@@ -126,7 +126,7 @@ def write_cvat(plan: Plan) -> Iterator[Callable[[MaskedImage, str], None]]:
                 "SegmentationObject": _objects(image, plan),
             }
             for folder, ids in layers.items():
-                content = png_bytes(colours[ids])
+                content = png_bytes(np.take(colours, ids, axis=0))
                 archives[split].writestr(f"{folder}/{image.name}.png", content)
             lists[split].append(image.name)
 
