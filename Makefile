@@ -23,7 +23,7 @@ test: $(VENV)/.installed
 lowest:
 	$(PYTHON) -m venv out/lowest
 	out/lowest/bin/python -m pip --disable-pip-version-check install -q -c .ci/lowest.txt -e . \
-		beartype hypothesis matplotlib open_clip_torch pyarrow pytest pytest-xdist setuptools torchmetrics transformers
+		beartype hypothesis matplotlib open_clip_torch pyarrow pycocotools pytest pytest-xdist setuptools torchmetrics transformers
 	OMP_NUM_THREADS=1 out/lowest/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types layers
@@ -84,6 +84,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bulk.py kills memory rates
 	$(BIN)/python benchmarks/bulk_ray.py --repeats 2
 	$(BIN)/python benchmarks/bulk_sim.py
+	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/models.py
 
 $(VENV)/.made: pyproject.toml

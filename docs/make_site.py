@@ -43,6 +43,7 @@ EXAMPLES = {
     "An edit in a training loop": "attach_in_training_loop",
     "Class maps from words": "text_seeds",
     "Many photos": "bulk_run",
+    "A segmenter trained on exported masks": "train_segmenter",
     "A host with one token for each class": "train_class_tokens",
     "Losses of published systems": "train_with_losses",
 }

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import camkit
 from camkit import bench
-from camkit.data import open_dataset, read_mask, write_shapes
+from camkit.data import export, open_dataset, read_mask, write_shapes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = [
@@ -285,6 +285,7 @@ def test_the_training_example_accepts_all_of_its_flags(tmp_path, monkeypatch, ca
         "refine_cam_files": "8 files refined, 0 failed",
         "attach_in_training_loop": "step 30",
         "text_seeds": "gradient (1, 2, 96, 96)",
+        "train_segmenter": "segmenter: mIoU",
         "bulk_run": "0 done now, 6 before, 0 failed",
     }.items(),
 )
@@ -292,6 +293,28 @@ def test_an_example_prints_what_its_page_promises(name, expected, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     run(name, monkeypatch=monkeypatch)
     assert expected in capsys.readouterr().out
+
+
+def test_a_segmenter_is_measured_beside_the_masks_it_learned_from(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("segmenter", EXAMPLES / "train_segmenter.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    data = write_shapes(tmp_path / "shapes", 16, size=(64, 64))
+    export(data, "voc", tmp_path / "masks")
+    names = tmp_path / "masks" / "ImageSets" / "Segmentation"
+    export(data, "voc", tmp_path / "val")  # perfect masks of val, under the name of train
+    listed = tmp_path / "val" / "ImageSets" / "Segmentation"
+    (listed / "train.txt").write_text((names / "val.txt").read_text())
+    left_out = (names / "val.txt").read_text().split()[0]
+    (tmp_path / "without.txt").write_text(left_out)
+    words = ["--masks", tmp_path / "masks", "--truth", data.root, "--compare", tmp_path / "val"]
+    words += ["--without", tmp_path / "without.txt", "--classes", "square,circle"]
+    words += ["--size", 64, "--epochs", 3]
+    found = module.main(module.read_arguments([*map(str, words), "--device", "cpu"]))
+    printed = capsys.readouterr().out
+    assert "pseudo masks: mIoU 100.0 (background 100, square 100, circle 100)" in printed
+    assert f"segmenter: mIoU {found:.1f} (background" in printed
+    assert "12 photos with pseudo masks, 3 of val" in printed
 
 
 def test_refined_files_of_another_codebase_are_better_than_they_were(monkeypatch, capsys):

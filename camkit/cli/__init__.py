@@ -1,4 +1,4 @@
-"""The command line; the commands `data`, `refine`, `mask` and `eval` need no model."""
+"""The command line; the commands `data`, `refine`, `mask`, `eval` and `export` need no model."""
 
 import argparse
 import sys
@@ -27,6 +27,8 @@ COMMANDS = {
     "mask": "Draw the CAM files of any codebase as masks: palette PNGs, class + 1 at each pixel.",
     "eval": "Score masks or CAM files against ground truth: IoU, precision and recall of each "
     "class.",
+    "export": "Write masks for training and labelling tools: COCO, YOLO, VOC, MMSegmentation, CVAT "
+    "and more.",
     "build-kernels": "Compile the CUDA kernels of attention ahead of time, instead of on first "
     "use.",
 }

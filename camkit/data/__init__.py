@@ -12,6 +12,12 @@ from camkit.data.coco import (
     open_coco as open_coco,
 )
 from camkit.data.embedded import demo_model as demo_model, demo_photos as demo_photos
+from camkit.data.exporting import (
+    TARGETS as TARGETS,
+    ExportSummary as ExportSummary,
+    Target as Target,
+    export as export,
+)
 from camkit.data.folders import (
     PlainFolder as PlainFolder,
     open_dataset as open_dataset,
@@ -39,6 +45,7 @@ from camkit.data.shapes import (
     draw_shapes as draw_shapes,
     write_shapes as write_shapes,
 )
+from camkit.data.targets.plan import ExportOptions as ExportOptions
 from camkit.data.voc import (
     VOC_CLASSES as VOC_CLASSES,
     VOCFolder as VOCFolder,

@@ -126,7 +126,7 @@ def read_mask(
             f"a mask has room for {IGNORE - 1} classes, got {len(kept)}; pass the classes of "
             "interest as `classes`"
         )
-    ids = _mask_ids(path, size=size, num_classes=num_classes, form=form)
+    ids = mask_ids(path, size=size, num_classes=num_classes, form=form)
     values = np.zeros(num_classes + 2, np.int64)
     values[[index + 1 for index in kept]] = range(1, len(kept) + 1)
     values[-1] = IGNORE  # ignored pixels have the id -1
@@ -140,11 +140,11 @@ def mask_classes(
 
     ``size=None`` accepts any size.
     """
-    ids = _mask_ids(path, size=size, num_classes=num_classes, form=form)
+    ids = mask_ids(path, size=size, num_classes=num_classes, form=form)
     return tuple(value - 2 for value in unique_values(ids + 1).tolist() if value > 1)
 
 
-def _mask_ids(
+def mask_ids(
     path: Path, *, size: tuple[int, int] | None, num_classes: int, form: MaskForm
 ) -> Int[np.ndarray, "H W"]:
     """Read a mask of any number of classes: 0 for background, class index + 1, -1 for ignore."""

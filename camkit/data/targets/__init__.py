@@ -1,0 +1,1 @@
+"""The targets of `camkit.data.export`: what each format holds, and how its files are written."""
