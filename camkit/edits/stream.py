@@ -71,6 +71,8 @@ class _Route:
     given_sum: nn.Module
     alone: bool | None = None
 
+    __repr__ = short_repr
+
 
 _ROUTES: "WeakKeyDictionary[nn.Module, _Route]" = WeakKeyDictionary()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from camkit.capture.modes import borrowed, measurement
 from camkit.capture.parameters import device_of
 from camkit.manifest import weights_hash
+from camkit.printing import short_repr
 from camkit.segmenters.protocol import Answers, Prompt
 
 _TOGETHER = 8  # prompts in a batch: their masks take 100 MB at 1024 x 1024
@@ -65,6 +66,8 @@ class PromptBatch:
     labels: Int[np.ndarray, "n p"] | None
     boxes: Float[np.ndarray, "n 4"] | None
     masks: Float[Tensor, "n H W"] | None
+
+    __repr__ = short_repr
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt]) -> "PromptBatch":

@@ -19,6 +19,7 @@ from camkit.data.targets.regions import VOID, Region, Regions, regions_of
 from camkit.errors import DataError
 from camkit.manifest import unfinished
 from camkit.photo import upright_rgb
+from camkit.printing import short_repr
 from camkit.tensors import IGNORE, IGNORE_16
 
 Photos: TypeAlias = Literal["copy", "link", "none"]
@@ -91,6 +92,8 @@ class MaskedImage:
     photo: Path | UInt8[np.ndarray, "H W 3"] | None = None
     present: tuple[int, ...] = ()
     maps: Callable[[], Mapping[int, Float[np.ndarray, "H W"]]] | None = None
+
+    __repr__ = short_repr
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from camkit.data.sample import unique_values
+from camkit.printing import short_repr
 
 VOID = -1
 """Value of pixels without a label, in masks that are exported."""
@@ -37,6 +38,8 @@ class Region:
     top: int
     inside: Bool[np.ndarray, "h w"]
     area: int
+
+    __repr__ = short_repr
 
     @property
     def box(self) -> tuple[int, int, int, int]:
