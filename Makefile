@@ -62,12 +62,13 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/fitted.py
 	$(BIN)/python benchmarks/fitted.py --coco
 	$(BIN)/python benchmarks/fitted.py --voc --short
+	$(BIN)/python benchmarks/fitted.py --side 512 --short
 	$(BIN)/python benchmarks/fit_cost.py
 	$(BIN)/python benchmarks/oracles.py
 	$(BIN)/python benchmarks/seeds.py --limit 226
 	$(BIN)/python benchmarks/seeds.py --limit 120 --voc
 	$(BIN)/python benchmarks/pooled.py --limit 60
-	$(BIN)/python benchmarks/views.py
+	$(BIN)/python benchmarks/views.py --limit 40
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/seed_cost.py
 	$(BIN)/python benchmarks/edges.py --tune-limit 120
