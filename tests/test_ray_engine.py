@@ -104,13 +104,18 @@ def local(recipe, source, out):
     return run(recipe, source, out, workers=0, threads=1)
 
 
-def when(condition, act):
-    """A thread that acts once, as soon as the condition holds."""
+def when(condition, act, *, again=None):
+    """A thread that acts as soon as the condition holds; again after so many seconds, if given.
+
+    An interrupt may be lost: Python ignores one that arrives while an object is finalised.
+    """
 
     def watch():
         while not over.wait(0.02):
             if condition():
                 act()
+                while again is not None and not over.wait(again):
+                    act()
                 return
 
     over, thread = threading.Event(), threading.Thread(target=watch)
@@ -150,7 +155,7 @@ def test_a_stopped_run_continues_with_the_other_engine(cluster, tmp_path):
     photos = write_photos(tmp_path / "in", 24)
     local(recipe, photos, tmp_path / "whole")
     out = tmp_path / "out"
-    stop = when(lambda: any(out.glob("cams/*.parquet")), _thread.interrupt_main)
+    stop = when(lambda: any(out.glob("cams/*.parquet")), _thread.interrupt_main, again=1.0)
     try:
         with pytest.raises(KeyboardInterrupt):
             run(recipe, photos, out, ray=RayEngine())
