@@ -335,7 +335,7 @@ CALIBRATED = Preset(
 )
 """For classifiers on class tokens: their attention to patches times the likeness of calibrated
 patches to the class, without gradients. Keys to keys alone are as good here as all three pairs of
-ExCEL (chosen on tuning images, benchmarks/preset.py), and take a third of the time."""
+ExCEL (chosen on tuning images, benchmarks/preset.py), and need one map in place of three."""
 
 GRADIENT = Preset(Method(seeds.GradientSeed(), background_score=0.55))
 """For other models with a class token or a pooling query; it demands least of a model."""
@@ -388,8 +388,8 @@ def read_refiners(
 def _given_segmenter(step: str, segmenter: Any) -> Any:
     if segmenter is None:
         raise ValueError(
-            f"the step {step.strip()} needs a promptable segmenter; camkit refine, run, cam and "
-            "fit take one as --sam hf:facebook/sam-vit-base"
+            f"the step {step.strip()} needs a promptable segmenter; camkit refine, run, cam, "
+            "fit and bench take one as --sam hf:facebook/sam-vit-base"
         )
     return segmenter
 

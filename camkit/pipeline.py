@@ -254,9 +254,8 @@ class Pipeline:
             return self._segment([self.prepare(photo)], classes)[0]
         if not isinstance(classes, TextClasses):
             host = self._current_host()
-            self._targets(
-                classes, len(several), host
-            )  # wrong requests fail before any photo is read
+            # wrong requests fail before any photo is read
+            self._targets(classes, len(several), host)
         results: dict[int, Result] = {}
         waiting: dict[tuple[int, ...], list[tuple[int, Photo]]] = {}
         for place, each in enumerate(several):

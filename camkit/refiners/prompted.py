@@ -101,10 +101,10 @@ class PromptedRefine:
         min_area: share of the picture below which a component is not prompted.
         max_area: share of the picture above which a mask counts as the whole picture.
         min_agreement: agreement below which a mask is not used: a part of the object, what lies
-            around it, or another object. Chosen on 60 images of `voc12_animals/train` by
-            benchmarks/prompted.py: there segments of another photo cost 4 mIoU, and 20 at 0.1,
-            while true segments gain 6, and 9 at 0.1. Lower it for a good segmenter behind maps that
-            show only a small part of their objects.
+            around it, or another object. Chosen on 60 images of `voc12_animals/train` (`python
+            benchmarks/prompted.py --choose`): lower values gain more by true segments, and lose
+            much more by those of another photo. Lower it for a good segmenter behind maps that show
+            only a small part of their objects.
         cache: photos whose embeddings are kept for the next call. One of SAM takes 4 MB, of SAM 2
             17 MB, on the device of the segmenter.
 
