@@ -14,7 +14,6 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from small_runs import nobody
 
-from camkit.bulk.camfiles import read_labels
 from camkit.bulk.items import Failure, FilePlace, Item, result_path, safe_key
 from camkit.bulk.recipe import Loading
 from camkit.bulk.sources import (
@@ -28,6 +27,7 @@ from camkit.bulk.sources import (
 )
 from camkit.bulk.stages import read
 from camkit.data import write_shapes
+from camkit.data.labels import read_labels
 from camkit.errors import DataError
 
 

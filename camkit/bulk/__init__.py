@@ -3,8 +3,6 @@
 from camkit.bulk.camfiles import (
     CamFolder as CamFolder,
     FileItem as FileItem,
-    ImageLabels as ImageLabels,
-    read_labels as read_labels,
     read_list as read_list,
 )
 from camkit.bulk.camjobs import (
