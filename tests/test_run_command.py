@@ -118,6 +118,23 @@ def test_lists_shards_and_parquet_give_the_masks_of_the_folder(
 
 
 @pytest.mark.parametrize(
+    ("name", "put", "below"), [("s.tar", as_tar, "s"), ("p.parquet", as_parquet, "p")]
+)
+def test_an_export_takes_photos_out_of_shards(folder_run, tmp_path, name, put, below):
+    pytest.importorskip("pycocotools", reason="needs the extra camkit[export]")
+    folder, _ = folder_run
+    photos, *more = [str(argument) for argument in put(folder, tmp_path / name)]
+    options = ["--vocabulary", "voc", "--workers", "0"]
+    assert main(command(photos, tmp_path / "out", *more, *options)) == 0
+    export = ["export", str(tmp_path / "out"), "--to", "coco", "--out", str(tmp_path / "coco")]
+    assert main(export) == 0
+    written = {path.name: path.read_bytes() for path in (tmp_path / "coco" / "train").iterdir()}
+    assert written == {f"{below}__{p.name}": p.read_bytes() for p in photos_of(folder)}
+    Path(photos).rename(tmp_path / "elsewhere")
+    assert main([*export[:-1], str(tmp_path / "again")]) == 1
+
+
+@pytest.mark.parametrize(
     ("name", "text", "more"),
     [
         ("a.json", '{"classes": ["dog", "cat"], "labels": {"p000": [1, 0], "p001": [1, 0]}}', []),
