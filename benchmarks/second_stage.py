@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from bulk_setting import cpu
+
 from camkit.manifest import environment
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +68,7 @@ def main() -> None:
     rows += [f"| {name} | {mean} | {each} |" for name, mean, each in ROW.findall(printed)]
     counts = next(line for line in printed.splitlines() if "pseudo masks, " in line)
     seconds = time.process_time() - begun + sum(os.times()[2:4])
-    notes = f"{counts}; {seconds:.0f} CPU seconds in all, {environment()['machine']}."
+    notes = f"{counts}; {seconds:.0f} CPU seconds in all, {cpu()}, torch {environment()['torch']}."
     (RESULTS / "second_stage.md").write_text("\n".join([*rows, "", notes]) + "\n", "utf-8")
 
 
