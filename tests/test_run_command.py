@@ -101,6 +101,21 @@ def folder_run(weights, tmp_path_factory):
     return home / "in", masks_in(home / "out" / "masks")
 
 
+def test_folders_may_name_the_classes(folder_run, tmp_path):
+    folder, _ = folder_run
+    for name, photo in zip(("cat", "dog", "dog"), photos_of(folder), strict=True):
+        (tmp_path / "in" / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, tmp_path / "in" / name)
+    options = ["--labels", "folders", "--workers", "0"]
+    assert main(command(tmp_path / "in", tmp_path / "out", *options)) == 0
+    rows = map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
+    assert {row["key"]: row["legend"] for row in rows} == {
+        "cat/p000": {"1": "cat"},
+        "dog/p001": {"2": "dog"},
+        "dog/p002": {"2": "dog"},
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "put", "below"),
     [("list.txt", as_list, ""), ("s.tar", as_tar, "s"), ("p.parquet", as_parquet, "p")],

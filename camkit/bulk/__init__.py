@@ -1,5 +1,6 @@
 """Folders of any size: many processes, resumable results, and failures that stop nothing else."""
 
+from camkit.bulk.by_folder import LabelledByFolder as LabelledByFolder
 from camkit.bulk.camfiles import (
     CamFolder as CamFolder,
     FileItem as FileItem,

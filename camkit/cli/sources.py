@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from camkit.bulk import Item
+from camkit.bulk.by_folder import LabelledByFolder
 from camkit.bulk.items import IMAGE_SUFFIXES
 from camkit.bulk.sources import Labelled, PhotoFolder, Source, SourceKind, open_source
 from camkit.cli.options import class_names, read_predicted
@@ -31,7 +32,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     add("--classes", help="classes of every image: names or indices, separated by commas")
     add(
         "--labels",
-        help="dataset (from INPUT), first (the classifier's most probable class), "
+        help="dataset (from INPUT), folders (an image shows the class that its folder is called "
+        "after), first (the classifier's most probable class), "
         "predicted[:SCORE] (all classes with this probability), or a file: a table, JSON, "
         "cls_labels.npy (default: dataset if INPUT has labels, else first)",
     )
@@ -89,11 +91,13 @@ def labelled(
         return source, None if (any(labels) if partial else next(labels, False)) else _FIRST
     if text == "dataset":
         return source, None
+    if text == "folders":
+        return LabelledByFolder(source), None
     if text == "first":
         return source, _FIRST
     predicted = read_predicted(text)
     if predicted is None and not Path(text).exists():
-        word = closest(text, ("dataset", "first", "predicted"))
+        word = closest(text, ("dataset", "folders", "first", "predicted"))
         hint = f"; {word}" if word.startswith("did you mean") else nearby(Path(text)) or f"; {word}"
         raise ValueError(f"--labels {text}: no such file{hint}")
     if predicted is not None:
