@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "Write masks and class maps of any number of images; the same command continues a "
     "stopped run.",
     "fit": "Fit a read-out over photos with image-level labels, for better maps (`--readout`).",
+    "app": "Open a page to see maps, stages and attention of photos, and to compare methods.",
     "bench": "Measure methods on a data set with masks: tuned on one split, reported on another.",
     "doctor": "Report what camkit recognises in a model, what works on it, and the line to start "
     "with.",

@@ -16,13 +16,13 @@ from camkit.cli.options import (
     add_method_arguments,
     add_sam_arguments,
     method_of,
-    read_classes,
     refiners_help,
 )
 from camkit.errors import CamkitError, DataError, nearby
 from camkit.method import REFINERS
 from camkit.pipeline import Pipeline
 from camkit.screen import progress
+from camkit.vocabulary import read_classes
 
 EXAMPLES = f"""examples:
   camkit cam cat.jpg --classes cat

@@ -16,7 +16,6 @@ from camkit.cli.options import (
     add_method_arguments,
     add_sam_arguments,
     method_to_fit,
-    read_classes,
 )
 from camkit.cli.sources import (
     add_input_arguments,
@@ -28,6 +27,7 @@ from camkit.cli.sources import (
 )
 from camkit.method import split_refine
 from camkit.readout import Readout
+from camkit.vocabulary import read_classes
 
 EXAMPLES = f"""examples:
   camkit fit photos --labels labels.json --out readout.safetensors

@@ -22,7 +22,6 @@ from camkit.cli.options import (
     add_sam_arguments,
     method_of,
     method_to_fit,
-    read_classes,
     refiners_help,
     split_refiners,
 )
@@ -37,6 +36,7 @@ from camkit.cli.sources import (
 )
 from camkit.method import REFINERS, split_refine
 from camkit.seeds import FITTED_SCORE, PredictedClasses
+from camkit.vocabulary import read_classes
 
 EXAMPLES = f"""examples:
   camkit run photos --out masks
