@@ -15,7 +15,7 @@ import torch
 
 from camkit.app.attention import KINDS, Kind, Query, attention_map
 from camkit.app.explorer import Choice, View
-from camkit.app.photos import PhotoShelf, check_photo
+from camkit.app.photos import PAGE, PhotoShelf, check_photo
 from camkit.app.recipes import Opened, command_line, folder_line, python_code
 from camkit.display import shrink
 from camkit.errors import CamkitError
@@ -48,6 +48,7 @@ class Session:
         path: of its file.
         truth: the true mask, if it is known; see `PhotoShelf.truth`.
         place: of the photo among those of the folder.
+        page: place of the first thumbnail that is shown.
         files: folder of prepared downloads.
         picture: the photo as it is shown.
     """
@@ -57,6 +58,7 @@ class Session:
     path: Path | None = None
     truth: np.ndarray | None = None
     place: int = 0
+    page: int = 0
     files: Path | None = None
     picture: np.ndarray = field(default_factory=lambda: np.zeros((1, 1, 3), np.uint8))
 
@@ -185,12 +187,12 @@ class _Page:
         )
         self.opacity = gr.Slider(**step, value=0.55, label="Opacity", elem_id="opacity")
         self.method_a = self._method_controls("a")
-        self.compare = gr.Checkbox(label="Compare with a second method", elem_id="compare")
+        self.compare = gr.Checkbox(label="Compare with a second method, B", elem_id="compare")
         with gr.Group(visible=False) as self.second:
-            gr.Markdown("**Second method**")
+            gr.Markdown("**Method B**")
             self.method_b = self._method_controls("b")
             self.score_b = gr.Slider(
-                **step, value=0.5, label="Background score of the second", elem_id="score_b"
+                **step, value=0.5, label="Background score of B", elem_id="score_b"
             )
 
     def _method_controls(self, name: str) -> list[Any]:
@@ -287,10 +289,11 @@ class _Page:
         self.opening = [
             *(self.status, self.session, self.chosen, self.classes, self.guesses, self.score),
             *(self.clicked, self.block, self.head, self.row, self.column, self.upload),
+            self.gallery,
         ]
 
         def choose(session: Session | None, event: Any) -> dict[Any, Any]:
-            return self._open_place(session, event.index)
+            return self._open_place(session, event.index + (0 if session is None else session.page))
 
         def click(session: Session | None, event: Any) -> dict[Any, Any]:
             return self._clicked(session, event.index)
@@ -392,6 +395,12 @@ class _Page:
     def _open_place(self, session: Session | None, place: int) -> dict[Any, Any]:
         place %= max(1, len(self.shelf.paths))
         changed = self._open(session, self.shelf.paths[place], place)
+        opened, page = changed[self.session], place - place % PAGE
+        if opened.page != page:
+            opened.page = page
+            changed[self.gallery] = self.gr.update(
+                value=self.shelf.thumbnails(page), selected_index=None
+            )
         return changed | {self.chosen: self.shelf.names[place], self.upload: None}
 
     def _open(self, session: Session | None, path: Path, place: int | None) -> dict[Any, Any]:
@@ -449,7 +458,9 @@ class _Page:
 
     def _check(self, session: Session | None, indices: list[int]) -> dict[Any, Any]:
         session, view = _opened(session)
-        view.classes = tuple(int(index) for index in indices)
+        offered = {index for index, _, _ in view.guesses()}
+        named = [index for index in view.classes if index not in offered]
+        view.classes = (*named, *(int(index) for index in indices))
         return {self.session: session, self.classes: self._names(view)}
 
     # Drawing
@@ -477,17 +488,19 @@ class _Page:
         about = (self.opened, first, methods[0], session.name, names)
         return {
             self.status: _about(session, view),
-            self.mask_a: gr.update(value=painted[0], label=f"Mask: {_title(methods[0])}"),
+            self.mask_a: gr.update(
+                value=painted[0], label=f"A: {_title(methods[0])}" if second else _title(methods[0])
+            ),
             self.mask_b: gr.update(visible=False)
             if second is None
-            else gr.update(value=painted[1], label=f"Mask: {_title(methods[1])}", visible=True),
+            else gr.update(value=painted[1], label=f"B: {_title(methods[1])}", visible=True),
             self.table: {
                 "headers": _headers(len(methods), known=session.truth is not None),
                 "data": _rows(view, methods, session.truth),
             },
             self.python: python_code(*about),
             self.shell: command_line(*about),
-            self.folder: folder_line(self.opened, first, methods[0], "photos"),
+            self.folder: folder_line(self.opened, first, methods[0], self.shelf.folder),
         }
 
     def _strip(self, *arguments: Any) -> dict[Any, Any]:
@@ -572,6 +585,14 @@ def _about(session: Session, view: View) -> str:
 
 
 def _choice(seed: str | None, edit: str | None, refine: list[str], score: float | None) -> Choice:
+    """Return the choice; words that name code or folders of this machine are refused.
+
+    Raises:
+        ValueError: a word names code or a folder.
+    """
+    for word in (seed or "", edit or "", *(refine or ())):
+        if "." in word.partition(":")[0] or "folder" in word:
+            raise ValueError(f"{word}: the page takes short names, such as gradcam or crf:clip_es")
     return Choice(
         seed="" if seed in (PRESET, None) else seed,
         edit="" if edit in (NO_EDIT, None) else edit,
@@ -627,7 +648,7 @@ def _mask(view: View, method: Method, size: tuple[int, int]) -> np.ndarray:
 
 
 def _headers(methods: int, *, known: bool) -> list[str]:
-    which = [""] if methods == 1 else [" of the first", " of the second"]
+    which = [""] if methods == 1 else [" A", " B"]
     return ["class", *(f"pixels{w}" for w in which), *(f"IoU{w}" for w in which if known)]
 
 

@@ -29,12 +29,14 @@ class PhotoShelf:
 
     Attributes:
         title: of the photos.
+        folder: their folder, as it was given.
         paths: the file of each photo.
         samples: labels and masks of a data set, in the same order; empty for a plain folder.
         data: the data set.
     """
 
     title: str
+    folder: str
     paths: tuple[Path, ...]
     samples: tuple[Sample, ...] = ()
     data: DataSet | None = None
@@ -47,13 +49,13 @@ class PhotoShelf:
             DataError: the folder does not exist or holds no photos.
         """
         if folder is None:
-            return cls._of_data(demo_photos(), "camkit")
+            return cls._of_data(demo_photos(), "camkit", "photos")
         root = Path(folder)
         if not root.is_dir():
             hint = nearby(root) or "; give the folder of the photos"
             raise DataError(f"{root} is not a folder{hint}")
         if find_layout(root) is not None:
-            return cls._of_data(open_dataset(root), root.name)
+            return cls._of_data(open_dataset(root), root.name, str(folder))
         paths = sorted(
             Path(where, name)
             for where, _, names in os.walk(root)
@@ -62,12 +64,12 @@ class PhotoShelf:
         )
         if not paths:
             raise DataError(f"{root} holds no photos; expected files ending in {_SUFFIXES[0]}, ...")
-        return cls(root.name, tuple(paths))
+        return cls(root.name, str(folder), tuple(paths))
 
     @classmethod
-    def _of_data(cls, data: DataSet, title: str) -> "PhotoShelf":
+    def _of_data(cls, data: DataSet, title: str, folder: str) -> "PhotoShelf":
         samples = {sample.photo: sample for name in data.splits for sample in data.split(name)}
-        return cls(title, tuple(samples), tuple(samples.values()), data)
+        return cls(title, folder, tuple(samples), tuple(samples.values()), data)
 
     @property
     def names(self) -> list[str]:

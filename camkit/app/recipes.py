@@ -17,11 +17,13 @@ class Opened:
     """How the model of the page was opened.
 
     Attributes:
-        python: lines that make ``model``.
+        python: lines that open it.
+        arguments: of `camkit.wrap`, as they are written.
         words: options of the command line that name it.
     """
 
     python: str = "model = ...  # your model"
+    arguments: tuple[str, ...] = ("model",)
     words: tuple[str, ...] = ()
 
 
@@ -45,10 +47,11 @@ def python_code(
     if method.refine != DEFAULT_REFINE:
         stages["refine"] = method.refine
     stages["background_score"] = method.background_score
-    arguments = "".join(f"\n    {key}={_written(value)}," for key, value in stages.items())
+    arguments = [*opened.arguments, *(f"{key}={_written(value)}" for key, value in stages.items())]
+    lines = "".join(f"    {argument},\n" for argument in arguments)
     return (
-        f"import camkit\n\n{opened.python}\n"
-        f"refined = camkit.wrap(\n    model,{arguments}\n)\n"
+        f"import camkit\n{opened.python}\n"
+        f"refined = camkit.wrap(\n{lines})\n"
         f"result = refined({photo!r}, classes={list(names)!r})\n"
         'result.save("out")\n'
     )

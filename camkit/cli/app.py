@@ -5,7 +5,7 @@ from pathlib import Path
 
 from camkit.app import build, launch
 from camkit.app.recipes import Opened
-from camkit.cli.models import DEFAULT_MODEL, MODELS, OpenedModel, add_model_arguments, open_named
+from camkit.cli.models import MODELS, OpenedModel, add_model_arguments, open_named
 from camkit.pipeline import Pipeline, wrap
 
 EXAMPLES = f"""examples:
@@ -47,14 +47,25 @@ def pipeline_of(opened: OpenedModel) -> Pipeline:
 
 def described(options: argparse.Namespace, opened: OpenedModel) -> Opened:
     """Return the code and the options that open the same model."""
-    if opened.embedded:
-        return Opened("model = camkit.data.demo_model()", ("--model", "demo"))
-    words: list[str] = []
-    for name, default in (
-        *(("model", DEFAULT_MODEL), ("checkpoint", None), ("names", None)),
-        *(("size", "384"), ("mean", None), ("std", None)),
-    ):
-        value = getattr(options, name)
-        if value != default:
-            words += [f"--{name}", str(value)]
-    return Opened(f"model = ...  # {opened.source}", tuple(words))
+    given = {"model": "demo" if opened.embedded else options.model}
+    usual = {"checkpoint": None, "names": None, "size": "384", "mean": None, "std": None}
+    given |= {n: getattr(options, n) for n, v in usual.items() if getattr(options, n) != v}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    names = ("model", *usual)
+    settings = {"checkpoint": None, "names": None, "mean": None, "std": None} | given
+    settings = {"model": given["model"], "size": "384"} | settings
+    written = ", ".join(f"{name!r}: {_plain(settings[name])!r}" for name in names)
+    return Opened(
+        f"from camkit.cli.models import open_named\n\nopened = open_named({{{written}}})",
+        (
+            "opened.model",
+            "vocabulary=opened.vocabulary",
+            "photos=opened.photos",
+            "call=opened.call",
+        ),
+        tuple(words),
+    )
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
