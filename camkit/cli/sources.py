@@ -8,6 +8,7 @@ from typing import get_args
 from camkit.bulk import Item, read_labels
 from camkit.bulk.items import IMAGE_SUFFIXES
 from camkit.bulk.sources import Labelled, PhotoFolder, Source, SourceKind, open_source
+from camkit.cli.datasets import add_dataset_arguments, reading_of
 from camkit.cli.options import read_predicted
 from camkit.data import COCO_CLASSES, VOC_CLASSES
 from camkit.data.labels import read_names
@@ -42,6 +43,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         help="classes that label indices count: voc, coco, or a file of names, one per line "
         "(default: the classes of the data set, else of the model)",
     )
+    add_dataset_arguments(parser)
 
 
 def open_input(options: argparse.Namespace) -> Source:
@@ -54,6 +56,7 @@ def open_input(options: argparse.Namespace) -> Source:
         image=options.image_column,
         key=options.key_column,
         labels=options.label_column,
+        reading=reading_of(vars(options)),
     )
 
 

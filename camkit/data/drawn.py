@@ -1,0 +1,213 @@
+"""Masks drawn from annotations: outlines, run lengths, and how objects lie over each other."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+
+from camkit.errors import CamkitError, DataError
+from camkit.printing import short_repr
+
+IGNORED_ID = -1
+"""Id of pixels that are not scored."""
+
+_FARTHEST = 10  # coordinates beyond this many image sizes are an error of the file
+
+
+@dataclass(frozen=True, repr=False)
+class CocoMask:
+    """The mask of an image, drawn from its annotations in a file of COCO's form.
+
+    pycocotools draws polygons and run lengths, as everywhere in the field. Crowd regions are
+    ignored where no object lies. Where objects overlap, the smaller one is on top, of equal ones
+    the later one.
+
+    Attributes:
+        image: id of the image in the file, for errors.
+        size: rows and columns.
+        packed: the annotations, see `packed`.
+    """
+
+    image: str
+    size: tuple[int, int]
+    packed: bytes
+
+    __repr__ = short_repr
+
+    def read(self, path: Path, *, num_classes: int) -> Int[np.ndarray, "H W"]:
+        """Draw the mask; ``path`` and ``num_classes`` are named in errors."""
+        layers = []
+        for number, value, crowd, segmentation in json.loads(zlib.decompress(self.packed)):
+            source = f"{path}, annotation {number}"
+            if not 0 < value <= num_classes:
+                raise DataError(f"{source}: its class is none of the {num_classes} classes")
+            pixels = coco_pixels(segmentation, self.size, source)
+            layers.append((IGNORED_ID if crowd else value, pixels))
+        return painted(by_area(layers), self.size)
+
+    def digest(self, path: Path) -> str:  # noqa: ARG002 - the annotations are at hand
+        """Identify the mask by its annotations."""
+        content = repr(self.size).encode() + self.packed
+        return hashlib.sha256(content).hexdigest()
+
+
+def packed(annotations: Sequence[tuple[Any, int, bool, Any]]) -> bytes:
+    """Pack the annotations of one image: id, class index + 1, crowd, segmentation.
+
+    They take about as much memory as a third of their text, so a sample can bring its own to the
+    processes that draw it.
+    """
+    text = json.dumps(annotations, separators=(",", ":"), allow_nan=True)
+    return zlib.compress(text.encode(), 1)
+
+
+def by_area(
+    layers: Iterable[tuple[int, Bool[np.ndarray, "H W"]]],
+) -> list[tuple[int, Bool[np.ndarray, "H W"]]]:
+    """Order layers for `painted`: ignored regions first, then from the largest to the smallest."""
+    return sorted(layers, key=lambda layer: (layer[0] != IGNORED_ID, -np.count_nonzero(layer[1])))
+
+
+def painted(
+    layers: Iterable[tuple[int, Bool[np.ndarray, "H W"]]], size: tuple[int, int]
+) -> Int[np.ndarray, "H W"]:
+    """Paint layers of an id and its pixels over each other; the last is on top."""
+    ids = np.zeros(size, np.int64)
+    for value, pixels in layers:
+        ids[pixels] = value
+    return ids
+
+
+def coco_pixels(segmentation: Any, size: tuple[int, int], source: str) -> Bool[np.ndarray, "H W"]:
+    """Draw polygons or run lengths of COCO's form by pycocotools.
+
+    Args:
+        segmentation: lists of x, y, x, y ...; or ``size`` with ``counts``, numbers or text.
+            Polygons of fewer than three points cover nothing.
+        size: rows and columns of the image.
+        source: names the annotation in errors.
+
+    Raises:
+        DataError: it is something else, or does not fit the image.
+        CamkitError: pycocotools is missing.
+    """
+    coco = _pycocotools()
+    rows, columns = size
+    if isinstance(segmentation, dict):
+        runs = _run_lengths(segmentation, size, source)
+        encoded = (
+            [coco.frPyObjects(runs, rows, columns)] if isinstance(runs["counts"], list) else [runs]
+        )
+    else:
+        polygons = [ring.ravel().tolist() for ring in _rings(segmentation, size, source)]
+        if not polygons:
+            return np.zeros(size, np.bool_)
+        encoded = coco.frPyObjects(polygons, rows, columns)
+    try:
+        return coco.decode(coco.merge(encoded)).astype(np.bool_)
+    except ValueError as error:
+        raise DataError(f"{source}: its run lengths are damaged ({error}); export again") from error
+
+
+def _pycocotools() -> Any:
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise CamkitError(
+            "masks of COCO's form are drawn by pycocotools; install it with "
+            "`pip install camkit[export]`"
+        ) from error
+    return mask
+
+
+def _run_lengths(segmentation: Any, size: tuple[int, int], source: str) -> dict[str, Any]:
+    counts, own = segmentation.get("counts"), segmentation.get("size")
+    if not isinstance(own, list) or tuple(own) != size:
+        raise DataError(
+            f"{source}: its run lengths are of size {own}, but the image has {list(size)} (rows, "
+            "columns); export again"
+        )
+    if isinstance(counts, str):
+        return {"size": own, "counts": counts.encode("ascii", "replace")}
+    whole = isinstance(counts, list) and all(type(count) is int for count in counts)
+    if not whole or min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
+        raise DataError(
+            f"{source}: its run lengths are no whole numbers that add up to the {size[0]}x{size[1]}"
+            " pixels of the image; export again"
+        )
+    return {"size": own, "counts": counts}
+
+
+def _rings(segmentation: Any, size: tuple[int, int], source: str) -> list[np.ndarray]:
+    """Return the polygons of an annotation with at least three points."""
+    if not isinstance(segmentation, list):
+        kind = type(segmentation).__name__
+        raise DataError(f"{source}: its segmentation is {kind}; expected {_LISTS}")
+    rings = []
+    for polygon in segmentation:
+        try:
+            numbers = np.array(polygon, np.float64)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"{source}: its polygon is {error}; expected {_LISTS}") from error
+        if numbers.ndim != 1 or numbers.size % 2:
+            raise DataError(f"{source}: a polygon has {numbers.size} numbers; expected {_LISTS}")
+        ring = numbers.reshape(-1, 2)
+        check_ring(ring, size, source)
+        rings += [ring] if len(ring) > 2 else []
+    return rings
+
+
+_LISTS = "lists of x, y, x, y, ... or run lengths"
+
+
+def check_ring(ring: Float[np.ndarray, "n 2"], size: tuple[int, int], source: str) -> None:
+    """Raise DataError for coordinates that are no numbers, or lie far outside of the image."""
+    reach = _FARTHEST * max(size)
+    if not (np.abs(ring) <= reach).all():  # NaN is not
+        raise DataError(
+            f"{source}: a polygon has points far outside of the image of {size[0]}x{size[1]} "
+            "(rows x columns); correct it"
+        )
+
+
+def check_picture(size: Any, source: str) -> tuple[int, int]:
+    """Return rows and columns that an annotation file gives, or raise DataError."""
+    whole = len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    if not whole or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or np.inf):
+        raise DataError(
+            f"{source}: rows and columns are {size[0]!r} and {size[1]!r}; expected the size of the "
+            "photo in pixels"
+        )
+    return size[0], size[1]
+
+
+def filled(
+    rings: Iterable[Float[np.ndarray, "_ 2"]], size: tuple[int, int]
+) -> Bool[np.ndarray, "H W"]:
+    """Fill outlines: a pixel is inside if an odd number of them is around its centre.
+
+    Args:
+        rings: x and y of their corners; 0 is the edge of the first pixel, so its centre is 0.5.
+        size: rows and columns.
+    """
+    rows, columns = size
+    crossings = np.zeros((rows, columns + 1), np.int64)
+    for ring in rings:
+        start, end = ring, np.roll(ring, -1, axis=0)
+        down = (start[:, 1] <= end[:, 1])[:, None]
+        high, low = np.where(down, start, end), np.where(down, end, start)
+        first, last = (np.clip(np.ceil(p[:, 1] - 0.5), 0, rows).astype(int) for p in (high, low))
+        counts = last - first
+        edge = np.repeat(np.arange(len(ring)), counts)
+        row = first[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts)
+        across, along = (low - high)[edge].T
+        x = high[edge, 0] + (row + 0.5 - high[edge, 1]) * across / along
+        np.add.at(crossings, (row, np.clip(np.ceil(x - 0.5), 0, columns).astype(int)), 1)
+    return crossings.cumsum(1)[:, :columns] % 2 == 1
