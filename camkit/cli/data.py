@@ -1,4 +1,4 @@
-"""Check a data set: what it is read as, every photo, mask and label, what its splits share."""
+"""Check a data set: every photo, mask and label, and what its splits share."""
 
 import argparse
 from pathlib import Path

@@ -23,6 +23,7 @@ from camkit.data.files import (
     in_short,
     photos_in,
     relative_to,
+    several,
 )
 from camkit.data.labels import VECTOR_FILES, LabelFile, check_split, find_label_vectors, read_text
 from camkit.data.sample import (
@@ -316,7 +317,8 @@ class CocoFolder:
             )
         else:
             file = read_coco(part.annotations)
-            own = f"{len(file.categories)} categories of its own ({in_short(file.categories)})"
+            count = several(len(file.categories), "category")
+            own = f"{count} of its own ({in_short(file.categories)})"
             classes = "COCO's 80 categories" if self._official else own
             what = f"{relative_to(file.path, self.root)}: COCO annotations, {classes}"
             yield f"{what}, {_drawn_from(file)}"
@@ -439,25 +441,29 @@ def _sample_names(images: Sequence[CocoImage]) -> dict[Any, str]:
 
 
 def _drawn_from(file: CocoFile) -> str:
-    """Say what the masks of a file are drawn from."""
+    """Say what the masks of a file are drawn from, and what is not drawn."""
     counts: Counter[str] = Counter()
     for image in file.images:
-        counts["boxes without a mask"] += image.boxes
+        counts["box"] += image.boxes
         for _, _, crowd, segmentation in image.annotations:
-            counts["crowd regions, which are ignored"] += crowd
-            if isinstance(segmentation, dict):
-                counts["run lengths"] += 1
-            elif isinstance(segmentation, list):
-                points = [len(ring) if isinstance(ring, list) else 0 for ring in segmentation]
-                counts["polygons"] += sum(number >= 6 for number in points)
-                counts["polygons of fewer than 3 points, which cover nothing"] += sum(
-                    number < 6 for number in points
-                )
-    shown = [f"{number} {what}" for what, number in sorted(counts.items()) if number]
-    if not file.drawn:
-        return "labels only" + f" ({', '.join(shown)})" * bool(shown)
-    order = "; of objects that overlap, the smaller is on top"
-    return f"masks drawn from {', '.join(shown)}{order}"
+            counts["crowd"] += crowd
+            rings = [segmentation] if isinstance(segmentation, dict) else segmentation
+            counts.update(map(_kind, rings if isinstance(rings, list) else ()))
+    drawn = [several(counts[kind], kind) for kind in ("polygon", "run length") if counts[kind]]
+    notes = {
+        "crowd": f"{several(counts['crowd'], 'crowd region')} ignored",
+        "short": f"{several(counts['short'], 'polygon')} of fewer than 3 points left out",
+        "box": f"{several(counts['box'], 'annotation')} without a segmentation: labels only",
+    }
+    first = f"masks drawn from {' and '.join(drawn)}" if file.drawn else "labels only"
+    order = ["of objects that overlap, the smaller is on top"] * file.drawn
+    return "; ".join([first, *(note for kind, note in notes.items() if counts[kind]), *order])
+
+
+def _kind(segmentation: Any) -> str:
+    if isinstance(segmentation, dict):
+        return "run length"
+    return "polygon" if isinstance(segmentation, list) and len(segmentation) >= 6 else "short"
 
 
 def _files(folder: Path, ending: str) -> dict[str, Path]:

@@ -86,7 +86,7 @@ def painted(
 
 
 def coco_pixels(segmentation: Any, size: tuple[int, int], source: str) -> Bool[np.ndarray, "H W"]:
-    """Draw polygons or run lengths of COCO's form by pycocotools.
+    """Draw polygons (by pycocotools) or run lengths of COCO's form.
 
     Args:
         segmentation: lists of x, y, x, y ...; or ``size`` with ``counts``, numbers or text.
@@ -98,22 +98,15 @@ def coco_pixels(segmentation: Any, size: tuple[int, int], source: str) -> Bool[n
         DataError: it is something else, or does not fit the image.
         CamkitError: pycocotools is missing.
     """
-    coco = _pycocotools()
-    rows, columns = size
     if isinstance(segmentation, dict):
-        runs = _run_lengths(segmentation, size, source)
-        encoded = (
-            [coco.frPyObjects(runs, rows, columns)] if isinstance(runs["counts"], list) else [runs]
-        )
-    else:
-        polygons = [ring.ravel().tolist() for ring in _rings(segmentation, size, source)]
-        if not polygons:
-            return np.zeros(size, np.bool_)
-        encoded = coco.frPyObjects(polygons, rows, columns)
-    try:
-        return coco.decode(coco.merge(encoded)).astype(np.bool_)
-    except ValueError as error:
-        raise DataError(f"{source}: its run lengths are damaged ({error}); export again") from error
+        return _from_runs(_counts(segmentation, size, source), size)
+    pixels = np.zeros(size, np.bool_)
+    polygons = [ring.ravel().tolist() for ring in _rings(segmentation, size, source)]
+    if polygons:
+        for runs in _pycocotools().frPyObjects(polygons, *size):
+            # decoded here, as the decoder of pycocotools 2.0.11 warns with NumPy 2
+            pixels |= _from_runs(_decoded(runs["counts"]), size)
+    return pixels
 
 
 def _pycocotools() -> Any:
@@ -121,13 +114,38 @@ def _pycocotools() -> Any:
         from pycocotools import mask
     except ImportError as error:
         raise CamkitError(
-            "masks of COCO's form are drawn by pycocotools; install it with "
+            "polygons of COCO's form are drawn by pycocotools; install it with "
             "`pip install camkit[export]`"
         ) from error
     return mask
 
 
-def _run_lengths(segmentation: Any, size: tuple[int, int], source: str) -> dict[str, Any]:
+def _from_runs(counts: Sequence[int], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+    """Return the pixels of runs outside and inside in turn, column by column."""
+    inside = np.arange(len(counts)) % 2 == 1
+    return np.repeat(inside, counts).reshape(size[1], size[0]).T
+
+
+def _decoded(text: bytes) -> list[int]:
+    """Decode COCO's compressed run lengths: digits of five bits, from the third run as differences.
+
+    A bit of 32 says that digits follow, one of 16 in the last digit that the number is negative.
+    """
+    counts: list[int] = []
+    number = shift = 0
+    for character in text:
+        digit = character - 48
+        number |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            number -= (digit & 16) << (shift - 4)
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number = shift = 0
+    return counts
+
+
+def _counts(segmentation: Any, size: tuple[int, int], source: str) -> list[int]:
+    """Return the runs of an annotation, which must cover the image."""
     counts, own = segmentation.get("counts"), segmentation.get("size")
     if not isinstance(own, list) or tuple(own) != size:
         raise DataError(
@@ -135,14 +153,14 @@ def _run_lengths(segmentation: Any, size: tuple[int, int], source: str) -> dict[
             "columns); export again"
         )
     if isinstance(counts, str):
-        return {"size": own, "counts": counts.encode("ascii", "replace")}
+        counts = _decoded(counts.encode("ascii", "replace"))
     whole = isinstance(counts, list) and all(type(count) is int for count in counts)
     if not whole or min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
         raise DataError(
             f"{source}: its run lengths are no whole numbers that add up to the {size[0]}x{size[1]}"
             " pixels of the image; export again"
         )
-    return {"size": own, "counts": counts}
+    return counts
 
 
 def _rings(segmentation: Any, size: tuple[int, int], source: str) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,15 +222,14 @@ def shape_pixels(
         points = np.array(shape["points"], np.float64).reshape(-1, 2)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{source}: its points are no pairs of numbers ({error})") from error
-    fits = len(points) > 2 if kind == "polygon" else len(points) == 2
-    if not fits:
+    if len(points) not in _POINTS.get(kind, (2,)):
         raise DataError(f"{source}: a {kind} cannot have {len(points)} points; draw it again")
     check_ring(points, size, source)
     if kind == "mask":
         return _mask_pixels(shape.get("mask"), points, size, source)
-    picture = Image.new("1", (size[1], size[0]))
+    picture = Image.new("L", (size[1], size[0]))
     _DRAWING[kind](ImageDraw.Draw(picture), points)
-    return np.array(picture)
+    return np.array(picture).astype(np.bool_)
 
 
 def _polygon(draw: ImageDraw.ImageDraw, points: np.ndarray) -> None:
@@ -250,9 +249,13 @@ def _circle(draw: ImageDraw.ImageDraw, points: np.ndarray) -> None:
 
 _DRAWING: dict[str, Callable[[ImageDraw.ImageDraw, np.ndarray], None]] = {
     "polygon": _polygon,
+    "oriented_rectangle": _polygon,
     "rectangle": _rectangle,
     "circle": _circle,
 }
+
+
+_POINTS: dict[str, Sequence[int]] = {"polygon": range(3, 10**6), "oriented_rectangle": (4,)}
 
 
 def _mask_pixels(
