@@ -233,4 +233,7 @@ def several(number: int, noun: str) -> str:
     """
     if number == 1:
         return f"1 {noun}"
-    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"
+    plural = (
+        f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun[-1] in "sx" else f"{noun}s"
+    )
+    return f"{number} {plural}"

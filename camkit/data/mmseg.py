@@ -14,6 +14,7 @@ from camkit.data.files import (
     masks_of,
     photos_in,
     relative_to,
+    several,
 )
 from camkit.data.labels import check_split, read_names, read_text
 from camkit.data.reading import Reading, Zero, is_background, numbered_classes, some_class
@@ -100,8 +101,8 @@ class MaskFolders:
         for name, top, folder in self.parts:
             photos, masks = found_in((name, top, folder))
             sentences.append(
-                f"{relative_to(top, self.root)}: {len(photos)} photos; "
-                f"{relative_to(folder, self.root)}: {len(masks)} masks"
+                f"{relative_to(top, self.root)}: {several(len(photos), 'photo')}; "
+                f"{relative_to(folder, self.root)}: {several(len(masks), 'mask')}"
             )
         return tuple(sentences)
 
@@ -157,7 +158,7 @@ def open_mmseg(root: str | Path, *, reading: Reading | None = None) -> MaskFolde
         note = 'no file names the classes, so they are called "class 1" and so on (name them with '
         note += "classes, --data-classes)"
     form = reading.form(len(names), zero)
-    notes = (f"{len(names)} classes ({in_short(names)}): {note}", zero_note)
+    notes = (f"{several(len(names), 'class')} ({in_short(names)}): {note}", zero_note)
     return MaskFolders(root, names, parts, form, notes)
 
 

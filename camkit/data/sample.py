@@ -246,35 +246,35 @@ def mask_values(path: Path, *, form: MaskForm = VOC_FORM) -> Integer[np.ndarray,
             f"{path} is a {image.format}, whose compression changes class ids near every edge; "
             "expected class ids in a PNG: save the masks as PNG from where they were drawn"
         )
-    pictures = getattr(image, "n_frames", 1)
-    if pictures > 1:
-        raise DataError(f"{path} holds {pictures} pictures; expected one mask")
     if image.format not in ("PNG", "TIFF", "BMP") or image.mode not in _ID_MODES:
         raise DataError(
             f"{path} is a {image.format} of mode {image.mode}; expected class ids in a PNG with a "
             "palette (mode P) or grey levels of 1 to 16 bits (modes 1, L and I;16), not colours"
         )
+    stretch = {2: 85, 4: 17}.get(_bits(path, image), 1)  # PIL stretches grey levels to 0..255
     values = np.array(image)
     if image.mode == "1":
         return values.astype(np.uint8)
-    return values // _stretch(path, image) if image.mode == "L" else values
+    return values // stretch if image.mode == "L" else values
 
 
 _ID_MODES = ("1", "P", "L", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def _stretch(path: Path, image: Image.Image) -> int:
-    """Return the factor by which PIL stretches grey levels of 2 and 4 bits to 0..255."""
+def _bits(path: Path, image: Image.Image) -> int:
+    """Return the bits of a grey level in a file of one picture; several are a DataError."""
     if image.format == "TIFF":
-        with Image.open(path) as opened:
-            tags = getattr(opened, "tag_v2", {})
-        bits = tags.get(_TIFF_BITS, (8,))[0]
-    else:
-        with path.open("rb") as file:
-            header = file.read(25)
-        # the bits follow signature (8 bytes), chunk length and name (8), width and height (8)
-        bits = header[24] if image.format == "PNG" else 8
-    return {2: 85, 4: 17}.get(bits, 1)
+        with Image.open(path, formats=["TIFF"]) as opened:
+            pictures = getattr(opened, "n_frames", 1)
+            if pictures > 1:
+                raise DataError(f"{path} holds {pictures} pictures; expected one mask")
+            return getattr(opened, "tag_v2", {}).get(_TIFF_BITS, (8,))[0]
+    if image.format != "PNG":
+        return 8
+    with path.open("rb") as file:
+        header = file.read(25)
+    # the bits follow signature (8 bytes), chunk length and name (8), width and height (8)
+    return header[24]
 
 
 def _array_values(path: Path) -> Integer[np.ndarray, "H W"]:
