@@ -40,3 +40,24 @@ def nearby(path: Path) -> str:
         return "" if parent.exists() or parent == path else f"; {parent} does not exist either"
     match = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.with_name(match[0])}?" if match else ""
+
+
+def one_line(error: object, *, most: int = 300) -> str:
+    r"""Return an error as one printable line.
+
+    A longer text loses its middle, since its start names the file and its end says what to do.
+
+    >>> one_line("a.jpg\n is broken \x1b[2J")
+    'a.jpg is broken \\x1b[2J'
+    >>> one_line("x" * 1000, most=20)
+    'xxxxxxxxxx ... xxxxx'
+    """
+    text = str(error)
+    if len(text) > 8 * most:  # an error may repeat megabytes of a file
+        text = text[: 6 * most] + text[-2 * most :]
+    words = " ".join(text.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    if len(line) <= most:
+        return line
+    start = (most - 5) * 2 // 3
+    return f"{line[:start]} ... {line[len(line) - (most - 5 - start) :]}"

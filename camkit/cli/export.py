@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import get_args
 
 from camkit.cli.datasets import LAYOUTS_HELP, add_dataset_arguments, reading_of
-from camkit.data import COCO_CLASSES, TARGETS, VOC_CLASSES, ExportOptions, export
-from camkit.data.labels import read_names
+from camkit.cli.options import class_names
+from camkit.data import TARGETS, ExportOptions, export
 from camkit.data.layouts import open_with
 from camkit.data.reading import Reading
 from camkit.data.targets.plan import Photos
@@ -69,16 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataset_arguments(parser)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """Read the names of the mask values 1, 2, ..."""
-    known = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
-    if text in known:
-        return known[text]
-    if "," in text and not Path(text).exists():
-        return tuple(name.strip() for name in text.split(","))
-    return tuple(read_names(Path(text)))
-
-
 def execute(options: argparse.Namespace) -> int:
     settings = ExportOptions(
         regions=options.regions,
@@ -97,7 +87,7 @@ def execute(options: argparse.Namespace) -> int:
         source,
         options.to,
         options.out,
-        classes=None if options.classes is None else _names(options.classes),
+        classes=options.classes and class_names("--classes", options.classes),
         images=options.images,
         options=settings,
     )

@@ -32,6 +32,7 @@ from camkit.data.imagenet import (
     open_imagenet_s as open_imagenet_s,
 )
 from camkit.data.labelme import LabelMeFolder as LabelMeFolder, open_labelme as open_labelme
+from camkit.data.labels import ImageLabels as ImageLabels, read_labels as read_labels
 from camkit.data.layouts import (
     LAYOUTS as LAYOUTS,
     Layout as Layout,

@@ -1,6 +1,5 @@
 """MS COCO: its classes, folder layouts and forms of masks."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,8 @@ from camkit.data.files import (
     relative_to,
     several,
 )
-from camkit.data.labels import VECTOR_FILES, LabelFile, check_split, find_label_vectors, read_text
+from camkit.data.labels import VECTOR_FILES, ImageLabels, find_labels
+from camkit.data.names import check_split
 from camkit.data.sample import (
     VOC_FORM,
     MaskForm,
@@ -39,6 +39,7 @@ from camkit.data.sample import (
 from camkit.data.voc import VOC_CLASSES
 from camkit.errors import DataError
 from camkit.tensors import IGNORE
+from camkit.untrusted import read_json
 
 CocoIds: TypeAlias = Literal["contiguous", "original", "stuff"]
 """The ids in a mask: 1 to 80, the category ids 1 to 90, or COCO-Stuff's, which are 1 less."""
@@ -225,9 +226,9 @@ class CocoFolder:
         photos = next(filter(None, map(photos_in, part.folders)), None)
         if photos is None:
             raise DataError(f"{self.root} no longer holds photos of {part.name}; open it again")
-        labels = find_label_vectors(self.root, COCO_CLASSES)
+        labels = find_labels(self.root, COCO_CLASSES)
         try:
-            known = {} if labels is None else {n: labels.classes_of(n, n) for n in photos}
+            known = {} if labels is None else {n: labels.of(n, n) for n in photos}
         except DataError:
             known = {}  # the error is reported with its image
         masks = self._masks(part.name, known)
@@ -242,12 +243,12 @@ class CocoFolder:
         stem: str,
         photo: Path,
         mask_and_form: tuple[Path, MaskForm] | None,
-        labels: LabelFile | None,
+        labels: ImageLabels | None,
     ) -> Sample:
         mask, form = mask_and_form or (None, VOC_FORM)
         if labels is not None:
             mask_ids = _mask_ids(voc=self.voc)
-            known = labels.classes_of(stem, str(photo))
+            known = labels.of(stem, str(photo))
             classes = sorted(mask_ids[index] - 1 for index in known if mask_ids[index])
             return Sample(stem, photo, mask, tuple(classes), form)
         if mask is None:
@@ -474,7 +475,7 @@ def _panoptic_forms(path: Path, category: Mapping[int, int]) -> dict[str, MaskFo
     forms = {}
     expected = "annotations with file_name and segments_info"
     with reading_json(path, "panoptic masks", expected):
-        for image in json.loads(read_text(path))["annotations"]:
+        for image in read_json(path)["annotations"]:
             ids = {s["id"]: category.get(s["category_id"], 0) for s in image["segments_info"]}
             form = MaskForm(colours=True, ids=ids, ignored=(0,))
             forms[Path(image["file_name"]).stem] = form

@@ -10,9 +10,10 @@ from typing import Any
 
 from camkit.data.drawn import CocoMask, check_picture, packed
 from camkit.data.files import picture_size
-from camkit.data.labels import read_text
+from camkit.data.names import composed
 from camkit.errors import DataError
 from camkit.printing import short_repr
+from camkit.untrusted import read_json
 
 _KEYS = (b'"images"', b'"annotations"', b'"categories"')
 _OURS = "exported by camkit"
@@ -185,7 +186,7 @@ def _categories(path: Path, listed: Any) -> dict[int, str]:
             )
         if number in names:
             raise DataError(f"{path}: two categories have the id {number}; give each its own")
-        names[number] = str(name)
+        names[number] = composed(str(name))
     held = list(names.values())
     unique = {n: f"{name} ({n})" if held.count(name) > 1 else name for n, name in names.items()}
     return dict(sorted(unique.items()))
@@ -197,7 +198,7 @@ def _listed(categories: Mapping[int, str]) -> str:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    content = json.loads(read_text(path))
+    content = read_json(path)
     if not isinstance(content, dict):
         raise TypeError(f"it holds a {type(content).__name__}")
     return content
@@ -221,8 +222,6 @@ def reading_json(path: Path, kind: str, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); copy it again") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is no list of COCO {kind} ({type(error).__name__}: {error}); expected "

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from camkit.data.labels import read_text
 from camkit.data.reading import is_background
+from camkit.data.text import read_text
 from camkit.errors import DataError
 from camkit.mask import voc_colour
 from camkit.photo import decode

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from camkit.data.colours import read_labelmap
 from camkit.data.files import in_short
-from camkit.data.labels import check_split
+from camkit.data.names import check_split
 from camkit.data.sample import Sample, all_usable
 from camkit.data.unpacked import unpacked
 from camkit.data.voc import VOCFolder, voc_splits

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 from PIL import ExifTags, Image
 
+from camkit.data.names import composed, on_disk
 from camkit.errors import DataError
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
@@ -44,13 +45,13 @@ def names_of(folder: Path, paths: Iterable[Path]) -> dict[str, Path]:
     """
     by_stem: dict[str, list[Path]] = {}
     for path in paths:
-        by_stem.setdefault(path.stem, []).append(path)
+        by_stem.setdefault(composed(path.stem), []).append(path)
     named: dict[str, Path] = {}
     for stem, same in by_stem.items():
         for path in same:
             name = stem
             if len(same) > 1:
-                name = path.relative_to(folder).with_suffix("").as_posix()
+                name = composed(path.relative_to(folder).with_suffix("").as_posix())
             if name in named:
                 raise DataError(
                     f"{path.parent} holds both {named[name].name} and {path.name}, which would "
@@ -79,7 +80,7 @@ def masks_of(photos: Mapping[str, Path], top: Path, folder: Path) -> dict[str, P
     index = _MaskIndex.of(folder, deep=deep)
     found = {}
     for name, photo in photos.items():
-        mask = index.find(photo.relative_to(top).with_suffix("").as_posix())
+        mask = index.find(composed(photo.relative_to(top).with_suffix("").as_posix()))
         if mask is not None:
             found[name] = mask
     if not found and photos:
@@ -100,7 +101,7 @@ class _MaskIndex:
         ranked: dict[str, tuple[int, Path]] = {}
         files = _files(folder, MASK_SUFFIXES, deep=deep)
         for path in sorted(files, key=lambda path: MASK_SUFFIXES.index(path.suffix.lower())):
-            name = path.relative_to(folder).with_suffix("").as_posix()
+            name = composed(path.relative_to(folder).with_suffix("").as_posix())
             plain.setdefault(name, path)
             for rank, end in enumerate(_MASK_ENDS):
                 if name.lower().endswith(end) and len(name) > len(end):
@@ -175,11 +176,13 @@ class PhotoFinder:
         Raises:
             DataError: several photos have this file name.
         """
-        relative = PurePosixPath(unquote(name).replace("\\", "/").rpartition("?d=")[2])
+        text = composed(unquote(name)).replace("\\", "/").rpartition("?d=")[2]
+        relative = PurePosixPath(text)
         if not relative.is_absolute() and ".." not in relative.parts:
             for folder in self._folders:
-                if (folder / relative).is_file():
-                    return folder / relative
+                path = on_disk(folder / relative)
+                if path.is_file():
+                    return path
         for each in dict.fromkeys((relative.name, _UPLOAD.sub("", relative.name))):
             found = sorted(self._names().get(each, ()))
             if len(found) > 1:
@@ -196,7 +199,7 @@ class PhotoFinder:
             self._by_name = {}
             for folder in self._folders:
                 for path in _walk(folder, PHOTO_SUFFIXES, deep=True):
-                    self._by_name.setdefault(path.name, set()).add(path)
+                    self._by_name.setdefault(composed(path.name), set()).add(path)
         return self._by_name
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from camkit.data.files import PHOTO_SUFFIXES, in_short
-from camkit.data.labels import check_split, read_text
+from camkit.data.names import check_split
 from camkit.data.reading import Reading, Zero, is_background, numbered_classes, some_class
 from camkit.data.sample import MaskForm, Sample, all_usable, mask_classes
 from camkit.data.unpacked import unpacked
 from camkit.errors import CamkitError, DataError
+from camkit.untrusted import read_json
 
 _PHOTOS = ("image", "img", "photo", "picture", "pixel_values")
 _MASKS = (
@@ -161,8 +162,8 @@ def _id2label(root: Path) -> tuple[tuple[str, ...], Zero] | None:
     if not path.is_file():
         return None
     try:
-        names = {int(number): str(name) for number, name in json.loads(read_text(path)).items()}
-    except (ValueError, AttributeError, RecursionError) as error:
+        names = {int(number): str(name) for number, name in read_json(path).items()}
+    except (ValueError, AttributeError) as error:
         raise DataError(f'{path} must hold {{"0": "background", "1": "cat"}}') from error
     background = is_background(names.pop(0)) if is_background(names.get(0, "")) else 0 not in names
     first = 1 if background else 0

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import io
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from PIL import Image, ImageDraw
 
 from camkit.data.drawn import IGNORED_ID, check_picture, check_ring, painted
 from camkit.data.files import PHOTO_SUFFIXES, PhotoFinder, in_short, relative_to
-from camkit.data.labels import check_split, read_names, read_text
+from camkit.data.names import check_split, composed, read_names
 from camkit.data.reading import Reading
 from camkit.data.sample import Sample, all_usable
 from camkit.errors import DataError, closest
+from camkit.untrusted import read_json
 
 _ALL = "all"
 _IGNORED, _BACKGROUND = "__ignore__", "_background_"
@@ -53,6 +53,7 @@ class LabelMeForm:
 
     def value_of(self, label: str, source: str) -> int:
         """Return the id of a label; ``source`` is named if it is no class."""
+        label = composed(label)
         if label in (_IGNORED, _BACKGROUND):
             return IGNORED_ID if label == _IGNORED else 0
         if label not in self.classes:
@@ -143,7 +144,7 @@ def open_labelme(root: str | Path, *, reading: Reading | None = None) -> LabelMe
         for name in splits:
             for path in _labelled(root if name == _ALL else root / name):
                 try:
-                    labels |= {shape["label"] for shape in read_labelme(path)["shapes"]}
+                    labels |= {composed(shape["label"]) for shape in read_labelme(path)["shapes"]}
                 except DataError:
                     continue  # the error is reported with its image
         classes = tuple(sorted(labels - {_IGNORED, _BACKGROUND}))
@@ -154,10 +155,7 @@ def open_labelme(root: str | Path, *, reading: Reading | None = None) -> LabelMe
 
 def read_labelme(path: Path) -> dict[str, Any]:
     """Read a file of LabelMe; one with other content is a DataError."""
-    try:
-        content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); copy it again") from error
+    content = read_json(path)
     shapes = content.get("shapes") if isinstance(content, dict) else None
     fits = isinstance(shapes, list) and all(
         isinstance(shape, dict) and isinstance(shape.get("label"), str) for shape in shapes

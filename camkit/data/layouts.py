@@ -6,7 +6,7 @@ from pathlib import Path
 
 from camkit.data.coco import coco_splits, open_coco
 from camkit.data.cvat import is_cvat, open_cvat
-from camkit.data.folders import open_folder
+from camkit.data.folders import open_folder, plain_label_file
 from camkit.data.huggingface import is_huggingface, open_huggingface
 from camkit.data.imagenet import open_imagenet_s
 from camkit.data.labelme import labelme_splits, open_labelme
@@ -45,7 +45,7 @@ def _is_voc(root: Path) -> bool:
 
 
 def _is_plain(root: Path) -> bool:
-    return (root / "images").is_dir() and (root / "labels.csv").is_file()
+    return (root / "images").is_dir() and plain_label_file(root) is not None
 
 
 def _is_imagenet_s(root: Path) -> bool:
@@ -65,12 +65,6 @@ LAYOUTS: dict[str, Layout] = {
         lambda root, reading: open_voc(root, reading=reading),
         ("classes", *_MASKS),
     ),
-    "plain": Layout(
-        "images/ and labels.csv",
-        _is_plain,
-        lambda root, reading: _reformed(open_folder(root), reading),
-        _MASKS,
-    ),
     "imagenet-s": Layout(
         "validation/ and validation-segmentation/",
         _is_imagenet_s,
@@ -85,6 +79,12 @@ LAYOUTS: dict[str, Layout] = {
         lambda root, reading: open_coco(root, void=reading.void),
         ("void",),
         files=True,
+    ),
+    "plain": Layout(
+        "images/ and a file of labels such as labels.csv",
+        _is_plain,
+        lambda root, reading: _reformed(open_folder(root), reading),
+        _MASKS,
     ),
     "labelme": Layout(
         "*.json with shapes beside photos",

@@ -16,9 +16,10 @@ from camkit.data.files import (
     relative_to,
     several,
 )
-from camkit.data.labels import check_split, read_names, read_text
+from camkit.data.names import check_split, read_names
 from camkit.data.reading import Reading, Zero, is_background, numbered_classes, some_class
 from camkit.data.sample import MaskReader, Sample, all_usable, mask_classes
+from camkit.data.text import read_text
 from camkit.errors import DataError
 
 PAIRS = (

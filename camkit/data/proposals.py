@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from camkit.data.labels import read_text
 from camkit.data.sample import mask_values
+from camkit.data.text import read_text
 from camkit.errors import DataError, nearby
 from camkit.ops.mask_runs import MaskRuns
 from camkit.photo import decode

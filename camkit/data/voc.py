@@ -7,7 +7,8 @@ from typing import Literal
 
 from camkit.data.colours import ColourForm, voc_colours
 from camkit.data.files import in_short, masks_of, photos_in
-from camkit.data.labels import LabelFile, check_split, find_labels, read_names
+from camkit.data.labels import ImageLabels, find_labels
+from camkit.data.names import check_split, composed, on_disk, read_image_names
 from camkit.data.reading import Reading, some_class
 from camkit.data.sample import MaskForm, MaskReader, Sample, all_usable, mask_classes
 from camkit.errors import DataError
@@ -27,10 +28,9 @@ class VOCFolder:
     """A data set laid out like PASCAL VOC; `open_voc` finds its classes and splits.
 
     Photos are in ``JPEGImages``, masks in ``SegmentationClass``, and each file
-    ``ImageSets/Segmentation/<split>.txt`` lists names, one per line; file names and the lines of
-    PSA's lists, ``/JPEGImages/a.jpg /SegmentationClassAug/a.png``, are read as the name a. Labels
-    come from ``labels.json``, ``{"classes": [...], "labels": {name: [class names]}}``, else from
-    ``cls_labels.npy`` or ``cls_labels_onehot.npy``, {name: 0/1 vector}, else from the masks.
+    ``ImageSets/Segmentation/<split>.txt`` lists names, one per line, as
+    `camkit.data.names.read_image_names` reads a line. Labels come from the first of
+    `camkit.data.labels.LABEL_FILES`, such as ``labels.json``, else from the masks.
 
     Masks hold ids, or the colours of VOC's palette, as the first mask of a split does.
 
@@ -68,10 +68,10 @@ class VOCFolder:
         entries = self._entries(name, labels)
         return some_class(entries, name, self.root) if labels is None else entries
 
-    def _entries(self, name: str, labels: LabelFile | None) -> Iterator[Sample | DataError]:
+    def _entries(self, name: str, labels: ImageLabels | None) -> Iterator[Sample | DataError]:
         listing = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
         photos = _Photos(self.photos or (self.root / "JPEGImages",))
-        lines = {photos.name_of(text): line for text, line in read_names(listing).items()}
+        lines = read_image_names(listing)
         masks = self._masks(lines)
         form = self._form(masks)
         for stem, line in lines.items():
@@ -87,7 +87,7 @@ class VOCFolder:
         masks: dict[str, Path] = {}
         for folder in _MASK_FOLDERS if self.masks is None else (self.masks,):
             files = (self.root / folder).glob("*.png")
-            listed = {path.stem: path for path in files if path.stem in names}
+            listed = {name: path for path in files if (name := composed(path.stem)) in names}
             if not listed:  # perhaps names such as a_mask.png, or other formats
                 places = {name: self.root / "JPEGImages" / f"{name}.jpg" for name in names}
                 listed = masks_of(places, self.root / "JPEGImages", self.root / folder)
@@ -103,10 +103,10 @@ class VOCFolder:
             return voc_colours(len(self.classes))
         return self.reading.form(len(self.classes))
 
-    def _labelled(self, sample: Sample, labels: LabelFile | None, source: str) -> Sample:
+    def _labelled(self, sample: Sample, labels: ImageLabels | None, source: str) -> Sample:
         """Return the sample with its labels."""
         if labels is not None:
-            return replace(sample, classes=labels.classes_of(sample.name, source))
+            return replace(sample, classes=labels.of(sample.name, source))
         if sample.mask is None:
             folder = self.masks or _MASK_FOLDERS[0]
             raise DataError(
@@ -126,7 +126,7 @@ class VOCFolder:
         sentences = [f"ImageSets/Segmentation: a layout of PASCAL VOC, {names}, {source}"]
         for split in self.splits:
             listing = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
-            lines = {Path(text).stem: line for text, line in read_names(listing).items()}
+            lines = read_image_names(listing)
             masks = self._masks(lines)
             form = self._form(masks)
             what = "ids" if isinstance(form, MaskForm) else "colours"
@@ -144,18 +144,9 @@ class _Photos:
         self._folders = folders
         self._known: dict[str, Path] | None = None
 
-    def name_of(self, line: str) -> str:
-        """Return the name on a line of a list."""
-        if line.startswith("/JPEGImages/"):
-            return Path(line.split()[0]).stem
-        return Path(line).stem if self._is_file(line) else line
-
-    def _is_file(self, line: str) -> bool:
-        return "." in line and any((folder / line).is_file() for folder in self._folders)
-
     def find(self, stem: str, source: str) -> Path:
         """Return the photo of a name; ``source`` is the line that lists it."""
-        usual = self._folders[0] / f"{stem}.jpg"
+        usual = on_disk(self._folders[0] / f"{stem}.jpg")
         if usual.is_file():
             return usual
         if self._known is None:
@@ -199,9 +190,9 @@ def open_voc(
         raise DataError(f"{root / masks} does not exist; add the folder or leave out `masks`")
     classes = reading.classes or VOC_CLASSES
     labels = find_labels(root, classes)
-    if labels is not None and reading.classes is not None and labels.classes != classes:
+    names = classes if labels is None else labels.classes or classes
+    if labels is not None and reading.classes is not None and names != classes:
         raise ValueError(f"{labels.path} names the classes; leave out `classes`")
-    names = classes if labels is None else labels.classes
     return VOCFolder(root, names, splits, masks, replace(reading, classes=None, layout=None))
 
 

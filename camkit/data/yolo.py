@@ -11,8 +11,9 @@ from jaxtyping import Int
 
 from camkit.data.drawn import by_area, check_picture, check_ring, filled, painted
 from camkit.data.files import PHOTO_SUFFIXES, holds, in_short, photos_in, picture_size, relative_to
-from camkit.data.labels import check_split, read_text
+from camkit.data.names import check_split
 from camkit.data.sample import VOC_FORM, Sample, all_usable
+from camkit.data.text import read_text
 from camkit.errors import DataError
 
 _FILES = ("data.yaml", "data.yml", "dataset.yaml")

@@ -14,7 +14,9 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from camkit.data.camfiles import read_cam
+from camkit.data.names import on_disk
 from camkit.data.sample import DataSet, Sample, mask_ids, mask_values
+from camkit.data.targets.packed import PackedPhoto, packed_photo
 from camkit.data.targets.plan import MaskedImage
 from camkit.data.targets.regions import VOID
 from camkit.errors import DataError
@@ -128,9 +130,10 @@ class RunMasks:
             yield Entry(row["key"], None, partial(self._read, row))
 
     def _read(self, row: dict[str, Any]) -> MaskedImage:
-        photo = find_photo(self.images_folder, row["key"])
+        photo: Path | PackedPhoto | None = find_photo(self.images_folder, row["key"])
         if photo is None and Path(row["source"]).is_file():
             photo = Path(row["source"])
+        photo = photo or packed_photo(row["source"])
         maps = None if row.get("cam") is None else partial(self._maps, row)
         mask = read_values(self.root / row["mask"])
         return MaskedImage(row["key"], mask, photo, tuple(_legend_of(row)), maps)
@@ -242,7 +245,7 @@ def find_photo(folder: Path | None, key: str) -> Path | None:
     """Return the photo of a key below a folder, if there is one."""
     if folder is None:
         return None
-    paths = (folder / f"{key}{suffix}" for suffix in _PHOTOS)
+    paths = (on_disk(folder / f"{key}{suffix}") for suffix in _PHOTOS)
     return next((path for path in paths if path.is_file()), None)
 
 
