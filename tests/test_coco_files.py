@@ -246,6 +246,24 @@ def test_crowds_are_ignored_where_no_object_lies_and_are_labels(fruit):
     assert open_dataset(fruit).split("train")[0].classes == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("more", "info", "value"),
+    [
+        ({"attributes": {"occluded": False}}, {"description": "my data"}, 2),  # CVAT
+        ({}, {"contributor": "", "description": "", "year": ""}, 2),  # Datumaro
+        ({}, {"description": "COCO 2017 Dataset"}, -1),
+        ({}, {}, -1),
+    ],
+)
+def test_what_cvat_writes_of_a_brush_is_an_object(fruit, more, info, value):
+    runs = {"size": [4, 6], "counts": [0, 24]}
+    content = listing(annotation(PEAR, runs, iscrowd=1, **more))
+    write_json(fruit / "annotations" / "instances_train.json", {**content, "info": info})
+    assert np.unique(ids(open_dataset(fruit))).tolist() == [value]
+    assert np.unique(ids(open_coco(fruit, crowds="objects"))).tolist() == [2]
+    assert np.unique(ids(open_coco(fruit, crowds="ignored"))).tolist() == [-1]
+
+
 def test_run_lengths_are_read_column_by_column_as_numbers_or_text(fruit):
     coco = pytest.importorskip("pycocotools.mask")
     pixels = np.random.default_rng(0).random((4, 6)) < 0.5

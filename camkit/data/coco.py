@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from camkit.data.cocofile import (
     CocoFile,
     CocoImage,
+    Crowds,
     is_coco,
     read_categories,
     read_coco,
@@ -131,7 +132,10 @@ class CocoFolder:
     an annotation that is only a box has labels but no mask. PNG masks go before: files with the
     names of the photos in the folder ``<split>`` of ``SegmentationClass``, ``masks``,
     ``annotations`` or ``stuffthingmaps``, or the panoptic ones, ``annotations/panoptic_<split>/``
-    beside ``annotations/panoptic_<split>.json``. Stuff is background.
+    beside ``annotations/panoptic_<split>.json`` of COCO itself. Stuff is background.
+
+    Crowd regions (``iscrowd``) are not scored. CVAT and Datumaro mark all that was painted with a
+    brush so; in their files, crowds are objects.
 
     Folders of photos named like COCO's (train2017) need no annotations: labels then come from
     ``cls_labels.npy`` or ``cls_labels_onehot.npy``, else from the masks.
@@ -144,6 +148,7 @@ class CocoFolder:
             of the first 100 masks agree with the labels that way, else "contiguous".
         voc: use the 20 classes of VOC, by VOC's names; all others become background.
         void: values of PNG masks that are not scored.
+        crowds: what annotations with ``iscrowd`` are, see `camkit.data.cocofile.read_coco`.
     """
 
     root: Path
@@ -152,6 +157,7 @@ class CocoFolder:
     ids: CocoIds | None = None
     voc: bool = False
     void: tuple[int, ...] = (IGNORE,)
+    crowds: Crowds | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -176,7 +182,7 @@ class CocoFolder:
         if part.annotations is None:
             yield from self._unannotated(part)
             return
-        file = read_coco(part.annotations)
+        file = read_coco(part.annotations, crowds=self.crowds)
         labels = {image: self._labels(image) for image in file.images}
         names = _sample_names(file.images)
         known = {names[image.number]: labels[image] for image in file.images}
@@ -270,7 +276,7 @@ class CocoFolder:
                 form = self._form(ids)
                 return {stem: (path, form) for stem, path in masks.items()}
         listing = self.root / "annotations" / f"panoptic_{name}.json"
-        if not listing.is_file():
+        if not listing.is_file() or not self._official:  # of others, objects alone are drawn
             return {}
         forms = _panoptic_forms(listing, {n: index + 1 for n, index in self._index().items()})
         masks = _files(listing.with_suffix(""), "png")
@@ -317,7 +323,7 @@ class CocoFolder:
                 "are COCO's 80"
             )
         else:
-            file = read_coco(part.annotations)
+            file = read_coco(part.annotations, crowds=self.crowds)
             count = several(len(file.categories), "category")
             own = f"{count} of its own ({in_short(file.categories)})"
             classes = "COCO's 80 categories" if self._official else own
@@ -341,6 +347,7 @@ def open_coco(
     voc: bool = False,
     images: str | Path | None = None,
     void: tuple[int, ...] | None = None,
+    crowds: Crowds | None = None,
 ) -> CocoFolder:
     """Find the splits and classes of a data set with annotations in COCO's form.
 
@@ -350,6 +357,8 @@ def open_coco(
         voc: use the 20 classes of VOC instead of COCO's 80.
         images: the folder of the photos; None looks near the annotations.
         void: values of PNG masks that are not scored; None takes 255.
+        crowds: whether annotations with ``iscrowd`` are "ignored" or "objects". None takes them for
+            objects only where CVAT or Datumaro wrote them, see `CocoFolder`.
 
     Raises:
         DataError: there are no annotations and no photos, or categories that disagree.
@@ -376,7 +385,8 @@ def open_coco(
             f"`voc` takes the classes of VOC from COCO's 80, but {root} has its own categories "
             f"({in_short(dict(categories))}); leave out `voc`"
         )
-    return CocoFolder(root, parts, categories, ids, voc, (IGNORE,) if void is None else void)
+    ignored = (IGNORE,) if void is None else void
+    return CocoFolder(root, parts, categories, ids, voc, ignored, crowds)
 
 
 def coco_splits(root: Path) -> tuple[CocoSplit, ...]:
@@ -453,6 +463,8 @@ def _drawn_from(file: CocoFile) -> str:
     drawn = [several(counts[kind], kind) for kind in ("polygon", "run length") if counts[kind]]
     notes = {
         "crowd": f"{several(counts['crowd'], 'crowd region')} ignored",
+        "painted": f"{several(counts['painted'], 'crowd region')} taken for objects, as CVAT "
+        "writes what was painted",
         "short": f"{several(counts['short'], 'polygon')} of fewer than 3 points left out",
         "box": f"{several(counts['box'], 'annotation')} without a segmentation: labels only",
     }

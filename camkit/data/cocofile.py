@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from camkit.data.drawn import CocoMask, check_picture, packed
 from camkit.data.files import picture_size
@@ -14,6 +14,9 @@ from camkit.data.names import composed
 from camkit.errors import DataError
 from camkit.printing import short_repr
 from camkit.untrusted import read_json
+
+Crowds: TypeAlias = Literal["ignored", "objects"]
+"""What annotations with ``iscrowd`` are: not scored, or objects like others."""
 
 _KEYS = (b'"images"', b'"annotations"', b'"categories"')
 _OURS = "exported by camkit"
@@ -30,6 +33,7 @@ class CocoImage:
         present: ids of the categories annotated.
         annotations: id, category, crowd and segmentation of each.
         boxes: how many annotations have no segmentation.
+        painted: how many crowds are taken for objects.
         fault: why it cannot be used.
     """
 
@@ -39,6 +43,7 @@ class CocoImage:
     present: set[int] = field(default_factory=set)
     annotations: list[tuple[Any, int, bool, Any]] = field(default_factory=list)
     boxes: int = 0
+    painted: int = 0
     fault: str | None = None
 
     def form(self, path: Path, photo: Path, index: Mapping[int, int]) -> CocoMask:
@@ -124,8 +129,14 @@ def read_categories(path: Path) -> dict[int, str]:
 _MOST = 2**20  # bytes of the categories
 
 
-def read_coco(path: Path) -> CocoFile:
+def read_coco(path: Path, *, crowds: Crowds | None = None) -> CocoFile:
     """Read a file of annotations.
+
+    Args:
+        path: of the file.
+        crowds: whether annotations with ``iscrowd`` are objects. None takes them for objects where
+            they have ``attributes`` or all of ``info`` is blank: CVAT and Datumaro write so, and
+            they mark everything that was painted as a crowd. Elsewhere crowds are not scored.
 
     Raises:
         DataError: it is no such file. Faults of single images are kept with them.
@@ -133,7 +144,11 @@ def read_coco(path: Path) -> CocoFile:
     with _reading(path):
         content = _content(path)
         categories = _categories(path, content.get("categories"))
-        ours = isinstance(content.get("info"), dict) and content["info"].get("description") == _OURS
+        info = content.get("info")
+        info = info if isinstance(info, dict) else {}
+        ours = info.get("description") == _OURS
+        if crowds is None and info and not any(info.values()):
+            crowds = "objects"  # Datumaro, which writes CVAT's files too, leaves all of it blank
         images = {}
         for entry in content["images"]:
             size = (entry.get("height"), entry.get("width"))
@@ -154,18 +169,22 @@ def read_coco(path: Path) -> CocoFile:
                     f"{annotation['category_id']!r}; known are {_listed(categories)}"
                 )
             else:
-                _add(image, annotation, crowd_is_void=ours)
+                _add(image, annotation, crowds, crowd_is_void=ours)
     return CocoFile(path, categories, tuple(images.values()), tuple(stray))
 
 
-def _add(image: CocoImage, annotation: Mapping[str, Any], *, crowd_is_void: bool) -> None:
+def _add(
+    image: CocoImage, annotation: Mapping[str, Any], crowds: Crowds | None, *, crowd_is_void: bool
+) -> None:
     category, crowd = annotation["category_id"], bool(annotation.get("iscrowd", 0))
+    painted = crowd and ("attributes" in annotation if crowds is None else crowds == "objects")
     if not (crowd and crowd_is_void):
         image.present.add(category)
+    image.painted += painted
     segmentation = annotation.get("segmentation")
     if segmentation:
         number = annotation.get("id", "without id")
-        image.annotations.append((number, category, crowd, segmentation))
+        image.annotations.append((number, category, crowd and not painted, segmentation))
     else:
         image.boxes += 1
 

@@ -125,7 +125,9 @@ def mask_folders(root: Path) -> tuple[tuple[str, Path, Path], ...]:
                 for path in sorted(top.glob("*/"))
                 if (folder / path.name).is_dir() and holds(path, PHOTO_SUFFIXES)
             ]
-            return tuple(splits) or ((_ALL, top, folder),)
+            parts = tuple(splits) or ((_ALL, top, folder),)
+            if any(found_in(part)[1] for part in parts):
+                return parts
     found: dict[str, tuple[str, Path, Path]] = {}
     for photos, masks in PAIRS:
         for top in sorted(root.glob(f"*/{photos}/")):

@@ -138,6 +138,7 @@ def open_yolo(root: str | Path) -> YoloFolder:
         top = _folder(root, content, content.get(name), name)
         if top is not None and top not in parts.values():
             parts[name] = top
+    parts = parts or _usual_folders(root)
     if not parts:
         raise DataError(
             f"{path} names no folder of photos that is there; expected lines such as "
@@ -158,6 +159,18 @@ def _folder(root: Path, content: Mapping[str, Any], named: Any, split: str) -> P
         if place.is_dir() and holds(place, PHOTO_SUFFIXES):
             return Path(place).resolve() if ".." in place.parts else place
     return None
+
+
+def _usual_folders(root: Path) -> dict[str, Path]:
+    """Find folders of photos that have a folder of labels, for a file that names none."""
+    tops = [*sorted(root.glob("images/*/")), *sorted(root.glob("*/images/"))]
+    parts = {
+        path.parent.name if path.name == "images" else path.name: path
+        for path in tops
+        if _labels_of(path).is_dir() and holds(path, PHOTO_SUFFIXES)
+    }
+    flat = root / "images"
+    return parts or ({"all": flat} if (root / "labels").is_dir() and flat.is_dir() else {})
 
 
 def _labels_of(top: Path) -> Path:
