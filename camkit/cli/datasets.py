@@ -15,6 +15,10 @@ and a plain folder (images, labels.csv). The page "Data sets: what is read" desc
 """What the help of a command says of data sets."""
 
 
+MASK_OPTIONS = ("void", "zero", "mask_values")
+"""The options that `add_mask_arguments` adds."""
+
+
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that `reading_of` reads."""
     add = parser.add_argument

@@ -122,6 +122,16 @@ class _MaskIndex:
         return None
 
 
+def mask_name(name: str) -> str:
+    """Return the name of a mask without an ending such as ``_mask`` or ``_labelIds``.
+
+    >>> mask_name("street_gtFine_labelIds"), mask_name("street")
+    ('street', 'street')
+    """
+    ends = (end for end in _MASK_ENDS if name.lower().endswith(end) and len(name) > len(end))
+    return name[: -len(end)] if (end := next(ends, "")) else name
+
+
 def _photo_key(name: str) -> str:
     """Return the name of a photo without an ending such as ``_leftImg8bit``."""
     for end in _PHOTO_ENDS:

@@ -161,7 +161,7 @@ def all_usable(entries: Iterable[Sample | DataError]) -> tuple[Sample, ...]:
 def read_mask(
     path: Path,
     *,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     num_classes: int,
     form: MaskReader = VOC_FORM,
     classes: Sequence[int] | None = None,
@@ -170,7 +170,7 @@ def read_mask(
 
     Args:
         path: a mask, or a file of annotations.
-        size: rows and columns of the image it belongs to.
+        size: rows and columns of the image it belongs to; None accepts any.
         num_classes: number of classes of the data set, background not counted.
         form: how the mask is read from the file, as the sample says.
         classes: the classes to keep, at most 254; all others become background. None keeps all.
