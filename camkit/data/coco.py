@@ -19,6 +19,8 @@ from camkit.data.cocofile import (
 from camkit.data.files import (
     PHOTO_SUFFIXES,
     PhotoFinder,
+    files_in,
+    folders_in,
     holds,
     in_short,
     photos_in,
@@ -183,7 +185,8 @@ class CocoFolder:
             yield from self._unannotated(part)
             return
         file = read_coco(part.annotations, crowds=self.crowds)
-        labels = {image: self._labels(image) for image in file.images}
+        index = self._index()
+        labels = {image: _classes_of(image, index) for image in file.images}
         names = _sample_names(file.images)
         known = {names[image.number]: labels[image] for image in file.images}
         masks = self._masks(name, known)
@@ -191,16 +194,12 @@ class CocoFolder:
         for image in file.images:
             try:
                 photo = self._photo(image, finder, file)
-                mask, form = masks.get(names[image.number]) or self._drawn(image, photo, file)
+                mask, form = masks.get(names[image.number]) or _drawn(image, photo, file, index)
                 yield Sample(names[image.number], photo, mask, labels[image], form)
             except DataError as error:
                 yield error
         for fault in file.stray:
             yield DataError(fault)
-
-    def _labels(self, image: CocoImage) -> tuple[int, ...]:
-        index = self._index()
-        return tuple(sorted({index[number] for number in image.present if number in index}))
 
     def _index(self) -> dict[int, int]:
         """Return the class index of each category that is a class."""
@@ -219,13 +218,6 @@ class CocoFolder:
                 "name the folder of the photos (`images` of open_coco)"
             )
         return photo
-
-    def _drawn(
-        self, image: CocoImage, photo: Path, file: CocoFile
-    ) -> tuple[Path | None, MaskReader]:
-        if image.boxes or not file.drawn:
-            return None, VOC_FORM
-        return file.path, image.form(file.path, photo, self._index())
 
     def _unannotated(self, part: CocoSplit) -> Iterator[Sample | DataError]:
         """Yield the samples of a folder of photos, with labels from vectors or from masks."""
@@ -340,6 +332,19 @@ class CocoFolder:
 _OFFICIAL = tuple((number, name) for name, number in COCO_IDS.items())
 
 
+def _classes_of(image: CocoImage, index: Mapping[int, int]) -> tuple[int, ...]:
+    return tuple(sorted({index[number] for number in image.present if number in index}))
+
+
+def _drawn(
+    image: CocoImage, photo: Path, file: CocoFile, index: Mapping[int, int]
+) -> tuple[Path | None, MaskReader]:
+    """Return the file and the form of a drawn mask, if the file holds it whole."""
+    if image.boxes or not file.drawn:
+        return None, VOC_FORM
+    return file.path, image.form(file.path, photo, index)
+
+
 def open_coco(
     root: str | Path,
     *,
@@ -402,18 +407,19 @@ def coco_splits(root: Path) -> tuple[CocoSplit, ...]:
     ]
     parts = {part.name: part for part in (_split_of(path, root) for path in reversed(lists))}
     for folder in _PHOTO_FOLDERS:
-        for path in sorted((root / folder).glob("*/")):
+        for path in folders_in(root / folder):
             named = _SPLIT.fullmatch(path.name) and path.name not in parts
             if named and holds(path, PHOTO_SUFFIXES, deep=False):
                 folders = tuple(root / each / path.name for each in _PHOTO_FOLDERS)
                 parts[path.name] = CocoSplit(path.name, None, folders)
-    for path in sorted(root.glob(f"*/{_ROBOFLOW}")):
+    roboflow = (folder / _ROBOFLOW for folder in folders_in(root))
+    for path in filter(Path.is_file, roboflow):
         parts.setdefault(path.parent.name, CocoSplit(path.parent.name, path, (path.parent,)))
     return tuple(parts[name] for name in sorted(parts)) or _at_the_top(root)
 
 
 def _at_the_top(root: Path) -> tuple[CocoSplit, ...]:
-    lists = sorted(root.glob("*.json"))
+    lists = files_in(root, ".json")
     lists = [path for path in lists if is_coco(path)] if len(lists) <= _FEW else []
     return tuple(_split_of(path, root, several=len(lists) > 1) for path in lists)
 

@@ -5,6 +5,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -85,7 +86,7 @@ class CocoFile:
 
     __repr__ = short_repr
 
-    @property
+    @cached_property
     def drawn(self) -> bool:
         """Whether any annotation has a segmentation."""
         return any(image.annotations for image in self.images)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from camkit.data.colours import read_labelmap
-from camkit.data.files import in_short
+from camkit.data.files import files_in, in_short
 from camkit.data.names import check_split
 from camkit.data.sample import Sample, all_usable
 from camkit.data.unpacked import unpacked
@@ -104,7 +104,7 @@ def _folder(root: Path, photos: tuple[Path, ...]) -> VOCFolder:
 
 
 def _archives(root: Path) -> tuple[Path, ...]:
-    paths = sorted(root.glob("*.zip"))
+    paths = files_in(root, ".zip")
     return tuple(path for path in paths if _archived(path)) if len(paths) <= _FEW else ()
 
 

@@ -120,31 +120,35 @@ def _pycocotools() -> Any:
     return mask
 
 
-def _from_runs(counts: Sequence[int], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+def _from_runs(counts: Int[np.ndarray, "n"], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
     """Return the pixels of runs outside and inside in turn, column by column."""
     inside = np.arange(len(counts)) % 2 == 1
     return np.repeat(inside, counts).reshape(size[1], size[0]).T
 
 
-def _decoded(text: bytes) -> list[int]:
-    """Decode COCO's compressed run lengths: digits of five bits, from the third run as differences.
+def _decoded(text: bytes) -> Int[np.ndarray, "n"]:
+    """Decode COCO's compressed run lengths, numbers in digits of five bits.
 
     A bit of 32 says that digits follow, one of 16 in the last digit that the number is negative.
+    From the fourth on, numbers are differences to the run before the last. Damaged text becomes
+    runs of another sum.
     """
-    counts: list[int] = []
-    number = shift = 0
-    for character in text:
-        digit = character - 48
-        number |= (digit & 31) << shift
-        shift += 5
-        if not digit & 32:
-            number -= (digit & 16) << (shift - 4)
-            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
-            number = shift = 0
+    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(digits & 32 == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    if not len(last) or last[-1] != len(digits) - 1 or (last - first).max() > _MOST_DIGITS:
+        return np.zeros(0, np.int64)
+    shift = 5 * (np.arange(len(digits)) - np.repeat(first, last - first + 1))
+    counts = np.add.reduceat((digits & 31) << shift, first)
+    counts -= (digits[last] & 16) << (shift[last] + 1)
+    counts[1::2], counts[2::2] = counts[1::2].cumsum(), counts[2::2].cumsum()
     return counts
 
 
-def _counts(segmentation: Any, size: tuple[int, int], source: str) -> list[int]:
+_MOST_DIGITS = 10  # of a number; pictures have fewer than 2**50 pixels
+
+
+def _counts(segmentation: Any, size: tuple[int, int], source: str) -> Int[np.ndarray, "n"]:
     """Return the runs of an annotation, which must cover the image."""
     counts, own = segmentation.get("counts"), segmentation.get("size")
     if not isinstance(own, list) or tuple(own) != size:
@@ -152,15 +156,18 @@ def _counts(segmentation: Any, size: tuple[int, int], source: str) -> list[int]:
             f"{source}: its run lengths are of size {own}, but the image has {list(size)} (rows, "
             "columns); export again"
         )
+    runs = np.zeros(0, np.int64)
     if isinstance(counts, str):
-        counts = _decoded(counts.encode("ascii", "replace"))
-    whole = isinstance(counts, list) and all(type(count) is int for count in counts)
-    if not whole or min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
+        runs = _decoded(counts.encode("ascii", "replace"))
+    elif isinstance(counts, list) and all(type(count) is int for count in counts):
+        runs = np.array(counts, np.int64)
+    pixels = size[0] * size[1]
+    if runs.size == 0 or runs.min() < 0 or runs.max() > pixels or runs.sum() != pixels:
         raise DataError(
             f"{source}: its run lengths are no whole numbers that add up to the {size[0]}x{size[1]}"
             " pixels of the image; export again"
         )
-    return counts
+    return runs
 
 
 def _rings(segmentation: Any, size: tuple[int, int], source: str) -> list[np.ndarray]:

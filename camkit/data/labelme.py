@@ -14,7 +14,14 @@ from jaxtyping import Bool, Int
 from PIL import Image, ImageDraw
 
 from camkit.data.drawn import IGNORED_ID, check_picture, check_ring, painted
-from camkit.data.files import PHOTO_SUFFIXES, PhotoFinder, in_short, relative_to
+from camkit.data.files import (
+    PHOTO_SUFFIXES,
+    PhotoFinder,
+    files_in,
+    folders_in,
+    in_short,
+    relative_to,
+)
 from camkit.data.names import check_split, composed, read_names
 from camkit.data.reading import Reading
 from camkit.data.sample import Sample, all_usable
@@ -122,7 +129,7 @@ def labelme_splits(root: Path) -> tuple[str, ...]:
     """List the splits of a folder of LabelMe files; none if it has another layout."""
     if _is_labelme(root):
         return (_ALL,)
-    return tuple(path.name for path in sorted(root.glob("*/")) if _is_labelme(path))
+    return tuple(path.name for path in folders_in(root) if _is_labelme(path))
 
 
 def open_labelme(root: str | Path, *, reading: Reading | None = None) -> LabelMeFolder:
@@ -178,7 +185,7 @@ def _is_labelme(folder: Path) -> bool:
 
 
 def _labelled(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    return files_in(folder, ".json")
 
 
 def _photo(path: Path, content: Mapping[str, Any], finder: PhotoFinder) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from camkit.data.files import (
     MASK_SUFFIXES,
     PHOTO_SUFFIXES,
+    folders_in,
     holds,
     in_short,
     masks_of,
@@ -122,19 +123,23 @@ def mask_folders(root: Path) -> tuple[tuple[str, Path, Path], ...]:
         if top.is_dir() and folder.is_dir() and holds(folder, MASK_SUFFIXES):
             splits = [
                 (path.name, path, folder / path.name)
-                for path in sorted(top.glob("*/"))
+                for path in folders_in(top)
                 if (folder / path.name).is_dir() and holds(path, PHOTO_SUFFIXES)
             ]
             parts = tuple(splits) or ((_ALL, top, folder),)
             if any(found_in(part)[1] for part in parts):
                 return parts
-    found: dict[str, tuple[str, Path, Path]] = {}
+    found = [(path.name, *pair) for path in folders_in(root) if (pair := _pair_in(path))]
+    return tuple(found)
+
+
+def _pair_in(split: Path) -> tuple[Path, Path] | None:
+    """Return the folders of photos and of masks in the folder of a split."""
     for photos, masks in PAIRS:
-        for top in sorted(root.glob(f"*/{photos}/")):
-            folder = top.parent / masks
-            if folder.is_dir() and holds(folder, MASK_SUFFIXES) and holds(top, PHOTO_SUFFIXES):
-                found.setdefault(top.parent.name, (top.parent.name, top, folder))
-    return tuple(found[name] for name in sorted(found))
+        top, folder = split / photos, split / masks
+        if top.is_dir() and folder.is_dir() and holds(folder, MASK_SUFFIXES):
+            return (top, folder) if holds(top, PHOTO_SUFFIXES) else None
+    return None
 
 
 def open_mmseg(root: str | Path, *, reading: Reading | None = None) -> MaskFolders:
