@@ -110,6 +110,14 @@ def test_an_assumption_about_0_is_said(tmp_path):
     assert "img_dir/train: 1 photo; ann_dir/train: 1 mask" in said
 
 
+def test_photos_without_masks_are_left_out_and_named(tmp_path):
+    pair(tmp_path, "img_dir/train/a.jpg", "ann_dir/train/a.png")
+    write_photo(tmp_path / "img_dir" / "test" / "b.jpg")
+    data = open_dataset(tmp_path)
+    assert data.splits == ("train",)
+    assert "img_dir/test: photos without masks, left out" in data.describe()
+
+
 def test_ade20k_names_its_classes_and_0_is_not_scored(tmp_path):
     pair(tmp_path, "images/training/ADE_train_1.jpg", "annotations/training/ADE_train_1.png")
     rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName"]

@@ -81,7 +81,7 @@ def test_masks_in_the_colours_of_voc_are_its_ids(voc):
     assert data.classes == VOC_CLASSES
     assert np.array_equal(ids(data), KNOWN)
     assert data.split("val")[0].classes == (0, 1)
-    assert "val: 1 names, 1 masks in SegmentationClass, the colours of VOC's palette" in (
+    assert "val: 1 name, 1 mask in SegmentationClass, the colours of VOC's palette" in (
         data.describe()
     )
 
@@ -305,7 +305,12 @@ def test_a_folder_of_labelme_is_a_data_set(tmp_path):
     expected[0], expected[11] = -1, 0
     assert np.array_equal(ids(data), expected)
     assert not ids(data, place=1).any()
-    assert data.describe()[0] == "the labels in the files: 2 classes (cat, dog)"
+    write_photo(tmp_path / "c.jpg")
+    assert data.describe() == (
+        "the labels in the files: 2 classes (cat, dog)",
+        ".: 2 files of LabelMe, drawn as LabelMe draws them; later shapes are on top; 1 photo "
+        "without a file left out",
+    )
 
 
 def test_labels_txt_gives_the_order_of_the_classes_and_folders_are_splits(tmp_path):
@@ -438,6 +443,20 @@ def test_a_photo_without_labels_shows_nothing_and_has_no_mask(tmp_path):
 )
 def test_folders_of_yolo_are_found_as_trainers_find_them(lines, tmp_path):
     data = open_dataset(yolo(tmp_path, "", lines=lines))
+    assert data.splits == ("train",)
+
+
+def test_a_folder_for_train_and_val_is_what_its_own_name_says(tmp_path):
+    yolo(tmp_path, f"0 {outline(3, 2, 9, 6)}\n", lines="train: images/val\nval: images/val\n")
+    (tmp_path / "images" / "train").rename(tmp_path / "images" / "val")
+    (tmp_path / "labels" / "train").rename(tmp_path / "labels" / "val")
+    data = open_dataset(tmp_path)
+    assert data.splits == ("val",)
+    assert data.split("val")[0].classes == (0,)
+
+
+def test_a_file_that_names_no_folders_has_the_usual_ones(tmp_path):
+    data = open_dataset(yolo(tmp_path, f"0 {outline(3, 2, 9, 6)}\n", lines=""))
     assert data.splits == ("train",)
 
 

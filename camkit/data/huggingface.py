@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from camkit.data.files import PHOTO_SUFFIXES, in_short
+from camkit.data.files import PHOTO_SUFFIXES, in_short, several
 from camkit.data.names import check_split
 from camkit.data.reading import Reading, Zero, is_background, numbered_classes, some_class
 from camkit.data.sample import MaskForm, Sample, all_usable, mask_classes
@@ -108,11 +108,11 @@ def open_huggingface(root: str | Path, *, reading: Reading | None = None) -> Hug
     place = unpacked(files, partial(_unpack, tables), "huggingface 1")
     index = _index(place)
     listed = _id2label(root)
-    zero: Zero | None = None
+    zero = None if listed is None else listed[1]
     if reading.classes is not None:
         names, source = reading.classes, "given"
     elif listed is not None:
-        names, zero = listed
+        names = listed[0]
         source = (
             f"id2label.json, in which 0 is {'background' if zero == 'background' else names[0]}"
         )
@@ -121,13 +121,12 @@ def open_huggingface(root: str | Path, *, reading: Reading | None = None) -> Hug
     else:
         names, source = numbered_classes(_masks(place, index), reading), "called by their numbers"
     columns = index["columns"]
-    notes = [f"{len(names)} classes ({in_short(names)}): {source}"]
+    notes = [f"{several(len(names), 'class')} ({in_short(names)}): {source}"]
     what = f"photos in the column {columns['photo']}, "
     what += f"masks in {columns['mask']}" if columns["mask"] else f"labels in {columns['label']}"
     notes += [
-        f"{name}: {len(index['splits'][name])} rows of {len(paths)} files, {what}, unpacked in "
-        f"{place}"
-        for name, paths in tables.items()
+        f"{name}: {several(len(index['splits'][name]), 'row')}, {what}, unpacked in {place}"
+        for name in tables
     ]
     if columns["mask"] and zero is None and reading.zero is None and reading.values is None:
         notes.append("0 is taken for background; if it is not, say so with zero (--zero)")

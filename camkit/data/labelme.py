@@ -20,7 +20,9 @@ from camkit.data.files import (
     files_in,
     folders_in,
     in_short,
+    photos_in,
     relative_to,
+    several,
 )
 from camkit.data.names import check_split, composed, read_names
 from camkit.data.reading import Reading
@@ -30,7 +32,7 @@ from camkit.untrusted import read_json
 
 _ALL = "all"
 _IGNORED, _BACKGROUND = "__ignore__", "_background_"
-_LOOKED_AT = 5  # files, to recognise the layout
+_LOOKED_AT, _LARGEST = 5, 2**26  # files, and their bytes, to recognise the layout
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,16 @@ class LabelMeFolder:
     def describe(self) -> tuple[str, ...]:
         """Say what each file was taken for."""
         source = "labels.txt" if (self.root / "labels.txt").is_file() else "the labels in the files"
-        sentences = [f"{source}: {len(self.classes)} classes ({in_short(self.classes)})"]
+        sentences = [f"{source}: {several(len(self.classes), 'class')} ({in_short(self.classes)})"]
         for name in self.splits:
             folder = self.root if name == _ALL else self.root / name
-            number = len(_labelled(folder))
+            files = _labelled(folder)
+            alone = photos_in(folder).keys() - {composed(path.stem) for path in files}
+            more = f"; {several(len(alone), 'photo')} without a file left out" if alone else ""
+            place = relative_to(folder, self.root)
             sentences.append(
-                f"{relative_to(folder, self.root)}: {number} files of LabelMe, drawn as LabelMe "
-                "draws them; later shapes are on top"
+                f"{place}: {several(len(files), 'file')} of LabelMe, drawn as LabelMe draws them; "
+                f"later shapes are on top{more}"
             )
         return tuple(sentences)
 
@@ -176,6 +181,8 @@ def read_labelme(path: Path) -> dict[str, Any]:
 
 def _is_labelme(folder: Path) -> bool:
     for path in _labelled(folder)[:_LOOKED_AT]:
+        if path.stat().st_size > _LARGEST:
+            continue
         try:
             if "imagePath" in read_labelme(path):
                 return True

@@ -97,9 +97,18 @@ class MaskFolders:
         classes = mask_classes(mask, num_classes=len(self.classes), form=self.form)
         return Sample(stem, photo, mask, classes, self.form)
 
+    def _left_out(self) -> Iterator[str]:
+        """Name the folders of photos without masks, such as those of a test split."""
+        top = self.parts[0][1].parent
+        if self.parts[0][0] != _ALL and top != self.root and top.parent == self.root:
+            used = {folder for _, folder, _ in self.parts}
+            for folder in folders_in(top):
+                if folder not in used and holds(folder, PHOTO_SUFFIXES):
+                    yield f"{relative_to(folder, self.root)}: photos without masks, left out"
+
     def describe(self) -> tuple[str, ...]:
         """Say what each file was taken for."""
-        sentences = list(self.notes)
+        sentences = [*self.notes, *self._left_out()]
         for name, top, folder in self.parts:
             photos, masks = found_in((name, top, folder))
             sentences.append(

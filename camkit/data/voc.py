@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from camkit.data.colours import ColourForm, voc_colours
-from camkit.data.files import in_short, masks_of, photos_in
+from camkit.data.files import in_short, masks_of, photos_in, several
 from camkit.data.labels import ImageLabels, find_labels
 from camkit.data.names import check_split, composed, on_disk, read_image_names
 from camkit.data.reading import Reading, some_class
@@ -121,7 +121,7 @@ class VOCFolder:
     def describe(self) -> tuple[str, ...]:
         """Say what each file was taken for."""
         labels = None if self.colours is not None else find_labels(self.root, self.classes)
-        names = f"{len(self.classes)} classes ({in_short(self.classes)})"
+        names = f"{several(len(self.classes), 'class')} ({in_short(self.classes)})"
         source = "labels from the masks" if labels is None else f"labels from {labels.path.name}"
         sentences = [f"ImageSets/Segmentation: a layout of PASCAL VOC, {names}, {source}"]
         for split in self.splits:
@@ -133,7 +133,8 @@ class VOCFolder:
             if isinstance(form, ColourForm):
                 what = f"the colours of {form.source}"
             place = next((path.parent.name for path in masks.values()), "no folder")
-            sentences.append(f"{split}: {len(lines)} names, {len(masks)} masks in {place}, {what}")
+            counts = f"{several(len(lines), 'name')}, {several(len(masks), 'mask')}"
+            sentences.append(f"{split}: {counts} in {place}, {what}")
         return tuple(sentences)
 
 

@@ -10,7 +10,15 @@ import numpy as np
 from jaxtyping import Int
 
 from camkit.data.drawn import by_area, check_picture, check_ring, filled, painted
-from camkit.data.files import PHOTO_SUFFIXES, holds, in_short, photos_in, picture_size, relative_to
+from camkit.data.files import (
+    PHOTO_SUFFIXES,
+    holds,
+    in_short,
+    photos_in,
+    picture_size,
+    relative_to,
+    several,
+)
 from camkit.data.names import check_split
 from camkit.data.sample import VOC_FORM, Sample, all_usable
 from camkit.data.text import read_text
@@ -99,14 +107,17 @@ class YoloFolder:
 
     def describe(self) -> tuple[str, ...]:
         """Say what each file was taken for."""
-        sentences = [f"{self.file}: YOLO, {len(self.classes)} classes ({in_short(self.classes)})"]
+        sentences = [
+            f"{self.file}: YOLO, {several(len(self.classes), 'class')} ({in_short(self.classes)})"
+        ]
         for name, top in self.parts:
             pairs = list(self._pairs(name))
             files = sum(path.is_file() for _, _, path in pairs)
+            labels = relative_to(_labels_of(top), self.root)
             sentences.append(
-                f"{relative_to(top, self.root)}: {len(pairs)} photos; "
-                f"{relative_to(_labels_of(top), self.root)}: {files} files of outlines; of objects "
-                "that overlap, the smaller is on top"
+                f"{relative_to(top, self.root)}: {several(len(pairs), 'photo')}; {labels}: "
+                f"{several(files, 'file')} of outlines; of objects that overlap, the smaller is on "
+                "top"
             )
         return tuple(sentences)
 
@@ -136,8 +147,13 @@ def open_yolo(root: str | Path) -> YoloFolder:
     parts: dict[str, Path] = {}
     for name in _SPLITS:
         top = _folder(root, content, content.get(name), name)
-        if top is not None and top not in parts.values():
-            parts[name] = top
+        if top is None:
+            continue
+        if top in parts.values():  # a folder for train and val is what its own name says
+            if name != top.name:
+                continue
+            parts = {other: place for other, place in parts.items() if place != top}
+        parts[name] = top
     parts = parts or _usual_folders(root)
     if not parts:
         raise DataError(
