@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.bulk.items import PHOTO_SUFFIXES, Failure, split_line
+from camkit.bulk.items import Failure, split_line
 from camkit.data.camfiles import CamFile, read_cam
 from camkit.data.labels import label_keys, label_vectors, read_text
 from camkit.errors import DataError, nearby
+from camkit.formats import IMAGE_SUFFIXES
 from camkit.ops.images import resize_cam
 from camkit.printing import short_repr
 
@@ -92,7 +93,7 @@ def read_list(path: Path) -> tuple[str, ...]:
         if not line.strip():
             continue
         image = Path(split_line(line.strip())[0])
-        suffixes = (*PHOTO_SUFFIXES, *CAM_SUFFIXES)
+        suffixes = (*IMAGE_SUFFIXES, *CAM_SUFFIXES)
         name = image.stem if image.suffix.lower() in suffixes else image.name
         if name in lines:
             raise DataError(f"{path}: {name!r} stands on lines {lines[name]} and {number}")
@@ -153,7 +154,7 @@ class CamFolder:
         cams = FilesByName(self.cams, CAM_SUFFIXES, "CAM files")
         photos = None
         if self.images is not None:
-            photos = FilesByName(self.images, PHOTO_SUFFIXES, "photos")
+            photos = FilesByName(self.images, IMAGE_SUFFIXES, "photos")
         items, failures = [], []
         for name in cams.paths if self.names is None else self.names:
             try:

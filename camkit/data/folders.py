@@ -11,9 +11,9 @@ from camkit.data.labels import check_split, read_names, read_text
 from camkit.data.sample import DataSet, Sample
 from camkit.data.voc import open_voc
 from camkit.errors import DataError, closest, nearby
+from camkit.formats import IMAGE_SUFFIXES, is_image
 
 _HEADER = ["image", "labels"]
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ALL = "all"
 
 
@@ -168,9 +168,11 @@ def _read_row(cells: list[str], source: str, images: dict[str, Path]) -> tuple[P
 
 def _find_images(folder: Path) -> dict[str, Path]:
     """Map file names and stems to images."""
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _ENDINGS)
+    paths = sorted(path for path in folder.glob("*") if is_image(path.name))
     if not paths:
-        raise DataError(f"{folder} holds no images; expected files ending in {' '.join(_ENDINGS)}")
+        raise DataError(
+            f"{folder} holds no images; expected files ending in {' '.join(IMAGE_SUFFIXES)}"
+        )
     by_stem: dict[str, Path] = {}
     for path in paths:
         if path.stem in by_stem:

@@ -18,12 +18,12 @@ from camkit.data.sample import DataSet, Sample, mask_ids, mask_values
 from camkit.data.targets.plan import MaskedImage
 from camkit.data.targets.regions import VOID
 from camkit.errors import DataError
+from camkit.formats import find_image
 from camkit.ops.images import resize_cam
 from camkit.tensors import IGNORE, IGNORE_16
 
 MANIFEST, _ERRORS, _JOURNAL = "manifest.jsonl", "errors.tsv", "journal.sqlite"
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
-_PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG", "")
 _CAMS = (".npy", ".npz", ".safetensors")
 
 
@@ -128,7 +128,7 @@ class RunMasks:
             yield Entry(row["key"], None, partial(self._read, row))
 
     def _read(self, row: dict[str, Any]) -> MaskedImage:
-        photo = find_photo(self.images_folder, row["key"])
+        photo = find_image(self.images_folder, row["key"])
         if photo is None and Path(row["source"]).is_file():
             photo = Path(row["source"])
         maps = None if row.get("cam") is None else partial(self._maps, row)
@@ -175,7 +175,7 @@ class FolderMasks:
     def _read(self, place: str, path: Path) -> MaskedImage:
         first, _, rest = place.partition("/")
         key = rest if first in _SPLITS and rest else place
-        photo = find_photo(self.images_folder, place) or find_photo(self.images_folder, key)
+        photo = find_image(self.images_folder, place) or find_image(self.images_folder, key)
         mask = read_values(path)
         size = (mask.shape[0], mask.shape[1])
         maps = None if self.cams is None else partial(self._maps, self.cams, key, size)
@@ -236,14 +236,6 @@ def merged(legends: Iterable[tuple[Mapping[int, str], str]]) -> dict[int, str]:
                     f"{name!r}; export results of one list of classes at a time"
                 )
     return dict(sorted(whole.items()))
-
-
-def find_photo(folder: Path | None, key: str) -> Path | None:
-    """Return the photo of a key below a folder, if there is one."""
-    if folder is None:
-        return None
-    paths = (folder / f"{key}{suffix}" for suffix in _PHOTOS)
-    return next((path for path in paths if path.is_file()), None)
 
 
 def read_values(path: Path) -> Int[np.ndarray, "H W"]:
