@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from camkit.data.camfiles import read_arrays
+from camkit.data.arrays import read_arrays
 from camkit.errors import DataError, closest, nearby
 
 VECTOR_FILES = ("cls_labels.npy", "cls_labels_onehot.npy")
