@@ -2,6 +2,7 @@
 
 import os
 import struct
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,10 +52,17 @@ def is_image(name: str | PurePath) -> bool:
 
 
 def find_image(folder: Path | None, name: str) -> Path | None:
-    """Return the picture of this name, given without or with its suffix, if the folder has one."""
+    """Return the picture of this name, given without or with its suffix, if the folder has one.
+
+    Names are equal if their letters are, however Unicode writes them.
+    """
     if folder is None:
         return None
-    paths = (folder / f"{name}{suffix}" for suffix in (*IMAGE_SUFFIXES, *_UPPER, ""))
+    names = [name]
+    if not name.isascii():
+        names = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    suffixes = (*IMAGE_SUFFIXES, *_UPPER, "")
+    paths = (folder / f"{each}{suffix}" for each in dict.fromkeys(names) for suffix in suffixes)
     return next((path for path in paths if path.is_file()), None)
 
 

@@ -294,6 +294,14 @@ def opened(path: Path, *, max_pixels: int | None = None) -> Iterator[ImageFile.I
 
 
 @contextmanager
+def opened_bytes(content: bytes, source: str) -> Iterator[ImageFile.ImageFile]:
+    """Read the header of an image that another file holds; errors, called ``source``, as above."""
+    image = open_image(BytesIO(content), source)
+    with decoding(source):
+        yield image
+
+
+@contextmanager
 def _file(path: Path) -> Iterator[BufferedReader]:
     if path.is_dir():
         raise DataError(f"{path} is a folder, expected an image file; name a file in it")

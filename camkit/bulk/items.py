@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
 from camkit.errors import DataError
-from camkit.formats import is_image
 
 _LONGEST_NAME = 255  # bytes, the limit of file systems
 _KEPT_BYTES = 160  # of a longer name, before its hash
@@ -123,21 +122,6 @@ def printable(text: str) -> str:
     """Escape bytes that are not valid text, and NUL, so that a database can store the text."""
     raw = text.encode("utf-8", "surrogateescape").replace(b"\0", b"\\x00")
     return raw.decode("utf-8", "backslashreplace")
-
-
-def split_line(line: str) -> tuple[str, tuple[int, ...] | None]:
-    """Split a line of an image list into the image and its class indices, or None.
-
-    A name or path may be followed by class indices, or by the path of its mask. Names may contain
-    spaces.
-
-    >>> split_line("a.jpg a.png"), split_line("my cat"), split_line("coco_9 14 3")
-    (('a.jpg', None), ('my cat', None), ('coco_9', (3, 14)))
-    """
-    first, *others = line.split()
-    if others and all(other.isdigit() for other in others):
-        return first, tuple(sorted({int(other) for other in others}))
-    return (first if is_image(first) else line), None
 
 
 def without_suffix(key: str) -> str:

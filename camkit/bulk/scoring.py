@@ -15,11 +15,11 @@ from camkit.bulk.camfiles import (
     MASK_SUFFIXES,
     FileItem,
     FilesByName,
-    ImageLabels,
     read_maps,
 )
 from camkit.bulk.items import Failure
 from camkit.bulk.workers import run_jobs
+from camkit.data.labels import ImageLabels
 from camkit.data.sample import read_mask
 from camkit.errors import DataError
 from camkit.ops.images import resize_cam

@@ -11,7 +11,6 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
-from camkit.bulk.camfiles import ImageLabels
 from camkit.bulk.items import (
     Failure,
     FilePlace,
@@ -19,11 +18,12 @@ from camkit.bulk.items import (
     TarPlace,
     printable,
     safe_key,
-    split_line,
     without_suffix,
 )
 from camkit.data import DataSet
 from camkit.data.folders import find_layout, open_dataset
+from camkit.data.labels import ImageLabels
+from camkit.data.names import split_line
 from camkit.errors import CamkitError, DataError, nearby
 from camkit.formats import find_image, is_image, missing_plugin
 
@@ -434,14 +434,17 @@ class Labelled:
 
     Attributes:
         source: of the images.
-        labels: found by the last part of a key, or by the whole key.
+        labels: found by the key, as `ImageLabels.entry` does.
         partial: images without an entry have unknown classes, instead of being failures.
     """
 
     source: Source
     labels: ImageLabels
-    classes: None = None
     partial: bool = False
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.labels.classes
 
     def __iter__(self) -> Iterator[Item | Failure]:
         for entry in self.source:
@@ -449,9 +452,8 @@ class Labelled:
                 yield entry
                 continue
             key = entry.key
-            name = key if key in self.labels.classes else key.rpartition("/")[2]
             try:
-                yield replace(entry, classes=self.labels.of(name))
+                yield replace(entry, classes=self.labels.of(key))
             except DataError as error:
                 yield entry if self.partial else Failure(key, "list", str(error))
 

@@ -16,16 +16,16 @@ from camkit.bulk import (
     FileItem,
     ScoreResult,
     pair_truth,
-    read_labels,
     read_list,
     score_cams,
     score_masks,
 )
 from camkit.bulk.camfiles import CAM_SUFFIXES, MASK_SUFFIXES
 from camkit.cli.mask import add_background, background_score
+from camkit.cli.options import class_names
 from camkit.cli.refine import add_workers, show_failures
 from camkit.data import VOC_CLASSES
-from camkit.data.labels import read_names
+from camkit.data.labels import read_labels
 from camkit.errors import CamkitError, DataError, nearby
 from camkit.manifest import unfinished
 from camkit.mask import power_threshold
@@ -67,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="number of classes with background (default: those of --classes, else 21)",
     )
-    parser.add_argument("--classes", type=Path, help="file of class names in order, one per line")
+    parser.add_argument(
+        "--classes", help="class names in order: voc, coco, a file, or names with commas between"
+    )
     parser.add_argument("--cams", action="store_true", help="MASKS has both: score the CAM files")
     parser.add_argument("--labels", type=Path, help="classes of each image, as for camkit refine")
     parser.add_argument("--tune-list", type=Path, help="images to choose the background score on")
@@ -167,7 +169,7 @@ def _class_names(options: argparse.Namespace) -> Sequence[str]:
         return ("background", *VOC_CLASSES)
     if options.classes is None:
         return ("background", *(f"class {number}" for number in range(1, count)))
-    names = list(read_names(options.classes))
+    names = list(class_names("--classes", options.classes))
     if names[0].strip("_").casefold() not in ("background", "bg"):
         names.insert(0, "background")
     if count is not None and len(names) != count:

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from camkit.data import COCO_CLASSES, TARGETS, VOC_CLASSES, ExportOptions, export
-from camkit.data.labels import read_names
+from camkit.cli.options import class_names
+from camkit.data import TARGETS, ExportOptions, export
 from camkit.data.targets.plan import Photos
 from camkit.data.targets.regions import Regions
 
@@ -65,16 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="remove an earlier export in OUT")
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """Read the names of the mask values 1, 2, ..."""
-    known = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
-    if text in known:
-        return known[text]
-    if "," in text and not Path(text).exists():
-        return tuple(name.strip() for name in text.split(","))
-    return tuple(read_names(Path(text)))
-
-
 def execute(options: argparse.Namespace) -> int:
     settings = ExportOptions(
         regions=options.regions,
@@ -91,7 +81,7 @@ def execute(options: argparse.Namespace) -> int:
         options.source,
         options.to,
         options.out,
-        classes=None if options.classes is None else _names(options.classes),
+        classes=options.classes and class_names("--classes", options.classes),
         images=options.images,
         options=settings,
     )

@@ -90,7 +90,7 @@ def _fit(options: argparse.Namespace) -> tuple[Readout, int]:
     """Return the read-out of the photos of INPUT, and how many could not be read."""
     source = photos = open_input(options)
     check_has_images(source, options.input)
-    source, predicted = labelled(source, options.labels, partial=True)
+    source, predicted = labelled(source, options, partial=True)
     opened = open_named(vars(options))
     vocabulary = vocabulary_for(options, source, opened.vocabulary)
     same = read_classes(vocabulary, options.classes) if options.classes is not None else None

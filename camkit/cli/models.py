@@ -31,7 +31,7 @@ from camkit.cli.own_models import (
     timm_options,
 )
 from camkit.data import VOC_CLASSES, demo_model
-from camkit.data.labels import read_text
+from camkit.data.text import read_text
 from camkit.errors import CamkitError, DataError
 from camkit.inputs import photo_settings
 from camkit.names import read_vocabulary, vocabulary_of

@@ -106,7 +106,7 @@ def execute(options: argparse.Namespace) -> int:
     source = open_input(options)
     photos, rank = source, rank_of(os.environ)
     _check_input(options, source)
-    source, labels = labelled(source, options.labels, partial=options.fit)
+    source, labels = labelled(source, options, partial=options.fit)
     recipe = _recipe(options, source, labels)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the way clusters end a job
     summary = run(

@@ -30,6 +30,7 @@ from camkit.data.imagenet import (
     imagenet_vocabulary as imagenet_vocabulary,
     open_imagenet_s as open_imagenet_s,
 )
+from camkit.data.labels import ImageLabels as ImageLabels, read_labels as read_labels
 from camkit.data.proposals import (
     ProposalFolder as ProposalFolder,
     read_proposals as read_proposals,

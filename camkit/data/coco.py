@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from camkit.data.labels import VECTOR_FILES, LabelFile, check_split, find_label_vectors, read_text
+from camkit.data.labels import VECTOR_FILES, ImageLabels, find_labels
+from camkit.data.names import check_split
 from camkit.data.sample import (
     VOC_FORM,
     MaskForm,
@@ -18,6 +19,7 @@ from camkit.data.sample import (
     mask_values,
     unique_values,
 )
+from camkit.data.text import read_text
 from camkit.data.voc import VOC_CLASSES
 from camkit.errors import DataError
 from camkit.tensors import IGNORE
@@ -119,11 +121,12 @@ class CocoFolder:
             raise DataError(f"{self.root} no longer holds photos of {name}; open it again")
         instances = self.root / "annotations" / f"instances_{name}.json"
         if instances.is_file():
-            labels: LabelFile | None = LabelFile(instances, COCO_CLASSES, _instances(instances))
+            labels: ImageLabels | None = ImageLabels(instances, _instances(instances), COCO_CLASSES)
         else:
-            labels = find_label_vectors(self.root, COCO_CLASSES)
+            labels = find_labels(self.root, COCO_CLASSES)
         masks = self._masks(name, labels)
-        for stem in labels.labels if labels and labels.path == instances else photos:
+        listed = labels.labels if labels and labels.path == instances else photos
+        for stem in map(str, listed):
             try:
                 yield self._sample(stem, photos.get(stem), masks.get(stem), labels)
             except DataError as error:
@@ -134,7 +137,7 @@ class CocoFolder:
         stem: str,
         photo: Path | None,
         mask_and_form: tuple[Path, MaskForm] | None,
-        labels: LabelFile | None,
+        labels: ImageLabels | None,
     ) -> Sample:
         if photo is None:
             source = self.root if labels is None else labels.path
@@ -142,7 +145,7 @@ class CocoFolder:
         mask, form = mask_and_form or (None, VOC_FORM)
         if labels is not None:
             mask_ids = _mask_ids(voc=self.voc)
-            known = labels.classes_of(stem, str(photo))
+            known = labels.of(stem, str(photo))
             classes = sorted(mask_ids[index] - 1 for index in known if mask_ids[index])
             return Sample(stem, photo, mask, tuple(classes), form)
         if mask is None:
@@ -153,7 +156,7 @@ class CocoFolder:
         shown = mask_classes(mask, num_classes=len(self.classes), form=form)
         return Sample(stem, photo, mask, shown, form)
 
-    def _masks(self, name: str, labels: LabelFile | None) -> dict[str, tuple[Path, MaskForm]]:
+    def _masks(self, name: str, labels: ImageLabels | None) -> dict[str, tuple[Path, MaskForm]]:
         """Map each image to its mask and the form of the mask."""
         for folder in _MASK_FOLDERS:
             if masks := _files(self.root / folder / name, "png"):
@@ -222,7 +225,7 @@ def _listing(path: Path, kind: str, expected: str) -> Iterator[Any]:
         ) from error
 
 
-def _instances(path: Path) -> dict[str, tuple[int, ...]]:
+def _instances(path: Path) -> dict[str | int, tuple[int, ...]]:
     """Read the indices of COCO classes by image."""
     index = {category: position for position, category in enumerate(COCO_IDS.values())}
     expected = "images, and annotations with their image_id and category_id"
@@ -246,7 +249,7 @@ def _panoptic_forms(path: Path, *, voc: bool) -> dict[str, MaskForm]:
     return forms
 
 
-def _recognise_ids(masks: Mapping[str, Path], labels: LabelFile | None) -> CocoIds:
+def _recognise_ids(masks: Mapping[str, Path], labels: ImageLabels | None) -> CocoIds:
     """Return the kind of ids with which more of the first masks agree with their labels."""
     kinds = {
         "contiguous": coco_form("contiguous").ids or {},
@@ -255,7 +258,7 @@ def _recognise_ids(masks: Mapping[str, Path], labels: LabelFile | None) -> CocoI
     fits = dict.fromkeys(kinds, 0)
     for stem, path in list(masks.items())[:100]:
         try:
-            known = () if labels is None else labels.classes_of(stem, str(path))
+            known = () if labels is None else labels.of(stem, str(path))
             values = unique_values(mask_values(path)).tolist()
         except DataError:
             continue  # the error is reported where the mask or label is used

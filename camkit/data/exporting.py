@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from camkit.data.folders import find_layout, open_dataset
-from camkit.data.labels import read_names
+from camkit.data.names import NameIndex, read_image_names
 from camkit.data.sample import DataSet
 from camkit.data.targets.coco import write_coco, write_polygons
 from camkit.data.targets.outlines import write_labelme, write_yolo
@@ -291,8 +291,8 @@ def _assign(
         raise DataError("the source holds no masks; nothing to export")
     if options.splits is not None:
         listed = _listed(options.splits)
-        split_of = {key: listed.get(key, listed.get(key.rpartition("/")[2], "")) for key in own}
-        split_of = {key: split for key, split in split_of.items() if split}
+        index = NameIndex(listed)
+        split_of = {key: listed[str(found[0])] for key in own if (found := index.find(key))}
         if not split_of:
             raise DataError(f"the lists in {options.splits} name none of the images; check them")
     elif options.val is not None:
@@ -311,7 +311,7 @@ def _listed(folder: Path) -> dict[str, str]:
         raise DataError(f"{folder} holds no lists; add one name per line in train.txt and val.txt")
     split_of: dict[str, str] = {}
     for path in lists:
-        for name in read_names(path):
+        for name in read_image_names(path, folders=True):
             split_of.setdefault(name, path.stem)
     return split_of
 

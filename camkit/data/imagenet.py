@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from camkit.data.labels import check_split, read_names
+from camkit.data.names import check_split, read_names
 from camkit.data.sample import MaskForm, Sample, all_usable
 from camkit.errors import DataError
 from camkit.vocabulary import Vocabulary

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from camkit.data.labels import LabelFile, check_split, find_labels, read_names
+from camkit.data.labels import ImageLabels, find_labels
+from camkit.data.names import check_split, read_image_names
 from camkit.data.sample import Sample, all_usable, mask_classes
 from camkit.errors import DataError
 
@@ -44,12 +45,9 @@ class VOCFolder:
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
         check_split(name, self.splits)
-        labels = find_labels(self.root, self.classes)
+        labels = find_labels(self.root, VOC_CLASSES)
         listing = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
-        lines = {
-            Path(text.split()[0]).stem if text.startswith("/JPEGImages/") else text: line
-            for text, line in read_names(listing).items()
-        }
+        lines = read_image_names(listing)
         masks: dict[str, Path] = {}
         for folder in _MASK_FOLDERS if self.masks is None else (self.masks,):
             files = (self.root / folder).glob("*.png")
@@ -62,13 +60,13 @@ class VOCFolder:
                 yield error
 
     def _sample(
-        self, stem: str, mask: Path | None, labels: LabelFile | None, source: str
+        self, stem: str, mask: Path | None, labels: ImageLabels | None, source: str
     ) -> Sample:
         photo = self.root / "JPEGImages" / f"{stem}.jpg"
         if not photo.is_file():
             raise DataError(f"{source}: {photo} does not exist; add the photo or remove the line")
         if labels is not None:
-            return Sample(stem, photo, mask, labels.classes_of(stem, source))
+            return Sample(stem, photo, mask, labels.of(stem, source))
         if mask is None:
             folder = self.masks or _MASK_FOLDERS[0]
             raise DataError(
@@ -103,4 +101,5 @@ def open_voc(
     if masks is not None and not (root / masks).is_dir():
         raise DataError(f"{root / masks} does not exist; add the folder or leave out `masks`")
     labels = find_labels(root, VOC_CLASSES)
-    return VOCFolder(root, VOC_CLASSES if labels is None else labels.classes, splits, masks)
+    classes = VOC_CLASSES if labels is None else labels.classes or VOC_CLASSES
+    return VOCFolder(root, classes, splits, masks)

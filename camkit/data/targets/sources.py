@@ -15,6 +15,7 @@ from torch import Tensor
 
 from camkit.data.camfiles import read_cam
 from camkit.data.sample import DataSet, Sample, mask_ids, mask_values
+from camkit.data.targets.packed import PackedPhoto, packed_photo
 from camkit.data.targets.plan import MaskedImage
 from camkit.data.targets.regions import VOID
 from camkit.errors import DataError
@@ -128,9 +129,10 @@ class RunMasks:
             yield Entry(row["key"], None, partial(self._read, row))
 
     def _read(self, row: dict[str, Any]) -> MaskedImage:
-        photo = find_image(self.images_folder, row["key"])
+        photo: Path | PackedPhoto | None = find_image(self.images_folder, row["key"])
         if photo is None and Path(row["source"]).is_file():
             photo = Path(row["source"])
+        photo = photo or packed_photo(row["source"])
         maps = None if row.get("cam") is None else partial(self._maps, row)
         mask = read_values(self.root / row["mask"])
         return MaskedImage(row["key"], mask, photo, tuple(_legend_of(row)), maps)
