@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,14 @@ from camkit.bulk.stages import read
 from camkit.errors import DataError
 from camkit.formats import IMAGE_SUFFIXES, find_image, is_image, missing_plugin
 from camkit.inputs import to_photo
-from camkit.photo import FIRST_PAGE, PhotoSettings, load_photo, photo_from_array, read_picture
+from camkit.photo import (
+    FIRST_PAGE,
+    PhotoSettings,
+    decode,
+    load_photo,
+    photo_from_array,
+    read_picture,
+)
 
 tifffile = pytest.importorskip("tifffile", reason="scikit-image brings it")
 ROOT = Path(__file__).parents[1]
@@ -415,3 +423,60 @@ def test_a_run_on_a_model_of_other_channels_draws_the_masks_of_its_pipeline(tmp_
         assert (mask == result.mask.numpy()).mean() > 0.999
         drawn += len(np.unique(mask)) > 1
     assert drawn
+
+
+# What a file may not do
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 16 16
+%%EndComments
+showpage
+%%EOF
+"""
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.eps"])
+def test_no_file_starts_another_program(tmp_path, monkeypatch, name):
+    ghostscript = tmp_path / "gs"  # PIL starts it for EPS
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / name).write_bytes(EPS)
+    for reads in (load_photo, read_picture, decode):
+        with pytest.raises(DataError, match=f"{name} cannot be read as an image .*none of JPEG"):
+            reads(tmp_path / name)
+    with pytest.raises(DataError, match="none of JPEG"):
+        to_photo(EPS, PhotoSettings())
+    assert not (tmp_path / "started").exists()
+
+
+def test_no_setting_of_the_process_changes_while_threads_read_photos(tmp_path):
+    for number in range(8):
+        Image.fromarray(coarse(32, 32)).save(tmp_path / f"{number}.png")
+    item, loading = Item("a", FilePlace(tmp_path / "0.png")), Loading(size=32, max_pixels=2000)
+    before = (list(warnings.filters), warnings.showwarning, Image.MAX_IMAGE_PIXELS)
+    seen = []
+
+    def work(number):
+        for _ in range(20):
+            load_photo(tmp_path / f"{number}.png", size=32)
+            read(item, loading)
+            seen.append((list(warnings.filters), warnings.showwarning, Image.MAX_IMAGE_PIXELS))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert len(seen) == 160
+    assert all(state == before for state in seen)
+
+
+def test_more_pixels_than_pil_trusts_are_read_where_the_limit_of_a_run_allows_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    Image.fromarray(coarse(32, 32)).save(tmp_path / "a.png")
+    assert read(Item("a", FilePlace(tmp_path / "a.png")), Loading(size=32)).size == (32, 32)
+    with pytest.raises(
+        DataError, match=r"32x32 pixels .*more than the 10 pixels allowed; raise PIL"
+    ):
+        load_photo(tmp_path / "a.png")

@@ -34,7 +34,7 @@ from camkit.bulk.items import Failure, Item, result_path
 from camkit.bulk.recipe import Job, Loading, Recipe, Writing
 from camkit.capture.record import Capture
 from camkit.data.camfiles import write_cam
-from camkit.errors import CamkitError, DataError
+from camkit.errors import CamkitError, DataError, one_line
 from camkit.fitting import GUESSES, Fitter
 from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
@@ -276,7 +276,7 @@ def _alone_if_failed(
         ) from error
     except (CamkitError, ValueError) as error:
         if len(batch) == 1:
-            return [Failure(batch[0].key, "model", " ".join(str(error).split()))]
+            return [Failure(batch[0].key, "model", one_line(error))]
     return [outcome for image in batch for outcome in _alone_if_failed(work, (image,))]
 
 

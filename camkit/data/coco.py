@@ -1,6 +1,5 @@
 """MS COCO: its classes, folder layouts and forms of masks."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +18,10 @@ from camkit.data.sample import (
     mask_values,
     unique_values,
 )
-from camkit.data.text import read_text
 from camkit.data.voc import VOC_CLASSES
 from camkit.errors import DataError
 from camkit.tensors import IGNORE
+from camkit.untrusted import bounded, read_json
 
 CocoIds: TypeAlias = Literal["contiguous", "original", "stuff"]
 """The ids in a mask: 1 to 80, the category ids 1 to 90, or COCO-Stuff's, which are 1 less."""
@@ -215,10 +214,9 @@ def _files(folder: Path, ending: str) -> dict[str, Path]:
 def _listing(path: Path, kind: str, expected: str) -> Iterator[Any]:
     """Read JSON, and turn errors of its content inside the `with` block into a DataError."""
     try:
-        yield json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}); copy it again") from error
-    except (KeyError, TypeError) as error:
+        with bounded(path):
+            yield read_json(path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{path} is no list of COCO {kind} ({type(error).__name__}: {error}); expected "
             f"{expected}"

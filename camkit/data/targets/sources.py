@@ -1,6 +1,5 @@
 """Where exported masks come from: results, bulk runs, folders of PNGs, data sets."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from camkit.errors import DataError
 from camkit.formats import find_image
 from camkit.ops.images import resize_cam
 from camkit.tensors import IGNORE, IGNORE_16
+from camkit.untrusted import read_json
 
 MANIFEST, _ERRORS, _JOURNAL = "manifest.jsonl", "errors.tsv", "journal.sqlite"
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -105,9 +105,9 @@ class RunMasks:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    row = json.loads(line)
+                    row = read_json(line, path)
                     row["key"], row["legend"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                except (DataError, KeyError, TypeError) as error:
                     raise DataError(
                         f"{path}, line {number} is no line of a bulk run's manifest ({error!r}); "
                         "give the same command of `camkit run` again, which writes it anew"
