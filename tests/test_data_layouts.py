@@ -147,7 +147,7 @@ def test_label_names_go_before_vectors(voc):
     [
         ({"a": vector(1, length=21)}, r"labels of 'a' have shape \(21,\); .* of the 20 classes"),
         ({"a": 0.5 * vector(1)}, "labels of 'a' are not all 0 or 1"),
-        ({(1, 2): vector(1)}, r"labels of \(1, 2\) have shape"),
+        ({(1, 2): vector(1)}, r"a key is neither a name nor a number"),
         ({}, "holds no dict of label vectors"),
     ],
 )

@@ -17,7 +17,6 @@ from camkit.data.cocofile import (
     reading_json,
 )
 from camkit.data.files import (
-    PHOTO_SUFFIXES,
     PhotoFinder,
     files_in,
     folders_in,
@@ -41,6 +40,7 @@ from camkit.data.sample import (
 )
 from camkit.data.voc import VOC_CLASSES
 from camkit.errors import DataError
+from camkit.formats import IMAGE_SUFFIXES
 from camkit.tensors import IGNORE
 from camkit.untrusted import read_json
 
@@ -409,7 +409,7 @@ def coco_splits(root: Path) -> tuple[CocoSplit, ...]:
     for folder in _PHOTO_FOLDERS:
         for path in folders_in(root / folder):
             named = _SPLIT.fullmatch(path.name) and path.name not in parts
-            if named and holds(path, PHOTO_SUFFIXES, deep=False):
+            if named and holds(path, IMAGE_SUFFIXES, deep=False):
                 folders = tuple(root / each / path.name for each in _PHOTO_FOLDERS)
                 parts[path.name] = CocoSplit(path.name, None, folders)
     roboflow = (folder / _ROBOFLOW for folder in folders_in(root))

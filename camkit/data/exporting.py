@@ -39,6 +39,7 @@ from camkit.data.targets.sources import (
 )
 from camkit.data.targets.trees import write_cvat, write_mmseg, write_voc
 from camkit.errors import DataError, closest, nearby
+from camkit.untrusted import read_json
 
 RECORD = "export.json"
 """The file that says what an export wrote; a folder without it is not an export."""
@@ -356,9 +357,9 @@ def _claim(out: Path, source: object, entries: Iterable[str], *, overwrite: bool
 def _remove(out: Path) -> set[str]:
     """Remove what an earlier export wrote, and nothing else; return the names."""
     try:
-        entries = json.loads((out / RECORD).read_text("utf-8"))["entries"]
+        entries = read_json(out / RECORD)["entries"]
         names = {name for name in entries if Path(name).name == name}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (DataError, KeyError, TypeError) as error:
         raise DataError(
             f"{out / RECORD} is no record of an export; remove {out} by hand"
         ) from error

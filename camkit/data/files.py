@@ -11,8 +11,8 @@ from PIL import ExifTags, Image
 
 from camkit.data.names import composed, on_disk
 from camkit.errors import DataError
+from camkit.formats import IMAGE_SUFFIXES
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 MASK_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp")
 
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts it before the names of uploads
@@ -34,7 +34,7 @@ def photos_in(folder: Path, *, deep: bool = False) -> dict[str, Path]:
     Raises:
         DataError: two photos have the same name.
     """
-    return names_of(folder, _files(folder, PHOTO_SUFFIXES, deep=deep))
+    return names_of(folder, _files(folder, IMAGE_SUFFIXES, deep=deep))
 
 
 def names_of(folder: Path, paths: Iterable[Path]) -> dict[str, Path]:
@@ -225,7 +225,7 @@ class PhotoFinder:
         if self._by_name is None:
             self._by_name = {}
             for folder in self._folders:
-                for path in _walk(folder, PHOTO_SUFFIXES, deep=True):
+                for path in _walk(folder, IMAGE_SUFFIXES, deep=True):
                     self._by_name.setdefault(composed(path.name), set()).add(path)
         return self._by_name
 

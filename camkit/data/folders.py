@@ -15,8 +15,8 @@ from camkit.data.names import (
 )
 from camkit.data.sample import Sample
 from camkit.errors import DataError, closest
+from camkit.formats import IMAGE_SUFFIXES, is_image
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ALL = "all"
 
 
@@ -163,9 +163,11 @@ def _stem(photo: Path, root: Path) -> str:
 
 def _find_images(folder: Path) -> dict[str, Path]:
     """Map the names of images, with their folders below ``folder``, to the images."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
+    paths = sorted(path for path in folder.rglob("*") if is_image(path.name))
     if not paths:
-        raise DataError(f"{folder} holds no images; expected files ending in {' '.join(_ENDINGS)}")
+        raise DataError(
+            f"{folder} holds no images; expected files ending in {' '.join(IMAGE_SUFFIXES)}"
+        )
     by_stem: dict[str, Path] = {}
     for path in paths:
         stem = composed(path.relative_to(folder).with_suffix("").as_posix())

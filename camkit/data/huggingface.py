@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from camkit.data.files import PHOTO_SUFFIXES, in_short, several
+from camkit.data.files import in_short, several
 from camkit.data.names import check_split
 from camkit.data.reading import Reading, Zero, is_background, numbered_classes, some_class
 from camkit.data.sample import MaskForm, Sample, all_usable, mask_classes
 from camkit.data.unpacked import unpacked
 from camkit.errors import CamkitError, DataError
+from camkit.formats import IMAGE_SUFFIXES
 from camkit.untrusted import read_json
 
 _PHOTOS = ("image", "img", "photo", "picture", "pixel_values")
@@ -299,7 +300,7 @@ def _name(row: Mapping[str, Any], columns: Mapping[str, Any], number: int) -> st
         name = str((photo or {}).get("path") or "") if isinstance(photo, dict) else ""
         name = name.replace("\\", "/").rpartition("/")[2]
     base, dot, suffix = name.rpartition(".")
-    stem = base if dot and f".{suffix.lower()}" in PHOTO_SUFFIXES else name
+    stem = base if dot and f".{suffix.lower()}" in IMAGE_SUFFIXES else name
     safe = stem.replace("/", "__").replace("\\", "__").replace("\0", "").lstrip(".")
     return safe[:120] or f"row_{number:06d}"
 

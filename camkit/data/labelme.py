@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 
 from camkit.data.drawn import IGNORED_ID, check_picture, check_ring, painted
 from camkit.data.files import (
-    PHOTO_SUFFIXES,
     PhotoFinder,
     files_in,
     folders_in,
@@ -28,6 +27,7 @@ from camkit.data.names import check_split, composed, read_names
 from camkit.data.reading import Reading
 from camkit.data.sample import Sample, all_usable
 from camkit.errors import DataError, closest
+from camkit.formats import IMAGE_SUFFIXES
 from camkit.untrusted import read_json
 
 _ALL = "all"
@@ -203,7 +203,7 @@ def _photo(path: Path, content: Mapping[str, Any], finder: PhotoFinder) -> Path:
         found = beside if beside.is_file() else finder.find(named)
         if found is not None:
             return found
-    for suffix in PHOTO_SUFFIXES:
+    for suffix in IMAGE_SUFFIXES:
         for each in (suffix, suffix.upper()):
             if path.with_suffix(each).is_file():
                 return path.with_suffix(each)

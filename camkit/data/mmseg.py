@@ -8,7 +8,6 @@ from typing import Any
 
 from camkit.data.files import (
     MASK_SUFFIXES,
-    PHOTO_SUFFIXES,
     folders_in,
     holds,
     in_short,
@@ -22,6 +21,7 @@ from camkit.data.reading import Reading, Zero, is_background, numbered_classes, 
 from camkit.data.sample import MaskReader, Sample, all_usable, mask_classes
 from camkit.data.text import read_text
 from camkit.errors import DataError
+from camkit.formats import IMAGE_SUFFIXES
 
 PAIRS = (
     *(("img_dir", "ann_dir"), ("leftImg8bit", "gtFine"), ("images", "masks")),
@@ -103,7 +103,7 @@ class MaskFolders:
         if self.parts[0][0] != _ALL and top != self.root and top.parent == self.root:
             used = {folder for _, folder, _ in self.parts}
             for folder in folders_in(top):
-                if folder not in used and holds(folder, PHOTO_SUFFIXES):
+                if folder not in used and holds(folder, IMAGE_SUFFIXES):
                     yield f"{relative_to(folder, self.root)}: photos without masks, left out"
 
     def describe(self) -> tuple[str, ...]:
@@ -133,7 +133,7 @@ def mask_folders(root: Path) -> tuple[tuple[str, Path, Path], ...]:
             splits = [
                 (path.name, path, folder / path.name)
                 for path in folders_in(top)
-                if (folder / path.name).is_dir() and holds(path, PHOTO_SUFFIXES)
+                if (folder / path.name).is_dir() and holds(path, IMAGE_SUFFIXES)
             ]
             parts = tuple(splits) or ((_ALL, top, folder),)
             if any(found_in(part)[1] for part in parts):
@@ -147,7 +147,7 @@ def _pair_in(split: Path) -> tuple[Path, Path] | None:
     for photos, masks in PAIRS:
         top, folder = split / photos, split / masks
         if top.is_dir() and folder.is_dir() and holds(folder, MASK_SUFFIXES):
-            return (top, folder) if holds(top, PHOTO_SUFFIXES) else None
+            return (top, folder) if holds(top, IMAGE_SUFFIXES) else None
     return None
 
 

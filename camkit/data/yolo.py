@@ -11,7 +11,6 @@ from jaxtyping import Int
 
 from camkit.data.drawn import by_area, check_picture, check_ring, filled, painted
 from camkit.data.files import (
-    PHOTO_SUFFIXES,
     holds,
     in_short,
     photos_in,
@@ -23,6 +22,7 @@ from camkit.data.names import check_split
 from camkit.data.sample import VOC_FORM, Sample, all_usable
 from camkit.data.text import read_text
 from camkit.errors import DataError
+from camkit.formats import IMAGE_SUFFIXES
 
 _FILES = ("data.yaml", "data.yml", "dataset.yaml")
 _SPLITS = ("train", "val", "test", "valid")
@@ -172,7 +172,7 @@ def _folder(root: Path, content: Mapping[str, Any], named: Any, split: str) -> P
         places.append(root / named.removeprefix("../"))
         places += [root / "images" / split, root / split / "images"]
     for place in places:
-        if place.is_dir() and holds(place, PHOTO_SUFFIXES):
+        if place.is_dir() and holds(place, IMAGE_SUFFIXES):
             return Path(place).resolve() if ".." in place.parts else place
     return None
 
@@ -183,7 +183,7 @@ def _usual_folders(root: Path) -> dict[str, Path]:
     parts = {
         path.parent.name if path.name == "images" else path.name: path
         for path in tops
-        if _labels_of(path).is_dir() and holds(path, PHOTO_SUFFIXES)
+        if _labels_of(path).is_dir() and holds(path, IMAGE_SUFFIXES)
     }
     flat = root / "images"
     return parts or ({"all": flat} if (root / "labels").is_dir() and flat.is_dir() else {})
