@@ -206,7 +206,7 @@ def test_a_folder_offers_its_photos_only(tmp_path):
 
 def test_files_that_are_no_photos_for_a_page_are_refused(tmp_path):
     (tmp_path / "a.jpg").write_text("text")
-    with pytest.raises(DataError, match=r"^a\.jpg is no picture that can be read"):
+    with pytest.raises(DataError, match=r"^a\.jpg cannot be read as an image"):
         check_photo(tmp_path / "a.jpg")
     Image.new("1", (8000, 5000)).save(tmp_path / "large.png")
     with pytest.raises(DataError, match=r"^large\.png has 40 megapixels, .* at most 30"):

@@ -230,7 +230,7 @@ def large_picture(path):
 @pytest.mark.parametrize(
     ("name", "write", "words"),
     [
-        ("notes.txt", text_file, "notes.txt is no picture that can be read"),
+        ("notes.txt", text_file, "notes.txt cannot be read as an image"),
         ("large.png", large_picture, "large.png has 40 megapixels"),
     ],
 )

@@ -212,18 +212,18 @@ def test_an_output_that_may_only_be_read_is_reported():
 
 def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys):
     write_photos(tmp_path / "in", 1)
-    for name in ("a.heic", "b.HEIC", "notes", "more/c.heic"):
+    for name in ("a.nef", "b.NEF", "notes", "more/c.nef"):
         (tmp_path / "in" / name).touch()
     assert main(command(tmp_path / "in", tmp_path / "out", "--workers", "0")) == 0
     error = capsys.readouterr().err
-    assert "camkit: 4 files are not read (3 .heic, 1 without suffix); read are .jpg," in error
+    assert "camkit: 4 files are not read (3 .nef, 1 without suffix)" in error
 
 
 @pytest.mark.parametrize(
     ("given", "more", "words"),
     [
-        ("empty", [], "empty has no images; read are .jpg, .jpeg, .png"),
-        ("heic", [], "heic has no images"),
+        ("empty", [], "empty has no images; read are .jpg, .jpeg, .jpe"),
+        ("nef", [], "nef has no images"),
         ("none.txt", [], "none.txt has no images"),
         ("phtos", [], "phtos does not exist; did you mean photos?"),
         ("photos/p000.png", [], "is a single photo; give its folder, or use: camkit cam photos"),
@@ -239,15 +239,15 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys):
 def test_what_cannot_be_run_is_said_in_one_line(tmp_path, monkeypatch, capsys, given, more, words):
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos", 1)
-    for name in ("empty", "heic"):
+    for name in ("empty", "nef"):
         (tmp_path / name).mkdir()
-    for name in ("heic/a.heic", "none.txt"):
+    for name in ("nef/a.nef", "none.txt"):
         (tmp_path / name).touch()
     assert main([*command(given, "out", "--workers", "0"), *more]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert words in lines[-1]
     assert lines[-1].startswith("camkit: ")
-    assert len(lines) == (2 if given == "heic" else 1)
+    assert len(lines) == (2 if given == "nef" else 1)
 
 
 # Processes

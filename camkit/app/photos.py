@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
 
 from camkit.data import DataSet, Sample, demo_photos, open_dataset, read_mask
-from camkit.data.folders import find_layout
-from camkit.errors import DataError, nearby
+from camkit.data.layouts import find_layout
+from camkit.errors import CamkitError, DataError, nearby
+from camkit.formats import is_image, open_image
 from camkit.photo import read_picture
 from camkit.vocabulary import Vocabulary
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic")
 _MOST_PIXELS = 30_000_000
 _THUMBNAIL = 120  # pixels
 PAGE = 24
@@ -60,10 +59,10 @@ class PhotoShelf:
             Path(where, name)
             for where, _, names in os.walk(root)
             for name in names
-            if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+            if is_image(name) and not name.startswith(".")
         )
         if not paths:
-            raise DataError(f"{root} holds no photos; expected files ending in {_SUFFIXES[0]}, ...")
+            raise DataError(f"{root} holds no photos; expected files such as cat.jpg")
         return cls(root.name, str(folder), tuple(paths))
 
     @classmethod
@@ -111,14 +110,10 @@ def check_photo(path: Path) -> None:
 
     Raises:
         DataError: the sentence to show.
+        OSError: the file cannot be opened.
     """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path.name} is no picture that can be read; choose a JPEG or PNG"
-        ) from error
+    with path.open("rb") as file:
+        width, height = open_image(file, path.name).size
     if width * height > _MOST_PIXELS:
         raise DataError(
             f"{path.name} has {width * height / 1e6:.0f} megapixels, and the page takes at most "
@@ -140,10 +135,11 @@ def _known(names: Sequence[str], vocabulary: Vocabulary) -> dict[int, int]:
 @lru_cache(maxsize=512)
 def _thumbnail(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file:
+            image = open_image(file, path.name)
             image.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))
             small = image.convert("RGB")
             small.thumbnail((_THUMBNAIL, _THUMBNAIL))
             return np.array(small)
-    except (OSError, SyntaxError, ValueError):
+    except (CamkitError, OSError, SyntaxError, ValueError):
         return np.full((_THUMBNAIL, _THUMBNAIL, 3), 200, np.uint8)  # its error shows when opened

@@ -10,8 +10,6 @@ from typing import Protocol, runtime_checkable
 
 from camkit.errors import DataError
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-IMAGE_SUFFIXES = (*PHOTO_SUFFIXES, ".gif", ".jfif", ".avif")
 _LONGEST_NAME = 255  # bytes, the limit of file systems
 _KEPT_BYTES = 160  # of a longer name, before its hash
 
@@ -124,11 +122,6 @@ def printable(text: str) -> str:
     """Escape bytes that are not valid text, and NUL, so that a database can store the text."""
     raw = text.encode("utf-8", "surrogateescape").replace(b"\0", b"\\x00")
     return raw.decode("utf-8", "backslashreplace")
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file name has the suffix of an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - for millions
 
 
 def without_suffix(key: str) -> str:

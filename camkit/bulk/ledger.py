@@ -7,6 +7,7 @@ import json
 import shutil
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -368,7 +369,8 @@ class _OpenChunk:
 class Ledger:
     """Collects the outcomes of chunks in work, and writes them to the journal.
 
-    Its set ``unfitted`` names the classes of the images that a read-out does not know.
+    Its set ``unfitted`` names the classes of the images that a read-out does not know; ``notes``
+    counts what is noted of images.
 
     Args:
         journal: of the results folder.
@@ -381,6 +383,7 @@ class Ledger:
     ) -> None:
         self.folder = journal.folder
         self.unfitted: set[str] = set()
+        self.notes: Counter[str] = Counter()
         self._journal, self._advance, self._by_chunk = journal, advance, by_chunk
         self._open: dict[int, _OpenChunk] = {}
         self._begun = 0
@@ -408,6 +411,7 @@ class Ledger:
                 chunk.outcomes.append(outcome)
                 if isinstance(outcome, ImageResult):
                     self.unfitted.update(outcome.row.get("unfitted", ()))
+                    self.notes.update(outcome.row.get("notes", ()))
                 failed = isinstance(outcome, Failure)
                 self._advance(not failed, failed)
 

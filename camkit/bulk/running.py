@@ -102,6 +102,7 @@ class RunSummary:
         errors: images failed in the folder, in all runs; ``errors.tsv`` lists them.
         unread: images that failed in the pass of the fit, in all runs; `errors.tsv` lists them too.
         unfitted: classes of images done by this run that the read-out does not know.
+        notes: how many images done by this run were read in a way that is worth a note.
     """
 
     written: int
@@ -111,6 +112,7 @@ class RunSummary:
     errors: int
     unread: int = 0
     unfitted: tuple[str, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 def run(  # noqa: PLR0913 - each setting is a choice of its own
@@ -180,6 +182,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         errors,
         unread,
         progress.unfitted,
+        progress.notes,
     )
 
 
@@ -313,6 +316,7 @@ class _Engine:
                 torch.set_num_threads(before)
                 ledger.write(everything=True)
         progress.unfitted = tuple(sorted(ledger.unfitted))
+        progress.notes = dict(ledger.notes)
         return progress
 
     def _ledger(self, recipe: Recipe, journal: Journal, progress: "_Progress", job: Job) -> Ledger:
@@ -350,6 +354,7 @@ class _Progress:
         self._source, self._chunk, self._rank, self._job = source, chunk, rank, job
         self.written = self.failed = self.settled = 0
         self.unfitted: tuple[str, ...] = ()
+        self.notes: Mapping[str, int] = {}
         self._bar = progress_bar(None, "fitting" if job == "fit" else "running")
         Thread(target=self._count, daemon=True).start()
 

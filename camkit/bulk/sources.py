@@ -12,21 +12,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 from camkit.bulk.items import (
-    IMAGE_SUFFIXES,
     Failure,
     FilePlace,
     Item,
     TarPlace,
-    is_image,
     printable,
     safe_key,
     without_suffix,
 )
 from camkit.data import DataSet
-from camkit.data.folders import find_layout, open_dataset
 from camkit.data.labels import ImageLabels
+from camkit.data.layouts import DATASET_FILES, find_layout, open_with
 from camkit.data.names import split_line
+from camkit.data.reading import Reading
 from camkit.errors import CamkitError, DataError, nearby
+from camkit.formats import find_image, is_image, missing_plugin
 
 _MAX_LABEL_BYTES = 65536  # of a label file in a tar file
 
@@ -67,7 +67,7 @@ class PhotoFolder(_BelowRoot):
     """All photos below a folder, recognised by their suffix; links to folders are followed.
 
     Keys are paths below the folder without suffix. Photos that differ only in their suffix keep it.
-    Names that start with a dot are skipped.
+    Left out are names that start with a dot, other suffixes, and pictures whose plug-in is missing.
     """
 
     root: Path
@@ -77,11 +77,15 @@ class PhotoFolder(_BelowRoot):
         return _walk(self.root, "", (), Counter())
 
     def skipped(self) -> Counter[str]:
-        """Count the files that are not read, by their suffix; this lists the whole folder."""
-        suffixes = Counter[str]()
-        for _ in _walk(self.root, "", (), suffixes):
+        """Count the files that are left out, by reason; this lists the whole folder.
+
+        Reasons are a suffix, "without suffix", "HEIF without its plug-in" and the like, and
+        "hidden": pictures and folders whose names start with a dot.
+        """
+        reasons = Counter[str]()
+        for _ in _walk(self.root, "", (), reasons):
             pass
-        return suffixes
+        return reasons
 
 
 def _walk(
@@ -90,9 +94,7 @@ def _walk(
     try:
         real = os.path.realpath(folder)
         with os.scandir(folder) as entries:
-            names = sorted(
-                (entry.name, _is_folder(entry)) for entry in entries if entry.name[0] != "."
-            )
+            found = sorted((entry.name, _is_folder(entry)) for entry in entries)
     except OSError as error:
         reason = f"{folder} cannot be listed ({error.strerror})"
         yield Failure(printable(prefix) or ".", "list", reason)
@@ -101,11 +103,16 @@ def _walk(
         reason = f"{folder} is a link to a folder that contains it"
         yield Failure(printable(prefix), "list", reason)
         return
+    names = [(name, is_folder) for name, is_folder in found if name[0] != "."]
+    hidden = sum(is_folder or is_image(name) for name, is_folder in found if name[0] == ".")
+    skipped.update({"hidden": hidden} if hidden else {})
     photos = [name for name, is_folder in names if not is_folder and is_image(name)]
     stems = Counter(without_suffix(printable(name)) for name in photos)
     for name, is_folder in names:
         if is_folder:
             yield from _walk(folder / name, f"{prefix}{name}/", (*above, real), skipped)
+        elif (kind := missing_plugin(name)) is not None:
+            skipped[f"{kind} without its plug-in"] += 1
         elif is_image(name):
             stem = without_suffix(printable(name))
             key = printable(prefix) + (stem if stems[stem] == 1 else printable(name))
@@ -157,8 +164,7 @@ class PhotoList(_BelowRoot):
             seen[key] = number
             path = self.root / relative
             if not is_image(path.name):
-                candidates = (path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES)
-                path = next((file for file in candidates if file.is_file()), path)
+                path = find_image(path.parent, path.name) or path
             yield Item(key, FilePlace(path), classes)
 
     def _lines(self) -> Iterator[str]:
@@ -465,6 +471,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     image: str = "image",
     key: str | None = None,
     labels: str | None = None,
+    reading: Reading | None = None,
 ) -> Source:
     """Open a folder, a list, a data set or shards.
 
@@ -476,6 +483,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
         image: Parquet column with the bytes of the images.
         key: Parquet column with the names; None numbers the rows.
         labels: Parquet column with class indices.
+        reading: settings of a data set.
 
     Raises:
         DataError: the path does not exist, or is not of this kind.
@@ -492,7 +500,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     if kind == "list":
         return PhotoList(path, path.parent if root is None else root)
     if kind == "dataset":
-        dataset = open_dataset(path)
+        dataset = open_with(path, reading or Reading())
         split = split or (dataset.splits[0] if len(dataset.splits) == 1 else None)
         if split not in dataset.splits:
             raise DataError(
@@ -509,7 +517,8 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
 def _kind(path: Path) -> SourceKind:
     kinds: dict[str, SourceKind] = {".tar": "tar", ".parquet": "parquet"}
     if not path.is_dir():
-        return kinds.get(path.suffix.lower(), "list")
+        suffix = path.suffix.lower()
+        return "dataset" if suffix in DATASET_FILES else kinds.get(suffix, "list")
     for suffix, kind in kinds.items():
         if next(path.glob(f"*{suffix}"), None):
             return kind

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from camkit.bulk.items import is_image
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import CamOutput, Loading, Recipe, Writing
 from camkit.bulk.running import rank_of, run
@@ -30,10 +29,12 @@ from camkit.cli.sources import (
     check_has_images,
     guesses_for,
     labelled,
+    name_notes,
     name_skipped,
     open_input,
     vocabulary_for,
 )
+from camkit.formats import is_image
 from camkit.method import REFINERS, split_refine
 from camkit.seeds import FITTED_SCORE, PredictedClasses
 from camkit.vocabulary import read_classes
@@ -141,6 +142,7 @@ def execute(options: argparse.Namespace) -> int:
             f"{options.out / 'errors.tsv'}",
             file=sys.stderr,
         )
+    name_notes(summary.notes)
     if isinstance(photos, PhotoFolder) and rank.number == 0:
         name_skipped(photos)
     return 1 if summary.failed else 0
