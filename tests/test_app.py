@@ -225,6 +225,30 @@ def test_a_choice_refuses_what_does_not_exist(view):
 
 
 def test_the_page_says_how_to_install_gradio(refined, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(camkit.CamkitError, match=r"pip install 'camkit\[app\]'"):
         camkit.app.build(refined)
+
+
+def test_the_space_serves_the_page():
+    pytest.importorskip("gradio", reason="needs the extra camkit[app]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).parents[1] / "examples" / "space" / "app.py"
+    given = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    process = subprocess.Popen([sys.executable, script], env=os.environ | given)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert process.poll() is None
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
+                    assert "camkit" in answer.read().decode()
+                return
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        pytest.fail("the page did not start")
+    finally:
+        process.terminate()
+        process.wait(30)

@@ -1,4 +1,7 @@
-"""The page of `camkit app` in a browser: it shows what the library returns."""
+"""The page of `camkit app` in a browser: it shows what the library returns.
+
+`python tests/test_app_browser.py` makes the pictures of it in docs/images.
+"""
 
 import io
 import json
@@ -6,9 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,9 +56,9 @@ def refined():
     return camkit.wrap(demo_model())
 
 
-@pytest.fixture(scope="module")
-def address():
-    """Where a process of `camkit app` serves the page."""
+@contextmanager
+def serving():
+    """Run `camkit app` in a process of its own; the address of the page."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,9 +72,17 @@ def address():
             break
         except OSError:
             time.sleep(0.2)
-    yield url
-    process.send_signal(signal.SIGINT)
-    process.wait(30)
+    try:
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def address():
+    with serving() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +317,28 @@ def test_the_iou_of_a_photo_with_a_mask(shown, first):
     true, counted = truth == sample.classes[0] + 1, truth != 255
     iou = (found & true & counted).sum() / ((found | true) & counted).sum()
     shown.wait(TEXTS.format("#table [role=gridcell], #table td") + f".includes('{100 * iou:.1f}')")
+
+
+def make_pictures(folder):
+    """Write the pictures of the page for the documentation."""
+    with tempfile.TemporaryDirectory() as profile, serving() as url:
+        browser = Chromium(profile)
+        browser.open(url, width=1280, height=900)
+        browser.wait("document.querySelectorAll('#stages img').length > 4", 180)
+        for _ in range(3):  # the cat is the fourth photo
+            before = browser.run("document.querySelector('#status').innerText")
+            browser.run("document.querySelector('#next').click()")
+            browser.wait(f"document.querySelector('#status').innerText != {before!r}")
+            time.sleep(5)
+        browser.screenshot(folder / "app.png", whole=False)
+        browser.run(CLICK_TEXT.format("button[role=tab]", "Attention"))
+        browser.wait(PICTURE.format("attention"))
+        browser.run(SET_NUMBER.format("row", 9))
+        time.sleep(5)
+        browser.run("document.querySelector('#clicked').scrollIntoView()")
+        browser.screenshot(folder / "app_attention.png", whole=False)
+        browser.close()
+
+
+if __name__ == "__main__":
+    make_pictures(Path(__file__).parents[1] / "docs" / "images")
