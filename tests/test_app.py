@@ -1,7 +1,15 @@
 """What the page of `camkit app` shows is what the library returns, from one forward."""
 
 import json
+import os
 import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,11 +252,11 @@ def test_the_space_serves_the_page():
             assert process.poll() is None
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
-                    assert "camkit" in answer.read().decode()
-                return
+                    page = answer.read().decode()
+                break
             except urllib.error.URLError:
                 time.sleep(0.2)
-        pytest.fail("the page did not start")
+        assert "camkit" in page
     finally:
         process.terminate()
         process.wait(30)
