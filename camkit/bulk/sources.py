@@ -21,9 +21,10 @@ from camkit.bulk.items import (
     without_suffix,
 )
 from camkit.data import DataSet
-from camkit.data.folders import find_layout, open_dataset
 from camkit.data.labels import ImageLabels
+from camkit.data.layouts import DATASET_FILES, find_layout, open_with
 from camkit.data.names import split_line
+from camkit.data.reading import Reading
 from camkit.errors import CamkitError, DataError, nearby
 from camkit.formats import find_image, is_image, missing_plugin
 
@@ -470,6 +471,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     image: str = "image",
     key: str | None = None,
     labels: str | None = None,
+    reading: Reading | None = None,
 ) -> Source:
     """Open a folder, a list, a data set or shards.
 
@@ -481,6 +483,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
         image: Parquet column with the bytes of the images.
         key: Parquet column with the names; None numbers the rows.
         labels: Parquet column with class indices.
+        reading: settings of a data set.
 
     Raises:
         DataError: the path does not exist, or is not of this kind.
@@ -497,7 +500,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     if kind == "list":
         return PhotoList(path, path.parent if root is None else root)
     if kind == "dataset":
-        dataset = open_dataset(path)
+        dataset = open_with(path, reading or Reading())
         split = split or (dataset.splits[0] if len(dataset.splits) == 1 else None)
         if split not in dataset.splits:
             raise DataError(
@@ -514,7 +517,8 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
 def _kind(path: Path) -> SourceKind:
     kinds: dict[str, SourceKind] = {".tar": "tar", ".parquet": "parquet"}
     if not path.is_dir():
-        return kinds.get(path.suffix.lower(), "list")
+        suffix = path.suffix.lower()
+        return "dataset" if suffix in DATASET_FILES else kinds.get(suffix, "list")
     for suffix, kind in kinds.items():
         if next(path.glob(f"*{suffix}"), None):
             return kind

@@ -9,6 +9,7 @@ from typing import get_args
 from camkit.bulk import Item
 from camkit.bulk.by_folder import LabelledByFolder
 from camkit.bulk.sources import Labelled, PhotoFolder, Source, SourceKind, open_source
+from camkit.cli.datasets import add_dataset_arguments, reading_of
 from camkit.cli.options import class_names, read_predicted
 from camkit.data.labels import read_labels
 from camkit.errors import CamkitError, closest, nearby
@@ -43,6 +44,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         help="classes that label indices count: voc, coco, a file of names, or names with "
         "commas (default: the classes of the data set or label file, else of the model)",
     )
+    add_dataset_arguments(parser)
 
 
 def open_input(options: argparse.Namespace) -> Source:
@@ -55,6 +57,7 @@ def open_input(options: argparse.Namespace) -> Source:
         image=options.image_column,
         key=options.key_column,
         labels=options.label_column,
+        reading=reading_of(vars(options)),
     )
 
 

@@ -59,7 +59,7 @@ def check_dataset(dataset: DataSet, *, splits: Sequence[str] | None = None) -> l
     """
     findings: list[Finding] = []
     checked: set[Sample] = set()
-    shown: dict[Path | None, Sequence[int]] = {}  # the classes in each mask
+    shown: dict[Sample, Sequence[int]] = {}  # the classes in each readable mask
     samples: dict[str, list[Sample]] = {}
     for name in dataset.splits if splits is None else splits:
         samples[name] = []
@@ -131,7 +131,7 @@ def _contents(samples: Iterable[Sample]) -> dict[Path, str]:
 def _check_sample(
     dataset: DataSet,
     sample: Sample,
-    shown: dict[Path | None, Sequence[int]],
+    shown: dict[Sample, Sequence[int]],
     *,
     mask_expected: bool,
 ) -> Iterator[Finding]:
@@ -152,9 +152,9 @@ def _check_sample(
     except DataError as error:
         yield Finding("mask", sample.mask, str(error))
         return
-    shown[sample.mask] = classes
+    shown[sample] = classes
     yield from _check_orientation(sample.photo, sample.mask)
-    if sample.form == VOC_FORM:
+    if sample.form == VOC_FORM and sample.mask.suffix == ".png":
         yield from _check_palette(sample.mask, classes, count)
     yield from _check_labels(dataset.classes, sample, sample.mask, classes)
 
@@ -163,10 +163,10 @@ def _check_any_class(
     dataset: DataSet,
     split: str,
     samples: Sequence[Sample],
-    shown: Mapping[Path | None, Sequence[int]],
+    shown: Mapping[Sample, Sequence[int]],
 ) -> Iterator[Finding]:
     """Find a split whose masks measure nothing, and count the masks without their labels."""
-    masks = [(sample, shown[sample.mask]) for sample in samples if sample.mask in shown]
+    masks = [(sample, shown[sample]) for sample in samples if sample in shown]
     if masks and not any(classes for _, classes in masks):
         message = (
             f"{dataset.root}: none of the {len(masks)} masks of {split} shows a class, only "

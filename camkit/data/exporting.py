@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
 
-from camkit.data.folders import find_layout, open_dataset
+from camkit.data.layouts import DATASET_FILES, find_layout, open_dataset
 from camkit.data.names import NameIndex, read_image_names
 from camkit.data.sample import DataSet
 from camkit.data.targets.coco import write_coco, write_polygons
@@ -220,6 +220,8 @@ def _open(
 def _open_folder(
     root: Path, classes: ClassNames | None, images: Path | None, options: ExportOptions
 ) -> MaskSource:
+    if root.is_file() and root.suffix.lower() in DATASET_FILES:
+        return _data_set(open_dataset(root), classes)
     if not root.is_dir():
         hint = nearby(root) or "; name a folder of `camkit run`, of masks, or of a data set"
         raise DataError(f"{root} is not a folder{hint}")
@@ -230,7 +232,7 @@ def _open_folder(
     if next(root.rglob("*.png"), None) is None:
         raise DataError(
             f"{root} holds no masks: expected manifest.jsonl (`camkit run`), mask PNGs, or a data "
-            "set of VOC, COCO, ImageNet-S or a plain layout"
+            "set in a known layout"
         )
     if classes is None:
         raise ValueError(

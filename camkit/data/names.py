@@ -27,6 +27,15 @@ def composed(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
+def on_disk(path: Path) -> Path:
+    """Return the path of a file whose name may be stored in another Unicode form."""
+    text = str(path)
+    if text.isascii() or path.exists():
+        return path
+    others = (Path(unicodedata.normalize(form, text)) for form in ("NFC", "NFD"))
+    return next((other for other in others if other.exists()), path)
+
+
 def image_name(text: str) -> str:
     r"""Return the path of an image without the suffix of its format, with slashes, in NFC.
 
