@@ -254,10 +254,12 @@ def cam_inputs(rng: random.Random, canary: Path) -> Iterator[Input]:
         yield Input("proposals", how, "a.npy", npy(content))
         yield Input("cams", f"{how}, bare", "a.npy", content)
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("keys.npy", "w", force_zip64=True) as member:
-            for _ in range(2000):
-                member.write(bytes(2**20))
+    with (
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("keys.npy", "w", force_zip64=True) as member,
+    ):
+        for _ in range(2000):
+            member.write(bytes(2**20))
     header = io.BytesIO()
     claim = {"descr": "<f8", "fortran_order": False, "shape": (10**9, 10**9)}
     np.lib.format.write_array_header_1_0(header, claim)
@@ -370,8 +372,8 @@ def journal_inputs(rng: random.Random) -> Iterator[Input]:
             file.execute("CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
             for table in ("images", "fitted_images"):
                 file.execute(
-                    f"CREATE TABLE {table} (key TEXT PRIMARY KEY, row TEXT, stage TEXT, reason TEXT)"
-                    " WITHOUT ROWID"
+                    f"CREATE TABLE {table} (key TEXT PRIMARY KEY, row TEXT, stage TEXT, "
+                    "reason TEXT) WITHOUT ROWID"
                 )
             file.execute("INSERT INTO settings VALUES ('model', 'm')")
             row = json.dumps({"key": "a", "mask": "masks/a.png"})
@@ -472,7 +474,8 @@ def _export(path: Path) -> None:
     folder = path.parent / "masks"
     folder.mkdir()
     Image.fromarray(np.eye(4, dtype=np.uint8)).save(folder / "a.png")
-    export(path.parent, "coco", path.parent / "exported", options=ExportOptions(photos="none"))
+    with tempfile.TemporaryDirectory() as out:
+        export(path.parent, "coco", Path(out, "new"), options=ExportOptions(photos="none"))
 
 
 READERS: dict[str, Callable[[Path], None]] = {
@@ -491,6 +494,13 @@ def _too_long(_: int, __: FrameType | None) -> NoReturn:
     raise TimeoutError
 
 
+def judged(text: str, path: Path) -> str:
+    """Return what is wrong with an error of camkit, or "refused"."""
+    if "\n" in text or len(text) > LONGEST:
+        return f"an error of several lines or {len(text)} characters: {text[:100]!r}"
+    return "refused" if str(path.parent) in text else f"an error without the file: {text[:100]!r}"
+
+
 def attempt(kind: str, path: Path) -> str:
     """Read a file; return "read", "refused", or what is wrong."""
     from camkit.errors import CamkitError
@@ -498,14 +508,7 @@ def attempt(kind: str, path: Path) -> str:
     try:
         READERS[kind](path)
     except CamkitError as error:
-        text = str(error)
-        if "\n" in text:
-            return f"an error of several lines: {text[:100]!r}"
-        if len(text) > LONGEST:
-            return f"an error of {len(text)} characters: {text[:100]!r}"
-        return (
-            "refused" if str(path.parent) in text else f"an error without the file: {text[:100]!r}"
-        )
+        return judged(str(error), path)
     except TimeoutError:
         return f"more than {SECONDS} s"
     except MemoryError:
@@ -594,8 +597,9 @@ def report(chosen: list[Input], results: list[str], seconds: float, seed: int) -
     lines = [
         "# Hostile and damaged files",
         "",
-        f"{len(chosen)} files from seed {seed}, read in {seconds:.0f} s by processes with {MEMORY >> 30} GB and "
-        f"{SECONDS} s for each file. `python benchmarks/hostile.py` says what a fault is.",
+        f"{len(chosen)} files from seed {seed}, read in {seconds:.0f} s by processes with "
+        f"{MEMORY >> 30} GB and {SECONDS} s for each file. `benchmarks/hostile.py` says what a "
+        "fault is.",
         "",
         "| files | tried | read | refused in one line | faults |",
         "|---|---|---|---|---|",
@@ -616,7 +620,6 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=KINDS)
-    parser.add_argument("--limit", type=int, help="inputs of each kind, evenly chosen")
     parser.add_argument("--batch", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--print", action="store_true", help="print the table, write nothing")
     options = parser.parse_args()

@@ -4,7 +4,6 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-
 _LONGEST = 1000  # characters of an error, which may name a long path and list what is allowed
 
 
