@@ -476,7 +476,18 @@ def test_more_pixels_than_pil_trusts_are_read_where_the_limit_of_a_run_allows_th
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     Image.fromarray(coarse(32, 32)).save(tmp_path / "a.png")
     assert read(Item("a", FilePlace(tmp_path / "a.png")), Loading(size=32)).size == (32, 32)
-    with pytest.raises(
-        DataError, match=r"32x32 pixels .*more than the 10 pixels allowed; raise PIL"
-    ):
+    with pytest.raises(DataError, match=r"32x32 pixels .*than the 10 pixels allowed; raise PIL"):
         load_photo(tmp_path / "a.png")
+
+
+def test_maps_of_a_large_photo_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("camkit.bulk.stages.MAX_VALUES", 2 * 48 * 48 - 1)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(coarse(48, 48)).save(folder / "a.png")
+    summary = run(small_recipe(cams="both"), PhotoFolder(folder), tmp_path / "out", workers=0)
+    assert (summary.written, summary.failed) == (0, 1)
+    told = "48x48 pixels (rows x columns) and 2 classes, and class maps of this size are too large"
+    assert told in (tmp_path / "out" / "errors.tsv").read_text()
+    summary = run(small_recipe(), PhotoFolder(folder), tmp_path / "masks", workers=0)
+    assert summary.written == 1

@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from camkit.bulk.items import Failure, Item, result_path
@@ -36,7 +37,7 @@ from camkit.capture.record import Capture
 from camkit.data.camfiles import write_cam
 from camkit.errors import CamkitError, DataError, one_line
 from camkit.fitting import GUESSES, Fitter
-from camkit.mask import to_mask
+from camkit.mask import mask_at
 from camkit.ops.images import resize_cam
 from camkit.paint import save_mask
 from camkit.photo import read_levels
@@ -45,10 +46,14 @@ from camkit.printing import short_repr
 from camkit.readout import Readout
 from camkit.result import mask_bits
 from camkit.seeds import PredictedClasses
+from camkit.tensors import Cam
 from camkit.vocabulary import Vocabulary
 
 Entry = TypeVar("Entry")
 Outcome = TypeVar("Outcome")
+
+MAX_VALUES = 1 << 27
+"""Pixels times classes of the maps that a worker writes for one photo; it takes up to 3 GB."""
 
 _FOLDER_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
@@ -369,14 +374,15 @@ def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
             for refiner in writing.finish:
                 cam = refiner(cam, capture)
         cam = cam.float()
-    full = resize_cam(cam, image.size).clamp(0, 1) if classes else torch.zeros(1, 0, *image.size)
+    full = _full_size(cam, image, writing) if classes else torch.zeros(1, 0, *image.size)
     files: dict[str, Path] = {}
     with _draft_folder(folder) as draft:
         if writing.masks:
             mask = torch.zeros(image.size, dtype=torch.uint8)
             if classes:
-                mask = to_mask(
-                    full,
+                mask = mask_at(
+                    cam,
+                    image.size,
                     torch.tensor([maps.values]) - 1,
                     background_score=writing.background_score,
                     background=writing.background,
@@ -398,6 +404,24 @@ def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
         }
     kept = cam[0].clamp(0, 1).numpy() if writing.cams == "parquet" else None
     return ImageResult(image.key, {**maps.row, **paths}, kept)
+
+
+def _full_size(cam: Cam, image: ReadImage, writing: Writing) -> Float[Tensor, "b k H W"]:
+    """Return the maps at the size of the photo, if they are written at this size.
+
+    Raises:
+        DataError: they would take gigabytes.
+    """
+    if writing.cams in ("none", "parquet"):
+        return cam
+    count = cam.shape[1]
+    if count * image.size[0] * image.size[1] > MAX_VALUES:
+        raise DataError(
+            f"{image.source} has {image.size[0]}x{image.size[1]} pixels (rows x columns) and "
+            f"{count} classes, and class maps of this size are too large to write; keep them at "
+            "the size of the model (--cams parquet), or write masks only (--cams none)"
+        )
+    return resize_cam(cam, image.size).clamp(0, 1)
 
 
 def write_part(results: Sequence[ImageResult], folder: OutFolder, name: str) -> list[ImageResult]:

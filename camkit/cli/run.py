@@ -80,7 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-masks", action="store_true", help="write class maps only")
     add_background(parser, default="that of the method")
     add_ignore_below(parser)
-    add("--max-pixels", type=int, default=Loading.max_pixels, help="larger images are refused")
+    add(
+        "--max-pixels",
+        type=int,
+        default=Loading.max_pixels,
+        help="larger images are refused; a worker needs about 20 bytes for each pixel (default: "
+        "%(default)s)",
+    )
     add("--fit", action="store_true", help="first fit a read-out over all images, for better maps")
     add_form(parser)
     add("--batch", type=int, default=8, help="images per forward (default: 8)")

@@ -239,9 +239,9 @@ def _columns(path: Path, schema: Any) -> dict[str, Any]:
 def _features(schema: Any) -> dict[str, Any]:
     """Return what `datasets` says of the columns."""
     try:
-        content = json.loads((schema.metadata or {})[b"huggingface"])
+        content = read_json((schema.metadata or {})[b"huggingface"], "the schema")
         return dict(content["info"]["features"])
-    except (KeyError, ValueError, TypeError):
+    except (DataError, KeyError, ValueError, TypeError):
         return {}
 
 

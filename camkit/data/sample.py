@@ -15,6 +15,7 @@ from torch import Tensor
 from camkit.errors import DataError
 from camkit.photo import decode
 from camkit.tensors import IGNORE, IGNORE_16
+from camkit.untrusted import bounded
 
 _TIFF_BITS = 258  # the tag "BitsPerSample"
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JPEG2000")
@@ -280,7 +281,8 @@ def _bits(path: Path, image: Image.Image) -> int:
 def _array_values(path: Path) -> Integer[np.ndarray, "H W"]:
     """Read a ``.npy`` file of whole numbers or of True and False."""
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        with bounded(path):
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise DataError(f"{path} cannot be read as an array ({error}); write it again") from error
     if values.dtype.kind not in "iub" or values.ndim != 2:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -102,12 +102,12 @@ class RunMasks:
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         path = self.root / MANIFEST
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
                     row = read_json(line, path)
-                    row["key"], row["legend"]
-                except (DataError, KeyError, TypeError) as error:
+                    _check_row(row)
+                except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
                     raise DataError(
                         f"{path}, line {number} is no line of a bulk run's manifest ({error!r}); "
                         "give the same command of `camkit run` again, which writes it anew"
@@ -265,6 +265,18 @@ def check_values(image: MaskedImage, legend: Mapping[int, str]) -> None:
 
 def _in_short(values: list[int]) -> str:
     return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "") or "none"
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """Raise for a line of a manifest that no bulk run writes, with files outside its folder."""
+    _legend_of(row)
+    for name in ("key", "source", "mask", "cam"):
+        text = row[name] if name in ("key", "source") else row.get(name)
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{name} is no text")
+    for path in map(PurePosixPath, (row.get("mask") or "", row.get("cam") or "")):
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{path} lies outside the folder")
 
 
 def _legend_of(row: dict[str, Any]) -> dict[int, str]:
