@@ -15,7 +15,7 @@ from PIL import Image
 
 import camkit
 from camkit.bulk import CamFolder, DrawMask, RefineCam, write_all
-from camkit.bulk.ledger import Journal
+from camkit.bulk.journal import Journal
 from camkit.bulk.stages import ImageResult, OutFolder
 from camkit.capture import Capture
 from camkit.cli import main

@@ -104,7 +104,7 @@ class RayEngine:
         """
         import ray.data
 
-        folder = OutFolder(ledger.folder.root.resolve(), ledger.folder.rank)
+        folder = replace(ledger.folder, root=ledger.folder.root.resolve())
         shutil.rmtree(folder.drafts / "begun", ignore_errors=True)  # of chunks of another pass
         variables = {name: text for name, text in os.environ.items() if name.startswith("CAMKIT_")}
         with _connected(self.address):
