@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -116,7 +115,6 @@ def execute(options: argparse.Namespace) -> int:
     _check_input(options, source)
     source, labels = labelled(source, options.labels, partial=options.fit)
     recipe = _recipe(options, source, labels)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the way clusters end a job
     summary = run(
         recipe,
         source,
