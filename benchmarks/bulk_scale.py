@@ -1,6 +1,6 @@
 """What ten million images ask of the journal and of a list, measured on fewer.
 
-    python benchmarks/bulk_scale.py journal list [--rows 1000000] [--lines 200000]
+    python benchmarks/bulk_scale.py journal files list [--rows 1000000] [--lines 200000]
 
 Journal: rows are written as a run writes them; then manifest and errors are written while another
 process records an image every 20 ms, and its longest wait is taken. List: the time from the call of
@@ -30,7 +30,7 @@ from camkit.bulk import Failure, Item, PhotoList, RayEngine, run
 from camkit.bulk.items import FilePlace
 from camkit.bulk.journal import JOURNAL, MANIFEST, Journal
 from camkit.bulk.ledger import plan
-from camkit.bulk.stages import ImageResult, OutFolder
+from camkit.bulk.stages import ImageResult, OutFolder, stamp_of
 from camkit.data import write_shapes
 
 _SETTINGS = {"source": "folder /photos"}
@@ -124,6 +124,19 @@ def journal(work: Path, rows: int) -> dict[str, Any]:
     }
 
 
+def files(work: Path, count: int = 200) -> dict[str, Any]:
+    """Measure what the size and hash of a file take, of a mask and of class maps."""
+    seconds = {}
+    for name, size in (("a mask of 20 kB", 20_000), ("maps of 1 MB", 1_000_000)):
+        path = work / "file"
+        path.write_bytes(os.urandom(size))
+        start = time.process_time()
+        for _ in range(count):
+            stamp_of(path)
+        seconds[f"milliseconds for {name}"] = (time.process_time() - start) / count * 1e3
+    return seconds
+
+
 def starts(source: PhotoList, out: Path, engine: RayEngine | None) -> dict[str, float]:
     """Return the seconds until an image is done, and the memory of this process then."""
     begun, found = time.monotonic(), {}
@@ -166,7 +179,7 @@ def started(lines: int, photos: Path, work: Path, *, ray: bool) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="+", choices=("journal", "list"))
+    parser.add_argument("parts", nargs="+", choices=("journal", "files", "list"))
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--lines", type=int, default=200_000)
     parser.add_argument("--ray", action="store_true")
@@ -175,22 +188,26 @@ def main() -> None:
     torch.set_num_threads(1)
     path = options.out / "bulk_scale.json"
     results = json.loads(path.read_text()) if path.exists() else {}
+    results["machine"] = {"torch": torch.__version__, "python": platform.python_version()}
+    results["machine"] |= {"cpu": cpu(), "cores": os.cpu_count()}
+
+    def keep(name: str, measured: dict[str, Any]) -> None:
+        results[name] = measured
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        (options.out / "bulk_scale.md").write_text(report(results))
+
     with tempfile.TemporaryDirectory() as home:
         work = Path(home)
         if "journal" in options.parts:
-            results["journal"] = journal(work, options.rows)
+            keep("journal", journal(work, options.rows))
+        if "files" in options.parts:
+            keep("files", files(work))
         if "list" in options.parts:
             photos = write_shapes(work / "drawn", 100, size=(48, 64)).root / "JPEGImages"
-            for name, ray in (("local", False), ("ray", True)):
-                if ray and not options.ray:
-                    continue
+            for ray in (False, True) if options.ray else (False,):
                 for lines in (1000, options.lines):
-                    measured = started(lines, photos, work, ray=ray)
-                    results[f"list of {lines} lines, {name}"] = measured
-    results["machine"] = {"torch": torch.__version__, "python": platform.python_version()}
-    results["machine"] |= {"cpu": cpu(), "cores": os.cpu_count()}
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / "bulk_scale.md").write_text(report(results))
+                    name = f"list of {lines} lines, {'ray' if ray else 'local'}"
+                    keep(name, started(lines, photos, work, ray=ray))
     print(report(results))
 
 
@@ -198,9 +215,7 @@ def report(results: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     machine = results["machine"]
     lines = [
-        "# Ten million images: journal and list",
-        "",
-        f"`python benchmarks/bulk_scale.py journal list --ray`, {machine['cores']} cores of "
+        f"`python benchmarks/bulk_scale.py journal files list --ray`, {machine['cores']} cores of "
         f"{machine['cpu']}, which others used too.",
         "",
     ]
@@ -212,6 +227,10 @@ def report(results: dict[str, Any]) -> str:
             ten = "" if name.startswith(fixed) else f"{value * 1e7 / table['rows']:,.0f}"
             text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
             lines.append(f"| {name.replace('_', ' ')} | {text} | {ten or 'the same'} |")
+        lines.append("")
+    if "files" in results:
+        lines += ["| CPU time of size and hash | |", "|---|---|"]
+        lines += [f"| {name} | {value:.3f} |" for name, value in results["files"].items()]
         lines.append("")
     rows = [(name, value) for name, value in results.items() if name.startswith("list")]
     if rows:
