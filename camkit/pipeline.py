@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from camkit.capture.facts import NO_FACTS, ModelFacts
 from camkit.capture.host import Host
-from camkit.capture.modes import borrowed
+from camkit.capture.modes import borrowed, exclusive
 from camkit.capture.parameters import to_input
 from camkit.capture.record import Capture, required_by
 from camkit.capture.scores import known_classes
@@ -325,6 +325,17 @@ class Pipeline:
             keys: names of the photos, for refiners that read files of them; see `camkit.Capture`.
             sizes: rows and columns of the photos themselves, for the same refiners.
         """
+        with exclusive(self.model):  # its modes and hooks are those of all threads
+            return self._stages(pixels, rgb, classes, keys, sizes)
+
+    def _stages(
+        self,
+        pixels: Pixels,
+        rgb: RGB,
+        classes: ClassRequest,
+        keys: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+    ) -> "Stages":
         # 1. The classes, checked before the model runs. Texts bring their own names and scores.
         vocabulary, scores, host = self.vocabulary, self.scores, self._current_host()
         if isinstance(classes, TextClasses):

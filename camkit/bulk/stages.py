@@ -15,15 +15,17 @@ stage concerns one image; an `OutputError` concerns the results folder and ends 
 """
 
 import errno
+import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -80,10 +82,12 @@ class OutFolder:
     Attributes:
         root: of all results.
         rank: of this process among those that write into the folder.
+        folds: see `camkit.bulk.items.result_path`.
     """
 
     root: Path
     rank: int = 0
+    folds: bool = False
 
     @property
     def drafts(self) -> Path:
@@ -161,11 +165,13 @@ class ImageResult:
         key: of the item.
         row: its line of the manifest, JSON-ready, with paths relative to the results folder.
         cam: its maps, kept for the Parquet file of the chunk.
+        stamps: of its files, see `stamp_of`; mask before cam.
     """
 
     key: str
     row: dict[str, Any]
     cam: Float[np.ndarray, "k h w"] | None = None
+    stamps: tuple[str, ...] = ()
 
     __repr__ = short_repr
 
@@ -175,8 +181,8 @@ class Lesson:
     """What the images of a batch taught a read-out.
 
     Attributes:
-        keys: of the images, also of those that show no class.
-        sums: of those images that were still to be counted; None if none of them shows a class.
+        keys: of the images that were still to be counted, also of those that show no class.
+        sums: of those images; None if none of them shows a class.
     """
 
     keys: tuple[str, ...]
@@ -262,7 +268,7 @@ def learn(
             counted = [image.key in todo for image in part]
             guessed = isinstance(labels, PredictedClasses)
             sums = fitter.of(pixels, rgb, None if guessed else rows, counted=counted)
-        return [Lesson(tuple(image.key for image in part), sums)]
+        return [Lesson(tuple(image.key for image in part if image.key in todo), sums)]
 
     return _alone_if_failed(work, batch)
 
@@ -398,12 +404,13 @@ def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
         elif writing.cams in ("both", "psa", "irn", "clip-es"):
             files["cam"] = draft / "cam.npy"
             write_cam(files["cam"], classes, full[0], form=writing.cams)
-        paths = {
-            kind: _move(path, f"{kind}s" / result_path(image.key, path.suffix), folder)
-            for kind, path in files.items()
-        }
+        paths, stamps = dict[str, str](), list[str]()
+        for kind, path in files.items():
+            place = f"{kind}s" / result_path(image.key, path.suffix, folds=folder.folds)
+            paths[kind], stamp = _move(path, place, folder)
+            stamps.append(stamp)
     kept = cam[0].clamp(0, 1).numpy() if writing.cams == "parquet" else None
-    return ImageResult(image.key, {**maps.row, **paths}, kept)
+    return ImageResult(image.key, {**maps.row, **paths}, kept, tuple(stamps))
 
 
 def _full_size(cam: Cam, image: ReadImage, writing: Writing) -> Float[Tensor, "b k H W"]:
@@ -453,8 +460,12 @@ def write_part(results: Sequence[ImageResult], folder: OutFolder, name: str) -> 
     columns["cam"] = pa.array(flat, pa.list_(pa.float16()))
     with _draft_folder(folder) as draft:
         parquet.write_table(pa.table(columns), draft / "part.parquet", compression="zstd")
-        path = _move(draft / "part.parquet", PurePosixPath("cams", f"{name}.parquet"), folder)
-    return [replace(result, row={**result.row, "cam": path}, cam=None) for result in results]
+        place = PurePosixPath("cams", f"{name}.parquet")
+        path, stamp = _move(draft / "part.parquet", place, folder)
+    return [
+        replace(result, row={**result.row, "cam": path}, cam=None, stamps=(*result.stamps, stamp))
+        for result in results
+    ]
 
 
 @contextmanager
@@ -475,11 +486,23 @@ def _draft_folder(folder: OutFolder) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _move(draft: Path, place: PurePosixPath, folder: OutFolder) -> str:
-    """Flush a draft to the disk and move it to its place in one step."""
+def _move(draft: Path, place: PurePosixPath, folder: OutFolder) -> tuple[str, str]:
+    """Flush a draft to the disk and move it to its place in one step; return place and stamp."""
     with draft.open("rb+") as file:
+        stamp = _stamp(file)
         os.fsync(file.fileno())  # the file must survive whatever the journal entry survives
     target = folder.root / place
     target.parent.mkdir(parents=True, exist_ok=True)
     draft.replace(target)
-    return str(place)
+    return str(place), stamp
+
+
+def stamp_of(path: Path) -> str:
+    """Return the size and a hash of a file, by which a later run knows whether it is whole."""
+    with path.open("rb") as file:
+        return _stamp(file)
+
+
+def _stamp(file: BinaryIO) -> str:
+    digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=8))  # type: ignore[arg-type]
+    return f"{file.tell()}-{digest.hexdigest()}"

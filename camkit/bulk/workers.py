@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait as wait_for_any
 from threading import Lock, Thread
 from typing import Any, Generic, TypeVar
@@ -55,6 +56,8 @@ class _WorkerProcess:
         context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             context.set_forkserver_preload([__name__, "camkit.bulk.stages"])
+            resource_tracker.ensure_running()  # which lets interrupts through in this thread
+            _block_interrupts()
         for _ in range(_STARTS):
             self._pipe, theirs = context.Pipe()
             arguments = (theirs, dict(os.environ))

@@ -1,7 +1,6 @@
 """Fit a read-out over photos with image-level labels, for better maps (`--readout`)."""
 
 import argparse
-import signal
 import sys
 from dataclasses import replace
 from functools import reduce
@@ -107,7 +106,6 @@ def _fit(options: argparse.Namespace) -> tuple[Readout, int]:
         fit=options.form or "auto",
         guesses=guesses_for(options.labels, predicted),
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the way clusters end a job
     summary = fit_readout(
         recipe,
         source,
@@ -121,4 +119,6 @@ def _fit(options: argparse.Namespace) -> tuple[Readout, int]:
         name_skipped(photos)
     for failure in summary.failures:
         print(f"camkit: {failure.key}: {failure.reason}", file=sys.stderr)
-    return summary.readout, len(summary.failures)
+    failed = len(summary.failures)
+    print(f"{options.out}: {summary.offered} images offered, {failed} failed")
+    return summary.readout, failed
