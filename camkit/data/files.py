@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from PIL import ExifTags, Image
-
 from camkit.data.names import composed, on_disk
 from camkit.errors import DataError
 from camkit.formats import IMAGE_SUFFIXES
+from camkit.levels import upright_size
+from camkit.photo import opened
 
 MASK_SUFFIXES = (".png", ".npy", ".tif", ".tiff", ".bmp")
 
@@ -236,12 +236,8 @@ def picture_size(path: Path) -> tuple[int, int]:
     Raises:
         DataError: it is no picture.
     """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}); copy it again") from error
+    with opened(path) as image:
+        return upright_size(image)
 
 
 def relative_to(path: Path, root: Path) -> str:
