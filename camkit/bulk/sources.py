@@ -494,13 +494,14 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     if not path.exists():
         hint = nearby(path) or "; give a folder, a list or shards of images"
         raise DataError(f"{path} does not exist{hint}")
+    asked = kind == "dataset"
     kind = _kind(path) if kind == "auto" else kind
     if kind == "folder":
         return PhotoFolder(path)
     if kind == "list":
         return PhotoList(path, path.parent if root is None else root)
     if kind == "dataset":
-        dataset = open_with(path, reading or Reading())
+        dataset = _open_dataset(path, reading or Reading(), asked=asked)
         split = split or (dataset.splits[0] if len(dataset.splits) == 1 else None)
         if split not in dataset.splits:
             raise DataError(
@@ -512,6 +513,16 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     if not paths:
         raise DataError(f"{path} contains no .{kind} files directly")
     return TarShards(paths) if kind == "tar" else ParquetRows(paths, image, key, labels)
+
+
+def _open_dataset(path: Path, reading: Reading, *, asked: bool) -> DataSet:
+    """Open a data set; where nobody asked for one, errors say how its photos alone are read."""
+    try:
+        return open_with(path, reading)
+    except DataError as error:
+        if asked or not path.is_dir():
+            raise
+        raise DataError(f"{error}; to read its photos only, say so (--as folder)") from error
 
 
 def _kind(path: Path) -> SourceKind:
