@@ -496,6 +496,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
         raise DataError(f"{path} does not exist{hint}")
     asked = kind == "dataset"
     kind = _kind(path) if kind == "auto" else kind
+    _check_reading(path, kind, reading)
     if kind == "folder":
         return PhotoFolder(path)
     if kind == "list":
@@ -513,6 +514,15 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     if not paths:
         raise DataError(f"{path} contains no .{kind} files directly")
     return TarShards(paths) if kind == "tar" else ParquetRows(paths, image, key, labels)
+
+
+def _check_reading(path: Path, kind: SourceKind, reading: Reading | None) -> None:
+    """Refuse settings of a data set for anything else."""
+    if kind != "dataset" and reading not in (None, Reading()):
+        raise ValueError(
+            f"{path} is read as a {kind}, to which no settings of a data set apply; leave out "
+            "--layout, --data-classes, --void, --zero and --mask-values, or say --as dataset"
+        )
 
 
 def _open_dataset(path: Path, reading: Reading, *, asked: bool) -> DataSet:
