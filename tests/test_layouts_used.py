@@ -81,8 +81,13 @@ def test_photos_and_labels_of_annotations_are_a_source_of_a_run(coco, shapes, wh
 
 
 def test_settings_reach_the_source_of_a_run(cells):
-    with pytest.raises(DataError, match="none of the 2 masks shows a class"):
+    with pytest.raises(DataError, match=r"none of the 2 masks shows a class.*\(--as folder\)"):
         open_source(cells)
+    with pytest.raises(DataError, match=r"none of the 2 masks shows a class.*255=1\)$"):
+        open_source(cells, kind="dataset")
+    assert len(list(open_source(cells, kind="folder"))) == 4
+    with pytest.raises(ValueError, match="is read as a folder, to which no settings of a data"):
+        open_source(cells / "images", reading=Reading(void=(0,)))
     source = open_source(cells, reading=Reading(values={255: 1}, classes=("cell",)))
     assert [item.classes for item in source] == [(0,), (0,)]
     assert source.classes == ("cell",)

@@ -307,13 +307,15 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     if not path.exists():
         hint = nearby(path) or "; give a folder, a list or shards of images"
         raise DataError(f"{path} does not exist{hint}")
+    asked = kind == "dataset"
     kind = _kind(path) if kind == "auto" else kind
+    _check_reading(path, kind, reading)
     if kind == "folder":
         return PhotoFolder(path)
     if kind == "list":
         return PhotoList(path, path.parent if root is None else root)
     if kind == "dataset":
-        dataset = open_with(path, reading or Reading())
+        dataset = _open_dataset(path, reading or Reading(), asked=asked)
         split = split or (dataset.splits[0] if len(dataset.splits) == 1 else None)
         if split not in dataset.splits:
             raise DataError(
@@ -335,6 +337,25 @@ def _shards_in(folder: Path, kind: str) -> Iterator[Path]:
         tar_inside = ".tar." in name or name.endswith((".tgz", ".tbz2", ".txz"))
         if path.name[0] != "." and (name.endswith(f".{kind}") or (packed and tar_inside)):
             yield path
+
+
+def _check_reading(path: Path, kind: SourceKind, reading: Reading | None) -> None:
+    """Refuse settings of a data set for anything else."""
+    if kind != "dataset" and reading not in (None, Reading()):
+        raise ValueError(
+            f"{path} is read as a {kind}, to which no settings of a data set apply; leave out "
+            "--layout, --data-classes, --void, --zero and --mask-values, or say --as dataset"
+        )
+
+
+def _open_dataset(path: Path, reading: Reading, *, asked: bool) -> DataSet:
+    """Open a data set; where nobody asked for one, errors say how its photos alone are read."""
+    try:
+        return open_with(path, reading)
+    except DataError as error:
+        if asked or not path.is_dir():
+            raise
+        raise DataError(f"{error}; to read its photos only, say so (--as folder)") from error
 
 
 def _kind(path: Path) -> SourceKind:

@@ -30,6 +30,7 @@ from camkit.cli.sources import (
     check_has_images,
     guesses_for,
     labelled,
+    name_notes,
     name_skipped,
     open_input,
     vocabulary_for,

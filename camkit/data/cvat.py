@@ -114,7 +114,7 @@ def _archived(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return _LABELMAP in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
         return False
 
 

@@ -179,12 +179,14 @@ def _unpack(tables: Mapping[str, Sequence[Path]], out: Path) -> None:
         rows: list[list[Any]] = []
         taken: set[str] = set()
         for path in paths:
-            for batch in _batches(path):
-                columns = _columns(path, batch.schema)
-                content["columns"] = columns
-                content["names"] = columns["names"]
-                table = batch.to_pylist()
-                rows += [_write_row(row, columns, out, split, taken) for row in table]
+            try:
+                for batch in _batches(path):
+                    columns = _columns(path, batch.schema)
+                    content |= {"columns": columns, "names": columns["names"]}
+                    table = batch.to_pylist()
+                    rows += [_write_row(row, columns, out, split, taken) for row in table]
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path} holds damaged text ({error}); copy it again") from error
         content["splits"][split] = rows
     (out / _INDEX).write_text(json.dumps(content, ensure_ascii=False), "utf-8")
 

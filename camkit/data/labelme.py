@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from camkit.data.reading import Reading
 from camkit.data.sample import Sample, all_usable
 from camkit.errors import DataError, closest
 from camkit.formats import IMAGE_SUFFIXES
+from camkit.photo import opened_bytes
 from camkit.untrusted import read_json
 
 _ALL = "all"
@@ -276,10 +276,10 @@ def _mask_pixels(
     """Paste a mask, a PNG as base64 text, at its box."""
     try:
         data = base64.b64decode(encoded, validate=True)
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            inside = np.array(picture).astype(np.bool_)
-    except (TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (TypeError, ValueError) as error:
         raise DataError(f"{source}: its mask is no PNG in base64 ({error}); save again") from error
+    with opened_bytes(data, f"{source}: its mask") as picture:
+        inside = np.array(picture).astype(np.bool_)
     left, top = points.min(axis=0).astype(int).tolist()
     pixels = np.zeros(size, np.bool_)
     fits = inside.ndim == 2 and left >= 0 and top >= 0

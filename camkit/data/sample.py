@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from camkit.errors import DataError
-from camkit.photo import decode
+from camkit.formats import has_more_pages
+from camkit.photo import decode, opened
 from camkit.tensors import IGNORE, IGNORE_16
 from camkit.untrusted import bounded
 
 _TIFF_BITS = 258  # the tag "BitsPerSample"
-_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JPEG2000")
+_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JPEG2000", "JXL")
 
 
 @runtime_checkable
@@ -265,11 +266,10 @@ _ID_MODES = ("1", "P", "L", "I", "I;16", "I;16B", "I;16L", "I;16N")
 def _bits(path: Path, image: Image.Image) -> int:
     """Return the bits of a grey level in a file of one picture; several are a DataError."""
     if image.format == "TIFF":
-        with Image.open(path, formats=["TIFF"]) as opened:
-            pictures = getattr(opened, "n_frames", 1)
-            if pictures > 1:
-                raise DataError(f"{path} holds {pictures} pictures; expected one mask")
-            return getattr(opened, "tag_v2", {}).get(_TIFF_BITS, (8,))[0]
+        with opened(path) as file:
+            if has_more_pages(file):
+                raise DataError(f"{path} holds several pictures; expected one mask")
+            return getattr(file, "tag_v2", {}).get(_TIFF_BITS, (8,))[0]
     if image.format != "PNG":
         return 8
     with path.open("rb") as file:
