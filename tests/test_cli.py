@@ -189,7 +189,7 @@ def test_a_misspelt_photo_is_told_before_the_model_is_opened(tmp_path, capsys):
         ("refine cams --images shaeps --refine blur --out r", "did you mean shapes?"),
         ("refine cams --images shapes --refine bulr --out r", "did you mean 'blur'?"),
         ("mask cams --out r --workers -2", "`workers` must be at least 0, got -2"),
-        ("mask cams --out r --list empty.txt", "empty.txt is empty; expected one image name"),
+        ("mask cams --out r --list empty.txt", "empty.txt is empty; expected one name"),
         ("eval empty --gt shapes", "empty holds no masks (.png) directly within it"),
         ("eval names.txt --gt shapes", "names.txt is not a folder; give the folder of the masks"),
         ("eval shapes/SegmentationClass --gt shaeps", "did you mean shapes?"),
