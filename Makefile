@@ -86,6 +86,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bulk_ray.py --repeats 2
 	$(BIN)/python benchmarks/bulk_sim.py
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/hostile.py
 	$(BIN)/python benchmarks/models.py
 
 $(VENV)/.made: pyproject.toml
