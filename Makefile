@@ -88,6 +88,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bulk_scale.py journal files list --ray
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/hostile.py
 	$(BIN)/python benchmarks/models.py
 
 $(VENV)/.made: pyproject.toml

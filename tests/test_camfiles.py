@@ -279,6 +279,7 @@ def test_maps_of_any_float_dtype_and_with_gradients_are_written(npy, form, dtype
     torch.testing.assert_close(read_cam(npy).cam, torch.full((1, 2, 2), 0.5))
 
 
+@settings(deadline=None)  # of files, on busy disks
 @given(
     classes=st.lists(st.integers(0, 90), unique=True, max_size=5),
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
