@@ -34,14 +34,13 @@ from camkit.bulk import (
     CamFolder,
     Failure,
     RefineCam,
-    read_labels,
     read_list,
     run_jobs,
     write_all,
 )
 from camkit.bulk.camfiles import FileItem, read_maps, same_aspect
 from camkit.capture import Capture
-from camkit.data import read_cam, write_cam
+from camkit.data import read_cam, read_labels, write_cam
 from camkit.errors import CamkitError, CaptureError, DataError
 from camkit.refiners import Blur, HybridPropagate, PixelAdaptive
 
@@ -274,7 +273,7 @@ def test_lists_of_every_codebase_name_the_same_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "reported"), [("", "is empty"), ("a\nb\na\n", "'a' stands on lines")]
+    ("text", "reported"), [("", "is empty"), ("a\nb\na\n", "line 3: 'a' is already on line 1")]
 )
 def test_a_list_that_says_nothing_or_something_twice_is_refused(tmp_path, text, reported):
     path = tmp_path / "list.txt"
@@ -363,12 +362,12 @@ def test_labels_run_no_code(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text", "reported"),
     [
-        ("a.txt", "", "must end in .npy"),
+        ("a.txt", "", "is empty; expected a table"),
         ("a.json", "{", "is not JSON"),
-        ("a.json", "[1]", "must hold"),
-        ("a.json", '{"a": ["cat"]}', "a is labelled 'cat', expected an index from 0"),
-        ("a.json", '{"classes": ["cat"], "labels": {"a": ["dog"]}}', "expected one of cat"),
-        ("a.npy", "none", "is no .npy"),
+        ("a.json", "[1]", "entry 1 is 1, expected an object"),
+        ("a.json", '{"a": [-1]}', "'a' is labelled -1, expected a name or an index from 0"),
+        ("a.json", '{"classes": ["cat"], "labels": {"a": ["dog"]}}', "not a class; known are cat"),
+        ("a.npy", "none", "line 1: expected image,labels, got 'none'"),
     ],
 )
 def test_labels_of_another_form_are_refused(tmp_path, name, text, reported):

@@ -182,7 +182,7 @@ def test_a_misspelt_photo_is_told_before_the_model_is_opened(tmp_path, capsys):
         ("bench --config nmes.txt", "nmes.txt: No such file or directory; did you mean names.txt?"),
         ("bench --config shapes", "shapes: Is a directory"),
         ("data check names.txt", "names.txt is not a folder; name the folder that holds"),
-        ("data check empty", "is no known data set: expected JPEGImages/"),
+        ("data check empty", "is no known data set: expected labelmap.txt"),
         ("data check shapes --split vla", "must be a split of the data set, got 'vla'; did you"),
         ("refine empty --images shapes --refine blur --out r", "empty holds no CAM files"),
         ("refine names.txt --images shapes --refine blur --out r", "names.txt is not a folder"),
@@ -353,7 +353,7 @@ def test_bench_names_the_class_that_the_model_does_not_know(tmp_path, capsys):
 
 def test_bench_says_what_a_folder_should_hold(tmp_path, capsys):
     assert bench(str(tmp_path)) == 1
-    assert "is no known data set: expected JPEGImages/" in one_line(capsys)
+    assert "is no known data set: expected labelmap.txt" in one_line(capsys)
 
 
 def test_doctor_tells_what_it_sees(capsys):

@@ -83,7 +83,7 @@ def test_options_reach_the_export(shapes, tmp_path, capsys):
     [
         (["--to", "voc"], "do not name their classes; give `classes` (--classes)"),
         (["--to", "voc", "--classes", NAMES], "give the folder of the photos (`images`, --images)"),
-        (["--to", "voc", "--classes", "nmaes.txt"], "nmaes.txt cannot be read"),
+        (["--to", "voc", "--classes", "nmaes.txt"], "--classes nmaes.txt: no such file"),
         (["--to", "voc", "--classes", NAMES, "--val", 2], "must be a share in [0, 1), got 2"),
     ],
 )

@@ -1,6 +1,7 @@
 """`camkit run` from outside: every kind of input, torchrun, and the signal that ends a job."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -11,9 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_runs import nobody, tree, write_photos
 
@@ -98,6 +101,21 @@ def folder_run(weights, tmp_path_factory):
     return home / "in", masks_in(home / "out" / "masks")
 
 
+def test_folders_may_name_the_classes(folder_run, tmp_path):
+    folder, _ = folder_run
+    for name, photo in zip(("cat", "dog", "dog"), photos_of(folder), strict=True):
+        (tmp_path / "in" / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, tmp_path / "in" / name)
+    options = ["--labels", "folders", "--workers", "0"]
+    assert main(command(tmp_path / "in", tmp_path / "out", *options)) == 0
+    rows = map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
+    assert {row["key"]: row["legend"] for row in rows} == {
+        "cat/p000": {"1": "cat"},
+        "dog/p001": {"2": "dog"},
+        "dog/p002": {"2": "dog"},
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "put", "below"),
     [("list.txt", as_list, ""), ("s.tar", as_tar, "s"), ("p.parquet", as_parquet, "p")],
@@ -112,6 +130,53 @@ def test_lists_shards_and_parquet_give_the_masks_of_the_folder(
     assert len(masks) == 3
     assert len(set(masks.values())) > 1
     assert masks_in(tmp_path / "out" / "masks" / below) == masks
+
+
+@pytest.mark.parametrize(
+    ("name", "put", "below"), [("s.tar", as_tar, "s"), ("p.parquet", as_parquet, "p")]
+)
+def test_an_export_takes_photos_out_of_shards(folder_run, tmp_path, name, put, below):
+    pytest.importorskip("pycocotools", reason="needs the extra camkit[export]")
+    folder, _ = folder_run
+    photos, *more = [str(argument) for argument in put(folder, tmp_path / name)]
+    options = ["--vocabulary", "voc", "--workers", "0"]
+    assert main(command(photos, tmp_path / "out", *more, *options)) == 0
+    export = ["export", str(tmp_path / "out"), "--to", "coco", "--out", str(tmp_path / "coco")]
+    assert main(export) == 0
+    written = {path.name: path.read_bytes() for path in (tmp_path / "coco" / "train").iterdir()}
+    assert written == {f"{below}__{p.name}": p.read_bytes() for p in photos_of(folder)}
+    Path(photos).rename(tmp_path / "elsewhere")
+    assert main([*export[:-1], str(tmp_path / "again")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "more"),
+    [
+        ("a.json", '{"classes": ["dog", "cat"], "labels": {"p000": [1, 0], "p001": [1, 0]}}', []),
+        ("a.json", '{"p000.jpg": ["dog", "cat"], "p001": ["cat", "dog"]}', []),
+        ("a.csv", "img;what\nin/p000.png;cat,dog\nin/p001.png;dog,cat\n", []),
+        ("a.csv", "image,dog,cat\np000,1,1\np001,1,1\n", []),
+        ("a.csv", "image,label\np000,7 11\np001,11 7\n", ["--vocabulary", "voc"]),
+    ],
+)
+def test_label_files_of_every_kind_name_the_same_classes(folder_run, tmp_path, name, text, more):
+    """Names count; the order of a file's own list only numbers the values of masks."""
+    folder, masks = folder_run
+    (tmp_path / name).write_text(text)
+    for photo in photos_of(folder)[:2]:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.copy(photo, tmp_path / "in")
+    options = ["--labels", str(tmp_path / name), "--workers", "0", *more]
+    assert main(command(tmp_path / "in", tmp_path / "out", *options)) == 0
+    lines = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        legend = {int(value): name for value, name in row["legend"].items()}
+        assert sorted(legend.values()) == ["cat", "dog"]
+        actual = np.array(Image.open(tmp_path / "out" / row["mask"]))
+        expected = np.array(Image.open(io.BytesIO(masks[Path(f"{row['key']}.png")])))
+        order = {"cat": CAT + 1, "dog": DOG + 1}
+        as_voc = {value: order[name] for value, name in legend.items()} | {0: 0}
+        assert (np.vectorize(as_voc.get)(actual) == expected).all()
 
 
 def test_a_shard_that_leads_out_of_the_folder_writes_nothing_outside(tmp_path, capsys):
@@ -147,18 +212,18 @@ def test_an_output_that_may_only_be_read_is_reported():
 
 def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys):
     write_photos(tmp_path / "in", 1)
-    for name in ("a.heic", "b.HEIC", "notes", "more/c.heic"):
+    for name in ("a.nef", "b.NEF", "notes", "more/c.nef"):
         (tmp_path / "in" / name).touch()
     assert main(command(tmp_path / "in", tmp_path / "out", "--workers", "0")) == 0
     error = capsys.readouterr().err
-    assert "camkit: 4 files are not read (3 .heic, 1 without suffix); read are .jpg," in error
+    assert "camkit: 4 files are not read (3 .nef, 1 without suffix)" in error
 
 
 @pytest.mark.parametrize(
     ("given", "more", "words"),
     [
-        ("empty", [], "empty has no images; read are .jpg, .jpeg, .png"),
-        ("heic", [], "heic has no images"),
+        ("empty", [], "empty has no images; read are .jpg, .jpeg, .jpe"),
+        ("nef", [], "nef has no images"),
         ("none.txt", [], "none.txt has no images"),
         ("phtos", [], "phtos does not exist; did you mean photos?"),
         ("photos/p000.png", [], "is a single photo; give its folder, or use: camkit cam photos"),
@@ -174,15 +239,15 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path, capsys):
 def test_what_cannot_be_run_is_said_in_one_line(tmp_path, monkeypatch, capsys, given, more, words):
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos", 1)
-    for name in ("empty", "heic"):
+    for name in ("empty", "nef"):
         (tmp_path / name).mkdir()
-    for name in ("heic/a.heic", "none.txt"):
+    for name in ("nef/a.nef", "none.txt"):
         (tmp_path / name).touch()
     assert main([*command(given, "out", "--workers", "0"), *more]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert words in lines[-1]
     assert lines[-1].startswith("camkit: ")
-    assert len(lines) == (2 if given == "heic" else 1)
+    assert len(lines) == (2 if given == "nef" else 1)
 
 
 # Processes

@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from small_runs import nobody
 
-from camkit.bulk.camfiles import read_labels
+from camkit.bulk.by_folder import LabelledByFolder
 from camkit.bulk.items import Failure, FilePlace, Item, result_path, safe_key
 from camkit.bulk.recipe import Loading
 from camkit.bulk.sources import (
@@ -28,6 +28,7 @@ from camkit.bulk.sources import (
 )
 from camkit.bulk.stages import read
 from camkit.data import write_shapes
+from camkit.data.labels import read_labels
 from camkit.errors import DataError
 
 
@@ -193,6 +194,16 @@ def test_a_file_of_labels_goes_by_the_last_part_of_a_key(tmp_path):
     items, refused = listed(Labelled(PhotoFolder(tmp_path / "photos"), labels))
     assert items == {"b": (), "x/a": (0, 2)}
     assert "has no labels for c" in refused["c"]
+
+
+def test_folders_may_name_the_classes(tmp_path):
+    for name in ("train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "3.png"):
+        put(tmp_path / "photos" / name)
+    source = LabelledByFolder(PhotoFolder(tmp_path / "photos"))
+    items, refused = listed(source)
+    assert source.classes == ("cat", "dog")
+    assert items == {"train/cat/1": (0,), "train/dog/1": (1,), "val/cat/2": (0,)}
+    assert refused == {"3": "lies in no folder that names its class; move it into one"}
 
 
 # Tar shards

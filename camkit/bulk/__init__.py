@@ -1,10 +1,9 @@
 """Folders of any size: many processes, resumable results, and failures that stop nothing else."""
 
+from camkit.bulk.by_folder import LabelledByFolder as LabelledByFolder
 from camkit.bulk.camfiles import (
     CamFolder as CamFolder,
     FileItem as FileItem,
-    ImageLabels as ImageLabels,
-    read_labels as read_labels,
     read_list as read_list,
 )
 from camkit.bulk.camjobs import (

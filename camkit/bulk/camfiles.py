@@ -1,7 +1,6 @@
 """CAM files with their photos and labels, matched by name and read."""
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.bulk.items import PHOTO_SUFFIXES, Failure, split_line
+from camkit.bulk.items import Failure
 from camkit.data.camfiles import CamFile, read_cam
-from camkit.data.labels import label_keys, label_vectors, read_text
+from camkit.data.labels import ImageLabels
+from camkit.data.names import composed, read_image_names
 from camkit.errors import DataError, nearby
+from camkit.formats import IMAGE_SUFFIXES
 from camkit.ops.images import resize_cam
 from camkit.printing import short_repr
 
@@ -22,84 +23,18 @@ EVEN = 0.5
 """Score of a class as strong as the background, in maps read beside a background map."""
 
 
-@dataclass(frozen=True)
-class ImageLabels:
-    """The classes of each image, from 0; see `read_labels`.
-
-    Attributes:
-        path: of the label file.
-        classes: by image name, as the file spells it.
-    """
-
-    path: Path
-    classes: Mapping[str | int, tuple[int, ...]]
-
-    def of(self, name: str) -> tuple[int, ...]:
-        """Return the classes of an image; an image without labels is a DataError."""
-        for key in label_keys(name):
-            if key in self.classes:
-                return self.classes[key]
-        raise DataError(f"{self.path} has no labels for {name}; add them")
-
-
-def read_labels(path: str | Path) -> ImageLabels:
-    """Read image-level labels.
-
-    Args:
-        path: ``cls_labels.npy`` of PSA, IRN, MCTformer or ToCo, {name: 0 or 1 for each class},
-            read without running code; or JSON, {"classes": [names], "labels": {image: [names]}} as
-            in `camkit.data.open_voc`, or {image: [class indices]}.
-
-    Raises:
-        DataError: the file cannot be read, or has another form.
-    """
-    path = Path(path)
-    if path.suffix == ".npy":
-        return ImageLabels(path, label_vectors(path))
-    if path.suffix != ".json":
-        raise DataError(f"{path} must end in .npy (cls_labels.npy) or .json to be read as labels")
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}); correct it") from error
-    named = isinstance(content, dict) and set(content) == {"classes", "labels"}
-    names = list(content["classes"]) if named else None
-    table = content["labels"] if named else content
-    if not isinstance(table, dict) or not all(isinstance(row, list) for row in table.values()):
-        raise DataError(
-            f'{path} must hold {{"classes": [names], "labels": {{image: [names]}}}} or '
-            "{image: [class indices]}"
-        )
-    classes: dict[str | int, tuple[int, ...]] = {}
-    for image, row in table.items():
-        indices = [names.index(label) if names and label in names else label for label in row]
-        for label, index in zip(row, indices, strict=True):
-            if type(index) is not int or index < 0:
-                expected = "an index from 0" if names is None else f"one of {', '.join(names)}"
-                raise DataError(f"{path}: {image} is labelled {label!r}, expected {expected}")
-        classes[image] = tuple(sorted(set(indices)))
-    return ImageLabels(path, classes)
-
-
 def read_list(path: Path) -> tuple[str, ...]:
-    """Read image names, one per line, as `camkit.bulk.items.split_line` reads a line.
+    """Read image names, one per line, as `camkit.data.names.read_image_names` does.
 
     Raises:
         DataError: the file cannot be read, is empty, or names an image twice.
     """
-    lines: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        image = Path(split_line(line.strip())[0])
-        suffixes = (*PHOTO_SUFFIXES, *CAM_SUFFIXES)
-        name = image.stem if image.suffix.lower() in suffixes else image.name
-        if name in lines:
-            raise DataError(f"{path}: {name!r} stands on lines {lines[name]} and {number}")
-        lines[name] = number
-    if not lines:
-        raise DataError(f"{path} is empty; expected one image name per line")
-    return tuple(lines)
+    names = read_image_names(path)
+    return tuple(name.removesuffix(suffix) for name in names for suffix in [_cam_suffix(name)])
+
+
+def _cam_suffix(name: str) -> str:
+    return next((suffix for suffix in CAM_SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 @dataclass(frozen=True)
@@ -153,7 +88,7 @@ class CamFolder:
         cams = FilesByName(self.cams, CAM_SUFFIXES, "CAM files")
         photos = None
         if self.images is not None:
-            photos = FilesByName(self.images, PHOTO_SUFFIXES, "photos")
+            photos = FilesByName(self.images, IMAGE_SUFFIXES, "photos")
         items, failures = [], []
         for name in cams.paths if self.names is None else self.names:
             try:
@@ -183,7 +118,7 @@ class FilesByName:
         self.paths: dict[str, list[Path]] = {}
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() in suffixes and not path.name.startswith("."):
-                self.paths.setdefault(path.stem, []).append(path)
+                self.paths.setdefault(composed(path.stem), []).append(path)
         if not self.paths:
             raise DataError(f"{folder} holds no {kind} ({self._suffixes}) directly within it")
 

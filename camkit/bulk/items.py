@@ -12,8 +12,6 @@ from typing import Protocol, runtime_checkable
 
 from camkit.errors import DataError
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-IMAGE_SUFFIXES = (*PHOTO_SUFFIXES, ".gif", ".jfif", ".avif")
 _LONGEST_NAME = 255  # bytes, the limit of file systems
 _KEPT_BYTES = 160  # of a longer name, before its hash
 _HASHED = re.compile(r"~[0-9a-f]{32}\Z")  # the end of a shortened name
@@ -144,26 +142,6 @@ def _escaped(match: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not valid text
         return f"\\x{code - 0xDC00:02x}"
     return f"\\u{code:04x}" if code > 0xFF else f"\\x{code:02x}"
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file name has the suffix of an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - for millions
-
-
-def split_line(line: str) -> tuple[str, tuple[int, ...] | None]:
-    """Split a line of an image list into the image and its class indices, or None.
-
-    A name or path may be followed by class indices, or by the path of its mask. Names may contain
-    spaces.
-
-    >>> split_line("a.jpg a.png"), split_line("my cat"), split_line("coco_9 14 3")
-    (('a.jpg', None), ('my cat', None), ('coco_9', (3, 14)))
-    """
-    first, *others = line.split()
-    if others and all(other.isascii() and other.isdigit() for other in others):
-        return first, tuple(sorted({int(other) for other in others}))
-    return (first if is_image(first) else line), None
 
 
 def without_suffix(key: str) -> str:

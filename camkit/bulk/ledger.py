@@ -193,7 +193,8 @@ class _OpenChunk:
 class Ledger:
     """Collects the outcomes of chunks in work, and writes them to the journal.
 
-    Its set ``unfitted`` names the classes of the images that a read-out does not know.
+    Its set ``unfitted`` names the classes of the images that a read-out does not know; ``notes``
+    counts what is noted of images.
 
     Args:
         journal: of the results folder.
@@ -206,6 +207,7 @@ class Ledger:
     ) -> None:
         self.folder = journal.folder
         self.unfitted: set[str] = set()
+        self.notes: Counter[str] = Counter()
         self._journal, self._advance, self._by_chunk = journal, advance, by_chunk
         self._open: dict[int, _OpenChunk] = {}
         self._begun = 0
@@ -234,6 +236,7 @@ class Ledger:
                 chunk.outcomes.append(outcome)
                 if isinstance(outcome, ImageResult):
                     self.unfitted.update(outcome.row.get("unfitted", ()))
+                    self.notes.update(outcome.row.get("notes", ()))
                 failed = isinstance(outcome, Failure)
                 self._advance(not failed, failed)
 

@@ -103,6 +103,7 @@ class RunSummary:
         errors: images failed in the folder, in all runs; ``errors.tsv`` lists them.
         unread: images that failed in the pass of the fit, in all runs; `errors.tsv` lists them too.
         unfitted: classes of images done by this run that the read-out does not know.
+        notes: how many images done by this run were read in a way that is worth a note.
         offered: entries of the source; each is done, failed or settled.
         taken: images done before that failed in this run, because another image has their key.
         damaged: images done before whose files ``verify`` found missing or damaged.
@@ -115,6 +116,7 @@ class RunSummary:
     errors: int
     unread: int = 0
     unfitted: tuple[str, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
     offered: int = 0
     taken: int = 0
     damaged: int = 0
@@ -190,6 +192,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         errors,
         unread,
         progress.unfitted,
+        progress.notes,
         progress.offered,
         progress.taken,
         progress.damaged,
@@ -336,6 +339,7 @@ class _Engine:
                 torch.set_num_threads(before)
                 ledger.write(everything=True)
         progress.unfitted = tuple(sorted(ledger.unfitted))
+        progress.notes = dict(ledger.notes)
         progress.check()
         return progress
 
@@ -375,6 +379,7 @@ class _Progress:
         self.written = self.failed = self.settled = 0
         self.offered = self.taken = self.damaged = 0
         self.unfitted: tuple[str, ...] = ()
+        self.notes: Mapping[str, int] = {}
         self._bar = progress_bar(None, "fitting" if job == "fit" else "running")
         Thread(target=self._count, daemon=True).start()
 

@@ -8,23 +8,23 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
-from camkit.bulk.camfiles import ImageLabels
 from camkit.bulk.items import (
-    IMAGE_SUFFIXES,
     Failure,
     FilePlace,
     Item,
-    is_image,
     printable,
     safe_key,
-    split_line,
     without_suffix,
 )
 from camkit.bulk.parquet_rows import ParquetRows
 from camkit.bulk.tars import COMPRESSED, TarShards
 from camkit.data import DataSet, Sample
-from camkit.data.folders import find_layout, open_dataset
+from camkit.data.labels import ImageLabels
+from camkit.data.layouts import DATASET_FILES, find_layout, open_with
+from camkit.data.names import split_line
+from camkit.data.reading import Reading
 from camkit.errors import DataError, nearby
+from camkit.formats import find_image, is_image, missing_plugin
 
 _READ = 1 << 20
 
@@ -67,7 +67,7 @@ class PhotoFolder(_BelowRoot):
 
     Keys are paths below the folder without suffix. A photo keeps its suffix if another photo has
     the same name without suffix, or is called like that name.
-    Names that start with a dot are skipped.
+    Left out are names that start with a dot, other suffixes, and pictures whose plug-in is missing.
     """
 
     root: Path
@@ -77,11 +77,15 @@ class PhotoFolder(_BelowRoot):
         return _walk(self.root, "", (), Counter())
 
     def skipped(self) -> Counter[str]:
-        """Count the files that are not read, by their suffix; this lists the whole folder."""
-        suffixes = Counter[str]()
-        for _ in _walk(self.root, "", (), suffixes):
+        """Count the files that are left out, by reason; this lists the whole folder.
+
+        Reasons are a suffix, "without suffix", "HEIF without its plug-in" and the like, and
+        "hidden": pictures and folders whose names start with a dot.
+        """
+        reasons = Counter[str]()
+        for _ in _walk(self.root, "", (), reasons):
             pass
-        return suffixes
+        return reasons
 
 
 def _walk(
@@ -90,9 +94,7 @@ def _walk(
     try:
         real = os.path.realpath(folder)
         with os.scandir(folder) as entries:
-            names = sorted(
-                (entry.name, _is_folder(entry)) for entry in entries if entry.name[0] != "."
-            )
+            found = sorted((entry.name, _is_folder(entry)) for entry in entries)
     except OSError as error:
         reason = f"{folder} cannot be listed ({error.strerror})"
         yield Failure(printable(prefix) or ".", "list", reason)
@@ -101,12 +103,17 @@ def _walk(
         reason = f"{folder} is a link to a folder that contains it"
         yield Failure(printable(prefix), "list", reason)
         return
+    names = [(name, is_folder) for name, is_folder in found if name[0] != "."]
+    hidden = sum(is_folder or is_image(name) for name, is_folder in found if name[0] == ".")
+    skipped.update({"hidden": hidden} if hidden else {})
     photos = [name for name, is_folder in names if not is_folder and is_image(name)]
     stems = Counter(without_suffix(printable(name)) for name in photos)
     stems.update(printable(name) for name in photos)  # a.jpg.png beside a.jpg and a.png
     for name, is_folder in names:
         if is_folder:
             yield from _walk(folder / name, f"{prefix}{name}/", (*above, real), skipped)
+        elif (kind := missing_plugin(name)) is not None:
+            skipped[f"{kind} without its plug-in"] += 1
         elif is_image(name):
             stem = without_suffix(printable(name))
             key = printable(prefix) + (stem if stems[stem] == 1 else printable(name))
@@ -157,8 +164,10 @@ class PhotoList(_BelowRoot):
         path = self.root / relative
         if is_image(path.name):
             return path
-        candidates = (path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES)
-        return next((file for file in candidates if os.path.isfile(file)), path)  # noqa: PTH113 - pathlib raises for long names
+        try:
+            return find_image(path.parent, path.name) or path
+        except OSError:  # a name that no file can have
+            return path
 
     def _lines(self) -> Iterator[str]:
         """Yield the entries that are not blank; bytes that are not UTF-8 are kept."""
@@ -242,14 +251,17 @@ class Labelled:
 
     Attributes:
         source: of the images.
-        labels: found by the last part of a key, or by the whole key.
+        labels: found by the key, as `ImageLabels.entry` does.
         partial: images without an entry have unknown classes, instead of being failures.
     """
 
     source: Source
     labels: ImageLabels
-    classes: None = None
     partial: bool = False
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.labels.classes
 
     def __iter__(self) -> Iterator[Item | Failure]:
         for entry in self.source:
@@ -257,9 +269,8 @@ class Labelled:
                 yield entry
                 continue
             key = entry.key
-            name = key if key in self.labels.classes else key.rpartition("/")[2]
             try:
-                yield replace(entry, classes=self.labels.of(name))
+                yield replace(entry, classes=self.labels.of(key))
             except DataError as error:
                 yield entry if self.partial else Failure(key, "list", str(error))
 
@@ -276,6 +287,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     image: str = "image",
     key: str | None = None,
     labels: str | None = None,
+    reading: Reading | None = None,
 ) -> Source:
     """Open a folder, a list, a data set or shards.
 
@@ -287,6 +299,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
         image: Parquet column with the bytes of the images.
         key: Parquet column with the names; None numbers the rows.
         labels: Parquet column with class indices.
+        reading: settings of a data set.
 
     Raises:
         DataError: the path does not exist, or is not of this kind.
@@ -303,7 +316,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     if kind == "list":
         return PhotoList(path, path.parent if root is None else root)
     if kind == "dataset":
-        dataset = open_dataset(path)
+        dataset = open_with(path, reading or Reading())
         split = split or (dataset.splits[0] if len(dataset.splits) == 1 else None)
         if split not in dataset.splits:
             raise DataError(
@@ -330,7 +343,8 @@ def _shards_in(folder: Path, kind: str) -> Iterator[Path]:
 def _kind(path: Path) -> SourceKind:
     kinds: dict[str, SourceKind] = {".tar": "tar", ".parquet": "parquet"}
     if not path.is_dir():
-        return kinds.get(path.suffix.lower(), "list")
+        suffix = path.suffix.lower()
+        return "dataset" if suffix in DATASET_FILES else kinds.get(suffix, "list")
     for kind in kinds.values():
         if next(_shards_in(path, kind), None):
             return kind

@@ -30,19 +30,18 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from camkit.bulk.items import Failure, Item, result_path
 from camkit.bulk.recipe import Job, Loading, Recipe, Writing
 from camkit.capture.record import Capture
 from camkit.data.camfiles import write_cam
-from camkit.errors import CamkitError, DataError
+from camkit.errors import CamkitError, DataError, one_line
 from camkit.fitting import GUESSES, Fitter
 from camkit.mask import to_mask
 from camkit.ops.images import resize_cam
 from camkit.paint import save_mask
-from camkit.photo import picture_from_file
+from camkit.photo import read_levels
 from camkit.pipeline import Pipeline
 from camkit.printing import short_repr
 from camkit.readout import Readout
@@ -103,18 +102,25 @@ class ReadImage:
     Attributes:
         key: of the item.
         source: where its bytes are, as text.
-        rgb: colours in 0..255.
+        levels: colours in 0..255, and opacity for a model of 4 channels.
         size: rows and columns of the photo itself.
         classes: of the image, from 0; None if the source has no labels.
+        notes: how it was read, if that is worth a note.
     """
 
     key: str
     source: str
-    rgb: UInt8[np.ndarray, "H W 3"]
+    levels: UInt8[np.ndarray, "H W c"]
     size: tuple[int, int]
     classes: tuple[int, ...] | None
+    notes: tuple[str, ...] = ()
 
     __repr__ = short_repr
+
+    @property
+    def rgb(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The colours alone."""
+        return np.ascontiguousarray(self.levels[:, :, :3])
 
     def __str__(self) -> str:
         return self.key
@@ -194,23 +200,14 @@ def chunks(entries: Iterable[Entry], size: int) -> Iterator[tuple[Entry, ...]]:
 def read(item: Item, loading: Loading) -> ReadImage:
     """Read an image and bring it to the size of the model."""
     source = str(item.place)
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = loading.max_pixels
-    try:
-        with item.place.open() as file:
-            picture = picture_from_file(file, source)
-    except DataError as error:
-        if not isinstance(error.__cause__, (Image.DecompressionBombError, Warning)):
-            raise
-        raise DataError(
-            f"{source} has more than the {loading.max_pixels} pixels allowed; raise the limit "
-            "(--max-pixels) if you trust its origin"
-        ) from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    photo = loading.photo(picture)
-    rgb = (photo.rgb[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-    return ReadImage(item.key, source, rgb, photo.size, item.classes)
+    with item.place.open() as file:
+        picture = read_levels(
+            file, source, opacity=loading.channels == 4, max_pixels=loading.max_pixels
+        )
+    photo = replace(loading, mean=0.0, std=1.0).photo(picture.levels)
+    planes = photo.pixels if loading.channels == 4 else photo.rgb
+    levels = (planes[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    return ReadImage(item.key, source, levels, photo.size, item.classes, picture.notes)
 
 
 def batches(images: Sequence[ReadImage], recipe: Recipe) -> list[tuple[ReadImage, ...]]:
@@ -222,7 +219,7 @@ def batches(images: Sequence[ReadImage], recipe: Recipe) -> list[tuple[ReadImage
     groups: dict[tuple[Any, ...], list[ReadImage]] = {}
     for image in images:
         classes = _known_classes(image, recipe)
-        groups.setdefault((image.rgb.shape, classes == (), classes is None), []).append(image)
+        groups.setdefault((image.levels.shape, classes == (), classes is None), []).append(image)
     return [batch for group in groups.values() for batch in chunks(group, recipe.batch)]
 
 
@@ -260,7 +257,7 @@ def learn(
         sums = None
         if labels is not None:
             rows = [_known_classes(image, recipe) or () for image in part]
-            photos = [recipe.loading.photo(image.rgb, image.rgb.shape[:2]) for image in part]
+            photos = [recipe.loading.photo(image.levels, image.levels.shape[:2]) for image in part]
             pixels = torch.cat([photo.pixels for photo in photos])
             rgb = torch.cat([photo.rgb for photo in photos])
             counted = [image.key in todo for image in part]
@@ -278,14 +275,14 @@ def _alone_if_failed(
     try:
         return [*work(batch)]
     except torch.OutOfMemoryError as error:
-        rows, cols = batch[0].rgb.shape[:2]
+        rows, cols = batch[0].levels.shape[:2]
         raise CamkitError(
             f"{len(batch)} images of {rows}x{cols} do not fit the memory of the model's device; "
             "use smaller batches (--batch)"
         ) from error
     except (CamkitError, ValueError) as error:
         if len(batch) == 1:
-            return [Failure(batch[0].key, "model", " ".join(str(error).split()))]
+            return [Failure(batch[0].key, "model", one_line(error))]
     return [outcome for image in batch for outcome in _alone_if_failed(work, (image,))]
 
 
@@ -298,7 +295,7 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
     outputs = None
     labels = _class_request(recipe, batch)
     if labels is not None:
-        photos = [recipe.loading.photo(image.rgb, image.rgb.shape[:2]) for image in batch]
+        photos = [recipe.loading.photo(image.levels, image.levels.shape[:2]) for image in batch]
         stages = pipeline.stages(
             torch.cat([photo.pixels for photo in photos]),
             rgb=torch.cat([photo.rgb for photo in photos]),
@@ -317,7 +314,7 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
             "key": image.key,
             "source": image.source,
             "size": list(image.size),
-            "model_size": list(image.rgb.shape[:2]),
+            "model_size": list(image.levels.shape[:2]),
             "classes": [
                 {"index": index, "name": name}
                 for index, name in zip(classes, names[number], strict=True)
@@ -327,6 +324,8 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
         }
         if unfitted[number]:
             row["unfitted"] = list(unfitted[number])
+        if image.notes:
+            row["notes"] = list(image.notes)
         cam = np.ascontiguousarray(cams[number, : len(classes)])
         yield Maps(image, classes, cam, values[number], bits or mask_bits(values[number]), row)
 

@@ -20,7 +20,7 @@ import cv2
 import torch
 
 from camkit.bulk.items import Failure
-from camkit.errors import CamkitError
+from camkit.errors import CamkitError, one_line
 from camkit.screen import progress
 
 Item = TypeVar("Item")
@@ -258,7 +258,7 @@ class WorkerPool(Generic[Item, Result]):
                 continue
             self._deaths = self._deaths + 1 if died else 0
             if error is not None:
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 if not isinstance(error, _EXPECTED):
                     reason = f"{type(error).__name__}: {reason}"
                 outcomes.append((task.item, Failure(str(task.item), task.stage, reason)))

@@ -13,7 +13,7 @@ from threading import current_thread, main_thread
 from types import ModuleType
 from typing import NoReturn
 
-from camkit.errors import CamkitError, closest, nearby
+from camkit.errors import CamkitError, closest, nearby, one_line
 
 COMMANDS = {
     "demo": "Show camkit on real photos: a contact sheet, and mIoU before and after refinement.",
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"camkit: {_file_error(error)}", file=sys.stderr)
         return 1
     except (CamkitError, ValueError) as error:
-        print(f"camkit: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"camkit: {one_line(error, most=600)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print("camkit: interrupted; finished results are kept", file=sys.stderr)
@@ -84,7 +84,7 @@ def _terminable() -> Iterator[None]:
 def _file_error(error: OSError) -> str:
     """Say which file an error concerns, and which one was perhaps meant."""
     if not isinstance(error.filename, str) or error.strerror is None:
-        return " ".join(str(error).split())
+        return one_line(error)
     hint = nearby(Path(error.filename)) if isinstance(error, FileNotFoundError) else ""
     return f"{error.filename}: {error.strerror}{hint}"
 

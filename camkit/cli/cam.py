@@ -19,7 +19,7 @@ from camkit.cli.options import (
     read_classes,
     refiners_help,
 )
-from camkit.errors import CamkitError, DataError, nearby
+from camkit.errors import CamkitError, DataError, nearby, one_line
 from camkit.method import REFINERS
 from camkit.pipeline import Pipeline
 from camkit.screen import progress
@@ -93,7 +93,7 @@ def execute(options: argparse.Namespace) -> int:
             folder = result.save(options.out / name)
         except (CamkitError, ValueError, OSError) as error:  # continue with the other photos
             failed += 1
-            tqdm.write(f"camkit: {path}: {' '.join(str(error).split())}", file=sys.stderr)
+            tqdm.write(f"camkit: {path}: {one_line(error)}", file=sys.stderr)
         else:
             tqdm.write(f"{folder}: {', '.join(result.names)}")
     if failed:

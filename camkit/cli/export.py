@@ -4,8 +4,11 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from camkit.data import COCO_CLASSES, TARGETS, VOC_CLASSES, ExportOptions, export
-from camkit.data.labels import read_names
+from camkit.cli.datasets import LAYOUTS_HELP, add_dataset_arguments, reading_of
+from camkit.cli.options import class_names
+from camkit.data import TARGETS, ExportOptions, export
+from camkit.data.layouts import open_with
+from camkit.data.reading import Reading
 from camkit.data.targets.plan import Photos
 from camkit.data.targets.regions import Regions
 
@@ -17,7 +20,7 @@ EXAMPLES = f"""examples:
   camkit export VOC2012 --to coco-polygons --tolerance 0 --photos link --out coco
 
 SOURCE is a folder that `camkit run` wrote, a folder of mask PNGs (0 background, then the classes,
-255 void), or a data set in the layout of VOC, COCO, ImageNet-S or a plain one.
+255 void), or a data set. {LAYOUTS_HELP}
 
 formats:
 {chr(10).join(f"  {name:14} {target.title}" for name, target in TARGETS.items())}"""
@@ -63,16 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy photos, link to them, or write annotations only (default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="remove an earlier export in OUT")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """Read the names of the mask values 1, 2, ..."""
-    known = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
-    if text in known:
-        return known[text]
-    if "," in text and not Path(text).exists():
-        return tuple(name.strip() for name in text.split(","))
-    return tuple(read_names(Path(text)))
+    add_dataset_arguments(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -87,11 +81,13 @@ def execute(options: argparse.Namespace) -> int:
         photos=options.photos,
         overwrite=options.overwrite,
     )
+    reading = reading_of(vars(options))
+    source = options.source if reading == Reading() else open_with(options.source, reading)
     summary = export(
-        options.source,
+        source,
         options.to,
         options.out,
-        classes=None if options.classes is None else _names(options.classes),
+        classes=options.classes and class_names("--classes", options.classes),
         images=options.images,
         options=settings,
     )

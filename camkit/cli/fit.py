@@ -9,6 +9,7 @@ from pathlib import Path
 
 from camkit.bulk.recipe import Loading, Recipe
 from camkit.bulk.running import fit_readout
+from camkit.bulk.sources import PhotoFolder
 from camkit.cli.models import MODELS, add_model_arguments, open_named
 from camkit.cli.options import (
     add_form,
@@ -22,6 +23,7 @@ from camkit.cli.sources import (
     check_has_images,
     guesses_for,
     labelled,
+    name_skipped,
     open_input,
     vocabulary_for,
 )
@@ -85,9 +87,9 @@ def execute(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace) -> tuple[Readout, int]:
     """Return the read-out of the photos of INPUT, and how many could not be read."""
-    source = open_input(options)
+    source = photos = open_input(options)
     check_has_images(source, options.input)
-    source, predicted = labelled(source, options.labels, partial=True)
+    source, predicted = labelled(source, options, partial=True)
     opened = open_named(vars(options))
     vocabulary = vocabulary_for(options, source, opened.vocabulary)
     same = read_classes(vocabulary, options.classes) if options.classes is not None else None
@@ -113,6 +115,8 @@ def _fit(options: argparse.Namespace) -> tuple[Readout, int]:
         threads=options.threads,
         overwrite=options.overwrite,
     )
+    if isinstance(photos, PhotoFolder):
+        name_skipped(photos)
     for failure in summary.failures:
         print(f"camkit: {failure.key}: {failure.reason}", file=sys.stderr)
     failed = len(summary.failures)

@@ -10,6 +10,9 @@ from typing import get_args
 import torch
 
 from camkit.cli.models import OpenedModel, segmenter_of
+from camkit.data import COCO_CLASSES, VOC_CLASSES
+from camkit.data.names import read_class_names
+from camkit.errors import closest, nearby
 from camkit.method import (
     DEFAULT_REFINE,
     EDITS,
@@ -253,3 +256,21 @@ def read_predicted(text: str) -> PredictedClasses | None:
         return PredictedClasses(float(threshold or 0.1), "softmax", least=0)
     except ValueError as error:
         raise ValueError(f"--labels {text}: {error}") from error
+
+
+def class_names(option: str, text: str) -> tuple[str, ...]:
+    """Read names of classes: voc, coco, a file (see `read_class_names`), or names with commas.
+
+    Raises:
+        ValueError: the text is none of these; the message names the option.
+    """
+    known = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
+    path = Path(text)
+    if text in known and not path.exists():
+        return known[text]
+    if "," in text and not path.exists():
+        return tuple(name.strip() for name in text.split(",") if name.strip())
+    if not path.exists():
+        hint = nearby(path) or f"; {closest(text, known)}"
+        raise ValueError(f"{option} {text}: no such file{hint}")
+    return read_class_names(path)

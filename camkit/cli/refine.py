@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from camkit.bulk import CamFolder, Failure, RefineCam, read_labels, read_list, write_all
+from camkit.bulk import CamFolder, Failure, RefineCam, read_list, write_all
 from camkit.bulk.camjobs import CamJob
 from camkit.cli.options import (
     GRAMMAR,
@@ -15,6 +15,7 @@ from camkit.cli.options import (
     refiners_help,
     with_segmenter,
 )
+from camkit.data.labels import read_labels
 from camkit.method import PICTURE_REFINERS
 from camkit.refiners import chain
 from camkit.refiners.crf import PRESETS

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from camkit.bulk.items import is_image
 from camkit.bulk.parquet_rows import ParquetRows
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import CamOutput, Loading, Recipe, Writing
@@ -32,11 +31,13 @@ from camkit.cli.sources import (
     check_has_images,
     guesses_for,
     labelled,
+    name_notes,
     name_skipped,
     open_input,
     vocabulary_for,
 )
 from camkit.errors import one_line
+from camkit.formats import is_image
 from camkit.method import REFINERS, split_refine
 from camkit.seeds import FITTED_SCORE, PredictedClasses
 
@@ -113,7 +114,7 @@ def execute(options: argparse.Namespace) -> int:
     source = open_input(options)
     photos, rank = source, rank_of(os.environ)
     _check_input(options, source)
-    source, labels = labelled(source, options.labels, partial=options.fit)
+    source, labels = labelled(source, options, partial=options.fit)
     recipe = _recipe(options, source, labels)
     summary = run(
         recipe,
@@ -166,6 +167,7 @@ def _report(summary: RunSummary, out: Path) -> None:
             f"{out / 'errors.tsv'}",
             file=sys.stderr,
         )
+    name_notes(summary.notes)
 
 
 def _name_others(source: Source, place: Path) -> None:

@@ -2,21 +2,22 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
-from camkit.bulk import Item, read_labels
-from camkit.bulk.items import IMAGE_SUFFIXES
+from camkit.bulk import Item
+from camkit.bulk.by_folder import LabelledByFolder
 from camkit.bulk.sources import Labelled, PhotoFolder, Source, SourceKind, open_source
-from camkit.cli.options import read_predicted
-from camkit.data import COCO_CLASSES, VOC_CLASSES
-from camkit.data.labels import read_names
+from camkit.cli.datasets import add_dataset_arguments, reading_of
+from camkit.cli.options import class_names, read_predicted
+from camkit.data.labels import read_labels
 from camkit.errors import CamkitError, closest, nearby
 from camkit.fitting import GUESSES
+from camkit.formats import IMAGE_SUFFIXES
 from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
 
-_KNOWN = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
 _FIRST = PredictedClasses(0.5, "softmax")  # at most one class can have more than half
 
 
@@ -33,15 +34,17 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     add("--classes", help="classes of every image: names or indices, separated by commas")
     add(
         "--labels",
-        help="dataset (from INPUT), first (the classifier's most probable class), "
-        "predicted[:SCORE] (all classes with this probability), or a file: cls_labels.npy, JSON "
-        "(default: dataset if INPUT has labels, else first)",
+        help="dataset (from INPUT), folders (an image shows the class that its folder is called "
+        "after), first (the classifier's most probable class), "
+        "predicted[:SCORE] (all classes with this probability), or a file: a table, JSON, "
+        "cls_labels.npy (default: dataset if INPUT has labels, else first)",
     )
     add(
         "--vocabulary",
-        help="classes that label indices count: voc, coco, or a file of names, one per line "
-        "(default: the classes of the data set, else of the model)",
+        help="classes that label indices count: voc, coco, a file of names, or names with "
+        "commas (default: the classes of the data set or label file, else of the model)",
     )
+    add_dataset_arguments(parser)
 
 
 def open_input(options: argparse.Namespace) -> Source:
@@ -54,6 +57,7 @@ def open_input(options: argparse.Namespace) -> Source:
         image=options.image_column,
         key=options.key_column,
         labels=options.label_column,
+        reading=reading_of(vars(options)),
     )
 
 
@@ -66,40 +70,52 @@ def check_has_images(source: Source, place: Path) -> None:
 
 
 def name_skipped(photos: PhotoFolder) -> None:
-    """Say how many files of a folder are not read, because of their suffixes."""
+    """Say how many files of a folder are left out, by reason."""
     skipped = photos.skipped()
     if skipped:
-        listed = ", ".join(f"{number} {suffix}" for suffix, number in skipped.most_common(8))
+        listed = ", ".join(f"{number} {reason}" for reason, number in skipped.most_common(8))
+        more = f", {len(skipped) - 8} more suffixes" if len(skipped) > 8 else ""
         files = "file is" if skipped.total() == 1 else "files are"
-        print(
-            f"camkit: {skipped.total()} {files} not read ({listed}); "
-            f"read are {', '.join(IMAGE_SUFFIXES)}",
-            file=sys.stderr,
-        )
+        plugin = any("plug-in" in reason for reason in skipped)
+        way = "; pip install 'camkit[formats]' reads HEIC and JPEG XL" if plugin else ""
+        print(f"camkit: {skipped.total()} {files} not read ({listed}{more}){way}", file=sys.stderr)
+
+
+def name_notes(notes: Mapping[str, int]) -> None:
+    """Say how many photos were read in a way that their owner may not expect, by reason."""
+    for note, number in sorted(notes.items()):
+        photos = "1 photo" if number == 1 else f"{number} photos"
+        print(f"camkit: {photos}: {note}; `notes` in the manifest names them", file=sys.stderr)
 
 
 def labelled(
-    source: Source, text: str | None, *, partial: bool = False
+    source: Source, options: argparse.Namespace, *, partial: bool = False
 ) -> tuple[Source, PredictedClasses | None]:
     """Return the source with the labels of ``--labels``, or the prediction that replaces them.
 
     Images that a label file leaves out are failures, or with ``partial`` images without labels.
     """
+    text = options.labels
     if text is None:
         labels = (entry.classes is not None for entry in source if isinstance(entry, Item))
         return source, None if (any(labels) if partial else next(labels, False)) else _FIRST
     if text == "dataset":
         return source, None
+    if text == "folders":
+        return LabelledByFolder(source), None
     if text == "first":
         return source, _FIRST
     predicted = read_predicted(text)
     if predicted is None and not Path(text).exists():
-        word = closest(text, ("dataset", "first", "predicted"))
+        word = closest(text, ("dataset", "folders", "first", "predicted"))
         hint = f"; {word}" if word.startswith("did you mean") else nearby(Path(text)) or f"; {word}"
         raise ValueError(f"--labels {text}: no such file{hint}")
     if predicted is not None:
         return source, predicted
-    found = Labelled(source, read_labels(text), partial=partial)
+    names = options.vocabulary and class_names("--vocabulary", options.vocabulary)
+    table = read_labels(text, classes=names or None)
+    print(f"camkit: {text}: {table.form}", file=sys.stderr)
+    found = Labelled(source, table, partial=partial)
     if partial and not any(isinstance(x, Item) and x.classes is not None for x in found):
         raise ValueError(f"--labels {text} names none of the images; check the names in it")
     return found, None
@@ -118,13 +134,5 @@ def vocabulary_for(options: argparse.Namespace, source: Source, known: Vocabular
     """Return the classes that labels count: those of --vocabulary, of the source, or the model."""
     names = source.classes
     if options.vocabulary is not None:
-        names = _KNOWN.get(options.vocabulary) or _read_names(options.vocabulary)
+        names = class_names("--vocabulary", options.vocabulary)
     return known if names is None else known.subset(list(names))
-
-
-def _read_names(text: str) -> tuple[str, ...]:
-    path = Path(text)
-    if not path.exists():
-        hint = nearby(path) or f"; {closest(text, _KNOWN)}"
-        raise ValueError(f"--vocabulary {text}: no such file{hint}")
-    return tuple(read_names(path))

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
 
-from camkit.data.folders import find_layout, open_dataset
-from camkit.data.labels import read_names
+from camkit.data.layouts import DATASET_FILES, find_layout, open_dataset
+from camkit.data.names import NameIndex, read_image_names
 from camkit.data.sample import DataSet
 from camkit.data.targets.coco import write_coco, write_polygons
 from camkit.data.targets.outlines import write_labelme, write_yolo
@@ -39,6 +39,7 @@ from camkit.data.targets.sources import (
 )
 from camkit.data.targets.trees import write_cvat, write_mmseg, write_voc
 from camkit.errors import DataError, closest, nearby
+from camkit.untrusted import read_json
 
 RECORD = "export.json"
 """The file that says what an export wrote; a folder without it is not an export."""
@@ -219,6 +220,8 @@ def _open(
 def _open_folder(
     root: Path, classes: ClassNames | None, images: Path | None, options: ExportOptions
 ) -> MaskSource:
+    if root.is_file() and root.suffix.lower() in DATASET_FILES:
+        return _data_set(open_dataset(root), classes)
     if not root.is_dir():
         hint = nearby(root) or "; name a folder of `camkit run`, of masks, or of a data set"
         raise DataError(f"{root} is not a folder{hint}")
@@ -229,7 +232,7 @@ def _open_folder(
     if next(root.rglob("*.png"), None) is None:
         raise DataError(
             f"{root} holds no masks: expected manifest.jsonl (`camkit run`), mask PNGs, or a data "
-            "set of VOC, COCO, ImageNet-S or a plain layout"
+            "set in a known layout"
         )
     if classes is None:
         raise ValueError(
@@ -291,8 +294,8 @@ def _assign(
         raise DataError("the source holds no masks; nothing to export")
     if options.splits is not None:
         listed = _listed(options.splits)
-        split_of = {key: listed.get(key, listed.get(key.rpartition("/")[2], "")) for key in own}
-        split_of = {key: split for key, split in split_of.items() if split}
+        index = NameIndex(listed)
+        split_of = {key: listed[str(found[0])] for key in own if (found := index.find(key))}
         if not split_of:
             raise DataError(f"the lists in {options.splits} name none of the images; check them")
     elif options.val is not None:
@@ -311,7 +314,7 @@ def _listed(folder: Path) -> dict[str, str]:
         raise DataError(f"{folder} holds no lists; add one name per line in train.txt and val.txt")
     split_of: dict[str, str] = {}
     for path in lists:
-        for name in read_names(path):
+        for name in read_image_names(path, folders=True):
             split_of.setdefault(name, path.stem)
     return split_of
 
@@ -354,9 +357,9 @@ def _claim(out: Path, source: object, entries: Iterable[str], *, overwrite: bool
 def _remove(out: Path) -> set[str]:
     """Remove what an earlier export wrote, and nothing else; return the names."""
     try:
-        entries = json.loads((out / RECORD).read_text("utf-8"))["entries"]
+        entries = read_json(out / RECORD)["entries"]
         names = {name for name in entries if Path(name).name == name}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (DataError, KeyError, TypeError) as error:
         raise DataError(
             f"{out / RECORD} is no record of an export; remove {out} by hand"
         ) from error

@@ -1,73 +1,36 @@
-"""Plain folders as data sets, and the function that opens a folder of any layout."""
+"""Plain folders as data sets: images, a file of labels, and masks."""
 
-import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from camkit.data.coco import coco_splits, open_coco
-from camkit.data.imagenet import open_imagenet_s
-from camkit.data.labels import check_split, read_names, read_text
-from camkit.data.sample import DataSet, Sample
-from camkit.data.voc import open_voc
-from camkit.errors import DataError, closest, nearby
+from camkit.data.labels import ImageLabels, label_file, read_labels, shortened
+from camkit.data.names import (
+    NameIndex,
+    check_split,
+    composed,
+    label_keys,
+    read_image_names,
+    read_names,
+)
+from camkit.data.sample import Sample
+from camkit.errors import DataError, closest
+from camkit.formats import IMAGE_SUFFIXES, is_image
 
-_HEADER = ["image", "labels"]
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ALL = "all"
-
-
-def open_dataset(path: str | Path) -> DataSet:
-    """Open a folder in the layout of PASCAL VOC, MS COCO or ImageNet-S, or a plain folder.
-
-    Args:
-        path: a folder with ``JPEGImages/`` and ``ImageSets/Segmentation/`` (VOC), ``images/`` and
-            ``labels.csv`` (plain), ``validation-segmentation/`` or ``train-semi-segmentation/``
-            (ImageNet-S), or photos in folders such as ``train2017/`` (COCO). `open_voc` and
-            `open_coco` have settings.
-
-    Raises:
-        DataError: the folder has another layout, or a file in it cannot be used.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        hint = nearby(root) or "; name the folder that holds the data set"
-        raise DataError(f"{root} is not a folder{hint}")
-    opener = find_layout(root)
-    if opener is not None:
-        return opener(root)
-    entries = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
-    shown = ", ".join(entries[:8]) or "nothing"
-    more = ", ..." if len(entries) > 8 else ""
-    raise DataError(
-        f"{root} is no known data set: expected JPEGImages/ and ImageSets/Segmentation/ (VOC), or "
-        "images/ and labels.csv (plain folder), or folders such as train2017/ (COCO), or "
-        f"validation/ and validation-segmentation/ (ImageNet-S), got {shown}{more}; name the "
-        "folder that holds these"
-    )
-
-
-def find_layout(root: Path) -> Callable[[Path], DataSet] | None:
-    """Return the function that opens this folder, or None for an unknown layout."""
-    if (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation").is_dir():
-        return open_voc
-    if (root / "images").is_dir() and (root / "labels.csv").is_file():
-        return open_folder
-    if any((root / f"{split}-segmentation").is_dir() for split in ("validation", "train-semi")):
-        return open_imagenet_s
-    return open_coco if coco_splits(root) else None
 
 
 @dataclass(frozen=True)
 class PlainFolder:
     """A data set in a plain folder; `open_folder` finds its classes and splits.
 
-    ``labels.csv`` starts with the line ``image,labels``; each row names a file in ``images/``, with
-    or without its ending, and its classes with ``;`` between them: ``cat1.jpg,cat;sofa``. Images
-    without a row are left out. ``classes.txt`` lists the classes in the order of their mask ids,
-    one per line; without it they are the names in ``labels.csv``, sorted. Masks are
-    ``masks/<name>.png``; an image may lack one. Each file ``splits/<split>.txt`` lists names, one
-    per line; without any there is one split, "all".
+    The label file is the first of `LABEL_FILES` in the folder or in its ``images``, in any form
+    that `read_labels` reads, such as ``labels.csv`` with rows like ``cat1.jpg,cat;sofa``. It names
+    the images below ``images/``, with or without endings and folders. Images that it does not name
+    are left out. ``classes.txt`` lists the classes in the order of their mask ids, one per line;
+    without it they are those of the label file: in its order, if it lists them, else sorted. Masks
+    are ``masks/<name>.png``; an image may lack one. Each file ``splits/<split>.txt`` lists names,
+    one per line; without any, a column called split says it, or there is one split, "all".
     """
 
     root: Path
@@ -75,108 +38,143 @@ class PlainFolder:
     splits: tuple[str, ...] = (_ALL,)
 
     def split(self, name: str) -> tuple[Sample, ...]:
-        """List the samples of a split, in the order of its list."""
+        """List the samples of a split, in the order of its list, else of the label file."""
         check_split(name, self.splits)
+        labels = _labels_of(self.root, self.classes)
         samples = {}
-        for stem, (photo, labels, line) in _read_rows(self.root).items():
-            for label in labels:
-                if label not in self.classes:
-                    raise DataError(
-                        f"{self.root / 'labels.csv'}, line {line}: {label!r} is not a class; "
-                        f"{closest(label, self.classes)}"
-                    )
+        for entry, photo in _photos_of(self.root, labels).items():
+            stem = _stem(photo, self.root)
             mask = self.root / "masks" / f"{stem}.png"
-            classes = tuple(sorted({self.classes.index(label) for label in labels}))
-            samples[stem] = Sample(stem, photo, mask if mask.is_file() else None, classes)
+            found = mask if mask.is_file() else None
+            samples[stem] = Sample(stem, photo, found, labels.labels[entry])
         listing = self.root / "splits" / f"{name}.txt"
-        if name == _ALL and not listing.is_file():
+        if listing.is_file():
+            return _listed(listing, samples)
+        if not labels.splits:
             return tuple(samples.values())
-        stems = read_names(listing)
-        for stem, line in stems.items():
-            if stem not in samples:
-                raise DataError(
-                    f"{listing}, line {line}: {stem!r} has no row in labels.csv; "
-                    f"{closest(stem, samples)}"
-                )
-        return tuple(samples[stem] for stem in stems)
+        chosen = _photos_of(self.root, labels)
+        return tuple(
+            samples[_stem(photo, self.root)]
+            for entry, photo in chosen.items()
+            if labels.splits.get(entry) == name
+        )
 
     def entries(self, name: str) -> Iterator[Sample | DataError]:
         """Yield the samples of a split; `open_folder` has already raised errors of rows."""
         yield from self.split(name)
+
+    def describe(self) -> tuple[str, ...]:
+        """Say what each file was taken for."""
+        labels = _labels_of(self.root, self.classes)
+        listed = (self.root / "classes.txt").is_file()
+        order = "of classes.txt" if listed else "of the label file"
+        lines = [
+            f"{labels.path.relative_to(self.root)}: {labels.form}",
+            f"{len(self.classes)} classes, in the order {order}: {shortened(self.classes)}",
+        ]
+        if (self.root / "splits").is_dir():
+            lines.append(f"splits/: lists of {', '.join(self.splits)}")
+        elif labels.splits:
+            lines.append(f"splits of a column: {', '.join(self.splits)}")
+        return tuple(lines)
 
 
 def open_folder(root: str | Path) -> PlainFolder:
     """Find the classes and splits of a plain folder, and check its table of labels.
 
     Args:
-        root: the folder that holds ``images`` and ``labels.csv``.
+        root: the folder that holds ``images`` and a label file.
 
     Raises:
         DataError: the folder is empty, or a file in it has another form.
     """
     root = Path(root).absolute()
-    rows = _read_rows(root)
     names = root / "classes.txt"
-    if names.is_file():
-        classes = tuple(read_names(names))
-    else:
-        classes = tuple(sorted({label for _, labels, _ in rows.values() for label in labels}))
+    labels = _labels_of(root, tuple(read_names(names)) if names.is_file() else None)
+    classes = labels.classes
+    if classes is None:  # labels are numbers that no file names
+        count = 1 + max((index for row in labels.labels.values() for index in row), default=0)
+        classes = tuple(map(str, range(count)))
     splits = tuple(sorted(path.stem for path in (root / "splits").glob("*.txt")))
+    splits = splits or tuple(sorted({*labels.splits.values()}))
     data = PlainFolder(root, classes, splits or (_ALL,))
     for name in data.splits:
         data.split(name)  # report a wrong line now, not hours into a run
     return data
 
 
-def _read_rows(root: Path) -> dict[str, tuple[Path, list[str], int]]:
-    """Map each image name in ``labels.csv`` to its photo, labels and line number."""
-    path = root / "labels.csv"
+def plain_label_file(root: Path) -> Path | None:
+    """Return the label file of a plain folder, if it has one."""
+    return label_file(root) or label_file(root / "images")
+
+
+def _labels_of(root: Path, classes: tuple[str, ...] | None) -> ImageLabels:
+    path = plain_label_file(root)
+    if path is None:
+        raise DataError(f"{root} no longer holds labels; open it again")
+    return read_labels(path, classes=classes)
+
+
+def _photos_of(root: Path, labels: ImageLabels) -> dict[str | int, Path]:
+    """Find the photo of each entry of a label file, in the order of the file."""
     images = _find_images(root / "images")
-    reader = csv.reader(read_text(path).splitlines(), skipinitialspace=True, strict=True)
-    rows: dict[str, tuple[Path, list[str], int]] = {}
-    try:
-        header = [cell.strip() for cell in next(reader, [])]
-        if header != _HEADER:
-            raise DataError(f"{path}, line 1: expected image,labels, got {','.join(header)}")
-        for cells in filter(None, reader):
-            line = reader.line_num
-            photo, labels = _read_row(cells, f"{path}, line {line}", images)
-            if photo.stem in rows:
-                raise DataError(
-                    f"{path}, line {line}: {photo.stem!r} is already on line "
-                    f"{rows[photo.stem][2]}; put all its labels in one row"
-                )
-            rows[photo.stem] = (photo, labels, line)
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}; check the quotes") from error
-    if not rows:
-        raise DataError(f"{path} has no rows; add one for each image, such as cat1.jpg,cat;sofa")
-    return rows
+    index = NameIndex(images)
+    numbers = {key: name for name in images for key in label_keys(name.rpartition("/")[2])[1:2]}
+    photos: dict[str | int, Path] = {}
+    entry_of: dict[Path, str | int] = {}
+    for entry in labels.labels:
+        names = index.find(entry) if isinstance(entry, str) else [numbers.get(entry, "")]
+        if len(names) != 1 or names[0] not in images:
+            found = f"holds no {entry!r}; add the file or remove the row"
+            if len(names) > 1:
+                found = f"holds {names[0]} and {names[1]}, which both fit {entry!r}; add its folder"
+            raise DataError(f"{labels.place(entry)}: images/ {found}")
+        photo = images[str(names[0])]
+        if photo in entry_of:
+            first = labels.lines.get(entry_of[photo])
+            place = "there" if first is None else f"on line {first}"
+            raise DataError(
+                f"{labels.place(entry)}: {photo.stem!r} is already {place}; put all its labels in "
+                "one row"
+            )
+        entry_of[photo] = entry
+        photos[entry] = photo
+    return photos
 
 
-def _read_row(cells: list[str], source: str, images: dict[str, Path]) -> tuple[Path, list[str]]:
-    if len(cells) != len(_HEADER):
-        raise DataError(f"{source}: expected 2 columns, got {len(cells)}; put ; between labels")
-    image = cells[0].strip()
-    if image not in images:
-        raise DataError(f"{source}: images/ holds no {image!r}; add the file or remove the row")
-    labels = [label.strip() for label in cells[1].split(";") if label.strip()]
-    if not labels:
-        raise DataError(f"{source}: {image!r} has no labels; name at least one class")
-    return images[image], labels
+def _listed(listing: Path, samples: Mapping[str, Sample]) -> tuple[Sample, ...]:
+    """Choose the samples on a list."""
+    index = NameIndex(samples)
+    chosen = []
+    for name, line in read_image_names(listing).items():
+        found = index.find(name)
+        if len(found) != 1:
+            raise DataError(
+                f"{listing}, line {line}: {name!r} has no row in the label file; "
+                f"{closest(name, samples)}"
+            )
+        chosen.append(samples[str(found[0])])
+    return tuple(chosen)
+
+
+def _stem(photo: Path, root: Path) -> str:
+    return composed(photo.relative_to(root / "images").with_suffix("").as_posix())
 
 
 def _find_images(folder: Path) -> dict[str, Path]:
-    """Map file names and stems to images."""
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _ENDINGS)
+    """Map the names of images, with their folders below ``folder``, to the images."""
+    paths = sorted(path for path in folder.rglob("*") if is_image(path.name))
     if not paths:
-        raise DataError(f"{folder} holds no images; expected files ending in {' '.join(_ENDINGS)}")
+        raise DataError(
+            f"{folder} holds no images; expected files ending in {' '.join(IMAGE_SUFFIXES)}"
+        )
     by_stem: dict[str, Path] = {}
     for path in paths:
-        if path.stem in by_stem:
+        stem = composed(path.relative_to(folder).with_suffix("").as_posix())
+        if stem in by_stem:
             raise DataError(
-                f"{folder} holds both {by_stem[path.stem].name} and {path.name}, which would share "
+                f"{folder} holds both {by_stem[stem].name} and {path.name}, which would share "
                 "a mask; rename one"
             )
-        by_stem[path.stem] = path
-    return by_stem | {path.name: path for path in paths}
+        by_stem[stem] = path
+    return by_stem

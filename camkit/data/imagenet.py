@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from camkit.data.labels import check_split, read_names
+from camkit.data.names import check_split, read_names
 from camkit.data.sample import MaskForm, Sample, all_usable
 from camkit.errors import DataError
 from camkit.vocabulary import Vocabulary
@@ -385,6 +385,12 @@ class ImageNetSFolder:
                 if photo.suffix.lower() in _PHOTOS:
                     mask = mask_of.get(photo.stem)
                     yield Sample(photo.stem, photo, mask, classes, IMAGENET_S_FORM)
+
+    def describe(self) -> tuple[str, ...]:
+        """Say what each file was taken for."""
+        names = f"{len(self.classes)} classes, in the order of their WordNet ids"
+        folders = (f"{split}/: one folder for each class" for split in self.splits)
+        return (f"ImageNet-S: {names}; ids are colours, 1000 is not scored", *folders)
 
 
 def open_imagenet_s(root: str | Path) -> ImageNetSFolder:

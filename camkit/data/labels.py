@@ -1,131 +1,257 @@
-"""Image-level labels and lists of names in files."""
+"""Image-level labels in files of any usual form."""
 
-import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from camkit.data.camfiles import read_arrays
-from camkit.errors import DataError, closest, nearby
+from camkit.data.arrays import read_arrays
+from camkit.data.names import NameIndex, composed, numbered_lines
+from camkit.data.records import Label, Records, json_records, table_records
+from camkit.data.tables import read_table
+from camkit.data.text import read_text
+from camkit.errors import DataError, closest
+from camkit.printing import short_repr
+from camkit.untrusted import read_json
 
 VECTOR_FILES = ("cls_labels.npy", "cls_labels_onehot.npy")
 """File names that other codebases give to their label vectors."""
 
+LABEL_FILES = (
+    "labels.json",
+    "labels.csv",
+    "labels.tsv",
+    "labels.jsonl",
+    "metadata.csv",
+    "metadata.jsonl",
+    *VECTOR_FILES,
+)
+"""Names of label files that are looked for in the folder of a data set, in this order."""
 
-def read_text(path: Path) -> str:
-    """Read a small UTF-8 file, with or without a byte order mark, or raise DataError."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        hint = nearby(path) if isinstance(error, FileNotFoundError) else ""
-        hint = hint or "; expected a UTF-8 text file"
-        raise DataError(f"{path} cannot be read ({error.strerror}){hint}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} cannot be read ({error}); expected a UTF-8 text file") from error
-
-
-def read_names(path: Path) -> dict[str, int]:
-    """Map each name in a file to its line number; empty lines are skipped.
-
-    Raises:
-        DataError: the file cannot be read, is empty, or repeats a name.
-    """
-    lines: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        name = line.strip()
-        if name in lines:
-            raise DataError(
-                f"{path}, line {number}: {name!r} is already on line {lines[name]}; remove one"
-            )
-        if name:
-            lines[name] = number
-    if not lines:
-        raise DataError(f"{path} is empty; expected one name per line")
-    return lines
+_LINES = (".jsonl", ".ndjson")
+_KINDS = {
+    b"PK\x03\x04": "an Excel or zip file; save it as CSV",
+    b"\xd0\xcf\x11\xe0": "an Excel file; save it as CSV",
+    b"\x80": "a pickle, which would run code; save it as JSON or CSV",
+    b"PAR1": "a Parquet file; save it as CSV",
+}
 
 
-def check_split(name: str, splits: tuple[str, ...]) -> None:
-    """Raise ValueError if the data set has no split of this name."""
-    if name not in splits:
-        raise ValueError(
-            f"`name` must be a split of the data set, got {name!r}; {closest(name, splits)}"
-        )
-
-
-@dataclass(frozen=True)
-class LabelFile:
-    """Labels by image.
+@dataclass(frozen=True, eq=False)
+class ImageLabels:
+    """The classes of each image; see `read_labels`.
 
     Attributes:
-        path: the file of the labels.
-        classes: the classes that the labels refer to.
-        labels: class names or class indices by image name or image number (see `label_keys`).
+        path: of the label file.
+        labels: class indices from 0, by image as the file spells it.
+        classes: names of the classes that the indices count, if they are known.
+        form: what the file was taken for.
+        lines: where images stand in a text file, for errors.
+        splits: the split of each image, if the file says it.
     """
 
     path: Path
-    classes: tuple[str, ...]
-    labels: Mapping[Any, Sequence[str | int]]
+    labels: Mapping[str | int, tuple[int, ...]]
+    classes: tuple[str, ...] | None = None
+    form: str = ""
+    lines: Mapping[str | int, int] = field(default_factory=dict)
+    splits: Mapping[str | int, str] = field(default_factory=dict)
 
-    def classes_of(self, name: str, source: str) -> tuple[int, ...]:
-        """Return the class indices of an image, ascending.
+    __repr__ = short_repr
 
-        ``source``, in errors, is the line that lists the image.
+    @cached_property
+    def _index(self) -> NameIndex:
+        return NameIndex(self.labels)
+
+    def entry(self, name: str) -> str | int | None:
+        """Return the entry of an image, as the file spells it, or None; see `NameIndex`.
 
         Raises:
-            DataError: the file has no labels for the image, or one that is not a class.
+            DataError: several entries fit the name, and their labels differ.
         """
-        key = next((key for key in label_keys(name) if key in self.labels), None)
-        if key is None:
+        if name in self.labels:
+            return name
+        entries = self._index.find(name)
+        if len({self.labels[entry] for entry in entries}) > 1:
             raise DataError(
-                f"{self.path} has no labels for {name} ({source}); add them, [] for none"
+                f"{self.path} has {len(entries)} entries that fit {name} ({entries[0]}, "
+                f"{entries[1]}), with other labels; write paths that tell them apart"
             )
-        indices = set()
-        for label in self.labels[key]:
-            if isinstance(label, str) and label not in self.classes:
-                raise DataError(
-                    f"{self.path}: {name} is labelled {label!r}, which is not a class; "
-                    f"{closest(label, self.classes)}"
-                )
-            indices.add(self.classes.index(label) if isinstance(label, str) else label)
-        return tuple(sorted(indices))
+        return entries[0] if entries else None
+
+    def place(self, entry: str | int) -> str:
+        """Return the file, and the line of an entry if there is one, for errors."""
+        line = self.lines.get(entry)
+        return str(self.path) if line is None else f"{self.path}, line {line}"
+
+    def of(self, name: str, source: str | None = None) -> tuple[int, ...]:
+        """Return the class indices of an image, ascending.
+
+        Args:
+            name: of the image, with or without folders and suffix.
+            source: where the image is listed, for errors.
+
+        Raises:
+            DataError: the file has no labels of the image, or several that differ.
+        """
+        entry = self.entry(name)
+        if entry is None:
+            where = "" if source is None else f" ({source})"
+            raise DataError(f"{self.path} has no labels for {name}{where}; add them, [] for none")
+        return self.labels[entry]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the index out: another process makes it again."""
+        values = (self.path, self.labels, self.classes, self.form, self.lines, self.splits)
+        return ImageLabels, values
 
 
-def find_labels(root: Path, classes: tuple[str, ...]) -> LabelFile | None:
-    """Read ``labels.json`` if the folder has it, else the first of `VECTOR_FILES`.
+def read_labels(
+    path: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    default: Sequence[str] | None = None,
+) -> ImageLabels:
+    """Read image-level labels; what a file is, is found by looking into it.
 
-    ``labels.json`` holds ``{"classes": [names], "labels": {image: [names]}}``. The argument
-    ``classes`` names those of the vectors.
+    Args:
+        path: one of
+
+            - a table (CSV, TSV, text): any separator, with or without a header, with a column of
+              labels or a 0 or 1 for each class (see `read_table` and `table_records`),
+            - JSON or JSON lines in one of the forms of `json_records`, also COCO's instances,
+            - ``cls_labels.npy`` of PSA, IRN, MCTformer or ToCo, {name: 0 or 1 for each class}, read
+              without running code.
+        classes: the classes that the indices of the result count; names in the file that are not
+            among them are errors. None takes the list in the file, else its names, sorted.
+        default: classes to take if the file lists none, and every name in it is among them.
+
+    Returns:
+        Indices from 0 into ``classes``, by image.
 
     Raises:
-        DataError: the file has another form.
+        DataError: the file cannot be read, or has another form; the message names the line.
     """
-    path = root / "labels.json"
-    if not path.is_file():
-        return find_label_vectors(root, classes)
+    path = Path(path)
+    known = None if classes is None else tuple(composed(name) for name in classes)
+    preset = None if default is None else tuple(composed(name) for name in default)
+    records = _records(path, known if known is not None else preset)
+    names, strict = records.classes, known is not None
+    if known is not None:
+        names = known
+    elif names is None:
+        names = _implied(records, preset)
+    labels = {
+        image: _indices(records, image, row, names, strict=strict)
+        for image, row in records.labels.items()
+    }
+    return ImageLabels(path, labels, names, records.form, records.lines, records.splits)
+
+
+def find_labels(root: Path, default: Sequence[str]) -> ImageLabels | None:
+    """Read the first of `LABEL_FILES` that a folder has, as `read_labels` does."""
+    path = label_file(root)
+    return None if path is None else read_labels(path, default=default)
+
+
+def label_file(root: Path) -> Path | None:
+    """Return the path of the first of `LABEL_FILES` that a folder has."""
+    return next((root / name for name in LABEL_FILES if (root / name).is_file()), None)
+
+
+def shortened(names: Sequence[str]) -> str:
+    """List names, the first five of many."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+
+
+def _records(path: Path, known: Sequence[str] | None) -> Records:
     try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}); correct it or remove it") from error
-    form: Any = content if isinstance(content, dict) else {}
-    names, labels = form.get("classes"), form.get("labels")
-    named = isinstance(labels, dict) and all(map(_are_names, (names, *labels.values())))
-    if not names or not named:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError:
+        head = b""  # read_text reports it
+    if head.startswith(b"\x93NUMPY"):
+        form = "label vectors (npy)"
+        vectors = label_vectors(path, length=None if known is None else len(known))
+        return Records(path, form, dict(vectors))
+    kind = next((text for mark, text in _KINDS.items() if head.startswith(mark)), None)
+    if kind is not None:
+        raise DataError(f"{path} is {kind}")
+    text = read_text(path)
+    if text.lstrip().startswith(("{", "[")):
+        return _json_file(path, text)
+    return table_records(read_table(path), known=known)
+
+
+def _json_file(path: Path, text: str) -> Records:
+    lines = [line for line in text.splitlines() if line.strip()]
+    objects = lines[0].rstrip().endswith("}") and all(line.lstrip()[0] == "{" for line in lines[:2])
+    if not (objects and (len(lines) > 1 or path.suffix.lower() in _LINES)):
+        return json_records(read_json(text, path), path)
+    values = [read_json(line, f"{path}, line {number}") for line, number in numbered_lines(path)]
+    return json_records(values, path, form="JSON lines")
+
+
+def _implied(records: Records, preset: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return the classes of a file that lists none: the preset, if it holds all names, else these.
+
+    Indices without names count the preset, if there is one.
+    """
+    names = {label for row in records.labels.values() for label in row if isinstance(label, str)}
+    if preset is not None and names <= {*preset}:
+        return preset
+    return tuple(sorted(names, key=_natural)) if names else None
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sort "class 10" behind "class 9"."""
+    parts = re.findall(r"\d+|\D+", name)
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+def _indices(
+    records: Records,
+    image: str | int,
+    row: Sequence[Label],
+    names: tuple[str, ...] | None,
+    *,
+    strict: bool,
+) -> tuple[int, ...]:
+    """Turn the labels of an image into indices; ``strict`` counts given classes, not the file's."""
+    indices = set()
+    own = records.classes if strict and records.classes is not None else None
+    for label in row if own is None else [_named(records, image, label, own) for label in row]:
+        if isinstance(label, int):
+            if names is not None and label >= len(names):
+                raise DataError(
+                    f"{records.place(image)}: {image} is labelled {label}, expected an index from "
+                    f"0 to {len(names) - 1}; indices count from 0, without the background"
+                )
+            indices.add(label)
+        elif names is not None and label in names:
+            indices.add(names.index(label))
+        else:
+            raise DataError(
+                f"{records.place(image)}: {image} is labelled {label!r}, which is not a class; "
+                f"{closest(label, names or ())}"
+            )
+    return tuple(sorted(indices))
+
+
+def _named(records: Records, image: str | int, label: Label, classes: Sequence[str]) -> str:
+    """Return the name of a label in the file's own list of classes."""
+    if isinstance(label, str):
+        return label
+    if label >= len(classes):
         raise DataError(
-            f'{path} must hold {{"classes": [names], "labels": {{image: [names]}}}}; '
-            "correct it, or remove it to take the labels from the masks"
+            f"{records.place(image)}: {image} is labelled {label}, expected an index from 0 to "
+            f"{len(classes) - 1}"
         )
-    return LabelFile(path, tuple(names), labels)
-
-
-def find_label_vectors(root: Path, classes: tuple[str, ...]) -> LabelFile | None:
-    """Read the first of `VECTOR_FILES` that the folder has; errors are those of `label_vectors`."""
-    path = next((root / name for name in VECTOR_FILES if (root / name).is_file()), None)
-    if path is None:
-        return None
-    return LabelFile(path, classes, label_vectors(path, length=len(classes)))
+    return classes[label]
 
 
 def label_vectors(path: Path, *, length: int | None = None) -> dict[str | int, tuple[int, ...]]:
@@ -161,21 +287,3 @@ def label_vectors(path: Path, *, length: int | None = None) -> dict[str | int, t
             raise DataError(f"{path}: the labels of {key!r} are not all 0 or 1; write it again")
         vectors[key] = tuple(np.flatnonzero(vector).tolist())
     return vectors
-
-
-def label_keys(name: str) -> list[str | int]:
-    """List the keys an image may have in a label file: its name, or the number IRN makes of it.
-
-    >>> label_keys("2007_000032")
-    ['2007_000032', 2007000032, '2007000032']
-    """
-    number = name.rpartition("_")[2] if name.startswith("COCO_") else name.replace("_", "")
-    return [name, int(number), number] if number.isascii() and number.isdigit() else [name]
-
-
-def _are_names(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and all(isinstance(name, str) for name in value)
-        and len(set(value)) == len(value)
-    )

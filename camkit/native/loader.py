@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -70,6 +71,7 @@ def _find_or_build(source: Path) -> ctypes.CDLL:
         if folder is None:
             return ctypes.CDLL(str(built))  # stays loaded after its file is deleted
         path = folder / f"{stem}-{digest(built.read_bytes())}.so"
+        built.chmod(0o755)
         built.replace(path)  # atomic
     return ctypes.CDLL(str(path))
 
@@ -80,9 +82,44 @@ def built_libraries(stem: str) -> Iterator[Path]:
     A name ends in the digest of the file: loading an incomplete library can crash the process.
     """
     folder = named_cache()
-    for path in sorted(folder.glob(f"{stem}-*.so")) if folder else []:
-        if path.stem.rpartition("-")[2] == digest(path.read_bytes()):
+    if folder is None or not folder.is_dir() or _refused(folder):
+        return
+    for path in sorted(folder.glob(f"{stem}-*.so")):
+        if not _refused(path) and path.stem.rpartition("-")[2] == digest(path.read_bytes()):
             yield path
+
+
+def _refused(path: Path) -> bool:
+    """Return whether to leave a folder or a library alone, and warn about it once."""
+    reason = others_write(path)
+    if reason is not None:
+        _warn(f"{path} is not used: {reason}")
+    return reason is not None
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    _LOG.warning("%s", text)
+
+
+def others_write(path: Path) -> str | None:
+    """Return why another user could have put code there, and what to do; None if none could.
+
+    What is loaded from the cache runs as this user. Its folder and files must belong to the user or
+    to root, and neither group nor others may write to them; no folder above may be open to all.
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    status = path.stat()
+    if status.st_uid not in (os.getuid(), 0):
+        return "it belongs to another user; name a folder of your own in CAMKIT_CACHE"
+    if status.st_mode & 0o022:
+        return f"others may write to it; run `chmod go-w {shlex.quote(str(path))}`"
+    for folder in path.resolve().parents:
+        mode = folder.stat().st_mode
+        if mode & 0o002 and not mode & stat.S_ISVTX:
+            return f"anybody may replace it in {folder}; name another folder in CAMKIT_CACHE"
+    return None
 
 
 def compiler_command() -> list[str]:
@@ -112,14 +149,14 @@ def named_cache() -> Path | None:
 
 
 def cache_folder() -> Path | None:
-    """Return the folder of the cache, created; None if nothing can be written there."""
+    """Return the folder of the cache, created; None if nothing can be written or trusted there."""
     folder = named_cache()
     if folder is None:
         return None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            return None if _refused(folder) else folder
     except OSError:
         return None
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camkit.data.labels import check_split
+from camkit.data.names import check_split
 from camkit.data.sample import Sample
 from camkit.errors import DataError
 

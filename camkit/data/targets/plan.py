@@ -15,16 +15,16 @@ from jaxtyping import Float, Int, UInt8, UInt16
 from PIL import Image
 
 from camkit.data.sample import unique_values
+from camkit.data.targets.packed import PackedPhoto
 from camkit.data.targets.regions import VOID, Region, Regions, regions_of
 from camkit.errors import DataError
+from camkit.levels import orientation, upright_rgb, upright_size
 from camkit.manifest import unfinished
-from camkit.photo import upright_rgb
+from camkit.photo import opened, opened_bytes
 from camkit.printing import short_repr
 from camkit.tensors import IGNORE, IGNORE_16
 
 Photos: TypeAlias = Literal["copy", "link", "none"]
-
-_ORIENTATION = 0x0112  # of the EXIF tags
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,15 @@ class MaskedImage:
     Attributes:
         key: its name, with slashes for folders.
         mask: 0 for background, `VOID` for void, else the values of the legend.
-        photo: its file, its colours in 0..255, or None if there is no photo.
+        photo: its file, its place in a tar or Parquet file, its colours in 0..255, or None if there
+            is no photo.
         present: values of the classes that the image is known to hold, whatever the mask shows.
         maps: the class map of each value at the size of the mask, read when called.
     """
 
     key: str
     mask: Int[np.ndarray, "H W"]
-    photo: Path | UInt8[np.ndarray, "H W 3"] | None = None
+    photo: Path | PackedPhoto | UInt8[np.ndarray, "H W 3"] | None = None
     present: tuple[int, ...] = ()
     maps: Callable[[], Mapping[int, Float[np.ndarray, "H W"]]] | None = None
 
@@ -236,8 +237,9 @@ def place_photo(image: MaskedImage, folder: Path, plan: Plan, *, jpeg: bool = Fa
     """
     photo = image.photo
     if plan.options.photos == "none":
-        kept = isinstance(photo, Path) and not jpeg
-        return image.name + (photo.suffix if isinstance(photo, Path) and kept else ".jpg")
+        kept = isinstance(photo, Path | PackedPhoto) and not jpeg
+        suffix = photo.suffix if isinstance(photo, Path | PackedPhoto) and kept else ""
+        return image.name + (suffix or ".jpg")
     suffix, content = encoded_photo(image, plan, jpeg=jpeg)
     path = folder / (image.name + suffix)
     if content is not None:
@@ -265,21 +267,24 @@ def encoded_photo(
             f"{image.key} has no photo; give the folder of the photos (`images`, --images), or "
             'write annotations only (photos="none", --photos none)'
         )
-    if not isinstance(image.photo, Path):
+    if isinstance(image.photo, np.ndarray):
         if image.photo.shape[:2] != image.size:
             raise DataError(_other_size(image, image.photo.shape[:2]))
         return (".jpg", _jpeg(image.photo)) if jpeg else (".png", png_bytes(image.photo))
-    try:
-        with Image.open(image.photo) as picture:
-            orientation = picture.getexif().get(_ORIENTATION, 1)
-            size = picture.size if orientation > 4 else picture.size[::-1]
-            if size != image.size:
-                raise DataError(_other_size(image, size))
-            if orientation in (0, 1) and (picture.format == "JPEG" or not jpeg):
-                return ".jpg" if jpeg else image.photo.suffix.lower(), None
-            pixels = upright_rgb(picture)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{image.photo} cannot be read as an image ({error})") from error
+    content = image.photo.read() if isinstance(image.photo, PackedPhoto) else None
+    opening = (
+        opened(image.photo)
+        if isinstance(image.photo, Path)
+        else opened_bytes(content or b"", str(image.photo))
+    )
+    with opening as picture:
+        size = upright_size(picture)
+        if size != image.size:
+            raise DataError(_other_size(image, size))
+        if orientation(picture) == 1 and (picture.format == "JPEG" or not jpeg):
+            stated = ".jpg" if picture.format == "JPEG" else f".{picture.format}".lower()
+            return ".jpg" if jpeg else image.photo.suffix.lower() or stated, content
+        pixels = upright_rgb(picture)
     plan.tally.reencoded += 1
     return ".jpg", _jpeg(pixels)
 

@@ -1,6 +1,5 @@
 """Where exported masks come from: results, bulk runs, folders of PNGs, data sets."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +14,17 @@ from torch import Tensor
 
 from camkit.data.camfiles import read_cam
 from camkit.data.sample import DataSet, Sample, mask_ids, mask_values
+from camkit.data.targets.packed import PackedPhoto, packed_photo
 from camkit.data.targets.plan import MaskedImage
 from camkit.data.targets.regions import VOID
 from camkit.errors import DataError
+from camkit.formats import find_image
 from camkit.ops.images import resize_cam
 from camkit.tensors import IGNORE, IGNORE_16
+from camkit.untrusted import read_json
 
 MANIFEST, _ERRORS, _JOURNAL = "manifest.jsonl", "errors.tsv", "journal.sqlite"
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
-_PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG", "")
 _CAMS = (".npy", ".npz", ".safetensors")
 
 
@@ -104,9 +105,9 @@ class RunMasks:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    row = json.loads(line)
+                    row = read_json(line, path)
                     row["key"], row["legend"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                except (DataError, KeyError, TypeError) as error:
                     raise DataError(
                         f"{path}, line {number} is no line of a bulk run's manifest ({error!r}); "
                         "give the same command of `camkit run` again, which writes it anew"
@@ -128,9 +129,10 @@ class RunMasks:
             yield Entry(row["key"], None, partial(self._read, row))
 
     def _read(self, row: dict[str, Any]) -> MaskedImage:
-        photo = find_photo(self.images_folder, row["key"])
+        photo: Path | PackedPhoto | None = find_image(self.images_folder, row["key"])
         if photo is None and Path(row["source"]).is_file():
             photo = Path(row["source"])
+        photo = photo or packed_photo(row["source"])
         maps = None if row.get("cam") is None else partial(self._maps, row)
         mask = read_values(self.root / row["mask"])
         return MaskedImage(row["key"], mask, photo, tuple(_legend_of(row)), maps)
@@ -175,7 +177,7 @@ class FolderMasks:
     def _read(self, place: str, path: Path) -> MaskedImage:
         first, _, rest = place.partition("/")
         key = rest if first in _SPLITS and rest else place
-        photo = find_photo(self.images_folder, place) or find_photo(self.images_folder, key)
+        photo = find_image(self.images_folder, place) or find_image(self.images_folder, key)
         mask = read_values(path)
         size = (mask.shape[0], mask.shape[1])
         maps = None if self.cams is None else partial(self._maps, self.cams, key, size)
@@ -236,14 +238,6 @@ def merged(legends: Iterable[tuple[Mapping[int, str], str]]) -> dict[int, str]:
                     f"{name!r}; export results of one list of classes at a time"
                 )
     return dict(sorted(whole.items()))
-
-
-def find_photo(folder: Path | None, key: str) -> Path | None:
-    """Return the photo of a key below a folder, if there is one."""
-    if folder is None:
-        return None
-    paths = (folder / f"{key}{suffix}" for suffix in _PHOTOS)
-    return next((path for path in paths if path.is_file()), None)
 
 
 def read_values(path: Path) -> Int[np.ndarray, "H W"]:
