@@ -164,7 +164,10 @@ class PhotoList(_BelowRoot):
         path = self.root / relative
         if is_image(path.name):
             return path
-        return find_image(path.parent, path.name) or path
+        try:
+            return find_image(path.parent, path.name) or path
+        except OSError:  # a name that no file can have
+            return path
 
     def _lines(self) -> Iterator[str]:
         """Yield the entries that are not blank; bytes that are not UTF-8 are kept."""
