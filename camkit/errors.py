@@ -50,7 +50,7 @@ def nearby(path: Path) -> str:
     return f"; did you mean {path.with_name(match[0])}?" if match else ""
 
 
-def one_line(error: object, *, most: int = 300) -> str:
+def one_line(error: object, *, most: int = 500) -> str:
     r"""Return an error as one printable line.
 
     A longer text loses its middle, since its start names the file and its end says what to do.

@@ -285,7 +285,7 @@ def test_an_interrupt_keeps_finished_results(tmp_path, capsys, monkeypatch):
         return real(pipeline, photo, **options)
 
     monkeypatch.setattr(Pipeline, "__call__", segment)
-    assert cam(*paths, "--classes", "cat", "--out", "made") == 1
+    assert cam(*paths, "--classes", "cat", "--out", "made") == 130  # as shells count SIGINT
     assert "camkit: interrupted; finished results are kept\n" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["0"]
     assert manifest(tmp_path / "made" / "0")["size"] == [40, 60]
