@@ -5,7 +5,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import camkit
 from camkit.cli import COMMANDS, command_module, main
 from camkit.cli.models import open_model
 from camkit.data import write_shapes
@@ -111,7 +111,7 @@ def test_without_arguments_the_commands_are_listed(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [("--help", "Segment photos"), ("--version", version("camkit")), ("paint", "no command")],
+    [("--help", "Segment photos"), ("--version", camkit.__version__), ("paint", "no command")],
 )
 def test_help_and_version_do_without_torch(arguments, words):
     """In a fresh process; they take 0.1 seconds then, and importing torch takes seconds."""
@@ -537,3 +537,26 @@ def test_a_dotted_path_names_a_class_and_a_wrong_one_is_told(tmp_path, capsys):
     assert manifest(tmp_path / "made" / "a")["seed"].startswith("LogitLensSeed(layer=1")
     assert cam(path, "--classes", "cat", "--seed", "camkit.contrib.Nothing") == 1
     assert "camkit.contrib.Nothing: cannot import this seed" in one_line(capsys)
+
+
+def test_info_tells_what_a_bug_report_needs(capsys, monkeypatch, tmp_path):
+    """The home folder is not named; the states are those of the environment set here."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CAMKIT_CACHE", str(tmp_path / "compiled"))
+    monkeypatch.setenv("CAMKIT_NATIVE", "0")
+    monkeypatch.setenv("CAMKIT_KERNEL", "0")
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["camkit"].startswith(f"{camkit.__version__}, ")
+    assert found["versions"]["torch"] == torch.__version__
+    used = found["used"]
+    assert used["dense CRF on the CPU"] == "plain torch: switched off by CAMKIT_NATIVE=0"
+    assert used["attention on CUDA"].startswith("plain torch: switched off by CAMKIT_KERNEL=0")
+    assert found["caches"]["compiled code"] == "~/compiled, not there yet"
+    assert found["environment"]["CAMKIT_CACHE"] == "~/compiled"
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert str(tmp_path) not in text
+    for title, rows in found.items():
+        assert f"{title}:\n" in text
+        assert all(value in text for value in rows.values())
