@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 import camkit
 from camkit.native import sources
@@ -272,9 +273,112 @@ def test_the_version_is_the_same_wherever_it_stands(project):
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "camkit.__version__"}
 
 
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
 def test_ci_runs_targets_that_the_makefile_has():
     steps = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     asked = re.findall(r"- run: make (\w+)", steps)
     known = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert asked == ["check", "docs", "demo", "test", "package", "lowest"]
+    targets = ["check", "docs", "demo", "package", "test", "lowest", "processors", "sanitize"]
+    assert asked == targets
     assert set(asked) <= set(known)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_pins_its_actions_and_is_given_no_more_rights_than_it_takes(path):
+    """An action is named by the hash of its commit; a tag may be moved. No secret is read."""
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    for name, job in workflow["jobs"].items():
+        assert job["timeout-minutes"] <= 90, name
+        needed = job.get("needs", [])
+        assert {*([needed] if isinstance(needed, str) else needed)} <= set(workflow["jobs"])
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step)
+            assert re.fullmatch(
+                r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", step.get("uses", "a/b@" + 40 * "0")
+            )
+            for script in re.findall(r"(?:tests|\.ci)/[\w/.]+", step.get("run", "")):
+                assert (ROOT / script).is_file(), script
+    assert "secrets." not in path.read_text()
+
+
+def test_ci_runs_every_python_that_the_metadata_names(project):
+    ci = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    named = [
+        kind.rpartition(" ")[2]
+        for kind in project["project"]["classifiers"]
+        if re.search(r"Python :: 3\.\d+$", kind)
+    ]
+    assert ci["jobs"]["test"]["strategy"]["matrix"]["python"] == named
+
+
+def test_only_the_publishing_job_may_sign_and_write():
+    release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    jobs = {name: job.get("permissions", {}) for name, job in release["jobs"].items()}
+    assert [name for name in jobs if "id-token" in jobs[name]] == ["publish"]
+    assert [name for name in jobs if jobs[name].get("contents") == "write"] == ["publish", "docs"]
+    assert set(release["jobs"]["publish"]["needs"]) == {"test", "bill_of_materials"}
+
+
+@pytest.mark.parametrize("path", [form for form in FORMS if form.name != "config.yml"], ids=str)
+def test_an_issue_form_has_what_github_asks_for(path):
+    form = yaml.safe_load(path.read_text())
+    assert {"name", "description", "body"} <= set(form)
+    assert all({"type", "id", "attributes"} <= set(field) for field in form["body"])
+    assert all(field["attributes"]["label"] for field in form["body"])
+
+
+def test_forms_for_faults_ask_for_the_output_of_camkit_info():
+    asking = {form.name for form in FORMS if "Output of `camkit info`" in form.read_text()}
+    assert asking == {"bug.yml", "model.yml"}
+
+
+def test_places_of_the_repository_are_the_one_of_the_metadata(project):
+    place = project["project"]["urls"]["Repository"]
+    files = [ROOT / "CITATION.cff", *FORMS, *(ROOT / ".ci").rglob("*.yaml")]
+    for path in files:
+        for found in re.findall(r"https://github\.com/[\w-]+/camkit\b", path.read_text()):
+            assert found == place, path.name
+
+
+def check_release(root, *arguments):
+    (root / ".ci").mkdir(exist_ok=True)
+    shutil.copy(ROOT / ".ci" / "check_release.py", root / ".ci")
+    command = [sys.executable, str(root / ".ci" / "check_release.py"), *arguments]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)
+    return ran.returncode, ran.stdout, ran.stderr.splitlines()
+
+
+def test_a_tag_is_released_only_if_version_changelog_and_citation_agree(tmp_path):
+    (tmp_path / "camkit").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "camkit" / "__init__.py").write_text('__version__ = "1.2.0"\n')
+    (tmp_path / "CITATION.cff").write_text("version: 1.2.0\ndate-released: 2026-01-31\n")
+    changelog = tmp_path / "docs" / "changelog.md"
+    changelog.write_text(
+        "# Changelog\n\n## 1.2.0 - 2026-01-31\n\n- New.\n\n## 1.1.0 - 2025-01-01\n"
+    )
+    assert check_release(tmp_path, "v1.2.0", "--notes") == (0, "- New.\n", [])
+    code, _, said = check_release(tmp_path, "v1.3")
+    assert code == 1
+    assert said == [
+        "the tag must be vX.Y.Z, got v1.3",
+        "camkit/__init__.py has version 1.2.0, the tag 1.3",
+        "CITATION.cff has version 1.2.0, the tag 1.3",
+        "docs/changelog.md has no heading `## 1.3 - YYYY-MM-DD`",
+    ]
+    changelog.write_text("## Unreleased\n\n- More.\n\n## 1.2.0 - 2026-02-01\n")
+    assert check_release(tmp_path, "v1.2.0")[2] == [
+        "docs/changelog.md has lines under Unreleased; move them under 1.2.0",
+        "CITATION.cff has date-released 2026-01-31, the changelog 2026-02-01",
+    ]
+
+
+def test_every_heading_of_the_changelog_is_dated_but_the_first():
+    text = (ROOT / "docs" / "changelog.md").read_text()
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", each) for each in headings[1:])
+    assert headings[0] == "Unreleased" or " - " in headings[0]
