@@ -107,6 +107,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bulk.py kills memory rates
 	$(BIN)/python benchmarks/bulk_ray.py --repeats 2
 	$(BIN)/python benchmarks/bulk_sim.py
+	$(BIN)/python benchmarks/bulk_scale.py journal files list --ray
+	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/models.py
 

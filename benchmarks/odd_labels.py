@@ -402,7 +402,7 @@ def _damaged_json() -> Iterator[Case]:
     for content in ({}, {"a": np.ones((2, 2))}, {"a": np.full(3, 0.5)}, {(1, 2): np.ones(3)}):
         file = io.BytesIO()
         np.save(file, content)  # type: ignore[arg-type]
-        error = "holds no dict|have shape|not all 0 or 1"
+        error = "holds no dict|have shape|not all 0 or 1|neither a name nor a number"
         yield Case("damaged npy", "cls_labels.npy", file.getvalue(), error, CLASSES)
 
 

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+_LONGEST = 1000  # characters of an error, which may name a long path and list what is allowed
+
 
 class CamkitError(Exception):
     """Base of camkit's own errors: something it would have to guess."""
@@ -18,7 +20,13 @@ class CaptureError(CamkitError):
 
 
 class DataError(CamkitError):
-    """A file cannot be used; the message says which and why."""
+    """A file cannot be used; the message says which and why, in one line of some length."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return (
+            text if len(text) <= _LONGEST and text.isprintable() else one_line(text, most=_LONGEST)
+        )
 
 
 def closest(name: str, known: Iterable[str]) -> str:

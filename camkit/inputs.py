@@ -4,6 +4,7 @@ path, PIL image, array, tensor, file -> to_photo(..., settings) -> Photo
 model -> photo_settings -> PhotoSettings
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
@@ -19,14 +20,13 @@ from torch import Tensor, nn
 
 from camkit.capture.host import find_patch_embeddings, patch_step
 from camkit.errors import CamkitError
+from camkit.levels import upright_rgb, upright_rgba
 from camkit.photo import (
     Photo,
     PhotoSettings,
     load_photo,
     photo_from_array,
-    picture_from_file,
-    upright_rgb,
-    upright_rgba,
+    read_levels,
 )
 from camkit.seeds.views import stated_size
 
@@ -214,8 +214,7 @@ def to_photo(value: PhotoLike, settings: PhotoSettings) -> Photo:
         picture = upright_rgba(value) if settings.channels == 4 else upright_rgb(value)
         return photo_from_array(picture, **arguments)
     if isinstance(value, bytes | bytearray) or hasattr(value, "read"):
-        file = value if hasattr(value, "read") else BytesIO(value)
-        return photo_from_array(picture_from_file(file, "the image"), **arguments)
+        return _from_bytes(value, settings)
     if isinstance(value, np.ndarray):
         return photo_from_array(value, **arguments)
     if isinstance(value, Tensor):
@@ -224,6 +223,14 @@ def to_photo(value: PhotoLike, settings: PhotoSettings) -> Photo:
         "a photo must be a path, a PIL image, an array, a tensor or a camkit.Photo, or a list of "
         f"these, got {type(value).__name__}"
     )
+
+
+def _from_bytes(value: Any, settings: PhotoSettings) -> Photo:
+    file = BytesIO(value.read() if hasattr(value, "read") else value)
+    read = read_levels(file, "the image", opacity=settings.channels == 4)
+    for note in read.notes:
+        warnings.warn(f"the image: {note}", stacklevel=3)
+    return photo_from_array(read.levels, **settings.arguments())
 
 
 def _from_tensor(tensor: Tensor, settings: PhotoSettings) -> Photo:

@@ -1,15 +1,17 @@
 """Pseudo masks from class maps, and the palette that masks are drawn in."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from camkit.ops.finite import finite_range
+from camkit.ops.images import resize_cam
 from camkit.tensors import IGNORE, IGNORE_16, Cam, Classes, Mask
 
 _FEW = 8  # classes of an image that are compared one by one
+_AT_ONCE = 2**25  # values of resized maps, 128 MB
 _TOLERANCE = 1e-4  # resizing and half precision may move a normalised map out of [0, 1] by this
 
 
@@ -98,6 +100,36 @@ def to_mask(
     if ignore_below is not None:
         mask = mask.masked_fill((score > ignore_below) & (score <= threshold), ignore)
     return mask.to(dtype)
+
+
+def mask_at(cam: Cam, size: tuple[int, int], classes: Classes, **settings: Any) -> Mask:
+    """Return `to_mask` of maps resized to the size of the photo, in bounded memory.
+
+    Large photos are drawn class by class, with the same result, so that memory does not grow with
+    the number of classes: about 20 bytes for each pixel.
+
+    Args:
+        cam: maps of any size.
+        size: rows and columns of the photo.
+        classes: of the maps, without padding.
+        settings: of `to_mask`.
+    """
+    count = cam.shape[1]
+    if count * size[0] * size[1] <= _AT_ONCE or count < 2:
+        return to_mask(resize_cam(cam, size).clamp(0, 1), classes, **settings)
+    to_mask(cam.new_zeros(len(cam), count, 1, 1), classes, **settings)  # refuses wrong classes
+    score = resize_cam(cam[:, :1], size).clamp_(0, 1)
+    winner = torch.zeros(score.shape, dtype=torch.int16)
+    for slot in range(1, count):
+        plane = resize_cam(cam[:, slot : slot + 1], size).clamp_(0, 1)
+        winner.masked_fill_(plane > score, slot)
+        torch.maximum(score, plane, out=score)
+    mask = to_mask(score, **settings)  # 1 where any class wins
+    for slot in reversed(range(count)):
+        here = (winner[:, 0] == slot) & (mask == 1)
+        values = classes[:, slot, None, None] + 1
+        mask = torch.where(here, values.to(mask.dtype), mask)
+    return mask
 
 
 def _over_threshold(

@@ -1,7 +1,7 @@
 """Photos: image files become normalised pixels, colours in [0, 1] and their original size."""
 
 import math
-import struct
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,17 +10,22 @@ from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile
 
 from camkit.errors import DataError
+from camkit.formats import decoding, has_more_pages, open_image
+from camkit.levels import levels_of, on_white, orientation, scaled, to_bytes
 from camkit.printing import short_repr
 from camkit.tensors import RGB, Pixels
 
-# PIL's exceptions for a broken file, depending on where it breaks
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
+FIRST_PAGE = "only the first of its pages is read"
+"""What is said of a file with several pictures."""
+
+_DEEP = re.compile(r"RGB.*;16")  # PIL's name of such data in a file
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,9 @@ def load_photo(
     antialiased bicubic filter, as timm does for evaluation.
 
     Args:
-        path: an image in any format that PIL reads, 8 or 16 bits per channel.
+        path: an image in one of `camkit.formats.FORMATS`, of 8 or 16 bits per channel or floats in
+            [0, 1]. Of several pages the first is read, and levels below 4096 in 16 bits are scaled
+            as those of a sensor with fewer bits; both with a warning.
         size: the long side, aspect kept and both sides rounded to ``multiple``; or exact rows and
             columns; or None for the original size rounded to ``multiple``. 384 keeps small objects
             a few patches wide and is what most ViTs were fine-tuned at.
@@ -105,11 +112,12 @@ def load_photo(
         ValueError: a setting is out of range.
     """
     path = Path(path)
-    image = decode(path)
-    with _decoding_errors(path):
-        picture = upright_rgba(image) if channels == 4 else upright_rgb(image)
+    with _file(path) as file:
+        read = read_levels(file, path, opacity=channels == 4)
+    for note in read.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
     photo = photo_from_array(
-        picture, size=size, mean=mean, std=std, multiple=multiple, channels=channels
+        read.levels, size=size, mean=mean, std=std, multiple=multiple, channels=channels
     )
     return replace(photo, path=path, original=None)
 
@@ -120,18 +128,72 @@ def read_picture(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
     The picture is upright, and on white where it is transparent.
     """
     path = Path(path)
-    image = decode(path)
-    with _decoding_errors(path):
-        return upright_rgb(image)
+    with _file(path) as file:
+        return read_levels(file, path).levels
 
 
-def picture_from_file(
-    file: BufferedReader | BytesIO, name: str | Path
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Read an open image file as `read_picture` does; errors call it ``name``."""
-    with _decoding_errors(name), Image.open(file) as image:
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """A picture as it was read from a file.
+
+    Attributes:
+        levels: colours in 0..255, and opacity if it was asked for, upright.
+        notes: what a reader may not expect, such as `FIRST_PAGE`; mostly none.
+    """
+
+    levels: UInt8[np.ndarray, "R S c"]
+    notes: tuple[str, ...] = ()
+
+    __repr__ = short_repr
+
+
+def read_levels(
+    file: BufferedReader | BytesIO,
+    source: str | Path,
+    *,
+    opacity: bool = False,
+    max_pixels: int | None = None,
+) -> Levels:
+    """Read an open image file; errors call it ``source``.
+
+    Args:
+        file: at its start.
+        source: its name.
+        opacity: return it as a fourth channel; otherwise transparent parts are put on white.
+        max_pixels: as in `camkit.formats.open_image`.
+
+    Raises:
+        DataError: the file cannot be decoded, or is too large.
+    """
+    image = open_image(file, source, max_pixels=max_pixels)
+    with decoding(source):
+        notes = [FIRST_PAGE] if has_more_pages(image) else []
+        colours_of_16_bits = any(_DEEP.search(str(tile[3])) for tile in image.tile)
         image.load()
-        return upright_rgb(image)
+        if colours_of_16_bits and _is_dark(image):
+            array, note = scaled(_read_16_bits(file, image.size))  # PIL keeps the upper byte only
+            turn = 1 if image.format == "TIFF" else orientation(image)  # both turn TIFF themselves
+            levels, _ = levels_of(Image.fromarray(array), opacity=opacity, turn=turn)
+        else:
+            levels, note = levels_of(image, opacity=opacity)
+    return Levels(levels, (*notes, *([] if note is None else [note])))
+
+
+def _is_dark(image: Image.Image) -> bool:
+    """Return whether no colour reaches 4096 of 65535; PIL has divided it by 256."""
+    return image.mode in ("RGB", "RGBA") and bool(np.asarray(image)[:, :, :3].max() < 16)
+
+
+def _read_16_bits(file: BufferedReader | BytesIO, size: tuple[int, int]) -> np.ndarray:
+    """Read a colour picture of 16 bits per channel with OpenCV, as PIL has no mode for it."""
+    file.seek(0)
+    flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+    picture = cv2.imdecode(np.frombuffer(file.read(), np.uint8), flags)
+    shape = None if picture is None or picture.dtype != np.uint16 else picture.shape
+    if picture is None or shape is None or len(shape) != 3 or shape[:2] != size[::-1]:
+        raise ValueError("OpenCV does not read its 16-bit colours")
+    order = [2, 1, 0, 3][: picture.shape[2]]  # OpenCV has blue first
+    return np.ascontiguousarray(picture[:, :, order])
 
 
 def photo_from_array(
@@ -170,7 +232,7 @@ def photo_from_array(
         raise ValueError(f"`std` must be positive, got {std}; 0.5 or the ImageNet values are usual")
     levels = to_bytes(picture)
     if levels.shape[2] == 4 and channels != 4:
-        levels = _on_white(Image.fromarray(levels, "RGBA"))
+        levels = on_white(Image.fromarray(levels))
     if channels not in (1, 3, levels.shape[2]):
         raise ValueError(
             f"the model takes {channels} channels, but the picture has {levels.shape[2]}; give an "
@@ -191,55 +253,6 @@ def _unit_interval(levels: UInt8[np.ndarray, "R S c"]) -> Float[torch.Tensor, "1
     return torch.from_numpy(levels).permute(2, 0, 1)[None].contiguous() / 255
 
 
-def to_bytes(picture: Shaped[np.ndarray, "R S ..."]) -> UInt8[np.ndarray, "R S _"]:
-    """Return a picture in 0..255 with its channels on the last axis.
-
-    Args:
-        picture: see `photo_from_array`.
-
-    Raises:
-        ValueError: the array is no picture.
-    """
-    shape = tuple(picture.shape)
-    if picture.ndim == 2:
-        picture = picture[:, :, None]
-    if picture.ndim != 3 or picture.size == 0:
-        raise ValueError(
-            f"a picture must have shape (rows, cols) or (rows, cols, channels), got {shape}"
-        )
-    if shape[0] in (1, 3, 4) and picture.shape[2] > 4:
-        raise ValueError(
-            f"a picture must have its channels on the last axis, got shape {shape}; transpose it "
-            "by `array.transpose(1, 2, 0)`, or pass a torch tensor, which has them first"
-        )
-    if picture.dtype == np.uint8:
-        return np.array(picture, order="C")  # contiguous, and not shared with the caller
-    if picture.dtype == np.bool_:
-        return picture.astype(np.uint8) * 255
-    return _levels_to_bytes(picture, float(picture.min()), float(picture.max()))
-
-
-def _levels_to_bytes(picture: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Scale numbers from ``low`` to ``high`` to 0..255."""
-    integers = picture.dtype.kind in "iu" and low >= 0
-    if integers and high <= 255 and picture.dtype.itemsize > 2:
-        return picture.astype(np.uint8)
-    if integers and high <= 65535:
-        if 0 < high < 4096:
-            warnings.warn(
-                f"the picture has 16-bit levels up to {high:.0f} of 65535 and is almost black; "
-                "scale it to 0..65535 or to uint8 if its sensor has fewer bits",
-                stacklevel=4,
-            )
-        return ((picture.astype(np.int64) + 128) // 257).astype(np.uint8)
-    if picture.dtype.kind == "f" and low >= 0 and high <= 1:
-        return np.rint(picture * 255).astype(np.uint8)
-    raise ValueError(
-        f"a picture must be uint8, 16-bit integers, or floats in [0, 1], got {picture.dtype} from "
-        f"{low:.4g} to {high:.4g}; scale it first"
-    )
-
-
 def _colours(levels: UInt8[np.ndarray, "R S _"]) -> UInt8[np.ndarray, "R S 3"]:
     """Return the first three channels, or the only one as grey."""
     if levels.shape[2] < 3:
@@ -256,69 +269,52 @@ def _resized(levels: UInt8[np.ndarray, "R S _"], rows: int, cols: int) -> np.nda
     return np.stack([np.array(plane) for plane in filtered], axis=2)
 
 
-def decode(path: Path) -> Image.Image:
-    """Read an image file as it is stored, without rotation or change of mode.
+def decode(path: Path, *, max_pixels: int | None = None) -> Image.Image:
+    """Read an image file as it is stored, without change of mode.
 
     Raises:
         DataError: the file is missing, a folder, broken, of an unknown format, or too large.
     """
-    if not path.exists():
-        raise DataError(f"{path} does not exist; check the path")
-    if path.is_dir():
-        raise DataError(f"{path} is a folder, expected an image file; name a file in it")
-    with _decoding_errors(path):
-        image = Image.open(path)
-        with image:
-            image.load()
+    with opened(path, max_pixels=max_pixels) as image:
+        image.load()
     return image
 
 
 @contextmanager
-def _decoding_errors(path: str | Path) -> Iterator[None]:
+def opened(path: Path, *, max_pixels: int | None = None) -> Iterator[ImageFile.ImageFile]:
+    """Read the header of an image file; the pixels are decoded where they are used.
+
+    Raises:
+        DataError: as `decode`, also for errors of PIL in the block.
+    """
+    with _file(path) as file:
+        image = open_image(file, path, max_pixels=max_pixels)
+        with decoding(path):
+            yield image
+
+
+@contextmanager
+def opened_bytes(content: bytes, source: str) -> Iterator[ImageFile.ImageFile]:
+    """Read the header of an image that another file holds; errors, called ``source``, as above."""
+    image = open_image(BytesIO(content), source)
+    with decoding(source):
+        yield image
+
+
+@contextmanager
+def _file(path: Path) -> Iterator[BufferedReader]:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, expected an image file; name a file in it")
+    if not path.exists():
+        raise DataError(f"{path} does not exist; check the path")
+    if not path.is_file():
+        raise DataError(f"{path} is not a regular file; name an image file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata does not matter to the pixels
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(
-            f"{path} holds more than the {Image.MAX_IMAGE_PIXELS} pixels PIL trusts; reduce it, "
-            "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust its source"
-        ) from error
-    except _BROKEN as error:
-        raise DataError(
-            f"{path} cannot be read as an image ({error}); "
-            "copy it again, or convert it to 8-bit RGB PNG or JPEG"
-        ) from error
-
-
-def upright_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """Return the colours of an image in 0..255, upright, on white where it is transparent."""
-    image = _eight_bits(ImageOps.exif_transpose(image))
-    if image.has_transparency_data:
-        return _on_white(image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
-
-
-def upright_rgba(image: Image.Image) -> UInt8[np.ndarray, "H W 4"]:
-    """Return colours and opacity of an image in 0..255, upright."""
-    return np.array(_eight_bits(ImageOps.exif_transpose(image)).convert("RGBA"))
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
-        levels = np.asarray(image).astype(np.int64)  # PIL's own conversion clips at 255
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"values {levels.min()} to {levels.max()}, expected 0 to 65535")
-        return Image.fromarray(to_bytes(levels.astype(np.uint16))[:, :, 0])
-    if image.mode == "F":
-        raise ValueError("mode F, floats of unknown range")
-    return image
-
-
-def _on_white(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    white = Image.new("RGBA", image.size, "white")
-    return np.array(Image.alpha_composite(white, image).convert("RGB"))
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check it") from error
+    with file:
+        yield file
 
 
 def _per_channel(name: str, value: float | Sequence[float], channels: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from camkit.capture.facts import NO_FACTS, ModelFacts
 from camkit.capture.host import Host
-from camkit.capture.modes import borrowed
+from camkit.capture.modes import borrowed, exclusive
 from camkit.capture.parameters import to_input
 from camkit.capture.record import Capture, required_by
 from camkit.capture.scores import known_classes
@@ -289,38 +289,11 @@ class Pipeline:
             sizes=[photo.size for photo in photos],
         )
         _warn_of_unfitted(stages.unfitted)
-        settings = self._settings(stages.method)  # reads all weights, so once for all photos
+        settings = self.settings_of(stages.method)  # reads all weights, so once for all photos
         return [
-            self._result(photo, stages, place, copy.deepcopy(settings))
+            result_of(photo, stages, place, copy.deepcopy(settings))
             for place, photo in enumerate(photos)
         ]
-
-    def _result(
-        self, photo: Photo, stages: "Stages", place: int, settings: dict[str, Any]
-    ) -> "Result":
-        row = stages.classes[place].tolist()
-        slots = [slot for slot, index in enumerate(row) if index >= 0]
-        values, names = stages.values[place], stages.names[place]
-        bits, outputs = mask_bits(values), stages.capture.outputs
-        cam = resize_cam(stages.cam[place : place + 1, slots], photo.size).clamp(0, 1)
-        mask = torch.zeros(photo.size, dtype=torch.uint8 if bits == 8 else torch.int32)
-        if slots:
-            numbers = torch.tensor([values], device=cam.device) - 1
-            score = stages.method.background_score
-            mask = to_mask(cam, numbers, background_score=score, bits=bits)[0]
-        return Result(
-            photo=photo,
-            classes=tuple(row[slot] for slot in slots),
-            names=names,
-            seed=stages.seed[place : place + 1, slots],
-            cam=cam,
-            mask=mask,
-            legend=dict(zip(values, names, strict=True)),
-            logits=cam.new_zeros(1, 0) if outputs is None else outputs[place : place + 1].detach(),
-            settings=settings,
-            passed_over=stages.passed_over,
-            unfitted=stages.unfitted[place],
-        )
 
     def _targets(self, classes: ClassRequest, images: int, host: Host) -> Targets:
         """Check a request for the classes of the model, other than texts."""
@@ -352,6 +325,17 @@ class Pipeline:
             keys: names of the photos, for refiners that read files of them; see `camkit.Capture`.
             sizes: rows and columns of the photos themselves, for the same refiners.
         """
+        with exclusive(self.model):  # its modes and hooks are those of all threads
+            return self._stages(pixels, rgb, classes, keys, sizes)
+
+    def _stages(
+        self,
+        pixels: Pixels,
+        rgb: RGB,
+        classes: ClassRequest,
+        keys: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+    ) -> "Stages":
         # 1. The classes, checked before the model runs. Texts bring their own names and scores.
         vocabulary, scores, host = self.vocabulary, self.scores, self._current_host()
         if isinstance(classes, TextClasses):
@@ -487,9 +471,10 @@ class Pipeline:
     @property
     def settings(self) -> dict[str, Any]:
         """Every setting, versions and the hash of the weights, JSON-ready; raises like `method`."""
-        return self._settings(self.method)
+        return self.settings_of(self.method)
 
-    def _settings(self, method: Method) -> dict[str, Any]:
+    def settings_of(self, method: Method) -> dict[str, Any]:
+        """Return what `settings` would be with another method."""
         return method.settings() | {"model": type(self.model).__name__} | provenance(self.model)
 
     def __repr__(self) -> str:
@@ -509,6 +494,40 @@ class Pipeline:
         candidates = "".join(f"\n  {preset.method!r}" for preset in self._presets)
         choice = "method decided at the first photo: the first of these that the model supports"
         return f"Pipeline({name}, {choice}{candidates})"
+
+
+def result_of(photo: Photo, stages: "Stages", place: int, settings: dict[str, Any]) -> Result:
+    """Return the result of one photo of a batch.
+
+    Args:
+        photo: the photo.
+        stages: of the batch.
+        place: of the photo in it.
+        settings: of the method and the model, for the manifest.
+    """
+    row = stages.classes[place].tolist()
+    slots = [slot for slot, index in enumerate(row) if index >= 0]
+    values, names = stages.values[place], stages.names[place]
+    bits, outputs = mask_bits(values), stages.capture.outputs
+    cam = resize_cam(stages.cam[place : place + 1, slots], photo.size).clamp(0, 1)
+    mask = torch.zeros(photo.size, dtype=torch.uint8 if bits == 8 else torch.int32)
+    if slots:
+        numbers = torch.tensor([values], device=cam.device) - 1
+        score = stages.method.background_score
+        mask = to_mask(cam, numbers, background_score=score, bits=bits)[0]
+    return Result(
+        photo=photo,
+        classes=tuple(row[slot] for slot in slots),
+        names=names,
+        seed=stages.seed[place : place + 1, slots],
+        cam=cam,
+        mask=mask,
+        legend=dict(zip(values, names, strict=True)),
+        logits=cam.new_zeros(1, 0) if outputs is None else outputs[place : place + 1].detach(),
+        settings=settings,
+        passed_over=stages.passed_over,
+        unfitted=stages.unfitted[place],
+    )
 
 
 def _warn_of_unfitted(unfitted: tuple[tuple[str, ...], ...]) -> None:

@@ -17,6 +17,7 @@ from camkit import __version__
 from camkit.errors import DataError
 from camkit.manifest import unfinished
 from camkit.printing import short_repr
+from camkit.untrusted import bounded, read_json
 
 Form: TypeAlias = Literal["auto", "object", "classes"]
 """One column for all objects, or one for each class; "auto" decides by the number of photos."""
@@ -414,22 +415,23 @@ class Readout:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(str(path), framework="pt") as file:
-                facts = json.loads((file.metadata() or {})[_FILE])
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            patches = Moments(*(held[f"patches.{part}"] for part in _PARTS))
-            vectors = Moments(*(held[f"images.{part}"] for part in _PARTS))
-            images = ImageMoments(vectors, held["images.labelled"], held["images.photos"])
-            readout = cls(
-                tuple(facts["classes"]),
-                patches,
-                images,
-                int(facts["photos"]),
-                Origin(**facts["origin"]),
-                facts["form"],
-                str(facts["made_with"]),
-            )
-            readout._check()
+            with bounded(path):
+                with safe_open(str(path), framework="pt") as file:
+                    facts = read_json((file.metadata() or {})[_FILE], path)
+                    held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                patches = Moments(*(held[f"patches.{part}"] for part in _PARTS))
+                vectors = Moments(*(held[f"images.{part}"] for part in _PARTS))
+                images = ImageMoments(vectors, held["images.labelled"], held["images.photos"])
+                readout = cls(
+                    tuple(facts["classes"]),
+                    patches,
+                    images,
+                    int(facts["photos"]),
+                    Origin(**facts["origin"]),
+                    facts["form"],
+                    str(facts["made_with"]),
+                )
+                readout._check()
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path} cannot be read as a read-out ({error})") from error
         except (KeyError, TypeError, ValueError) as error:

@@ -257,3 +257,11 @@ def _plain(name: str) -> str:
 
 def _synonyms(name: str) -> list[str]:
     return [_plain(part) for part in name.split(",")]
+
+
+def read_classes(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:
+    """Read ``cat,dog``, ``281,282``, or one ImageNet name that contains commas."""
+    if text.strip().lower() in {name.lower() for name in vocabulary.names}:
+        return vocabulary.resolve([text])
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    return vocabulary.resolve([int(item) if item.isdigit() else item for item in items])

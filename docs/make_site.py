@@ -73,6 +73,7 @@ ROOMS = {
     "bulk": ("Folders and runs", "bulk"),
     "compat": ("In place of grad-cam", "compat"),
     "contrib": ("Outside the promise of stability", "contrib"),
+    "app": ("The page of camkit app", "app"),
     "paint": ("Pictures", "paint"),
     "errors": ("Errors and shapes", "errors", "tensors"),
 }

@@ -17,7 +17,7 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -30,7 +30,14 @@ from torch.utils.data import DataLoader, Dataset
 
 import camkit
 from camkit.capture import WatchSpec
-from camkit.data import VOC_IN_IMAGENET, Sample, open_dataset, read_mask, write_shapes
+from camkit.data import (
+    VOC_IN_IMAGENET,
+    MaskReader,
+    Sample,
+    open_dataset,
+    read_mask,
+    write_shapes,
+)
 from camkit.manifest import unfinished
 from camkit.photo import read_picture
 from camkit.score import THRESHOLDS, best_threshold, mean_iou, sweep_confusions
@@ -159,11 +166,25 @@ def select(samples: Samples, names: Sequence[str], kept: Sequence[str]) -> list[
     found = []
     for sample in samples:
         classes = tuple(sorted(new[index] for index in sample.classes if index in new))
-        old = sample.form.ids or {value: value for value in range(len(names) + 1)}
-        ids = {value: new.get(index - 1, -1) + 1 for value, index in old.items()}
-        form = replace(sample.form, ids=ids)
+        ids = tuple(new.get(index, -1) + 1 for index in range(len(names)))
+        form = Renumbered(sample.form, (0, *ids, -1))
         found += [replace(sample, classes=classes, form=form)] if classes else []
     return found
+
+
+@dataclass(frozen=True)
+class Renumbered:
+    """Masks of another form with new ids: ``ids`` of background, each class, and ignored pixels."""
+
+    form: MaskReader
+    ids: tuple[int, ...]
+
+    def read(self, path: Path, *, num_classes: int) -> np.ndarray:  # noqa: ARG002
+        old = self.form.read(path, num_classes=len(self.ids) - 2)
+        return np.array(self.ids)[old]
+
+    def digest(self, path: Path) -> str:
+        return f"{self.ids} {self.form.digest(path)}"
 
 
 class Batches(Dataset):

@@ -77,7 +77,7 @@ class Chromium:
                 return answer["result"]
 
     def open(self, path, *, scheme="light", width=1200, height=900, motion=""):
-        """Load a file under a colour scheme, a wish for less motion, and a width of the window."""
+        """Load a file or address under a colour scheme, a wish for less motion, and a width."""
         self.complaints, self.requests, self._loaded = [], [], False
         self._features = [
             {"name": "prefers-color-scheme", "value": scheme},
@@ -86,7 +86,7 @@ class Chromium:
         self.call("Emulation.setEmulatedMedia", media="", features=self._features)
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=path if isinstance(path, str) else path.as_uri())
         while not self._loaded:
             self._next()
 
@@ -97,6 +97,22 @@ class Chromium:
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
         return result["result"].get("value")
+
+    def wait(self, script, seconds=60):
+        """Wait until a JavaScript expression is true; its value."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            value = self.run(script)
+            if value:
+                return value
+            time.sleep(0.05)
+        raise TimeoutError(f"never true: {script}")
+
+    def choose_file(self, selector, path):
+        """Give a file to an input of the page, as dropping or choosing it does."""
+        document = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=document, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
 
     def click(self, selector):
         """Press the mouse in the middle of an element."""

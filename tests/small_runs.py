@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from camkit.bulk import fitpass
-from camkit.bulk.ledger import Journal
+from camkit.bulk.journal import Journal
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.running import run
@@ -211,7 +211,7 @@ def leave_transaction_open(out):
     journal = Journal(OutFolder(out))
     journal.record([ImageResult("whole", {"key": "whole"})])
     with journal._transaction() as file:
-        file.execute("INSERT INTO images VALUES ('half', '{}', NULL, NULL)")
+        file.execute("INSERT INTO images (key, row) VALUES ('half', '{}')")
         os.kill(os.getpid(), signal.SIGKILL)
 
 

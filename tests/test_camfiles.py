@@ -5,12 +5,15 @@ import math
 import os
 import pickle
 import tempfile
+import time
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from safetensors.numpy import save_file
 
 from camkit.data.camfiles import read_cam, write_cam
@@ -389,9 +392,9 @@ def test_classes_that_contradict_the_file_are_refused(npy):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", r"032\.npy is no \.npy, \.npz or safetensors file; expected class maps"),
+        (b"", r"032\.npy is no \.npy, \.npz or safetensors file; expected arrays"),
         (b"\x93NUMPY\x01\x00", r"032\.npy cannot be read"),
-        (b"\x93NUMPY\x09\x00", r"032\.npy is of \.npy version \(9, 0\); class maps are of"),
+        (b"\x93NUMPY\x09\x00", r"032\.npy is of \.npy version \(9, 0\); arrays are of"),
         (b"\x93NUMPY\x01\x00\x02\x00{\n", r"032\.npy cannot be read"),
         (b"PK\x03\x04 and no more", r"032\.npy cannot be read"),
         (b"\x03\0\0\0\0\0\0\0{..", r"032\.npy cannot be read"),
@@ -418,7 +421,7 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(npy):
 
 def test_npz_with_pickles_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", keys=KEYS, high_res=np.array([None]))
-    with pytest.raises(DataError, match=r"a\.npz cannot be read .*allow_pickle=False"):
+    with pytest.raises(DataError, match=r"a\.npz cannot be read .*holds a pickle"):
         read_cam(tmp_path / "a.npz")
 
 
@@ -608,3 +611,113 @@ def test_bytes_cannot_be_passed_off_as_objects(npy):
     save_pickle(npy, b"\x80\x02" + scalar)
     with pytest.raises(DataError, match="it takes bytes for objects"):
         read_cam(npy)
+
+
+# Files that are small and would take for ever.
+
+
+def tower(levels, width=2):
+    """A pickle that builds a tuple of references to a tuple, and so on; and the opcode for it."""
+    code = b"\x80\x03)q\x00"
+    for level in range(levels):
+        code += b"(" + b"".join(b"h%c" % level for _ in range(width)) + b"tq%c0" % (level + 1)
+    return code, b"h%c" % levels
+
+
+def as_tuple_key(levels, width):
+    code, top = tower(levels, width)
+    return code + b"}" + top + b"K\x01s."
+
+
+def as_tuple_value(levels, width):
+    code, top = tower(levels, width)
+    return code + b"}K\x01" + top + b"s."
+
+
+@pytest.mark.parametrize("build", [as_tuple_key, as_tuple_value])
+@pytest.mark.parametrize(("levels", "width"), [(60, 2), (12, 200)])
+def test_references_that_multiply_are_refused_at_once(npy, build, levels, width):
+    save_pickle(npy, build(levels, width))
+    start = time.monotonic()
+    with pytest.raises(DataError, match="nested too deeply or too often") as caught:
+        read_cam(npy)
+    assert time.monotonic() < start + 1
+    assert len(str(caught.value)) < 300 + len(str(npy))
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        # hashing a tuple of 200,000 levels overflows the stack of the process
+        (b"\x80\x03}K\x01" + b"\x85" * 200_000 + b"K\x01s.", "nested too deeply or too often"),
+        (b"\x80\x03]q\x00h\x00h\x00\x86.", "uses a list or a dict twice"),
+        (b"\x80\x03}(I1\nI2\nI3\nu.", "holds a damaged pickle"),
+        (b"\x80\x03}\x8a\xff" + b"\x01" * 255 + b"K\x01s.", "holds|must be|expected"),
+        (b"\x80\x03(K\x01K\x02K\x03", "holds a damaged pickle"),
+        (b"\x80\x03h\x07.", "opcodes do not fit each other"),
+        (b"\x80\x03}X\xff\xff\xff\x7fabc", "holds a damaged pickle"),
+    ],
+)
+def test_pickles_of_any_nesting_end_in_a_data_error(npy, code, words):
+    save_pickle(npy, code)
+    with pytest.raises(DataError, match=words):
+        read_cam(npy)
+
+
+def test_a_shape_that_is_no_shape_is_refused(npy):
+    # math.prod of it would make a tuple of 10**10 entries
+    shape = (10**10, (1,))
+    call = (
+        global_line("numpy._core.numeric._frombuffer")
+        + b"(U\x00"
+        + global_line("numpy.dtype")
+        + b"X\x02\x00\x00\x00f4\x85R"
+        + pickle.dumps(shape, 2)[2:-1]
+        + b"X\x01\x00\x00\x00CtR."
+    )
+    save_pickle(npy, call)
+    with pytest.raises(DataError, match="an array has no shape"):
+        read_cam(npy)
+
+
+def test_a_zip_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked(tmp_path):
+    path = tmp_path / "a.npz"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("keys.npy", "w", force_zip64=True) as member,
+    ):
+        header = {"descr": "<f4", "fortran_order": False, "shape": (2**28 + 1,)}
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(1025):
+            member.write(bytes(2**20))
+    assert path.stat().st_size < 2**21
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"a\.npz unpacks to 10\d+ bytes, more than the 1073741824"):
+        read_cam(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_a_header_that_promises_more_than_the_file_is_refused(tmp_path):
+    path = tmp_path / "a.npy"
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(100))
+    with pytest.raises(DataError, match="promises 4000000000000 bytes and has 228"):
+        read_cam(path)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_are_maps_or_a_data_error(content):
+    for start in (b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"\x20" + bytes(7) + b"{"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "a.npy")
+            path.write_bytes(start + content)
+            with pytest.raises(DataError):
+                read_cam(path)
+            save_pickle(path, content)
+            with pytest.raises(DataError):
+                read_cam(path)

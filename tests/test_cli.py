@@ -183,14 +183,14 @@ def test_a_misspelt_photo_is_told_before_the_model_is_opened(tmp_path, capsys):
         ("bench --config nmes.txt", "nmes.txt: No such file or directory; did you mean names.txt?"),
         ("bench --config shapes", "shapes: Is a directory"),
         ("data check names.txt", "names.txt is not a folder; name the folder that holds"),
-        ("data check empty", "is no known data set: expected JPEGImages/"),
+        ("data check empty", "is no known data set: expected labelmap.txt"),
         ("data check shapes --split vla", "must be a split of the data set, got 'vla'; did you"),
         ("refine empty --images shapes --refine blur --out r", "empty holds no CAM files"),
         ("refine names.txt --images shapes --refine blur --out r", "names.txt is not a folder"),
         ("refine cams --images shaeps --refine blur --out r", "did you mean shapes?"),
         ("refine cams --images shapes --refine bulr --out r", "did you mean 'blur'?"),
         ("mask cams --out r --workers -2", "`workers` must be at least 0, got -2"),
-        ("mask cams --out r --list empty.txt", "empty.txt is empty; expected one name per line"),
+        ("mask cams --out r --list empty.txt", "empty.txt is empty; expected one name"),
         ("eval empty --gt shapes", "empty holds no masks (.png) directly within it"),
         ("eval names.txt --gt shapes", "names.txt is not a folder; give the folder of the masks"),
         ("eval shapes/SegmentationClass --gt shaeps", "did you mean shapes?"),
@@ -360,7 +360,7 @@ def test_bench_names_the_class_that_the_model_does_not_know(tmp_path, capsys):
 
 def test_bench_says_what_a_folder_should_hold(tmp_path, capsys):
     assert bench(str(tmp_path)) == 1
-    assert "is no known data set: expected JPEGImages/" in one_line(capsys)
+    assert "is no known data set: expected labelmap.txt" in one_line(capsys)
 
 
 def test_doctor_tells_what_it_sees(capsys):

@@ -15,7 +15,7 @@ from PIL import Image
 
 import camkit
 from camkit.bulk import CamFolder, DrawMask, RefineCam, write_all
-from camkit.bulk.ledger import Journal
+from camkit.bulk.journal import Journal
 from camkit.bulk.stages import ImageResult, OutFolder
 from camkit.capture import Capture
 from camkit.cli import main
@@ -419,7 +419,7 @@ def test_an_interrupt_keeps_finished_files_and_the_next_run_continues(tmp_path):
         time.sleep(0.02)
     os.killpg(run.pid, signal.SIGINT)  # as the keyboard does: to the workers too
     error = run.communicate()[1]
-    assert run.returncode == 1
+    assert run.returncode == 128 + signal.SIGINT
     assert "camkit: interrupted; finished results are kept" in error
     assert "Traceback" not in error
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}

@@ -146,9 +146,7 @@ def test_what_is_compiled_is_found_where_nothing_can_be_written(fake, monkeypatc
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     assert kernels.build((80,)) == path
     assert kernels.find((80,)) == path
-    with pytest.raises(
-        CamkitError, match=r"cannot be written to .*; name a folder in CAMKIT_CACHE"
-    ):
+    with pytest.raises(CamkitError, match=r"cannot be written to .*name a folder in CAMKIT_CACHE"):
         kernels.build((80,), selection=PART)
 
 

@@ -92,11 +92,13 @@ def test_a_mask_in_colours_is_refused(tmp_path):
 def test_a_lossy_mask_is_refused(tmp_path):
     path = tmp_path / "m.jpg"
     Image.new("L", (3, 2), 1).save(path)
-    with pytest.raises(DataError, match=r"m\.jpg is a JPEG of mode L; expected class ids in a PNG"):
+    with pytest.raises(
+        DataError, match=r"m\.jpg is a JPEG, whose compression changes class ids near every edge"
+    ):
         read_mask(path, size=(2, 3), num_classes=20)
 
 
-def test_grey_levels_of_four_bits_are_refused_because_pil_stretches_them(tmp_path):
+def test_grey_levels_of_four_bits_are_read_as_they_are_stored(tmp_path):
     path = tmp_path / "m.png"
 
     def chunk(name, data):
@@ -108,8 +110,7 @@ def test_grey_levels_of_four_bits_are_refused_because_pil_stretches_them(tmp_pat
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     assert np.array(Image.open(path)).tolist() == [[0, 17]]
-    with pytest.raises(DataError, match="grey levels of 8 or 16 bits"):
-        read_mask(path, size=(1, 2), num_classes=20)
+    assert read_mask(path, size=(1, 2), num_classes=20).tolist() == [[0, 1]]
 
 
 def test_voc_labels_come_from_the_masks(voc):
@@ -326,7 +327,7 @@ def test_shapes_written_to_a_relative_folder_stay_readable(tmp_path, monkeypatch
 def test_an_unknown_layout_says_what_is_known_and_what_was_found(tmp_path):
     (tmp_path / "VOC2012").mkdir()
     _write(tmp_path / "readme.txt", "")
-    with pytest.raises(DataError, match=r"\(VOC\), or images/ .* got VOC2012/, readme\.txt; name"):
+    with pytest.raises(DataError, match=r"\(voc\), or .* got VOC2012/, readme\.txt; name"):
         open_dataset(tmp_path)
 
 

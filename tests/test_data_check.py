@@ -335,11 +335,19 @@ def run(*arguments: object) -> int:
 
 def test_the_command_prints_findings_and_counts_them(shapes, capsys):
     assert run("check", shapes) == 0
-    assert capsys.readouterr().out == f"{shapes}: 3 classes, splits train, val: 0 errors, 0 notes\n"
+    *taken_for, last = capsys.readouterr().out.splitlines()
+    assert taken_for == [
+        "ImageSets/Segmentation: a layout of PASCAL VOC, 3 classes (circle, square, triangle), "
+        "labels from labels.json",
+        "train: 9 names, 9 masks in SegmentationClass, ids",
+        "val: 3 names, 3 masks in SegmentationClass, ids",
+    ]
+    assert last == f"{shapes}: 3 classes, splits train, val: 0 errors, 0 notes"
     truncate_photo(shapes)
     mask(shapes, 1).unlink()
     assert run("check", shapes) == 1
     *lines, last = capsys.readouterr().out.splitlines()
+    del lines[:3]
     assert lines[0].startswith(f"{photo(shapes, 0)} cannot be read as an image")
     assert lines[1].startswith(f"note: {photo(shapes, 1)} has no mask")
     assert last.endswith("1 errors, 1 notes")

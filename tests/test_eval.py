@@ -419,3 +419,77 @@ def test_names_that_fit_nothing_are_reported(tiny, tmp_path):
     other = save_all(tmp_path / "other", {"x": [[0]]})
     with pytest.raises(DataError, match="no name fits"):
         pair_truth(masks, other, partial=True)
+
+
+# True masks of other values, files and names
+
+
+@pytest.mark.parametrize(
+    ("write", "options"),
+    [
+        (lambda mask, path: save_mask(mask, path.with_suffix(".png")), []),
+        (lambda mask, path: save_mask(mask, path.with_name(f"{path.name}_mask.png")), []),
+        (lambda mask, path: np.save(path.with_suffix(".npy"), mask.astype(np.int64)), []),
+        (lambda mask, path: Image.fromarray(mask).save(path.with_suffix(".tif")), []),
+        (
+            lambda mask, path: save_mask(np.where(mask == 255, 9, mask), path.with_suffix(".png")),
+            ["--void", "9"],
+        ),
+        (
+            lambda mask, path: save_mask(
+                np.where(mask == 255, 255, mask * 50), path.with_suffix(".png")
+            ),
+            ["--mask-values", "50=1,100=2,150=3"],
+        ),
+    ],
+)
+def test_truth_in_another_form_gives_the_same_figures(drawn, tmp_path, write, options):
+    cams, truths = drawn
+    masks = masks_at(cams, 0.4, tmp_path / "masks")
+    (tmp_path / "other").mkdir()
+    for path in truths.iterdir():
+        write(np.array(Image.open(path)), tmp_path / "other" / path.stem)
+    figures = []
+    for place, more in ((truths, []), (tmp_path / "other", options)):
+        json_file = tmp_path / f"{place.name}.json"
+        assert evaluate(masks, "--gt", place, *SHAPES, "--json", json_file, *more) == 0
+        found = json.loads(json_file.read_text())
+        figures.append((found["mean_iou"], found["classes"], found["images"]))
+    assert figures[0] == figures[1]
+
+
+def test_masks_of_0_and_255_are_scored_once_their_values_are_named(tmp_path):
+    truth = np.array([[0, 255], [255, 0]], np.uint8)
+    save_all(tmp_path / "masks", {"a": [[0, 1], [0, 0]]})
+    save_all(tmp_path / "gt", {"a": truth})
+    cells = ["--num-classes", "2"]
+    options = [tmp_path / "masks", "--gt", tmp_path / "gt", *cells]
+    assert evaluate(*options) == 1  # nothing can be measured
+    json_file = tmp_path / "a.json"
+    assert evaluate(*options, "--mask-values", "255=1", "--json", json_file) == 0
+    by_name = {row["name"]: row["iou"] for row in json.loads(json_file.read_text())["classes"]}
+    assert by_name == {"background": pytest.approx(2 / 3), "class 1": pytest.approx(1 / 2)}
+
+
+def test_0_may_be_ignored_in_the_truth(tmp_path):
+    save_all(tmp_path / "masks", {"a": [[1, 1], [1, 2]]})
+    save_all(tmp_path / "gt", {"a": [[0, 1], [1, 2]]})
+    options = [tmp_path / "masks", "--gt", tmp_path / "gt", "--num-classes", "3"]
+    json_file = tmp_path / "a.json"
+    assert evaluate(*options, "--zero", "void", "--json", json_file) == 0
+    assert json.loads(json_file.read_text())["mean_iou"]["present"] == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--void", "0,x"], "--void: 'x' is no whole number"),
+        (["--zero", "voids"], "--zero voids: did you mean 'void'?"),
+        (["--mask-values", "255"], "--mask-values 255: expected VALUE=CLASS, such as 255=1"),
+    ],
+)
+def test_wrong_settings_of_masks_are_refused(drawn, tmp_path, option, words, capsys):
+    cams, truths = drawn
+    masks = masks_at(cams, 0.4, tmp_path / "masks")
+    assert evaluate(masks, "--gt", truths, *SHAPES, *option) == 1
+    assert words in capsys.readouterr().err

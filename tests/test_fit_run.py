@@ -27,7 +27,7 @@ from small_runs import (
 import camkit
 from camkit import fitting
 from camkit.bulk import Rank, fit_readout, fitpass, run
-from camkit.bulk.ledger import Journal
+from camkit.bulk.journal import Journal
 from camkit.bulk.stages import OutFolder
 from camkit.cli import main
 from camkit.cli.models import EMBEDDED

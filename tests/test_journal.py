@@ -11,7 +11,8 @@ import pytest
 from small_runs import hold_journal, leave_transaction_open
 
 from camkit.bulk.items import Failure, FilePlace, Item
-from camkit.bulk.ledger import Journal, plan
+from camkit.bulk.journal import Journal
+from camkit.bulk.ledger import plan
 from camkit.bulk.running import Rank
 from camkit.bulk.stages import ImageResult, OutFolder
 from camkit.errors import CamkitError, DataError

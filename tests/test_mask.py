@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from camkit.mask import gate, power_threshold, to_mask
+from camkit.mask import gate, mask_at, power_threshold, to_mask
+from camkit.ops.images import resize_cam
 from camkit.seeds.protocol import check_classes
 
 
@@ -168,3 +169,31 @@ def test_a_few_classes_are_drawn_as_they_are_among_many(slots):
     padded = torch.cat([classes, torch.full((2, padding), -1)], 1)
     drawn = to_mask(cam, classes, background_score=0.5, ignore_below=0.25)
     assert torch.equal(drawn, to_mask(more, padded, background_score=0.5, ignore_below=0.25))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"background_score": 0.6},
+        {"background_score": 0.6, "ignore_below": 0.3},
+        {"background_score": 1.5, "background": "power", "bits": 16},
+    ],
+)
+def test_a_large_mask_drawn_class_by_class_is_the_same(monkeypatch, count, settings):
+    generator = torch.Generator().manual_seed(count)
+    cam = (torch.rand(2, count, 5, 7, generator=generator) * 8).round() / 8  # with ties
+    classes = torch.stack([torch.randperm(20, generator=generator)[:count] for _ in range(2)])
+    whole = mask_at(cam, (31, 40), classes, **settings)
+    assert torch.equal(whole, to_mask(resize_cam(cam, (31, 40)).clamp(0, 1), classes, **settings))
+    monkeypatch.setattr("camkit.mask._AT_ONCE", 0)
+    by_class = mask_at(cam, (31, 40), classes, **settings)
+    assert by_class.dtype == whole.dtype
+    assert torch.equal(by_class, whole)
+    assert len(whole.unique()) > 1
+
+
+def test_a_large_mask_refuses_the_classes_that_a_small_one_refuses(monkeypatch):
+    monkeypatch.setattr("camkit.mask._AT_ONCE", 0)
+    with pytest.raises(ValueError, match="holds classes 0 to 253, got class 254"):
+        mask_at(torch.zeros(1, 2, 4, 4), (8, 8), torch.tensor([[254, 0]]))

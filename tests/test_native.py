@@ -255,3 +255,46 @@ def test_processes_that_build_at_once_agree(cache, compiler):
     for process in processes:
         process.join()
     assert len(libraries(cache)) == compiler() == 1  # the other process waited
+
+
+@pytest.mark.parametrize("planted", ["folder", "library", "above"])
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+def test_a_cache_that_others_may_write_to_is_not_used(
+    cache, compiler, caplog, planted, mode, monkeypatch, tmp_path_factory
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert loader.load("tiny").answer() == 42
+    (library,) = libraries(cache)
+    place = {"folder": cache, "library": library, "above": cache.parent}[planted]
+    before = place.stat().st_mode
+    place.chmod(before | mode)
+    used = planted == "above" and mode == 0o020  # the group of a home folder
+    try:
+        with caplog.at_level(logging.WARNING, logger="camkit"):
+            assert reloaded().answer() == 42  # compiled anew, in another folder
+    finally:
+        place.chmod(before)
+    assert compiler() == (1 if used else 2)
+    told = {"folder": f"chmod go-w {cache}", "library": f"chmod go-w {library}", "above": "anybody"}
+    assert used or told[planted] in caplog.text
+
+
+def test_a_cache_of_another_user_is_not_used(cache, compiler):
+    if os.getuid():
+        pytest.skip("only root can give files away")
+    assert loader.load("tiny").answer() == 42
+    os.chown(cache, 65534, 65534)
+    assert "belongs to another user; name a folder of your own" in loader.others_write(cache)
+    assert reloaded().answer() == 42
+    assert compiler() == 2
+    os.chown(cache, 0, 0)
+
+
+def test_what_is_built_may_be_written_by_its_owner_alone(cache, compiler):
+    before = os.umask(0)
+    try:
+        loader.load("tiny")
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o022 for path in (cache, *cache.iterdir())] == 3 * [0]

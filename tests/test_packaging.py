@@ -215,7 +215,12 @@ def test_the_page_of_the_index_can_be_read_outside_of_the_repository(wheel, file
 
 
 def test_every_package_that_an_install_brings_is_imported_somewhere(project):
-    names = {"opencv-contrib-python-headless": "cv2", "pillow": "PIL", "scikit-image": "skimage"}
+    names = {
+        "opencv-contrib-python-headless": "cv2",
+        "pillow": "PIL",
+        "scikit-image": "skimage",
+        "pyyaml": "yaml",
+    }
     code = "\n".join(path.read_text("utf-8") for path in (ROOT / "camkit").rglob("*.py"))
     for needed in project["project"]["dependencies"]:
         package = re.split("[><=]", needed)[0]

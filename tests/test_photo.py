@@ -102,7 +102,7 @@ def test_exif_orientation_turns_the_photo_upright(tmp_path, wide):
         ("RGBA", (10, 20, 30, 255), [10, 20, 30]),
         ("I;16", 257 * 77, [77, 77, 77]),
         ("I;16", 65535, [255, 255, 255]),
-        ("I;16", 300, [1, 1, 1]),  # PIL's own conversion would give 255
+        ("I;16", 4200, [16, 16, 16]),  # PIL's own conversion would give 255
     ],
 )
 def test_every_kind_of_png_becomes_rgb(tmp_path, mode, stored, expected):
@@ -158,16 +158,16 @@ def test_a_truncated_file_is_named(tmp_path, ending, kept):
 def test_floats_of_unknown_range_are_refused(tmp_path):
     path = tmp_path / "depth.tif"
     Image.new("F", (16, 16), 3.5).save(path)
-    with pytest.raises(DataError, match=r"mode F, floats of unknown range.*convert it to 8-bit"):
+    with pytest.raises(DataError, match=r"depth.tif .*floats in \[0, 1\], got float32 from 3.5 to"):
         load_photo(path)
 
 
 @pytest.mark.parametrize("trusted", [200, 100])  # PIL warns above its limit, and raises at twice it
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, trusted):
     path = tmp_path / "bomb.png"
-    Image.new("L", (16, 16)).save(path)
+    Image.new("L", (15, 16)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", trusted)
-    with pytest.raises(DataError, match=f"bomb.png holds more than the {trusted} pixels"):
+    with pytest.raises(DataError, match=f"bomb.png has 16x15 pixels .*than the {trusted} pixels"):
         load_photo(path)
 
 
@@ -249,8 +249,3 @@ def test_a_model_of_other_channels_gets_all_of_them():
     assert photo.original.tolist() == bands[:, :, :3].tolist()
     with pytest.raises(ValueError, match=r"takes 6 channels, but the picture has 3; give an array"):
         photo_from_array(bands[:, :, :3], size=None, multiple=1, channels=6)
-
-
-def test_levels_of_a_sensor_of_12_bits_are_called_almost_black():
-    with pytest.warns(UserWarning, match="16-bit levels up to 4095 of 65535 and is almost black"):
-        photo_from_array(np.array([[0, 4095]], np.uint16), size=None, multiple=1)

@@ -251,6 +251,35 @@ def begun(out):
         return None
 
 
+class OpenTelling(OpenSmall):
+    """Opens a model and leaves a file named after the process that holds it."""
+
+    def __call__(self):
+        if ON_A_NODE in os.environ:
+            (Path(os.environ["CAMKIT_TESTED_FOLDER"]) / str(os.getpid())).touch()
+        return super().__call__()
+
+
+def test_a_model_whose_process_is_killed_is_opened_again(cluster, tmp_path, monkeypatch):
+    photos, out, pids = write_photos(tmp_path / "in", 24), tmp_path / "out", tmp_path / "pids"
+    pids.mkdir()
+    monkeypatch.setenv("CAMKIT_TESTED_FOLDER", str(pids))
+    recipe = replace(SLOW, model=OpenTelling())
+    local(recipe, photos, tmp_path / "whole")
+
+    def kill():
+        os.kill(int(next(pids.iterdir()).name), signal.SIGKILL)
+
+    stop = when(lambda: any(out.glob("masks/**/*.png")), kill)
+    try:
+        ran = run(recipe, photos, out, ray=RayEngine(actors=1))
+    finally:
+        stop()
+    assert (ran.written, ran.failed, ran.offered) == (24, 0, 24)
+    assert len(list(pids.iterdir())) >= 2
+    assert tree(out) == tree(tmp_path / "whole")
+
+
 def test_an_image_that_kills_its_process_is_given_up(cluster, tmp_path):
     photos = write_photos(tmp_path / "in", 5)
     Image.new("RGB", (48, 48)).save(tmp_path / "in" / "dark.png")

@@ -33,7 +33,7 @@ from small_runs import (
 )
 
 from camkit import Views, Vocabulary, load_photo, wrap
-from camkit.bulk.ledger import Journal
+from camkit.bulk.journal import Journal
 from camkit.bulk.recipe import Loading, Recipe, Writing
 from camkit.bulk.running import Rank, rank_of, run
 from camkit.bulk.sources import DataSetPhotos, PhotoFolder

@@ -3,15 +3,18 @@
 import asyncio
 import contextvars
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event, Thread
 
 import pytest
 import torch
 from forks import ReturnsItsMap, Vit
 from hosts import shaken
 
-from camkit import watch
+from camkit import GradientSeed, attach, watch, wrap
+from camkit.edits import ScaleOutput
 from camkit.errors import CaptureError
+
+PHOTOS = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "size": (32, 48)}
 
 
 @pytest.fixture
@@ -82,3 +85,113 @@ def test_a_capture_that_another_thread_should_have_made_says_so(model):
         pool.submit(model, photos(2)).result()
     with pytest.raises(CaptureError, match="in the thread or task that opened it"):
         _ = seen.capture
+
+
+def test_plain_forwards_stay_as_they_are_while_watches_open_and_close(model):
+    """torch calls a hook that another thread is putting on without the named arguments."""
+    alone(model, photos(3))  # the first watched forward measures the model
+    plain = [model(photos(seed)) for seed in range(2)]
+    found, over = [], Event()
+
+    def forwards():
+        while not over.is_set():
+            found.extend(torch.equal(model(photos(seed)), plain[seed]) for seed in range(2))
+
+    other = Thread(target=forwards)
+    other.start()
+    try:
+        for _ in range(30):
+            with watch(model, gradients=True) as seen:
+                model(photos(3))
+            assert seen.capture.images == 2
+    finally:
+        over.set()
+        other.join()
+    assert found
+    assert all(found)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{}, {"seed": GradientSeed()}, {"edit": ScaleOutput(3.0), "edit_blocks": 1}],
+    ids=["default", "seed", "edit"],
+)
+def test_one_wrapped_model_may_be_called_from_several_threads(model, method):
+    pipeline = wrap(model, photos=PHOTOS, **method)
+
+    def maps(seed):
+        return [result.cam for result in pipeline(photos(seed), classes=[[1], [1]])]
+
+    expected = [maps(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for actual, wanted in zip(pool.map(maps, range(4)), expected, strict=True):
+                assert all(map(torch.equal, actual, wanted))
+
+
+def test_pipelines_of_one_model_with_different_edits_do_not_mix(model):
+    pipelines = [
+        wrap(model, photos=PHOTOS, edit=ScaleOutput(factor), edit_blocks=1) for factor in (1.0, 4.0)
+    ]
+
+    def maps(number):
+        return pipelines[number % 2](photos(0), classes=[[1], [1]])[0].cam
+
+    expected = [maps(0), maps(1)]
+    assert not torch.equal(*expected)
+    with ThreadPoolExecutor(4) as pool:
+        for number, actual in enumerate(pool.map(maps, range(12))):
+            assert torch.equal(actual, expected[number % 2])
+
+
+def test_the_edit_of_a_pipeline_does_not_reach_plain_forwards_of_other_threads(model):
+    plain = model(photos(1))
+    inside, found, calls = Barrier(2), [], []
+
+    def other():
+        inside.wait(20)
+        found.append(model(photos(1)))
+        inside.wait(20)
+
+    def wait(*_):
+        if not calls:
+            calls.append(1)
+            inside.wait(20)
+            inside.wait(20)
+
+    pipeline = wrap(model, photos=PHOTOS, edit=ScaleOutput(5.0), edit_blocks=1)
+    pipeline(photos(0), classes=[[1], [1]])  # measures the model
+    thread = Thread(target=other)
+    handle = list(model.children())[-1].register_forward_pre_hook(wait)
+    thread.start()
+    pipeline(photos(0), classes=[[1], [1]])
+    thread.join()
+    handle.remove()
+    assert torch.equal(found[0], plain)
+    with attach(model, ScaleOutput(5.0)):  # which acts in all threads
+        assert not torch.equal(model(photos(1)), plain)
+
+
+def test_tasks_that_await_between_two_forwards_of_one_watch_keep_their_own(model):
+    async def task(seed):
+        with watch(model) as seen:
+            model(photos(seed))
+            await asyncio.sleep(0)
+            model(photos(seed + 10))
+            await asyncio.sleep(0)
+            return seen.capture.class_to_patch()
+
+    async def all_of_them():
+        return await asyncio.gather(*map(task, range(4)))
+
+    for seed, mine in enumerate(asyncio.run(all_of_them())):
+        assert torch.equal(mine, alone(model, photos(seed + 10)))
+
+
+def test_a_watch_sees_what_asyncio_sends_to_a_thread(model):
+    async def work():
+        with watch(model) as seen:
+            await asyncio.to_thread(model, photos(5))
+        return seen.capture.class_to_patch()
+
+    assert torch.equal(asyncio.run(work()), alone(model, photos(5)))

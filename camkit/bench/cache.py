@@ -17,6 +17,7 @@ from torch import Tensor
 
 from camkit.errors import CamkitError
 
+_MOST_UNPACKED = 1 << 30  # bytes of the counts of one image
 _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
@@ -80,6 +81,7 @@ class ResultCache:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._file = sqlite3.connect(path, timeout=60, isolation_level=None)
@@ -109,8 +111,14 @@ class ResultCache:
         value = self.get(key)
         if value is None:
             return None
-        counts = np.frombuffer(zlib.decompress(value), dtype=np.int64)
-        return torch.from_numpy(counts.reshape(-1, values, values).copy())
+        try:
+            unpacked = zlib.decompressobj().decompress(value, _MOST_UNPACKED)
+            counts = np.frombuffer(unpacked, dtype=np.int64).reshape(-1, values, values)
+        except (zlib.error, ValueError, TypeError) as error:
+            raise CamkitError(
+                f"{self._path} holds a damaged measurement ({error}); delete it to measure anew"
+            ) from error
+        return torch.from_numpy(counts.copy())
 
     def put_counts(self, key: str, counts: Int[Tensor, "..."]) -> None:
         self.put(key, zlib.compress(counts.numpy().tobytes(), 1))

@@ -248,10 +248,10 @@ class Evaluator:
             return None
         try:
             photo = hashlib.sha256(sample.photo.read_bytes()).hexdigest()
-            mask = hashlib.sha256(sample.mask.read_bytes()).hexdigest()
+            mask = sample.form.digest(sample.mask)
         except OSError:
             return None  # the measurement will raise the error
-        parts = (self._setup, settings, photo, mask, sample.form, sample.classes)
+        parts = (self._setup, settings, photo, mask, sample.classes)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _read_cache(self, key: str | None, score: float | None) -> Counts | None:

@@ -13,6 +13,7 @@ from camkit.bulk.camjobs import (
     write_all as write_all,
 )
 from camkit.bulk.items import Failure as Failure, Item as Item
+from camkit.bulk.parquet_rows import ParquetRows as ParquetRows
 from camkit.bulk.ray_engine import RayEngine as RayEngine
 from camkit.bulk.recipe import Loading as Loading, Recipe as Recipe, Writing as Writing
 from camkit.bulk.running import (
@@ -31,10 +32,9 @@ from camkit.bulk.scoring import (
 from camkit.bulk.sources import (
     DataSetPhotos as DataSetPhotos,
     Labelled as Labelled,
-    ParquetRows as ParquetRows,
     PhotoFolder as PhotoFolder,
     PhotoList as PhotoList,
-    TarShards as TarShards,
     open_source as open_source,
 )
+from camkit.bulk.tars import TarShards as TarShards
 from camkit.bulk.workers import run_jobs as run_jobs

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.bulk.items import PHOTO_SUFFIXES, Failure
+from camkit.bulk.items import Failure
 from camkit.data.camfiles import CamFile, read_cam
 from camkit.data.labels import ImageLabels
 from camkit.data.names import composed, read_image_names
 from camkit.errors import DataError, nearby
+from camkit.formats import IMAGE_SUFFIXES
 from camkit.ops.images import resize_cam
 from camkit.printing import short_repr
 
@@ -87,7 +88,7 @@ class CamFolder:
         cams = FilesByName(self.cams, CAM_SUFFIXES, "CAM files")
         photos = None
         if self.images is not None:
-            photos = FilesByName(self.images, PHOTO_SUFFIXES, "photos")
+            photos = FilesByName(self.images, IMAGE_SUFFIXES, "photos")
         items, failures = [], []
         for name in cams.paths if self.names is None else self.names:
             try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from camkit import __version__
 from camkit.bulk.camfiles import EVEN, CamFolder, ClassMaps, FileItem, read_maps, to_photo_size
 from camkit.bulk.items import Failure
-from camkit.bulk.ledger import Journal
+from camkit.bulk.journal import Journal
 from camkit.bulk.stages import OutFolder
 from camkit.bulk.workers import run_jobs
 from camkit.capture.record import Capture

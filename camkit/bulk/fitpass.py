@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from camkit.bulk.items import Failure
-from camkit.bulk.ledger import READOUT, ChunkPlan, Journal, Ledger
+from camkit.bulk.journal import READOUT, Journal
+from camkit.bulk.ledger import ChunkPlan, Ledger, checked
 from camkit.bulk.recipe import Recipe
 from camkit.bulk.sources import Source
 from camkit.bulk.stages import ImageResult, Lesson, OutFolder, OutputError, chunks
@@ -162,7 +163,7 @@ def finish_fit(journal: Journal, recipe: Recipe, source: Source, world: int) -> 
         return Readout.load(journal.folder.root / READOUT)
     if world > 1:
         for entries in chunks(source, recipe.chunk):
-            keys = [entry.key for entry in entries]
+            keys = [checked(entry).key for entry in entries]
             _wait(partial(_all_known, journal, keys), journal)
     files, total = journal.sums(), Sums()
     for path in files.values():

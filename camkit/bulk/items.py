@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import re
 import stat
+import unicodedata
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
@@ -10,10 +12,11 @@ from typing import Protocol, runtime_checkable
 
 from camkit.errors import DataError
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-IMAGE_SUFFIXES = (*PHOTO_SUFFIXES, ".gif", ".jfif", ".avif")
 _LONGEST_NAME = 255  # bytes, the limit of file systems
 _KEPT_BYTES = 160  # of a longer name, before its hash
+_HASHED = re.compile(r"~[0-9a-f]{32}\Z")  # the end of a shortened name
+_LIKE_A_RESULT = re.compile(r"\.(?:png|npy|npz)~*\Z")
+_TO_ESCAPE = re.compile("[\0\ud800-\udfff]|\\\\(?=x[0-9a-f]{2}|u[0-9a-f]{4})")
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Failure:
 
     Attributes:
         key: of the image, or the name of the file.
-        stage: "list" (the source), "read", "model" or "write" in a bulk run; "list", "refine",
-            "draw" or "score" for CAM files and masks.
+        stage: "list" (the source), "key" (two images of one name), "read", "model" or "write" in a
+            bulk run; "list", "refine", "draw" or "score" for CAM files and masks.
         reason: in one line.
     """
 
@@ -47,11 +50,14 @@ class Item:
         key: unique name of the image and of its results, with slashes for folders.
         place: where its bytes are.
         classes: from 0; None if the source has no labels.
+        origin: which image of the source this is, whatever its key, the same in every run: two
+            images with one key have different origins. None takes the text of the place.
     """
 
     key: str
     place: Place
     classes: tuple[int, ...] | None = None
+    origin: str | None = None
 
     def __str__(self) -> str:
         return self.key
@@ -78,7 +84,7 @@ class FilePlace:
 
 @dataclass(frozen=True)
 class TarPlace:
-    """A member of an uncompressed tar file, read by its offset."""
+    """A file in an uncompressed tar file, read by its offset."""
 
     path: Path
     member: str
@@ -121,14 +127,21 @@ def safe_key(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape bytes that are not valid text, and NUL, so that a database can store the text."""
-    raw = text.encode("utf-8", "surrogateescape").replace(b"\0", b"\\x00")
-    return raw.decode("utf-8", "backslashreplace")
+    r"""Escape what no database or terminal stores as text: invalid bytes, NUL, lone surrogates.
+
+    Different texts stay different: a backslash is escaped where it would look like an escape.
+
+    >>> printable(os.fsdecode(b"cat\xff")), printable(r"cat\xff"), printable("my\\cat")
+    ('cat\\xff', 'cat\\x5cxff', 'my\\cat')
+    """
+    return _TO_ESCAPE.sub(_escaped, text)
 
 
-def is_image(name: str) -> bool:
-    """Return whether a file name has the suffix of an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - for millions
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not valid text
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\u{code:04x}" if code > 0xFF else f"\\x{code:02x}"
 
 
 def without_suffix(key: str) -> str:
@@ -140,19 +153,39 @@ def without_suffix(key: str) -> str:
     return str(PurePosixPath(key).with_suffix(""))
 
 
-def result_path(key: str, suffix: str) -> PurePosixPath:
-    """Return the path of a result below the folder of its kind.
+def result_path(key: str, suffix: str, *, folds: bool = False) -> PurePosixPath:
+    """Return the path of a result below the folder of its kind; each key has a path of its own.
 
-    Names longer than a file system allows are shortened and end in a hash of the full name, so
-    that different keys have different files.
+    Names longer than a file system allows are shortened and end in a hash of the full name. A
+    folder whose name could be that of a result, such as ``a.png``, gets a tilde.
+
+    Args:
+        key: of the image.
+        suffix: of the file.
+        folds: the file system takes names for equal that differ in case or in Unicode form, so
+            that all but one form of a name also end in a hash.
+
+    >>> str(result_path("a.png/b", ".png"))
+    'a.png~/b.png'
     """
     *folders, last = key.split("/")
-    return PurePosixPath(*(_shortened(name, "") for name in folders), _shortened(last, suffix))
+    marked = (name + "~" if _LIKE_A_RESULT.search(name) else name for name in folders)
+    return PurePosixPath(
+        *(_file_name(name, "", folds=folds) for name in marked),
+        _file_name(last, suffix, folds=folds),
+    )
 
 
-def _shortened(name: str, suffix: str) -> str:
+def _file_name(name: str, suffix: str, *, folds: bool) -> str:
     raw = name.encode()
-    if len(raw) + len(suffix) <= _LONGEST_NAME:
+    fits = len(raw) + len(suffix) <= _LONGEST_NAME
+    # a name that looks shortened gets a hash too, so that it is not that of a longer one
+    if fits and not _HASHED.search(name) and not (folds and folded(name) != name):
         return name + suffix
     kept = raw[:_KEPT_BYTES].decode("utf-8", "ignore")
-    return f"{kept}~{hashlib.sha256(raw).hexdigest()[:16]}{suffix}"
+    return f"{kept}~{hashlib.sha256(raw).hexdigest()[:32]}{suffix}"
+
+
+def folded(name: str) -> str:
+    """Return the form that a name shares with all names some file systems take for equal."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFKC", name).casefold())

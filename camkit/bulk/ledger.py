@@ -1,320 +1,20 @@
-"""Resumable results folders: a SQLite journal that survives kills, and the chunks in work.
+"""The chunks of a bulk run in work: what each still needs, and what came of it."""
 
-Both engines of bulk runs and the commands for CAM files use the journal.
-"""
-
-import json
-import shutil
-import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
+from hashlib import blake2b, sha256
 
-from camkit.bulk.items import Failure, Item
+from camkit.bulk.items import Failure, Item, printable
+from camkit.bulk.journal import Awaited, Journal, Known, name_of_second, twice
 from camkit.bulk.recipe import Job
-from camkit.bulk.stages import ImageResult, Lesson, OutFolder, OutputError, write_part
-from camkit.errors import CamkitError, DataError
-from camkit.manifest import unfinished
+from camkit.bulk.stages import ImageResult, Lesson, write_part
+from camkit.errors import one_line
 
-JOURNAL, SETTINGS = "journal.sqlite", "settings.json"
-MANIFEST, ERRORS = "manifest.jsonl", "errors.tsv"
-READOUT = "readout.safetensors"
-_IMAGES: Mapping[Job, str] = {"maps": "images", "fit": "fitted_images"}
-_TABLES = (
-    "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    *(
-        f"CREATE TABLE IF NOT EXISTS {table} (key TEXT PRIMARY KEY, row TEXT, stage TEXT, "
-        "reason TEXT) WITHOUT ROWID"
-        for table in _IMAGES.values()
-    ),
-    "CREATE TABLE IF NOT EXISTS sums (rank INTEGER PRIMARY KEY, file TEXT NOT NULL)",
-)
-_VALUES = 500  # at most in one SQL statement
-_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 _PAUSE = 1.0  # seconds between two writes to the journal
-
-
-class Journal:
-    """Which images of a results folder are done or failed in each pass, by key.
-
-    Several processes may write to one journal, also on a disk that several machines share.
-
-    Args:
-        folder: of the results.
-        results: patterns of result files, which must not exist before the journal does.
-        exclusive: refuse to open the folder while another process of the same rank has it open.
-
-    Raises:
-        CamkitError: another process has the folder open, or it cannot be written to, or the file
-            is not a journal.
-        DataError: the folder holds results but no journal.
-    """
-
-    def __init__(
-        self,
-        folder: OutFolder,
-        *,
-        results: tuple[str, ...] = ("masks/*", "cams/*"),
-        exclusive: bool = True,
-    ) -> None:
-        self.folder, root = folder, folder.root
-        self._path = root / JOURNAL
-        lock: sqlite3.Connection | None = None
-        with ExitStack() as on_error:
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-                if exclusive:
-                    lock = on_error.enter_context(closing(_lock(folder)))
-                    shutil.rmtree(folder.drafts, ignore_errors=True)  # left by a killed run
-            except OSError as error:
-                raise OutputError.explain(root, error) from error
-            paths = (path for pattern in results for path in root.glob(pattern))
-            unknown = next((path for path in paths if path.name[0] != "."), None)
-            if unknown is not None and not self._path.exists():
-                raise DataError(
-                    f"{root} holds {unknown.relative_to(root)} but no {JOURNAL}, so the settings "
-                    "of its results are unknown; choose another folder"
-                )
-            with _explained(self._path):
-                self._file = sqlite3.connect(self._path, timeout=60, isolation_level=None)
-                # no write-ahead log: its memory is shared by processes of one machine only
-                self._file.execute("PRAGMA journal_mode=DELETE")
-                for table in _TABLES:
-                    self._file.execute(table)
-            on_error.pop_all()
-        self._lock = lock
-        self._settings: dict[str, str] = {}
-
-    def claim(
-        self,
-        settings: Mapping[str, str],
-        *,
-        overwrite: bool = False,
-        moved: bool = False,
-        way_out: str = "choose another folder, or replace its results (--overwrite)",
-    ) -> None:
-        """Store the settings of the folder; results of other settings are a DataError.
-
-        Args:
-            settings: everything that determines the results.
-            overwrite: remove the results that the journal lists, and start again.
-            moved: ``source`` may differ: the same images are now at another place.
-            way_out: what the error proposes.
-        """
-        root = self.folder.root
-        with self._transaction() as file:
-            known = dict(file.execute("SELECT name, value FROM settings").fetchall())
-            if "fit" in settings and "readout" in known and not overwrite:
-                settings = {**settings, "readout": known["readout"]}  # what the fit has recorded
-            names = [name for name in {**known, **settings} if not (moved and name == "source")]
-            differ = [name for name in names if known.get(name) != settings.get(name)]
-            if overwrite:
-                self._forget_results(file, [READOUT] if "readout" in known else [])
-            elif known and differ:
-                if differ == ["source"]:
-                    way_out = "if these are the same images at another place, say so (--moved)"
-                changes = "; ".join(
-                    f"{name}: {known.get(name)} there, {settings.get(name)} now" for name in differ
-                )
-                raise DataError(f"{root} holds results of other settings ({changes}); {way_out}")
-            file.execute("DELETE FROM settings")
-            file.executemany("INSERT INTO settings VALUES (?, ?)", sorted(settings.items()))
-        self._settings = dict(settings)
-        self._write_settings()
-
-    def _forget_results(self, file: sqlite3.Connection, others: Sequence[str]) -> None:
-        """Delete the results that the journal lists, and the other files named."""
-        root = self.folder.root
-        for row in map(json.loads, self.lines()):
-            for kind in ("mask", "cam"):
-                if kind in row:
-                    (root / row[kind]).unlink(missing_ok=True)
-        for table in (*_IMAGES.values(), "sums"):
-            file.execute(f"DELETE FROM {table}")
-        for name in (MANIFEST, ERRORS, *others):
-            (root / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder.sums, ignore_errors=True)
-
-    def _write_settings(self) -> None:
-        with unfinished(self.folder.root / SETTINGS) as draft:
-            text = json.dumps(self._settings, indent=2, ensure_ascii=False)
-            draft.write_text(text + "\n", encoding="utf-8")
-
-    def known(self, keys: Sequence[str], job: Job = "maps") -> dict[str, str | None]:
-        """Return the settled keys among ``keys``: None if done, else the stage that failed."""
-        stages: dict[str, str | None] = {}
-        with _explained(self._path):
-            for start in range(0, len(keys), _VALUES):
-                part = keys[start : start + _VALUES]
-                marks = ", ".join("?" * len(part))
-                query = f"SELECT key, stage FROM {_IMAGES[job]} WHERE key IN ({marks})"
-                stages.update(self._file.execute(query, part).fetchall())
-        return stages
-
-    def record(
-        self,
-        outcomes: Iterable[ImageResult | Failure],
-        job: Job = "maps",
-        *,
-        sums: str | None = None,
-    ) -> None:
-        """Record images as done or failed, in one transaction.
-
-        Args:
-            outcomes: of the images.
-            job: the pass that they are of.
-            sums: file below `OutFolder.sums` that contains what this rank has summed up, these
-                images included; it replaces the one before.
-        """
-        rows = [
-            (outcome.key, None, outcome.stage, outcome.reason)
-            if isinstance(outcome, Failure)
-            else (outcome.key, json.dumps(outcome.row, ensure_ascii=False), None, None)
-            for outcome in outcomes
-        ]
-        if rows:
-            with self._transaction() as file:
-                table = _IMAGES[job]
-                file.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", rows)
-                if sums is not None:
-                    rank = self.folder.rank
-                    file.execute("INSERT OR REPLACE INTO sums VALUES (?, ?)", (rank, sums))
-
-    def sums(self) -> dict[int, Path]:
-        """Return the file with the sums of each rank, until the read-out is recorded."""
-        with _explained(self._path):
-            rows = self._file.execute("SELECT rank, file FROM sums ORDER BY rank").fetchall()
-        return {rank: self.folder.sums / name for rank, name in rows}
-
-    def record_readout(self, digest: str) -> None:
-        """Record that `READOUT` is in the folder and contains all sums; the fit is over."""
-        with self._transaction() as file:
-            file.execute("INSERT OR REPLACE INTO settings VALUES ('readout', ?)", (digest,))
-            file.execute("DELETE FROM sums")
-            self._settings["readout"] = digest
-            self._write_settings()
-
-    @property
-    def readout(self) -> str | None:
-        """Digest of the read-out that all maps are read by; None until the fit is over."""
-        with _explained(self._path):
-            query = "SELECT value FROM settings WHERE name = 'readout'"
-            row = self._file.execute(query).fetchone()
-        return None if row is None else str(row[0])
-
-    def forget_failures(self) -> int:
-        """Delete the failures, so that a run tries these images again; return their number.
-
-        Failures of a fit that is over stay: its read-out does not change any more.
-        """
-        jobs: tuple[Job, ...] = ("maps",) if self.readout is not None else ("maps", "fit")
-        with self._transaction() as file:
-            deleted = [
-                file.execute(f"DELETE FROM {_IMAGES[job]} WHERE row IS NULL").rowcount
-                for job in jobs
-            ]
-        return sum(deleted)
-
-    def counts(self, job: Job = "maps") -> tuple[int, int]:
-        """Return how many images are done, and how many failed."""
-        with _explained(self._path):
-            query = f"SELECT count(row), count(*) - count(row) FROM {_IMAGES[job]}"
-            done, failed = self._file.execute(query).fetchone()
-        return done, failed
-
-    def lines(self) -> Iterator[str]:
-        """Yield the lines of the manifest, JSON, sorted by key."""
-        query = "SELECT row FROM images WHERE row IS NOT NULL ORDER BY key"
-        return (row for (row,) in self._file.execute(query))
-
-    def failures(self) -> Iterator[Failure]:
-        """Yield the failures of both passes, sorted by key; those of the fit have "fit: STAGE"."""
-        query = (
-            "SELECT key, 'fit: ' || stage AS stage, reason FROM fitted_images WHERE row IS NULL "
-            "UNION ALL SELECT key, stage, reason FROM images WHERE row IS NULL ORDER BY key, stage"
-        )
-        return (Failure(*row) for row in self._file.execute(query))
-
-    def export(self, *, manifest: bool = True) -> None:
-        """Write ``manifest.jsonl``, and ``errors.tsv`` if there are failures.
-
-        Processes that finish together take turns, so that the last one writes everything.
-        """
-        root = self.folder.root
-        with self._transaction():
-            if manifest:
-                path = root / MANIFEST
-                with unfinished(path) as draft, draft.open("w", encoding="utf-8") as file:
-                    file.writelines(line + "\n" for line in self.lines())
-            if not self.counts()[1] + self.counts("fit")[1]:
-                (root / ERRORS).unlink(missing_ok=True)
-                return
-            with unfinished(root / ERRORS) as draft, draft.open("w", encoding="utf-8") as file:
-                file.write("name\tstage\treason\n")
-                for failure in self.failures():
-                    cells = (failure.key, failure.stage, failure.reason)
-                    file.write("\t".join(cell.translate(_ESCAPES) for cell in cells) + "\n")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with _explained(self._path):
-            self._file.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._file
-                self._file.execute("COMMIT")
-            except BaseException:
-                if self._file.in_transaction:
-                    self._file.execute("ROLLBACK")
-                raise
-
-    def close(self) -> None:
-        self._file.close()
-        if self._lock is not None:
-            shutil.rmtree(self.folder.drafts, ignore_errors=True)
-            self._lock.close()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _lock(folder: OutFolder) -> sqlite3.Connection:
-    """Lock a folder for one process of a rank, until the lock is closed or the process ends."""
-    locks = folder.root / ".locks"
-    locks.mkdir(exist_ok=True)
-    path = locks / f"rank-{folder.rank}"
-    with _explained(path):
-        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        lock.close()
-        raise CamkitError(
-            f"another run works in {folder.root}, or it cannot be written to ({error}); wait for "
-            "it, or choose another folder"
-        ) from error
-    return lock
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn errors of SQLite into a ``CamkitError`` that says what to do."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        raise CamkitError(
-            f"{path} cannot be used ({error}); free disk space or check write permission there, "
-            "then run the command again: finished images are kept"
-        ) from error
-    except sqlite3.DatabaseError as error:
-        raise CamkitError(
-            f"{path} is not a journal of camkit ({error}); choose another folder"
-        ) from error
+_LARGEST = 2**31  # class indices are below
+_UNSETTLED = ("list", "awaited")  # stages of rows that are of no image, or not there yet
 
 
 @dataclass(frozen=True)
@@ -325,14 +25,20 @@ class ChunkPlan:
         items: images to read. Finished ones are among them, so that the same images go through
             the model together and the bytes of the results stay the same.
         todo: keys of the images that need results.
-        failures: entries of the source that are not images.
-        settled: number of images that earlier runs finished or gave up.
+        failures: entries of the source that are not images, or that have the key of another one.
+        settled: number of entries that earlier runs finished or gave up, or that are repeated.
+        offered: number of entries of the source.
+        taken: failures of images in work or done before, whose key another image has.
+        damaged: number of images done before whose files were damaged; they are in ``todo`` again.
     """
 
     items: tuple[Item, ...]
     todo: frozenset[str]
     failures: tuple[Failure, ...] = ()
     settled: int = 0
+    offered: int = 0
+    taken: tuple[Failure, ...] = ()
+    damaged: int = 0
 
     @property
     def part(self) -> str:
@@ -340,20 +46,139 @@ class ChunkPlan:
         return sha256("\n".join(sorted(self.todo)).encode()).hexdigest()[:24]
 
 
-def plan(chunk: Iterable[Item | Failure], journal: Journal, job: Job = "maps") -> ChunkPlan:
-    """Plan a chunk from what the journal knows."""
-    entries = {entry.key: entry for entry in chunk}
-    known = journal.known(list(entries), job)
-    failures = [
-        entry for key, entry in entries.items() if isinstance(entry, Failure) and key not in known
-    ]
-    items = [  # an image that could not be read was in no batch
-        entry
-        for key, entry in entries.items()
-        if isinstance(entry, Item) and known.get(key) not in ("list", "read")
-    ]
-    todo = frozenset(item.key for item in items if item.key not in known)
-    return ChunkPlan(tuple(items) if todo else (), todo, tuple(failures), len(known))
+def plan(
+    chunk: Sequence[Item | Failure], journal: Journal, job: Job = "maps", *, verify: bool = False
+) -> ChunkPlan:
+    """Plan a chunk from what the journal knows.
+
+    Two images with one key fail both. Whether they do, and which images share batches, does not
+    depend on interruptions: images that have a key twice within the chunk are not read, others are.
+
+    Args:
+        chunk: entries of the source.
+        journal: of the results folder.
+        job: the pass.
+        verify: check the files of finished images; those that are damaged are done again.
+    """
+    planner = _Planner(chunk, journal, job, verify=verify)
+    for entry in planner.entries:
+        planner.add(entry)
+    return planner.end()
+
+
+def origin_of(entry: Item) -> str:
+    """Return the text that tells an image from others of the same key."""
+    return str(entry.place) if entry.origin is None else entry.origin
+
+
+def _number(origin: str) -> int:
+    digest = blake2b(origin.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+class _Planner:
+    """Sorts the entries of a chunk by what is to be done with them."""
+
+    def __init__(
+        self, chunk: Sequence[Item | Failure], journal: Journal, job: Job, *, verify: bool
+    ) -> None:
+        self._journal, self._job, self._offered = journal, job, len(chunk)
+        distinct: dict[tuple[str, int | None], Item | Failure] = {}
+        for entry in map(checked, chunk):
+            number = _number(origin_of(entry)) if isinstance(entry, Item) else None
+            distinct.setdefault((entry.key, number), entry)
+        self._numbers = {id(entry): number for (_, number), entry in distinct.items()}
+        self.entries = list(distinct.values())
+        self._settled = len(chunk) - len(distinct)  # repeated
+        keys = [key for key, _ in distinct]
+        self._clashing = {key for key, count in Counter(keys).items() if count > 1}
+        damaged = journal.forget_damaged(keys) if verify and job == "maps" else set()
+        self._damaged = len(damaged)
+        self._known = journal.origins(keys, job)
+        self._items: list[Item] = []
+        self._todo: set[str] = set()
+        self._held: dict[str, Awaited] = {}
+        self._failures: dict[str, Failure] = {}
+        self._taken: dict[str, Failure] = {}
+        self._adopted: dict[str, int] = {}
+
+    def add(self, entry: Item | Failure) -> None:
+        """Decide about an entry."""
+        key, number = entry.key, self._numbers[id(entry)]
+        owner = self._known.get(key)
+        if owner is None:
+            self._add_new(entry, number)
+        elif number is None or owner.origin in (None, number):
+            self._settled += 1
+            if number is not None and owner.origin is None and owner.stage not in _UNSETTLED:
+                self._adopted[key] = number
+                self._known[key] = Known(owner.stage, number)
+            if isinstance(entry, Item) and owner.stage not in ("list", "read"):
+                self._batch(entry)
+        elif isinstance(entry, Item):
+            self._add_second(entry, owner)
+
+    def _add_new(self, entry: Item | Failure, number: int | None) -> None:
+        """Add an entry whose key is free."""
+        key = entry.key
+        self._known[key] = Known("awaited", number)
+        if isinstance(entry, Failure):
+            self._failures[key] = entry
+            return
+        self._held[key] = Awaited(number or 0, str(entry.place), origin_of(entry))
+        self._todo.add(key)
+        self._batch(entry)
+
+    def _add_second(self, entry: Item, owner: Known) -> None:
+        """Add an image whose key another one has."""
+        key = entry.key
+        name = name_of_second(key, origin_of(entry))
+        held = self._held.get(key)
+        first = self._journal.place_of(key, self._job) if held is None else held.place
+        reason = twice(key, first, str(entry.place))
+        if self._journal.known([name], self._job):
+            self._settled += 1
+        else:
+            self._failures[name] = Failure(name, "key", reason)
+        if key in self._todo:
+            self._todo.remove(key)
+            self._failures[key] = Failure(key, "key", reason)
+        elif owner.stage != "key" and key not in self._failures and self._job == "maps":
+            self._taken[key] = Failure(key, "key", reason)
+        self._batch(entry)
+
+    def _batch(self, item: Item) -> None:
+        """Let an image go through the model with the others of the chunk."""
+        if item.key not in self._clashing:
+            self._items.append(item)
+
+    def end(self) -> ChunkPlan:
+        """Return the plan, and tell the journal which images it is going to receive."""
+        self._journal.adopt(self._adopted, self._job)
+        self._journal.await_images(self._held, self._job)
+        todo = frozenset(self._todo)
+        return ChunkPlan(
+            tuple(self._items) if todo else (),
+            todo,
+            tuple(self._failures.values()),
+            self._settled,
+            self._offered,
+            tuple(self._taken.values()),
+            self._damaged,
+        )
+
+
+def checked(entry: Item | Failure) -> Item | Failure:
+    """Return the entry, or a failure if its key or its classes cannot be those of an image."""
+    if isinstance(entry, Failure):
+        return entry
+    key = entry.key
+    if not {"", ".", ".."}.isdisjoint(key.split("/")) or "\0" in key:
+        reason = f"{key!r} cannot name results; give a relative path without .."
+        return Failure(f"{printable(key)}//", "list", one_line(reason))
+    if entry.classes and not 0 <= min(entry.classes) <= max(entry.classes) < _LARGEST:
+        return Failure(key, "list", "class indices must lie in 0 to 2147483647; correct the labels")
+    return entry
 
 
 @dataclass(eq=False)
@@ -368,7 +193,8 @@ class _OpenChunk:
 class Ledger:
     """Collects the outcomes of chunks in work, and writes them to the journal.
 
-    Its set ``unfitted`` names the classes of the images that a read-out does not know.
+    Its set ``unfitted`` names the classes of the images that a read-out does not know; ``notes``
+    counts what is noted of images.
 
     Args:
         journal: of the results folder.
@@ -381,6 +207,7 @@ class Ledger:
     ) -> None:
         self.folder = journal.folder
         self.unfitted: set[str] = set()
+        self.notes: Counter[str] = Counter()
         self._journal, self._advance, self._by_chunk = journal, advance, by_chunk
         self._open: dict[int, _OpenChunk] = {}
         self._begun = 0
@@ -393,7 +220,8 @@ class Ledger:
     def begin(self, planned: ChunkPlan) -> int:
         """Open a chunk and return its number."""
         self._begun += 1
-        self._open[self._begun] = _OpenChunk(planned, set(planned.todo), list(planned.failures))
+        failures: list[ImageResult | Failure] = [*planned.failures, *planned.taken]
+        self._open[self._begun] = _OpenChunk(planned, set(planned.todo), failures)
         self._advance(0, len(planned.failures))
         return self._begun
 
@@ -408,6 +236,7 @@ class Ledger:
                 chunk.outcomes.append(outcome)
                 if isinstance(outcome, ImageResult):
                     self.unfitted.update(outcome.row.get("unfitted", ()))
+                    self.notes.update(outcome.row.get("notes", ()))
                 failed = isinstance(outcome, Failure)
                 self._advance(not failed, failed)
 

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -42,12 +43,13 @@ from camkit.bulk.stages import (
 )
 from camkit.bulk.workers import DIED, WorkerPool
 from camkit.capture.parameters import move_model
-from camkit.errors import CamkitError
+from camkit.errors import CamkitError, one_line
 from camkit.fitting import Sums
 from camkit.manifest import weights_hash
 
 _ROUND = 1000  # chunks per model that are planned at once, because a source may be endless
 _MEMORY = 2**29  # that a model reserves; it also keeps tasks out of the model's process
+_CONNECTS = 10.0  # seconds that a cluster has to answer
 _SUMMANDS = 8  # lessons that a task adds up before they go to the leading process
 _TRIES = 2  # processes that a batch may kill before its images are tried one by one
 
@@ -104,7 +106,7 @@ class RayEngine:
         """
         import ray.data
 
-        folder = OutFolder(ledger.folder.root.resolve(), ledger.folder.rank)
+        folder = replace(ledger.folder, root=ledger.folder.root.resolve())
         shutil.rmtree(folder.drafts / "begun", ignore_errors=True)  # of chunks of another pass
         variables = {name: text for name, text in os.environ.items() if name.startswith("CAMKIT_")}
         with _connected(self.address):
@@ -129,7 +131,7 @@ class RayEngine:
                             ledger.add(message.chunk, *message.outcomes)
                             ledger.write()
             except ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[-1]
+                reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[-1])
                 raise CamkitError(
                     f"Ray ended the run ({reason}); fix the cause and run the command again: "
                     "finished images are kept"
@@ -159,16 +161,8 @@ def _connected(address: str | None) -> Iterator[None]:
     log = logging.getLogger("ray.data")
     level, connected = log.level, ray.is_initialized()
     if not connected:
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, ValueError) as error:
-            raise CamkitError(
-                f"no Ray cluster answers at {address} ({error}); start one with `ray start "
-                "--head`, or omit the address to start one on this machine"
-            ) from error
-        if current_thread() is main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray's own handler leaves no time to write
+        with _own_signals():
+            _begin(address or os.environ.get("RAY_ADDRESS") or None)
     log.setLevel(logging.ERROR)  # Ray Data's reports would break the progress bar
     try:
         yield
@@ -176,6 +170,47 @@ def _connected(address: str | None) -> Iterator[None]:
         log.setLevel(level)
         if not connected:
             ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the handler of SIGTERM; Ray's own one leaves no time to write."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # what Ray's handler raises while Ray starts
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _begin(address: str | None) -> None:
+    """Connect to a cluster, or start one on this machine."""
+    import ray
+
+    host, _, port = (address or "").rpartition(":")
+    way_out = "start one with `ray start --head`, or omit the address to start one on this machine"
+    try:
+        if host and port.isdecimal() and "/" not in host:  # Ray itself waits for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECTS).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+    except Exception as error:
+        known = (OSError, ValueError, RuntimeError, OverflowError, ray.exceptions.RayError)
+        if not isinstance(error, known) and type(error) is not Exception:  # Ray raises these too
+            raise
+        reason = one_line(error)
+        if address is not None:
+            problem = f"no Ray cluster answers at {address} ({reason}); {way_out}"
+            raise CamkitError(problem) from error
+        raise CamkitError(
+            f"Ray does not start on this machine ({reason}); fix the cause, or use the local "
+            "engine (--engine local)"
+        ) from error
 
 
 def _first_readable(plan: ChunkPlan) -> Place | None:

@@ -45,11 +45,11 @@ class Loading(PhotoSettings):
             raise ValueError(f"`max_pixels` must be at least 1, got {self.max_pixels}")
 
     def photo(
-        self, rgb: UInt8[np.ndarray, "H W 3"], size: int | tuple[int, int] | None = None
+        self, levels: UInt8[np.ndarray, "H W c"], size: int | tuple[int, int] | None = None
     ) -> Photo:
         """Bring a picture to ``size``, or to the size of these settings, and normalise it."""
         return photo_from_array(
-            rgb,
+            levels,
             size=self.size if size is None else size,
             mean=self.mean,
             std=self.std,

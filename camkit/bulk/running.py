@@ -4,8 +4,8 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import nn
 
 from camkit.bulk.fitpass import FitLedger, finish_fit, finished_readout
 from camkit.bulk.items import Failure, Item
-from camkit.bulk.ledger import READOUT, ChunkPlan, Journal, Ledger, plan
+from camkit.bulk.journal import READOUT, Journal
+from camkit.bulk.ledger import ChunkPlan, Ledger, plan
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import Job, Loading, Recipe, Writing
 from camkit.bulk.sources import Source
@@ -97,11 +98,15 @@ class RunSummary:
     Attributes:
         written: images done by this run.
         failed: images that failed in this run.
-        settled: images that earlier runs finished or gave up.
+        settled: images that earlier runs finished or gave up, and repeated entries of the source.
         done: images done in the folder, by all runs.
         errors: images failed in the folder, in all runs; ``errors.tsv`` lists them.
         unread: images that failed in the pass of the fit, in all runs; `errors.tsv` lists them too.
         unfitted: classes of images done by this run that the read-out does not know.
+        notes: how many images done by this run were read in a way that is worth a note.
+        offered: entries of the source; each is done, failed or settled.
+        taken: images done before that failed in this run, because another image has their key.
+        damaged: images done before whose files ``verify`` found missing or damaged.
     """
 
     written: int
@@ -111,6 +116,10 @@ class RunSummary:
     errors: int
     unread: int = 0
     unfitted: tuple[str, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
+    offered: int = 0
+    taken: int = 0
+    damaged: int = 0
 
 
 def run(  # noqa: PLR0913 - each setting is a choice of its own
@@ -126,6 +135,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     overwrite: bool = False,
     retry: bool = False,
     moved: bool = False,
+    verify: bool = False,
 ) -> RunSummary:
     """Write masks and class maps of all images of a source.
 
@@ -149,6 +159,8 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         overwrite: remove earlier results of the folder, and start again.
         retry: try images again that failed in an earlier run.
         moved: the source is the same as in the earlier run, at another place.
+        verify: read the files of images that earlier runs finished, and do images again whose
+            files are missing or not as they were written.
 
     Raises:
         DataError: ``out`` holds results of other settings, or of unknown ones.
@@ -167,7 +179,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
             if recipe.fit is not None:
                 readout = _fit(engine, recipe, model, journal, source)
                 recipe = recipe.read_by(readout, model)
-            progress = engine.run(recipe, model, journal, source, "maps")
+            progress = engine.run(recipe, model, journal, source, "maps", verify=verify)
         finally:
             journal.export()
         done, errors = journal.counts()
@@ -180,6 +192,10 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
         errors,
         unread,
         progress.unfitted,
+        progress.notes,
+        progress.offered,
+        progress.taken,
+        progress.damaged,
     )
 
 
@@ -190,10 +206,12 @@ class FitSummary:
     Attributes:
         readout: of all images.
         failures: images that could not be read.
+        offered: entries of the source.
     """
 
     readout: Readout
     failures: tuple[Failure, ...]
+    offered: int = 0
 
 
 def fit_readout(  # noqa: PLR0913 - each setting is a choice of its own
@@ -242,9 +260,10 @@ def fit_readout(  # noqa: PLR0913 - each setting is a choice of its own
         journal.forget_failures()
         readout = _fit(engine, recipe, model, journal, source)
         failures = tuple(journal.failures())
+        offered = sum(journal.counts("fit"))
     (folder / READOUT).replace(out)
     shutil.rmtree(folder)
-    return FitSummary(readout, failures)
+    return FitSummary(readout, failures, offered)
 
 
 def _fit(
@@ -288,13 +307,20 @@ class _Engine:
         return cls(device, workers, threads, rank, ray)
 
     def run(
-        self, recipe: Recipe, model: nn.Module, journal: Journal, source: Source, job: Job
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        journal: Journal,
+        source: Source,
+        job: Job,
+        *,
+        verify: bool = False,
     ) -> "_Progress":
         """Take all images of this rank that are left through a pass."""
         before = torch.get_num_threads()
         with closing(_Progress(source, recipe.chunk, self.rank, job)) as progress:
             ledger = self._ledger(recipe, journal, progress, job)
-            plans = progress.plans(journal)
+            plans = progress.plans(journal, verify=verify)
             try:
                 if self.ray is not None:
                     weights, threads = weights_hash(model), self.threads or 1
@@ -313,6 +339,8 @@ class _Engine:
                 torch.set_num_threads(before)
                 ledger.write(everything=True)
         progress.unfitted = tuple(sorted(ledger.unfitted))
+        progress.notes = dict(ledger.notes)
+        progress.check()
         return progress
 
     def _ledger(self, recipe: Recipe, journal: Journal, progress: "_Progress", job: Job) -> Ledger:
@@ -349,24 +377,38 @@ class _Progress:
     def __init__(self, source: Source, chunk: int, rank: Rank, job: Job) -> None:
         self._source, self._chunk, self._rank, self._job = source, chunk, rank, job
         self.written = self.failed = self.settled = 0
+        self.offered = self.taken = self.damaged = 0
         self.unfitted: tuple[str, ...] = ()
+        self.notes: Mapping[str, int] = {}
         self._bar = progress_bar(None, "fitting" if job == "fit" else "running")
         Thread(target=self._count, daemon=True).start()
 
     def close(self) -> None:
         self._bar.close()
 
-    def plans(self, journal: Journal) -> Iterator[ChunkPlan]:
+    def plans(self, journal: Journal, *, verify: bool = False) -> Iterator[ChunkPlan]:
         """Yield the plans of chunks that are not done yet; move the bar past the others."""
         for chunk in self._rank.chunks(self._source, self._chunk):
-            planned = plan(chunk, journal, self._job)
+            planned = plan(chunk, journal, self._job, verify=verify)
+            self.offered += planned.offered
             self.settled += planned.settled
+            self.taken += len(planned.taken)
+            self.damaged += planned.damaged
             if not self._bar.disable:
                 self._bar.initial += planned.settled  # does not count towards the rate
                 self._bar.n += planned.settled
                 self._bar.last_print_n += planned.settled
-            if planned.todo or planned.failures:
+            if planned.todo or planned.failures or planned.taken:
                 yield planned
+
+    def check(self) -> None:
+        """Make sure that nothing the source offered was lost."""
+        ended = self.written + self.failed + self.settled
+        if ended != self.offered:
+            raise CamkitError(
+                f"{self.offered} images were offered, but {ended} are done, failed or settled; "
+                "this is a fault of camkit, please report it"
+            )
 
     def advance(self, done: int, failed: int) -> None:
         """Count images that were done or failed now."""
@@ -376,7 +418,9 @@ class _Progress:
         self._bar.update(done + failed)
 
     def _count(self) -> None:
-        self._bar.total = sum(len(chunk) for chunk in self._rank.chunks(self._source, self._chunk))
+        with suppress(CamkitError, OSError):  # the run itself reports it
+            chunks_of_rank = self._rank.chunks(self._source, self._chunk)
+            self._bar.total = sum(map(len, chunks_of_rank))
 
 
 def work_on(task: Task, loading: Loading, writing: Writing, folder: OutFolder) -> Result:
@@ -425,9 +469,9 @@ class LocalEngine:
         self._model = ThreadPoolExecutor(
             1, initializer=None if threads is None else partial(torch.set_num_threads, threads)
         )
-        self._in_model: Future[list[Maps | Lesson | Failure]] | None = None
-        self._batches: deque[Sequence[ReadImage]] = deque()
-        self._chunks: dict[str, _Chunk] = {}  # of each image in work
+        self._in_model: tuple[_Chunk, Future[list[Maps | Lesson | Failure]]] | None = None
+        self._batches: deque[tuple[_Chunk, Sequence[ReadImage]]] = deque()
+        self._tasks: dict[int, tuple[Task, _Chunk]] = {}  # in the pool, by identity
 
     def run(self, plans: Iterator[ChunkPlan]) -> None:
         """Work through the plans."""
@@ -450,56 +494,48 @@ class LocalEngine:
                 break
             chunk = _Chunk(self._ledger.begin(plan), plan)
             for item in plan.items:
-                self._chunks[item.key] = chunk
-                self._pool.add(item, "read")
+                self._give(replace(item), chunk, "read")  # a source may offer an item twice
         return len(self._ledger) > 0
+
+    def _give(self, task: Task, chunk: _Chunk, stage: str) -> None:
+        """Give a task to the workers; what is begun goes before what is new."""
+        self._tasks[id(task)] = (task, chunk)
+        self._pool.add(task, stage, urgent=stage == "write")
 
     def _step(self) -> None:
         """Wait until a worker or the model is done, and pass the outcome on."""
-        for task, outcome in self._pool.receive([self._in_model] if self._in_model else ()):
+        for task, outcome in self._pool.receive([self._in_model[1]] if self._in_model else ()):
             self._take(task, outcome)
-        if self._in_model is not None and self._in_model.done():
-            done, self._in_model = self._in_model, None
+        if self._in_model is not None and self._in_model[1].done():
+            (chunk, done), self._in_model = self._in_model, None
             for result in done.result():
-                self._pass_on(result)
+                self._pass_on(chunk, result)
         if self._in_model is None and self._batches:
-            batch = self._batches.popleft()
-            todo = self._chunks[batch[0].key].plan.todo
-            self._in_model = self._model.submit(self._stage, batch, todo)
+            chunk, batch = self._batches.popleft()
+            self._in_model = chunk, self._model.submit(self._stage, batch, chunk.plan.todo)
         self._ledger.write()
 
-    def _pass_on(self, outcome: Maps | Lesson | Failure) -> None:
+    def _pass_on(self, chunk: _Chunk, outcome: Maps | Lesson | Failure) -> None:
         """Pass on what the model did."""
-        if isinstance(outcome, Maps):
-            key = outcome.image.key
-            if key in self._chunks[key].plan.todo:
-                self._pool.add(outcome, "write", urgent=True)
-            else:
-                del self._chunks[key]
-            return
-        keys = outcome.keys if isinstance(outcome, Lesson) else (outcome.key,)
-        number = self._chunks[keys[0]].number
-        for key in keys:
-            del self._chunks[key]
-        self._ledger.add(number, outcome)
+        if not isinstance(outcome, Maps):
+            self._ledger.add(chunk.number, outcome)
+        elif outcome.image.key in chunk.plan.todo:
+            self._give(outcome, chunk, "write")
 
     def _take(self, task: Task, outcome: Result | Failure) -> None:
         """Pass on what a worker did."""
-        key = str(task)
-        chunk = self._chunks[key]
+        _, chunk = self._tasks.pop(id(task))
         if not isinstance(outcome, ReadImage):
-            del self._chunks[key]
             self._ledger.add(chunk.number, outcome)
         if isinstance(task, Maps) or isinstance(outcome, ImageResult):
             return
-        chunk.read[key] = outcome
+        chunk.read[task.key] = outcome
         items, todo = chunk.plan.items, chunk.plan.todo
         if len(chunk.read) == len(items):
             outcomes = [chunk.read.pop(item.key) for item in items]
             images = [image for image in outcomes if isinstance(image, ReadImage)]
-            for batch in batches(images, self._recipe):
-                if any(image.key in todo for image in batch):
-                    self._batches.append(batch)
-                else:
-                    for image in batch:
-                        del self._chunks[image.key]
+            self._batches += [
+                (chunk, batch)
+                for batch in batches(images, self._recipe)
+                if any(image.key in todo for image in batch)
+            ]

@@ -19,11 +19,11 @@ from camkit.bulk.camfiles import (
 )
 from camkit.bulk.items import Failure
 from camkit.bulk.workers import run_jobs
+from camkit.data.files import MASK_SUFFIXES as TRUTH_SUFFIXES, mask_name
 from camkit.data.labels import ImageLabels
-from camkit.data.sample import read_mask
+from camkit.data.sample import VOC_FORM, MaskForm, read_mask
 from camkit.errors import DataError
 from camkit.ops.images import resize_cam
-from camkit.photo import decode
 from camkit.printing import short_repr
 from camkit.score import THRESHOLDS, Definition, best_threshold, confusion_matrix, sweep_confusions
 from camkit.score.confusion import NO_FOREGROUND, has_foreground
@@ -72,7 +72,8 @@ def pair_truth(
 
     Args:
         predictions: folder of masks (PNG) or CAM files.
-        truths: folder of ground-truth masks (PNG).
+        truths: folder of ground-truth masks (PNG, TIFF, BMP or ``.npy``), with the names of the
+            predictions, or those names with an ending such as ``_mask``.
         cams: whether the predictions are CAM files.
         names: the images to use; None uses all with a ground truth.
         labels: classes of each image, for CAM files that do not contain them.
@@ -83,7 +84,11 @@ def pair_truth(
     """
     kind = "CAM files" if cams else "masks"
     predicted = FilesByName(predictions, CAM_SUFFIXES if cams else MASK_SUFFIXES, kind)
-    true = FilesByName(truths, MASK_SUFFIXES, "ground-truth masks")
+    plain = truths.is_dir() and any(truths.glob("*.png"))  # other files beside PNGs are no masks
+    suffixes = MASK_SUFFIXES if plain else TRUTH_SUFFIXES
+    true = FilesByName(truths, suffixes, "ground-truth masks")
+    known = set(predicted.paths) if names is None else set(names)
+    true.paths = _without_endings(true.paths, known)
     names = list(true.paths) if names is None else list(names)
     if lost := [name for name in names if name not in true.paths]:
         raise DataError(f"{truths} has no ground truth of {_examples(lost)}; correct the list")
@@ -109,6 +114,18 @@ def pair_truth(
     ]
 
 
+def _without_endings(paths: dict[str, list[Path]], known: set[str]) -> dict[str, list[Path]]:
+    """Name masks such as a_mask.png by their images, if a is an image and has no other mask."""
+    short = {name: mask_name(name) for name in paths if name not in known}
+    taken = {name for name in paths if name in known}
+    found: dict[str, list[Path]] = {}
+    for name, files in paths.items():
+        other = short.get(name, name)
+        kept = other if other in known and other not in taken else name
+        found.setdefault(kept, []).extend(files)
+    return found
+
+
 def _examples(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
@@ -117,6 +134,7 @@ def score_masks(
     items: Sequence[FileItem],
     *,
     num_classes: int,
+    form: MaskForm = VOC_FORM,
     keep_each: bool = False,
     workers: int | None = None,
 ) -> ScoreResult:
@@ -125,19 +143,21 @@ def score_masks(
     Args:
         items: from `pair_truth`.
         num_classes: background included.
+        form: how the true masks are read; the others hold ids.
         keep_each: keep the matrix of every image, for `camkit.score.paired_gain`.
         workers: see `run_jobs`.
 
     Raises:
         DataError: not a single image could be counted, or no true mask shows a class.
     """
-    return _count(_CountMask(num_classes), items, keep_each=keep_each, workers=workers)[0]
+    return _count(_CountMask(num_classes, form), items, keep_each=keep_each, workers=workers)[0]
 
 
 def score_cams(  # noqa: PLR0913 - each setting is a choice of its own
     items: Sequence[FileItem],
     *,
     num_classes: int,
+    form: MaskForm = VOC_FORM,
     background_score: float | None = None,
     tune: Sequence[FileItem] = (),
     definition: Definition = "present",
@@ -150,6 +170,7 @@ def score_cams(  # noqa: PLR0913 - each setting is a choice of its own
     Args:
         items: from `pair_truth`.
         num_classes: background included.
+        form: how the true masks are read.
         background_score: score that a class must exceed; None chooses the best of
             `camkit.score.THRESHOLDS`.
         tune: images to choose it on, other than ``items``. Without them it is chosen on ``items``
@@ -175,7 +196,7 @@ def score_cams(  # noqa: PLR0913 - each setting is a choice of its own
     lost: tuple[Failure, ...] = ()
     if background_score is None:
         choice = "tuned" if tune else "oracle"
-        sweep = _CountCam(num_classes, tuple(THRESHOLDS.tolist()), resize)
+        sweep = _CountCam(num_classes, tuple(THRESHOLDS.tolist()), resize, form)
         results = _count(sweep, tune or items, workers=workers)
         confusions = torch.stack([result.confusion for result in results])
         background_score = best_threshold(confusions, definition=definition).threshold
@@ -183,7 +204,7 @@ def score_cams(  # noqa: PLR0913 - each setting is a choice of its own
             result = results[sweep.thresholds.index(background_score)]
             return replace(result, background_score=background_score, choice=choice)
         lost = results[0].failures if tune else ()
-    work = _CountCam(num_classes, (background_score,), resize)
+    work = _CountCam(num_classes, (background_score,), resize, form)
     result = _count(work, items, keep_each=keep_each, workers=workers)[0]
     failures = (*lost, *result.failures)
     return replace(result, failures=failures, background_score=background_score, choice=choice)
@@ -194,10 +215,12 @@ class _CountMask:
     """Counts a mask against its ground truth."""
 
     num_classes: int
+    form: MaskForm
     thresholds: tuple[float, ...] = (0.0,)  # masks need none
 
     def __call__(self, item: FileItem) -> Int64[np.ndarray, "1 c c"]:
-        truth, predicted = (_read_ids(path, self.num_classes) for path in (item.truth, item.path))
+        truth = _read_ids(item.truth, self.num_classes, self.form)
+        predicted = _read_ids(item.path, self.num_classes)
         if predicted.shape != truth.shape:
             sizes = ["x".join(map(str, mask.shape)) for mask in (predicted, truth)]
             raise DataError(
@@ -214,9 +237,10 @@ class _CountCam:
     num_classes: int
     thresholds: tuple[float, ...]
     resize: bool
+    form: MaskForm
 
     def __call__(self, item: FileItem) -> Int64[np.ndarray, "s c c"]:
-        truth, maps = _read_ids(item.truth, self.num_classes), read_maps(item)
+        truth, maps = _read_ids(item.truth, self.num_classes, self.form), read_maps(item)
         size = (truth.shape[0], truth.shape[1])
         cam = maps.cam if maps.classes else torch.zeros(1, 1, *size)
         rows, cols = cam.shape[-2:]
@@ -235,11 +259,10 @@ class _CountCam:
         ).numpy()
 
 
-def _read_ids(path: Path | None, num_classes: int) -> Int[Tensor, "H W"]:
+def _read_ids(path: Path | None, num_classes: int, form: MaskForm = VOC_FORM) -> Int[Tensor, "H W"]:
     if path is None:
         raise DataError("the image has no ground truth; match the files by pair_truth")
-    cols, rows = decode(path).size
-    return read_mask(path, size=(rows, cols), num_classes=num_classes - 1)
+    return read_mask(path, size=None, num_classes=num_classes - 1, form=form)
 
 
 def _count(

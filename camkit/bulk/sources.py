@@ -1,36 +1,33 @@
 """The images of a bulk run: folders, lists, data sets, tar and Parquet files, with their labels."""
 
-import json
 import os
-import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from io import BytesIO
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import BinaryIO, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 from camkit.bulk.items import (
-    IMAGE_SUFFIXES,
     Failure,
     FilePlace,
     Item,
-    TarPlace,
-    is_image,
     printable,
     safe_key,
     without_suffix,
 )
-from camkit.data import DataSet
-from camkit.data.folders import find_layout, open_dataset
+from camkit.bulk.parquet_rows import ParquetRows
+from camkit.bulk.tars import COMPRESSED, TarShards
+from camkit.data import DataSet, Sample
 from camkit.data.labels import ImageLabels
+from camkit.data.layouts import DATASET_FILES, find_layout, open_with
 from camkit.data.names import split_line
-from camkit.errors import CamkitError, DataError, nearby
+from camkit.data.reading import Reading
+from camkit.errors import DataError, nearby
+from camkit.formats import find_image, is_image, missing_plugin
 
-_MAX_LABEL_BYTES = 65536  # of a label file in a tar file
+_READ = 1 << 20
 
-Members = dict[str, tarfile.TarInfo]
 SourceKind: TypeAlias = Literal["auto", "folder", "list", "dataset", "tar", "parquet"]
 
 
@@ -38,7 +35,9 @@ SourceKind: TypeAlias = Literal["auto", "folder", "list", "dataset", "tar", "par
 class Source(Protocol):
     """Images in a fixed order; the text of a source is part of the settings of a run.
 
-    A source is iterated several times. It should not hold a list of all images.
+    A source is iterated several times. It should not hold a list of all images. Whatever it cannot
+    offer as an `Item` it yields as a `Failure`, so that nothing is lost silently; the name of a
+    failure is not the key of an image.
     """
 
     @property
@@ -66,8 +65,9 @@ class _BelowRoot:
 class PhotoFolder(_BelowRoot):
     """All photos below a folder, recognised by their suffix; links to folders are followed.
 
-    Keys are paths below the folder without suffix. Photos that differ only in their suffix keep it.
-    Names that start with a dot are skipped.
+    Keys are paths below the folder without suffix. A photo keeps its suffix if another photo has
+    the same name without suffix, or is called like that name.
+    Left out are names that start with a dot, other suffixes, and pictures whose plug-in is missing.
     """
 
     root: Path
@@ -77,11 +77,15 @@ class PhotoFolder(_BelowRoot):
         return _walk(self.root, "", (), Counter())
 
     def skipped(self) -> Counter[str]:
-        """Count the files that are not read, by their suffix; this lists the whole folder."""
-        suffixes = Counter[str]()
-        for _ in _walk(self.root, "", (), suffixes):
+        """Count the files that are left out, by reason; this lists the whole folder.
+
+        Reasons are a suffix, "without suffix", "HEIF without its plug-in" and the like, and
+        "hidden": pictures and folders whose names start with a dot.
+        """
+        reasons = Counter[str]()
+        for _ in _walk(self.root, "", (), reasons):
             pass
-        return suffixes
+        return reasons
 
 
 def _walk(
@@ -90,9 +94,7 @@ def _walk(
     try:
         real = os.path.realpath(folder)
         with os.scandir(folder) as entries:
-            names = sorted(
-                (entry.name, _is_folder(entry)) for entry in entries if entry.name[0] != "."
-            )
+            found = sorted((entry.name, _is_folder(entry)) for entry in entries)
     except OSError as error:
         reason = f"{folder} cannot be listed ({error.strerror})"
         yield Failure(printable(prefix) or ".", "list", reason)
@@ -101,15 +103,21 @@ def _walk(
         reason = f"{folder} is a link to a folder that contains it"
         yield Failure(printable(prefix), "list", reason)
         return
+    names = [(name, is_folder) for name, is_folder in found if name[0] != "."]
+    hidden = sum(is_folder or is_image(name) for name, is_folder in found if name[0] == ".")
+    skipped.update({"hidden": hidden} if hidden else {})
     photos = [name for name, is_folder in names if not is_folder and is_image(name)]
     stems = Counter(without_suffix(printable(name)) for name in photos)
+    stems.update(printable(name) for name in photos)  # a.jpg.png beside a.jpg and a.png
     for name, is_folder in names:
         if is_folder:
             yield from _walk(folder / name, f"{prefix}{name}/", (*above, real), skipped)
+        elif (kind := missing_plugin(name)) is not None:
+            skipped[f"{kind} without its plug-in"] += 1
         elif is_image(name):
             stem = without_suffix(printable(name))
             key = printable(prefix) + (stem if stems[stem] == 1 else printable(name))
-            yield Item(key, FilePlace(folder / name))
+            yield Item(key, FilePlace(folder / name), origin="")
         else:
             skipped[printable(PurePosixPath(name).suffix.lower()) or "without suffix"] += 1
 
@@ -139,50 +147,66 @@ class PhotoList(_BelowRoot):
     classes: None = None
 
     def __iter__(self) -> Iterator[Item | Failure]:
-        seen: dict[str, int] = {}
         for number, line in enumerate(self._lines(), start=1):
             try:
                 name, classes = split_line(line)
                 relative = self._relative(name)
                 key = safe_key(relative)
-            except DataError as error:
+            except (DataError, ValueError) as error:
                 reason = f"{self.path}, entry {number}: {error}"
-                yield Failure(printable(line), "list", reason)
+                yield Failure(f"{printable(line)[:200]} (entry {number})/", "list", reason)
                 continue
-            key = without_suffix(key) if is_image(key) else key
-            if key in seen:
-                reason = f"is entry {seen[key]} of {self.path} already; remove one"
-                yield Failure(f"{key} (entry {number})", "list", reason)
-                continue
-            seen[key] = number
-            path = self.root / relative
-            if not is_image(path.name):
-                candidates = (path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES)
-                path = next((file for file in candidates if file.is_file()), path)
-            yield Item(key, FilePlace(path), classes)
+            stem = without_suffix(key) if is_image(key) else key
+            yield Item(stem, FilePlace(self._existing(relative)), classes, key)
+
+    def _existing(self, relative: str) -> Path:
+        """Return the path of a photo, with the suffix of the file that exists if it has none."""
+        path = self.root / relative
+        if is_image(path.name):
+            return path
+        return find_image(path.parent, path.name) or path
 
     def _lines(self) -> Iterator[str]:
         """Yield the entries that are not blank; bytes that are not UTF-8 are kept."""
         try:
-            data = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                start = file.read(_READ)
+                file.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
+                null = b"\0" in start
+                for raw in _between_nulls(file) if null else _split_lines(file):
+                    if raw.strip():
+                        yield os.fsdecode(raw.strip(b"\r\n") if null else raw.strip())
         except OSError as error:
             raise DataError(f"{self.path} cannot be read ({error.strerror}); check it") from error
-        data = data.removeprefix(b"\xef\xbb\xbf")
-        for raw in data.split(b"\0") if b"\0" in data else data.splitlines():
-            if raw.strip():
-                yield os.fsdecode(raw.strip(b"\r\n") if b"\0" in data else raw.strip())
+
+    @cached_property
+    def _roots(self) -> tuple[str, str]:
+        """The root as text, as it was given and without links."""
+        return os.fspath(self.root), os.fspath(self.root.resolve())
 
     def _relative(self, text: str) -> str:
-        path = PurePosixPath(text)
-        if not path.is_absolute():
+        if not text.startswith("/"):
             return text
-        for root in (self.root, self.root.resolve()):
-            if path.is_relative_to(root):
-                return str(path.relative_to(root))
+        for root in self._roots:
+            if root and text.startswith(root.rstrip("/") + "/"):
+                return text[len(root) :].lstrip("/")
         below = text.lstrip("/")  # PSA's lists start with a slash: /JPEGImages/a.jpg
-        if Path(text).exists() and not (self.root / below).exists():
+        if os.path.exists(text) and not os.path.exists(self.root / below):  # noqa: PTH110 - as above
             raise DataError(f"{printable(text)} lies outside of {self.root}; give another --root")
         return below
+
+
+def _split_lines(file: BinaryIO) -> Iterator[bytes]:
+    for line in file:
+        yield from line.splitlines()
+
+
+def _between_nulls(file: BinaryIO) -> Iterator[bytes]:
+    rest = b""
+    while block := file.read(_READ):
+        *entries, rest = (rest + block).split(b"\0")
+        yield from entries
+    yield rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,225 +226,20 @@ class DataSetPhotos:
     @cached_property  # without a label file, the labels are read from every mask
     def _entries(self) -> tuple[Item | Failure, ...]:
         return tuple(
-            Failure(f"{self.split}, entry {number}", "list", str(entry))
+            Failure(f"{self.split}, entry {number}/", "list", str(entry))
             if isinstance(entry, DataError)
-            else Item(printable(entry.name), FilePlace(entry.photo), entry.classes)
+            else Item(
+                printable(entry.name), FilePlace(entry.photo), entry.classes, self._origin(entry)
+            )
             for number, entry in enumerate(self.dataset.entries(self.split), start=1)
         )
 
+    def _origin(self, entry: Sample) -> str:
+        photo, root = entry.photo, self.dataset.root
+        return printable(str(photo.relative_to(root) if photo.is_relative_to(root) else photo))
+
     def __str__(self) -> str:
         return f"data set {printable(os.fspath(self.dataset.root.resolve()))}"
-
-
-@dataclass(frozen=True)
-class TarShards:
-    """WebDataset: tar files in which the files of an image follow each other, with equal stems.
-
-    The key of an image is ``shard/path without suffixes``. Classes come from ``.cls`` (numbers
-    separated by spaces or commas), else from ``.json``: ``{"classes": [numbers]}``,
-    ``{"cls": number}``.
-
-    Attributes:
-        paths: uncompressed tar files.
-    """
-
-    paths: tuple[Path, ...]
-    classes: None = None
-
-    def __iter__(self) -> Iterator[Item | Failure]:
-        for path in self.paths:
-            shard, seen = printable(path.name.removesuffix(".tar")), set[str]()
-            try:
-                with tarfile.open(path, "r:") as tar:
-                    for name, members in _samples(tar):
-                        try:
-                            item = _tar_item(path, tar, shard, name, members)
-                        except DataError as error:
-                            yield Failure(printable(f"{shard}/{name}"), "list", f"{path}: {error}")
-                            continue
-                        if item is None:
-                            continue
-                        if item.key in seen:
-                            reason = f"{path} contains it more than once"
-                            yield Failure(f"{item.key} (again)", "list", reason)
-                            continue
-                        seen.add(item.key)
-                        yield item
-            except (OSError, tarfile.TarError, EOFError) as error:
-                reason = f"{path} cannot be read to its end as a tar file ({error}); unpack"
-                yield Failure(shard, "list", f"{reason} compressed files first (gunzip)")
-
-    def __str__(self) -> str:
-        return f"shards in {_common_folder(self.paths)}"
-
-
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, Members]]:
-    """Yield the files of each image: the name up to the first dot, and the files by suffix."""
-    name, members = "", Members()
-    for member in tar:
-        tar.members = []  # type: ignore[attr-defined]  # it would keep every member
-        if not member.isfile():
-            continue
-        folder, slash, last = member.name.rpartition("/")
-        stem, _, suffix = last.partition(".")
-        sample = folder + slash + stem
-        if members and (sample != name or suffix.lower() in members):
-            yield name, members
-            members = {}
-        name = sample
-        members[suffix.lower()] = member
-    if members:
-        yield name, members
-
-
-def _tar_item(
-    path: Path, tar: tarfile.TarFile, shard: str, name: str, members: Members
-) -> Item | None:
-    photos = [member for suffix, member in members.items() if is_image(f"a.{suffix}")]
-    if not photos:
-        return None
-    key = safe_key(name)
-    if len(photos) > 1:
-        names = ", ".join(photo.name for photo in photos)
-        raise DataError(f"{key} has {len(photos)} images: {names}")
-    photo, classes = photos[0], None
-    suffix = "cls" if "cls" in members else "json"
-    if suffix in members:
-        member = members[suffix]
-        file = tar.extractfile(member)
-        if file is None or member.size > _MAX_LABEL_BYTES:
-            raise DataError(f"{member.name} is too large for labels, {member.size} bytes")
-        text = file.read().decode("utf-8", "replace")
-        try:
-            labels: Any = text.replace(",", " ").split() if suffix == "cls" else json.loads(text)
-            if isinstance(labels, dict):
-                labels = labels.get("classes", labels.get("cls"))
-            classes = _class_indices(labels)
-        except ValueError as error:
-            raise DataError(f"{member.name} holds no class indices ({error})") from error
-    place = TarPlace(path, photo.name, photo.offset_data, photo.size)
-    return Item(f"{shard}/{key}", place, classes)
-
-
-def _class_indices(labels: Any) -> tuple[int, ...] | None:
-    """Return the sorted indices of a whole number, or of a sequence of whole numbers or digits."""
-    if labels is None:
-        return None
-    row = labels if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
-    return tuple(sorted({_class_index(label) for label in row}))
-
-
-def _class_index(label: Any) -> int:
-    whole = type(label) is int or (isinstance(label, float) and label.is_integer())
-    if not whole and not (isinstance(label, str) and label.strip().isdecimal()):
-        raise ValueError(f"expected whole numbers from 0, got {label!r}")
-    if int(label) < 0:
-        raise ValueError(f"expected indices from 0, got {label}")
-    return int(label)
-
-
-@dataclass(frozen=True)
-class ParquetRows:
-    """Parquet files with a column of image bytes, plain or as ``bytes`` of a struct (Hugging Face).
-
-    The key of an image is ``file/`` and the text of its key column, or the number of its row.
-
-    Attributes:
-        paths: the files.
-        image: column of bytes.
-        key: column of names; None numbers the rows.
-        labels: column of class indices, a number or a list; None if there is none.
-    """
-
-    paths: tuple[Path, ...]
-    image: str = "image"
-    key: str | None = None
-    labels: str | None = None
-    classes: None = None
-
-    def __iter__(self) -> Iterator[Item | Failure]:
-        for path in self.paths:
-            shard = printable(path.name.removesuffix(".parquet"))
-            try:
-                file = _open_parquet(path)
-            except DataError as error:
-                yield Failure(shard, "list", str(error))
-                continue
-            names = file.schema_arrow.names
-            for column in (self.image, self.key, self.labels):
-                if column is not None and column not in names:
-                    raise DataError(f"{path} has no column {column!r}; it has {', '.join(names)}")
-            yield from self._rows(path, shard, file)
-
-    def _rows(self, path: Path, shard: str, file: Any) -> Iterator[Item | Failure]:
-        columns = [column for column in (self.key, self.labels) if column is not None]
-        seen: set[str] = set()
-        number = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            table = file.read_row_group(group, columns=columns).to_pydict() if columns else {}
-            for row in range(rows):
-                name = str(number) if self.key is None else str(table[self.key][row])
-                number += 1
-                try:
-                    key = f"{shard}/{safe_key(name)}"
-                    labels = None if self.labels is None else table[self.labels][row]
-                    item = Item(key, RowPlace(path, self.image, group, row), _class_indices(labels))
-                except (DataError, ValueError, TypeError) as error:
-                    yield Failure(f"{shard}/row {number}", "list", str(error))
-                    continue
-                if key in seen:
-                    reason = f"{path} contains the key {key!r} twice; keys must differ"
-                    yield Failure(f"{shard}/row {number}", "list", reason)
-                    continue
-                seen.add(key)
-                yield item
-
-    def __str__(self) -> str:
-        return (
-            f"rows in {_common_folder(self.paths)}, columns {self.image}, {self.key}, {self.labels}"
-        )
-
-
-@dataclass(frozen=True)
-class RowPlace:
-    """The bytes in a row of a Parquet file."""
-
-    path: Path
-    column: str
-    group: int
-    row: int
-
-    def open(self) -> BytesIO:
-        """Read the row; its group of rows is read as a whole and cached for the next rows."""
-        value = _row_group(self.path, self.column, self.group)[self.row].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(data, bytes):
-            raise DataError(f"{self} holds {type(data).__name__}, expected the bytes of an image")
-        return BytesIO(data)
-
-    def __str__(self) -> str:
-        return f"{printable(os.fspath(self.path))}:group {self.group}, row {self.row}"
-
-
-@lru_cache(maxsize=1)
-def _row_group(path: Path, column: str, group: int) -> Any:
-    return _open_parquet(path).read_row_group(group, columns=[column]).column(0)
-
-
-def _open_parquet(path: Path) -> Any:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise CamkitError("Parquet needs pyarrow; install it with `pip install pyarrow`") from error
-    try:
-        return parquet.ParquetFile(path)
-    except (OSError, ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({error}); copy it again") from error
-
-
-def _common_folder(paths: Sequence[Path]) -> str:
-    return printable(os.path.commonpath([path.resolve().parent for path in paths]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -465,6 +284,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     image: str = "image",
     key: str | None = None,
     labels: str | None = None,
+    reading: Reading | None = None,
 ) -> Source:
     """Open a folder, a list, a data set or shards.
 
@@ -476,6 +296,7 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
         image: Parquet column with the bytes of the images.
         key: Parquet column with the names; None numbers the rows.
         labels: Parquet column with class indices.
+        reading: settings of a data set.
 
     Raises:
         DataError: the path does not exist, or is not of this kind.
@@ -486,13 +307,15 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
     if not path.exists():
         hint = nearby(path) or "; give a folder, a list or shards of images"
         raise DataError(f"{path} does not exist{hint}")
+    asked = kind == "dataset"
     kind = _kind(path) if kind == "auto" else kind
+    _check_reading(path, kind, reading)
     if kind == "folder":
         return PhotoFolder(path)
     if kind == "list":
         return PhotoList(path, path.parent if root is None else root)
     if kind == "dataset":
-        dataset = open_dataset(path)
+        dataset = _open_dataset(path, reading or Reading(), asked=asked)
         split = split or (dataset.splits[0] if len(dataset.splits) == 1 else None)
         if split not in dataset.splits:
             raise DataError(
@@ -500,17 +323,47 @@ def open_source(  # noqa: PLR0913 - each kind of source has its own settings
                 f"got {split}"
             )
         return DataSetPhotos(dataset, split)
-    paths = tuple(sorted(path.glob(f"*.{kind}"))) if path.is_dir() else (path,)
+    paths = tuple(sorted(_shards_in(path, kind))) if path.is_dir() else (path,)
     if not paths:
         raise DataError(f"{path} contains no .{kind} files directly")
     return TarShards(paths) if kind == "tar" else ParquetRows(paths, image, key, labels)
 
 
+def _shards_in(folder: Path, kind: str) -> Iterator[Path]:
+    """Yield the shards of a folder, also those that are compressed, which become failures."""
+    for path in folder.iterdir():
+        name = path.name.lower()
+        packed = kind == "tar" and name.endswith(COMPRESSED)
+        tar_inside = ".tar." in name or name.endswith((".tgz", ".tbz2", ".txz"))
+        if path.name[0] != "." and (name.endswith(f".{kind}") or (packed and tar_inside)):
+            yield path
+
+
+def _check_reading(path: Path, kind: SourceKind, reading: Reading | None) -> None:
+    """Refuse settings of a data set for anything else."""
+    if kind != "dataset" and reading not in (None, Reading()):
+        raise ValueError(
+            f"{path} is read as a {kind}, to which no settings of a data set apply; leave out "
+            "--layout, --data-classes, --void, --zero and --mask-values, or say --as dataset"
+        )
+
+
+def _open_dataset(path: Path, reading: Reading, *, asked: bool) -> DataSet:
+    """Open a data set; where nobody asked for one, errors say how its photos alone are read."""
+    try:
+        return open_with(path, reading)
+    except DataError as error:
+        if asked or not path.is_dir():
+            raise
+        raise DataError(f"{error}; to read its photos only, say so (--as folder)") from error
+
+
 def _kind(path: Path) -> SourceKind:
     kinds: dict[str, SourceKind] = {".tar": "tar", ".parquet": "parquet"}
     if not path.is_dir():
-        return kinds.get(path.suffix.lower(), "list")
-    for suffix, kind in kinds.items():
-        if next(path.glob(f"*{suffix}"), None):
+        suffix = path.suffix.lower()
+        return "dataset" if suffix in DATASET_FILES else kinds.get(suffix, "list")
+    for kind in kinds.values():
+        if next(_shards_in(path, kind), None):
             return kind
     return "folder" if find_layout(path) is None else "dataset"

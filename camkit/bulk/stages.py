@@ -15,41 +15,47 @@ stage concerns one image; an `OutputError` concerns the results folder and ends 
 """
 
 import errno
+import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from camkit.bulk.items import Failure, Item, result_path
 from camkit.bulk.recipe import Job, Loading, Recipe, Writing
 from camkit.capture.record import Capture
 from camkit.data.camfiles import write_cam
-from camkit.errors import CamkitError, DataError
+from camkit.errors import CamkitError, DataError, one_line
 from camkit.fitting import GUESSES, Fitter
-from camkit.mask import to_mask
+from camkit.mask import mask_at
 from camkit.ops.images import resize_cam
 from camkit.paint import save_mask
-from camkit.photo import picture_from_file
+from camkit.photo import read_levels
 from camkit.pipeline import Pipeline
 from camkit.printing import short_repr
 from camkit.readout import Readout
 from camkit.result import mask_bits
 from camkit.seeds import PredictedClasses
+from camkit.tensors import Cam
 from camkit.vocabulary import Vocabulary
 
 Entry = TypeVar("Entry")
 Outcome = TypeVar("Outcome")
+
+MAX_VALUES = 1 << 27
+"""Pixels times classes of the maps that a worker writes for one photo; it takes up to 3 GB."""
 
 _FOLDER_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
@@ -76,10 +82,12 @@ class OutFolder:
     Attributes:
         root: of all results.
         rank: of this process among those that write into the folder.
+        folds: see `camkit.bulk.items.result_path`.
     """
 
     root: Path
     rank: int = 0
+    folds: bool = False
 
     @property
     def drafts(self) -> Path:
@@ -99,18 +107,25 @@ class ReadImage:
     Attributes:
         key: of the item.
         source: where its bytes are, as text.
-        rgb: colours in 0..255.
+        levels: colours in 0..255, and opacity for a model of 4 channels.
         size: rows and columns of the photo itself.
         classes: of the image, from 0; None if the source has no labels.
+        notes: how it was read, if that is worth a note.
     """
 
     key: str
     source: str
-    rgb: UInt8[np.ndarray, "H W 3"]
+    levels: UInt8[np.ndarray, "H W c"]
     size: tuple[int, int]
     classes: tuple[int, ...] | None
+    notes: tuple[str, ...] = ()
 
     __repr__ = short_repr
+
+    @property
+    def rgb(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The colours alone."""
+        return np.ascontiguousarray(self.levels[:, :, :3])
 
     def __str__(self) -> str:
         return self.key
@@ -150,11 +165,13 @@ class ImageResult:
         key: of the item.
         row: its line of the manifest, JSON-ready, with paths relative to the results folder.
         cam: its maps, kept for the Parquet file of the chunk.
+        stamps: of its files, see `stamp_of`; mask before cam.
     """
 
     key: str
     row: dict[str, Any]
     cam: Float[np.ndarray, "k h w"] | None = None
+    stamps: tuple[str, ...] = ()
 
     __repr__ = short_repr
 
@@ -164,8 +181,8 @@ class Lesson:
     """What the images of a batch taught a read-out.
 
     Attributes:
-        keys: of the images, also of those that show no class.
-        sums: of those images that were still to be counted; None if none of them shows a class.
+        keys: of the images that were still to be counted, also of those that show no class.
+        sums: of those images; None if none of them shows a class.
     """
 
     keys: tuple[str, ...]
@@ -188,23 +205,14 @@ def chunks(entries: Iterable[Entry], size: int) -> Iterator[tuple[Entry, ...]]:
 def read(item: Item, loading: Loading) -> ReadImage:
     """Read an image and bring it to the size of the model."""
     source = str(item.place)
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = loading.max_pixels
-    try:
-        with item.place.open() as file:
-            picture = picture_from_file(file, source)
-    except DataError as error:
-        if not isinstance(error.__cause__, (Image.DecompressionBombError, Warning)):
-            raise
-        raise DataError(
-            f"{source} has more than the {loading.max_pixels} pixels allowed; raise the limit "
-            "(--max-pixels) if you trust its origin"
-        ) from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    photo = loading.photo(picture)
-    rgb = (photo.rgb[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-    return ReadImage(item.key, source, rgb, photo.size, item.classes)
+    with item.place.open() as file:
+        picture = read_levels(
+            file, source, opacity=loading.channels == 4, max_pixels=loading.max_pixels
+        )
+    photo = replace(loading, mean=0.0, std=1.0).photo(picture.levels)
+    planes = photo.pixels if loading.channels == 4 else photo.rgb
+    levels = (planes[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    return ReadImage(item.key, source, levels, photo.size, item.classes, picture.notes)
 
 
 def batches(images: Sequence[ReadImage], recipe: Recipe) -> list[tuple[ReadImage, ...]]:
@@ -216,7 +224,7 @@ def batches(images: Sequence[ReadImage], recipe: Recipe) -> list[tuple[ReadImage
     groups: dict[tuple[Any, ...], list[ReadImage]] = {}
     for image in images:
         classes = _known_classes(image, recipe)
-        groups.setdefault((image.rgb.shape, classes == (), classes is None), []).append(image)
+        groups.setdefault((image.levels.shape, classes == (), classes is None), []).append(image)
     return [batch for group in groups.values() for batch in chunks(group, recipe.batch)]
 
 
@@ -254,13 +262,13 @@ def learn(
         sums = None
         if labels is not None:
             rows = [_known_classes(image, recipe) or () for image in part]
-            photos = [recipe.loading.photo(image.rgb, image.rgb.shape[:2]) for image in part]
+            photos = [recipe.loading.photo(image.levels, image.levels.shape[:2]) for image in part]
             pixels = torch.cat([photo.pixels for photo in photos])
             rgb = torch.cat([photo.rgb for photo in photos])
             counted = [image.key in todo for image in part]
             guessed = isinstance(labels, PredictedClasses)
             sums = fitter.of(pixels, rgb, None if guessed else rows, counted=counted)
-        return [Lesson(tuple(image.key for image in part), sums)]
+        return [Lesson(tuple(image.key for image in part if image.key in todo), sums)]
 
     return _alone_if_failed(work, batch)
 
@@ -272,14 +280,14 @@ def _alone_if_failed(
     try:
         return [*work(batch)]
     except torch.OutOfMemoryError as error:
-        rows, cols = batch[0].rgb.shape[:2]
+        rows, cols = batch[0].levels.shape[:2]
         raise CamkitError(
             f"{len(batch)} images of {rows}x{cols} do not fit the memory of the model's device; "
             "use smaller batches (--batch)"
         ) from error
     except (CamkitError, ValueError) as error:
         if len(batch) == 1:
-            return [Failure(batch[0].key, "model", " ".join(str(error).split()))]
+            return [Failure(batch[0].key, "model", one_line(error))]
     return [outcome for image in batch for outcome in _alone_if_failed(work, (image,))]
 
 
@@ -292,7 +300,7 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
     outputs = None
     labels = _class_request(recipe, batch)
     if labels is not None:
-        photos = [recipe.loading.photo(image.rgb, image.rgb.shape[:2]) for image in batch]
+        photos = [recipe.loading.photo(image.levels, image.levels.shape[:2]) for image in batch]
         stages = pipeline.stages(
             torch.cat([photo.pixels for photo in photos]),
             rgb=torch.cat([photo.rgb for photo in photos]),
@@ -311,7 +319,7 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
             "key": image.key,
             "source": image.source,
             "size": list(image.size),
-            "model_size": list(image.rgb.shape[:2]),
+            "model_size": list(image.levels.shape[:2]),
             "classes": [
                 {"index": index, "name": name}
                 for index, name in zip(classes, names[number], strict=True)
@@ -321,6 +329,8 @@ def _forward(pipeline: Pipeline, recipe: Recipe, batch: Sequence[ReadImage]) -> 
         }
         if unfitted[number]:
             row["unfitted"] = list(unfitted[number])
+        if image.notes:
+            row["notes"] = list(image.notes)
         cam = np.ascontiguousarray(cams[number, : len(classes)])
         yield Maps(image, classes, cam, values[number], bits or mask_bits(values[number]), row)
 
@@ -370,14 +380,15 @@ def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
             for refiner in writing.finish:
                 cam = refiner(cam, capture)
         cam = cam.float()
-    full = resize_cam(cam, image.size).clamp(0, 1) if classes else torch.zeros(1, 0, *image.size)
+    full = _full_size(cam, image, writing) if classes else torch.zeros(1, 0, *image.size)
     files: dict[str, Path] = {}
     with _draft_folder(folder) as draft:
         if writing.masks:
             mask = torch.zeros(image.size, dtype=torch.uint8)
             if classes:
-                mask = to_mask(
-                    full,
+                mask = mask_at(
+                    cam,
+                    image.size,
                     torch.tensor([maps.values]) - 1,
                     background_score=writing.background_score,
                     background=writing.background,
@@ -393,12 +404,31 @@ def finish(maps: Maps, writing: Writing, folder: OutFolder) -> ImageResult:
         elif writing.cams in ("both", "psa", "irn", "clip-es"):
             files["cam"] = draft / "cam.npy"
             write_cam(files["cam"], classes, full[0], form=writing.cams)
-        paths = {
-            kind: _move(path, f"{kind}s" / result_path(image.key, path.suffix), folder)
-            for kind, path in files.items()
-        }
+        paths, stamps = dict[str, str](), list[str]()
+        for kind, path in files.items():
+            place = f"{kind}s" / result_path(image.key, path.suffix, folds=folder.folds)
+            paths[kind], stamp = _move(path, place, folder)
+            stamps.append(stamp)
     kept = cam[0].clamp(0, 1).numpy() if writing.cams == "parquet" else None
-    return ImageResult(image.key, {**maps.row, **paths}, kept)
+    return ImageResult(image.key, {**maps.row, **paths}, kept, tuple(stamps))
+
+
+def _full_size(cam: Cam, image: ReadImage, writing: Writing) -> Float[Tensor, "b k H W"]:
+    """Return the maps at the size of the photo, if they are written at this size.
+
+    Raises:
+        DataError: they would take gigabytes.
+    """
+    if writing.cams in ("none", "parquet"):
+        return cam
+    count = cam.shape[1]
+    if count * image.size[0] * image.size[1] > MAX_VALUES:
+        raise DataError(
+            f"{image.source} has {image.size[0]}x{image.size[1]} pixels (rows x columns) and "
+            f"{count} classes, and class maps of this size are too large to write; keep them at "
+            "the size of the model (--cams parquet), or write masks only (--cams none)"
+        )
+    return resize_cam(cam, image.size).clamp(0, 1)
 
 
 def write_part(results: Sequence[ImageResult], folder: OutFolder, name: str) -> list[ImageResult]:
@@ -430,8 +460,12 @@ def write_part(results: Sequence[ImageResult], folder: OutFolder, name: str) -> 
     columns["cam"] = pa.array(flat, pa.list_(pa.float16()))
     with _draft_folder(folder) as draft:
         parquet.write_table(pa.table(columns), draft / "part.parquet", compression="zstd")
-        path = _move(draft / "part.parquet", PurePosixPath("cams", f"{name}.parquet"), folder)
-    return [replace(result, row={**result.row, "cam": path}, cam=None) for result in results]
+        place = PurePosixPath("cams", f"{name}.parquet")
+        path, stamp = _move(draft / "part.parquet", place, folder)
+    return [
+        replace(result, row={**result.row, "cam": path}, cam=None, stamps=(*result.stamps, stamp))
+        for result in results
+    ]
 
 
 @contextmanager
@@ -452,11 +486,23 @@ def _draft_folder(folder: OutFolder) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _move(draft: Path, place: PurePosixPath, folder: OutFolder) -> str:
-    """Flush a draft to the disk and move it to its place in one step."""
+def _move(draft: Path, place: PurePosixPath, folder: OutFolder) -> tuple[str, str]:
+    """Flush a draft to the disk and move it to its place in one step; return place and stamp."""
     with draft.open("rb+") as file:
+        stamp = _stamp(file)
         os.fsync(file.fileno())  # the file must survive whatever the journal entry survives
     target = folder.root / place
     target.parent.mkdir(parents=True, exist_ok=True)
     draft.replace(target)
-    return str(place)
+    return str(place), stamp
+
+
+def stamp_of(path: Path) -> str:
+    """Return the size and a hash of a file, by which a later run knows whether it is whole."""
+    with path.open("rb") as file:
+        return _stamp(file)
+
+
+def _stamp(file: BinaryIO) -> str:
+    digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=8))  # type: ignore[arg-type]
+    return f"{file.tell()}-{digest.hexdigest()}"

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait as wait_for_any
 from threading import Lock, Thread
 from typing import Any, Generic, TypeVar
@@ -20,7 +21,7 @@ import cv2
 import torch
 
 from camkit.bulk.items import Failure
-from camkit.errors import CamkitError
+from camkit.errors import CamkitError, one_line
 from camkit.native.loader import for_workers, load
 from camkit.refiners.crf import DenseCRF
 from camkit.screen import progress
@@ -59,6 +60,8 @@ class _WorkerProcess:
         context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             context.set_forkserver_preload([__name__, "camkit.bulk.stages"])
+            resource_tracker.ensure_running()  # which lets interrupts through in this thread
+            _block_interrupts()
         for _ in range(_STARTS):
             self._pipe, theirs = context.Pipe()
             arguments = (theirs, {**os.environ, **for_workers()})
@@ -260,7 +263,7 @@ class WorkerPool(Generic[Item, Result]):
                 continue
             self._deaths = self._deaths + 1 if died else 0
             if error is not None:
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 if not isinstance(error, _EXPECTED):
                     reason = f"{type(error).__name__}: {reason}"
                 outcomes.append((task.item, Failure(str(task.item), task.stage, reason)))

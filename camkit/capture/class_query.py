@@ -6,6 +6,7 @@ alone, to have the gradient of that token at its row of the attention.
 """
 
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -43,8 +44,17 @@ class ClassQuery:
         self._block = block_modules(host.model, names[-2:]).get(names[-1]) if names else None
         self._had_hooks = count_hooks(host.model) > 0
         self._hooks_expected = 0
-        self._query: SingleQueryAttention | None = None
+        self._armed: SingleQueryAttention | None = None
+        self._thread = 0  # the one that it is armed in; forwards of others stay as they are
         self._mode: Intercept | None = None
+
+    @property
+    def _query(self) -> "SingleQueryAttention | None":
+        return self._armed if self._thread == get_ident() else None
+
+    @_query.setter
+    def _query(self, query: "SingleQueryAttention | None") -> None:
+        self._armed, self._thread = query, get_ident()
 
     def start(self, hooks: Hooks) -> None:
         """Register the hooks, outside those that tap the attention module; call this last."""
@@ -150,7 +160,7 @@ class ClassQuery:
             self._mode.__enter__()
 
     def _after_attention(self, *_: Any) -> None:
-        if self._mode is not None:
+        if self._mode is not None and self._thread == get_ident():
             mode, self._mode = self._mode, None
             mode.__exit__(None, None, None)
 

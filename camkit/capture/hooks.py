@@ -18,16 +18,26 @@ class Hook:
 
     Where it is copied by itself (as quantisation moves hooks to the modules it puts in), the copy
     does nothing, and its pickle names nothing of camkit.
+
+    Args:
+        function: called with so many arguments.
+        arguments: their number. torch passes fewer to a forward of another thread that comes while
+            the hook is put on or taken off; the hook does nothing then.
+        while_measuring: see `Hooks`.
     """
 
-    def __init__(self, function: Callable[..., Any], *, while_measuring: bool = False) -> None:
+    def __init__(
+        self, function: Callable[..., Any], arguments: int, *, while_measuring: bool = False
+    ) -> None:
         _exclude_from_compilation()
-        self.function = function
+        self.function, self.arguments = function, arguments
         self.while_measuring = while_measuring
 
     def __call__(self, *args: Any) -> Any:
         measuring = THREAD.measuring and not self.while_measuring
-        return None if measuring else self.function(*args)
+        if measuring or len(args) < self.arguments:
+            return None
+        return self.function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")  # takes any arguments and returns None
@@ -65,7 +75,7 @@ class Hooks:
         while_measuring: bool = False,
     ) -> None:
         """Call ``function(module, args, kwargs)`` before each forward of ``module``."""
-        hook = Hook(function, while_measuring=while_measuring)
+        hook = Hook(function, 3, while_measuring=while_measuring)
         handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outermost)
         self._keep(handle, (id(module), "before"))
 
@@ -81,7 +91,7 @@ class Hooks:
 
         It is called after a forward that raised, too; then the output is None.
         """
-        hook = Hook(function, while_measuring=while_measuring)
+        hook = Hook(function, 4, while_measuring=while_measuring)
         handle = module.register_forward_hook(
             hook, with_kwargs=True, always_call=True, prepend=not outermost
         )

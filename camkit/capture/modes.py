@@ -3,8 +3,9 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import local
+from threading import Lock, RLock, local
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +158,19 @@ def _has_other_leaves(node: Any, starts: set[int]) -> bool:
         met |= following
         waiting.extend(following)
     return False
+
+
+_TURNS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_TURNS_LOCK = Lock()
+
+
+@contextmanager
+def exclusive(model: nn.Module) -> Iterator[None]:
+    """Wait until no other thread is in such a block with this model."""
+    with _TURNS_LOCK:
+        turn = _TURNS.setdefault(model, RLock())
+    with turn:
+        yield
 
 
 @contextmanager

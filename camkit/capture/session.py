@@ -250,7 +250,7 @@ class Subscriber(Generic[C]):
     """
 
     outermost: ClassVar[bool] = False
-    own_context: ClassVar[bool] = False
+    own_context: bool = False
     pass_type: type[C]
     attention_modules: Mapping[str, nn.Module]
     blocks: Mapping[str, nn.Module]

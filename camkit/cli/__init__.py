@@ -1,17 +1,19 @@
 """The command line; the commands `data`, `refine`, `mask`, `eval` and `export` need no model."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from threading import current_thread, main_thread
 from types import ModuleType
 from typing import NoReturn
 
 from camkit import __version__
-from camkit.errors import CamkitError, closest, nearby
+from camkit.errors import CamkitError, closest, nearby, one_line
 
 COMMANDS = {
     "demo": "Show camkit on real photos: a contact sheet, and mIoU before and after refinement.",
@@ -19,6 +21,7 @@ COMMANDS = {
     "run": "Write masks and class maps of any number of images; the same command continues a "
     "stopped run.",
     "fit": "Fit a read-out over photos with image-level labels, for better maps (`--readout`).",
+    "app": "Open a page to see maps, stages and attention of photos, and to compare methods.",
     "bench": "Measure methods on a data set with masks: tuned on one split, reported on another.",
     "doctor": "Report what camkit recognises in a model, what works on it, and the line to start "
     "with.",
@@ -40,28 +43,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 on success, 1 after an error. A wrong command line raises SystemExit(2).
+        0 on success, 1 after an error, 130 after Ctrl-C (SIGINT), 143 after SIGTERM. A wrong
+        command line raises SystemExit(2).
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _read(arguments)
     try:
-        with _same_path():
+        with _same_path(), _terminable():
+            options = _read(arguments)
             return int(options.execute(options))
     except OSError as error:
         print(f"camkit: {_file_error(error)}", file=sys.stderr)
         return 1
     except (CamkitError, ValueError) as error:
-        print(f"camkit: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"camkit: {one_line(error, most=600)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("camkit: interrupted; finished results are kept", file=sys.stderr)
-        return 1
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, the way in which clusters end a job: it ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise `_Terminated` on SIGTERM; only the main thread can set handlers of signals."""
+
+    def terminate(*_: object) -> NoReturn:
+        raise _Terminated
+
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _file_error(error: OSError) -> str:
     """Say which file an error concerns, and which one was perhaps meant."""
     if not isinstance(error.filename, str) or error.strerror is None:
-        return " ".join(str(error).split())
+        return one_line(error)
     hint = nearby(Path(error.filename)) if isinstance(error, FileNotFoundError) else ""
     return f"{error.filename}: {error.strerror}{hint}"
 

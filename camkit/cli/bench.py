@@ -27,6 +27,7 @@ from camkit.bench import (
     to_markdown,
 )
 from camkit.bench.evaluator import LabelSource
+from camkit.cli.datasets import LAYOUTS_HELP, add_dataset_arguments, reading_of
 from camkit.cli.models import MODELS, OpenedModel, add_model_arguments, open_named
 from camkit.cli.options import (
     GRAMMAR,
@@ -37,7 +38,7 @@ from camkit.cli.options import (
     read_predicted,
     refiners_help,
 )
-from camkit.data import open_dataset
+from camkit.data.layouts import open_with
 from camkit.errors import CamkitError
 from camkit.manifest import unfinished
 from camkit.method import CALIBRATED, REFINERS, Method, read_refiners
@@ -54,8 +55,9 @@ EXAMPLES = f"""examples:
   camkit bench --config results.toml        repeat a benchmark
   camkit bench photos --model mymodels:build --names names.txt        your own code, never cached
 
-DATASET is a folder in the layout of VOC, COCO or ImageNet-S, or a plain one (images, masks,
-labels.csv). Background scores and choices are picked on --tune-split only. Without --seed, the
+DATASET is the folder of a data set with masks. {LAYOUTS_HELP}
+
+Background scores and choices are picked on --tune-split only. Without --seed, the
 standard seeds are measured, each alone and after propagation. Chains joined by | are candidates, of
 which the best on the tuning split is reported.
 
@@ -182,6 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--cache", type=Path, help="file to keep measurements in (default: in ~/.cache/camkit)")
     add("--no-cache", action="store_true", help="measure everything again")
+    add_dataset_arguments(parser)
     add_sam_arguments(parser)
     add_model_arguments(parser)
 
@@ -190,7 +193,7 @@ def execute(options: argparse.Namespace) -> int:
     settings = _settings(options)
     if options.html is not None and find_spec("matplotlib") is None:
         raise CamkitError("--html needs matplotlib; install it with `pip install 'camkit[report]'`")
-    dataset = open_dataset(Path(settings["dataset"]))
+    dataset = open_with(settings["dataset"], reading_of(settings))
     names = list(dataset.classes)
     if settings["classes"] is not None:
         names = [name.strip() for name in settings["classes"].split(",")]

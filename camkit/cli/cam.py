@@ -16,13 +16,13 @@ from camkit.cli.options import (
     add_method_arguments,
     add_sam_arguments,
     method_of,
-    read_classes,
     refiners_help,
 )
-from camkit.errors import CamkitError, DataError, nearby
+from camkit.errors import CamkitError, DataError, nearby, one_line
 from camkit.method import REFINERS
 from camkit.pipeline import Pipeline
 from camkit.screen import progress
+from camkit.vocabulary import read_classes
 
 EXAMPLES = f"""examples:
   camkit cam cat.jpg --classes cat
@@ -93,7 +93,7 @@ def execute(options: argparse.Namespace) -> int:
             folder = result.save(options.out / name)
         except (CamkitError, ValueError, OSError) as error:  # continue with the other photos
             failed += 1
-            tqdm.write(f"camkit: {path}: {' '.join(str(error).split())}", file=sys.stderr)
+            tqdm.write(f"camkit: {path}: {one_line(error)}", file=sys.stderr)
         else:
             tqdm.write(f"{folder}: {', '.join(result.names)}")
     if failed:

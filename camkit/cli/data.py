@@ -3,14 +3,22 @@
 import argparse
 from pathlib import Path
 
-from camkit.data import check_dataset, open_dataset
+from camkit.cli.datasets import LAYOUTS_HELP, add_dataset_arguments, reading_of
+from camkit.data import Described, check_dataset
+from camkit.data.layouts import open_with
 
-EXAMPLES = """examples:
+EXAMPLES = f"""examples:
   camkit data check VOC2012
   camkit data check VOC2012 --split train --split val
   camkit data check my_photos
+  camkit data check export.json
+  camkit data check tree --zero void --data-classes names.txt
 
-PATH is a folder in the layout of VOC, COCO or ImageNet-S, or a plain one (images, labels.csv).
+PATH is the folder of a data set, a file of annotations, or an archive. The first lines say what its
+files are taken for.
+
+{LAYOUTS_HELP}
+
 The exit status is 1 if there are errors; notes are not errors."""
 
 
@@ -23,17 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument("path", type=Path, metavar="PATH", help="folder of the data set")
+    check.add_argument("path", type=Path, metavar="PATH", help="the data set")
     check.add_argument(
         "--split",
         action="append",
         metavar="NAME",
         help="check only this split; may be repeated (default: all)",
     )
+    add_dataset_arguments(check)
 
 
 def execute(options: argparse.Namespace) -> int:
-    dataset = open_dataset(options.path)
+    dataset = open_with(options.path, reading_of(vars(options)))
+    for sentence in dataset.describe() if isinstance(dataset, Described) else ():
+        print(sentence)
     splits = dataset.splits if options.split is None else tuple(dict.fromkeys(options.split))
     findings = check_dataset(dataset, splits=splits)
     for finding in findings:

@@ -21,6 +21,7 @@ from camkit.bulk import (
     score_masks,
 )
 from camkit.bulk.camfiles import CAM_SUFFIXES, MASK_SUFFIXES
+from camkit.cli.datasets import MASK_OPTIONS, add_mask_arguments, reading_of
 from camkit.cli.mask import add_background, background_score
 from camkit.cli.options import class_names
 from camkit.cli.refine import add_workers, show_failures
@@ -46,14 +47,18 @@ EXAMPLES = """examples:
   camkit eval cams --gt SegmentationClass --list val.txt --tune-list train.txt
   camkit eval cams --gt SegmentationClass --background-score 0.45
   camkit eval masks --gt masks_coco --num-classes 81 --json result.json
+  camkit eval masks --gt cells --num-classes 2 --mask-values 255=1
+  camkit eval masks --gt ade20k --classes names.txt --zero void
 
-Masks are PNGs with class + 1 at each pixel and 0 for background; so is the ground truth. 255 is
-ignored in the truth and counts as background in a mask. CAM files become masks at a background
-score: the one given, the best one on --tune-list, or else the best one on the images that are
-scored, which overestimates them and is called ORACLE. FP and FN are shares of the union: with IoU
-they add up to 100. mIoU is the mean over the classes in the truth (present: ToCo, CLIP-ES and
-most), in truth or masks (union: IRN), or over all (psa: PSA, MCTformer, TransCAM). --against adds
-the gain over a second folder on the same images, with the 95% interval of a paired bootstrap."""
+Masks are PNGs with class + 1 at each pixel and 0 for background; so is the ground truth, which may
+be TIFF or .npy, too, have names such as NAME_mask, and hold other values (--void, --zero,
+--mask-values). 255 is ignored in the truth and counts as background in a mask. CAM files become
+masks at a background score: the one given, the best one on --tune-list, or else the best one on the
+images that are scored, which overestimates them and is called ORACLE. FP and FN are shares of the
+union: with IoU they add up to 100. mIoU is the mean over the classes in the truth (present: ToCo,
+CLIP-ES and most), in truth or masks (union: IRN), or over all (psa: PSA, MCTformer, TransCAM).
+--against adds the gain over a second folder on the same images, with the 95% interval of a paired
+bootstrap."""
 
 DEFINITIONS: tuple[Definition, ...] = get_args(Definition)
 
@@ -78,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="resize the maps of CAM files to the size of the truth",
     )
+    add_mask_arguments(parser)
     add_background(parser)
     parser.add_argument("--against", type=Path, help="second folder of the same kind to compare")
     parser.add_argument(
@@ -209,9 +215,14 @@ def _score(options: argparse.Namespace, folder: Path, cams: bool, num_classes: i
         )
 
     items, keep_each = paired(options.list), options.against is not None
+    form = reading_of({key: getattr(options, key) for key in MASK_OPTIONS}).form(num_classes - 1)
     if not cams:
         return score_masks(
-            items, num_classes=num_classes, keep_each=keep_each, workers=options.workers
+            items,
+            num_classes=num_classes,
+            form=form,
+            keep_each=keep_each,
+            workers=options.workers,
         )
     score = background_score(options)
     if options.background == "power" and score is not None:
@@ -219,6 +230,7 @@ def _score(options: argparse.Namespace, folder: Path, cams: bool, num_classes: i
     return score_cams(
         items,
         num_classes=num_classes,
+        form=form,
         background_score=score,
         tune=paired(options.tune_list) if options.tune_list else (),
         definition=options.definition,

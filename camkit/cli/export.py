@@ -4,8 +4,11 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from camkit.cli.datasets import LAYOUTS_HELP, add_dataset_arguments, reading_of
 from camkit.cli.options import class_names
 from camkit.data import TARGETS, ExportOptions, export
+from camkit.data.layouts import open_with
+from camkit.data.reading import Reading
 from camkit.data.targets.plan import Photos
 from camkit.data.targets.regions import Regions
 
@@ -17,7 +20,7 @@ EXAMPLES = f"""examples:
   camkit export VOC2012 --to coco-polygons --tolerance 0 --photos link --out coco
 
 SOURCE is a folder that `camkit run` wrote, a folder of mask PNGs (0 background, then the classes,
-255 void), or a data set in the layout of VOC, COCO, ImageNet-S or a plain one.
+255 void), or a data set. {LAYOUTS_HELP}
 
 formats:
 {chr(10).join(f"  {name:14} {target.title}" for name, target in TARGETS.items())}"""
@@ -63,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy photos, link to them, or write annotations only (default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="remove an earlier export in OUT")
+    add_dataset_arguments(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -77,8 +81,10 @@ def execute(options: argparse.Namespace) -> int:
         photos=options.photos,
         overwrite=options.overwrite,
     )
+    reading = reading_of(vars(options))
+    source = options.source if reading == Reading() else open_with(options.source, reading)
     summary = export(
-        options.source,
+        source,
         options.to,
         options.out,
         classes=options.classes and class_names("--classes", options.classes),

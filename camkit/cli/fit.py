@@ -1,7 +1,6 @@
 """Fit a read-out over photos with image-level labels, for better maps (`--readout`)."""
 
 import argparse
-import signal
 import sys
 from dataclasses import replace
 from functools import reduce
@@ -10,24 +9,26 @@ from pathlib import Path
 
 from camkit.bulk.recipe import Loading, Recipe
 from camkit.bulk.running import fit_readout
+from camkit.bulk.sources import PhotoFolder
 from camkit.cli.models import MODELS, add_model_arguments, open_named
 from camkit.cli.options import (
     add_form,
     add_method_arguments,
     add_sam_arguments,
     method_to_fit,
-    read_classes,
 )
 from camkit.cli.sources import (
     add_input_arguments,
     check_has_images,
     guesses_for,
     labelled,
+    name_skipped,
     open_input,
     vocabulary_for,
 )
 from camkit.method import split_refine
 from camkit.readout import Readout
+from camkit.vocabulary import read_classes
 
 EXAMPLES = f"""examples:
   camkit fit photos --labels labels.json --out readout.safetensors
@@ -86,7 +87,7 @@ def execute(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace) -> tuple[Readout, int]:
     """Return the read-out of the photos of INPUT, and how many could not be read."""
-    source = open_input(options)
+    source = photos = open_input(options)
     check_has_images(source, options.input)
     source, predicted = labelled(source, options, partial=True)
     opened = open_named(vars(options))
@@ -105,7 +106,6 @@ def _fit(options: argparse.Namespace) -> tuple[Readout, int]:
         fit=options.form or "auto",
         guesses=guesses_for(options.labels, predicted),
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the way clusters end a job
     summary = fit_readout(
         recipe,
         source,
@@ -115,6 +115,10 @@ def _fit(options: argparse.Namespace) -> tuple[Readout, int]:
         threads=options.threads,
         overwrite=options.overwrite,
     )
+    if isinstance(photos, PhotoFolder):
+        name_skipped(photos)
     for failure in summary.failures:
         print(f"camkit: {failure.key}: {failure.reason}", file=sys.stderr)
-    return summary.readout, len(summary.failures)
+    failed = len(summary.failures)
+    print(f"{options.out}: {summary.offered} images offered, {failed} failed")
+    return summary.readout, failed

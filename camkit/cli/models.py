@@ -1,7 +1,6 @@
 """Models for the command line: from timm, transformers, the user's own code, or camkit itself."""
 
 import argparse
-import json
 import os
 import ssl
 import sys
@@ -39,6 +38,7 @@ from camkit.photo import PhotoSettings, photo_from_array
 from camkit.printing import short_repr
 from camkit.seeds.views import ModelCall, ModelRunner, stated_size
 from camkit.segmenters import PretrainedSegmenter
+from camkit.untrusted import read_json
 from camkit.vocabulary import Vocabulary
 
 DEFAULT_MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -510,10 +510,7 @@ def _named(model: nn.Module | None, outputs: int | None, path: Path) -> Vocabula
     text = read_text(path)
     value: Any = text.rstrip().splitlines()
     if path.suffix.lower() == ".json":
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is not JSON ({error})") from error
+        value = read_json(text, path)
         if isinstance(value, dict) and all(key.isdigit() for key in value):
             value = {int(key): name for key, name in value.items()}  # as id2label of transformers
     if not value:

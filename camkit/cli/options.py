@@ -35,7 +35,6 @@ from camkit.refiners import AtReducedSize, DenseCRF, PromptedRefine, Refiner, Re
 from camkit.refiners.prompted import prompted_in
 from camkit.seeds import PredictedClasses
 from camkit.segmenters import PretrainedSegmenter
-from camkit.vocabulary import Vocabulary
 
 GRAMMAR = """A step is NAME[:SETTINGS]. Join steps with +, or give --refine several times. Settings
 are key=value, separated by commas; the key of the first may be left out: crf:clip_es is
@@ -237,14 +236,6 @@ def add_form(parser: argparse.ArgumentParser) -> None:
         help="of the read-out: one column for all objects, or one for each class (default: auto, "
         "by the number of photos)",
     )
-
-
-def read_classes(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:
-    """Read ``cat,dog``, ``281,282``, or one ImageNet name that contains commas."""
-    if text.strip().lower() in {name.lower() for name in vocabulary.names}:
-        return vocabulary.resolve([text])
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    return vocabulary.resolve([int(item) if item.isdigit() else item for item in items])
 
 
 def read_predicted(text: str) -> PredictedClasses | None:

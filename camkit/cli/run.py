@@ -3,17 +3,17 @@
 import argparse
 import os
 import shlex
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from camkit.bulk.items import is_image
+from camkit.bulk.parquet_rows import ParquetRows
 from camkit.bulk.ray_engine import RayEngine
 from camkit.bulk.recipe import CamOutput, Loading, Recipe, Writing
-from camkit.bulk.running import rank_of, run
+from camkit.bulk.running import RunSummary, rank_of, run
 from camkit.bulk.sources import PhotoFolder, Source
+from camkit.bulk.tars import TarShards
 from camkit.cli.mask import add_background, add_ignore_below, background_score
 from camkit.cli.models import MODELS, add_model_arguments, open_named
 from camkit.cli.options import (
@@ -22,7 +22,6 @@ from camkit.cli.options import (
     add_sam_arguments,
     method_of,
     method_to_fit,
-    read_classes,
     refiners_help,
     split_refiners,
 )
@@ -31,12 +30,16 @@ from camkit.cli.sources import (
     check_has_images,
     guesses_for,
     labelled,
+    name_notes,
     name_skipped,
     open_input,
     vocabulary_for,
 )
+from camkit.errors import one_line
+from camkit.formats import is_image
 from camkit.method import REFINERS, split_refine
 from camkit.seeds import FITTED_SCORE, PredictedClasses
+from camkit.vocabulary import read_classes
 
 EXAMPLES = f"""examples:
   camkit run photos --out masks
@@ -79,7 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-masks", action="store_true", help="write class maps only")
     add_background(parser, default="that of the method")
     add_ignore_below(parser)
-    add("--max-pixels", type=int, default=Loading.max_pixels, help="larger images are refused")
+    add(
+        "--max-pixels",
+        type=int,
+        default=Loading.max_pixels,
+        help="larger images are refused; a worker needs about 20 bytes for each pixel (default: "
+        "%(default)s)",
+    )
     add("--fit", action="store_true", help="first fit a read-out over all images, for better maps")
     add_form(parser)
     add("--batch", type=int, default=8, help="images per forward (default: 8)")
@@ -89,6 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="of the model (default: a GPU if there is one)")
     add("--overwrite", action="store_true", help="remove earlier results in OUT and start again")
     add("--retry", action="store_true", help="try images again that failed before")
+    add(
+        "--verify",
+        action="store_true",
+        help="read the files of images done before, and do images again whose files are missing or "
+        "damaged",
+    )
     add("--moved", action="store_true", help="INPUT is the same as before, at another place")
     add("--engine", choices=("local", "ray"), default="local", help="this machine, or a cluster")
     add("--address", help="of the Ray cluster (default: RAY_ADDRESS, else this machine)")
@@ -107,7 +122,6 @@ def execute(options: argparse.Namespace) -> int:
     _check_input(options, source)
     source, labels = labelled(source, options, partial=options.fit)
     recipe = _recipe(options, source, labels)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the way clusters end a job
     summary = run(
         recipe,
         source,
@@ -120,12 +134,31 @@ def execute(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         retry=options.retry,
         moved=options.moved,
+        verify=options.verify,
     )
+    _report(summary, options.out)
+    name_notes(summary.notes)
+    if rank.number == 0:
+        _name_others(photos, options.input)
+    return 1 if summary.failed or summary.taken else 0
+
+
+def _report(summary: RunSummary, out: Path) -> None:
+    """Print what became of the images."""
     before = f", {summary.settled} were settled before" if summary.settled else ""
-    print(f"{options.out}: {summary.written} images done, {summary.failed} failed{before}")
+    print(
+        f"{out}: {summary.written} images done, {summary.failed} failed{before}; "
+        f"{summary.offered} offered"
+    )
+    for number, what in (
+        (summary.taken, "done before failed now, because another image has their name"),
+        (summary.damaged, "were done before, but their files were missing or damaged"),
+    ):
+        if number:
+            print(f"camkit: {number} images {what}", file=sys.stderr)
     if summary.errors:
         print(
-            f"camkit: {summary.errors} images failed in total, see {options.out / 'errors.tsv'}; "
+            f"camkit: {summary.errors} images failed in total, see {out / 'errors.tsv'}; "
             "--retry tries them again",
             file=sys.stderr,
         )
@@ -138,12 +171,28 @@ def execute(options: argparse.Namespace) -> int:
     if summary.unread:
         print(
             f"camkit: the read-out lacks {summary.unread} images that failed, see "
-            f"{options.out / 'errors.tsv'}",
+            f"{out / 'errors.tsv'}",
             file=sys.stderr,
         )
-    if isinstance(photos, PhotoFolder) and rank.number == 0:
-        name_skipped(photos)
-    return 1 if summary.failed else 0
+
+
+def _name_others(source: Source, place: Path) -> None:
+    """Say which files of INPUT are not read."""
+    if isinstance(source, PhotoFolder):
+        name_skipped(source)
+    if isinstance(source, TarShards) and source.skipped_files:
+        kinds = source.skipped_files
+        listed = ", ".join(f"{number} {suffix}" for suffix, number in kinds.most_common(8))
+        print(
+            f"camkit: {kinds.total()} files in the shards belong to no image ({one_line(listed)})",
+            file=sys.stderr,
+        )
+    if isinstance(source, TarShards | ParquetRows) and place.is_dir():
+        read = {path.name for path in source.paths}
+        others = sorted(path.name for path in place.iterdir() if path.name not in read)
+        if others:
+            listed = one_line(", ".join(others), most=100)
+            print(f"camkit: {place} holds more than shards, not read: {listed}", file=sys.stderr)
 
 
 def _check_options(options: argparse.Namespace) -> None:

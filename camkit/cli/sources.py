@@ -2,17 +2,19 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
 from camkit.bulk import Item
 from camkit.bulk.by_folder import LabelledByFolder
-from camkit.bulk.items import IMAGE_SUFFIXES
 from camkit.bulk.sources import Labelled, PhotoFolder, Source, SourceKind, open_source
+from camkit.cli.datasets import add_dataset_arguments, reading_of
 from camkit.cli.options import class_names, read_predicted
 from camkit.data.labels import read_labels
 from camkit.errors import CamkitError, closest, nearby
 from camkit.fitting import GUESSES
+from camkit.formats import IMAGE_SUFFIXES
 from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
 
@@ -42,6 +44,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         help="classes that label indices count: voc, coco, a file of names, or names with "
         "commas (default: the classes of the data set or label file, else of the model)",
     )
+    add_dataset_arguments(parser)
 
 
 def open_input(options: argparse.Namespace) -> Source:
@@ -54,6 +57,7 @@ def open_input(options: argparse.Namespace) -> Source:
         image=options.image_column,
         key=options.key_column,
         labels=options.label_column,
+        reading=reading_of(vars(options)),
     )
 
 
@@ -66,16 +70,22 @@ def check_has_images(source: Source, place: Path) -> None:
 
 
 def name_skipped(photos: PhotoFolder) -> None:
-    """Say how many files of a folder are not read, because of their suffixes."""
+    """Say how many files of a folder are left out, by reason."""
     skipped = photos.skipped()
     if skipped:
-        listed = ", ".join(f"{number} {suffix}" for suffix, number in skipped.most_common(8))
+        listed = ", ".join(f"{number} {reason}" for reason, number in skipped.most_common(8))
+        more = f", {len(skipped) - 8} more suffixes" if len(skipped) > 8 else ""
         files = "file is" if skipped.total() == 1 else "files are"
-        print(
-            f"camkit: {skipped.total()} {files} not read ({listed}); "
-            f"read are {', '.join(IMAGE_SUFFIXES)}",
-            file=sys.stderr,
-        )
+        plugin = any("plug-in" in reason for reason in skipped)
+        way = "; pip install 'camkit[formats]' reads HEIC and JPEG XL" if plugin else ""
+        print(f"camkit: {skipped.total()} {files} not read ({listed}{more}){way}", file=sys.stderr)
+
+
+def name_notes(notes: Mapping[str, int]) -> None:
+    """Say how many photos were read in a way that their owner may not expect, by reason."""
+    for note, number in sorted(notes.items()):
+        photos = "1 photo" if number == 1 else f"{number} photos"
+        print(f"camkit: {photos}: {note}; `notes` in the manifest names them", file=sys.stderr)
 
 
 def labelled(

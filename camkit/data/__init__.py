@@ -11,6 +11,7 @@ from camkit.data.coco import (
     CocoFolder as CocoFolder,
     open_coco as open_coco,
 )
+from camkit.data.cvat import CvatArchives as CvatArchives, open_cvat as open_cvat
 from camkit.data.embedded import demo_model as demo_model, demo_photos as demo_photos
 from camkit.data.exporting import (
     TARGETS as TARGETS,
@@ -18,10 +19,10 @@ from camkit.data.exporting import (
     Target as Target,
     export as export,
 )
-from camkit.data.folders import (
-    PlainFolder as PlainFolder,
-    open_dataset as open_dataset,
-    open_folder as open_folder,
+from camkit.data.folders import PlainFolder as PlainFolder, open_folder as open_folder
+from camkit.data.huggingface import (
+    HuggingFaceFolder as HuggingFaceFolder,
+    open_huggingface as open_huggingface,
 )
 from camkit.data.imagenet import (
     OBJECTS_IN_IMAGENET as OBJECTS_IN_IMAGENET,
@@ -30,14 +31,24 @@ from camkit.data.imagenet import (
     imagenet_vocabulary as imagenet_vocabulary,
     open_imagenet_s as open_imagenet_s,
 )
+from camkit.data.labelme import LabelMeFolder as LabelMeFolder, open_labelme as open_labelme
 from camkit.data.labels import ImageLabels as ImageLabels, read_labels as read_labels
+from camkit.data.layouts import (
+    LAYOUTS as LAYOUTS,
+    Layout as Layout,
+    open_dataset as open_dataset,
+)
+from camkit.data.mmseg import MaskFolders as MaskFolders, open_mmseg as open_mmseg
 from camkit.data.proposals import (
     ProposalFolder as ProposalFolder,
     read_proposals as read_proposals,
 )
+from camkit.data.reading import Reading as Reading
 from camkit.data.sample import (
     DataSet as DataSet,
+    Described as Described,
     MaskForm as MaskForm,
+    MaskReader as MaskReader,
     Sample as Sample,
     read_mask as read_mask,
 )
@@ -52,3 +63,4 @@ from camkit.data.voc import (
     VOCFolder as VOCFolder,
     open_voc as open_voc,
 )
+from camkit.data.yolo import YoloFolder as YoloFolder, open_yolo as open_yolo

@@ -1,22 +1,17 @@
 """CAM files of other codebases: read every common layout, write the usual ones."""
 
 import pickle
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 from torch import Tensor
 
-from camkit.data.unpickling import unpickle
+from camkit.data.arrays import read_arrays
 from camkit.errors import DataError
 from camkit.manifest import unfinished
 from camkit.ops.finite import check_finite, finite_range
@@ -31,19 +26,6 @@ _LOGITS = ("msc_segs", "msc_seg", "segs")  # several scales are preferred to one
 _KNOWN_FORMS = (
     "{class index: map}, {keys, high_res}, {keys, attn_highres}, {msc_seg}, {segs, msc_segs} or "
     "{valid_lam, keys_gt}"
-)
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    TypeError,
-    ValueError,
-    RuntimeError,  # zip files of unknown kinds
-    MemoryError,  # a header may promise more than the file holds
-    OverflowError,
-    tokenize.TokenError,  # numpy parses headers that Python 2 wrote, and damaged ones
-    zipfile.BadZipFile,
-    zlib.error,
-    SafetensorError,
 )
 
 
@@ -91,6 +73,8 @@ def read_cam(path: str | Path, *, classes: Sequence[int] | None = None) -> CamFi
     path = Path(path)
     given = None if classes is None else tuple(classes)
     content = read_arrays(path)
+    if isinstance(content, dict) and list(content) in (["arr_0"], ["cam"]):
+        content = next(iter(content.values()))
     if isinstance(content, dict):
         cam_file = _from_dict(content, given, path)
     elif not isinstance(content, np.ndarray):
@@ -159,44 +143,6 @@ def write_cam(
         # protocol 3, as in numpy 1, writes names as plain lines, and numpy's is the first
         data = pickle.dumps(np.array(content, dtype=object), protocol=3)
         file.write(data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1))
-
-
-def read_arrays(path: Path) -> object:
-    """Read the dict or the array in a file without running anything that a pickle in it names.
-
-    Raises:
-        DataError: the file cannot be read, or would run code.
-    """
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-            file.seek(0)
-            if start.startswith(b"\x93NUMPY"):
-                return _read_npy(file, path)
-            if start.startswith(b"PK\x03\x04"):
-                with np.load(file, allow_pickle=False) as arrays:
-                    entries = dict(arrays)
-            elif start[8:] == b"{":
-                entries = load_safetensors(file.read())
-            else:
-                raise DataError(f"{path} is no .npy, .npz or safetensors file; expected class maps")
-    except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read ({error}); check the file") from error
-    return next(iter(entries.values())) if list(entries) in (["arr_0"], ["cam"]) else entries
-
-
-def _read_npy(file: BinaryIO, path: Path) -> object:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        _, _, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        _, _, dtype = np.lib.format.read_array_header_2_0(file)
-    else:
-        raise DataError(f"{path} is of .npy version {version}; class maps are of 1.0 or 2.0")
-    if dtype.hasobject:
-        return unpickle(file.read(), path)
-    file.seek(0)
-    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _from_dict(content: dict[Any, object], given: tuple[int, ...] | None, path: Path) -> CamFile:

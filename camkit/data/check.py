@@ -8,12 +8,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from PIL import ExifTags, Image
-
 from camkit.data.sample import VOC_FORM, DataSet, Sample, mask_classes
 from camkit.errors import DataError
+from camkit.levels import orientation
 from camkit.mask import voc_palette
-from camkit.photo import read_picture
+from camkit.photo import opened, read_picture
 from camkit.screen import progress
 
 Problem: TypeAlias = Literal[
@@ -60,7 +59,7 @@ def check_dataset(dataset: DataSet, *, splits: Sequence[str] | None = None) -> l
     """
     findings: list[Finding] = []
     checked: set[Sample] = set()
-    shown: dict[Path | None, Sequence[int]] = {}  # the classes in each mask
+    shown: dict[Sample, Sequence[int]] = {}  # the classes in each readable mask
     samples: dict[str, list[Sample]] = {}
     for name in dataset.splits if splits is None else splits:
         samples[name] = []
@@ -132,7 +131,7 @@ def _contents(samples: Iterable[Sample]) -> dict[Path, str]:
 def _check_sample(
     dataset: DataSet,
     sample: Sample,
-    shown: dict[Path | None, Sequence[int]],
+    shown: dict[Sample, Sequence[int]],
     *,
     mask_expected: bool,
 ) -> Iterator[Finding]:
@@ -153,9 +152,9 @@ def _check_sample(
     except DataError as error:
         yield Finding("mask", sample.mask, str(error))
         return
-    shown[sample.mask] = classes
+    shown[sample] = classes
     yield from _check_orientation(sample.photo, sample.mask)
-    if sample.form == VOC_FORM:
+    if sample.form == VOC_FORM and sample.mask.suffix == ".png":
         yield from _check_palette(sample.mask, classes, count)
     yield from _check_labels(dataset.classes, sample, sample.mask, classes)
 
@@ -164,10 +163,10 @@ def _check_any_class(
     dataset: DataSet,
     split: str,
     samples: Sequence[Sample],
-    shown: Mapping[Path | None, Sequence[int]],
+    shown: Mapping[Sample, Sequence[int]],
 ) -> Iterator[Finding]:
     """Find a split whose masks measure nothing, and count the masks without their labels."""
-    masks = [(sample, shown[sample.mask]) for sample in samples if sample.mask in shown]
+    masks = [(sample, shown[sample]) for sample in samples if sample in shown]
     if masks and not any(classes for _, classes in masks):
         message = (
             f"{dataset.root}: none of the {len(masks)} masks of {split} shows a class, only "
@@ -187,13 +186,13 @@ def _check_any_class(
 
 
 def _check_orientation(photo: Path, mask: Path) -> Iterator[Finding]:
-    with Image.open(photo) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    with opened(photo) as image:
+        turn = orientation(image)
         square = image.width == image.height
     # a quarter turn changes the size, which has been compared, unless the photo is square
-    if orientation in (2, 3, 4) or (orientation in (5, 6, 7, 8) and square):
+    if turn in (2, 3, 4) or (turn in (5, 6, 7, 8) and square):
         message = (
-            f"{photo} is stored rotated or mirrored (EXIF orientation {orientation}) and is read "
+            f"{photo} is stored rotated or mirrored (EXIF orientation {turn}) and is read "
             f"upright; check that {mask} fits the upright photo, or save both again without EXIF"
         )
         yield Finding("orientation", photo, message, certain=False)
@@ -201,7 +200,7 @@ def _check_orientation(photo: Path, mask: Path) -> Iterator[Finding]:
 
 def _check_palette(mask: Path, shown: Sequence[int], count: int) -> Iterator[Finding]:
     """Find ids that have the VOC colour of another class, because an editor renumbered them."""
-    with Image.open(mask) as image:
+    with opened(mask) as image:
         palette = image.getpalette() or []
     voc = voc_palette()
     owner = {tuple(voc[3 * id_ : 3 * id_ + 3]): id_ for id_ in range(count + 1)}

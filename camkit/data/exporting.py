@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from camkit import __version__
-from camkit.data.folders import find_layout, open_dataset
+from camkit.data.layouts import DATASET_FILES, find_layout, open_dataset
 from camkit.data.names import NameIndex, read_image_names
 from camkit.data.sample import DataSet
 from camkit.data.targets.coco import write_coco, write_polygons
@@ -39,6 +39,7 @@ from camkit.data.targets.sources import (
 )
 from camkit.data.targets.trees import write_cvat, write_mmseg, write_voc
 from camkit.errors import DataError, closest, nearby
+from camkit.untrusted import read_json
 
 RECORD = "export.json"
 """The file that says what an export wrote; a folder without it is not an export."""
@@ -219,6 +220,8 @@ def _open(
 def _open_folder(
     root: Path, classes: ClassNames | None, images: Path | None, options: ExportOptions
 ) -> MaskSource:
+    if root.is_file() and root.suffix.lower() in DATASET_FILES:
+        return _data_set(open_dataset(root), classes)
     if not root.is_dir():
         hint = nearby(root) or "; name a folder of `camkit run`, of masks, or of a data set"
         raise DataError(f"{root} is not a folder{hint}")
@@ -229,7 +232,7 @@ def _open_folder(
     if next(root.rglob("*.png"), None) is None:
         raise DataError(
             f"{root} holds no masks: expected manifest.jsonl (`camkit run`), mask PNGs, or a data "
-            "set of VOC, COCO, ImageNet-S or a plain layout"
+            "set in a known layout"
         )
     if classes is None:
         raise ValueError(
@@ -354,9 +357,9 @@ def _claim(out: Path, source: object, entries: Iterable[str], *, overwrite: bool
 def _remove(out: Path) -> set[str]:
     """Remove what an earlier export wrote, and nothing else; return the names."""
     try:
-        entries = json.loads((out / RECORD).read_text("utf-8"))["entries"]
+        entries = read_json(out / RECORD)["entries"]
         names = {name for name in entries if Path(name).name == name}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (DataError, KeyError, TypeError) as error:
         raise DataError(
             f"{out / RECORD} is no record of an export; remove {out} by hand"
         ) from error

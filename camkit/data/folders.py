@@ -1,11 +1,9 @@
-"""Plain folders as data sets, and the function that opens a folder of any layout."""
+"""Plain folders as data sets: images, a file of labels, and masks."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from camkit.data.coco import coco_splits, open_coco
-from camkit.data.imagenet import open_imagenet_s
 from camkit.data.labels import ImageLabels, label_file, read_labels, shortened
 from camkit.data.names import (
     NameIndex,
@@ -15,53 +13,11 @@ from camkit.data.names import (
     read_image_names,
     read_names,
 )
-from camkit.data.sample import DataSet, Sample
-from camkit.data.voc import open_voc
-from camkit.errors import DataError, closest, nearby
+from camkit.data.sample import Sample
+from camkit.errors import DataError, closest
+from camkit.formats import IMAGE_SUFFIXES, is_image
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ALL = "all"
-
-
-def open_dataset(path: str | Path) -> DataSet:
-    """Open a folder in the layout of PASCAL VOC, MS COCO or ImageNet-S, or a plain folder.
-
-    Args:
-        path: a folder with ``JPEGImages/`` and ``ImageSets/Segmentation/`` (VOC), ``images/`` and
-            ``labels.csv`` (plain), ``validation-segmentation/`` or ``train-semi-segmentation/``
-            (ImageNet-S), or photos in folders such as ``train2017/`` (COCO). `open_voc` and
-            `open_coco` have settings.
-
-    Raises:
-        DataError: the folder has another layout, or a file in it cannot be used.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        hint = nearby(root) or "; name the folder that holds the data set"
-        raise DataError(f"{root} is not a folder{hint}")
-    opener = find_layout(root)
-    if opener is not None:
-        return opener(root)
-    entries = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
-    shown = ", ".join(entries[:8]) or "nothing"
-    more = ", ..." if len(entries) > 8 else ""
-    raise DataError(
-        f"{root} is no known data set: expected JPEGImages/ and ImageSets/Segmentation/ (VOC), or "
-        "images/ and labels.csv (plain folder), or folders such as train2017/ (COCO), or "
-        f"validation/ and validation-segmentation/ (ImageNet-S), got {shown}{more}; name the "
-        "folder that holds these"
-    )
-
-
-def find_layout(root: Path) -> Callable[[Path], DataSet] | None:
-    """Return the function that opens this folder, or None for an unknown layout."""
-    if (root / "JPEGImages").is_dir() and (root / "ImageSets" / "Segmentation").is_dir():
-        return open_voc
-    if (root / "images").is_dir() and plain_label_file(root) is not None:
-        return open_folder
-    if any((root / f"{split}-segmentation").is_dir() for split in ("validation", "train-semi")):
-        return open_imagenet_s
-    return open_coco if coco_splits(root) else None
 
 
 @dataclass(frozen=True)
@@ -207,9 +163,11 @@ def _stem(photo: Path, root: Path) -> str:
 
 def _find_images(folder: Path) -> dict[str, Path]:
     """Map the names of images, with their folders below ``folder``, to the images."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
+    paths = sorted(path for path in folder.rglob("*") if is_image(path.name))
     if not paths:
-        raise DataError(f"{folder} holds no images; expected files ending in {' '.join(_ENDINGS)}")
+        raise DataError(
+            f"{folder} holds no images; expected files ending in {' '.join(IMAGE_SUFFIXES)}"
+        )
     by_stem: dict[str, Path] = {}
     for path in paths:
         stem = composed(path.relative_to(folder).with_suffix("").as_posix())

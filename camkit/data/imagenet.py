@@ -386,6 +386,12 @@ class ImageNetSFolder:
                     mask = mask_of.get(photo.stem)
                     yield Sample(photo.stem, photo, mask, classes, IMAGENET_S_FORM)
 
+    def describe(self) -> tuple[str, ...]:
+        """Say what each file was taken for."""
+        names = f"{len(self.classes)} classes, in the order of their WordNet ids"
+        folders = (f"{split}/: one folder for each class" for split in self.splits)
+        return (f"ImageNet-S: {names}; ids are colours, 1000 is not scored", *folders)
+
 
 def open_imagenet_s(root: str | Path) -> ImageNetSFolder:
     """Find the classes and splits of a folder of ImageNet-S.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from camkit.data.camfiles import read_arrays
+from camkit.data.arrays import read_arrays
 from camkit.data.names import NameIndex, composed, numbered_lines
 from camkit.data.records import Label, Records, json_records, table_records
 from camkit.data.tables import read_table

@@ -8,10 +8,10 @@ from typing import Any
 
 from camkit.data.text import read_text
 from camkit.errors import DataError, closest
+from camkit.formats import IMAGE_SUFFIXES
 from camkit.untrusted import read_json
 
-_FORMATS = "jpg jpeg jpe jfif png webp bmp tif tiff gif avif heic heif jxl jp2"
-_SUFFIXES = _FORMATS.split()
+_SUFFIXES = [suffix[1:] for suffix in IMAGE_SUFFIXES]
 _WITH_SUFFIX = re.compile(
     rf"(?P<name>.*?\.(?:{'|'.join(_SUFFIXES)}))(?:[\s,;]+(?P<rest>.*))?$", re.IGNORECASE
 )

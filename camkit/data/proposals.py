@@ -1,8 +1,5 @@
 """Mask proposals in files: what segment-anything writes, COCO encodings, masks, label images."""
 
-import json
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +7,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from camkit.data.arrays import read_arrays
 from camkit.data.sample import mask_values
-from camkit.data.text import read_text
 from camkit.errors import DataError, nearby
 from camkit.ops.mask_runs import MaskRuns
 from camkit.photo import decode
+from camkit.untrusted import read_json
 
 SUFFIXES = (".json", ".png", ".npy", ".npz")
 
@@ -113,10 +111,7 @@ def _without(labels: np.ndarray, unlabelled: int | None) -> np.ndarray:
 
 
 def _of_json(path: Path) -> list[Any]:
-    try:
-        content = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); correct it") from error
+    content = read_json(path)
     if isinstance(content, dict):
         content = content.get("annotations", [content] if "counts" in content else None)
     if not isinstance(content, list) or not all(isinstance(each, dict) for each in content):
@@ -128,20 +123,12 @@ def _of_json(path: Path) -> list[Any]:
 
 
 def _of_numpy(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            content = np.load(file, allow_pickle=False)
-            if not isinstance(content, np.ndarray):
-                arrays = dict(content)
-                if len(arrays) != 1:
-                    listed = ", ".join(arrays) or "nothing"
-                    raise DataError(f"{path} must hold one array of masks or labels, got {listed}")
-                content = next(iter(arrays.values()))
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(
-            f"{path} cannot be read without opening a pickle ({error}); save masks or labels as a "
-            "plain array"
-        ) from error
+    content = read_arrays(path, pickles=False)
+    if isinstance(content, dict):
+        if len(content) != 1:
+            listed = ", ".join(content) or "nothing"
+            raise DataError(f"{path} must hold one array of masks or labels, got {listed}")
+        content = next(iter(content.values()))
     return content
 
 

@@ -3,7 +3,6 @@
 import io
 import math
 import pickle
-import pickletools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from camkit.errors import DataError
+from camkit.data.opcodes import check_opcodes
+from camkit.errors import DataError, one_line
 
 _DAMAGED = (
     pickle.UnpicklingError,
@@ -55,10 +55,15 @@ def unpickle(data: bytes, source: Path) -> object:
         ) from error
     except _DAMAGED as error:
         raise DataError(
-            f"{source} holds a damaged pickle or objects other than arrays ({error}); "
+            f"{source} holds a damaged pickle or objects other than arrays ({_in_short(error)}); "
             "write it again"
         ) from error
     return content
+
+
+def _in_short(error: Exception) -> str:
+    # a key may be megabytes of the file, which the error would repeat
+    return one_line(error, most=120) or type(error).__name__
 
 
 class _ForbiddenNameError(Exception):
@@ -151,13 +156,7 @@ class _Reader(pickle.Unpickler):
 
 
 def _load(file: io.BytesIO, names: Mapping[tuple[str, str], object]) -> Any:
-    start = file.tell()
-    end = len(file.getbuffer())
-    for opcode, argument, _ in pickletools.genops(file):
-        # the unpickler allocates every slot below the highest one, whether it is used or not
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > end:
-            raise pickle.UnpicklingError("its memory slots do not fit its length")
-    file.seek(start)
+    check_opcodes(file, len(file.getbuffer()))
     return _Reader(file, names).load()
 
 
@@ -167,6 +166,8 @@ def _to_plain(value: object) -> object:
         value = array.item() if array.dtype == object and array.shape == () else array
     if isinstance(value, dict):
         # class maps need one level; deeper ones may share parts and grow without end
+        if not all(isinstance(key, str | int) for key in value):
+            raise pickle.UnpicklingError("a key is neither a name nor a number")
         return {key: v.array() if isinstance(v, _Array) else v for key, v in value.items()}
     return value
 
@@ -177,6 +178,8 @@ def _numbers(
     if isinstance(raw, str):
         raw = raw.encode("latin1")
     number = dtype.numbers()
+    if not all(type(side) is int and side >= 0 for side in shape):
+        raise pickle.UnpicklingError("an array has no shape")
     if len(raw) != math.prod(shape) * number.itemsize:
         raise pickle.UnpicklingError(f"{len(raw)} bytes are no array of shape {shape}")
     return np.ndarray(shape, number, buffer=raw, order=order)
@@ -208,6 +211,8 @@ def _rebuild_tensor(
     storage: _Array, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> _Array:
     values = storage.array()
+    if not all(type(side) is int for side in (offset, *size, *stride)):
+        raise pickle.UnpicklingError("a tensor has no shape")
     reach = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     count = math.prod(size)
     if min((offset, *size, *stride)) < 0 or count > values.size:

@@ -115,6 +115,8 @@ def attach_to(
 ) -> "Handle":
     """Let ``edit`` change blocks of a host as `attach` does, with its errors.
 
+    Forwards of other threads and asyncio tasks stay as they are.
+
     With ``skip_replaced``, the MLP of the last block is not computed for patches that the edit
     replaces behind it, where a trial shows that the class token stays the same. This needs a model
     whose hooks are all camkit's, and is done in evaluation mode without gradients only.
@@ -124,6 +126,7 @@ def attach_to(
     blocks = blocks if isinstance(blocks, str) else as_blocks("blocks", blocks)
     editor = Editor(host, edit, blocks, None)
     editor.skip_replaced = skip_replaced and getattr(edit, "replaces_patches", False)
+    editor.own_context = True
     return Handle(editor, host)
 
 
@@ -274,6 +277,7 @@ class Editor(Subscriber[EditedPass]):
     """
 
     pass_type = EditedPass
+    own_context = False
     skip_replaced = False
 
     def __init__(

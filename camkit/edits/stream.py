@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from threading import local
+from threading import get_ident, local
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -159,8 +159,10 @@ class BlockStream:
             return
         only = {"axis": axis, "place": place, "count": tokens.shape[axis]}
 
-        def narrow(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (_only(given[0], **only), *given[1:])
+        thread = get_ident()
+
+        def narrow(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            return (_only(given[0], **only), *given[1:]) if get_ident() == thread else None
 
         handle = route.given_sum.register_forward_pre_hook(narrow)
         try:

@@ -75,8 +75,8 @@ def build(architectures: Sequence[int] | None = None, *, selection: Selection = 
     folder = loader.cache_folder()
     if folder is None:
         raise CamkitError(
-            f"compiled kernels cannot be written to {loader.named_cache() or 'any folder'}; name a "
-            "folder in CAMKIT_CACHE"
+            f"compiled kernels cannot be written to {loader.named_cache() or 'any folder'}, or "
+            "others may write there; name a folder in CAMKIT_CACHE"
         )
     with _locked(folder / f"attention-{key}.lock"):
         return _cached(key, targets) or _compile(folder, key, targets, selection)
@@ -179,6 +179,7 @@ def _compile(folder: Path, key: str, targets: Sequence[int], selection: Selectio
         _run([*link, *torch_library()])
         stem = f"attention-{key}-{'_'.join(map(str, targets))}-{loader.digest(built.read_bytes())}"
         log.replace(folder / f"{stem}.log")
+        built.chmod(0o755)
         built.replace(folder / f"{stem}.so")  # atomic
     return folder / f"{stem}.so"
 

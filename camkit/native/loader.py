@@ -6,6 +6,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -133,6 +134,7 @@ def _kept(library: bytes, stem: str, folders: list[Path]) -> ctypes.CDLL:
         draft = path.with_suffix(f".{os.getpid()}")
         try:
             draft.write_bytes(library)
+            draft.chmod(0o755)
             draft.replace(path)  # atomic
             return ctypes.CDLL(str(path))
         except OSError as error:
@@ -149,9 +151,44 @@ def built_libraries(stem: str) -> Iterator[Path]:
     A name ends in the digest of the file: loading an incomplete library can crash the process.
     """
     for folder in _caches():
+        if not folder.is_dir() or _refused(folder):
+            continue
         for path in sorted(folder.glob(f"{stem}-*.so")):
-            if path.stem.rpartition("-")[2] == digest(path.read_bytes()):
+            if not _refused(path) and path.stem.rpartition("-")[2] == digest(path.read_bytes()):
                 yield path
+
+
+def _refused(path: Path) -> bool:
+    """Return whether to leave a folder or a library alone, and warn about it once."""
+    reason = others_write(path)
+    if reason is not None:
+        _warn(f"{path} is not used: {reason}")
+    return reason is not None
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    _LOG.warning("%s", text)
+
+
+def others_write(path: Path) -> str | None:
+    """Return why another user could have put code there, and what to do; None if none could.
+
+    What is loaded from the cache runs as this user. Its folder and files must belong to the user or
+    to root, and neither group nor others may write to them; no folder above may be open to all.
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    status = path.stat()
+    if status.st_uid not in (os.getuid(), 0):
+        return "it belongs to another user; name a folder of your own in CAMKIT_CACHE"
+    if status.st_mode & 0o022:
+        return f"others may write to it; run `chmod go-w {shlex.quote(str(path))}`"
+    for folder in path.resolve().parents:
+        mode = folder.stat().st_mode
+        if mode & 0o002 and not mode & stat.S_ISVTX:
+            return f"anybody may replace it in {folder}; name another folder in CAMKIT_CACHE"
+    return None
 
 
 def _caches() -> list[Path]:
@@ -192,7 +229,7 @@ def _locked(path: Path) -> Iterator[None]:
         raise OSError("camkit compiles nothing on Windows")
     import fcntl
 
-    with path.open("w") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "w") as file:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -227,7 +264,7 @@ def _temporary_cache() -> Path | None:
 
 
 def cache_folder() -> Path | None:
-    """Return the folder of the cache, created; None if nothing can be written there."""
+    """Return the folder of the cache, created; None if nothing can be written or trusted there."""
     folder = named_cache()
     return folder if folder is not None and _writable(folder) else None
 
@@ -236,7 +273,7 @@ def _writable(folder: Path) -> bool:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return True
+            return not _refused(folder)
     except OSError:
         return False
 

@@ -18,14 +18,13 @@ from camkit.data.sample import unique_values
 from camkit.data.targets.packed import PackedPhoto
 from camkit.data.targets.regions import VOID, Region, Regions, regions_of
 from camkit.errors import DataError
+from camkit.levels import orientation, upright_rgb, upright_size
 from camkit.manifest import unfinished
-from camkit.photo import upright_rgb
+from camkit.photo import opened, opened_bytes
 from camkit.printing import short_repr
 from camkit.tensors import IGNORE, IGNORE_16
 
 Photos: TypeAlias = Literal["copy", "link", "none"]
-
-_ORIENTATION = 0x0112  # of the EXIF tags
 
 
 @dataclass(frozen=True)
@@ -272,21 +271,20 @@ def encoded_photo(
         if image.photo.shape[:2] != image.size:
             raise DataError(_other_size(image, image.photo.shape[:2]))
         return (".jpg", _jpeg(image.photo)) if jpeg else (".png", png_bytes(image.photo))
-    packed = image.photo if isinstance(image.photo, PackedPhoto) else None
-    content = None if packed is None else packed.read()
-    opened = image.photo if isinstance(image.photo, Path) else io.BytesIO(content or b"")
-    try:
-        with Image.open(opened) as picture:
-            orientation = picture.getexif().get(_ORIENTATION, 1)
-            size = picture.size if orientation > 4 else picture.size[::-1]
-            if size != image.size:
-                raise DataError(_other_size(image, size))
-            if orientation in (0, 1) and (picture.format == "JPEG" or not jpeg):
-                stated = ".jpg" if picture.format == "JPEG" else f".{picture.format}".lower()
-                return ".jpg" if jpeg else image.photo.suffix.lower() or stated, content
-            pixels = upright_rgb(picture)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{image.photo} cannot be read as an image ({error})") from error
+    content = image.photo.read() if isinstance(image.photo, PackedPhoto) else None
+    opening = (
+        opened(image.photo)
+        if isinstance(image.photo, Path)
+        else opened_bytes(content or b"", str(image.photo))
+    )
+    with opening as picture:
+        size = upright_size(picture)
+        if size != image.size:
+            raise DataError(_other_size(image, size))
+        if orientation(picture) == 1 and (picture.format == "JPEG" or not jpeg):
+            stated = ".jpg" if picture.format == "JPEG" else f".{picture.format}".lower()
+            return ".jpg" if jpeg else image.photo.suffix.lower() or stated, content
+        pixels = upright_rgb(picture)
     plan.tally.reencoded += 1
     return ".jpg", _jpeg(pixels)
 

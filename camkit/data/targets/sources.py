@@ -1,11 +1,10 @@
 """Where exported masks come from: results, bulk runs, folders of PNGs, data sets."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -14,18 +13,18 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from camkit.data.camfiles import read_cam
-from camkit.data.names import on_disk
 from camkit.data.sample import DataSet, Sample, mask_ids, mask_values
 from camkit.data.targets.packed import PackedPhoto, packed_photo
 from camkit.data.targets.plan import MaskedImage
 from camkit.data.targets.regions import VOID
 from camkit.errors import DataError
+from camkit.formats import find_image
 from camkit.ops.images import resize_cam
 from camkit.tensors import IGNORE, IGNORE_16
+from camkit.untrusted import read_json
 
 MANIFEST, _ERRORS, _JOURNAL = "manifest.jsonl", "errors.tsv", "journal.sqlite"
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
-_PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG", "")
 _CAMS = (".npy", ".npz", ".safetensors")
 
 
@@ -103,12 +102,12 @@ class RunMasks:
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         path = self.root / MANIFEST
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    row = json.loads(line)
-                    row["key"], row["legend"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    row = read_json(line, path)
+                    _check_row(row)
+                except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
                     raise DataError(
                         f"{path}, line {number} is no line of a bulk run's manifest ({error!r}); "
                         "give the same command of `camkit run` again, which writes it anew"
@@ -130,7 +129,7 @@ class RunMasks:
             yield Entry(row["key"], None, partial(self._read, row))
 
     def _read(self, row: dict[str, Any]) -> MaskedImage:
-        photo: Path | PackedPhoto | None = find_photo(self.images_folder, row["key"])
+        photo: Path | PackedPhoto | None = find_image(self.images_folder, row["key"])
         if photo is None and Path(row["source"]).is_file():
             photo = Path(row["source"])
         photo = photo or packed_photo(row["source"])
@@ -178,7 +177,7 @@ class FolderMasks:
     def _read(self, place: str, path: Path) -> MaskedImage:
         first, _, rest = place.partition("/")
         key = rest if first in _SPLITS and rest else place
-        photo = find_photo(self.images_folder, place) or find_photo(self.images_folder, key)
+        photo = find_image(self.images_folder, place) or find_image(self.images_folder, key)
         mask = read_values(path)
         size = (mask.shape[0], mask.shape[1])
         maps = None if self.cams is None else partial(self._maps, self.cams, key, size)
@@ -241,14 +240,6 @@ def merged(legends: Iterable[tuple[Mapping[int, str], str]]) -> dict[int, str]:
     return dict(sorted(whole.items()))
 
 
-def find_photo(folder: Path | None, key: str) -> Path | None:
-    """Return the photo of a key below a folder, if there is one."""
-    if folder is None:
-        return None
-    paths = (on_disk(folder / f"{key}{suffix}") for suffix in _PHOTOS)
-    return next((path for path in paths if path.is_file()), None)
-
-
 def read_values(path: Path) -> Int[np.ndarray, "H W"]:
     """Read a mask of ids, with `VOID` for void."""
     values = mask_values(path)
@@ -274,6 +265,18 @@ def check_values(image: MaskedImage, legend: Mapping[int, str]) -> None:
 
 def _in_short(values: list[int]) -> str:
     return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "") or "none"
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """Raise for a line of a manifest that no bulk run writes, with files outside its folder."""
+    _legend_of(row)
+    for name in ("key", "source", "mask", "cam"):
+        text = row[name] if name in ("key", "source") else row.get(name)
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{name} is no text")
+    for path in map(PurePosixPath, (row.get("mask") or "", row.get("cam") or "")):
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{path} lies outside the folder")
 
 
 def _legend_of(row: dict[str, Any]) -> dict[int, str]:
