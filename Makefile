@@ -9,7 +9,7 @@ CAMKIT_DATA ?= $(wildcard ../shared/data)
 export CAMKIT_DATA
 
 .NOTPARALLEL:
-.PHONY: demo test lowest check lint types layers docs package bench clean
+.PHONY: demo test lowest processors sanitize check lint types layers docs package bench clean
 
 # What a user installs is enough for this one.
 demo: $(VENV)/.made
@@ -23,8 +23,27 @@ test: $(VENV)/.installed
 lowest:
 	$(PYTHON) -m venv out/lowest
 	out/lowest/bin/python -m pip --disable-pip-version-check install -q -c .ci/lowest.txt -e . \
-		beartype hypothesis matplotlib open_clip_torch pyarrow pycocotools pytest pytest-xdist setuptools torchmetrics transformers
+		beartype einops hypothesis matplotlib open_clip_torch pyarrow pycocotools pytest pytest-xdist 'setuptools>=77' torchmetrics \
+		transformers
 	OMP_NUM_THREADS=1 out/lowest/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Tests in which rounding shows, as other processors and numbers of threads round.
+TOUCHY := $(addprefix tests/test_,mean_field.py crf.py same_bits.py pipeline.py result.py reweight.py ops_attention.py views.py guided.py \
+	fitting.py outputs.py)
+processors: $(VENV)/.installed
+	for capability in default avx2; do for threads in 1 2; do \
+		echo "+ ATEN_CPU_CAPABILITY=$$capability, $$threads threads"; \
+		ATEN_CPU_CAPABILITY=$$capability OMP_NUM_THREADS=$$threads CAMKIT_TEST_THREADS=$$threads \
+			$(BIN)/python -m pytest -q $(TOUCHY) || exit 1; \
+	done; done
+
+# The compiled dense CRF under the address and undefined-behaviour sanitizers of g++.
+SANITIZED := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+sanitize: $(VENV)/.installed
+	rm -rf out/sanitized
+	CXX="g++ $(SANITIZED)" CAMKIT_CACHE=$(CURDIR)/out/sanitized ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest -q tests/test_mean_field.py
 
 check: lint types layers
 
@@ -43,14 +62,17 @@ docs: $(VENV)/.installed
 	$(BIN)/codespell README.md docs examples camkit
 	$(BIN)/python docs/make_site.py
 
-# Wheel and sdist, what is said of them, and the demo from the wheel in a fresh environment outside this folder.
+# The sdist and the wheel of this platform in dist/, the pure wheel in dist/pure/, what is said of them, and the demo from the wheel in a
+# fresh environment outside this folder, where no compiler is found.
 package: $(VENV)/.installed
 	rm -rf dist build out/from_wheel
 	$(BIN)/python -m build
-	$(BIN)/twine check --strict dist/*
+	CAMKIT_BUILD=pure $(BIN)/python -m build --wheel --outdir dist/pure
+	$(BIN)/twine check --strict dist/*.* dist/pure/*
 	$(PYTHON) -m venv out/from_wheel/venv
 	out/from_wheel/venv/bin/python -m pip --disable-pip-version-check install -q dist/*.whl
-	cd out/from_wheel && venv/bin/camkit demo --model demo --photos 1 --out demo
+	cd out/from_wheel && PATH= venv/bin/camkit demo --model demo --photos 1 --out demo
+	cd out/from_wheel && PATH= venv/bin/camkit info
 	rm -rf out/from_wheel
 
 # Published tables; many hours on two cores. benchmarks/README.md says what each script measures, and which are not among these.

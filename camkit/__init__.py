@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from camkit.seeds import GradientSeed as GradientSeed, Views as Views
     from camkit.vocabulary import Vocabulary as Vocabulary
 
-    __version__: str
+__version__ = "0.1.0"
 
 _MODULES = {  # of each name above; imported on first use, so that `camkit --help` needs no torch
     "capture": ("Capture", "watch"),
@@ -85,10 +85,6 @@ __all__ = [*_MODULE_OF, *_PACKAGES]  # noqa: PLE0604 - all are strings
 
 def __getattr__(name: str) -> Any:
     """Import a name when it is first used."""
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("camkit")
     if name in _MODULE_OF:
         value = getattr(import_module(f"camkit.{_MODULE_OF[name]}"), name)
         globals()[name] = value  # the next use finds it at once
@@ -99,4 +95,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*globals(), *__all__})

@@ -6,8 +6,6 @@ import platform
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from camkit import __version__
 from camkit.torch_internals import tree_leaves, whole_tensor
 
 _HASHES: "WeakKeyDictionary[nn.Module, tuple[object, str]]" = WeakKeyDictionary()
@@ -136,15 +135,10 @@ def provenance(model: nn.Module) -> dict[str, Any]:
     return {"weights_sha256": weights_hash(model), "environment": environment()}
 
 
-@cache
-def _version(package: str) -> str:
-    return version(package)  # it reads a file
-
-
 def environment() -> dict[str, Any]:
     """Return versions and machine, JSON-ready."""
     return {
-        "camkit": _version("camkit"),
+        "camkit": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

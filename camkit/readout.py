@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from camkit import __version__
 from camkit.errors import DataError
 from camkit.manifest import unfinished
 from camkit.printing import short_repr
@@ -210,7 +210,7 @@ class Readout:
     photos: int
     origin: Origin
     form: Form = "auto"
-    made_with: str = field(default_factory=lambda: version("camkit"))
+    made_with: str = field(default=__version__)
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):

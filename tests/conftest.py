@@ -25,7 +25,8 @@ def _allow_torchvision_without_its_kernels():
 _allow_torchvision_without_its_kernels()
 if os.environ.get("CAMKIT_DATA"):  # tests and their child processes change the working directory
     os.environ["CAMKIT_DATA"] = str(Path(os.environ["CAMKIT_DATA"]).absolute())
-torch.set_num_threads(1)  # on tiny models a second thread is waited for longer than it works
+# on tiny models a second thread is waited for longer than it works; `make processors` takes two
+torch.set_num_threads(int(os.environ.get("CAMKIT_TEST_THREADS", "1")))
 
 SLOWEST_FILES = (
     *("ray_engine", "contract_compile", "cuda_emulation", "run_command", "bulk", "cli_files"),

@@ -1,8 +1,10 @@
 """Work on many files: failures and deaths stop nothing else, and files are matched by name."""
 
+import ast
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +210,42 @@ def runs(process):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("works", [True, False])
+def test_one_process_compiles_the_crf_for_all_workers_and_says_so_once(tmp_path, works):
+    """A fresh process with an empty cache; the compiler optimises less, to be quick."""
+    compiler = shutil.which("c++") or shutil.which("g++") or pytest.skip("no C++ compiler")
+    script = tmp_path / "compiler.sh"
+    run = f'exec {compiler} "$@" -O0' if works else "exit 3"
+    script.write_text(f"#!/bin/sh\necho >> {tmp_path}/runs\n{run}\n")
+    script.chmod(0o755)
+    code = (
+        "from workers import Refines; from camkit import DenseCRF, chain\n"
+        "from camkit.bulk import run_jobs\n"
+        "if __name__ == '__main__':\n"
+        "    work = Refines(chain(DenseCRF(steps=1)))\n"
+        "    print([result for _, result in run_jobs(work, list(range(6)), workers=2)])"
+    )
+    (tmp_path / "main.py").write_text(code)
+    environment = {name: os.environ[name] for name in os.environ if name != "CAMKIT_NATIVE"}
+    environment |= {
+        "CXX": str(script),
+        "CAMKIT_CACHE": str(tmp_path / "cache"),
+        "TMPDIR": str(tmp_path),
+    }
+    environment |= {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
+    command = [sys.executable, str(tmp_path / "main.py")]
+    ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    used = [native for _, native in ast.literal_eval(ran.stdout)]
+    assert used == 6 * [works]
+    assert len((tmp_path / "runs").read_text().splitlines()) == 1
+    said = [line for line in ran.stderr.splitlines() if "dense_crf" in line]
+    assert [line.partition(" with ")[0] for line in said[:1]] == ["compiling dense_crf"]
+    assert [line.partition(",")[0] for line in said[1:]] == (
+        [] if works else ["dense_crf runs in plain torch"]
+    )
 
 
 # A capture without a model

@@ -5,7 +5,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -13,7 +12,9 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.torch_version import TorchVersion
 
+import camkit
 from camkit.cli import COMMANDS, command_module, main
 from camkit.cli.models import open_model
 from camkit.data import write_shapes
@@ -111,7 +112,7 @@ def test_without_arguments_the_commands_are_listed(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [("--help", "Segment photos"), ("--version", version("camkit")), ("paint", "no command")],
+    [("--help", "Segment photos"), ("--version", camkit.__version__), ("paint", "no command")],
 )
 def test_help_and_version_do_without_torch(arguments, words):
     """In a fresh process; they take 0.1 seconds then, and importing torch takes seconds."""
@@ -195,7 +196,13 @@ def test_a_misspelt_photo_is_told_before_the_model_is_opened(tmp_path, capsys):
         ("eval shapes/SegmentationClass --gt shaeps", "did you mean shapes?"),
         ("demo --photos 0", "--photos and --images must be at least 1"),
         ("doctor demo --size 31", "cannot be run on images of shape (1, 3, 31, 31)"),
-        ("build-kernels --arch 7", "must be 80 or newer, got 7"),
+        pytest.param(
+            "build-kernels --arch 7",
+            "must be 80 or newer, got 7",
+            marks=pytest.mark.skipif(
+                TorchVersion(torch.__version__) < TorchVersion("2.10"), reason="needs torch 2.10"
+            ),
+        ),
     ],
 )
 def test_wrong_files_and_values_are_told_in_one_line(tmp_path, capsys, words, expected):
@@ -537,3 +544,26 @@ def test_a_dotted_path_names_a_class_and_a_wrong_one_is_told(tmp_path, capsys):
     assert manifest(tmp_path / "made" / "a")["seed"].startswith("LogitLensSeed(layer=1")
     assert cam(path, "--classes", "cat", "--seed", "camkit.contrib.Nothing") == 1
     assert "camkit.contrib.Nothing: cannot import this seed" in one_line(capsys)
+
+
+def test_info_tells_what_a_bug_report_needs(capsys, monkeypatch, tmp_path):
+    """The home folder is not named; the states are those of the environment set here."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CAMKIT_CACHE", str(tmp_path / "compiled"))
+    monkeypatch.setenv("CAMKIT_NATIVE", "0")
+    monkeypatch.setenv("CAMKIT_KERNEL", "0")
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["camkit"].startswith(f"{camkit.__version__}, ")
+    assert found["versions"]["torch"] == torch.__version__
+    used = found["used"]
+    assert used["dense CRF on the CPU"] == "plain torch: switched off by CAMKIT_NATIVE=0"
+    assert used["attention on CUDA"].startswith("plain torch: switched off by CAMKIT_KERNEL=0")
+    assert found["caches"]["compiled code"] == "~/compiled, not there yet"
+    assert found["environment"]["CAMKIT_CACHE"] == "~/compiled"
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert str(tmp_path) not in text
+    for title, rows in found.items():
+        assert f"{title}:\n" in text
+        assert all(value in text for value in rows.values())

@@ -10,12 +10,16 @@ import threading
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from camkit.cli import main
 from camkit.errors import CamkitError
 from camkit.native import kernels, loader
 from camkit.ops import kernel_ops
 
+pytestmark = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < TorchVersion("2.10"), reason="the kernels need torch 2.10"
+)
 ARCHITECTURES = (80, 90)
 # the width of nearly all Vision Transformers; float16 takes the same registers as bfloat16
 PART = kernels.Selection(widths=(64,), dtypes=(torch.bfloat16, torch.float32))

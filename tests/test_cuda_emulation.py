@@ -8,8 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulation import mutants
+from torch.torch_version import TorchVersion
 
 from camkit.ops.doei_tail import plain_scores
+
+pytestmark = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < TorchVersion("2.10"), reason="the kernels need torch 2.10"
+)
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 # what rounding to the dtype costs a result of that dtype, relative, and a result in float32

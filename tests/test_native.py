@@ -4,10 +4,11 @@ import logging
 import multiprocessing
 import os
 import shutil
+import subprocess
 
 import pytest
 
-from camkit.native import loader
+from camkit.native import loader, sources
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -19,6 +20,9 @@ def cache(tmp_path, monkeypatch):
     (tmp_path / "tiny.cpp").write_text(SOURCE)
     monkeypatch.setattr(loader, "__file__", str(tmp_path / "library.py"))
     monkeypatch.setenv("CAMKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "temporary").mkdir()
     monkeypatch.delenv("CAMKIT_NATIVE", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     loader._load.cache_clear()
@@ -48,12 +52,17 @@ def reloaded():
     return loader.load("tiny")
 
 
+def libraries(folder):
+    return sorted(folder.glob("*.so"))
+
+
 def test_a_source_is_compiled_once_and_found_again(cache, compiler):
     assert loader.load("tiny").answer() == 42
     assert loader.load("tiny") is loader.load("tiny")
     assert reloaded().answer() == 42
     assert compiler() == 1
-    assert len(list(cache.iterdir())) == 1
+    assert len(libraries(cache)) == 1
+    assert {path.suffix for path in cache.iterdir()} == {".so", ".lock"}
 
 
 def test_a_changed_source_is_compiled_anew(cache, compiler):
@@ -73,17 +82,40 @@ def test_a_changed_header_compiles_anew(cache, compiler):
     assert reloaded().answer() == 43
 
 
-def test_another_compiler_compiles_anew(cache, compiler, monkeypatch):
+def test_a_library_outlives_its_compiler(cache, compiler, monkeypatch):
     loader.load("tiny")
     script(cache.parent, monkeypatch, f'[ "$1" = --version ] && echo newer\nexec {COMPILER} "$@"')
-    reloaded()
-    assert len(list(cache.iterdir())) == 2
+    assert reloaded().answer() == 42
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(cache))
+    assert reloaded().answer() == 42
+    assert len(libraries(cache)) == 1
+    assert loader.native_state("tiny") == f"compiled here: {libraries(cache)[0]}"
+
+
+def test_a_library_that_came_with_the_package_needs_neither_compiler_nor_cache(
+    cache, monkeypatch, caplog
+):
+    """As in a wheel: the file has the name that the sources give, and nothing is said of it."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    shipped = cache.parent / "compiled"
+    shipped.mkdir()
+    source = cache.parent / "tiny.cpp"
+    library = shipped / f"{sources.stem(source, wide=False)}.so"
+    subprocess.run(sources.command(source, library, wide=False), check=True)
+    monkeypatch.setenv("PATH", str(cache))
+    assert loader.load("tiny").answer() == 42
+    assert loader.native_state("tiny") == f"compiled, shipped with camkit: {library}"
+    assert (caplog.records, cache.exists()) == ([], False)
+    source.write_text(SOURCE.replace("42", "43"))  # the file no longer belongs to the source
+    assert reloaded() is None
 
 
 @pytest.mark.parametrize("keep", [0, 100, 4096])
 def test_a_file_cut_short_is_not_loaded_but_built_again(cache, compiler, keep):
     loader.load("tiny")
-    (built,) = cache.iterdir()
+    (built,) = libraries(cache)
     # a new file in its place: the old one is still mapped into this process
     whole = built.read_bytes()
     built.unlink()
@@ -99,11 +131,13 @@ def test_a_compiler_that_fails_is_told_once_with_its_last_line(cache, monkeypatc
     with caplog.at_level(logging.INFO, "camkit"):
         assert loader.load("tiny") is None
         assert loader.load("tiny") is None
-    (record,) = caplog.records
-    assert record.levelno == logging.INFO
-    assert record.getMessage().startswith("tiny runs in plain torch, slower: ")
-    assert record.getMessage().endswith("failed with 3: no header x.h")
-    assert not list(cache.iterdir())
+    begun, ended = caplog.records
+    assert (begun.levelno, ended.levelno) == (logging.WARNING, logging.WARNING)
+    assert begun.getMessage().startswith("compiling tiny with ")
+    assert begun.getMessage().endswith(f"it is kept in {cache}")
+    assert ended.getMessage().startswith("tiny runs in plain torch, slower: ")
+    assert ended.getMessage().endswith("failed with 3: no header x.h")
+    assert not libraries(cache)
 
 
 def test_no_compiler_is_told_with_the_way_to_get_one(cache, monkeypatch, caplog):
@@ -135,14 +169,64 @@ def test_the_environment_switches_it_off_and_on(cache, compiler, monkeypatch):
     assert loader.load("tiny").answer() == 42
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(cache, compiler, monkeypatch):
+def test_where_the_cache_cannot_be_written_a_private_temporary_folder_is_used(
+    cache, compiler, monkeypatch
+):
     cache.write_text("a file where a folder should be")
-    monkeypatch.setenv("TMPDIR", str(cache.parent))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    before = set(cache.parent.iterdir())
     assert loader.load("tiny").answer() == 42
-    left = {path.name for path in set(cache.parent.iterdir()) - before}
-    assert left == {"runs"}
+    folder = cache.parent / "temporary" / f"camkit-{os.getuid()}"
+    assert len(libraries(folder)) == 1
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert reloaded().answer() == 42
+    assert compiler() == 1
+
+
+def test_a_temporary_folder_that_others_may_write_to_is_not_used(cache, compiler, caplog):
+    cache.write_text("a file where a folder should be")
+    folder = cache.parent / "temporary" / f"camkit-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert loader.load("tiny") is None
+    assert compiler() == 0
+    (record,) = caplog.records
+    assert f"compiled code cannot be kept in {cache}; name a folder in CAMKIT_CACHE" in caplog.text
+    assert record.levelno == logging.WARNING
+
+
+def test_a_library_that_cannot_be_loaded_from_the_cache_is_kept_elsewhere(
+    cache, compiler, monkeypatch
+):
+    """A file system may forbid execution; the error is that of a folder mounted with noexec."""
+    real = loader.ctypes.CDLL
+
+    def refuse(path):
+        if str(path).startswith(str(cache)):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return real(path)
+
+    monkeypatch.setattr(loader.ctypes, "CDLL", refuse)
+    assert loader.load("tiny").answer() == 42
+    assert reloaded().answer() == 42
+    assert compiler() == 1
+    assert "temporary" in loader.native_state("tiny")
+
+
+def test_workers_of_a_process_that_could_not_compile_do_not_try(cache, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(cache))
+    assert loader.for_workers() == {}
+    assert loader.load("tiny") is None
+    assert loader.for_workers() == {"CAMKIT_NATIVE": "cached"}
+    monkeypatch.setenv("CAMKIT_NATIVE", "cached")
+    monkeypatch.setenv("PATH", os.defpath)
+    assert reloaded() is None
+    assert "CAMKIT_NATIVE=cached" in loader.native_state("tiny")
+
+
+def test_the_state_is_described_before_anything_is_compiled(cache, compiler, monkeypatch):
+    assert loader.native_state("tiny").startswith("compiled at first use by ")
+    assert compiler() == 0
+    monkeypatch.setenv("CAMKIT_NATIVE", "0")
+    assert loader.native_state("tiny") == "plain torch: switched off by CAMKIT_NATIVE=0"
 
 
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
@@ -152,7 +236,7 @@ def test_the_cache_is_where_the_system_keeps_such_files(cache, compiler, monkeyp
     monkeypatch.setenv(variable, str(cache))
     loader.load("tiny")
     folder = cache / "camkit" if variable == "XDG_CACHE_HOME" else cache / ".cache" / "camkit"
-    assert len(list(folder.iterdir())) == 1
+    assert len(libraries(folder)) == 1
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside threads
@@ -170,22 +254,25 @@ def test_processes_that_build_at_once_agree(cache, compiler):
     assert [answers.get() for _ in processes] == [42, 42]
     for process in processes:
         process.join()
-    built = [path for path in cache.iterdir() if path.suffix == ".so"]
-    assert len(built) == len(list(cache.iterdir())) >= 1
+    assert len(libraries(cache)) == compiler() == 1  # the other process waited
 
 
 @pytest.mark.parametrize("planted", ["folder", "library", "above"])
 @pytest.mark.parametrize("mode", [0o020, 0o002])
-def test_a_cache_that_others_may_write_to_is_not_used(cache, compiler, caplog, planted, mode):
+def test_a_cache_that_others_may_write_to_is_not_used(
+    cache, compiler, caplog, planted, mode, monkeypatch, tmp_path_factory
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))
+    monkeypatch.setattr("tempfile.tempdir", None)
     assert loader.load("tiny").answer() == 42
-    (library,) = cache.iterdir()
+    (library,) = libraries(cache)
     place = {"folder": cache, "library": library, "above": cache.parent}[planted]
     before = place.stat().st_mode
     place.chmod(before | mode)
     used = planted == "above" and mode == 0o020  # the group of a home folder
     try:
         with caplog.at_level(logging.WARNING, logger="camkit"):
-            assert reloaded().answer() == 42  # compiled anew, beside the cache
+            assert reloaded().answer() == 42  # compiled anew, in another folder
     finally:
         place.chmod(before)
     assert compiler() == (1 if used else 2)
@@ -210,4 +297,4 @@ def test_what_is_built_may_be_written_by_its_owner_alone(cache, compiler):
         loader.load("tiny")
     finally:
         os.umask(before)
-    assert [path.stat().st_mode & 0o022 for path in (cache, *cache.iterdir())] == [0, 0]
+    assert [path.stat().st_mode & 0o022 for path in (cache, *cache.iterdir())] == 3 * [0]

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from camkit.bulk.workers import _serve
+from camkit.capture import Capture
+from camkit.native.loader import load
 
 
 def double(item):
@@ -93,3 +95,15 @@ class DiesOfBlack:
         if capture.rgb[0, :, 0, 0].sum() == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return cam / 2
+
+
+@dataclass(frozen=True)
+class Refines:
+    """Refine a flat map of a black picture, and name the process and what it used."""
+
+    refiner: object
+
+    def __call__(self, _):
+        capture = Capture.of_picture(torch.zeros(1, 3, 8, 8))
+        self.refiner(torch.ones(1, 1, 8, 8), capture)
+        return os.getpid(), load("dense_crf") is not None

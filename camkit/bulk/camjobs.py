@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from camkit import __version__
 from camkit.bulk.camfiles import EVEN, CamFolder, ClassMaps, FileItem, read_maps, to_photo_size
 from camkit.bulk.items import Failure
 from camkit.bulk.journal import Journal
@@ -171,7 +171,7 @@ def write_all(
         raise DataError(f"{out} is the folder of the CAM files; choose another one for the results")
     items, failures = folder.items()
     settings = {
-        "camkit": version("camkit"),
+        "camkit": __version__,
         "job": repr(job),
         "cams": str(folder.cams.resolve()),
         "images": str(folder.images and folder.images.resolve()),

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import UInt8
 from torch import nn
 
+from camkit import __version__
 from camkit.fitting import GUESSES
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
@@ -168,7 +168,7 @@ class Recipe:
             text = json.dumps((names.names, names.members, names.values, names.candidates))
             classes = hashlib.sha256(text.encode()).hexdigest()[:16]
         settings = {
-            "camkit": version("camkit"),
+            "camkit": __version__,
             "source": str(source),
             "model": repr(self.model),
             "weights_sha256": weights_hash(model),

@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait as wait_for_any
 from threading import Lock, Thread
@@ -21,6 +22,8 @@ import torch
 
 from camkit.bulk.items import Failure
 from camkit.errors import CamkitError, one_line
+from camkit.native.loader import for_workers, load
+from camkit.refiners.crf import DenseCRF
 from camkit.screen import progress
 
 Item = TypeVar("Item")
@@ -52,7 +55,8 @@ class _WorkerProcess:
     def __init__(self, work: Callable[[Any], Any]) -> None:
         # The fork server has imported everything and forks workers at once; without it each worker
         # imports for itself. A plain fork would copy locks held by other threads of this process.
-        forks = "forkserver" in multiprocessing.get_all_start_methods()
+        # On a Mac, Apple's libraries do not survive a fork of a process that has loaded them.
+        forks = sys.platform == "linux" and "forkserver" in multiprocessing.get_all_start_methods()
         context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             context.set_forkserver_preload([__name__, "camkit.bulk.stages"])
@@ -60,7 +64,7 @@ class _WorkerProcess:
             _block_interrupts()
         for _ in range(_STARTS):
             self._pipe, theirs = context.Pipe()
-            arguments = (theirs, dict(os.environ))
+            arguments = (theirs, {**os.environ, **for_workers()})
             self._process = context.Process(target=_serve, args=arguments, daemon=True)
             try:
                 with _single_threaded():
@@ -175,6 +179,7 @@ class WorkerPool(Generic[Item, Result]):
         try:
             if count:
                 pickle.dumps(work)
+                _prepare(work)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"`work` cannot be sent to another process ({error}); define its functions and "
@@ -270,6 +275,21 @@ class WorkerPool(Generic[Item, Result]):
                 "find out what kills them, such as too little memory"
             )
         return outcomes
+
+
+def _prepare(work: object) -> None:
+    """Compile the dense CRF if workers will use it; else each would, or wait for another."""
+    if isinstance(work, DenseCRF):
+        if work.backend in ("auto", "native"):
+            load("dense_crf")
+    elif isinstance(work, partial):
+        _prepare((work.func, work.args, tuple(work.keywords.values())))
+    elif isinstance(work, tuple | list):
+        for part in work:
+            _prepare(part)
+    elif is_dataclass(work) and not isinstance(work, type):
+        for held in fields(work):
+            _prepare(getattr(work, held.name))
 
 
 def _block_interrupts() -> None:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from threading import current_thread, main_thread
 from types import ModuleType
 from typing import NoReturn
 
+from camkit import __version__
 from camkit.errors import CamkitError, closest, nearby, one_line
 
 COMMANDS = {
@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "Measure methods on a data set with masks: tuned on one split, reported on another.",
     "doctor": "Report what camkit recognises in a model, what works on it, and the line to start "
     "with.",
+    "info": "Report versions, devices, caches, and which code runs the dense CRF and attention.",
     "data": "Check a data set: every photo, mask and label, and what its splits share.",
     "refine": "Refine the CAM files of any codebase by their photos; needs no model and no GPU.",
     "mask": "Draw the CAM files of any codebase as masks: palette PNGs, class + 1 at each pixel.",
@@ -129,7 +130,7 @@ def _read(arguments: list[str]) -> argparse.Namespace:
         description="Pixel masks from a pretrained Vision Transformer and image-level labels.",
         epilog="`camkit COMMAND --help` shows examples.",
     )
-    parser.add_argument("--version", action="version", version=f"camkit {version('camkit')}")
+    parser.add_argument("--version", action="version", version=f"camkit {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     chosen = parser
     for name, summary in COMMANDS.items():

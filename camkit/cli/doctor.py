@@ -21,6 +21,7 @@ from camkit.diagnosis import diagnose
 from camkit.manifest import environment
 from camkit.method import PRESETS
 from camkit.native.kernels import kernel_state
+from camkit.native.loader import native_state
 from camkit.pipeline import wrap
 from camkit.seeds.views import ModelCall, stated_size
 
@@ -103,6 +104,7 @@ def execute(options: argparse.Namespace) -> int:
         if pipeline.passed_over:
             rows["presets not used"] = "; ".join(pipeline.passed_over)
     rows["kernels"] = kernel_state()
+    rows["dense CRF"] = native_state("dense_crf")
     rows["versions"] = ", ".join(f"{k} {v}" for k, v in environment().items())
     width = max(map(len, rows))
     for key, value in rows.items():

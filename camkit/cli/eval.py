@@ -6,12 +6,12 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
 import torch
 
+from camkit import __version__
 from camkit.bulk import (
     FileItem,
     ScoreResult,
@@ -117,7 +117,7 @@ def execute(options: argparse.Namespace) -> int:
             "shows nowhere; check the labels, and whether the truth marks objects with 255"
         )
     figures: dict[str, object] = {
-        "camkit": version("camkit"),
+        "camkit": __version__,
         "masks": str(options.masks),
         "truth": str(options.gt),
         "images": result.images,

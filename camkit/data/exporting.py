@@ -5,10 +5,10 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
 
+from camkit import __version__
 from camkit.data.layouts import DATASET_FILES, find_layout, open_dataset
 from camkit.data.names import NameIndex, read_image_names
 from camkit.data.sample import DataSet
@@ -392,7 +392,7 @@ def _record(summary: ExportSummary, entries: Iterable[str], options: ExportOptio
     """Write what the export is, which marks it as finished."""
     record = {
         "finished": True,
-        "camkit": version("camkit"),
+        "camkit": __version__,
         "entries": list(entries),
         **asdict(summary),
         "out": str(summary.out),

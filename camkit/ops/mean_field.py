@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from camkit.errors import CamkitError
-from camkit.native import load
+from camkit.native.loader import load, native_state
 from camkit.ops.finite import check_finite
 from camkit.ops.permutohedral import Lattice, lattice, packing
 from camkit.ops.similarity import check_shape
@@ -144,9 +144,8 @@ def _infer_native(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int) -> 
     library = load("dense_crf")
     if library is None:
         raise CamkitError(
-            "backend 'native' needs a C++ compiler (g++ or clang++, or its name in CXX) and "
-            "CAMKIT_NATIVE other than 0; the logger 'camkit' says at INFO what failed; "
-            "backend='torch' needs neither"
+            f"backend 'native' is not there ({native_state('dense_crf')}); install a wheel of "
+            "camkit for this platform or a C++ compiler, or use backend='torch'"
         )
     logs = scores.detach().float().clamp_min(LEAST_SCORE).log_().contiguous()
     rgb = rgb.contiguous()
@@ -173,7 +172,7 @@ def _infer_pydensecrf(scores: Tensor, rgb: Tensor, kernels: Kernels, steps: int)
     except ImportError as error:
         raise CamkitError(
             "backend 'pydensecrf' needs that library; install it with `pip install 'camkit[crf]'` "
-            "(Python below 3.13, g++ and the Python headers)"
+            "(it takes g++ and the Python headers, and does not build on Python 3.13 or newer)"
         ) from error
     refined = torch.empty_like(scores, memory_format=torch.contiguous_format)
     energies = scores.detach().float().clamp_min(LEAST_SCORE).log().neg().cpu().numpy()
@@ -208,11 +207,11 @@ def mean_field(
     are the negative logarithms of the scores (at least 1e-5), and their softmax is the start.
     Kernels are filters on the permutohedral lattice (`camkit.ops.permutohedral`).
 
-    All backends agree up to rounding: "native" is compiled on first use (`camkit.native`), runs
+    All backends agree up to rounding: "native" comes compiled or is compiled on first use, runs
     images on up to ``torch.get_num_threads()`` threads and lets other Python threads run; "torch"
     runs on any device and is differentiable in the scores; "pydensecrf" is that library, if it is
-    installed. "auto" is "native" for tensors on the CPU that need no gradient, if it can be
-    compiled, else "torch".
+    installed. "auto" is "native" for tensors on the CPU that need no gradient, if it is
+    there, else "torch".
 
     Args:
         scores: probabilities, summing to one over k. With one label they become one.
