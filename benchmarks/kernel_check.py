@@ -152,7 +152,9 @@ def outputs_of(
         "output": found.output,
         "normaliser": found.lse,
         "rows": found.rows,
-        "columns": reweight.class_columns(*given, tilt, columns=case.classes, **options),
+        "columns": reweight.rows_and_columns(*given, tilt, rows=0, columns=case.classes, **options)[
+            1
+        ],
         "affinity": reweight.affinity_mean(*given, tilt, skip=skip, **options),
         "affinity, added": affinity,
         "propagation": reweight.propagate_mean(*given, cam, tilt, skip=skip, **options),

@@ -62,7 +62,7 @@ def layer_ways(  # noqa: C901 - one function for each way
         found = reweight.reweighted_attention(q, k, v, weights, class_rows=classes)
         given = (q, k, found.lse, weights)
         if columns:
-            return found, reweight.class_columns(*given, columns=classes)
+            return found, reweight.rows_and_columns(*given, rows=0, columns=classes)
         if whole:
             reweight.add_affinity_(affinity, *given, skip=classes)
         return found
