@@ -9,7 +9,6 @@ its own (Linux). Nothing is said about a GPU, for which the channels are meant.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,9 +66,15 @@ def growth(way: str, images: int, side: int, train: str) -> float:
     """MiB that one call adds to the peak of this process."""
     heads, weights = inputs(images, side, torch.float32)
     step(way, [x[:, :, :9] for x in heads], weights[:, :9], train=train)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    before = resident("VmRSS")
     step(way, heads, weights, train=train)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (resident("VmHWM") - before) / 1024
+
+
+def resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def measure(rounds: int) -> list[dict[str, object]]:

@@ -20,12 +20,13 @@ compiled kernels (`camkit.native.kernels`) where they are built, elsewhere in pl
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from camkit.native.kernels import kernels_ready
-from camkit.ops import kernel_ops
+from camkit.native.kernels import kernels_ready, padded_width, run_kernel
+from camkit.ops import kernel_ops as kernel_ops  # declares the operators
 from camkit.ops.reweight_plain import at_least_float32, attend
 
 Heads = Float[Tensor, "b a t d"]
@@ -145,10 +146,11 @@ def add_affinity_(  # noqa: PLR0913 - all of one attention call
     _check_count(k, skip, "skip")
     q, k = _dense_heads(q.detach(), k.detach())
     settings = _settings(q, k, log_weights, scale, gated_rows)
-    compiled = affinity.is_contiguous() and affinity.dtype == torch.float32
-    operators = _operators(q, k) if compiled else torch.ops.camkit_plain
+    q, k, compiled = _padded(q, k)
+    compiled = compiled and affinity.is_contiguous() and affinity.dtype == torch.float32
     with torch.no_grad():
-        operators.affinity_mean_(affinity, q, k, lse.detach(), *settings, skip, alpha, beta)
+        values = (affinity, q, k, lse.detach(), *settings, skip, alpha, beta)
+        run_kernel("affinity_mean_", compiled, *values)
 
 
 def propagate_mean(  # noqa: PLR0913 - all of one attention call
@@ -192,9 +194,8 @@ def compiled_for(q: Tensor, *others: Tensor, width: int | None = None) -> bool:
 
 def _rows_and_columns(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     # the kernel takes all widths that are rows of 16 bytes
-    width = 64 if q.shape[-1] % 8 == 0 else None
-    operators = torch.ops.camkit if compiled_for(q, k, width=width) else torch.ops.camkit_plain
-    found: tuple[Tensor, Tensor] = operators.rows_and_columns(q, k, *rest)
+    compiled = q.shape[-1] % 8 == 0 and compiled_for(q, k, width=64)
+    found: tuple[Tensor, Tensor] = run_kernel("rows_and_columns", compiled, q, k, *rest)
     return found
 
 
@@ -210,12 +211,18 @@ def _read(  # noqa: PLR0913 - all of one attention call
 ) -> Tensor:
     q, k = _dense_heads(q, k)
     settings = _settings(q, k, log_weights, scale, gated_rows)
-    result: Tensor = getattr(_operators(q, k), name)(q, k, *given, *settings, count)
+    q, k, compiled = _padded(q, k)
+    result: Tensor = run_kernel(name, compiled, q, k, *given, *settings, count)
     return result
 
 
-def _operators(*heads: Tensor) -> Any:
-    return getattr(torch.ops, kernel_ops.NAMESPACES[0 if compiled_for(*heads) else 1])
+def _padded(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Pad heads to the width of the next compiled kernel, if there is one."""
+    width = padded_width(q.shape[-1])
+    compiled = compiled_for(q, k, width=width)
+    if compiled and width != q.shape[-1]:
+        q, k = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k))
+    return q, k, compiled
 
 
 def _dense_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
