@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -138,7 +138,10 @@ def provenance(model: nn.Module) -> dict[str, Any]:
 
 @cache
 def _version(package: str) -> str:
-    return version(package)  # it reads a file
+    try:
+        return version(package)  # it reads a file
+    except PackageNotFoundError:  # a working tree on the path
+        return "not installed"
 
 
 def environment() -> dict[str, Any]:
