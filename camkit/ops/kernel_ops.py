@@ -106,10 +106,19 @@ def _maps_gradient(
         at_logits = columns * to_columns
         sums.lse -= at_logits.sum(-1)
         sums.add(at_logits, ALL, slice(0, None), slice(0, columns.shape[3]))
-    return *sums.cast(), None, None, None, None
+    to_q, to_k, to_lse, to_weights = sums.cast()
+    by_lse = to_columns is not None and columns.numel() > 0  # rows sum to one whatever it is
+    return to_q, to_k, to_lse if by_lse else None, to_weights, None, None, None, None
 
 
-def _normaliser_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _keep_for_normaliser(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _keep_inputs(ctx, inputs, output)
+    ctx.set_materialize_grads(False)
+
+
+def _normaliser_gradient(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 6  # only the output or the rows were used
     sums = Gradients(AttentionMap(*ctx.saved_tensors, *ctx.settings))
     for rows, groups in sums.attention.parts():
         for heads in groups:
@@ -176,6 +185,6 @@ declare(  # gives a normaliser that a kernel returned the gradient that torch ha
     f"({_MAP}, {_CALL}) -> Tensor",
     lambda _q, _k, lse, *_: lse.clone(),
     lambda _q, _k, lse, *_: torch.empty_like(lse),
-    _keep_inputs,
+    _keep_for_normaliser,
     _normaliser_gradient,
 )

@@ -102,10 +102,17 @@ class AttentionMap(NamedTuple):
 
 def rows_and_columns(attention: AttentionMap, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Compute the first rows and the first columns of the map."""
-    found = attention.part(rows=slice(0, rows))
-    # a kernel of half precision computes its normaliser to four digits only
-    found = found / found.sum(-1, keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
-    return found.contiguous(), attention.columns(slice(0, columns)).part().contiguous()
+    q, keys = attention.q, attention.k.shape[2]
+    of_rows = attention.lse.new_empty(*q.shape[:2], rows, keys)
+    of_columns = attention.lse.new_empty(*q.shape[:3], columns)
+    if rows:
+        found = attention.part(rows=slice(0, rows))
+        # a kernel of half precision computes its normaliser to four digits only
+        sums = found.sum(-1, keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
+        torch.div(found, sums, out=of_rows)
+    if columns:
+        of_columns = attention.columns(slice(0, columns)).part().contiguous()
+    return of_rows, of_columns
 
 
 def affinity_mean(attention: AttentionMap, skip: int) -> Tensor:
