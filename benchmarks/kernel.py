@@ -252,6 +252,7 @@ def run(options: argparse.Namespace) -> int:
     gpu = torch.cuda.is_available() and not options.dry_run
     named = ("check", "time", "sanitize", "dry_run")
     chosen = " ".join(f"--{n.replace('_', '-')}" for n in named if getattr(options, n))
+    chosen += f" --rounds {options.rounds}"  # of the CPU path
     result: dict[str, Any] = {"command": chosen, "environment": environment(), "stopped": {}}
     result |= {"gpu": torch.cuda.get_device_name() if gpu else None, "dry_run": options.dry_run}
     parts, start = parts_of(options, gpu=gpu), time.monotonic()

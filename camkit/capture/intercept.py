@@ -364,8 +364,7 @@ class Tap:
         keys = key_bias(added, query.dtype)
         bias = keys if attention.bias is None else attention.bias + keys
         attention = replace(attention, bias=bias)
-        bare = call[3] is None and not any(options[name] for name in _OPTIONS)
-        if bare and not folded and channels_preferred(query):
+        if not folded and _is_bare(call, options) and channels_preferred(query):
             # no mask is made, and weights keep their digits
             output, normaliser, _ = reweighted_attention(*call[:3], added, scale=scale)
             return output, replace(attention, normaliser=normaliser)
@@ -493,6 +492,12 @@ def _described(
     masked = mask is not None or options["is_causal"]
     bias = bias_of(mask, options["is_causal"], q, k) if masked else None
     return FusedAttention(q, k, scale, bias)
+
+
+def _is_bare(call: tuple[Tensor, Tensor, Tensor, Tensor | None], options: dict[str, Any]) -> bool:
+    """Whether a call has no mask, no other option than a scale, and nothing to broadcast."""
+    plain = call[3] is None and not any(options[name] for name in _OPTIONS)
+    return plain and call[0].shape[:2] == call[1].shape[:2] == call[2].shape[:2]
 
 
 def scaled_weights(factor: float, leaves: list[Tensor], heads: int) -> Intercept:
