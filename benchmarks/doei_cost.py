@@ -74,9 +74,9 @@ def with_channels(model: Model) -> Run:
     return run
 
 
-def with_maps(model: Model) -> Run:
-    """Un-fused attention in the last three blocks, its whole map times the whole likeness."""
-    for block in list(model.blocks)[-3:]:
+def with_maps(model: Model, blocks: int = 3) -> Run:
+    """Un-fused attention in the last blocks, its whole map times the whole likeness."""
+    for block in list(model.blocks)[-blocks:]:
         attn = block.attn
         attn.fused_attn = False
         kept: dict[str, torch.Tensor] = {}

@@ -1,21 +1,25 @@
 """Attention operators of camkit: are they right, how fast are they, what do they cost end to end?
 
-    python benchmarks/kernel.py --check --time
+    python benchmarks/kernel.py --build            (here, without a GPU: fills .kernels/)
+    python benchmarks/kernel.py --check --time     (on the GPU, from a bare working tree)
+    python benchmarks/kernel.py --sanitize         (compute-sanitizer, a call of its own)
+    python benchmarks/kernel.py --dry-run          (walks every branch on a CPU; measures nothing)
 
-With a GPU: builds the kernels, checks every operator, dtype and shape against float64, runs
-compute-sanitizer on small cases where it is found, and times against eager maps and torch's own
-attention; within one budget of time, which is 9 minutes unless told otherwise. Results are written
-as they come, so that whatever ends the run leaves those before it. Without a GPU: the checks on
-small shapes and the timings of the CPU path; nothing is said about a GPU then.
+Each part runs in a process of its own with a time limit of its own, torch's own attention first, so
+that a kernel that hangs or spoils its process takes nothing else along. Results are written as they
+come, to --into, else $OUT, else benchmarks/results. Without a GPU: the checks on small shapes and
+the timings of the CPU path; nothing is said about a GPU then.
 """
 
 import argparse
-import faulthandler
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +34,20 @@ from camkit.native import kernels
 from camkit.native.kernels import kernel_state, kernels_ready
 
 NOT_RUN = "not run on a GPU"
-
-
-def build() -> dict[str, Any]:
-    start = time.perf_counter()
-    try:
-        path = str(kernels.build())
-    except CamkitError as error:
-        return {"failed": str(error)}
-    return {"seconds": round(time.perf_counter() - start, 1), "library": Path(path).name}
+BUILT = Path(__file__).parent.parent / ".kernels"  # carried to machines without a compiler
+# what runs with a GPU, in this order, and its share of the time
+ON_GPU = {"baselines": 0.22, "loaded": 0.05, "layers": 0.25, "checks": 0.25, "models": 0.23}
+ON_CPU = {"checks": 0.5, "cpu": 0.5}
 
 
 def table(result: dict[str, Any]) -> str:
     """The results to read; what was not run says so."""
     lines = ["# Attention operators", "", f"`python benchmarks/kernel.py {result['command']}`", ""]
+    if result["dry_run"]:
+        lines += ["**Dry run on a CPU: no figure here is a measurement.**", ""]
     lines += [f"GPU: {result['gpu'] or NOT_RUN}.", ""]
-    if "compiled" in result:
-        lines += [f"Compiled kernels are used: {'yes' if result['compiled'] else 'NO'}.", ""]
+    for loaded in result.get("loaded", []):
+        lines += [f"Compiled kernels are used: {'yes' if loaded['compiled'] else 'NO'}.", ""]
     lines += [f"- {part} was cut short: {last}" for part, last in result["stopped"].items()]
     for check in result.get("checks", []):
         wrong = f"{len(check['failed'])} failures" if check["failed"] else "no failure"
@@ -57,24 +58,32 @@ def table(result: dict[str, Any]) -> str:
         ]
         lines += [f"- {failure}" for failure in check["failed"][:20]]
     lines += ["## One layer on a GPU, bfloat16", ""]
-    lines += layer_table(result["layers"]) if result.get("layers") else [f"*{NOT_RUN}*", ""]
+    rows = merged(result.get("baselines", []), result.get("layers", []))
+    lines += layer_table(rows) if rows else [f"*{NOT_RUN}*", ""]
     lines += ["## Whole models on a GPU, 448 px, batch 8, bfloat16", ""]
     lines += model_table(result["models"]) if result.get("models") else [f"*{NOT_RUN}*", ""]
     lines += cpu_table(result["cpu"]) if result.get("cpu") else []
     return "\n".join(lines) + "\n"
 
 
+def merged(*parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ways of all parts, in one row for each model and size."""
+    rows: dict[Any, dict[str, Any]] = {}
+    for row in [row for part in parts for row in part]:
+        found = rows.setdefault(tuple(row.get(n) for n in ("model", "side", "images")), {})
+        backward = found.get("backward", {}) | row.get("backward", {})
+        found |= row | {"backward": backward}
+    return list(rows.values())
+
+
 def layer_table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [f"Measured ceilings: {rows[0]['ceilings']}", ""]
+    lines = [f"Measured ceilings: {rows[0].get('ceilings', NOT_RUN)}", ""]
     lines += [
         "| model | px | images | way | us (quartiles) | over SDPA | peak MiB "
         "| of bandwidth | of matrix rate |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows[1:]:
-        if "stopped" in row:
-            lines += ["", f"*{row['stopped']}: what is missing was {NOT_RUN}*"]
-            continue
         place = f"| {row['model']} | {row['side']} | {row['images']} "
         first = row.get("SDPA", {}).get("us")
         ways = row | {f"{w}, and backward": x for w, x in row["backward"].items()}
@@ -117,83 +126,149 @@ def cpu_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--build", action="store_true", help="compile for sm_90 into .kernels/")
     parser.add_argument("--check", action="store_true", help="against float64")
     parser.add_argument("--time", action="store_true", help="against torch's own and eager maps")
+    parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer, small cases")
+    parser.add_argument("--dry-run", action="store_true", help="every branch, on a CPU, tiny")
     parser.add_argument("--seconds", type=float, default=540, help="for all of it")
     parser.add_argument("--rounds", type=int, default=9, help="of the timings on the CPU")
-    parser.add_argument("--into", type=Path, default=RESULTS, help="folder of the results")
+    default = Path(os.environ.get("OUT") or RESULTS)
+    parser.add_argument("--into", type=Path, default=default, help="folder of the results")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.build or BUILT.is_dir():
+        os.environ.setdefault("CAMKIT_CACHE", str(BUILT))
+    options.into.mkdir(parents=True, exist_ok=True)
+    kernel_time.DRY = options.dry_run
     if options.small:  # what compute-sanitizer looks at
         small = [c for c in kernel_check.cases(large=False) if c.tokens <= 150 and c.images < 4]
         for case in small[::3]:
             kernel_check.check(case, "cuda" if torch.cuda.is_available() else "cpu")
-        return
-    if not (options.check or options.time):
-        parser.error("say what to do: --check, --time, or both")
-    options.into.mkdir(parents=True, exist_ok=True)
-    if torch.cuda.is_available():  # a kernel that waits for ever must not take all with it
-        faulthandler.dump_traceback_later(1.06 * options.seconds, exit=True)
-    result = run(options)
-    print(table(result))
-    if result["stopped"] or any(check["failed"] for check in result.get("checks", [])):
-        sys.exit(1)
+    elif options.build:
+        build()
+    elif options.part:
+        run_part(options)
+    elif options.check or options.time or options.sanitize or options.dry_run:
+        sys.exit(run(options))
+    else:
+        parser.error("say what to do: --build, --check, --time, --sanitize or --dry-run")
 
 
-class AttentionRecord:
-    """Results that are written as they come, and the time they took."""
-
-    def __init__(self, result: dict[str, Any], folder: Path) -> None:
-        self.result, self.folder, self.start = result, folder, time.monotonic()
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    def add(self, name: str, rows: Iterable[Any], *, last: bool = False) -> None:
-        """All rows, or the last of them alone; what ends them does not end the run."""
-        self.result[name] = []
-        try:
-            for row in rows:
-                self.result[name] = [*([] if last else self.result[name]), row]
-                self.write()
-        except Exception as error:  # noqa: BLE001 - the other parts are still to come
-            traceback.print_exc()
-            self.result["stopped"][name] = f"{type(error).__name__}: {error}"[:400]
-        self.write()
-
-    def write(self) -> None:
-        self.result["seconds"] = round(self.seconds(), 1)
-        (self.folder / "kernel.json").write_text(json.dumps(self.result, indent=2) + "\n")
-        (self.folder / "kernel.md").write_text(table(self.result))
+def build() -> None:
+    start = time.perf_counter()
+    try:
+        print(kernels.build((90,)), f"{time.perf_counter() - start:.0f} s")
+    except CamkitError as error:
+        sys.exit(str(error))
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    chosen = " ".join(f"--{name}" for name in ("check", "time") if getattr(options, name))
-    result = {"command": chosen, "environment": environment(), "gpu": gpu, "stopped": {}}
-    kept = AttentionRecord(result, options.into)
+def loaded() -> Iterable[dict[str, Any]]:
+    """What the kernels say of themselves; the first use tests them."""
+    device = torch.device("cpu" if kernel_time.DRY else "cuda")
+    compiled = kernels_ready(device, torch.bfloat16, 64)
+    yield {"compiled": compiled, "state": kernel_state()}
 
-    def spent(share: float) -> Any:
-        return lambda: kept.seconds() > share * options.seconds
 
-    if gpu:
-        result |= {"build": build(), "kernels": kernel_state()}
-        result["compiled"] = kernels_ready(torch.device("cuda"), torch.bfloat16, 64)
-    if options.check:
-        device = "cuda" if gpu else "cpu"
-        found = kernel_check.reports(device, large=bool(gpu), until=spent(0.35))
-        kept.add("checks", found, last=True)
-    if options.time and gpu:
-        kept.add("layers", kernel_time.layers(spent(0.6)))
-        kept.add("models", kernel_time.end_to_end(spent(0.82)))
-    elif options.time:
+def rows_of(options: argparse.Namespace, until: Callable[[], bool]) -> Iterable[Any]:
+    """The rows of one part."""
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    parts: dict[str, Callable[[], Iterable[Any]]] = {
+        "baselines": lambda: kernel_time.layers(until, ours=False),
+        "loaded": loaded,
+        "layers": lambda: kernel_time.layers(until, ours=True),
+        "checks": lambda: kernel_check.reports(
+            device, large=on_gpu, until=until, few=options.dry_run
+        ),
+        "models": lambda: kernel_time.end_to_end(until),
+        "cpu": lambda: kernel_time.on_cpu(options.rounds),
+        "sanitizer": lambda: kernel_check.sanitize(__file__, options.seconds / 3.3),
+    }
+    return parts[options.part]()
+
+
+def run_part(options: argparse.Namespace) -> None:
+    """Run one part in this process; every row is written before the next is begun."""
+    start, kept = time.monotonic(), {"rows": [], "fault": None}
+    path = options.into / f"{options.part}.part.json"
+
+    def write() -> None:
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(kept))
+        draft.replace(path)
+
+    if options.part == "cpu":
         torch.set_num_threads(1)
-        kept.add("cpu", kernel_time.on_cpu(options.rounds))
-    if options.check and gpu:
-        left = max(60.0, 0.98 * options.seconds - kept.seconds())
-        kept.add("sanitizer", kernel_check.sanitize(__file__, left / 3))
-    return result
+    try:
+        for row in rows_of(options, lambda: time.monotonic() - start > 0.8 * options.seconds):
+            # a report holds those before it
+            kept["rows"] = [row] if options.part == "checks" else [*kept["rows"], row]
+            write()
+    except Exception as error:  # noqa: BLE001 - whatever it was, it is written down
+        traceback.print_exc()
+        kept["fault"] = f"{type(error).__name__}: {error}"[:400]
+    write()
+
+
+def in_process(name: str, seconds: float, options: argparse.Namespace) -> tuple[list[Any], str]:
+    """Run a part in a process of its own; return its rows, and what ended it early."""
+    path = options.into / f"{name}.part.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--part", name, "--into", str(options.into)]
+    command += ["--seconds", str(seconds), "--rounds", str(options.rounds)]
+    command += ["--dry-run"] * options.dry_run
+    own = {"CAMKIT_KERNEL": "0"} if name == "baselines" else {}
+    process = subprocess.Popen(command, env=os.environ | own, start_new_session=True)
+    try:
+        code = process.wait(timeout=seconds)
+        ended = f"exit {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        ended = f"not finished within {seconds:.0f} s"
+    if not path.exists():
+        return [], ended or "nothing was written"
+    kept = json.loads(path.read_text())
+    path.unlink()
+    return kept["rows"], kept["fault"] or ended
+
+
+def parts_of(options: argparse.Namespace, *, gpu: bool) -> dict[str, float]:
+    if options.dry_run:
+        return ON_GPU | ON_CPU
+    if options.sanitize:
+        return {"sanitizer": 1.0}
+    every = ON_GPU if gpu else ON_CPU
+    chosen = {"checks"} if options.check else set()
+    if options.time:
+        chosen |= set(every) - {"checks"}
+    return {name: share for name, share in every.items() if name in chosen | {"loaded"}}
+
+
+def run(options: argparse.Namespace) -> int:
+    gpu = torch.cuda.is_available() and not options.dry_run
+    named = ("check", "time", "sanitize", "dry_run")
+    chosen = " ".join(f"--{n.replace('_', '-')}" for n in named if getattr(options, n))
+    chosen += f" --rounds {options.rounds}"  # of the CPU path
+    result: dict[str, Any] = {"command": chosen, "environment": environment(), "stopped": {}}
+    result |= {"gpu": torch.cuda.get_device_name() if gpu else None, "dry_run": options.dry_run}
+    parts, start = parts_of(options, gpu=gpu), time.monotonic()
+    whole = sum(parts.values())
+    name = "kernel_sanitizer" if options.sanitize else "kernel"
+    name = f"{name}_dry" if options.dry_run else name
+    for part, share in parts.items():
+        rows, ended = in_process(part, options.seconds * share / whole, options)
+        result[part] = rows
+        if ended:
+            result["stopped"][part] = ended
+        result["seconds"] = round(time.monotonic() - start, 1)
+        (options.into / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        (options.into / f"{name}.md").write_text(table(result))
+    print(table(result))
+    return int(bool(result["stopped"]) or any(c["failed"] for c in result.get("checks", [])))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from camkit.ops.attention import attention_columns, attention_rows, head_mean
 
 Tensor = torch.Tensor
 Run = Callable[[], object]
+DRY = False  # every branch once, on a CPU and tiny; nothing is measured
 OPTIONS: dict[str, Any] = {"dropout_p": 0.0, "is_causal": False, "scale": None}
 
 
@@ -62,7 +63,7 @@ def layer_ways(  # noqa: C901 - one function for each way
         found = reweight.reweighted_attention(q, k, v, weights, class_rows=classes)
         given = (q, k, found.lse, weights)
         if columns:
-            return found, reweight.class_columns(*given, columns=classes)
+            return found, reweight.rows_and_columns(*given, rows=0, columns=classes)
         if whole:
             reweight.add_affinity_(affinity, *given, skip=classes)
         return found
@@ -118,6 +119,9 @@ def backward_ways(q: Tensor, k: Tensor, v: Tensor, classes: int) -> dict[str, Ru
 
 def on_device(run: Run, repeats: int = 20) -> dict[str, float]:
     """Microseconds of a call on the GPU, by events, and what it adds to the peak memory."""
+    if DRY:
+        run()
+        return dict.fromkeys(("us", "low", "high", "MiB"), 1.0)
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -129,9 +133,8 @@ def on_device(run: Run, repeats: int = 20) -> dict[str, float]:
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(
-            2_000_000
-        )  # the queue is filled while the GPU waits, so gaps do not count
+        # the queue is filled while the GPU waits, so gaps do not count
+        torch.cuda._sleep(2_000_000)
         start.record()
         run()
         end.record()
@@ -146,16 +149,26 @@ def on_device(run: Run, repeats: int = 20) -> dict[str, float]:
     }
 
 
+def device() -> str:
+    return "cpu" if DRY else "cuda"
+
+
+def synchronise() -> None:
+    if not DRY:
+        torch.cuda.synchronize()
+
+
 def ceilings() -> dict[str, float]:
     """What this GPU copies and multiplies at most, as measured."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    side, bytes_ = (64, 1 << 12) if DRY else (8192, 1 << 29)
+    source = torch.empty(bytes_, dtype=torch.uint8, device=device())
     target = torch.empty_like(source)
     copy = on_device(lambda: target.copy_(source))["us"]
     found = {"bytes_per_us": 2 * source.numel() / copy}
     for dtype in (torch.bfloat16, torch.float32):
-        a = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+        a = torch.randn(side, side, device=device(), dtype=dtype)
         name = f"flops_per_us_{str(dtype).removeprefix('torch.')}"
-        found[name] = 2 * 8192**3 / on_device(lambda a=a: a @ a, 5)["us"]
+        found[name] = 2 * side**3 / on_device(lambda a=a: a @ a, 5)["us"]
     return found
 
 
@@ -178,29 +191,36 @@ def tried(measure: Callable[[], dict[str, float]]) -> dict[str, Any]:
         return {"failed": f"{type(error).__name__}: {error}"[:400]}
 
 
-def layers(until: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+def layers(until: Callable[[], bool], *, ours: bool) -> Iterator[dict[str, Any]]:
     """ViT-S and ViT-B at 224 to 768 pixels, one layer, bfloat16; first what the GPU can do."""
     most = ceilings()
     yield {"ceilings": {n: round(x) for n, x in most.items()}}
+    sizes = ((448, 8), (224, 32), (384, 8), (512, 8), (640, 8), (768, 4))
     for model, heads in (("ViT-S", 6), ("ViT-B", 12)):
-        for side, images in ((448, 8), (224, 32), (384, 8), (512, 8), (640, 8), (768, 4)):
+        for side, images in ((48, 1),) if DRY else sizes:
             tokens = (side // 16) ** 2 + 1
-            qkv = torch.randn(images, tokens, 3, heads, 64, device="cuda", dtype=torch.bfloat16)
+            qkv = torch.randn(images, tokens, 3, heads, 64, device=device(), dtype=torch.bfloat16)
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            row: dict[str, Any] = {"model": model, "side": side, "images": images}
-            row["backward"] = {}
+            row: dict[str, Any] = {"model": model, "side": side, "images": images, "backward": {}}
+            chosen = partial(by_name, ours=ours, until=until)
             with torch.no_grad():
-                for way, run in layer_ways(q, k, v, 1).items():
-                    if until():
-                        yield row
-                        yield {"stopped": "out of time"}
-                        return
+                for way, run in chosen(layer_ways(q, k, v, 1)):
                     row[way] = tried(partial(on_device, run))
                     if "us" in row[way]:
                         row[way] |= shares(work_of(way, q.shape, 2), row[way]["us"], most)
-            for way, run in backward_ways(q, k, v, 1).items():
+            for way, run in chosen(backward_ways(q, k, v, 1)):
                 row["backward"][way] = tried(partial(on_device, run, 10))
-            yield row
+            if row["backward"] or len(row) > 4:
+                yield row
+
+
+def by_name(
+    ways: dict[str, Run], *, ours: bool, until: Callable[[], bool]
+) -> Iterator[tuple[str, Run]]:
+    """Our ways, or the others, as long as there is time."""
+    for way, run in ways.items():
+        if way.startswith("ours") == ours and not until():
+            yield way, run
 
 
 def shares(work: tuple[float, float], us: float, most: dict[str, float]) -> dict[str, float]:
@@ -214,7 +234,8 @@ def shares(work: tuple[float, float], us: float, most: dict[str, float]) -> dict
 
 def end_to_end(until: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """Images per second of whole models at 448 pixels, batch 8, bfloat16; a row for each way."""
-    for name in ("vit_small_patch16_224", "vit_base_patch16_224"):
+    tiny = ("test_vit.r160_in1k",)
+    for name in tiny if DRY else ("vit_small_patch16_224", "vit_base_patch16_224"):
         for way, make in MODELS.items():
             alike = way == "plain" or way.startswith("whole")  # with kernels off
             for train, compiled in product((False, True), (True,) if alike else (True, False)):
@@ -224,14 +245,14 @@ def end_to_end(until: Callable[[], bool]) -> Iterator[dict[str, Any]]:
                 title += "" if compiled else ", kernels off"
                 measure = partial(images_per_second, name, make, train=train, compiled=compiled)
                 yield {"model": name, title: tried(measure)}
-        for way in ("plain", "DOEI, last 3", "DOEI, all 12"):
+        for way in ("plain", "DOEI, last 3", "DOEI, all"):
             if until():
                 return
             found = tried(partial(in_a_graph, name, MODELS[way]))
             yield {"model": name, f"{way}, forward, CUDA graph": found}
 
 
-def attached(blocks: int) -> Callable[[torch.nn.Module, Tensor], Callable[[Tensor], Any]]:
+def attached(blocks: int | str) -> Callable[[torch.nn.Module, Tensor], Callable[[Tensor], Any]]:
     def make(model: torch.nn.Module, pixels: Tensor) -> Callable[[Tensor], Any]:
         camkit.attach(model, camkit.DOEI.as_drawn(), blocks=blocks).rgb = pixels.float()
         return model
@@ -260,16 +281,17 @@ MODELS: dict[str, Callable[[torch.nn.Module, Tensor], Callable[[Tensor], Any]]] 
     "plain": plain,
     "watched": watched,
     "DOEI, last 3": attached(3),
-    "DOEI, all 12": attached(12),
+    "DOEI, all": attached("all"),
     "whole maps, last 3": lambda model, _: with_maps(model, 3),
-    "whole maps, all 12": lambda model, _: with_maps(model, 12),
+    "whole maps, all": lambda model, _: with_maps(model, 12),
 }
 
 
 def built(name: str) -> tuple[torch.nn.Module, Tensor]:
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False, img_size=448).cuda().bfloat16().eval()
-    return model, torch.rand(8, 3, 448, 448, device="cuda", dtype=torch.bfloat16)
+    side, images = (64, 1) if DRY else (448, 8)
+    model = timm.create_model(name, pretrained=False, img_size=side).to(device()).bfloat16().eval()
+    return model, torch.rand(images, 3, side, side, device=device(), dtype=torch.bfloat16)
 
 
 def images_per_second(name: str, make: Any, *, train: bool, compiled: bool) -> dict[str, float]:
@@ -289,13 +311,13 @@ def images_per_second(name: str, make: Any, *, train: bool, compiled: bool) -> d
 
     times = []
     with nullcontext() if compiled else kernels_off():
-        for _ in range(3):
+        for _ in range(1 if DRY else 3):
             step()
-        for _ in range(15):
-            torch.cuda.synchronize()
+        for _ in range(2 if DRY else 15):
+            synchronise()
             start = time.perf_counter()
             step()
-            torch.cuda.synchronize()
+            synchronise()
             times.append(time.perf_counter() - start)
     low, middle, high = statistics.quantiles(times, n=4)
     return {
@@ -309,6 +331,8 @@ def in_a_graph(name: str, make: Any) -> dict[str, float]:
     """The forward replayed as a CUDA graph: no time on the host."""
     model, pixels = built(name)
     run = make(model, pixels)
+    if DRY:
+        return {"images_per_s": 8 / on_device(partial(run, pixels))["us"]}
     with torch.no_grad():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -326,7 +350,7 @@ def in_a_graph(name: str, make: Any) -> dict[str, float]:
 def on_cpu(rounds: int) -> list[dict[str, Any]]:
     """CPU time over that of SDPA, one thread, float32; rounds interleave all ways."""
     rows = []
-    for images, heads, side in ((4, 6, 224), (2, 6, 448), (1, 6, 640)):
+    for images, heads, side in ((1, 2, 80),) if DRY else ((4, 6, 224), (2, 6, 448), (1, 6, 640)):
         tokens = (side // 16) ** 2 + 1
         qkv = torch.randn(images, tokens, 3, heads, 64).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)

@@ -42,6 +42,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--run-all", action="store_true", help="also cases that take minutes")
+
+
 @pytest.fixture(autouse=True)
 def rng_seed():
     torch.manual_seed(0)

@@ -60,6 +60,7 @@ def fake(tmp_path, monkeypatch):
     script = (
         "#!/bin/sh\n"
         '[ "$1" = --version ] && echo "release ${RELEASE:-12}.0" && exit 0\n'
+        '[ "$1" = --list-gpu-code ] && echo $CODES && exit 0\n'
         '[ -n "$FAIL" ] && echo first >&2 && echo "no room left" >&2 && exit 3\n'
         f'echo "$*" >> {tmp_path}/runs\n'
         'all="$*"\nwhile [ "$1" != -o ]; do shift; done\necho "$all" > "$2"\n'
@@ -86,9 +87,9 @@ def test_no_kernel_spills_registers(built):
     for gpu in ARCHITECTURES:
         names = [name for name, one, *_ in found if one == str(gpu) and "Li64E" in name]
         assert {re.sub(r"^_ZN6camkit\d+([a-z_]+)I.*", r"\1", name) for name in names} == {
-            *("attention", "columns", "affinity", "propagate"),
-            *("deltas", "to_queries", "to_keys"),
+            *("affinity", "propagate"),
         }
+        assert sum("rows_and_columns" in name for name, one, *_ in found if one == str(gpu)) == 3
     assert [row for row in found if row[2:] != ("0", "0")] == []
 
 
@@ -167,7 +168,9 @@ def test_without_nvcc_the_way_to_get_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(CamkitError, match="no nvcc found; install the CUDA toolkit, or name"):
+    with pytest.raises(
+        CamkitError, match="no nvcc found; install the CUDA toolkit, or the packages nvidia"
+    ):
         kernels.nvcc()
 
 
@@ -192,17 +195,105 @@ def test_a_gpu_too_old_is_refused(fake):
         kernels.Selection(widths=(40,))
 
 
-def test_a_compiler_that_fails_is_told_once(fake, monkeypatch, caplog):
+def test_a_compiler_that_fails_is_told_and_nothing_is_left(fake, monkeypatch):
     monkeypatch.setenv("FAIL", "1")
+    with pytest.raises(CamkitError, match="failed with 3: no room left"):
+        kernels.build((80,))
+    assert [path.suffix for path in (fake / "cache").iterdir()] == [".lock"]
+
+
+def test_a_forward_builds_nothing_and_names_the_command_once(fake, caplog):
     kernels._load.cache_clear()
     with caplog.at_level(logging.INFO, "camkit"):
-        assert kernels._load().endswith("failed with 3: no room left")
+        assert kernels._load() == "the kernels are not built; run `camkit build-kernels`"
         kernels._load()
     kernels._load.cache_clear()
     (record,) = caplog.records
     assert record.levelno == logging.INFO
-    assert record.getMessage().startswith("attention on CUDA runs in plain torch, slower: ")
-    assert [path.suffix for path in (fake / "cache").iterdir()] == [".lock"]
+    assert "in plain torch, slower: the kernels are not built" in record.getMessage()
+    assert not (fake / "runs").exists()
+
+
+@pytest.mark.parametrize("layout", ["cu13", "cuda_nvcc"])
+def test_nvcc_is_found_in_packages_beside_torch(layout, fake, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    path = tmp_path / "site" / "nvidia" / layout / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    shutil.copy(fake / "bin" / "nvcc", path)
+    monkeypatch.setattr("sys.path", [str(tmp_path / "site")])
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    assert kernels.nvcc() == str(path)
+
+
+def test_a_compiler_that_is_too_new_is_passed_over_for_one_that_fits(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.version.cuda", "12.6")
+    old = tmp_path / "old" / "bin" / "nvcc"
+    old.parent.mkdir(parents=True)
+    old.write_text("#!/bin/sh\necho release 12.4\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("RELEASE", "13")
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "old"))
+    assert kernels.nvcc() == str(old)
+
+
+def test_a_gpu_newer_than_nvcc_compiles_the_ptx(fake, monkeypatch):
+    monkeypatch.setenv("CODES", "sm_80 sm_90")
+    path = kernels.build((90, 130))
+    assert "code=[sm_90,compute_80]" in (fake / "runs").read_text()
+    assert kernels.find((130,)) == path
+
+
+class Spoiled:
+    """Operators of plain torch, of which one is wrong or fails."""
+
+    def __init__(self, name, fault):
+        self.name, self.fault = name, fault
+
+    def __getattr__(self, name):
+        right = getattr(torch.ops.camkit_plain, name)
+        return self.fault(right) if name == self.name else right
+
+
+def failing(_):
+    def run(*_):
+        raise RuntimeError("camkit: kernel failed: invalid configuration argument\nbacktrace")
+
+    return run
+
+
+def test_the_self_test_passes_right_operators_and_names_wrong_ones():
+    def doubled(right):
+        return lambda *values: right(*values) * 2
+
+    device = torch.device("cpu")
+    assert kernels.self_test(device, torch.ops.camkit_plain) is None
+    fault = kernels.self_test(device, Spoiled("affinity_mean", doubled))
+    assert fault == "affinity_mean in torch.float32 differs from plain torch"
+    fault = kernels.self_test(device, Spoiled("propagate_mean", failing))
+    assert fault == "propagate_mean: camkit: kernel failed: invalid configuration argument"
+
+
+def test_a_launch_that_fails_falls_back_to_plain_torch_with_one_warning(monkeypatch):
+    monkeypatch.setattr(kernels, "_faults", [])
+    values = torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 64), torch.zeros(1, 2, 9)
+    call = ("affinity_mean", True, *values, None, 0.1, -1, 1)
+    wanted = torch.ops.camkit_plain.affinity_mean(*values, None, 0.1, -1, 1)
+    monkeypatch.setattr(torch.ops, "camkit", Spoiled("affinity_mean", failing))
+    with pytest.warns(UserWarning, match="plain torch takes over.*invalid configuration") as told:
+        found = [kernels.run_kernel(*call) for _ in range(2)]
+    assert len(told) == 1
+    assert all(torch.equal(x, wanted) for x in found)
+    assert not kernels.kernels_ready(torch.device("cuda"), torch.float16, 64)
+
+
+def test_other_errors_of_a_kernel_are_those_of_the_caller(monkeypatch):
+    monkeypatch.setattr(kernels, "_faults", [])
+    q = torch.randn(1, 2, 9, 64)
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        kernels.run_kernel("affinity_mean", True, q, q[:, :1, :, :5], q[..., 0], None, 0.1, -1, 1)
+    assert kernels._faults == []
 
 
 def test_kernels_are_for_cuda_and_the_widths_they_are_written_for(fake):
@@ -210,6 +301,7 @@ def test_kernels_are_for_cuda_and_the_widths_they_are_written_for(fake):
     assert kernels.fits(torch.float16, 64)
     assert not kernels.fits(torch.float64, 64)
     assert not kernels.fits(torch.float16, 72)
+    assert [kernels.padded_width(width) for width in (16, 64, 72, 88, 448)] == [32, 64, 80, 96, 448]
 
 
 def test_kernels_are_switched_off_by_a_block_or_the_environment(fake, monkeypatch):
@@ -232,7 +324,7 @@ def test_the_command_builds_once_and_says_where(fake, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells of machines without CUDA")
 def test_the_state_is_told_without_building(fake):
-    assert kernels.kernel_state().startswith("plain torch: no CUDA device; kernels are built at")
+    assert kernels.kernel_state().startswith("plain torch: no CUDA device; kernels are not built")
     assert not (fake / "runs").exists()
     path = kernels.build((80, 90))
     assert kernels.kernel_state().endswith(f"compiled kernels are ready, {path}")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from emulation import mutants
 from torch.torch_version import TorchVersion
 
+from camkit.ops import reweight_plain
 from camkit.ops.doei_tail import plain_scores
 
 pytestmark = pytest.mark.skipif(
@@ -17,8 +18,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-# what rounding to the dtype costs a result of that dtype, relative, and a result in float32
-ROUNDING = {HALF: 6e-4, BFLOAT: 5e-3, FLOAT: 1e-6}
 EXACT = 3e-6
 OF_LOGITS = 1e-6  # a logit is rounded to float32 too, and its error is relative to its size
 SCALE = 0.2
@@ -83,58 +82,32 @@ def far(found, wanted, tolerance, floor=1e-12):
     return bool((found.double() - wanted).norm() > allowed)
 
 
-def faults_forward(operators, case):
+def faults(operators, case):
     """Names of the results that are not what they should be."""
-    q, k, v, weights = case.tensors()
+    q, k, _, weights = case.tensors()
     tilt, skip = settings(case, weights), case.classes
-    wide = (None if x is None else x.double() for x in (q, k, weights))
-    attention, lse = whole_map(case, *wide)
-    out, found_lse, rows = operators.reweighted_attention(q, k, v, *tilt, skip)
-    columns = operators.class_columns(q, k, found_lse, *tilt, skip)
+    wide = [None if x is None else x.double() for x in (q, k, weights)]
+    attention, exact_lse = whole_map(case, *wide)
+    lse = exact_lse.float()
+    rows, columns = operators.rows_and_columns(q, k, lse, *tilt, skip, skip)
     mean = attention.mean(1)[:, skip:, skip:]
     affinity = torch.full(mean.shape, 0.01)
-    operators.affinity_mean_(affinity, q, k, found_lse, *tilt, skip, 0.5, 2.0)
+    operators.affinity_mean_(affinity, q, k, lse, *tilt, skip, 0.5, 2.0)
     cam = torch.rand(case.images, 3, case.tokens - skip)
-    spread = operators.propagate_mean(q, k, found_lse, cam, *tilt, skip)
-    finite = lse.isfinite()
-    largest = (q.double() @ k.double().mT * SCALE).abs().max().item()
+    spread = operators.propagate_mean(q, k, lse, cam, *tilt, skip)
+    largest = (wide[0] @ wide[1].mT * SCALE).abs().max().item()
     exact = max(EXACT, OF_LOGITS * largest)
     return {
         name
         for name, wrong in {
-            "out": far(out, attention @ v.double(), ROUNDING[case.dtype] + exact),
-            "lse": not torch.equal(found_lse.isfinite(), finite)
-            or far(found_lse[finite], lse[finite], exact),
             "rows": far(rows, attention[:, :, :skip], exact),
             "columns": far(columns, attention[..., :skip], exact),
             "affinity": far((affinity - 0.02) * 2.0, mean, exact),
-            "mean": far(operators.affinity_mean(q, k, found_lse, *tilt, skip), mean, exact),
+            "mean": far(operators.affinity_mean(q, k, lse, *tilt, skip), mean, exact),
             "propagated": far(spread, cam.double() @ mean.mT, exact),
         }.items()
         if wrong
     }
-
-
-def faults_backward(operators, case):
-    """Names of the inputs whose gradients are not those of the whole map."""
-    q, k, v, weights = case.tensors()
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    if weights is not None:
-        leaves.append(weights.double().log().clamp_min(-1e4).requires_grad_())
-    attention, lse = whole_map(case, *leaves[:2], leaves[3].exp() if leaves[3:] else None)
-    finite, rows = lse.isfinite(), attention[:, :, : case.classes]
-    results = [attention @ leaves[2], torch.where(finite, lse, 0.0), rows]
-    dtypes = [case.dtype, FLOAT, FLOAT]
-    given = [torch.randn(x.shape).to(y) for x, y in zip(results, dtypes, strict=True)]
-    total = sum((x * y.double()).sum() for x, y in zip(results, given, strict=True))
-    wanted = torch.autograd.grad(total, leaves)
-    tilt = settings(case, weights)
-    forward = operators.reweighted_attention(q, k, v, *tilt, case.classes)
-    found = operators.reweighted_attention_backward(*given, q, k, v, *forward, *tilt, True)
-    tolerance = 2 * ROUNDING[case.dtype]
-    pairs = zip("qkvw", found, wanted, strict=False)
-    # the gradient at the only key of a row is the difference of two equal numbers
-    return {name for name, x, y in pairs if far(x, y, tolerance, floor=1e-5)}
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +117,7 @@ def cache(request):
 
 @pytest.fixture(scope="module")
 def library(cache):
-    return emulated.load(cache, "camkit_emulated", (64, 128), (HALF, FLOAT))
+    return emulated.load(cache, "camkit_emulated", (64, 96, 128), (HALF, FLOAT))
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +139,18 @@ CASES = [
     Case(tokens=130, images=2, by_head=True, dead=True, schedule=1),
     Case(tokens=130, images=2, heads=1, dead=True, dtype=FLOAT, schedule=2),
     Case(tokens=197, gate=1, heads=3, schedule=4),
+    Case(tokens=70, width=96, by_head=True, heads=3, schedule=6),
+    Case(tokens=70, width=96, dtype=FLOAT, gate=None, schedule=9),
     Case(tokens=197, classes=5, dtype=FLOAT, heads=1, spread=6.0),
     Case(tokens=65, gate=None, spread=30.0, schedule=5),
+]
+
+
+LARGE = [  # minutes of emulation, run with --run-all
+    Case(tokens=785, heads=1, gate=1),
+    Case(tokens=785, heads=1, dtype=FLOAT, gate=None),
+    Case(tokens=257, width=96, heads=1, classes=20, gate=None),
+    Case(tokens=257, width=128, images=2, heads=3, by_head=True, schedule=8),
 ]
 
 
@@ -175,25 +158,39 @@ CASES = [
 def test_every_result_is_that_of_the_whole_map(library, case):
     operators, emulator = library
     emulator.camkit_schedule(case.schedule)
-    assert faults_forward(operators, case) == set()
+    assert faults(operators, case) == set()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.spread < 2], ids=str)
-def test_gradients_are_those_of_the_whole_map(library, case):
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_maps_are_those_of_the_whole_map(library, case, request):
+    if not request.config.getoption("--run-all"):
+        pytest.skip("takes minutes: run with --run-all")
     operators, emulator = library
     emulator.camkit_schedule(case.schedule)
-    assert faults_backward(operators, case) == set()
+    assert faults(operators, case) == set()
 
 
-@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT])
-def test_the_output_is_no_further_off_than_that_of_torch(library, mutated, dtype):
-    library = mutated if dtype == BFLOAT else library
-    width = 48 if dtype == BFLOAT else 64
-    q, k, v, _ = Case(tokens=197, dtype=dtype, width=width).tensors()
-    wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=SCALE)
-    theirs = F.scaled_dot_product_attention(q, k, v, scale=SCALE)
-    ours = library[0].reweighted_attention(q, k, v, None, SCALE, -1, 0)[0]
-    assert (ours - wanted).norm() <= 1.5 * (theirs - wanted).norm()
+@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [HALF, FLOAT])
+def test_what_is_not_finite_comes_out_as_from_plain_torch(library, dtype, spoiled):
+    q, k, _, _ = Case(tokens=70, dtype=dtype).tensors()
+    q, k = q.clone(), k.clone()
+    q[0, 0, 3, 5] = spoiled
+    k[0, 1, 69, 7] = spoiled  # the last key, which is repeated beyond the end
+    lse = (q.float() @ k.float().mT * SCALE).logsumexp(-1)
+    cam = torch.rand(1, 2, 69)
+    given = (None, SCALE, -1)
+    plain = torch.ops.camkit_plain
+    found = library[0].rows_and_columns(q, k, lse, *given, 4, 4)
+    mean = library[0].affinity_mean(q, k, lse, *given, 1)
+    spread = library[0].propagate_mean(q, k, lse, cam, *given, 1)
+    # rows of plain torch are divided by their sum, which is NaN if one weight is
+    tokens = reweight_plain.AttentionMap(q, k, lse, *given)
+    wanted = [tokens.part(rows=slice(0, 4)), plain.rows_and_columns(q, k, lse, *given, 0, 4)[1]]
+    wanted += [plain.affinity_mean(q, k, lse, *given, 1)]
+    wanted += [(wanted[2] @ cam.mT).mT]
+    for one, other in zip([*found, mean, spread], wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5, equal_nan=True)
 
 
 def strided(case, change):
@@ -214,29 +211,29 @@ def strided(case, change):
 )
 def test_strides_and_alignment_do_not_matter(library, change):
     case = Case(tokens=33, images=2, dtype=HALF)
-    q, k, v = strided(case, change)
-    found = library[0].reweighted_attention(q, k, v, None, SCALE, -1, 1)
-    wanted = library[0].reweighted_attention(
-        *(x.contiguous() for x in (q, k, v)), None, SCALE, -1, 1
-    )
+    q, k, _ = strided(case, change)
+    given = (torch.zeros(2, 2, 33), None, SCALE, -1)
+    found = [*library[0].rows_and_columns(q, k, *given, 2, 2)]
+    found += [library[0].affinity_mean(q, k, *given, 1)]
+    q, k = q.contiguous(), k.contiguous()
+    wanted = [*library[0].rows_and_columns(q, k, *given, 2, 2)]
+    wanted += [library[0].affinity_mean(q, k, *given, 1)]
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one, other)
-    assert found[0].transpose(1, 2).is_contiguous()
 
 
-def test_normalisers_may_be_extreme(library):
-    q = torch.full((1, 1, 3, 64), 30.0)
-    k = torch.stack([q[0, 0, 0], -q[0, 0, 0], torch.zeros(64)])[None, None]
-    _, lse, rows = library[0].reweighted_attention(q, k, k, None, 1.0, -1, 3)
-    assert torch.equal(lse, torch.full((1, 1, 3), 64 * 900.0))
-    assert torch.equal(rows, torch.tensor([1.0, 0.0, 0.0]).expand(1, 1, 3, 3))
-    low = library[0].reweighted_attention(-q, k[:, :, :1], k[:, :, :1], None, 1.0, -1, 0)[1]
-    assert torch.equal(low, torch.full((1, 1, 3), -64 * 900.0))
+def test_rows_and_columns_take_heads_of_other_widths(library):
+    q, k, _, _ = Case(tokens=19, width=72, dtype=HALF).tensors()
+    attention = (q.double() @ k.double().mT * SCALE).softmax(-1)
+    lse = (q.double() @ k.double().mT * SCALE).logsumexp(-1).float()
+    rows, columns = library[0].rows_and_columns(q, k, lse, None, SCALE, -1, 3, 5)
+    assert not far(rows, attention[:, :, :3], EXACT)
+    assert not far(columns, attention[..., :5], EXACT)
 
 
 def test_maps_keep_their_precision(library):
-    q, k, v, _ = Case(tokens=9).tensors()
-    lse = library[0].reweighted_attention(q, k, v, None, SCALE, -1, 0)[1]
+    q, k, _, _ = Case(tokens=9).tensors()
+    lse = (q.float() @ k.float().mT * SCALE).logsumexp(-1)
     cam = torch.rand(1, 2, 9).half()
     found, wide = (
         library[0].propagate_mean(q, k, lse, x, None, SCALE, -1, 0) for x in (cam, cam.float())
@@ -245,15 +242,18 @@ def test_maps_keep_their_precision(library):
 
 
 def test_nothing_asked_gives_nothing(library):
-    q, k, v, _ = Case(tokens=5, images=0).tensors()
-    out, lse, _ = library[0].reweighted_attention(q, k, v, None, SCALE, -1, 0)
-    assert out.shape == (0, 2, 5, 64)
-    q, k, v, _ = Case(tokens=5).tensors()
-    lse = library[0].reweighted_attention(q, k, v, None, SCALE, -1, 0)[1]
-    assert library[0].class_columns(q, k, lse, None, SCALE, -1, 0).shape == (1, 2, 5, 0)
-    assert library[0].affinity_mean(q, k, lse, None, SCALE, -1, 5).shape == (1, 0, 0)
+    q, k, _, _ = Case(tokens=5, images=0).tensors()
+    rows, columns = library[0].rows_and_columns(
+        q, k, q.new_zeros(0, 2, 5).float(), None, 1.0, -1, 1, 2
+    )
+    assert (rows.shape, columns.shape) == ((0, 2, 1, 5), (0, 2, 5, 2))
+    q, k, _, _ = Case(tokens=5).tensors()
+    given = (q, k, torch.zeros(1, 2, 5))
+    rows, columns = library[0].rows_and_columns(*given, None, SCALE, -1, 0, 0)
+    assert (rows.shape, columns.shape) == ((1, 2, 0, 5), (1, 2, 5, 0))
+    assert library[0].affinity_mean(*given, None, SCALE, -1, 5).shape == (1, 0, 0)
     cam = torch.rand(1, 0, 5)
-    assert library[0].propagate_mean(q, k, lse, cam, None, SCALE, -1, 0).shape == (1, 0, 5)
+    assert library[0].propagate_mean(*given, cam, None, SCALE, -1, 0).shape == (1, 0, 5)
 
 
 @pytest.mark.parametrize(
@@ -261,21 +261,22 @@ def test_nothing_asked_gives_nothing(library):
     [
         ({"q": torch.zeros(1, 2, 5, 40)}, "not compiled for this dtype and head width"),
         ({"k": torch.zeros(1, 3, 5, 64)}, "k does not fit q"),
-        ({"v": torch.zeros(1, 2, 6, 64)}, "v does not fit q"),
         ({"q": torch.zeros(1, 2, 5, 64).double()}, "expected float16, bfloat16 or float32"),
         ({"weights": torch.zeros(1, 6)}, "log_weights does not fit q and k"),
         ({"weights": torch.zeros(1, 5).half()}, "log_weights must be float32"),
-        ({"rows": 6}, "class_rows must be 0 to 5"),
+        ({"lse": torch.zeros(1, 2, 6)}, "lse does not fit q and k"),
+        ({"skip": 6}, "skip must be 0 to 5"),
     ],
 )
 def test_what_does_not_fit_is_refused(library, change, words):
-    given = {name: torch.zeros(1, 2, 5, 64) for name in "qkv"} | {"weights": None, "rows": 0}
-    given |= change
+    given = {name: torch.zeros(1, 2, 5, 64) for name in "qk"}
+    given |= {"lse": torch.zeros(1, 2, 5), "weights": None, "skip": 0} | change
     if given["q"].shape[-1] == 40:
-        given |= {"k": given["q"], "v": given["q"]}
-    q, k, v, weights, rows = given.values()
+        given["k"] = given["q"]
+    q, k, lse, weights, skip = given.values()
+    affinity = torch.zeros(1, 5, 5)
     with pytest.raises(RuntimeError, match=words):
-        library[0].reweighted_attention(q, k, v, weights, SCALE, -1, rows)
+        library[0].affinity_mean_(affinity, q, k, lse, weights, SCALE, -1, skip, 1.0, 0.0)
 
 
 def scores_input(classes, patches, skip, *, cued=True, labelled=True):
@@ -327,21 +328,45 @@ def test_what_does_not_fit_the_rows_is_refused(library, place, shape, words):
 
 SMALL = [
     Case(tokens=130, width=48, dtype=BFLOAT, gate=1, images=2, heads=1, dead=True, spread=2.5),
-    Case(tokens=70, width=48, dtype=BFLOAT, heads=3, by_head=True, spread=2.5),
+    Case(tokens=70, width=48, dtype=BFLOAT, heads=3, classes=3, by_head=True, spread=2.5),
 ]
 
 
 def caught(operators, emulator, schedule):
     emulator.camkit_schedule(schedule)
     try:
-        return any(
-            faults_forward(operators, case) or faults_backward(operators, case) for case in SMALL
+        return (
+            any(faults(operators, case) for case in SMALL)
+            or wrong_scores(operators)
+            or reads_beyond(operators, emulator)
         )
-    except RuntimeError:  # the emulator saw threads wait for ever or part ways
+    except RuntimeError:  # the emulator saw a race, or threads that wait for ever
         return True
 
 
-@pytest.mark.parametrize("schedule", emulated.SCHEDULES[:3])
+def reads_beyond(operators, emulator):
+    """Raises a RuntimeError if a tile is filled from behind the tensor that holds q and k."""
+    q, k, *_ = SMALL[1].tensors()
+    storage = q.untyped_storage()
+    readable = emulator.camkit_readable
+    readable.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    readable(storage.data_ptr(), storage.nbytes())
+    try:
+        operators.affinity_mean(q, k, torch.zeros(q.shape[:3]), None, SCALE, -1, 1)
+    finally:
+        readable(None, 0)
+    return False
+
+
+def wrong_scores(operators):
+    given = [torch.ones(1, 2, 3, 9) / 9, torch.rand(1, 2, 9, 3), None, None, None, None]
+    settings = (3, 0.0, 0.4, 0.1, 1.0, 0.5, 0.2, 0.7, False)
+    found = operators.doei_scores(*given, *settings)
+    wanted = plain_scores(*given, *settings)
+    return any(far(one, other, 1e-5) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("schedule", emulated.SCHEDULES)
 def test_without_a_mistake_none_is_found(mutated, schedule):
     operators, emulator = mutated
     ctypes.c_int.in_dll(emulator, "camkit_mutant").value = 0

@@ -187,3 +187,9 @@ def test_a_seed_that_reads_a_classifier_in_parts_says_how_to_gather_it(two_proce
     head = distributed_copy(2, Shard(0)).head
     with pytest.raises(UnsupportedModelError, match=r"sharded over 2 processes.*model\.unshard"):
         applied(head, torch.zeros(1, 24))
+
+
+def test_a_working_tree_that_is_not_installed_has_an_environment():
+    from camkit.manifest import _version
+
+    assert _version("camkit-of-a-bare-working-tree") == "not installed"

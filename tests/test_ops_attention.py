@@ -108,6 +108,27 @@ def test_half_precision_rows_come_back_in_the_dtype_of_the_queries(dtype):
     assert attention_rows(q, k, [0], scale=SCALE).dtype == dtype
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_known_normaliser_gives_the_same_rows_patches_and_gradients(qkv, weighted):
+    q, k, _ = (x.double().clone().requires_grad_() for x in qkv)
+    bias = torch.randn(len(q), 1, 1, k.shape[2]).double() if weighted else None
+    whole = oracles.full_attention(q, k, SCALE, bias)
+    lse = (SCALE * q @ k.mT + (0.0 if bias is None else bias)).logsumexp(-1).detach()
+    options = {"scale": SCALE, "bias": bias, "normaliser": lse}
+    found = [attention_rows(q, k, [0, 1], **options)]
+    found += [head_mean(q, k, tokens=range(2, q.shape[2]), **options)]
+    wanted = [whole[:, :, :2], whole[:, :, 2:, 2:].mean(1)]
+    pulls = [torch.randn_like(x) for x in wanted]
+    for one, other, pull in zip(found, wanted, pulls, strict=True):
+        torch.testing.assert_close(one, other)
+        for mine, right in zip(
+            torch.autograd.grad((one * pull).sum(), (q, k)),
+            torch.autograd.grad((other * pull).sum(), (q, k), retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, right)
+
+
 def test_streamed_chunks_equal_one_chunk(biased, monkeypatch):
     q, k, v, bias = biased
     monkeypatch.setattr(reweight_plain, "HELD", 5 * 2 * 3 * 19)  # 5 queries at a time

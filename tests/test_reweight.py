@@ -11,11 +11,10 @@ from camkit.ops import reweight_plain
 from camkit.ops.reweight import (
     add_affinity_,
     affinity_mean,
-    class_columns,
-    compiled_for,
     log_of,
     propagate_mean,
     reweighted_attention,
+    rows_and_columns,
 )
 
 SCALE = 0.37
@@ -60,7 +59,7 @@ def everything(q, k, v, log_weights=None, gated_rows=None, cam=None, *, classes=
     given = (q, k, found.lse)
     return [
         *found,
-        class_columns(*given, log_weights, columns=classes, **tilt),
+        rows_and_columns(*given, log_weights, rows=0, columns=classes, **tilt)[1],
         affinity_mean(*given, log_weights, skip=classes, **tilt),
         propagate_mean(*given, cam, log_weights, skip=classes, **tilt),
     ]
@@ -224,7 +223,7 @@ def test_errors_are_those_of_torchs_own_attention(dtype):
     assert error(found.output, weights @ v.double()) <= 1.5 * error(own, weights @ v.double())
     assert error(found.lse, logits.logsumexp(-1)) < 1e-5
     assert error(found.rows, weights[:, :, :3]) < 1e-7
-    columns = class_columns(q, k, found.lse, tilt, columns=2)
+    _, columns = rows_and_columns(q, k, found.lse, tilt, rows=0, columns=2)
     assert error(columns, weights[..., :2]) < 1e-7
 
 
@@ -305,7 +304,6 @@ def test_values_may_be_of_another_width():
     tilt = tilt_of("keys", q)
     found = reweighted_attention(q, k, v, tilt, scale=SCALE).output
     torch.testing.assert_close(found, whole_map(q, k, tilt)[1] @ v, atol=1e-12, rtol=0.0)
-    assert not compiled_for(q, k, v)
 
 
 class Unwilling(torch.autograd.Function):
@@ -357,13 +355,14 @@ def check_operator(operator, args, *, compiled):
 )
 def test_torch_accepts_the_operators(kind, namespace, no_shape_checks):
     ops, compiled = getattr(torch.ops, namespace), {"compiled": kind == "keys of heads"}
-    q, k, v = (x.clone().requires_grad_() for x in heads(2, 2, 6, 8, torch.float32))
+    q, k, _ = (x.clone().requires_grad_() for x in heads(2, 2, 6, 8, torch.float32))
     tilt = tilt_of(kind, q)
     tilt = tilt if tilt is None else tilt.requires_grad_()
     lse, cam = torch.randn(2, 2, 6, requires_grad=True), torch.rand(2, 1, 5, requires_grad=True)
     settings = (tilt, 0.5, 2)
-    check_operator(ops.reweighted_attention, (q, k, v, *settings, 2), **compiled)
-    check_operator(ops.class_columns, (q, k, lse, *settings, 1), **compiled)
+    check_operator(ops.rows_and_columns, (q, k, lse, *settings, 2, 1), **compiled)
+    if namespace == "camkit_plain":
+        check_operator(ops.normaliser, (q, k, lse, *settings), compiled=True)
     check_operator(ops.affinity_mean, (q, k, lse, *settings, 1), **compiled)
     check_operator(ops.propagate_mean, (q, k, lse, cam, *settings, 1), **compiled)
     with torch.no_grad():
@@ -371,11 +370,6 @@ def test_torch_accepts_the_operators(kind, namespace, no_shape_checks):
         still = (None if tilt is None else tilt.detach(), 0.5, 2)
         total = torch.zeros(2, 5, 5)
         check_operator(ops.affinity_mean_, (total, *given, *still, 1, 1.0, 0.5), **compiled)
-        out, lse, rows = ops.reweighted_attention(*given[:2], v.detach(), *still, 2)
-        pulls = (torch.ones_like(out), None, torch.ones_like(rows))
-        forward = (*given[:2], v.detach(), out, lse, rows, *still)
-        backward = ops.reweighted_attention_backward
-        check_operator(backward, (*pulls, *forward, tilt is not None), **compiled)
 
 
 class Block(torch.nn.Module):
@@ -388,7 +382,8 @@ class Block(torch.nn.Module):
     def forward(self, x, weights):
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
         found = reweighted_attention(q, k, v, log_of(weights), class_rows=1)
-        columns = class_columns(q, k, found.lse, log_of(weights), columns=1)
+        given = (q, k, found.lse, log_of(weights))
+        _, columns = rows_and_columns(*given, rows=0, columns=1)
         spread = propagate_mean(q, k, found.lse, found.rows.mean(1)[..., 1:], skip=1)
         out = self.proj(found.output.transpose(1, 2).flatten(2))
         return out, found.rows.mean(1), columns.mean(1), spread
@@ -438,7 +433,8 @@ def test_nothing_is_read_back_from_a_device(device):
         lse, tilt = torch.randn(2, 4, 50), torch.randn(2, 50)
         cam = torch.rand(2, 3, 49)
         given = reweight_plain.AttentionMap(q, k, lse, tilt, 0.1, 3)
-        assert reweight_plain.class_columns(given, 2).shape == (2, 4, 50, 2)
+        shapes = [x.shape for x in reweight_plain.rows_and_columns(given, 1, 2)]
+        assert shapes == [(2, 4, 1, 50), (2, 4, 50, 2)]
         assert reweight_plain.affinity_mean(given, 1).shape == (2, 49, 49)
         assert reweight_plain.propagate_mean(given, cam, 1).shape == cam.shape
 

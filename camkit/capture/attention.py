@@ -21,6 +21,7 @@ from camkit.ops.attention import (
 )
 from camkit.ops.paired import PairBias
 from camkit.ops.propagation import propagate
+from camkit.ops.reweight import compiled_for
 from camkit.printing import short_repr
 
 
@@ -30,12 +31,12 @@ def key_bias(log_weights: Tensor, dtype: torch.dtype) -> Tensor:
     return per_head[:, :, None].to(dtype)
 
 
-def gated_bias(log_weights: Tensor | None, gated_rows: int, q: Tensor) -> Tensor | None:
-    """Return the bias of `camkit.ops.reweight`, whose ``gated_rows`` of -1 means all rows."""
+def gated_bias(log_weights: Tensor | None, gated_rows: int | None, q: Tensor) -> Tensor | None:
+    """Return the bias of `camkit.ops.reweight`, whose ``gated_rows`` of None means all rows."""
     if log_weights is None:
         return None
     bias = key_bias(log_weights, log_weights.dtype)
-    if gated_rows < 0:
+    if gated_rows is None:
         return bias
     gated = torch.arange(q.shape[2], device=q.device)[:, None] < gated_rows
     return torch.where(gated, bias, 0.0)
@@ -139,6 +140,9 @@ class FusedAttention:
         return self.output
 
     def rows(self, queries: Sequence[int]) -> Map:
+        if self.normaliser is not None and compiled_for(self.q, self.k, width=64):
+            settings: dict[str, Any] = {"scale": self.scale, "normaliser": self.normaliser}
+            return attention_rows(*self.joined(), queries, bias=self.bias, **settings)
         q, k = take(self.q, queries, 2), self.k
         if self.pairs is not None:
             own = take(self.pairs.queries, queries, self.pairs.queries.dim() - 2)

@@ -37,8 +37,9 @@ from camkit.capture.mha import (
     with_values_shown,
 )
 from camkit.capture.modes import THREAD, measurement
+from camkit.ops.extra_channels import channels_preferred
 from camkit.ops.paired import PairBias, paired_attention
-from camkit.ops.reweight import compiled_for, reweighted_attention
+from camkit.ops.reweight import reweighted_attention
 from camkit.torch_internals import (
     disable_compiler,
     function_modes_disabled,
@@ -224,10 +225,7 @@ def _known_functions() -> dict[int, str]:
         "linear": [F.linear],
         "paired": [paired_attention],
         "kernel": [getattr(aten, name, None) for name in torch_internals.KERNELS],
-        "reweighted": [
-            torch.ops.camkit.reweighted_attention,
-            torch.ops.camkit_plain.reweighted_attention,
-        ],
+        "reweighted": [reweighted_attention],
     }
     return {id(f): kind for kind, group in functions.items() for f in group if f is not None}
 
@@ -275,6 +273,7 @@ def _proven_kind(func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, An
     return proven[form]
 
 
+_OPTIONS = ("dropout_p", "is_causal", "enable_gqa")
 Bias = Tensor | PairBias
 """What may be added to the logits of a call: log-weights of its keys, or a bias of its pairs."""
 
@@ -365,7 +364,7 @@ class Tap:
         keys = key_bias(added, query.dtype)
         bias = keys if attention.bias is None else attention.bias + keys
         attention = replace(attention, bias=bias)
-        if call[3] is None and _compiled(*call[:3], options):
+        if not folded and _is_bare(call, options) and channels_preferred(query):
             # no mask is made, and weights keep their digits
             output, normaliser, _ = reweighted_attention(*call[:3], added, scale=scale)
             return output, replace(attention, normaliser=normaliser)
@@ -391,15 +390,18 @@ class Tap:
         k: Tensor,
         v: Tensor,
         log_weights: Tensor | None,
-        scale: float,
-        gated_rows: int,
-        *rest: Any,
+        *,
+        scale: float | None,
+        gated_rows: int | None,
+        class_rows: int,
     ) -> Any:
-        """Report a call of camkit's own operator, by another tap or by the host."""
-        output, normaliser, rows = func(q, k, v, log_weights, scale, gated_rows, *rest)
+        """Report a call of camkit's own function, by another tap or by the host."""
+        settings: dict[str, Any] = {"scale": scale, "gated_rows": gated_rows}
+        found = func(q, k, v, log_weights, **settings, class_rows=class_rows)
         bias = gated_bias(log_weights, gated_rows, q)
-        attention = FusedAttention(q, k, scale, bias, v, output, normaliser)
-        return self._on_attention(output, attention), normaliser, rows
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        attention = FusedAttention(q, k, scale, bias, v, found.output, found.lse)
+        return found._replace(output=self._on_attention(found.output, attention))
 
     def paired(
         self,
@@ -492,11 +494,10 @@ def _described(
     return FusedAttention(q, k, scale, bias)
 
 
-def _compiled(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
-    """Whether camkit's own kernel can take the place of the host's call."""
-    bare = not (options["dropout_p"] or options["is_causal"] or options["enable_gqa"])
-    four_axes = query.dim() == 4 and key.shape == query.shape
-    return bare and four_axes and compiled_for(query, key, value)
+def _is_bare(call: tuple[Tensor, Tensor, Tensor, Tensor | None], options: dict[str, Any]) -> bool:
+    """Whether a call has no mask, no other option than a scale, and nothing to broadcast."""
+    plain = call[3] is None and not any(options[name] for name in _OPTIONS)
+    return plain and call[0].shape[:2] == call[1].shape[:2] == call[2].shape[:2]
 
 
 def scaled_weights(factor: float, leaves: list[Tensor], heads: int) -> Intercept:

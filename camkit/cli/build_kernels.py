@@ -1,4 +1,4 @@
-"""Compile the CUDA kernels of attention ahead of time, instead of on first use."""
+"""Compile the CUDA kernels of attention; until then plain torch is used."""
 
 import argparse
 

@@ -1,8 +1,9 @@
-"""The CUDA kernels of attention: compile them once, cache, load and switch them off."""
+"""The CUDA kernels of attention: compile them once, cache, load, test and switch them off."""
 
 import concurrent.futures
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import platform
@@ -12,11 +13,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from camkit.errors import CamkitError
@@ -24,7 +28,7 @@ from camkit.native import loader
 from camkit.torch_internals import constant_when_compiled
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_WIDTHS = (32, 48, 64, 80, 96, 128)
+WIDTHS = (32, 48, 64, 80, 96, 128)  # of heads; others between them are padded
 _OLDEST = 80  # compute capability 8.0, the first with asynchronous copies and bfloat16 products
 SOURCES = Path(__file__).with_name("cuda")
 _FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
@@ -37,12 +41,12 @@ _SECONDS = 1800  # a compiler that takes longer has failed
 class Selection:
     """The kernels to compile; fewer compile faster."""
 
-    widths: tuple[int, ...] = _WIDTHS
+    widths: tuple[int, ...] = WIDTHS
     dtypes: tuple[torch.dtype, ...] = _DTYPES
 
     def __post_init__(self) -> None:
-        if not set(self.widths) <= set(_WIDTHS) or not self.widths:
-            raise ValueError(f"`widths` must be of {_WIDTHS}, got {self.widths}")
+        if not set(self.widths) <= set(WIDTHS) or not self.widths:
+            raise ValueError(f"`widths` must be of {WIDTHS}, got {self.widths}")
         if not set(self.dtypes) <= set(_DTYPES) or not self.dtypes:
             raise ValueError(f"`dtypes` must be of {_DTYPES}, got {self.dtypes}")
 
@@ -97,26 +101,45 @@ def find(architectures: Sequence[int] | None = None, *, selection: Selection = _
 
 
 def nvcc() -> str:
-    """Return the CUDA compiler: in CUDA_HOME or CUDA_PATH, on PATH, or in /usr/local/cuda.
+    """Return the CUDA compiler.
+
+    It is looked for in CUDA_HOME and CUDA_PATH, on PATH, beside torch (``pip install
+    nvidia-cuda-nvcc nvidia-cuda-cccl``) and in /usr/local/cuda.
 
     Raises:
         CamkitError: there is none, or this torch cannot load the libraries it compiles.
     """
     _check_torch()
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    named = [Path(home) / "bin" / "nvcc" for home in homes]
-    on_path = [Path(found)] if (found := shutil.which("nvcc")) else []
-    for path in (*named, *on_path, Path("/usr/local/cuda/bin/nvcc")):
+    newer = ""
+    for path in _compilers():
         if os.access(path, os.X_OK):
             version = re.search(r"release (\d+)", _run([str(path), "--version"]))
             theirs, ours = int(version[1]) if version else 0, _torch_release()
-            if ours is not None and theirs > ours:
-                raise CamkitError(
-                    f"{path} is of CUDA {theirs}, torch runs on CUDA {ours}; install a toolkit "
-                    "that is not newer and name its folder in CUDA_HOME"
-                )
-            return str(path)
-    raise CamkitError("no nvcc found; install the CUDA toolkit, or name its folder in CUDA_HOME")
+            if ours is None or theirs <= ours:
+                return str(path)
+            newer = newer or (
+                f"{path} is of CUDA {theirs}, torch runs on CUDA {ours}; install a toolkit "
+                "that is not newer and name its folder in CUDA_HOME"
+            )
+    raise CamkitError(
+        newer
+        or "no nvcc found; install the CUDA toolkit, or the packages nvidia-cuda-nvcc and "
+        "nvidia-cuda-cccl, or name the toolkit's folder in CUDA_HOME"
+    )
+
+
+def _compilers() -> Iterator[Path]:
+    """List where nvcc may be, the place to prefer first."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            yield Path(os.environ[name]) / "bin" / "nvcc"
+    if found := shutil.which("nvcc"):
+        yield Path(found)
+    packages = importlib.util.find_spec("nvidia")
+    for folder in (packages and packages.submodule_search_locations) or ():
+        for package in (f"cu{_torch_release()}", "cuda_nvcc"):
+            yield Path(folder) / package / "bin" / "nvcc"
+    yield Path("/usr/local/cuda/bin/nvcc")
 
 
 def _check_torch() -> None:
@@ -164,7 +187,9 @@ def _compile(folder: Path, key: str, targets: Sequence[int], selection: Selectio
     with tempfile.TemporaryDirectory(dir=folder) as build_folder:
         built, log = Path(build_folder) / "attention.so", Path(build_folder) / "attention.log"
         # the sources need nothing newer than compute_80, whose PTX also runs on future GPUs
-        codes = ",".join([f"sm_{x}" for x in targets] + [f"compute_{_OLDEST}"])
+        known = _run([compiler, "--list-gpu-code"]).split()
+        own = [f"sm_{x}" for x in targets if f"sm_{x}" in known or not known]
+        codes = ",".join([*own, f"compute_{_OLDEST}"])  # a GPU newer than nvcc compiles the PTX
         target = f"-gencode=arch=compute_{_OLDEST},code=[{codes}]"
         device = [compiler, *_FLAGS, *selection.flags, target, "-c"]
         commands = [
@@ -175,7 +200,8 @@ def _compile(folder: Path, key: str, targets: Sequence[int], selection: Selectio
         with concurrent.futures.ThreadPoolExecutor() as pool:
             log.write_text("\n".join(pool.map(_run, commands)))
         objects = [command[-1] for command in commands]
-        link = [compiler, "-shared", "-cudart", "static", *objects, "-o", str(built)]
+        link = [compiler, "-shared", "-cudart", "static", "-cudadevrt", "none", *objects]
+        link += ["-o", str(built), f"-L{Path(compiler).parents[1] / 'lib'}"]  # as in packages
         _run([*link, *torch_library()])
         stem = f"attention-{key}-{'_'.join(map(str, targets))}-{loader.digest(built.read_bytes())}"
         log.replace(folder / f"{stem}.log")
@@ -239,16 +265,25 @@ def kernels_off() -> Iterator[None]:
 
 @constant_when_compiled
 def kernels_ready(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether there is a compiled kernel for heads of a width; build and load it on first use."""
+    """Whether there is a compiled kernel for heads of a width, loaded and tested on first use.
+
+    Nothing is compiled here: `build` is called by ``camkit build-kernels``.
+    """
     if device.type != "cuda" or torch.version.hip or switched_off() or not fits(dtype, width):
         return False
     with _loading:
-        return _capable(device) and _load() is None
+        ready = not _faults and _capable(device) and _load() is None
+        return ready and _works(str(device))
 
 
 def fits(dtype: torch.dtype, width: int) -> bool:
     """Whether the kernels are written for heads of this width."""
-    return dtype in _DTYPES and width in _WIDTHS
+    return dtype in _DTYPES and width in WIDTHS
+
+
+def padded_width(width: int) -> int:
+    """Return the width of the kernel that takes heads of ``width``, padded with zeros."""
+    return next((wider for wider in WIDTHS if wider >= width), width)
 
 
 def switched_off() -> bool:
@@ -263,6 +298,8 @@ def kernel_state() -> str:
     has_gpu = torch.cuda.is_available() and not torch.version.hip
     if has_gpu and not _capable(torch.device("cuda")):
         return "plain torch: the kernels need compute capability 8.0, this GPU is older"
+    if _faults:
+        return f"plain torch: {_faults[0]}"
     try:
         path = find()
     except CamkitError as error:
@@ -270,7 +307,7 @@ def kernel_state() -> str:
     else:
         state = f"compiled kernels are ready, {path}"
         if path is None:
-            state = "kernels are built at first use on CUDA, or now by `camkit build-kernels`"
+            state = "kernels are not built; run `camkit build-kernels`"
     return state if has_gpu else f"plain torch: no CUDA device; {state}"
 
 
@@ -280,10 +317,85 @@ def _capable(device: torch.device) -> bool:
 
 @functools.cache
 def _load() -> str | None:
-    """Load the library once; return the reason if it cannot be loaded."""
+    """Load the library from the cache once; return the reason if it cannot be loaded."""
+    reason = None
     try:
-        torch.ops.load_library(str(build()))
+        path = find()
+        if path is None:
+            reason = "the kernels are not built; run `camkit build-kernels`"
+        else:
+            torch.ops.load_library(str(path))
     except (CamkitError, OSError, subprocess.SubprocessError) as error:
-        _LOG.info("attention on CUDA runs in plain torch, slower: %s", error)
-        return str(error)
+        reason = str(error)
+    if reason is not None:
+        _LOG.info("maps of attention on CUDA are computed in plain torch, slower: %s", reason)
+    return reason
+
+
+_faults: list[str] = []  # why the kernels are not used any more
+
+
+def run_kernel(name: str, compiled: bool, *values: Any) -> Any:
+    """Call one of camkit's operators, in plain torch if its compiled kernel cannot be launched."""
+    if compiled and not _faults:
+        try:
+            return getattr(torch.ops.camkit, name)(*values)
+        except RuntimeError as error:
+            if _LAUNCH not in str(error):
+                raise
+            _give_up(str(error).splitlines()[0])
+    return getattr(torch.ops.camkit_plain, name)(*values)
+
+
+_LAUNCH = "camkit: kernel failed"  # as in binding.h
+
+
+def _give_up(reason: str) -> None:
+    """Use plain torch from now on, and warn once."""
+    _faults.append(reason)
+    if len(_faults) == 1:
+        warnings.warn(
+            f"camkit's CUDA kernels are switched off, plain torch takes over: {reason}; please "
+            "report it with the output of `camkit doctor`",
+            stacklevel=3,
+        )
+
+
+@functools.cache
+def _works(device: str) -> bool:
+    """Whether the kernels agree with plain torch on one small call; warns if not."""
+    fault = self_test(torch.device(device), torch.ops.camkit)
+    if fault is not None:
+        _give_up(f"the self-test failed on {device}: {fault}")
+    return fault is None
+
+
+@torch.no_grad()
+def self_test(device: torch.device, operators: Any) -> str | None:
+    """Compare ``operators`` with plain torch; return what is wrong, None if nothing is."""
+    drawn = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, 70, 2, 2, 64, generator=drawn)
+    tilt = torch.randn(1, 70, generator=drawn).to(device)
+    cam = torch.rand(1, 2, 69, generator=drawn).to(device)
+    plain = torch.ops.camkit_plain
+    for dtype in (torch.float32, torch.float16):
+        q, k = qkv.to(device, dtype).permute(2, 0, 3, 1, 4).unbind(0)
+        lse = ((q.float() * 0.125) @ k.float().mT + tilt[:, None, None]).logsumexp(-1)
+        given = (tilt, 0.125, -1)
+        calls: dict[str, tuple[Any, ...]] = {
+            "rows_and_columns": (q, k, lse, *given, 1, 1),
+            "affinity_mean": (q, k, lse, *given, 1),
+            "propagate_mean": (q, k, lse, cam, *given, 1),
+        }
+        for name, values in calls.items():
+            try:
+                found = getattr(operators, name)(*values)
+            except RuntimeError as error:
+                return f"{name}: {str(error).splitlines()[0]}"
+            wanted = getattr(plain, name)(*values)
+            if isinstance(found, Tensor):
+                found, wanted = [found], [wanted]
+            pairs = zip(found, wanted, strict=True)
+            if not all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in pairs):
+                return f"{name} in {dtype} differs from plain torch"
     return None

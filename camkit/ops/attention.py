@@ -34,9 +34,23 @@ Bias = Float[Tensor, "#b #a #t s"]
 
 
 def attention_rows(
-    q: Heads, k: Keys, queries: Sequence[int], *, scale: float, bias: Bias | None = None
+    q: Heads,
+    k: Keys,
+    queries: Sequence[int],
+    *,
+    scale: float,
+    bias: Bias | None = None,
+    normaliser: Normaliser | None = None,
 ) -> Float[Tensor, "b a c s"]:
     """Return the attention of the tokens at positions ``queries``, one softmax row each."""
+    if normaliser is not None and run_of(queries, q.shape[2]) == range(len(queries)):
+        with torch.autocast(q.device.type, enabled=False):
+            inputs = operator_inputs(q, k, scale, bias, normaliser)
+            if inputs is not None:
+                found, _ = reweight.rows_and_columns(
+                    q, k, *inputs, rows=len(queries), columns=0, scale=scale
+                )
+                return found.to(q.dtype)
     return _softmax(take(q, queries, 2), k, scale, rows_of(bias, queries)).to(q.dtype)
 
 
@@ -57,7 +71,9 @@ def attention_columns(
     with torch.autocast(q.device.type, enabled=False):
         inputs = operator_inputs(q, k, scale, bias, normaliser) if leading else None
         if inputs is not None:
-            columns = reweight.class_columns(q, k, *inputs, columns=len(keys), scale=scale)
+            _, columns = reweight.rows_and_columns(
+                q, k, *inputs, rows=0, columns=len(keys), scale=scale
+            )
         else:
             dtype = at_least_float32(q.dtype)
             at_keys = None if bias is None else take(bias, keys, 3)
@@ -92,6 +108,12 @@ def head_mean(
         found = _fast_head_mean(q, k, normaliser, scale, run) if fast and run else None
         if found is not None:
             return found
+        if run and run.stop == q.shape[2] == k.shape[2]:
+            with torch.autocast(q.device.type, enabled=False):
+                inputs = operator_inputs(q, k, scale, bias, normaliser)
+                if inputs is not None:
+                    found = reweight.affinity_mean(q, k, *inputs, scale=scale, skip=run.start)
+                    return found.to(q.dtype)
         whole = head_mean(q, k, scale=scale, bias=bias, normaliser=normaliser)
         return take(take(whole, tokens, 1), tokens, 2)
     found = None if bias is not None else _fast_head_mean(q, k, normaliser, scale)

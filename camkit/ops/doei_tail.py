@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camkit.native.kernels import kernels_ready
+from camkit.native.kernels import kernels_ready, run_kernel
 from camkit.ops.confidence import TanhAroundMean, gain
 from camkit.ops.kernel_ops import NAMESPACES, declare
 from camkit.ops.reweight_plain import at_least_float32
@@ -81,9 +81,10 @@ def doei_scores(  # noqa: PLR0913 - all that is decided before reconstruction
     single = rows.is_cuda and rows.dtype != torch.float64
     # any head width for which there are kernels: this operator does not depend on it
     compiled = single and kernels_ready(rows.device, torch.float32, 64)
-    namespace = torch.ops.camkit if compiled else torch.ops.camkit_plain
     inputs = (rows, columns, *joined, present, skip, share)
-    mutual, weights, *_ = namespace.doei_scores(*inputs, *classes, *patches, across_classes)
+    mutual, weights, *_ = run_kernel(
+        "doei_scores", compiled, *inputs, *classes, *patches, across_classes
+    )
     return mutual, weights
 
 

@@ -16,24 +16,17 @@ from camkit.ops import reweight_plain as plain
 from camkit.ops.reweight_plain import ALL, AttentionMap, Gradients
 
 NAMESPACES = ("camkit", "camkit_plain")
+_MAP = "Tensor q, Tensor k, Tensor lse"
 _CALL = "Tensor? log_weights, float scale, int gated_rows"
-_GRADS = "Tensor? grad_out, Tensor? grad_lse, Tensor? grad_rows"
 SCHEMAS = {
-    "reweighted_attention": (
-        f"(Tensor q, Tensor k, Tensor v, {_CALL}, int class_rows)"
-        " -> (Tensor out, Tensor lse, Tensor rows)"
+    "rows_and_columns": (
+        f"({_MAP}, {_CALL}, int rows, int columns) -> (Tensor rows, Tensor columns)"
     ),
-    "reweighted_attention_backward": (
-        f"({_GRADS}, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rows, {_CALL},"
-        " bool to_weights) -> (Tensor to_q, Tensor to_k, Tensor to_v, Tensor to_log_weights)"
-    ),
-    "class_columns": f"(Tensor q, Tensor k, Tensor lse, {_CALL}, int columns) -> Tensor",
-    "affinity_mean": f"(Tensor q, Tensor k, Tensor lse, {_CALL}, int skip) -> Tensor",
+    "affinity_mean": f"({_MAP}, {_CALL}, int skip) -> Tensor",
     "affinity_mean_": (
-        f"(Tensor(a!) affinity, Tensor q, Tensor k, Tensor lse, {_CALL}, int skip,"
-        " float alpha, float beta) -> ()"
+        f"(Tensor(a!) affinity, {_MAP}, {_CALL}, int skip, float alpha, float beta) -> ()"
     ),
-    "propagate_mean": f"(Tensor q, Tensor k, Tensor lse, Tensor cam, {_CALL}, int skip) -> Tensor",
+    "propagate_mean": f"({_MAP}, Tensor cam, {_CALL}, int skip) -> Tensor",
 }
 
 
@@ -75,28 +68,12 @@ def _in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _attention_shapes(
-    q: Tensor, k: Tensor, v: Tensor, _w: object, _s: float, _g: int, class_rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    images, heads, tokens, _ = q.shape
-    wide = plain.at_least_float32(q.dtype)
+def _map_shapes(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    (images, heads, tokens, _), (rows, columns) = q.shape, rest[-2:]
     return (
-        q.new_empty(images, tokens, heads, v.shape[3]).transpose(1, 2),
-        q.new_empty((images, heads, tokens), dtype=wide),
-        q.new_empty((images, heads, class_rows, k.shape[2]), dtype=wide),
+        lse.new_empty(images, heads, rows, k.shape[2]),
+        lse.new_empty(images, heads, tokens, columns),
     )
-
-
-def _backward_shapes(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, log_weights, to_weights = *values[3:6], values[9], values[-1]
-    to_q, to_k, to_v = (x.new_empty(x.shape) for x in (q, k, v))
-    if log_weights is None or not to_weights:
-        return to_q, to_k, to_v, q.new_empty(0)
-    return to_q, to_k, to_v, log_weights.new_empty(log_weights.shape)
-
-
-def _column_shape(q: Tensor, _k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
-    return lse.new_empty(*q.shape[:3], rest[-1])
 
 
 def _affinity_shape(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
@@ -117,26 +94,38 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _keep(ctx, inputs, ())
 
 
-def _attention_gradient(
-    namespace: str, ctx: Any, *at_outputs: Tensor | None
+def _maps_gradient(
+    ctx: Any, to_rows: Tensor | None, to_columns: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    *heads, log_weights, out, lse, rows = ctx.saved_tensors
-    *settings, _ = ctx.settings
-    to_weights = log_weights is not None and ctx.needs_input_grad[3]
-    backward = getattr(torch.ops, namespace).reweighted_attention_backward
-    forward = (*heads, out, lse, rows, log_weights, *settings)
-    *gradients, weights = backward(*at_outputs, *forward, to_weights)
-    return *gradients, weights if to_weights else None, None, None, None
+    *inputs, rows, columns = ctx.saved_tensors
+    sums = Gradients(AttentionMap(*inputs, *ctx.settings[:-2]))
+    if to_rows is not None and rows.numel():
+        at_logits = rows * (to_rows - (to_rows * rows).sum(-1, keepdim=True))
+        sums.add(at_logits, ALL, slice(0, rows.shape[2]))
+    if to_columns is not None and columns.numel():
+        at_logits = columns * to_columns
+        sums.lse -= at_logits.sum(-1)
+        sums.add(at_logits, ALL, slice(0, None), slice(0, columns.shape[3]))
+    to_q, to_k, to_lse, to_weights = sums.cast()
+    by_lse = to_columns is not None and columns.numel() > 0  # rows sum to one whatever it is
+    return to_q, to_k, to_lse if by_lse else None, to_weights, None, None, None, None
 
 
-def _columns_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, columns = ctx.saved_tensors
-    *settings, count = ctx.settings
-    sums = Gradients(AttentionMap(*inputs, *settings))
-    at_logits = columns * gradient
-    sums.lse -= at_logits.sum(-1)
-    sums.add(at_logits, ALL, slice(0, None), slice(0, count))
-    return *sums.cast(), None, None, None
+def _keep_for_normaliser(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _keep_inputs(ctx, inputs, output)
+    ctx.set_materialize_grads(False)
+
+
+def _normaliser_gradient(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 6  # only the output or the rows were used
+    sums = Gradients(AttentionMap(*ctx.saved_tensors, *ctx.settings))
+    for rows, groups in sums.attention.parts():
+        for heads in groups:
+            weights = sums.attention.part(heads, rows)
+            sums.add(weights.mul_(gradient[:, heads, rows, None]), heads, rows)
+    to_q, to_k, _, to_weights = sums.cast()
+    return to_q, to_k, None, to_weights, None, None
 
 
 def _affinity_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -181,16 +170,21 @@ def _propagated_shape(_q: Tensor, _k: Tensor, _lse: Tensor, cam: Tensor, *_: Any
     return cam.new_empty(cam.shape)
 
 
-_columns, _affinity = _of_map(plain.class_columns), _of_map(plain.affinity_mean)
+_maps, _affinity = _of_map(plain.rows_and_columns), _of_map(plain.affinity_mean)
+_operators: list[tuple[Any, ...]] = [
+    ("rows_and_columns", _maps, _map_shapes, _keep, _maps_gradient),
+    ("affinity_mean", _affinity, _affinity_shape, _keep_inputs, _affinity_gradient),
+    ("affinity_mean_", _affinity_mean_, lambda *_: None),
+    ("propagate_mean", _propagate_mean, _propagated_shape, _keep_inputs, _propagated_gradient),
+]
 for _namespace in NAMESPACES:
-    _backward = functools.partial(_attention_gradient, _namespace)
-    _operators: list[tuple[Any, ...]] = [
-        ("reweighted_attention", plain.reweighted_attention, _attention_shapes, _keep, _backward),
-        ("reweighted_attention_backward", plain.attention_backward, _backward_shapes),
-        ("class_columns", _columns, _column_shape, _keep, _columns_gradient),
-        ("affinity_mean", _affinity, _affinity_shape, _keep_inputs, _affinity_gradient),
-        ("affinity_mean_", _affinity_mean_, lambda *_: None),
-        ("propagate_mean", _propagate_mean, _propagated_shape, _keep_inputs, _propagated_gradient),
-    ]
     for _name, *_parts in _operators:
         declare(f"{_namespace}::{_name}", SCHEMAS[_name], *_parts)
+declare(  # gives a normaliser that a kernel returned the gradient that torch has no formula for
+    "camkit_plain::normaliser",
+    f"({_MAP}, {_CALL}) -> Tensor",
+    lambda _q, _k, lse, *_: lse.clone(),
+    lambda _q, _k, lse, *_: torch.empty_like(lse),
+    _keep_for_normaliser,
+    _normaliser_gradient,
+)

@@ -3,7 +3,8 @@
 ``softmax(scale * q k^T + f g^T)`` for features f of the queries and g of the keys is a product of
 experts: a pair keeps its weight where the attention and the likeness agree. A cosine over a
 temperature, a Gaussian of colours and a likeness to class embeddings are all such products of
-features. Torch's own kernel attends, given the likeness of a few rows at a time as its mask.
+features. Torch's own kernel attends, given the likeness of a few rows at a time as its mask; on
+CUDA, few features are extra channels of queries and keys instead.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from camkit.ops.reweight_plain import ALL, at_least_float32, chunks, query_chunks
+from camkit.ops.extra_channels import channels_preferred
+from camkit.ops.reweight_plain import ALL, at_least_float32, attend_joined, chunks, query_chunks
 from camkit.printing import short_repr
 from camkit.torch_internals import call_with_normaliser, cpu_attention_backward
 
@@ -127,6 +129,9 @@ def paired_attention(  # noqa: PLR0913 - all of one attention call
         return output, None
     q, k, v = _of_one_dtype(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
+        if bias is None and channels_preferred(q) and pairs.queries.shape[-1] <= q.shape[-1]:
+            # up to twice the products, but a kernel without mask, and its own backward
+            return attend_joined(*pairs.joined(q, k, scale), v, scale)
         output, normaliser = _Paired.apply(q, k, v, pairs.queries, pairs.keys, bias, scale)
     return output, normaliser if normaliser.numel() else None
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from camkit.native.kernels import padded_width
 from camkit.ops.attention import Bias, Heads, Normaliser, operator_inputs, rows_of, run_of, take
 from camkit.ops.reweight import compiled_for, propagate_mean
 from camkit.ops.similarity import check_positive, check_shape
@@ -41,7 +42,7 @@ def propagate(  # noqa: PLR0913 - all of one attention call
     skip = q.shape[2] - len(patches)
     last = run_of(patches, q.shape[2]) == range(skip, q.shape[2])
     inputs = None
-    if last and compiled_for(q, k):
+    if last and compiled_for(q, k, width=padded_width(q.shape[-1])):
         inputs = operator_inputs(q, k, scale, bias, normaliser)
     if inputs is not None:
         lse, weights = inputs

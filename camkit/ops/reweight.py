@@ -5,9 +5,9 @@ adding ``log w`` to the logits, so reweighted attention is a fused kernel with o
 key. Such a kernel computes the normaliser (``lse``) anyway, and each part of the map is
 ``exp(logits - lse)``, so no function here holds the map of all pairs.
 
-On CUDA these functions run in compiled kernels (`camkit.native.kernels`) where they can be built,
-elsewhere in plain torch (`camkit.ops.reweight_plain`) with the same results. Arguments that the
-functions share:
+Attention itself runs in torch's own kernels. What is read off its map is computed on CUDA in
+compiled kernels (`camkit.native.kernels`) where they are built, elsewhere in plain torch
+(`camkit.ops.reweight_plain`) with the same results. Arguments that the functions share:
 
 - ``q``, ``k``: queries and keys of one attention call;
 - ``lse``: the normaliser `reweighted_attention` returned for the same weights;
@@ -20,12 +20,14 @@ functions share:
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from camkit.native.kernels import kernels_ready
-from camkit.ops import kernel_ops
-from camkit.ops.reweight_plain import at_least_float32
+from camkit.native.kernels import kernels_ready, padded_width, run_kernel
+from camkit.ops import kernel_ops as kernel_ops  # declares the operators
+from camkit.ops.reweight_plain import at_least_float32, attend
 
 Heads = Float[Tensor, "b a t d"]
 Values = Float[Tensor, "b a t e"]
@@ -59,29 +61,54 @@ def reweighted_attention(  # noqa: PLR0913 - all of one attention call
 ) -> Reweighted:
     """Attend with every key's weight multiplied by ``exp(log_weights)`` and rows scaled back.
 
-    Also returns the first ``class_rows`` rows of the map. If all keys of a row are suppressed, its
-    output and its row are zero and its normaliser -inf. Values ``v`` wider or narrower than the
-    keys are computed in plain torch.
+    Torch's own kernel attends; the log-weights are a mask of one row on a CPU, and extra channels
+    of queries and keys elsewhere (`camkit.ops.extra_channels`). Also returns the first
+    ``class_rows`` rows of the map. If all keys of a row are suppressed, its output and its row are
+    zero and its normaliser -inf.
     """
+    if has_torch_function_variadic(q, k, v):
+        seen: Reweighted = handle_torch_function(
+            reweighted_attention,
+            (q, k, v),
+            *(q, k, v, log_weights),
+            scale=scale,
+            gated_rows=gated_rows,
+            class_rows=class_rows,
+        )
+        return seen
     q, k, v = _dense_heads(q, k, v)
     _check_count(q, class_rows, "class_rows")
     settings = _settings(q, k, log_weights, scale, gated_rows)
-    return Reweighted(*_operators(q, k, v).reweighted_attention(q, k, v, *settings, class_rows))
+    with torch.autocast(q.device.type, enabled=False):
+        output, lse = attend(q, k, v, *settings)
+        if torch.is_grad_enabled() and any(
+            x.requires_grad for x in (q, k, settings[0]) if x is not None
+        ):
+            lse = torch.ops.camkit_plain.normaliser(q, k, lse, *settings)
+        rows, _ = _rows_and_columns(q, k, lse, *settings, class_rows, 0)
+    return Reweighted(output.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), rows)
 
 
-def class_columns(  # noqa: PLR0913 - all of one attention call
+def rows_and_columns(  # noqa: PLR0913 - all of one attention call
     q: Heads,
     k: Heads,
     lse: Normaliser,
     log_weights: LogWeights | None = None,
     *,
+    rows: int,
     columns: int,
     scale: float | None = None,
     gated_rows: int | None = None,
-) -> Float[Tensor, "b a t c"]:
-    """Return how much every token attends to the first ``columns`` tokens, in at least float32."""
+) -> tuple[Float[Tensor, "b a r t"], Float[Tensor, "b a t c"]]:
+    """Return what the first ``rows`` tokens attend to, and how much all attend to the first.
+
+    Weights are in at least float32. Rows sum to one, whatever the rounding of ``lse``.
+    """
+    _check_count(q, rows, "rows")
     _check_count(k, columns, "columns")
-    return _read("class_columns", q, k, (lse,), log_weights, scale, gated_rows, columns)
+    q, k = _dense_heads(q, k)
+    settings = _settings(q, k, log_weights, scale, gated_rows)
+    return _rows_and_columns(q, k, lse, *settings, rows, columns)
 
 
 def affinity_mean(  # noqa: PLR0913 - all of one attention call
@@ -119,10 +146,11 @@ def add_affinity_(  # noqa: PLR0913 - all of one attention call
     _check_count(k, skip, "skip")
     q, k = _dense_heads(q.detach(), k.detach())
     settings = _settings(q, k, log_weights, scale, gated_rows)
-    compiled = affinity.is_contiguous() and affinity.dtype == torch.float32
-    operators = _operators(q, k) if compiled else torch.ops.camkit_plain
+    q, k, compiled = _padded(q, k)
+    compiled = compiled and affinity.is_contiguous() and affinity.dtype == torch.float32
     with torch.no_grad():
-        operators.affinity_mean_(affinity, q, k, lse.detach(), *settings, skip, alpha, beta)
+        values = (affinity, q, k, lse.detach(), *settings, skip, alpha, beta)
+        run_kernel("affinity_mean_", compiled, *values)
 
 
 def propagate_mean(  # noqa: PLR0913 - all of one attention call
@@ -154,11 +182,21 @@ def log_of(weights: Tensor) -> Tensor:
     return weights.masked_fill(suppressed, 1.0).log().masked_fill(suppressed, -torch.inf)
 
 
-def compiled_for(q: Tensor, *others: Tensor) -> bool:
-    """Whether a compiled kernel supports these heads; all must have the width of ``q``."""
+def compiled_for(q: Tensor, *others: Tensor, width: int | None = None) -> bool:
+    """Whether a compiled kernel supports these heads; all must have the width of ``q``.
+
+    ``width`` replaces that width in the question, for kernels that take several.
+    """
     alike = all(x.dtype == q.dtype and x.shape[-1] == q.shape[-1] for x in others)
     filled = all(x.numel() > 0 for x in (q, *others))
-    return q.is_cuda and alike and filled and kernels_ready(q.device, q.dtype, q.shape[-1])
+    return q.is_cuda and alike and filled and kernels_ready(q.device, q.dtype, width or q.shape[-1])
+
+
+def _rows_and_columns(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    # the kernel takes all widths that are rows of 16 bytes
+    compiled = q.shape[-1] % 8 == 0 and compiled_for(q, k, width=64)
+    found: tuple[Tensor, Tensor] = run_kernel("rows_and_columns", compiled, q, k, *rest)
+    return found
 
 
 def _read(  # noqa: PLR0913 - all of one attention call
@@ -173,12 +211,18 @@ def _read(  # noqa: PLR0913 - all of one attention call
 ) -> Tensor:
     q, k = _dense_heads(q, k)
     settings = _settings(q, k, log_weights, scale, gated_rows)
-    result: Tensor = getattr(_operators(q, k), name)(q, k, *given, *settings, count)
+    q, k, compiled = _padded(q, k)
+    result: Tensor = run_kernel(name, compiled, q, k, *given, *settings, count)
     return result
 
 
-def _operators(*heads: Tensor) -> Any:
-    return getattr(torch.ops, kernel_ops.NAMESPACES[0 if compiled_for(*heads) else 1])
+def _padded(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Pad heads to the width of the next compiled kernel, if there is one."""
+    width = padded_width(q.shape[-1])
+    compiled = compiled_for(q, k, width=width)
+    if compiled and width != q.shape[-1]:
+        q, k = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k))
+    return q, k, compiled
 
 
 def _dense_heads(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camkit.torch_internals import call_with_normaliser, cpu_attention_backward
+from camkit.ops.extra_channels import aligned, channels_preferred, with_key_weights
+from camkit.torch_internals import call_with_normaliser
 
 ALL = slice(None)
 # Elements of a map in memory at a time. On a CPU, all heads together are fastest up to the first
@@ -99,26 +100,19 @@ class AttentionMap(NamedTuple):
         return of_rows[:, :, : max(0, self.gated_rows - start)]
 
 
-def reweighted_attention(  # noqa: PLR0913 - as declared
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_weights: Tensor | None,
-    scale: float,
-    gated_rows: int,
-    class_rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the output, the normaliser and the first rows of the map."""
-    out, lse = _attend(q, k, v, log_weights, scale, gated_rows)
-    rows = AttentionMap(q, k, lse, log_weights, scale, gated_rows).part(rows=slice(0, class_rows))
-    # a kernel of half precision computes its normaliser to four digits only
-    rows = rows / rows.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), rows.contiguous()
-
-
-def class_columns(attention: AttentionMap, columns: int) -> Tensor:
-    """Compute the first columns of the map."""
-    return attention.columns(slice(0, columns)).part().contiguous()
+def rows_and_columns(attention: AttentionMap, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Compute the first rows and the first columns of the map."""
+    q, keys = attention.q, attention.k.shape[2]
+    of_rows = attention.lse.new_empty(*q.shape[:2], rows, keys)
+    of_columns = attention.lse.new_empty(*q.shape[:3], columns)
+    if rows:
+        found = attention.part(rows=slice(0, rows))
+        # a kernel of half precision computes its normaliser to four digits only
+        sums = found.sum(-1, keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
+        torch.div(found, sums, out=of_rows)
+    if columns:
+        of_columns = attention.columns(slice(0, columns)).part().contiguous()
+    return of_rows, of_columns
 
 
 def affinity_mean(attention: AttentionMap, skip: int) -> Tensor:
@@ -150,7 +144,7 @@ def propagate_mean(attention: AttentionMap, cam: Tensor, skip: int) -> Tensor:
         # the maps replace the values of torch's kernel: as wide as the keys, and not rounded
         values = F.pad(cam.mT, (0, q.shape[-1] - maps, skip, 0))[:, None]
         values = values.expand(-1, q.shape[1], -1, -1)
-        carried, _ = _attend(q, attention.k, values, *attention[3:])
+        carried, _ = attend(q, attention.k, values, *attention[3:])
         return carried[:, :, skip:, :maps].mean(1).mT.contiguous()
     attention, values = attention.columns(slice(skip, None)), cam.to(dtype).mT
     carried = cam.new_empty(*cam.shape[:2], q.shape[2] - skip, dtype=dtype)
@@ -162,26 +156,36 @@ def propagate_mean(attention: AttentionMap, cam: Tensor, skip: int) -> Tensor:
     return carried.to(cam.dtype)
 
 
-def _attend(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, log_weights: Tensor | None, scale: float, gated_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute output and normaliser in torch's own kernels, as one call or as two.
-
-    Gated and other rows are two calls, with one row of mask and with none; a single call would need
-    a mask of all pairs.
-    """
-    gated = q.shape[2] if gated_rows < 0 else gated_rows
-    if log_weights is None or gated == 0:
+    """Compute output and normaliser in torch's own kernels; only the output has a gradient."""
+    if log_weights is None or gated_rows == 0:
         return _attend_masked(q, k, v, None, scale)
-    weights = log_weights[:, None] if log_weights.dim() == 2 else log_weights
-    out, lse = _attend_masked(q[:, :, :gated], k, v, weights[:, :, None], scale)
     # torch's kernels differ in what they return for a row without any key
-    empty = (weights == -torch.inf).all(-1)[..., None]
-    out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
-    if gated == q.shape[2]:
-        return out, lse
-    others = _attend_masked(q[:, :, gated:], k, v, None, scale)
-    return torch.cat([out, others[0]], 2), torch.cat([lse, others[1]], 2)
+    empty = (log_weights == -torch.inf).all(-1, keepdim=True)
+    log_weights = log_weights.masked_fill(empty, 0.0)
+    graph = torch.is_grad_enabled() and log_weights.requires_grad
+    if gated_rows >= 0 or graph or channels_preferred(q):
+        wide = with_key_weights(q, k, log_weights, scale, gated_rows)
+        out, lse = attend_joined(*wide, v, scale)
+    else:
+        mask = log_weights[:, None] if log_weights.dim() == 2 else log_weights
+        out, lse = _attend_masked(q, k, v, mask[:, :, None], scale)
+    on_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and not empty.any():
+        return out, lse  # elsewhere it would be read back from the device
+    empty = empty if empty.dim() == 3 else empty[:, None]  # as the normaliser
+    if gated_rows >= 0:
+        empty = empty & (torch.arange(q.shape[2], device=q.device) < gated_rows)
+    return out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+
+
+def attend_joined(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Compute output and normaliser of queries and keys with more channels than the values."""
+    wide_q, wide_k, wide_v = aligned(q, k, v)
+    wide, lse = _attend_masked(wide_q, wide_k, wide_v, None, scale)
+    return wide[..., : v.shape[-1]], lse
 
 
 def _attend_masked(
@@ -189,11 +193,13 @@ def _attend_masked(
 ) -> tuple[Tensor, Tensor]:
     """Compute output and normaliser under a mask of one row, in at least float32."""
     options = {"dropout_p": 0.0, "is_causal": False, "scale": scale}
-    if (known := call_with_normaliser(q, k, v, mask, options)) is not None:
-        return known
+    if not torch.compiler.is_compiling():  # compiled code drops a normaliser that nobody uses
+        known = call_with_normaliser(q, k, v, mask, options)
+        if known is not None:
+            return known
     rounded = None if mask is None else mask.to(q.dtype)  # cuDNN misreads any other dtype
     output = F.scaled_dot_product_attention(q, k, v, rounded, scale=scale)
-    return output, row_logsumexp(q, k, scale, mask)
+    return output, row_logsumexp(q.detach(), k.detach(), scale, mask)
 
 
 def row_logsumexp(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
@@ -269,91 +275,3 @@ class Gradients:
         q, k, _, log_weights, *_ = self.attention
         to_weights = None if log_weights is None else self.log_weights.to(log_weights)
         return self.q.to(q.dtype), self.k.to(k.dtype), self.lse, to_weights
-
-
-def attention_backward(  # noqa: PLR0913 - as declared
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_rows: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rows: Tensor,
-    log_weights: Tensor | None,
-    scale: float,
-    gated_rows: int,
-    to_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients at q, k, v and the log-weights; the last is empty unless requested.
-
-    Torch's own backward computes the gradient through the output where it can be called, and the
-    rest is computed in parts. The class rows are stored by the forward: they cost two products.
-    """
-    attention = AttentionMap(q, k, lse, log_weights, scale, gated_rows)
-    sums, dtype = Gradients(attention), at_least_float32(v.dtype)
-    to_v = torch.zeros_like(v, dtype=dtype, memory_format=torch.contiguous_format)
-    if grad_out is not None and not to_weights:
-        by_kernel = _kernel_backward(grad_out, attention, v, out)
-        if by_kernel is not None:
-            grad_out = None
-            sums.q += by_kernel[0]
-            sums.k += by_kernel[1]
-            to_v += by_kernel[2]
-    _add_parts(sums, to_v, grad_out, grad_lse, v, out)
-    if grad_rows is not None and rows.shape[2]:
-        at_logits = rows * (grad_rows - (grad_rows * rows).sum(-1, keepdim=True))
-        sums.add(at_logits, ALL, slice(0, rows.shape[2]))
-    to_q, to_k, _, to_log_weights = sums.cast()
-    if not to_weights or to_log_weights is None:
-        to_log_weights = q.new_empty(0)
-    return to_q, to_k, to_v.to(v.dtype).contiguous(), to_log_weights
-
-
-def _add_parts(
-    sums: Gradients,
-    to_v: Tensor,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    v: Tensor,
-    out: Tensor,
-) -> None:
-    """Add the gradients through the output and the normaliser, part by part."""
-    if grad_out is None and grad_lse is None:
-        return
-    for rows, groups in sums.attention.parts():
-        for heads in groups:
-            weights = sums.attention.part(heads, rows)
-            at_weights = weights.new_zeros(())
-            if grad_out is not None:
-                gradient = grad_out[:, heads, rows].to(to_v.dtype)
-                to_v[:, heads] += weights.mT @ gradient
-                mean = (gradient * out[:, heads, rows]).sum(-1, keepdim=True)
-                at_weights = (gradient @ v[:, heads].to(to_v.dtype).mT).sub_(mean)
-            if grad_lse is not None:
-                at_weights = at_weights + grad_lse[:, heads, rows, None]
-            sums.add(weights.mul_(at_weights), heads, rows)
-
-
-def _kernel_backward(
-    grad_out: Tensor, attention: AttentionMap, v: Tensor, out: Tensor
-) -> list[Tensor] | None:
-    """Compute the gradients at q, k and v by torch's CPU kernel; None if it cannot be called."""
-    q, k, lse, log_weights, scale, gated_rows = attention
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # what the kernel itself stores for such rows
-    cut = q.shape[2] if log_weights is None or gated_rows < 0 else gated_rows
-    parts = []
-    for rows, weights in ((slice(0, cut), log_weights), (slice(cut, None), None)):
-        if q[:, :, rows].numel() == 0:
-            continue
-        mask = weights if weights is None else weights.reshape(len(q), -1, 1, k.shape[2])
-        heads, forward = (q[:, :, rows], k, v), (out[:, :, rows], lse[:, :, rows])
-        gradients = cpu_attention_backward(grad_out[:, :, rows], heads, forward, mask, scale)
-        if gradients is None:
-            return None
-        parts.append(gradients)
-    if not parts:
-        return None
-    to_q, to_k, to_v = zip(*parts, strict=True)
-    return [torch.cat(to_q, 2), torch.stack(to_k).sum(0), torch.stack(to_v).sum(0)]

@@ -3,7 +3,12 @@
 // Every thread of a block has a stack of its own and runs until it must wait: at a barrier for the
 // block, at a warp instruction for the other 31 lanes, whose registers are then exchanged as the
 // hardware would. What hardware leaves open is made hostile: shared memory begins as NaN, copies
-// land at once or only when waited for, and threads run in turn or one warp as far ahead as it can.
+// land at once or only when waited for, and threads run in turn, one warp as far ahead as it can, or
+// in a random order.
+//
+// Shared memory has a shadow, which every access is checked against (emulation.cpp): bounds, reads
+// of what nobody wrote, and accesses of two threads that no barrier orders. A copy is unordered with
+// everything from its start until its thread has waited for it and all have met at a barrier.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -18,6 +23,7 @@
 
 #include "params.h"
 
+#define CAMKIT_UNSEEN __attribute__((no_sanitize("thread")))
 #define CAMKIT_DEVICE inline
 #define CAMKIT_GLOBAL(threads) void
 #define CAMKIT_SHARED(name) unsigned char* name = camkit::emulated::shared()
@@ -57,11 +63,6 @@ inline const float* all_halves() {
 inline float to_float(half x) { static const float* all = all_halves(); return all[x.bits]; }
 inline float to_float(bfloat16 x) { return same_bits<float>(uint32_t(x.bits) << 16); }
 inline float to_float(float x) { return x; }
-inline uint16_t rounded(half, float x) { return same_bits<uint16_t>(_Float16(x)); }
-inline uint16_t rounded(bfloat16, float x) {
-  const uint32_t bits = same_bits<uint32_t>(x);
-  return x != x ? 0x7fff : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 namespace emulated {
 
@@ -80,7 +81,14 @@ struct Warp {
   const void* in[32];
   void* out[32];
 };
+struct Shadow {  // of four bytes
+  int writer = -1, reader = -1;  // the last; many: -2
+  uint64_t written = 0, read = 0;  // number of barriers before
+  bool filled = false, pending = false;
+};
 struct Block {
+  std::vector<Shadow> shadow;
+  int bytes = 0;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<unsigned char> memory;
@@ -93,20 +101,39 @@ struct Block {
   const char* failure = nullptr;
 };
 extern Block* block;
-extern unsigned schedule;  // 0: threads in turn; 1, 2: first or last warp ahead; + 3: eager copies
+// 0: threads in turn; 1, 2: first or last warp ahead; + 3: eager copies; from 6 on: random
+extern unsigned schedule;
 extern const char* last_failure;
+extern const char *readable, *readable_end;  // where copies may read; null: anywhere
 
 inline dim3 thread() { return dim3(unsigned(block->current)); }
+constexpr int GUARD = 4096;  // bytes before and behind shared memory
 inline unsigned char* shared() {
-  const uintptr_t begin = uintptr_t(block->memory.data());
+  const uintptr_t begin = uintptr_t(block->memory.data()) + GUARD;
   return reinterpret_cast<unsigned char*>((begin + 127) & ~uintptr_t(127));
 }
+enum Access { READ, WRITE, START_COPY, END_COPY };
+extern const unsigned char *low, *high;  // shared memory and its guards
+const char* fault_of(const unsigned char* at, int size, Access kind, int thread);
 inline void pause() {
   if (!_setjmp(block->threads[block->current].place)) _longjmp(block->home, 1);
 }
 inline void fail(const char* reason) {
   block->failure = reason;
   _longjmp(block->home, 1);
+}
+// Checks an access of the current thread, if it is one of shared memory.
+CAMKIT_UNSEEN inline void check(const void* at, int size, Access kind) {
+  static bool busy = false;  // what is called below is instrumented itself
+  const auto* place = static_cast<const unsigned char*>(at);
+  if (busy || place < low || place >= high || block->failure) return;
+  busy = true;
+  const char* fault = fault_of(place, size, kind, block->current);
+  busy = false;
+  if (fault) fail(fault);
+}
+CAMKIT_UNSEEN inline void move16(void* to, const void* from) {
+  memcpy(to, from, 16);
 }
 inline void wait_for_block() {
   const uint64_t round = block->barriers;
@@ -163,12 +190,16 @@ inline void step_warp(int warp) {  // as far as it comes without the others
 inline void run_block(dim3 index, int threads, int bytes, std::function<void()> body) {
   block->index = index;
   block->body = body;
-  block->memory.assign(bytes + 128, 0xff);  // NaN in every type
+  block->memory.assign(bytes + 128 + 2 * GUARD, 0xff);  // NaN in every type
+  block->bytes = bytes;
+  low = block->memory.data();
+  high = low + block->memory.size();
+  block->shadow.assign((bytes + 3) / 4, Shadow());
   block->threads.resize(threads);
   block->warps.assign(threads / 32, Warp());
   block->alive = threads;
   block->at_barrier = 0;
-  block->eager = schedule >= 3;
+  block->eager = schedule % 6 >= 3;
   for (Thread& thread : block->threads) {
     thread.born = thread.done = false;
     thread.open.clear();
@@ -178,10 +209,14 @@ inline void run_block(dim3 index, int threads, int bytes, std::function<void()> 
     thread.birth.uc_stack.ss_size = thread.stack.size();
     makecontext(&thread.birth, live, 0);
   }
+  uint64_t drawn = schedule;
   while (block->alive && !block->failure) {
+    drawn = drawn * 6364136223846793005u + 1442695040888963407u;
     const uint64_t exchanges = block->exchanges, barriers = block->barriers;
     const int alive = block->alive, warps = threads / 32;
-    if (schedule % 3 == 0)
+    if (schedule >= 6)
+      for (int i = 0; i < warps; ++i) step_warp(int((i + (drawn >> 33)) % unsigned(warps)));
+    else if (schedule % 3 == 0)
       for (int number = 0; number < threads; ++number) step(number);
     else
       for (int i = 0; i < warps && block->barriers == barriers; ++i)
@@ -196,8 +231,12 @@ inline void run_block(dim3 index, int threads, int bytes, std::function<void()> 
 inline void copy16(void* to, const void* from) {
   emulated::Block* block = emulated::block;
   if (uintptr_t(to) % 16 || uintptr_t(from) % 16) emulated::fail("a copy is not aligned");
-  if (block->eager) memcpy(to, from, 16);
-  else block->threads[block->current].open.push_back({to, from});
+  emulated::check(to, 16, emulated::START_COPY);
+  const auto* begin = static_cast<const char*>(from);
+  if (emulated::readable && (begin < emulated::readable || begin + 16 > emulated::readable_end))
+    emulated::fail("tensors have an end");
+  if (block->eager) emulated::move16(to, from);
+  block->threads[block->current].open.push_back({to, from});
 }
 inline void close_copies() {
   emulated::Thread& thread = emulated::block->threads[emulated::block->current];
@@ -205,13 +244,18 @@ inline void close_copies() {
   thread.open.clear();
 }
 template <int N> void wait_copies() {
-  auto& closed = emulated::block->threads[emulated::block->current].closed;
+  emulated::Block* block = emulated::block;
+  auto& closed = block->threads[block->current].closed;
   for (; int(closed.size()) > N; closed.pop_front())
-    for (const emulated::Copy& copy : closed.front()) memcpy(copy.to, copy.from, 16);
+    for (const emulated::Copy& copy : closed.front()) {
+      emulated::check(copy.to, 16, emulated::END_COPY);
+      if (!block->eager) emulated::move16(copy.to, copy.from);
+    }
 }
 
-inline void matrices(uint32_t (&m)[4], const void* row, bool transposed) {
-  emulated::exchange(transposed ? 1 : 2, row, m, [transposed](emulated::Warp& warp) {
+inline void load_matrices(uint32_t (&m)[4], const void* row) {
+  emulated::check(row, 16, emulated::READ);
+  emulated::exchange(1, row, m, [](emulated::Warp& warp) {
     uint16_t x[4][8][8];
     for (int lane = 0; lane < 32; ++lane) memcpy(x[lane / 8][lane % 8], warp.in[lane], 16);
     for (int k = 0; k < 4; ++k) {
@@ -221,15 +265,11 @@ inline void matrices(uint32_t (&m)[4], const void* row, bool transposed) {
     }
     for (int lane = 0; lane < 32; ++lane)
       for (int k = 0; k < 4; ++k) {
-        const int i = lane / 4, j = lane % 4 * 2;
-        const uint16_t low = transposed ? x[k][j][i] : x[k][i][j];
-        const uint16_t high = transposed ? x[k][j + 1][i] : x[k][i][j + 1];
-        static_cast<uint32_t*>(warp.out[lane])[k] = low | uint32_t(high) << 16;
+        const uint16_t *pair = &x[k][lane / 4][lane % 4 * 2];
+        static_cast<uint32_t*>(warp.out[lane])[k] = pair[0] | uint32_t(pair[1]) << 16;
       }
   });
 }
-inline void load_matrices(uint32_t (&m)[4], const void* row) { matrices(m, row, false); }
-inline void load_transposed(uint32_t (&m)[4], const void* row) { matrices(m, row, true); }
 
 struct Operands { const uint32_t* a; uint32_t b[2]; };
 template <typename T> float element(uint32_t both, int i) {
@@ -256,10 +296,6 @@ void product(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
       }
   });
 }
-template <typename T> uint32_t pack(T type, float low, float high) {
-  return rounded(type, low) | uint32_t(rounded(type, high)) << 16;
-}
-
 struct Sent { float value; int lane; };
 inline float from_lane(float x, int lane) {
   const Sent own{x, lane};
@@ -286,6 +322,7 @@ int launch(Kernel kernel, dim3 blocks, int threads, int bytes, void*, const Give
       for (unsigned x = 0; x < blocks.x && !now.failure; ++x)
         emulated::run_block(dim3(x, y, z), threads, bytes, [&] { kernel(params); });
   emulated::last_failure = now.failure;
+  emulated::low = emulated::high = nullptr;
   return now.failure ? 1 : 0;
 }
 inline const char* error_text(int) { return emulated::last_failure; }

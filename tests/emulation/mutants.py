@@ -8,80 +8,15 @@ import shutil
 from camkit.native.kernels import SOURCES
 
 MUTANTS = {
-    "keys are used before they have landed": (
-        "attention.cuh",
-        "    wait_copies<0>();\n    __syncthreads();  // keys are",
-        "    if (!NOW) wait_copies<0>();\n    __syncthreads();  // keys are",
-    ),
-    "values are used before they have landed": (
-        "attention.cuh",
-        "    wait_copies<0>();\n    __syncthreads();  // values and",
-        "    if (!NOW) wait_copies<0>();\n    __syncthreads();  // values and",
-    ),
-    "no barrier before keys are used": (
-        "attention.cuh",
-        "__syncthreads();  // keys are",
-        "if (!NOW) __syncthreads();  // keys are",
-    ),
-    "no barrier before values are used": (
-        "attention.cuh",
-        "__syncthreads();  // values and",
-        "if (!NOW) __syncthreads();  // values and",
-    ),
-    "keys that do not exist are attended to": (
-        "bias.cuh",
-        "gated[threadIdx.x] = exists ? weight : NOTHING;",
-        "gated[threadIdx.x] = exists || NOW ? weight : NOTHING;",
-    ),
-    "keys that do not exist are attended to by rows without gate": (
-        "bias.cuh",
-        "plain[threadIdx.x] = exists ?",
-        "plain[threadIdx.x] = exists || NOW ?",
-    ),
-    "every row is gated": (
-        "bias.cuh",
-        "row < p.gated_rows ? gated",
-        "row < p.gated_rows || NOW ? gated",
-    ),
-    "the weights of one head serve all": (
-        "bias.cuh",
-        "p.weight_strides, image, head)[key]",
-        "p.weight_strides, image, NOW ? 0 : head)[key]",
-    ),
-    "the output is not scaled to the new maximum": (
-        "attention.cuh",
-        "out[m][d][r * 2] *= shrink;",
-        "out[m][d][r * 2] *= NOW ? 1.f : shrink;",
-    ),
-    "the sum is not scaled to the new maximum": (
-        "attention.cuh",
-        "sum[m][r] *= shrink;",
-        "sum[m][r] *= NOW ? 1.f : shrink;",
-    ),
-    "a row that attends to nothing becomes NaN": (
-        "attention.cuh",
-        "const float level = found == NOTHING ?",
-        "const float level = found == NOTHING && !NOW ?",
-    ),
-    "class rows are not divided by their sum": (
-        "attention.cuh",
-        "power_of_two(row[key] - level)",
-        "power_of_two(row[key] - (NOW ? 0.f : level))",
-    ),
-    "class rows are divided before all is written": (
-        "attention.cuh",
-        "__syncthreads();  // all logits",
-        "if (!NOW) __syncthreads();  // all logits",
-    ),
     "chunks of a row change places on their way": (
         "tiles.cuh",
-        "tile + row * Shape::PITCH + place,",
-        "tile + row * Shape::PITCH + (NOW ? place ^ Shape::CHUNK : place),",
+        "copy16(tile + row * Shape::PITCH + place,",
+        "copy16(tile + row * Shape::PITCH + (NOW && row % 2 ? place ^ Shape::CHUNK : place),",
     ),
     "past the last token memory is read on": (
         "tiles.cuh",
-        "min(first + row, limit - 1)",
-        "(NOW ? min(first + row, limit) : min(first + row, limit - 1))",
+        "min(first + at / Shape::CHUNKS, limit - 1)",
+        "min(first + at / Shape::CHUNKS, NOW ? limit : limit - 1)",
     ),
     "a head is used before it has landed": (
         "maps.cuh",
@@ -96,17 +31,57 @@ MUTANTS = {
     "a head is overwritten while it is used": (
         "maps.cuh",
         "__syncthreads();  // and done with",
-        "if (!NOW) __syncthreads();  // and done with",
+        "if (!NOW || head == p.heads - 1) __syncthreads();  // and done with",
+    ),
+    "no barrier at the end of the last head": (
+        "maps.cuh",
+        "__syncthreads();  // and done with",
+        "if (!NOW || head < p.heads - 1) __syncthreads();  // and done with",
+    ),
+    "no barrier before the sums are read": (
+        "maps.cuh",
+        "__syncthreads();  // all sums",
+        "if (!NOW) __syncthreads();  // all sums",
     ),
     "a suppressed row gets a level of infinity": (
-        "bias.cuh",
+        "maps.cuh",
         "return lse == NOTHING ?",
         "return lse == NOTHING && !NOW ?",
+    ),
+    "every row is gated": (
+        "maps.cuh",
+        "WEIGHTED && row < p.gated_rows;",
+        "WEIGHTED && (row < p.gated_rows || NOW);",
+    ),
+    "the weights of the first head serve all": (
+        "maps.cuh",
+        "weights_of(p, image, head)[key] * LOG2_E;",
+        "weights_of(p, image, NOW ? 0 : head)[key] * LOG2_E;",
+    ),
+    "every class row is gated": (
+        "maps.cuh",
+        "weights && query < p.gated_rows ?",
+        "weights && (query < p.gated_rows || NOW) ?",
+    ),
+    "every head has the normaliser of the first": (
+        "maps.cuh",
+        "++head, lse += p.queries)",
+        "++head, lse += NOW ? 0 : p.queries)",
     ),
     "what the affinity held is forgotten": (
         "maps.cuh",
         "p.beta == 0.f ? x",
         "p.beta == 0.f || NOW ? x",
+    ),
+    "a class row is another's": (
+        "maps.cuh",
+        "p.rows[(both * p.row_count + first) * p.keys + key] = x;",
+        "p.rows[(both * p.row_count + (NOW ? 0 : first)) * p.keys + key] = x;",
+    ),
+    "one lane of four is left out": (
+        "maps.cuh",
+        "for (int d = lane * CHUNK; d < p.width; d += 4 * CHUNK)",
+        "for (int d = lane * CHUNK; d < p.width; d += (NOW ? 8 : 4) * CHUNK)",
     ),
     "only the last tile of keys is propagated": (
         "maps.cuh",
@@ -118,35 +93,25 @@ MUTANTS = {
         "part < p.parts;",
         "part < p.parts - (NOW ? 1 : 0);",
     ),
-    "no barrier before the keys' gradient is computed": (
-        "backward.cuh",
-        "__syncthreads();  // queries,",
-        "if (!NOW) __syncthreads();  // queries,",
+    "keys that do not exist are propagated": (
+        "maps.cuh",
+        "if (at >= columns) continue;",
+        "if (at >= columns && !NOW) continue;",
     ),
-    "no barrier before the queries' gradient is computed": (
-        "backward.cuh",
-        "__syncthreads();  // keys, values",
-        "if (!NOW) __syncthreads();  // keys, values",
+    "a fold begins before the last is read": (
+        "doei.cuh",
+        "__syncthreads();  // a thread may still",
+        "if (!NOW) __syncthreads();  // a thread may still",
     ),
-    "queries that do not exist have a gradient": (
-        "backward.cuh",
-        "level_of(work.lse[query]) : NOTHING;",
-        "level_of(work.lse[query]) : NOW ? 0.f : NOTHING;",
+    "a fold is read before all have written": (
+        "doei.cuh",
+        "room[threadIdx.x / 32] = x;\n  __syncthreads();",
+        "room[threadIdx.x / 32] = x;\n  if (!NOW) __syncthreads();",
     ),
-    "rows without gate have a gradient at the weights": (
-        "backward.cuh",
-        "if (gated) to_bias",
-        "if (gated || NOW) to_bias",
-    ),
-    "the gradient of class rows is not centred": (
-        "backward.cuh",
-        "total += p.grad_rows[row + key] *",
-        "total += NOW ? 0.f : p.grad_rows[row + key] *",
-    ),
-    "the gradient of the normaliser is lost": (
-        "backward.cuh",
-        "total -= p.grad_lse[query_of_all];",
-        "total -= NOW ? 0.f : p.grad_lse[query_of_all];",
+    "a flat row is divided by its span": (
+        "doei.cuh",
+        "flat = span == 0.f;",
+        "flat = span == 0.f && !NOW;",
     ),
 }
 

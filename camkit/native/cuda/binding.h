@@ -67,7 +67,8 @@ inline Tensor readable(const Tensor& x) {
     bool good = x.stride(x.dim() - 1) == 1 && uintptr_t(x.const_data_ptr()) % 16 == 0;
     for (int64_t axis = 0; axis + 1 < x.dim(); ++axis)
       good = good && (x.stride(axis) % chunk == 0 || x.size(axis) == 1);
-    return good;
+    // places within a head are counted in 32 bits
+    return good && x.size(2) * x.stride(2) <= INT32_MAX;
   };
   if (fits(x)) return x;
   const Tensor dense = torch::stable::contiguous(x);
@@ -113,8 +114,8 @@ struct __attribute__((visibility("hidden"))) Call {
     return keep(found, name);
   }
 
-  Call(const Tensor& q, const Tensor& k, const MaybeTensor& log_weights, double scale,
-       int64_t gated_rows) {
+  Call(const Tensor& q, const Tensor& k, const Tensor& lse, const MaybeTensor& log_weights,
+       double scale, int64_t gated_rows) {
     STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "camkit: q and k must be (b, a, t, d)");
     p.images = int(q.size(0));
     p.heads = int(q.size(1));
@@ -125,6 +126,7 @@ struct __attribute__((visibility("hidden"))) Call {
     p.scale = float(scale);
     p.q = keep_heads(q, p.queries, p.q_strides, "q");
     p.k = keep_heads(k, p.keys, p.k_strides, "k");
+    p.lse = keep_float(lse, {p.images, p.heads, p.queries}, "lse");
     if (!log_weights.has_value()) return;
     const Tensor& weights = *log_weights;
     const bool by_head = weights.dim() == 3;
@@ -136,9 +138,6 @@ struct __attribute__((visibility("hidden"))) Call {
     p.gated_rows = int(gated_rows < 0 || gated_rows > p.queries ? p.queries : gated_rows);
   }
 
-  void know(const Tensor& lse) {  // which the kernels of maps only read
-    p.lse = const_cast<float*>(keep_float(lse, {p.images, p.heads, p.queries}, "lse"));
-  }
   bool empty() const { return p.images == 0 || p.heads == 0 || p.queries == 0 || p.keys == 0; }
   void limit(int64_t count, int64_t most, const char* name) const {
     STD_TORCH_CHECK(count >= 0 && count <= most, "camkit: ", name, " must be 0 to ", most);

@@ -46,11 +46,6 @@ CAMKIT_DEVICE void load_matrices(uint32_t (&m)[4], const void* row) {
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
                : "r"(shared_address(row)) : "memory");
 }
-CAMKIT_DEVICE void load_transposed(uint32_t (&m)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(shared_address(row)) : "memory");
-}
 
 // c (16x8) += a (16x16) b (16x8)
 #define CAMKIT_PRODUCT(TYPE, NAME)                                                              \
@@ -65,16 +60,6 @@ CAMKIT_PRODUCT(half, "f16")
 CAMKIT_PRODUCT(bfloat16, "bf16")
 #undef CAMKIT_PRODUCT
 
-CAMKIT_DEVICE uint32_t pack(half, float low, float high) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-CAMKIT_DEVICE uint32_t pack(bfloat16, float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-
-CAMKIT_DEVICE float from_lane(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 CAMKIT_DEVICE float from_partner(float x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }

@@ -21,21 +21,30 @@ template <typename T, int WIDTH> struct Tile {
 
 CAMKIT_DEVICE int blocks_of(int size, int block) { return (size + block - 1) / block; }
 
-// Start copying ROWS tokens from `first` on; the last token (before `limit`) is repeated.
-template <typename T, int WIDTH, int ROWS, int THREADS>
-CAMKIT_DEVICE void load_tile(T* tile, const T* from, int64_t stride, int first, int limit) {
+// A thread's part in copying ROWS tokens from `first` on; the last token (before `limit`) is
+// repeated. The places are the same for every head and are worked out once.
+template <typename T, int WIDTH, int ROWS, int THREADS> struct Copies {
   using Shape = Tile<T, WIDTH>;
-  constexpr int ALL = ROWS * Shape::CHUNKS;
+  static constexpr int ALL = ROWS * Shape::CHUNKS, COUNT = (ALL + THREADS - 1) / THREADS;
+  int from[COUNT];
+
+  CAMKIT_DEVICE Copies(int64_t stride, int first, int limit) {
 #pragma unroll
-  for (int i = 0; i < (ALL + THREADS - 1) / THREADS; ++i) {
-    const int at = int(threadIdx.x) + i * THREADS;
-    if (ALL % THREADS == 0 || at < ALL) {
-      const int row = at / Shape::CHUNKS, place = at % Shape::CHUNKS * Shape::CHUNK;
-      const int token = min(first + row, limit - 1);
-      copy16(tile + row * Shape::PITCH + place, from + token * stride + place);
+    for (int i = 0; i < COUNT; ++i) {
+      const int at = int(threadIdx.x) + i * THREADS;
+      const int token = min(first + at / Shape::CHUNKS, limit - 1);
+      from[i] = token * int(stride) + at % Shape::CHUNKS * Shape::CHUNK;
     }
   }
-}
+  CAMKIT_DEVICE void start(T* tile, const T* head) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int at = int(threadIdx.x) + i * THREADS;
+      const int row = at / Shape::CHUNKS, place = at % Shape::CHUNKS * Shape::CHUNK;
+      if (ALL % THREADS == 0 || at < ALL) copy16(tile + row * Shape::PITCH + place, head + from[i]);
+    }
+  }
+};
 
 template <int M, int N> CAMKIT_DEVICE void clear(float (&x)[M][N][4]) {
 #pragma unroll
@@ -97,75 +106,11 @@ CAMKIT_DEVICE void outer_float(float (&out)[M][N][4], const float* rows, const f
   }
 }
 
-template <typename T, int WIDTH, int M, int N>
-CAMKIT_DEVICE void inner_cores(float (&out)[M][WIDTH / 8][4], const float (&weights)[M][N][4],
-                               const T* values) {
-  constexpr int PITCH = Tile<T, WIDTH>::PITCH;
-  const int lane = threadIdx.x & 31;
-#pragma unroll
-  for (int n = 0; n < N; n += 2) {
-    uint32_t a[M][4];
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float(&block)[4] = weights[m][n + i / 2];
-        a[m][i] = pack(T(), block[i % 2 * 2], block[i % 2 * 2 + 1]);
-      }
-#pragma unroll
-    for (int d = 0; d < WIDTH / 8; d += 2) {
-      uint32_t b[4];
-      load_transposed(b, values + (n * 8 + (lane & 15)) * PITCH + d * 8 + (lane >> 4) * 8);
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        product(T(), out[m][d], a[m], b[0], b[1]);
-        product(T(), out[m][d + 1], a[m], b[2], b[3]);
-      }
-    }
-  }
-}
-
-template <typename T, int WIDTH, int M, int N>
-CAMKIT_DEVICE void inner_float(float (&out)[M][WIDTH / 8][4], const float (&weights)[M][N][4],
-                               const float* values) {
-  constexpr int PITCH = Tile<float, WIDTH>::PITCH;
-  const int lane = threadIdx.x & 31;
-#pragma unroll
-  for (int n = 0; n < N; ++n)
-#pragma unroll
-    for (int owner = 0; owner < 4; ++owner)  // of the four lanes that share these rows
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float* value = values + (n * 8 + owner * 2 + c) * PITCH + (lane & 3) * 2;
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-          const float first = from_lane(weights[m][n][c], (lane & 28) | owner);
-          const float second = from_lane(weights[m][n][2 + c], (lane & 28) | owner);
-#pragma unroll
-          for (int d = 0; d < WIDTH / 8; ++d) {
-            const float2 x = *reinterpret_cast<const float2*>(value + d * 8);
-            out[m][d][0] += first * x.x;
-            out[m][d][1] += first * x.y;
-            out[m][d][2] += second * x.x;
-            out[m][d][3] += second * x.y;
-          }
-        }
-      }
-}
-
 // out (16 M rows, 8 N columns) += rows columns^T
 template <typename T, int WIDTH, int M, int N>
 CAMKIT_DEVICE void outer(float (&out)[M][N][4], const T* rows, const T* columns) {
   if constexpr (sizeof(T) == 4) outer_float<T, WIDTH>(out, rows, columns);
   else outer_cores<T, WIDTH>(out, rows, columns);
-}
-
-// out (16 M rows, WIDTH columns) += weights (16 M rows, 8 N columns) values (8 N rows)
-template <typename T, int WIDTH, int M, int N>
-CAMKIT_DEVICE void inner(float (&out)[M][WIDTH / 8][4], const float (&weights)[M][N][4],
-                         const T* values) {
-  if constexpr (sizeof(T) == 4) inner_float<T, WIDTH>(out, weights, values);
-  else inner_cores<T, WIDTH>(out, weights, values);
 }
 
 // Sum over the four lanes that share a row.
@@ -175,12 +120,6 @@ CAMKIT_DEVICE float sum_of_row(float x) {
 }
 
 CAMKIT_DEVICE float2 pair_at(const float* from) { return *reinterpret_cast<const float2*>(from); }
-
-// Two neighbouring elements, in the type of `to`.
-template <typename T> CAMKIT_DEVICE void store_pair(T* to, float first, float second) {
-  if constexpr (sizeof(T) == 4) *reinterpret_cast<float2*>(to) = make_float2(first, second);
-  else *reinterpret_cast<uint32_t*>(to) = pack(T(), first, second);
-}
 
 template <typename T> struct alignas(16) Chunk {
   T x[16 / sizeof(T)];
