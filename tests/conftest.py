@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--run-all", action="store_true", help="also cases that take minutes")
+    parser.addoption("--run-all", action="store_true", help="also cases that take a minute")
 
 
 @pytest.fixture(autouse=True)

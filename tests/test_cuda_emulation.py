@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from emulation import mutants
 from torch.torch_version import TorchVersion
 
+from camkit.native import kernels
 from camkit.ops import reweight_plain
 from camkit.ops.doei_tail import plain_scores
 
@@ -146,7 +147,7 @@ CASES = [
 ]
 
 
-LARGE = [  # minutes of emulation, run with --run-all
+LARGE = [  # a minute of emulation, run with --run-all
     Case(tokens=785, heads=1, gate=1),
     Case(tokens=785, heads=1, dtype=FLOAT, gate=None),
     Case(tokens=257, width=96, heads=1, classes=20, gate=None),
@@ -164,7 +165,7 @@ def test_every_result_is_that_of_the_whole_map(library, case):
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_maps_are_those_of_the_whole_map(library, case, request):
     if not request.config.getoption("--run-all"):
-        pytest.skip("takes minutes: run with --run-all")
+        pytest.skip("takes a minute: run with --run-all")
     operators, emulator = library
     emulator.camkit_schedule(case.schedule)
     assert faults(operators, case) == set()
@@ -191,6 +192,10 @@ def test_what_is_not_finite_comes_out_as_from_plain_torch(library, dtype, spoile
     wanted += [(wanted[2] @ cam.mT).mT]
     for one, other in zip([*found, mean, spread], wanted, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
+def test_the_self_test_passes_the_kernels(library):
+    assert kernels.self_test(torch.device("cpu"), library[0]) is None
 
 
 def strided(case, change):

@@ -373,29 +373,34 @@ def _works(device: str) -> bool:
 @torch.no_grad()
 def self_test(device: torch.device, operators: Any) -> str | None:
     """Compare ``operators`` with plain torch; return what is wrong, None if nothing is."""
+    for name, dtype, values in _small_calls(device):
+        try:
+            found = getattr(operators, name)(*values)
+        except RuntimeError as error:
+            return f"{name}: {str(error).splitlines()[0]}"
+        wanted = getattr(torch.ops.camkit_plain, name)(*values)
+        if isinstance(found, Tensor):
+            found, wanted = [found], [wanted]
+        pairs = zip(found, wanted, strict=True)
+        if not all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in pairs):
+            return f"{name} in {dtype} differs from plain torch"
+    return None
+
+
+def _small_calls(device: torch.device) -> Iterator[tuple[str, torch.dtype, tuple[Any, ...]]]:
     drawn = torch.Generator().manual_seed(0)
     qkv = torch.randn(1, 70, 2, 2, 64, generator=drawn)
     tilt = torch.randn(1, 70, generator=drawn).to(device)
     cam = torch.rand(1, 2, 69, generator=drawn).to(device)
-    plain = torch.ops.camkit_plain
     for dtype in (torch.float32, torch.float16):
         q, k = qkv.to(device, dtype).permute(2, 0, 3, 1, 4).unbind(0)
         lse = ((q.float() * 0.125) @ k.float().mT + tilt[:, None, None]).logsumexp(-1)
         given = (tilt, 0.125, -1)
-        calls: dict[str, tuple[Any, ...]] = {
-            "rows_and_columns": (q, k, lse, *given, 1, 1),
-            "affinity_mean": (q, k, lse, *given, 1),
-            "propagate_mean": (q, k, lse, cam, *given, 1),
-        }
-        for name, values in calls.items():
-            try:
-                found = getattr(operators, name)(*values)
-            except RuntimeError as error:
-                return f"{name}: {str(error).splitlines()[0]}"
-            wanted = getattr(plain, name)(*values)
-            if isinstance(found, Tensor):
-                found, wanted = [found], [wanted]
-            pairs = zip(found, wanted, strict=True)
-            if not all(torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in pairs):
-                return f"{name} in {dtype} differs from plain torch"
-    return None
+        yield "rows_and_columns", dtype, (q, k, lse, *given, 1, 1)
+        yield "affinity_mean", dtype, (q, k, lse, *given, 1)
+        yield "propagate_mean", dtype, (q, k, lse, cam, *given, 1)
+    if hasattr(torch.ops.camkit_plain, "doei_scores"):  # declared by whoever uses it
+        weights = torch.rand(2, 1, 2, 70, generator=drawn).to(device).unbind(0)
+        settings = (1, 0.0, 0.4, 0.0, 1.0, 0.5, 0.2, 0.7, False)
+        maps = (weights[0][:, :, None], weights[1][..., None], None, None, None, None)
+        yield "doei_scores", torch.float32, (*maps, *settings)
