@@ -481,7 +481,8 @@ def test_an_interrupt_between_a_file_of_maps_and_the_journal_loses_nothing(tmp_p
     with pytest.raises(KeyboardInterrupt):
         start(recipe, photos, tmp_path / "out")
     assert len(calls) == 2  # the run ends by recording what is finished
-    assert start(recipe, photos, tmp_path / "out").settled == 4
+    # how many depends on how far the other images were
+    assert start(recipe, photos, tmp_path / "out").settled == len(calls[1])
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
