@@ -50,6 +50,12 @@ def view(refined, photo):
     return View(refined, photo)
 
 
+@pytest.fixture(scope="module")
+def seen(refined, photo):
+    """A view that tests share, as they only read it."""
+    return View(refined, photo)
+
+
 def test_the_view_gives_what_the_pipeline_returns(view, refined, photo):
     expected = refined(photo)
     assert view.classes == expected.classes
@@ -76,20 +82,20 @@ def test_other_seeds_refiners_and_scores_need_no_forward(view):
     assert view.forwards == 2
 
 
-def test_steps_are_those_of_the_chain(view, refined, photo):
-    steps = view.steps(view.preset)
-    assert [step.name for step in steps] == list(map(repr, (view.preset.seed, *view.preset.refine)))
+def test_steps_are_those_of_the_chain(seen, refined, photo):
+    steps = seen.steps(seen.preset)
+    assert [step.name for step in steps] == list(map(repr, (seen.preset.seed, *seen.preset.refine)))
     result = refined(photo)
     torch.testing.assert_close(steps[0].cam, result.seed, atol=1e-5, rtol=0)
 
 
-def test_guesses_are_the_probabilities_of_the_classifier(view, refined, photo):
+def test_guesses_are_the_probabilities_of_the_classifier(seen, refined, photo):
     logits = refined(photo).logits[0]
     scores = refined.vocabulary.score(logits[None])[0]
-    for index, name, probability in view.guesses():
+    for index, name, probability in seen.guesses():
         assert name == refined.vocabulary.names[index]
         assert probability == pytest.approx(float(scores.softmax(-1)[index]), abs=1e-4)
-    assert view.guesses(1)[0][0] == view.classes[0]
+    assert seen.guesses(1)[0][0] == seen.classes[0]
 
 
 def test_the_oldest_maps_are_dropped(view):
@@ -100,14 +106,14 @@ def test_the_oldest_maps_are_dropped(view):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_the_python_of_the_page_gives_the_same_mask(view, photo, tmp_path, monkeypatch, choice):
+def test_the_python_of_the_page_gives_the_same_mask(seen, photo, tmp_path, monkeypatch, choice):
     monkeypatch.chdir(tmp_path)
-    method = choice.method(view.preset)
-    names = [view.pipeline.vocabulary.names[index] for index in view.classes]
+    method = choice.method(seen.preset)
+    names = [seen.pipeline.vocabulary.names[index] for index in seen.classes]
     code = python_code(DEMO, choice, method, str(photo), names)
     room = {}
     exec(code, room)  # what a reader copies
-    expected = view.result(method)
+    expected = seen.result(method)
     assert (room["result"].mask != expected.mask).float().mean() < 1e-4
     assert room["result"].settings["seed"] == repr(method.seed)
     assert (tmp_path / "out" / "mask.png").is_file()
@@ -115,16 +121,16 @@ def test_the_python_of_the_page_gives_the_same_mask(view, photo, tmp_path, monke
 
 @pytest.mark.parametrize("choice", CHOICES[:3])
 def test_the_command_line_of_the_page_gives_the_same_mask(
-    view, photo, tmp_path, monkeypatch, choice
+    seen, photo, tmp_path, monkeypatch, choice
 ):
     monkeypatch.chdir(tmp_path)
-    method = choice.method(view.preset)
-    names = [view.pipeline.vocabulary.names[index] for index in view.classes]
+    method = choice.method(seen.preset)
+    names = [seen.pipeline.vocabulary.names[index] for index in seen.classes]
     words = shlex.split(command_line(DEMO, choice, method, str(photo), names))
     assert words[:2] == ["camkit", "cam"]
     assert main(words[1:]) == 0
     actual = np.array(Image.open(tmp_path / "out" / "cam" / photo.stem / "mask.png"))
-    assert (actual != view.result(method).mask.numpy()).mean() < 1e-4
+    assert (actual != seen.result(method).mask.numpy()).mean() < 1e-4
     manifest = json.loads((tmp_path / "out" / "cam" / photo.stem / "manifest.json").read_text())
     assert manifest["refine"] == list(map(repr, method.refine))
 
@@ -144,18 +150,18 @@ def test_the_line_for_a_folder_does_the_same(view, photo, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("block", "head"), [(None, None), (2, None), (None, 1), (0, 2)])
-def test_the_code_of_an_attention_map_gives_the_map(view, kind, block, head):
+def test_the_code_of_an_attention_map_gives_the_map(seen, kind, block, head):
     query = Query(kind, row=3, column=4, block=block, head=head)
-    capture = view.capture(view.preset)
+    capture = seen.capture(seen.preset)
     *lines, last = query.code.splitlines()
     room = {"capture": capture, "camkit": camkit, "torch": torch}
     exec("\n".join(lines), room)
     torch.testing.assert_close(eval(last, room).detach(), attention_map(capture, query))
 
 
-def test_rows_and_columns_are_those_of_the_softmax(view):
+def test_rows_and_columns_are_those_of_the_softmax(seen):
     """Rows and columns are parts of one matrix, whose rows sum to one over all tokens."""
-    capture = view.capture(view.preset)
+    capture = seen.capture(seen.preset)
     places = list(range(0, capture.grid.size, 37))
 
     def maps(kind):
@@ -178,9 +184,8 @@ def test_rows_and_columns_are_those_of_the_softmax(view):
         (Query("class", token=1), "the class token must be 0 to 0, got 1"),
     ],
 )
-def test_wrong_questions_are_answered(refined, photo, query, words):
-    view = View(refined, photo)
-    capture = view.capture(view.preset)
+def test_wrong_questions_are_answered(seen, query, words):
+    capture = seen.capture(seen.preset)
     words = words.replace("18x24", f"{capture.grid.rows}x{capture.grid.cols}")
     with pytest.raises(ValueError, match=words):
         attention_map(capture, query)
@@ -221,7 +226,7 @@ def test_files_that_are_no_photos_for_a_page_are_refused(tmp_path):
         check_photo(tmp_path / "large.png")
 
 
-def test_a_choice_refuses_what_does_not_exist(view):
+def test_a_choice_refuses_what_does_not_exist(seen):
     for choice, words in (
         (Choice(seed="gradcma"), "did you mean 'gradcam'"),
         (Choice(refine=("crfs",)), "no refiner is called 'crfs'"),
@@ -229,7 +234,7 @@ def test_a_choice_refuses_what_does_not_exist(view):
         (Choice(background_score=1.5), r"background_score"),
     ):
         with pytest.raises(ValueError, match=words):
-            choice.method(view.preset)
+            choice.method(seen.preset)
 
 
 def test_the_page_says_how_to_install_gradio(refined, monkeypatch):

@@ -90,12 +90,13 @@ def launch(page: Any, **options: Any) -> Any:
     """
     import gradio as gr
 
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    theme = gr.themes.Default(**fonts)
+    system = gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     usual = {
         "server_name": "127.0.0.1",
         "max_file_size": "64mb",
-        "theme": theme,
+        "theme": system,
         "css": _CSS,
         "share": False,
         "ssr_mode": False,
