@@ -19,6 +19,7 @@ from PIL import Image
 import camkit
 from camkit.app.attention import KINDS, Query, attention_map
 from camkit.app.explorer import Choice, View
+from camkit.app.page import Session, _Page
 from camkit.app.photos import PhotoShelf, check_photo
 from camkit.app.recipes import Opened, command_line, folder_line, python_code
 from camkit.cli import main
@@ -235,6 +236,18 @@ def test_a_choice_refuses_what_does_not_exist(seen):
     ):
         with pytest.raises(ValueError, match=words):
             choice.method(seen.preset)
+
+
+def test_views_of_few_visitors_are_kept_and_others_opened_again(refined, photo):
+    pytest.importorskip("gradio", reason="needs the extra camkit[app]")
+    page = _Page(refined, PhotoShelf.of(None), Opened())
+    visitors = [Session(path=photo, view=View(refined, photo, classes=(281,))) for _ in range(6)]
+    for visitor in visitors:
+        page._keep(visitor)
+    assert [visitor.view is None for visitor in visitors] == [True, True, *4 * [False]]
+    _, view = page._view(visitors[0])
+    assert view.classes == (281,)
+    assert visitors[2].view is None  # now the one that was used longest ago
 
 
 def test_the_page_says_how_to_install_gradio(refined, monkeypatch):

@@ -5,7 +5,6 @@
 
 import io
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -75,7 +74,7 @@ def serving():
     try:
         yield url
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(30)
 
 

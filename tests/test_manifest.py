@@ -2,6 +2,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -10,6 +12,7 @@ from hosts import HandMade
 from kinds import KINDS, Rounded, of_kind, whole_numbers
 from torch import nn
 
+import camkit
 from camkit import wrap
 from camkit.manifest import UNKNOWN, provenance, weights_hash
 
@@ -189,7 +192,20 @@ def test_a_seed_that_reads_a_classifier_in_parts_says_how_to_gather_it(two_proce
         applied(head, torch.zeros(1, 24))
 
 
-def test_a_working_tree_that_is_not_installed_has_an_environment():
-    from camkit.manifest import _version
-
-    assert _version("camkit-of-a-bare-working-tree") == "not installed"
+def test_a_working_tree_that_is_not_installed_has_an_environment(tmp_path):
+    """What a result records needs no metadata of an installed camkit."""
+    script = (
+        "import importlib.metadata as metadata\n"
+        "known = metadata.version\n"
+        "def version(name):\n"
+        "    if name == 'camkit':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return known(name)\n"
+        "metadata.version = version\n"
+        "from camkit.manifest import environment\n"
+        "print(environment()['camkit'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == camkit.__version__

@@ -189,6 +189,11 @@ def test_floats_from_0_to_1_are_a_picture_and_others_are_not(tmp_path):
 def test_every_mode_becomes_its_colours(tmp_path, mode, colour, name, expected):
     lossless = {"lossless": True} if name.endswith("webp") else {}
     Image.new(mode, (16, 16), colour).save(tmp_path / name, **lossless)
+    if mode == "YCbCr":
+        try:
+            Image.open(tmp_path / name).load()
+        except OSError:
+            pytest.skip("this version of Pillow cannot read its own YCbCr TIFF")
     actual = read_picture(tmp_path / name)[8, 8].astype(int)
     assert np.abs(actual - expected).max() <= (2 if name.endswith("jpg") else 1)
 

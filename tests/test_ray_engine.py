@@ -155,7 +155,7 @@ def test_a_stopped_run_continues_with_the_other_engine(cluster, tmp_path):
     photos = write_photos(tmp_path / "in", 24)
     local(recipe, photos, tmp_path / "whole")
     out = tmp_path / "out"
-    stop = when(lambda: any(out.glob("cams/*.parquet")), _thread.interrupt_main, again=1.0)
+    stop = when(lambda: any(out.glob("cams/*.parquet")), _thread.interrupt_main, again=0.2)
     try:
         with pytest.raises(KeyboardInterrupt):
             run(recipe, photos, out, ray=RayEngine())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import cv2
@@ -25,6 +26,7 @@ from camkit.ops.images import resize_cam
 from camkit.paint import overlay_cam, overlay_mask
 from camkit.photo import read_picture
 from camkit.pipeline import Pipeline
+from camkit.printing import short_repr
 from camkit.result import mask_bits
 from camkit.vocabulary import Vocabulary, read_classes
 
@@ -35,6 +37,7 @@ PRESET, NO_EDIT = "preset of the model", "none"
 ALL = "mean of all"
 _INTRO = """# camkit
 Drop a photo, name what is in it, and see the class map, its refinement and the mask."""
+_LIVE = 4  # visitors whose forwards are kept
 _ERRORS = (CamkitError, ValueError, TypeError, OSError, RuntimeError)
 
 
@@ -46,21 +49,34 @@ class Session:
         view: of the photo; None before the first.
         name: of the photo.
         path: of its file.
+        classes: those of a view that was dropped, to open it again.
         truth: the true mask, if it is known; see `PhotoShelf.truth`.
         place: of the photo among those of the folder.
         page: place of the first thumbnail that is shown.
         files: folder of prepared downloads.
+        shown: what each part of the page shows, so that one change that reaches it twice, such as
+            a new photo with a new background score, draws it once.
         picture: the photo as it is shown.
     """
 
     view: View | None = None
     name: str = ""
     path: Path | None = None
+    classes: tuple[int, ...] | None = None
     truth: np.ndarray | None = None
     place: int = 0
     page: int = 0
     files: Path | None = None
+    shown: dict[str, object] = field(default_factory=dict)
     picture: np.ndarray = field(default_factory=lambda: np.zeros((1, 1, 3), np.uint8))
+
+    __repr__ = short_repr
+
+    def shows(self, part: str, what: object) -> bool:
+        """Return whether a part shows this already, and note that it does from now on."""
+        known = self.shown.get(part) == what
+        self.shown[part] = what
+        return known
 
 
 def build(
@@ -124,6 +140,8 @@ class _Page:
             ) from error
         self.gr = gradio
         self.refined, self.shelf, self.opened = refined, shelf, opened
+        self._alone = Lock()  # the model runs once at a time
+        self._live: list[Session] = []  # those whose views are kept, the last used one last
 
     def blocks(self) -> Any:
         gr = self.gr
@@ -362,7 +380,8 @@ class _Page:
         @wraps(function)
         def safe(*arguments: Any) -> dict[Any, Any]:
             try:
-                return function(*arguments)
+                with self._alone:
+                    return function(*arguments)
             except _ERRORS as error:
                 text = " ".join(str(error).split())[:500]
                 return {self.status: f"**Not possible:** {_escaped(text)}"}
@@ -409,7 +428,7 @@ class _Page:
         check_photo(path)
         session = session or Session()
         session.place = session.place if place is None else place
-        session.view, session.truth = None, None  # free the last photo first
+        session.view = session.path = session.truth = None  # free the last photo first
         try:
             view = View(self.refined, path)
         except CamkitError as error:
@@ -418,6 +437,8 @@ class _Page:
         if labels:
             view.classes = labels
         session.view, session.name, session.path = view, path.name, path
+        session.shown.clear()
+        self._keep(session)
         session.truth = None if place is None else self.shelf.truth(place, vocabulary)
         session.picture = shrink(read_picture(path), SHOWN)
         guesses = [(f"{_short(name)}  {100 * p:.0f} %", index) for index, name, p in view.guesses()]
@@ -448,7 +469,7 @@ class _Page:
         return names[0] if len(names) == 1 else ", ".join(_short(name) for name in names)
 
     def _name(self, session: Session | None, text: str) -> dict[Any, Any]:
-        session, view = _opened(session)
+        session, view = self._view(session)
         if text.strip():
             vocabulary = self.refined.vocabulary or _numbered(view)
             view.classes = read_classes(vocabulary, text)
@@ -458,11 +479,32 @@ class _Page:
         return {self.session: session, self.guesses: shown}
 
     def _check(self, session: Session | None, indices: list[int]) -> dict[Any, Any]:
-        session, view = _opened(session)
+        session, view = self._view(session)
         offered = {index for index, _, _ in view.guesses()}
         named = [index for index in view.classes if index not in offered]
         view.classes = (*named, *(int(index) for index in indices))
         return {self.session: session, self.classes: self._names(view)}
+
+    def _view(self, session: Session | None) -> tuple[Session, View]:
+        """Return what a visitor has opened; it is opened again if others were in between.
+
+        Raises:
+            ValueError: nothing is opened.
+        """
+        if session is None or session.path is None:
+            raise ValueError("drop a photo first")
+        if session.view is None:
+            session.view = View(self.refined, session.path, classes=session.classes)
+        self._keep(session)
+        return session, session.view
+
+    def _keep(self, session: Session) -> None:
+        """Keep the views of the last visitors, and drop the others: each holds a forward."""
+        self._live = [*(each for each in self._live if each is not session), session]
+        while len(self._live) > _LIVE:
+            oldest = self._live.pop(0)
+            if oldest.view is not None:
+                oldest.classes, oldest.view = oldest.view.classes, None
 
     # Drawing
 
@@ -481,8 +523,10 @@ class _Page:
     def _draw(self, *arguments: Any) -> dict[Any, Any]:
         gr = self.gr
         session, opacity, first, second = self._choices(arguments)
-        session, view = _opened(session)
+        session, view = self._view(session)
         methods = [c.method(view.preset) for c in (first, second) if c is not None]
+        if session.shows("mask", (view.classes, opacity, first, second)):
+            return {self.status: gr.skip()}
         masks = [_mask(view, method, session.picture.shape[:2]) for method in methods]
         painted = [overlay_mask(session.picture, mask, opacity=opacity) for mask in masks]
         names = [_short(name) for name in _class_names(view)]
@@ -506,7 +550,9 @@ class _Page:
 
     def _strip(self, *arguments: Any) -> dict[Any, Any]:
         session, opacity, first, _ = self._choices(arguments)
-        session, view = _opened(session)
+        session, view = self._view(session)
+        if session.shows("stages", (view.classes, opacity, first)):
+            return {self.status: self.gr.skip()}
         method, size = first.method(view.preset), session.picture.shape[:2]
         mask = overlay_mask(session.picture, _mask(view, method, size), opacity=opacity)
         stages = [(session.picture, "photo")]
@@ -521,7 +567,7 @@ class _Page:
         }
 
     def _clicked(self, session: Session | None, index: Sequence[int]) -> dict[Any, Any]:
-        session, view = _opened(session)
+        session, view = self._view(session)
         grid = view.capture(view.preset).grid
         height, width, _ = session.picture.shape
         column, row = index[0] * grid.cols // width, index[1] * grid.rows // height
@@ -536,10 +582,12 @@ class _Page:
         *rest: Any,
     ) -> dict[Any, Any]:
         block, head, seed, edit, refine = rest
-        session, view = _opened(session)
+        session, view = self._view(session)
         method = _choice(seed, edit, refine, None).method(view.preset)
         capture = view.capture(method)
         query = Query(kind, int(row), int(column), _number(block), _number(head))
+        if session.shows("attention", (query, repr(method.edit), method.edit_blocks)):
+            return {self.status: self.gr.skip()}
         map_ = attention_map(capture, query)
         height, width, _ = session.picture.shape
         shown = resize_cam(map_[None, None] / map_.amax().clamp_min(1e-12), (height, width))
@@ -564,19 +612,13 @@ class _Page:
 
     def _save(self, *arguments: Any) -> dict[Any, Any]:
         session, _, first, _ = self._choices(arguments)
-        session, view = _opened(session)
+        session, view = self._view(session)
         if session.files is not None:
             shutil.rmtree(session.files, ignore_errors=True)
         session.files = Path(tempfile.mkdtemp(prefix="camkit-"))
         view.result(first.method(view.preset)).save(session.files)
         files = [str(path) for path in sorted(session.files.iterdir())]
         return {self.files: files, self.session: session}
-
-
-def _opened(session: Session | None) -> tuple[Session, View]:
-    if session is None or session.view is None:
-        raise ValueError("drop a photo first")
-    return session, session.view
 
 
 def _about(session: Session, view: View) -> str:

@@ -33,8 +33,7 @@ COMMANDS = {
     "class.",
     "export": "Write masks for training and labelling tools: COCO, YOLO, VOC, MMSegmentation, CVAT "
     "and more.",
-    "build-kernels": "Compile the CUDA kernels of attention ahead of time, instead of on first "
-    "use.",
+    "build-kernels": "Compile the CUDA kernels of attention; until then plain torch is used.",
 }
 """Every command, and what it does; its module is imported only when it runs, as most need torch."""
 

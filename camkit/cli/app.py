@@ -1,7 +1,9 @@
 """Open a page to see maps, stages and attention of photos, and to compare methods."""
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
+from threading import Event
 
 from camkit.app import build, launch
 from camkit.app.recipes import Opened
@@ -36,8 +38,10 @@ def execute(options: argparse.Namespace) -> int:
     address = f"http://{options.host}:{options.port or '(the port named below)'}"
     print(f"camkit: {opened.source}; the page is at {address}, Ctrl+C ends it")
     where = {"server_name": options.host, "server_port": options.port}
-    launch(page, inbrowser=options.open, quiet=False, **where)
-    return 0
+    launch(page, inbrowser=options.open, quiet=False, prevent_thread_lock=True, **where)
+    with suppress(KeyboardInterrupt):
+        Event().wait()
+    return 0  # without waiting for pages that are still open
 
 
 def pipeline_of(opened: OpenedModel) -> Pipeline:
