@@ -203,6 +203,12 @@ def _vectors() -> Iterator[Case]:
         if first == "" and on not in ("1", "1.0"):
             continue
         yield Case("0 and 1 for each class", "onehot.csv", _table(rows, separator).encode())
+    for how, join in (("spaces", " ".join), ("list", lambda bits: f"[{', '.join(bits)}]")):
+        cells = {n: join([str(int(c in row)) for c in CLASSES]) for n, row in IMAGES.items()}
+        for separator in SEPARATORS.values():
+            rows = [("image", "labels"), *cells.items()]
+            content = _table(rows, separator).encode()
+            yield Case("0 and 1 for each class", f"{how}.csv", content, classes=CLASSES)
     for separator in (*SEPARATORS.values(), " "):
         rows = [(f"{n}.jpg", *(str(int(c in r)) for c in CLASSES)) for n, r in IMAGES.items()]
         text = "\n".join(separator.join(row) for row in rows)
@@ -342,6 +348,12 @@ def _damaged_tables() -> Iterator[Case]:
         yield Case("damaged table", f"{word}.csv", content, "has no rows")
         text = f'image{separator}labels\na{separator}"cat\nb{separator}dog\n'
         yield Case("damaged table", f"{word}.csv", text.encode(), "line 3: .* check the quotes")
+    two = b"one.jpg 1 0\ntwo.jpg 0 1\n"
+    yield Case("damaged table", "two.txt", two, "a 0 and a 1, which may be", ("cat", "dog"))
+    cells = b'image,labels\none.jpg,"[1, 0]"\ntwo.jpg,"[0, 1]"\n'
+    yield Case("damaged table", "two.csv", cells, "a 0 and a 1, which may be", ("cat", "dog"))
+    twice = b"image,cat,cat\na,1,0\nb,0,1\n"
+    yield Case("damaged table", "twice.csv", twice, "line 1: two columns are called 'cat'")
     yield Case("damaged table", "empty.csv", b"", "is empty")
     yield Case("damaged table", "blank.csv", b" \n\n", "is empty")
     yield Case("damaged table", "names.txt", b"cat\ndog\n", "line 1: expected image,labels")
@@ -364,6 +376,9 @@ def _damaged_json() -> Iterator[Case]:
         '{"a": NaN}': "is not JSON",
         f'{{"a": {long}}}': "is not JSON",
         "[" * 100_000: "is not JSON|nested too deeply",
+        '{"a": "cat", "b": "cat", "a": "dog"}': "the key 'a' comes twice",
+        '{"cat": ["a.jpg", "b.jpg"]}': "got the file 'a.jpg' under 'cat'; turn it round",
+        '{"a": [1, 0, 1, 0]}': "a 0 or 1 for each of the 3 classes, got 4",
         "[]": "no image in it",
         "{}": "no image in it",
         "[1]": "entry 1 is 1, expected an object",

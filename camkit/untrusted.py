@@ -17,7 +17,9 @@ _DEEPEST = 64  # containers inside each other; label files need 6
 _LONG_NUMBER = re.compile(r"(?<![\d.])\d{19}")
 
 
-def read_json(content: Path | bytes | str, source: str | Path | None = None) -> Any:
+def read_json(
+    content: Path | bytes | str, source: str | Path | None = None, *, unique: bool = False
+) -> Any:
     """Read JSON that another program wrote.
 
     UTF-8, UTF-16 and UTF-32 are read, with or without a byte order mark.
@@ -25,6 +27,7 @@ def read_json(content: Path | bytes | str, source: str | Path | None = None) -> 
     Args:
         content: a file, or the text itself.
         source: name of the text in errors; a file needs none.
+        unique: refuse an object that has a key twice; Python's reader keeps the last.
 
     Returns:
         The document. Its integers fit 64 bits, and at most 64 lists and objects are nested.
@@ -46,7 +49,12 @@ def read_json(content: Path | bytes | str, source: str | Path | None = None) -> 
             integer: Callable[[str], int] | None = None
             if _LONG_NUMBER.search(content):
                 integer = _integer
-            document = json.loads(content, parse_constant=_refuse, parse_int=integer)
+            document = json.loads(
+                content,
+                parse_constant=_refuse,
+                parse_int=integer,
+                object_pairs_hook=_without_repeats if unique else None,
+            )
             _check_nesting(document, _DEEPEST)
         except ValueError as error:
             raise DataError(f"{source} is not JSON ({error}); correct it or remove it") from error
@@ -97,6 +105,15 @@ def bounded(source: str | Path) -> Iterator[None]:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"it holds {constant}, which JSON does not have; write null or a number")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} comes twice")
+    return document
 
 
 def _integer(digits: str) -> int:

@@ -59,6 +59,21 @@ def test_numbers_without_names_stay_numbers(tmp_path):
     assert (labels.classes, labels.of("x"), labels.of("y")) == (None, (3,), (0,))
 
 
+def test_a_zero_and_a_one_for_two_classes_are_not_guessed(tmp_path):
+    for text in (
+        '{"x": [1, 0], "y": [0, 1]}',
+        "x,1,0\ny,0,1\n",
+        'image,labels\nx,"1,0"\ny,"0,1"\n',
+    ):
+        path = write(tmp_path / "a", text)
+        with pytest.raises(DataError, match="may be class indices, or a 0 or 1 for each of two"):
+            read_labels(path, classes=("cat", "dog"))
+        assert read_labels(path, classes=("a", "b", "c")).of("x") == (
+            0,
+            1,
+        )  # three classes: indices
+
+
 def test_a_class_that_is_a_number_is_a_name_where_classes_are_given(tmp_path):
     path = write(tmp_path / "a.csv", "image,label\nx,3\n")
     assert read_labels(path, classes=("1", "3", "5")).of("x") == (1,)

@@ -152,7 +152,11 @@ def test_an_export_takes_photos_out_of_shards(folder_run, tmp_path, name, put, b
 @pytest.mark.parametrize(
     ("name", "text", "more"),
     [
-        ("a.json", '{"classes": ["dog", "cat"], "labels": {"p000": [1, 0], "p001": [1, 0]}}', []),
+        (
+            "a.json",
+            '{"classes": ["dog", "cat"], "labels": {"p000": ["cat", "dog"], "p001": [1, 0]}}',
+            [],
+        ),
         ("a.json", '{"p000.jpg": ["dog", "cat"], "p001": ["cat", "dog"]}', []),
         ("a.csv", "img;what\nin/p000.png;cat,dog\nin/p001.png;dog,cat\n", []),
         ("a.csv", "image,dog,cat\np000,1,1\np001,1,1\n", []),

@@ -183,17 +183,17 @@ def _records(path: Path, known: Sequence[str] | None) -> Records:
         raise DataError(f"{path} is {kind}")
     text = read_text(path)
     if text.lstrip().startswith(("{", "[")):
-        return _json_file(path, text)
+        return _json_file(path, text, known)
     return table_records(read_table(path), known=known)
 
 
-def _json_file(path: Path, text: str) -> Records:
+def _json_file(path: Path, text: str, known: Sequence[str] | None) -> Records:
     lines = [line for line in text.splitlines() if line.strip()]
     objects = lines[0].rstrip().endswith("}") and all(line.lstrip()[0] == "{" for line in lines[:2])
     if not (objects and (len(lines) > 1 or path.suffix.lower() in _LINES)):
-        return json_records(read_json(text, path), path)
+        return json_records(read_json(text, path, unique=True), path, known=known)
     values = [read_json(line, f"{path}, line {number}") for line, number in numbered_lines(path)]
-    return json_records(values, path, form="JSON lines")
+    return json_records(values, path, form="JSON lines", known=known)
 
 
 def _implied(records: Records, preset: tuple[str, ...] | None) -> tuple[str, ...] | None:

@@ -129,26 +129,53 @@ def _columns(table: Table) -> _Columns:
 
 def _headed(table: Table, records: Records, known: Sequence[str] | None) -> None:
     header, columns = table.header or (), _columns(table)
-    if columns.vector:
-        records.classes = tuple(header[i] for i in columns.vector)
-        records.form += f"; a column of 0 and 1 for each of {len(columns.vector)} classes"
     for row in table.rows:
-        cells, place = row.cells, f"{table.path}, line {row.line}"
-        if len(cells) != len(header):
+        if len(row.cells) != len(header):
             raise DataError(
-                f"{place}: expected {len(header)} columns, got {len(cells)}; put ; between labels"
+                f"{table.path}, line {row.line}: expected {len(header)} columns, got "
+                f"{len(row.cells)}; put ; between labels"
             )
-        if columns.confidence is not None and cells[columns.confidence] in ("0", "0.0"):
+    labels = _labels_of(table, records, columns, known)
+    vectors = columns.labels is None or "; a 0 or 1" in records.form
+    for row, found in zip(table.rows, labels, strict=True):
+        if columns.confidence is not None and row.cells[columns.confidence] in ("0", "0.0"):
             continue  # Open Images: a person said that the class is absent
-        if columns.labels is None:
-            on = (_is_on(place, header[i], cells[i]) for i in columns.vector)
-            labels: list[Label] = [i for i, value in enumerate(on) if value]
-        else:
-            labels = split_labels(cells[columns.labels], known)
-        image = cells[columns.image]
-        _add_row(records, row, image, labels, empty=bool(columns.vector))
-        if columns.split is not None and cells[columns.split]:
-            records.splits[image] = cells[columns.split]
+        image = row.cells[columns.image]
+        _add_row(records, row, image, found, empty=vectors)
+        if columns.split is not None and row.cells[columns.split]:
+            records.splits[image] = row.cells[columns.split]
+
+
+def _labels_of(
+    table: Table, records: Records, columns: _Columns, known: Sequence[str] | None
+) -> list[list[Label]]:
+    """Return the labels of each row of a table with a header."""
+    header = table.header or ()
+    if columns.labels is not None:
+        cells = [split_labels(row.cells[columns.labels], known) for row in table.rows]
+        return _or_vectors(cells, records, known)
+    names = [header[i] for i in columns.vector]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{table.path}, line 1: two columns are called {twice!r}; rename one")
+    records.classes = tuple(names)
+    records.form += f"; a column of 0 and 1 for each of {len(names)} classes"
+    on = [
+        [_is_on(f"{table.path}, line {row.line}", header[i], row.cells[i]) for i in columns.vector]
+        for row in table.rows
+    ]
+    return [[index for index, value in enumerate(row) if value] for row in on]
+
+
+def _or_vectors(
+    rows: list[list[Label]], records: Records, known: Sequence[str] | None
+) -> list[list[Label]]:
+    """Return labels as they are, or the places of the 1s if all rows are vectors."""
+    width = _vector_width(rows, known, records.path)
+    if not width:
+        return rows
+    records.form += f"; a 0 or 1 for each of {width} classes"
+    return [[index for index, value in enumerate(row) if value] for row in rows]
 
 
 def _headless(table: Table, records: Records, known: Sequence[str] | None) -> None:
@@ -157,34 +184,46 @@ def _headless(table: Table, records: Records, known: Sequence[str] | None) -> No
         raise DataError(
             f"{table.path}, line {first.line}: expected image,labels, got {first.cells[0]!r}"
         )
-    width = _vector_width(table, known)
-    if width:
-        records.form += f"; a 0 or 1 for each of {width} classes"
-    for row in table.rows:
-        if width:
-            labels: list[Label] = [i for i, cell in enumerate(row.cells[1:]) if cell in TRUE]
-        else:
-            labels = [label for cell in row.cells[1:] for label in split_labels(cell, known)]
-        _add_row(records, row, row.cells[0], labels, empty=bool(width))
+    rows = [
+        [label for cell in row.cells[1:] for label in split_labels(cell, known)]
+        for row in table.rows
+    ]
+    found = _or_vectors(rows, records, known)
+    for row, labels in zip(table.rows, found, strict=True):
+        _add_row(records, row, row.cells[0], labels, empty=found is not rows)
 
 
-def _vector_width(table: Table, known: Sequence[str] | None) -> int:
-    """Return the length of the 0/1 vectors that rows hold, or 0 if they hold something else."""
-    widths = {len(row.cells) - 1 for row in table.rows}
-    cells = {cell for row in table.rows for cell in row.cells[1:]}
-    if len(widths) != 1 or not cells <= {"0", "1", "0.0", "1.0"}:
+def _vector_width(rows: Iterable[Sequence[object]], known: Sequence[str] | None, path: Path) -> int:
+    """Return the length of the 0/1 vectors that all rows are, or 0 if they are something else.
+
+    Class indices do not repeat in a row, vectors of more than two classes always do. Rows of a 0
+    and a 1 may be either.
+
+    Raises:
+        DataError: the rows are vectors of another number of classes, or may be either.
+    """
+    widths, repeated = set(), False
+    for row in rows:
+        if not all(str(value) in _BITS for value in row):
+            return 0
+        widths.add(len(row))
+        repeated = repeated or len({str(value)[:1] for value in row}) < len(row)
+    width = max(widths, default=0)
+    if len(widths) != 1 or width < 2 or (not repeated and known is not None and len(known) > 2):
         return 0
-    width = widths.pop()
-    # class indices do not repeat in a row
-    repeated = any(len({*row.cells[1:]}) < width for row in table.rows)
-    if width < 2 or not repeated:
-        return 0
+    if not repeated:
+        raise DataError(
+            f"{path}: every image has a 0 and a 1, which may be class indices, or a 0 or 1 for "
+            "each of two classes; write the names of the classes"
+        )
     if known is not None and len(known) != width:
         raise DataError(
-            f"{table.path}, line {table.rows[0].line}: expected a 0 or 1 for each of the "
-            f"{len(known)} classes, got {width}"
+            f"{path}: expected a 0 or 1 for each of the {len(known)} classes, got {width}"
         )
     return width
+
+
+_BITS = frozenset(("0", "1", "0.0", "1.0", "True", "False"))
 
 
 def _add_row(
@@ -279,7 +318,9 @@ def as_label(value: object, known: Sequence[str] = ()) -> Label:
     raise ValueError(f"expected a class name or an index from 0, got {value!r}")
 
 
-def json_records(content: Any, path: Path, *, form: str = "JSON") -> Records:
+def json_records(
+    content: Any, path: Path, *, form: str = "JSON", known: Sequence[str] | None = None
+) -> Records:
     """Read the labels of a JSON file.
 
     Read are ``{"classes": [names], "labels": {image: [names or indices]}}``; ``{image: labels}``
@@ -292,7 +333,7 @@ def json_records(content: Any, path: Path, *, form: str = "JSON") -> Records:
     """
     records = Records(path, form)
     try:
-        _read_json(content, records)
+        _read_json(content, records, known)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         detail = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise DataError(_FORMS.format(path=path, detail=f" ({detail})")) from error
@@ -308,7 +349,7 @@ _FORMS = (
 )
 
 
-def _read_json(content: Any, records: Records) -> None:
+def _read_json(content: Any, records: Records, known: Sequence[str] | None) -> None:
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         _read_coco(content, records)
         return
@@ -317,37 +358,30 @@ def _read_json(content: Any, records: Records) -> None:
         table = content["labels"]
         names = content.get("classes", content.get("class_names"))
         records.classes = None if names is None else class_list(names)
-    if isinstance(table, list):
-        _read_list(table, records)
-        return
-    vectors = _are_json_vectors(table.values())
-    if vectors:
+    pairs = _pairs(table, records.path) if isinstance(table, list) else list(table.items())
+    lists = [labels for _, labels in pairs if isinstance(labels, list)]
+    known = records.classes if records.classes is not None else known
+    width = _vector_width(lists, known, records.path) if len(lists) == len(pairs) else 0
+    if width:
         records.form += "; a 0 or 1 for each class"
-    for image, row in table.items():
-        labels = [index for index, value in enumerate(row) if value] if vectors else row
+    for image, row in pairs:
+        labels = [index for index, value in enumerate(row) if value] if width else row
         records.add(composed(image), _json_labels(labels, records, image))
 
 
-def _are_json_vectors(rows: Iterable[Any]) -> bool:
-    """Return whether all rows are lists of 0 and 1 of one length, with repeated values."""
-    lengths, repeated = set(), False
-    for row in rows:
-        if not isinstance(row, list) or not all(value in (0, 1) for value in row):
-            return False
-        lengths.add(len(row))
-        repeated = repeated or len(set(row)) < len(row)
-    return len(lengths) == 1 and repeated
+def _switched_on(labels: Mapping[Any, Any], place: str) -> list[Any]:
+    wrong = next((value for value in labels.values() if value not in (0, 1)), None)
+    if wrong is not None:
+        raise DataError(f"{place} has {wrong!r} for a class, expected 0 or 1")
+    return [name for name, value in labels.items() if value]
 
 
 def _json_labels(labels: Any, records: Records, image: object) -> list[Label]:
     if isinstance(labels, Mapping):
-        wrong = next((value for value in labels.values() if value not in (0, 1)), None)
-        if wrong is not None:
-            raise DataError(f"{records.path}: {image!r} has {wrong!r} for a class, expected 0 or 1")
-        labels = [name for name, value in labels.items() if value]
-    if isinstance(labels, str):
+        labels = _switched_on(labels, f"{records.path}: {image!r}")
+    elif isinstance(labels, str):
         labels = split_labels(labels.strip(), records.classes) or [""]
-    if isinstance(labels, int | float):
+    elif isinstance(labels, int | float):
         labels = [labels]
     if not isinstance(labels, list):
         raise DataError(
@@ -363,24 +397,29 @@ def _json_labels(labels: Any, records: Records, image: object) -> list[Label]:
             f"{records.path}: {image!r} is labelled {wrong[0]!r}, expected a name or an index "
             "from 0"
         )
+    file = next((label for label in found if has_image_suffix(str(label))), None)
+    if file is not None:
+        raise DataError(
+            f"{records.path}: expected classes by image, got the file {file!r} under {image!r}; "
+            "turn it round: {image: [classes]}"
+        )
     return found
 
 
-def _read_list(entries: list[Any], records: Records) -> None:
-    """Read a list of objects, or of pairs."""
+def _pairs(entries: list[Any], path: Path) -> list[tuple[str, Any]]:
+    """Return the image and the labels of each object or pair of a list."""
+    pairs: list[tuple[str, Any]] = []
     for number, entry in enumerate(entries, start=1):
         if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
-            image, labels = entry
+            pairs.append((entry[0], entry[1]))
         elif not isinstance(entry, dict):
             raise DataError(
-                f"{records.path}: entry {number} is {_short(entry)}, expected an object with the "
+                f"{path}: entry {number} is {_short(entry)}, expected an object with the "
                 "image and its labels"
             )
-        elif "data" in entry:
-            image, labels = _studio_entry(entry)
         else:
-            image, labels = _entry(entry, records.path, number)
-        records.add(composed(image), _json_labels(labels, records, image))
+            pairs.append(_studio_entry(entry) if "data" in entry else _entry(entry, path, number))
+    return pairs
 
 
 def _entry(entry: Mapping[str, Any], path: Path, number: int) -> tuple[str, Any]:
