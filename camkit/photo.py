@@ -25,6 +25,7 @@ from camkit.tensors import RGB, Pixels
 FIRST_PAGE = "only the first of its pages is read"
 """What is said of a file with several pictures."""
 
+_PHOTOMETRIC = 262  # tag of TIFF: 0 if 0 is white, as in scans and X-rays
 _DEEP = re.compile(r"RGB.*;16")  # PIL's name of such data in a file
 
 
@@ -175,8 +176,18 @@ def read_levels(
             turn = 1 if image.format == "TIFF" else orientation(image)  # both turn TIFF themselves
             levels, _ = levels_of(Image.fromarray(array), opacity=opacity, turn=turn)
         else:
-            levels, note = levels_of(image, opacity=opacity)
+            levels, note = levels_of(_min_is_black(image), opacity=opacity)
     return Levels(levels, (*notes, *([] if note is None else [note])))
+
+
+def _min_is_black(image: Image.Image) -> Image.Image:
+    """Return grey levels of 16 bits with 0 as black; PIL turns those of 8 bits itself."""
+    deep = image.format == "TIFF" and image.mode.startswith("I;16")
+    if not deep or getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) != 0:
+        return image
+    turned = Image.fromarray(65535 - np.asarray(image).astype(np.uint16))
+    turned.info = image.info
+    return turned
 
 
 def _is_dark(image: Image.Image) -> bool:

@@ -191,7 +191,8 @@ def test_every_mode_becomes_its_colours(tmp_path, mode, colour, name, expected):
     Image.new(mode, (16, 16), colour).save(tmp_path / name, **lossless)
     if mode == "YCbCr":
         try:
-            Image.open(tmp_path / name).load()
+            with Image.open(tmp_path / name) as written:
+                written.load()
         except OSError:
             pytest.skip("this version of Pillow cannot read its own YCbCr TIFF")
     actual = read_picture(tmp_path / name)[8, 8].astype(int)
@@ -496,3 +497,13 @@ def test_maps_of_a_large_photo_are_refused_before_they_are_made(tmp_path, monkey
     assert told in (tmp_path / "out" / "errors.tsv").read_text()
     summary = run(small_recipe(), PhotoFolder(folder), tmp_path / "masks", workers=0)
     assert summary.written == 1
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_tiff_whose_zero_is_white_is_turned(tmp_path, kind):
+    tifffile = pytest.importorskip("tifffile")
+    most = np.iinfo(kind).max
+    ramp = np.linspace(0, most, 64).astype(kind)[None].repeat(8, 0)
+    tifffile.imwrite(tmp_path / "w.tif", ramp, photometric="miniswhite")
+    actual = read_picture(tmp_path / "w.tif")[0, :, 0]
+    assert (actual[0], actual[-1]) == (255, 0)

@@ -16,6 +16,7 @@ Kind: TypeAlias = Literal["row", "column", "affinity", "class"]
 """What is shown: what a patch reads, what reads it, where its score spreads, what a class reads."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_CAPTURE = "capture = refined.stages(photo.pixels, rgb=photo.rgb).capture"
 _SPREAD = Propagate(steps=1, blocks=6, balance=3)
 
 
@@ -41,9 +42,14 @@ class Query:
 
     @property
     def code(self) -> str:
-        """Python that gives the map from a ``capture``; its last line is the expression."""
+        """Python that gives the map; its last line is the expression.
+
+        ``refined`` is the pipeline with the method of the page, ``photo`` a photo that it has
+        prepared (`camkit.Pipeline.prepare`).
+        """
         if self.kind == "affinity":
             lines = [
+                _CAPTURE,
                 "one = torch.zeros(1, 1, capture.grid.rows, capture.grid.cols)",
                 f"one[0, 0, {self.row}, {self.column}] = 1.0",
                 f"camkit.refiners.{_SPREAD!r}(one, capture)[0, 0]",
@@ -58,7 +64,7 @@ class Query:
             each = f"each.rows([patches[place]]){heads}[0, 0, patches]"
             if self.kind == "column":
                 each = f"each.columns([patches[place]]){heads}[0, patches, 0]"
-        lines = []
+        lines = [_CAPTURE]
         if self.kind != "class":
             lines.append("patches = capture.patches")
             lines.append(f"place = {self.row} * capture.grid.cols + {self.column}")

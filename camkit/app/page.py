@@ -12,22 +12,27 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 
 from camkit.app.attention import KINDS, Kind, Query, attention_map
+from camkit.app.drawing import (
+    class_names,
+    mask_of,
+    short_name,
+    table_headers,
+    table_rows,
+    title_of,
+)
 from camkit.app.explorer import Choice, View
 from camkit.app.photos import PAGE, PhotoShelf, check_photo
 from camkit.app.recipes import Opened, command_line, folder_line, python_code
 from camkit.display import shrink
-from camkit.errors import CamkitError
-from camkit.mask import to_mask
-from camkit.method import CHAINS, EDITS, REFINERS, SEEDS, Method
+from camkit.errors import CamkitError, one_line
+from camkit.method import CHAINS, EDITS, REFINERS, SEEDS
 from camkit.ops.images import resize_cam
 from camkit.paint import overlay_cam, overlay_mask
 from camkit.photo import read_picture
 from camkit.pipeline import Pipeline
 from camkit.printing import short_repr
-from camkit.result import mask_bits
 from camkit.vocabulary import Vocabulary, read_classes
 
 SHOWN = 900
@@ -50,6 +55,7 @@ class Session:
         name: of the photo.
         path: of its file.
         classes: those of a view that was dropped, to open it again.
+        reason: why nothing is opened.
         truth: the true mask, if it is known; see `PhotoShelf.truth`.
         place: of the photo among those of the folder.
         page: place of the first thumbnail that is shown.
@@ -63,6 +69,7 @@ class Session:
     name: str = ""
     path: Path | None = None
     classes: tuple[int, ...] | None = None
+    reason: str = "drop a photo first"
     truth: np.ndarray | None = None
     place: int = 0
     page: int = 0
@@ -118,6 +125,7 @@ def launch(page: Any, **options: Any) -> Any:
         "ssr_mode": False,
         "footer_links": [],
         "quiet": True,
+        "show_error": True,  # of wrong numbers, which Gradio itself refuses
     }
     return page.launch(**(usual | options))
 
@@ -269,7 +277,10 @@ class _Page:
 
     def _attention_part(self) -> None:
         gr = self.gr
-        gr.Markdown("Click a patch, or set its row and column.")
+        gr.Markdown(
+            "Click a patch, or set its row and column. In the code, `refined` is that of the next "
+            "tab, and `photo` is `refined.prepare(path)`."
+        )
         with gr.Row():
             self.clicked = self._image("Photo", "clicked")
             self.attention = self._image("Attention", "attention")
@@ -280,7 +291,11 @@ class _Page:
         with gr.Row():
             self.row = gr.Slider(0, 1, 0, step=1, label="Row", elem_id="row")
             self.column = gr.Slider(0, 1, 0, step=1, label="Column", elem_id="column")
-        self.attention_code = gr.Code(label="The same in Python", language="python", lines=3)
+        self.attention_code = gr.Code(
+            label="The same in Python",
+            language="python",
+            lines=3,
+        )
 
     def _code_part(self) -> None:
         gr = self.gr
@@ -383,8 +398,7 @@ class _Page:
                 with self._alone:
                     return function(*arguments)
             except _ERRORS as error:
-                text = " ".join(str(error).split())[:500]
-                return {self.status: f"**Not possible:** {_escaped(text)}"}
+                return {self.status: _sentence(error)}
 
         return safe
 
@@ -424,24 +438,17 @@ class _Page:
         return changed | {self.chosen: self.shelf.names[place], self.upload: None}
 
     def _open(self, session: Session | None, path: Path, place: int | None) -> dict[Any, Any]:
-        gr, vocabulary = self.gr, self.refined.vocabulary
-        check_photo(path)
+        gr = self.gr
         session = session or Session()
         session.place = session.place if place is None else place
         session.view = session.path = session.truth = None  # free the last photo first
         try:
-            view = View(self.refined, path)
-        except CamkitError as error:
-            raise CamkitError(str(error).replace(str(path), path.name)) from error
-        labels = () if place is None else self.shelf.labels(place, vocabulary)
-        if labels:
-            view.classes = labels
-        session.view, session.name, session.path = view, path.name, path
-        session.shown.clear()
-        self._keep(session)
-        session.truth = None if place is None else self.shelf.truth(place, vocabulary)
-        session.picture = shrink(read_picture(path), SHOWN)
-        guesses = [(f"{_short(name)}  {100 * p:.0f} %", index) for index, name, p in view.guesses()]
+            view = self._seen(session, path, place)
+        except _ERRORS as error:  # the session moves on, so that the next photo can be reached
+            session.reason = str(error).replace(str(path), path.name)
+            return {self.status: _sentence(session.reason), self.session: session}
+        ranked = sorted(view.guesses(), key=lambda guess: -guess[2])
+        guesses = [(f"{short_name(name)}  {100 * p:.0f} %", index) for index, name, p in ranked]
         capture = view.capture(view.preset)
         grid, heads = capture.grid, capture.blocks[0].shape[1]
         blocks = len(capture.blocks)
@@ -461,12 +468,26 @@ class _Page:
             self.column: gr.update(maximum=grid.cols - 1, value=grid.cols // 2),
         }
 
+    def _seen(self, session: Session, path: Path, place: int | None) -> View:
+        """Open a photo for a visitor."""
+        check_photo(path)
+        view, vocabulary = View(self.refined, path), self.refined.vocabulary
+        labels = () if place is None else self.shelf.labels(place, vocabulary)
+        if labels:
+            view.classes = labels
+        session.picture = shrink(read_picture(path), SHOWN)
+        session.truth = None if place is None else self.shelf.truth(place, vocabulary)
+        session.view, session.name, session.path = view, path.name, path
+        session.shown.clear()
+        self._keep(session)
+        return view
+
     def _names(self, view: View) -> str:
         vocabulary = self.refined.vocabulary
         if vocabulary is None:
             return ", ".join(map(str, view.classes))
         names = [vocabulary.names[index] for index in view.classes]
-        return names[0] if len(names) == 1 else ", ".join(_short(name) for name in names)
+        return names[0] if len(names) == 1 else ", ".join(short_name(name) for name in names)
 
     def _name(self, session: Session | None, text: str) -> dict[Any, Any]:
         session, view = self._view(session)
@@ -492,7 +513,7 @@ class _Page:
             ValueError: nothing is opened.
         """
         if session is None or session.path is None:
-            raise ValueError("drop a photo first")
+            raise ValueError(Session.reason if session is None else session.reason)
         if session.view is None:
             session.view = View(self.refined, session.path, classes=session.classes)
         self._keep(session)
@@ -527,21 +548,22 @@ class _Page:
         methods = [c.method(view.preset) for c in (first, second) if c is not None]
         if session.shows("mask", (view.classes, opacity, first, second)):
             return {self.status: gr.skip()}
-        masks = [_mask(view, method, session.picture.shape[:2]) for method in methods]
+        masks = [mask_of(view, method, session.picture.shape[:2]) for method in methods]
         painted = [overlay_mask(session.picture, mask, opacity=opacity) for mask in masks]
-        names = [_short(name) for name in _class_names(view)]
+        names = [short_name(name) for name in class_names(view)]
         about = (self.opened, first, methods[0], session.name, names)
         return {
             self.status: _about(session, view),
             self.mask_a: gr.update(
-                value=painted[0], label=f"A: {_title(methods[0])}" if second else _title(methods[0])
+                value=painted[0],
+                label=f"A: {title_of(methods[0])}",
             ),
             self.mask_b: gr.update(visible=False)
             if second is None
-            else gr.update(value=painted[1], label=f"B: {_title(methods[1])}", visible=True),
+            else gr.update(value=painted[1], label=f"B: {title_of(methods[1])}", visible=True),
             self.table: {
-                "headers": _headers(len(methods), known=session.truth is not None),
-                "data": _rows(view, methods, session.truth),
+                "headers": table_headers(len(methods), known=session.truth is not None),
+                "data": table_rows(view, methods, session.truth),
             },
             self.python: python_code(*about),
             self.shell: command_line(*about),
@@ -554,7 +576,7 @@ class _Page:
         if session.shows("stages", (view.classes, opacity, first)):
             return {self.status: self.gr.skip()}
         method, size = first.method(view.preset), session.picture.shape[:2]
-        mask = overlay_mask(session.picture, _mask(view, method, size), opacity=opacity)
+        mask = overlay_mask(session.picture, mask_of(view, method, size), opacity=opacity)
         stages = [(session.picture, "photo")]
         for place, step in enumerate(view.steps(method)):
             strongest = view.at_size(step, size)[0].amax(0)
@@ -654,62 +676,9 @@ def _numbered(view: View) -> Vocabulary:
     return Vocabulary(tuple(map(str, range(count))))
 
 
-def _short(name: str) -> str:
-    return name.split(",")[0]
+def _sentence(error: object) -> str:
+    return f"**Not possible:** {_escaped(one_line(error))}"
 
 
 def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)
-
-
-def _title(method: Method) -> str:
-    stages = [stage for stage in (method.seed, method.edit, *method.refine) if stage is not None]
-    return ", ".join(repr(stage).partition("(")[0] for stage in stages)
-
-
-def _class_names(view: View) -> list[str]:
-    vocabulary = view.pipeline.vocabulary
-    return [str(i) if vocabulary is None else vocabulary.names[i] for i in view.classes]
-
-
-def _values(view: View) -> list[int]:
-    vocabulary = view.pipeline.vocabulary
-    return [i + 1 if vocabulary is None else vocabulary.value(i) for i in view.classes]
-
-
-def _mask(view: View, method: Method, size: tuple[int, int]) -> np.ndarray:
-    """Return the mask of a method at a size for the page."""
-    cam = resize_cam(view.steps(method)[-1].cam, size).clamp(0, 1)
-    values = _values(view)
-    mask = to_mask(
-        cam,
-        torch.tensor([values], device=cam.device) - 1,
-        background_score=method.background_score,
-        bits=mask_bits(values),
-    )
-    return mask[0].cpu().numpy()
-
-
-def _headers(methods: int, *, known: bool) -> list[str]:
-    which = [""] if methods == 1 else [" A", " B"]
-    return ["class", *(f"pixels{w}" for w in which), *(f"IoU{w}" for w in which if known)]
-
-
-def _rows(view: View, methods: Sequence[Method], truth: np.ndarray | None) -> list[list[str]]:
-    """Return the share and, where the truth is known, the IoU of each class and method."""
-    size = view.photo.size if truth is None else (truth.shape[0], truth.shape[1])
-    masks = [_mask(view, method, size) for method in methods]
-    rows = []
-    for name, value in zip(_class_names(view), _values(view), strict=True):
-        row = [_short(name), *(f"{100 * (mask == value).mean():.1f} %" for mask in masks)]
-        if truth is not None:
-            row += [_iou(mask, truth, value) for mask in masks]
-        rows.append(row)
-    return rows
-
-
-def _iou(mask: np.ndarray, truth: np.ndarray, value: int) -> str:
-    counted = truth >= 0
-    found, true = (mask == value) & counted, (truth == value) & counted
-    union = (found | true).sum()
-    return "no pixel" if union == 0 else f"{100 * (found & true).sum() / union:.1f}"

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ PACKAGES = (  # the names under which they are installed
     *("torchvision", "timm", "numpy", "opencv-contrib-python-headless", "opencv-python"),
     *("pillow", "scikit-image", "safetensors", "jaxtyping", "tqdm"),
     *("transformers", "open_clip_torch", "pydensecrf2", "matplotlib", "pyarrow", "pycocotools"),
+    *("pyyaml", "gradio", "pillow-heif", "pillow-jxl-plugin"),
     "ray",
 )
 VARIABLES = ("CXX", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "XDG_CACHE_HOME", "HF_HOME")
@@ -131,13 +133,17 @@ def _caches() -> dict[str, str]:
     }
 
 
+_MOST = 100_000  # files that are counted
+
+
 def _folder(path: Path) -> str:
     if not path.is_dir():
         return f"{path}, not there yet"
-    files = [each for each in path.iterdir() if each.is_file()]
+    files = [each for each in islice(path.rglob("*"), _MOST) if each.is_file()]
     size = sum(each.stat().st_size for each in files) / 2**20
     writable = "" if os.access(path, os.W_OK) else ", cannot be written to"
-    return f"{path}, {len(files)} files of {size:.1f} MB{writable}"
+    number = f"{len(files):,} file{'s' * (len(files) != 1)}"
+    return f"{path}, {number} of {size:.1f} MB below it{writable}"
 
 
 def _environment() -> dict[str, str]:

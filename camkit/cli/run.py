@@ -140,7 +140,7 @@ def execute(options: argparse.Namespace) -> int:
     name_notes(summary.notes)
     if rank.number == 0:
         _name_others(photos, options.input)
-    return 1 if summary.failed or summary.taken else 0
+    return 1 if summary.failed or summary.taken or summary.errors or summary.unread else 0
 
 
 def _report(summary: RunSummary, out: Path) -> None:
