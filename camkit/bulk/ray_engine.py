@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
@@ -47,7 +48,8 @@ from camkit.errors import CamkitError, one_line
 from camkit.fitting import Sums
 from camkit.manifest import weights_hash
 
-_ROUND = 1000  # chunks per model that are planned at once, because a source may be endless
+_FIRST = 16  # chunks per model of the first round: results come before a long list is planned
+_ROUND = 1000  # of the others; a source may be endless, and each round opens the models anew
 _MEMORY = 2**29  # that a model reserves; it also keeps tasks out of the model's process
 _CONNECTS = 10.0  # seconds that a cluster has to answer
 _SUMMANDS = 8  # lessons that a task adds up before they go to the leading process
@@ -112,7 +114,7 @@ class RayEngine:
         with _connected(self.address):
             actors, cpus, gpus = self._divide(ray.cluster_resources(), threads)
             try:
-                for part in chunks(plans, actors * _ROUND):
+                for part in _rounds(plans, actors):
                     folder.drafts.mkdir(parents=True, exist_ok=True)
                     probe = folder.drafts / f"probe-{uuid.uuid4().hex}"
                     probe.touch()
@@ -211,6 +213,14 @@ def _begin(address: str | None) -> None:
             f"Ray does not start on this machine ({reason}); fix the cause, or use the local "
             "engine (--engine local)"
         ) from error
+
+
+def _rounds(plans: Iterator[ChunkPlan], actors: int) -> Iterator[tuple[ChunkPlan, ...]]:
+    """Cut the plans into rounds, of which the first is short."""
+    first = tuple(islice(plans, actors * _FIRST))
+    if first:
+        yield first
+    yield from chunks(plans, actors * _ROUND)
 
 
 def _first_readable(plan: ChunkPlan) -> Place | None:
