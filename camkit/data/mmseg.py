@@ -32,6 +32,7 @@ PAIRS = (
 """Names of the folders of photos and masks."""
 
 _ALL = "all"
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class MaskFolders:
 
     Photos are in ``img_dir/<split>`` and masks in ``ann_dir/<split>``, or in the folders of another
     pair of `PAIRS`, also ``<split>/images`` and ``<split>/masks``; folders without splits are one
-    split, "all", or those that ``splits/<split>.txt`` list. A mask has the name of its photo, up to
+    split, "all", or those that ``splits/<split>.txt`` list. So are photos with masks that lie
+    beside folders of photos, with all of these. A mask has the name of its photo, up to
     endings such as ``_mask`` or ``_gtFine_labelTrainIds``. Labels come from the masks.
 
     Attributes:
@@ -102,6 +104,9 @@ class MaskFolders:
         top = self.parts[0][1].parent
         if self.parts[0][0] != _ALL and top != self.root and top.parent == self.root:
             used = {folder for _, folder, _ in self.parts}
+            if holds(top, IMAGE_SUFFIXES, deep=False):
+                count = several(len(photos_in(top)), "photo")
+                yield f"{relative_to(top, self.root)}: {count} without masks, left out"
             for folder in folders_in(top):
                 if folder not in used and holds(folder, IMAGE_SUFFIXES):
                     yield f"{relative_to(folder, self.root)}: photos without masks, left out"
@@ -136,10 +141,28 @@ def mask_folders(root: Path) -> tuple[tuple[str, Path, Path], ...]:
                 if (folder / path.name).is_dir() and holds(path, IMAGE_SUFFIXES)
             ]
             parts = tuple(splits) or ((_ALL, top, folder),)
+            if splits and _directly(top, folder):
+                _refuse_splits(top, [name for name, _, _ in splits])
+                parts = ((_ALL, top, folder),)
             if any(found_in(part)[1] for part in parts):
                 return parts
     found = [(path.name, *pair) for path in folders_in(root) if (pair := _pair_in(path))]
     return tuple(found)
+
+
+def _directly(top: Path, folder: Path) -> bool:
+    """Return whether photos with masks lie beside the folders of photos, not in them."""
+    return holds(top, IMAGE_SUFFIXES, deep=False) and bool(masks_of(photos_in(top), top, folder))
+
+
+def _refuse_splits(top: Path, names: Sequence[str]) -> None:
+    """Raise DataError if photos lie beside folders that are splits by their names."""
+    splits = [name for name in names if name.lower() in _SPLITS]
+    if splits:
+        raise DataError(
+            f"{top} holds photos with masks beside the splits {', '.join(splits)}; move these "
+            "photos and their masks into the folder of a split"
+        )
 
 
 def _pair_in(split: Path) -> tuple[Path, Path] | None:
