@@ -167,7 +167,8 @@ def _check_any_class(
 ) -> Iterator[Finding]:
     """Find a split whose masks measure nothing, and count the masks without their labels."""
     masks = [(sample, shown[sample]) for sample in samples if sample in shown]
-    if masks and not any(classes for _, classes in masks):
+    readable = len(masks) == sum(sample.mask is not None for sample in samples)
+    if masks and readable and not any(classes for _, classes in masks):
         message = (
             f"{dataset.root}: none of the {len(masks)} masks of {split} shows a class, only "
             "background and ignored pixels, so they measure nothing; if they mark objects with "
