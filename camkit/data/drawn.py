@@ -102,7 +102,9 @@ def coco_pixels(segmentation: Any, size: tuple[int, int], source: str) -> Bool[n
         return _from_runs(_counts(segmentation, size, source), size)
     pixels = np.zeros(size, np.bool_)
     rings = _rings(segmentation, size, source)
-    check_places(rings, size, source)
+    if rings:
+        _check_pixels(rings, size, source)
+        check_inside(rings, size, source)
     polygons = [ring.ravel().tolist() for ring in rings]
     if polygons:
         for runs in _pycocotools().frPyObjects(polygons, *size):
@@ -204,12 +206,10 @@ def check_ring(ring: Float[np.ndarray, "n 2"], size: tuple[int, int], source: st
         )
 
 
-def check_places(
+def _check_pixels(
     rings: Sequence[Float[np.ndarray, "_ 2"]], size: tuple[int, int], source: str
 ) -> None:
-    """Raise DataError for outlines of an object in other units than pixels, or outside."""
-    if not rings:
-        return
+    """Raise DataError for outlines that are shares of the size of the image."""
     points = np.concatenate([*rings])
     shares = points.min() >= 0 and points.max() <= 1 and bool((points % 1).any())
     if shares and min(size) > 1:
@@ -217,6 +217,12 @@ def check_places(
             f"{source}: all its points lie between 0 and 1, as shares of width and height; write "
             "them in pixels"
         )
+
+
+def check_inside(
+    rings: Sequence[Float[np.ndarray, "_ 2"]], size: tuple[int, int], source: str
+) -> None:
+    """Raise DataError if all outlines of an object lie wholly outside of the image."""
     if all((ring.max(0) < 0).any() or (ring.min(0) >= size[::-1]).any() for ring in rings):
         raise DataError(
             f"{source}: its outline lies wholly outside of the image of {size[0]}x{size[1]} (rows "
