@@ -125,6 +125,12 @@ def test_two_categories_of_one_name_are_told_apart(fruit):
     assert open_dataset(fruit).classes == ("other (1)", "other (2)")
 
 
+def test_names_of_categories_have_no_spaces_around_them(fruit):
+    content = listing(annotation(APPLE), categories={APPLE: " apple ", PEAR: "pear"})
+    write_json(fruit / "annotations" / "instances_train.json", content)
+    assert open_dataset(fruit).classes == ("apple", "pear")
+
+
 def test_splits_share_their_categories_or_are_refused(fruit):
     write_photo(fruit / "val" / "b.png")
     path = fruit / "annotations" / "instances_val.json"

@@ -15,6 +15,7 @@ from camkit.data import (
     open_voc,
     write_shapes,
 )
+from camkit.data.exporting import TARGETS
 from camkit.data.sample import mask_ids
 from camkit.mask import voc_palette
 
@@ -114,6 +115,22 @@ def test_labelme_gains_a_rim_of_pixels_as_labelme_itself_draws_it(truth, tmp_pat
             near |= moved != ids
         assert not (changed & ~near).any()
         assert changed.mean() < 0.12
+
+
+@pytest.mark.parametrize("target", [*TARGETS])
+def test_a_split_called_all_comes_back(target, truth, tmp_path):
+    if target.startswith("coco"):
+        pytest.importorskip("pycocotools")
+    if target == "hf":
+        pytest.importorskip("pyarrow")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    names = [sample.name for sample in truth.split("train")]
+    (lists / "all.txt").write_text("\n".join(names))
+    export(truth, target, tmp_path / "out", options=ExportOptions(splits=lists))
+    again = open_dataset(tmp_path / "out")
+    (split,) = again.splits
+    assert sorted(ids_of(again, split)) == sorted(names)
 
 
 def test_an_export_of_a_reading_is_that_of_the_original(truth, tmp_path):

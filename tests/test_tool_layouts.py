@@ -313,6 +313,16 @@ def test_a_folder_of_labelme_is_a_data_set(tmp_path):
     )
 
 
+def test_labels_that_differ_in_spaces_or_unicode_form_are_one_class(tmp_path):
+    points = [[3, 2], [9, 2], [9, 6], [3, 6]]
+    labels = ("caf\u00e9", " cafe\u0301", "caf\u00e9 ")
+    labelme(tmp_path / "a.json", *(shape(label, points) for label in labels))
+    write_photo(tmp_path / "a.jpg")
+    data = open_dataset(tmp_path)
+    assert data.classes == ("caf\u00e9",)
+    assert data.split("all")[0].classes == (0,)
+
+
 def test_labels_txt_gives_the_order_of_the_classes_and_folders_are_splits(tmp_path):
     write_text(tmp_path / "labels.txt", "__ignore__\n_background_\ndog\ncat\n")
     for split in ("train", "val"):

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from camkit.data.drawn import CocoMask, check_picture, packed
 from camkit.data.files import picture_size
-from camkit.data.names import composed
+from camkit.data.names import composed, named
 from camkit.errors import DataError
 from camkit.printing import short_repr
 from camkit.untrusted import read_json
@@ -225,7 +225,7 @@ def _categories(path: Path, listed: Any) -> dict[int, str]:
             )
         if number in names:
             raise DataError(f"{path}: two categories have the id {number}; give each its own")
-        names[number] = composed(str(name))
+        names[number] = named(str(name))
     held = list(names.values())
     unique = {n: f"{name} ({n})" if held.count(name) > 1 else name for n, name in names.items()}
     return dict(sorted(unique.items()))

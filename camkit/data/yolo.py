@@ -18,7 +18,7 @@ from camkit.data.files import (
     relative_to,
     several,
 )
-from camkit.data.names import check_split
+from camkit.data.names import check_split, named
 from camkit.data.sample import VOC_FORM, Sample, all_usable
 from camkit.data.text import read_text
 from camkit.errors import DataError
@@ -241,7 +241,7 @@ def _classes(path: Path, names: Any) -> tuple[str, ...]:
     scalars = isinstance(names, list) and all(isinstance(n, str | int | float) for n in names)
     if not names or not scalars:
         raise DataError(f"{path} names no classes from 0; expected names: [cat, dog]")
-    listed = [str(name) for name in names]
+    listed = [named(str(name)) for name in names]
     return tuple(
         name if listed.count(name) == 1 else f"{name} ({number})"
         for number, name in enumerate(listed)
