@@ -406,6 +406,12 @@ def test_cvat_gives_back_every_pixel(masks, tmp_path):
     assert [label["name"] for label in labels] == ["ignored", *CLASSES]
 
 
+@pytest.mark.parametrize("name", ["a:b", "#tag", "background", "ignored"])
+def test_names_that_cvat_cannot_read_back_are_refused(name, masks, tmp_path):
+    with pytest.raises(DataError, match=rf"labelmap\.txt cannot hold a class called '{name}'"):
+        send(masks, "cvat", tmp_path / "out", classes=("cat", name, "dog"))
+
+
 def test_hugging_face_gives_back_every_pixel(masks, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     send(masks, "hf", tmp_path / "out", val=0.25)

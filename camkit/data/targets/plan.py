@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8, UInt16
 from PIL import Image
 
+from camkit.data.names import has_image_suffix
 from camkit.data.sample import unique_values
 from camkit.data.targets.packed import PackedPhoto
 from camkit.data.targets.regions import VOID, Region, Regions, regions_of
@@ -193,8 +194,23 @@ Writer: TypeAlias = Callable[[Plan], AbstractContextManager[Callable[[MaskedImag
 
 
 def file_name(key: str) -> str:
-    """Return a key as a file name: formats have no folders within a split."""
-    return key.replace("/", "__")
+    """Return a key as a file name: formats have no folders within a split.
+
+    >>> file_name("more/cat.avif")
+    'more__cat_avif'
+    """
+    return without_suffix(key).replace("/", "__")
+
+
+def without_suffix(key: str) -> str:
+    """Return a key without the dot of an image suffix, which readers would cut off.
+
+    Keys end in a suffix where photos of one folder differ in nothing else.
+    """
+    if not has_image_suffix(key.rpartition("/")[2]):
+        return key
+    start, _, suffix = key.rpartition(".")
+    return f"{start}_{suffix}"
 
 
 def png_bytes(ids: np.ndarray, palette: list[int] | None = None) -> bytes:
