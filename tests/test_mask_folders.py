@@ -143,6 +143,16 @@ def test_photos_without_masks_beside_splits_are_named(tmp_path):
     assert "images: 1 photo without masks, left out" in data.describe()
 
 
+@pytest.mark.parametrize("layout", [None, "mmseg"])
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_masks_that_are_jpeg_are_refused_by_name(top, layout, tmp_path):
+    write_photo(tmp_path / f"{top}images" / "a.jpg")
+    write_photo(tmp_path / f"{top}masks" / "a.jpg")
+    words = rf"{top}masks/a\.jpg would be a mask, but JPEG and WebP are refused as masks"
+    with pytest.raises(DataError, match=words):
+        open_dataset(tmp_path, layout=layout)
+
+
 def test_ade20k_names_its_classes_and_0_is_not_scored(tmp_path):
     pair(tmp_path, "images/training/ADE_train_1.jpg", "annotations/training/ADE_train_1.png")
     rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName"]
@@ -368,7 +378,9 @@ def test_lossy_masks_are_refused_with_the_reason(tmp_path):
     write_photo(tmp_path / "images" / "a.jpg")
     write_mask(tmp_path / "masks" / "a.jpg")
     write_mask(tmp_path / "masks" / "other.png")
-    with pytest.raises(DataError, match=r"a\.jpg would be a mask, but its compression changes"):
+    with pytest.raises(
+        DataError, match=r"a\.jpg would be a mask, but JPEG and WebP are refused as masks"
+    ):
         open_dataset(tmp_path, classes=["cat", "dog"]).split("all")
     Image.fromarray(np.array(TWO, np.uint8)).save(tmp_path / "b.tif", compression="jpeg")
     with pytest.raises(DataError, match="is a TIFF, whose compression changes class ids"):

@@ -13,6 +13,7 @@ from camkit.data.files import (
     in_short,
     masks_of,
     photos_in,
+    refuse_lossy,
     relative_to,
     several,
 )
@@ -165,6 +166,14 @@ def _refuse_splits(top: Path, names: Sequence[str]) -> None:
         )
 
 
+def refuse_lossy_masks(root: Path) -> None:
+    """Raise DataError if a folder has photos and masks side by side, but its masks are JPEG."""
+    for top in (root, *folders_in(root)):
+        for photos, masks in PAIRS:
+            if (top / photos).is_dir() and not holds(top / masks, MASK_SUFFIXES):
+                refuse_lossy(top / masks)
+
+
 def _pair_in(split: Path) -> tuple[Path, Path] | None:
     """Return the folders of photos and of masks in the folder of a split."""
     for photos, masks in PAIRS:
@@ -187,6 +196,7 @@ def open_mmseg(root: str | Path, *, reading: Reading | None = None) -> MaskFolde
     root, reading = Path(root).absolute(), reading or Reading()
     parts = mask_folders(root)
     if not parts:
+        refuse_lossy_masks(root)
         raise DataError(f"{root} holds no folders of photos and masks such as img_dir and ann_dir")
     found = _found_names(root) or _Names(None, None, "")
     zero, zero_note = _zero(root, parts, reading, found)
