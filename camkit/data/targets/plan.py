@@ -19,9 +19,9 @@ from camkit.data.sample import unique_values
 from camkit.data.targets.packed import PackedPhoto
 from camkit.data.targets.regions import VOID, Region, Regions, regions_of
 from camkit.errors import DataError
-from camkit.levels import orientation, upright_rgb, upright_size
+from camkit.levels import orientation, upright_size
 from camkit.manifest import unfinished
-from camkit.photo import opened, opened_bytes
+from camkit.photo import opened, opened_bytes, read_levels
 from camkit.printing import short_repr
 from camkit.tensors import IGNORE, IGNORE_16
 
@@ -136,6 +136,7 @@ class Tally:
     added: int = 0
     void_dropped: int = 0
     reencoded: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -300,9 +301,13 @@ def encoded_photo(
         if orientation(picture) == 1 and (picture.format == "JPEG" or not jpeg):
             stated = ".jpg" if picture.format == "JPEG" else f".{picture.format}".lower()
             return ".jpg" if jpeg else image.photo.suffix.lower() or stated, content
-        pixels = upright_rgb(picture)
+    source = image.photo.open("rb") if isinstance(image.photo, Path) else io.BytesIO(content or b"")
+    with source as file:
+        read = read_levels(file, str(image.photo))
+    for note in read.notes:
+        plan.tally.notes[note] = plan.tally.notes.get(note, 0) + 1
     plan.tally.reencoded += 1
-    return ".jpg", _jpeg(pixels)
+    return ".jpg", _jpeg(read.levels)
 
 
 def _jpeg(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
