@@ -59,6 +59,8 @@ def one_line(error: object, *, most: int = 500) -> str:
     'a.jpg is broken \\x1b[2J'
     >>> one_line("x" * 1000, most=20)
     'xxxxxxxxxx ... xxxxx'
+    >>> one_line("the quick brown fox jumps over the lazy dog", most=40)
+    'the quick brown fox ... lazy dog'
     """
     text = str(error)
     if len(text) > 8 * most:  # an error may repeat megabytes of a file
@@ -68,4 +70,8 @@ def one_line(error: object, *, most: int = 500) -> str:
     if len(line) <= most:
         return line
     start = (most - 5) * 2 // 3
-    return f"{line[:start]} ... {line[len(line) - (most - 5 - start) :]}"
+    head, tail = line[:start], line[len(line) - (most - 5 - start) :]
+    # cut between words, but not far from the middle where there is none
+    word, rest = head.rpartition(" ")[0], tail.partition(" ")[2]
+    head, tail = word if 2 * len(word) > start else head, rest if 2 * len(rest) > start else tail
+    return f"{head} ... {tail}"

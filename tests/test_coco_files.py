@@ -125,6 +125,12 @@ def test_two_categories_of_one_name_are_told_apart(fruit):
     assert open_dataset(fruit).classes == ("other (1)", "other (2)")
 
 
+def test_names_of_categories_have_no_spaces_around_them(fruit):
+    content = listing(annotation(APPLE), categories={APPLE: " apple ", PEAR: "pear"})
+    write_json(fruit / "annotations" / "instances_train.json", content)
+    assert open_dataset(fruit).classes == ("apple", "pear")
+
+
 def test_splits_share_their_categories_or_are_refused(fruit):
     write_photo(fruit / "val" / "b.png")
     path = fruit / "annotations" / "instances_val.json"
@@ -338,14 +344,19 @@ def test_png_masks_go_before_drawn_ones_and_may_hold_category_ids(fruit):
     ],
 )
 def test_a_damaged_annotation_is_named_with_its_file(fruit, segmentation, words):
-    with pytest.raises(DataError, match=rf"instances_train\.json, annotation 41: .*{words}"):
+    with pytest.raises(
+        DataError, match=rf"instances_train\.json, annotation 41 of a\.png: .*{words}"
+    ):
         draw(fruit, annotation(APPLE, segmentation, number=41))
 
 
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        (annotation(5, number=8), r"annotation 8: there is no category 5; known are 7 \(apple\)"),
+        (
+            annotation(5, number=8),
+            r"annotation 8 of a.png: there is no category 5; known are 7 \(apple\)",
+        ),
         (annotation(APPLE, image=9, number=8), "annotation 8: there is no image 9"),
     ],
 )
@@ -369,11 +380,60 @@ def test_a_broken_file_is_an_error_of_the_data(fruit, text):
         open_coco(path).split("train")
 
 
+@pytest.mark.parametrize(
+    ("outline", "words"),
+    [
+        ([0.1, 0.1, 0.9, 0.1, 0.9, 0.9], "all its points lie between 0 and 1, as shares of width"),
+        ([6, 1, 9, 1, 9, 3], "its outline lies wholly outside of the image of 4x6"),
+        ([1, -9, 3, -9, 3, -1], "its outline lies wholly outside of the image of 4x6"),
+    ],
+)
+def test_an_outline_that_covers_nothing_is_an_error_of_its_image(fruit, outline, words):
+    with pytest.raises(DataError, match=rf"instances_train\.json, annotation 3 of a\.png: {words}"):
+        draw(fruit, annotation(APPLE, [outline], number=3))
+
+
+def test_the_first_pixel_and_a_part_outside_are_no_errors(fruit):
+    drawn = draw(fruit, annotation(APPLE, [[0, 0, 1, 0, 1, 1, 0, 1]]))
+    assert (drawn.sum(), drawn[0, 0]) == (1, 1)
+    assert np.array_equal(draw(fruit, annotation(APPLE, [SQUARE, [7, 1, 9, 1, 9, 3]])), square(1))
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ({"id": 1, "file_name": "b.png"}, r"two images have the id 1 \(a\.png and b\.png\); give"),
+        ({"id": 2, "file_name": "a.png"}, r"a\.png is listed under the ids 1 and 2; keep one"),
+    ],
+)
+def test_images_that_are_listed_twice_are_refused(fruit, second, words):
+    content = listing(annotation(APPLE))
+    content["images"].append({"width": 6, "height": 4, **second})
+    write_json(fruit / "annotations" / "instances_train.json", content)
+    with pytest.raises(DataError, match=rf"instances_train\.json: {words}"):
+        open_dataset(fruit).split("train")
+
+
+def test_a_size_that_is_not_that_of_the_photo_is_one_finding_that_names_it(fruit):
+    write_json(
+        fruit / "annotations" / "instances_train.json",
+        listing(annotation(APPLE), names=("a.png", "b.png")),
+    )
+    write_photo(fruit / "train" / "a.png", (3, 2))
+    Image.new("RGB", (6, 4), "red").save(fruit / "train" / "b.png")
+    (found,) = check_dataset(open_dataset(fruit))
+    assert "image a.png: listed with 4x6 pixels (rows x columns) but the photo has 2x3" in str(
+        found
+    )
+
+
 def test_an_image_that_is_too_large_to_draw_is_refused(fruit):
     content = listing(annotation(APPLE))
     content["images"][0] |= {"width": 10**6, "height": 10**6}
     write_json(fruit / "annotations" / "instances_train.json", content)
-    with pytest.raises(DataError, match="image 1: rows and columns are 1000000 and 1000000"):
+    with pytest.raises(
+        DataError, match=r"image 1 \(a\.png\): rows and columns are 1000000 and 1000000"
+    ):
         open_dataset(fruit).split("train")
 
 

@@ -224,6 +224,30 @@ def test_a_plain_folder_takes_label_files_of_every_kind(plain, file, text):
     assert data.describe()[0].startswith(f"{file}: ")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("one,dog\ntwo,cat|dog\n", "2 classes, sorted: cat, dog"),
+        (",dog,cat\none,1,0\ntwo,1,1\n", "2 classes, in the order of the label file: dog, cat"),
+        ("one,dog\ntwo,dog\n", "1 class, sorted: dog"),
+    ],
+)
+def test_the_order_of_the_classes_is_said(plain, text, words):
+    (plain / "classes.txt").unlink(missing_ok=True)
+    _write(plain / "labels.csv", text)
+    data = open_folder(plain)
+    assert data.describe()[1] == words
+    _write(plain / "classes.txt", "dog\ncat\n")
+    said = "2 classes, in the order of classes.txt: dog, cat"
+    assert open_folder(plain).describe()[1] == said
+
+
+def test_a_plain_folder_without_labels_says_what_to_add(plain):
+    (plain / "labels.csv").unlink()
+    with pytest.raises(DataError, match=r"holds no file of labels.*add one such as labels\.csv"):
+        open_dataset(plain, layout="plain")
+
+
 def test_a_column_of_a_table_may_say_the_splits(plain):
     _write(plain / "labels.csv", "image,labels,split\none,dog,train\ntwo,cat,val\n")
     data = open_folder(plain)

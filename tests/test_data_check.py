@@ -350,7 +350,7 @@ def test_the_command_prints_findings_and_counts_them(shapes, capsys):
     del lines[:3]
     assert lines[0].startswith(f"{photo(shapes, 0)} cannot be read as an image")
     assert lines[1].startswith(f"note: {photo(shapes, 1)} has no mask")
-    assert last.endswith("1 errors, 1 notes")
+    assert last.endswith("1 error, 1 note")
 
 
 def test_the_command_checks_the_asked_splits(shapes, capsys):

@@ -38,6 +38,7 @@ from camkit.data.targets.regions import (
 from camkit.errors import CamkitError, DataError
 from camkit.mask import voc_colour
 from camkit.paint import save_mask
+from camkit.photo import FIRST_PAGE
 
 # pycocotools and numpy disagree on a detail, which is theirs
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
@@ -406,6 +407,12 @@ def test_cvat_gives_back_every_pixel(masks, tmp_path):
     assert [label["name"] for label in labels] == ["ignored", *CLASSES]
 
 
+@pytest.mark.parametrize("name", ["a:b", "#tag", "background", "ignored"])
+def test_names_that_cvat_cannot_read_back_are_refused(name, masks, tmp_path):
+    with pytest.raises(DataError, match=rf"labelmap\.txt cannot hold a class called '{name}'"):
+        send(masks, "cvat", tmp_path / "out", classes=("cat", name, "dog"))
+
+
 def test_hugging_face_gives_back_every_pixel(masks, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     send(masks, "hf", tmp_path / "out", val=0.25)
@@ -590,7 +597,7 @@ def test_lists_name_the_splits_and_leave_out_the_rest(masks, tmp_path):
     assert split_of(summary.out) == {"a": "train", "more__c": "train", "empty": "test"}
     assert summary.images == {"train": 2, "test": 1}
     assert summary.left_out == 1
-    assert "1 images were left out" in str(summary)
+    assert "1 image left out" in str(summary)
 
 
 def test_folders_of_splits_are_kept(tmp_path):
@@ -645,7 +652,24 @@ def test_a_photo_that_exif_turns_becomes_upright(tmp_path):
         assert photo.getexif().get(0x0112) is None
         assert np.abs(np.array(photo).astype(int) - colours).max() < 40
     assert summary.reencoded == 1
-    assert "1 photos were encoded again as JPEG" in str(summary)
+    assert "1 photo encoded again as JPEG" in str(summary)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_photo_lost_is_counted_in_the_summary(masks, tmp_path):
+    photos = masks.parent / "photos"
+    (photos / "a.jpg").unlink()
+    sensor = np.linspace(0, 4095, SIZE[0] * SIZE[1]).reshape(SIZE).astype(np.uint16)
+    Image.fromarray(sensor).save(photos / "a.png")
+    (photos / "b.jpg").unlink()
+    page = Image.new("L", SIZE[::-1])
+    page.save(photos / "b.tif", save_all=True, append_images=[page])
+    summary = send(masks, "voc", tmp_path / "out")
+    scaled, pages = sorted(summary.notes, key=lambda note: note == FIRST_PAGE)
+    assert (pages, summary.notes) == (FIRST_PAGE, {scaled: 1, FIRST_PAGE: 1})
+    assert f"1 photo encoded again: {FIRST_PAGE}" in str(summary)
+    with Image.open(tmp_path / "out" / "JPEGImages" / "a.jpg") as photo:
+        assert photo.getextrema()[0][1] > 250  # the levels of 12 bits are scaled to white
 
 
 def test_png_photos_become_jpeg_where_all_suffixes_must_be_equal(masks, tmp_path):

@@ -114,7 +114,7 @@ def test_settings_of_a_data_set_are_options_of_the_check(cells, capsys):
 def test_an_export_takes_the_settings_and_single_files(cells, coco, tmp_path, capsys):
     options = ["--mask-values", "255=1", "--data-classes", "cell,", "--to", "voc"]
     assert main(["export", str(cells), "--out", str(tmp_path / "voc"), *options]) == 0
-    assert "2 images (all 2), 2 annotations of 1 classes" in capsys.readouterr().out
+    assert "2 images (all 2), 2 annotations of 1 class" in capsys.readouterr().out
     place = coco / "annotations" / "instances_val.json"
     assert main(["export", str(place), "--out", str(tmp_path / "yolo"), "--to", "yolo"]) == 0
     assert "2 images (val 2)" in capsys.readouterr().out

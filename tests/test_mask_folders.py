@@ -118,6 +118,41 @@ def test_photos_without_masks_are_left_out_and_named(tmp_path):
     assert "img_dir/test: photos without masks, left out" in data.describe()
 
 
+def test_photos_beside_a_folder_of_photos_are_read_too(tmp_path):
+    for name in ("a", "b", "c", "new/d", "new/a"):
+        pair(tmp_path, f"images/{name}.jpg", f"masks/{name}.png")
+    data = open_mmseg(tmp_path)
+    names = [sample.name for sample in data.split("all")]
+    assert sorted(names) == ["a", "b", "c", "d", "new/a"]
+    masks = {sample.name: sample.mask for sample in data.split("all")}
+    assert masks["new/a"] == tmp_path / "masks" / "new" / "a.png"
+
+
+def test_photos_with_masks_beside_splits_are_refused(tmp_path):
+    pair(tmp_path, "images/a.jpg", "masks/a.png")
+    pair(tmp_path, "images/train/b.jpg", "masks/train/b.png")
+    with pytest.raises(DataError, match="photos with masks beside the splits train; move these"):
+        open_mmseg(tmp_path)
+
+
+def test_photos_without_masks_beside_splits_are_named(tmp_path):
+    write_photo(tmp_path / "images" / "a.jpg")
+    pair(tmp_path, "images/train/b.jpg", "masks/train/b.png")
+    data = open_mmseg(tmp_path)
+    assert data.splits == ("train",)
+    assert "images: 1 photo without masks, left out" in data.describe()
+
+
+@pytest.mark.parametrize("layout", [None, "mmseg"])
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_masks_that_are_jpeg_are_refused_by_name(top, layout, tmp_path):
+    write_photo(tmp_path / f"{top}images" / "a.jpg")
+    write_photo(tmp_path / f"{top}masks" / "a.jpg")
+    words = rf"{top}masks/a\.jpg would be a mask, but JPEG and WebP are refused as masks"
+    with pytest.raises(DataError, match=words):
+        open_dataset(tmp_path, layout=layout)
+
+
 def test_ade20k_names_its_classes_and_0_is_not_scored(tmp_path):
     pair(tmp_path, "images/training/ADE_train_1.jpg", "annotations/training/ADE_train_1.png")
     rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName"]
@@ -343,7 +378,9 @@ def test_lossy_masks_are_refused_with_the_reason(tmp_path):
     write_photo(tmp_path / "images" / "a.jpg")
     write_mask(tmp_path / "masks" / "a.jpg")
     write_mask(tmp_path / "masks" / "other.png")
-    with pytest.raises(DataError, match=r"a\.jpg would be a mask, but its compression changes"):
+    with pytest.raises(
+        DataError, match=r"a\.jpg would be a mask, but JPEG and WebP are refused as masks"
+    ):
         open_dataset(tmp_path, classes=["cat", "dog"]).split("all")
     Image.fromarray(np.array(TWO, np.uint8)).save(tmp_path / "b.tif", compression="jpeg")
     with pytest.raises(DataError, match="is a TIFF, whose compression changes class ids"):

@@ -15,6 +15,7 @@ from camkit.data import (
     open_voc,
     write_shapes,
 )
+from camkit.data.exporting import TARGETS
 from camkit.data.sample import mask_ids
 from camkit.mask import voc_palette
 
@@ -114,6 +115,51 @@ def test_labelme_gains_a_rim_of_pixels_as_labelme_itself_draws_it(truth, tmp_pat
             near |= moved != ids
         assert not (changed & ~near).any()
         assert changed.mean() < 0.12
+
+
+@pytest.mark.parametrize("target", [*TARGETS])
+def test_a_split_called_all_comes_back(target, truth, tmp_path):
+    if target.startswith("coco"):
+        pytest.importorskip("pycocotools")
+    if target == "hf":
+        pytest.importorskip("pyarrow")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    names = [sample.name for sample in truth.split("train")]
+    (lists / "all.txt").write_text("\n".join(names))
+    export(truth, target, tmp_path / "out", options=ExportOptions(splits=lists))
+    again = open_dataset(tmp_path / "out")
+    (split,) = again.splits
+    assert sorted(ids_of(again, split)) == sorted(names)
+
+
+@pytest.mark.parametrize("target", [*TARGETS])
+def test_names_with_suffixes_and_numbers_survive(target, tmp_path):
+    if target.startswith("coco"):
+        pytest.importorskip("pycocotools")
+    if target == "hf":
+        pytest.importorskip("pyarrow")
+    names = ("cat", "cat.avif", "cat.jpg", "IMG 1.final.JPG", "IMG 2", "v1.5")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "photos").mkdir()
+    for number, name in enumerate(names):
+        ids = np.zeros(SIZE, np.uint8)
+        ids[10 : 20 + number, 10:30] = 1
+        Image.fromarray(ids).save(tmp_path / "masks" / f"{name}.png")
+        photo = np.full((*SIZE, 3), 30 * number, np.uint8)
+        Image.fromarray(photo).save(tmp_path / "photos" / f"{name}.png")
+    out = tmp_path / "out"
+    export(tmp_path / "masks", target, out, classes=["cat"], images=tmp_path / "photos")
+    again = open_dataset(out)
+    found = {name: int((ids == 1).sum()) for name, ids in ids_of(again, again.splits[0]).items()}
+    number_2 = "IMG_2" if target in ("voc", "cvat") else "IMG 2"
+    assert sorted(found) == sorted(
+        ["cat", "cat_avif", "cat_jpg", "IMG 1.final_JPG", number_2, "v1.5"]
+    )
+    if target != "labelme":  # which draws outlines too
+        assert found["cat_avif"] == 20 * 11
+        assert found[number_2] == 20 * 14
+        assert check_dataset(again) == []
 
 
 def test_an_export_of_a_reading_is_that_of_the_original(truth, tmp_path):

@@ -313,6 +313,16 @@ def test_a_folder_of_labelme_is_a_data_set(tmp_path):
     )
 
 
+def test_labels_that_differ_in_spaces_or_unicode_form_are_one_class(tmp_path):
+    points = [[3, 2], [9, 2], [9, 6], [3, 6]]
+    labels = ("caf\u00e9", " cafe\u0301", "caf\u00e9 ")
+    labelme(tmp_path / "a.json", *(shape(label, points) for label in labels))
+    write_photo(tmp_path / "a.jpg")
+    data = open_dataset(tmp_path)
+    assert data.classes == ("caf\u00e9",)
+    assert data.split("all")[0].classes == (0,)
+
+
 def test_labels_txt_gives_the_order_of_the_classes_and_folders_are_splits(tmp_path):
     write_text(tmp_path / "labels.txt", "__ignore__\n_background_\ndog\ncat\n")
     for split in ("train", "val"):
@@ -423,6 +433,32 @@ def test_boxes_of_yolo_give_labels_only(tmp_path):
     assert (sample.mask, sample.classes) == (None, (0, 1))
 
 
+def test_classes_of_yolo_may_be_written_with_a_point(tmp_path):
+    data = open_dataset(yolo(tmp_path, f"1.0 {outline(3, 2, 9, 6)}\n"))
+    assert data.split("train")[0].classes == (1,)
+
+
+def test_an_outline_of_yolo_outside_of_its_photo_is_an_error(tmp_path):
+    data = open_dataset(yolo(tmp_path, "0 3 2 9 2 9 6 3 6\n"))  # pixels, not shares
+    with pytest.raises(DataError, match=r"a\.txt, line 1: its outline lies wholly outside"):
+        ids(data)
+
+
+def test_label_files_of_yolo_are_described_as_what_they_hold(tmp_path):
+    data = open_dataset(yolo(tmp_path, "1 0.5 0.5 0.2 0.2\n"))
+    assert data.describe()[1] == (
+        "images/train: 1 photo; labels/train: 1 file with boxes: labels only, no masks"
+    )
+    write_photo(tmp_path / "images" / "train" / "b.jpg")
+    write_text(tmp_path / "labels" / "train" / "b.txt", f"0 {outline(3, 2, 9, 6)}\n")
+    write_text(tmp_path / "labels" / "train" / "lost.txt", f"0 {outline(3, 2, 9, 6)}\n")
+    assert data.describe()[1] == (
+        "images/train: 2 photos; labels/train: 1 file of outlines; of objects that overlap, the "
+        "smaller is on top; 1 file with boxes: labels only, no masks; 1 file without a photo left "
+        "out, such as lost.txt"
+    )
+
+
 def test_a_photo_without_labels_shows_nothing_and_has_no_mask(tmp_path):
     yolo(tmp_path, f"0 {outline(3, 2, 9, 6)}\n")
     write_photo(tmp_path / "images" / "train" / "b.jpg")
@@ -476,6 +512,8 @@ def test_splits_of_roboflow_hold_images_and_labels(tmp_path):
         ("2 0.1 0.1 0.2 0.1 0.2 0.2\n", "line 1: class 2 and 6 numbers; expected a class from 0"),
         ("0 0.1 0.1 0.2 0.1 0.2\n", "line 1: class 0 and 5 numbers"),
         ("\n0 a b\n", "line 2 holds other words than numbers"),
+        ("0.5 0.1 0.1 0.2 0.1 0.2 0.2\n", "line 1 holds other words than numbers"),
+        ("inf 0.1 0.1 0.2 0.1 0.2 0.2\n", "line 1 holds other words than numbers"),
     ],
 )
 def test_a_wrong_line_of_yolo_is_named(text, words, tmp_path):
@@ -494,6 +532,8 @@ def test_a_wrong_line_of_yolo_is_named(text, words, tmp_path):
         ("train: images/train\n", "names no classes from 0"),
         ("train: images/train\nnames: {1: a}\n", "names no classes from 0"),
         ("train: images/train\nnames: [[a]]\n", "names no classes from 0"),
+        ("train: nowhere\nkpt_shape: [17, 3]\nnames: [a]\n", "has kpt_shape, so its labels are"),
+        ("train: nowhere\nnc: 3\nnames: [a, b]\n", "says nc: 3, but names 2 classes; correct"),
         ("train: nowhere\nnames: [a]\n", "names no folder of photos that is there"),
         ("names: !!python/object/apply:os.system ['touch trap']\n", "is no YAML"),
     ],

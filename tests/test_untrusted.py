@@ -114,4 +114,4 @@ def test_a_long_error_keeps_its_start_and_its_end():
     line = one_line(ValueError("a.npy holds " + "7, " * 10_000_000 + "; write it again"))
     assert line.startswith("a.npy holds 7, 7, ")
     assert line.endswith("7, ; write it again")
-    assert len(line) == 500
+    assert 490 < len(line) <= 500

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from camkit.cli.datasets import LAYOUTS_HELP, add_dataset_arguments, reading_of
 from camkit.data import Described, check_dataset
+from camkit.data.files import several
 from camkit.data.layouts import open_with
 
 EXAMPLES = f"""examples:
@@ -51,7 +52,8 @@ def execute(options: argparse.Namespace) -> int:
         print(finding)
     errors = sum(finding.certain for finding in findings)
     print(
-        f"{options.path}: {len(dataset.classes)} classes, splits {', '.join(splits)}: "
-        f"{errors} errors, {len(findings) - errors} notes"
+        f"{options.path}: {several(len(dataset.classes), 'class')}, splits "
+        f"{', '.join(splits)}: {several(errors, 'error')}, "
+        f"{several(len(findings) - errors, 'note')}"
     )
     return 1 if errors else 0

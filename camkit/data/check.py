@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from camkit.data.files import several
 from camkit.data.sample import VOC_FORM, DataSet, Sample, mask_classes
 from camkit.errors import DataError
 from camkit.levels import orientation
@@ -167,7 +168,8 @@ def _check_any_class(
 ) -> Iterator[Finding]:
     """Find a split whose masks measure nothing, and count the masks without their labels."""
     masks = [(sample, shown[sample]) for sample in samples if sample in shown]
-    if masks and not any(classes for _, classes in masks):
+    readable = len(masks) == sum(sample.mask is not None for sample in samples)
+    if masks and readable and not any(classes for _, classes in masks):
         message = (
             f"{dataset.root}: none of the {len(masks)} masks of {split} shows a class, only "
             "background and ignored pixels, so they measure nothing; if they mark objects with "
@@ -245,8 +247,8 @@ def _shared(
     if same:
         shown = ", ".join(same[:3]) + ", ..." * (len(same) > 3)
         message = (
-            f"{dataset.root}: {first[0]} and {second[0]} share {len(same)} images ({shown}); "
-            "do not tune on one and report on the other"
+            f"{dataset.root}: {first[0]} and {second[0]} share {several(len(same), 'image')} "
+            f"({shown}); do not tune on one and report on the other"
         )
         yield Finding("shared", dataset.root, message, certain=False)
     photos = {sample.name: sample.photo for sample in second[1]}

@@ -325,7 +325,8 @@ class CocoFolder:
         if masks:
             folder = next(iter(masks.values()))[0].parent
             yield (
-                f"{relative_to(folder, self.root)}: {len(masks)} masks, which go before those drawn"
+                f"{relative_to(folder, self.root)}: {several(len(masks), 'mask')}, read in place "
+                "of drawn ones"
             )
 
 

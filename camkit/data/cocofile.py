@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from camkit.data.drawn import CocoMask, check_picture, packed
 from camkit.data.files import picture_size
-from camkit.data.names import composed
+from camkit.data.names import composed, named
 from camkit.errors import DataError
 from camkit.printing import short_repr
 from camkit.untrusted import read_json
@@ -58,14 +58,14 @@ class CocoImage:
         Raises:
             DataError: neither the file nor the photo has a size.
         """
-        source = f"{path}, image {self.number}"
+        source = f"{path}, image {self.number} ({self.file_name})"
         size = picture_size(photo) if self.size is None else check_picture(self.size, source)
         drawn = [
             (number, index[category] + 1, crowd, segmentation)
             for number, category, crowd, segmentation in self.annotations
             if category in index
         ]
-        return CocoMask(str(self.number), size, packed(drawn))
+        return CocoMask(self.file_name, size, packed(drawn))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,11 +150,7 @@ def read_coco(path: Path, *, crowds: Crowds | None = None) -> CocoFile:
         ours = info.get("description") == _OURS
         if crowds is None and info and not any(info.values()):
             crowds = "objects"  # Datumaro, which writes CVAT's files too, leaves all of it blank
-        images = {}
-        for entry in content["images"]:
-            size = (entry.get("height"), entry.get("width"))
-            name = str(entry["file_name"])
-            images[entry["id"]] = CocoImage(entry["id"], name, None if None in size else size)
+        images = _images(path, content["images"])
         stray = []
         for annotation in content["annotations"]:
             number = annotation.get("id", "without id")
@@ -166,12 +162,35 @@ def read_coco(path: Path, *, crowds: Crowds | None = None) -> CocoFile:
                 )
             elif annotation["category_id"] not in categories:
                 image.fault = (
-                    f"{path}, annotation {number}: there is no category "
+                    f"{path}, annotation {number} of {image.file_name}: there is no category "
                     f"{annotation['category_id']!r}; known are {_listed(categories)}"
                 )
             else:
                 _add(image, annotation, crowds, crowd_is_void=ours)
     return CocoFile(path, categories, tuple(images.values()), tuple(stray))
+
+
+def _images(path: Path, listed: Any) -> dict[Any, CocoImage]:
+    """Return the images by id; an id or a file that comes twice is a DataError."""
+    images: dict[Any, CocoImage] = {}
+    held: dict[str, Any] = {}
+    for entry in listed:
+        number, name = entry["id"], str(entry["file_name"])
+        if number in images:
+            raise DataError(
+                f"{path}: two images have the id {number!r} ({images[number].file_name} and "
+                f"{name}); give each its own"
+            )
+        place = composed(name).replace("\\", "/")
+        if place in held:
+            raise DataError(
+                f"{path}: {name} is listed under the ids {held[place]!r} and {number!r}; keep one "
+                "of them, with all annotations"
+            )
+        held[place] = number
+        size = (entry.get("height"), entry.get("width"))
+        images[number] = CocoImage(number, name, None if None in size else size)
+    return images
 
 
 def _add(
@@ -206,7 +225,7 @@ def _categories(path: Path, listed: Any) -> dict[int, str]:
             )
         if number in names:
             raise DataError(f"{path}: two categories have the id {number}; give each its own")
-        names[number] = composed(str(name))
+        names[number] = named(str(name))
     held = list(names.values())
     unique = {n: f"{name} ({n})" if held.count(name) > 1 else name for n, name in names.items()}
     return dict(sorted(unique.items()))

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from camkit.data.colours import read_labelmap
-from camkit.data.files import files_in, in_short
+from camkit.data.files import files_in, in_short, several
 from camkit.data.names import check_split
 from camkit.data.sample import Sample, all_usable
 from camkit.data.unpacked import unpacked
@@ -50,7 +50,8 @@ class CvatArchives:
         """Say what each file was taken for."""
         names = in_short(self.classes)
         return tuple(
-            f"{name}.zip: masks of CVAT, {len(self.classes)} classes of {_LABELMAP} ({names}), "
+            f"{name}.zip: masks of CVAT, {several(len(self.classes), 'class')} of {_LABELMAP} "
+            f"({names}), "
             f"unpacked in {folder.root}"
             for name, folder in self.parts
         )

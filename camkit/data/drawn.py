@@ -30,7 +30,7 @@ class CocoMask:
     the later one.
 
     Attributes:
-        image: id of the image in the file, for errors.
+        image: file name of the photo, for errors.
         size: rows and columns.
         packed: the annotations, see `packed`.
     """
@@ -45,7 +45,7 @@ class CocoMask:
         """Draw the mask; ``path`` and ``num_classes`` are named in errors."""
         layers = []
         for number, value, crowd, segmentation in json.loads(zlib.decompress(self.packed)):
-            source = f"{path}, annotation {number}"
+            source = f"{path}, annotation {number} of {self.image}"
             if not 0 < value <= num_classes:
                 raise DataError(f"{source}: its class is none of the {num_classes} classes")
             pixels = coco_pixels(segmentation, self.size, source)
@@ -101,7 +101,11 @@ def coco_pixels(segmentation: Any, size: tuple[int, int], source: str) -> Bool[n
     if isinstance(segmentation, dict):
         return _from_runs(_counts(segmentation, size, source), size)
     pixels = np.zeros(size, np.bool_)
-    polygons = [ring.ravel().tolist() for ring in _rings(segmentation, size, source)]
+    rings = _rings(segmentation, size, source)
+    if rings:
+        _check_pixels(rings, size, source)
+        check_inside(rings, size, source)
+    polygons = [ring.ravel().tolist() for ring in rings]
     if polygons:
         for runs in _pycocotools().frPyObjects(polygons, *size):
             # decoded here, as the decoder of pycocotools 2.0.11 warns with NumPy 2
@@ -199,6 +203,30 @@ def check_ring(ring: Float[np.ndarray, "n 2"], size: tuple[int, int], source: st
         raise DataError(
             f"{source}: a polygon has points far outside of the image of {size[0]}x{size[1]} "
             "(rows x columns); correct it"
+        )
+
+
+def _check_pixels(
+    rings: Sequence[Float[np.ndarray, "_ 2"]], size: tuple[int, int], source: str
+) -> None:
+    """Raise DataError for outlines that are shares of the size of the image."""
+    points = np.concatenate([*rings])
+    shares = points.min() >= 0 and points.max() <= 1 and bool((points % 1).any())
+    if shares and min(size) > 1:
+        raise DataError(
+            f"{source}: all its points lie between 0 and 1, as shares of width and height; write "
+            "them in pixels"
+        )
+
+
+def check_inside(
+    rings: Sequence[Float[np.ndarray, "_ 2"]], size: tuple[int, int], source: str
+) -> None:
+    """Raise DataError if all outlines of an object lie wholly outside of the image."""
+    if all((ring.max(0) < 0).any() or (ring.min(0) >= size[::-1]).any() for ring in rings):
+        raise DataError(
+            f"{source}: its outline lies wholly outside of the image of {size[0]}x{size[1]} (rows "
+            "x columns); correct or remove it"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from camkit import __version__
+from camkit.data.files import several
 from camkit.data.layouts import DATASET_FILES, find_layout, open_dataset
 from camkit.data.names import NameIndex, read_image_names
 from camkit.data.sample import DataSet
@@ -99,6 +100,7 @@ class ExportSummary:
         void_dropped: void pixels that became background, as the format cannot hold them.
         reencoded: photos encoded again, as JPEG of quality 95, because EXIF turns them or the
             format takes JPEG only.
+        notes: how many of these were read in a way that is worth a note, by the note.
         left_out: images that failed in the run, or are on no list of `ExportOptions.splits`.
     """
 
@@ -113,26 +115,29 @@ class ExportSummary:
     specks: int
     void_dropped: int
     reencoded: int
+    notes: Mapping[str, int]
     left_out: int
 
     def __str__(self) -> str:
         splits = ", ".join(f"{split} {number}" for split, number in self.images.items())
         lines = [
-            f"{self.out}: {sum(self.images.values())} images ({splits}), {self.annotations} "
-            f"annotations of {len(self.classes)} classes"
+            f"{self.out}: {several(sum(self.images.values()), 'image')} ({splits}), "
+            f"{several(self.annotations, 'annotation')} of {several(len(self.classes), 'class')}"
         ]
         if self.missed or self.added:
             lines.append(
                 f"polygons miss {self.missed / self.area:.2%} of the annotated pixels, and cover "
                 f"{self.added / self.area:.2%} beside them; a smaller tolerance loses less"
             )
-        notes = {
-            "void pixels became background, as the format cannot hold them": self.void_dropped,
-            "pixels of small components became background": self.specks,
-            "photos were encoded again as JPEG": self.reencoded,
-            "images were left out: they failed, or are on no list": self.left_out,
-        }
-        return "\n".join(lines + [f"{number} {note}" for note, number in notes.items() if number])
+        notes = [
+            (self.void_dropped, "void pixel", "became background, as the format cannot hold void"),
+            (self.specks, "pixel", "of small components became background"),
+            (self.reencoded, "photo", "encoded again as JPEG"),
+            *((number, "photo", f"encoded again: {note}") for note, number in self.notes.items()),
+            (self.left_out, "image", "left out: failed, or on no list"),
+        ]
+        lines += [f"{several(number, noun)} {text}" for number, noun, text in notes if number]
+        return "\n".join(lines)
 
 
 def export(

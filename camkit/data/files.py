@@ -84,7 +84,7 @@ def masks_of(photos: Mapping[str, Path], top: Path, folder: Path) -> dict[str, P
         if mask is not None:
             found[name] = mask
     if not found and photos:
-        _refuse_lossy(folder, deep=deep)
+        refuse_lossy(folder, deep=deep)
     return found
 
 
@@ -177,12 +177,13 @@ def _walk(folder: Path, suffixes: tuple[str, ...], *, deep: bool) -> Iterator[Pa
         folders[:] = sorted(each for each in folders if each[0] != ".")
 
 
-def _refuse_lossy(folder: Path, *, deep: bool) -> None:
+def refuse_lossy(folder: Path, *, deep: bool = True) -> None:
+    """Raise DataError for a folder of masks that are JPEG or WebP files."""
     lossy = next(iter(_walk(folder, (".jpg", ".jpeg", ".webp"), deep=deep)), None)
     if lossy is not None:
         raise DataError(
-            f"{lossy} would be a mask, but its compression changes class ids near every edge; save "
-            "the masks as PNG from where they were drawn"
+            f"{lossy} would be a mask, but JPEG and WebP are refused as masks: their compression "
+            "changes class ids near every edge; save the masks as PNG from where they were drawn"
         )
 
 

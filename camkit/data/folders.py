@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from camkit.data.files import several
 from camkit.data.labels import ImageLabels, label_file, read_labels, shortened
 from camkit.data.names import (
     NameIndex,
@@ -66,11 +67,12 @@ class PlainFolder:
     def describe(self) -> tuple[str, ...]:
         """Say what each file was taken for."""
         labels = _labels_of(self.root, self.classes)
-        listed = (self.root / "classes.txt").is_file()
-        order = "of classes.txt" if listed else "of the label file"
+        order = "in the order of the label file" if labels.listed else "sorted"
+        if (self.root / "classes.txt").is_file():
+            order = "in the order of classes.txt"
         lines = [
             f"{labels.path.relative_to(self.root)}: {labels.form}",
-            f"{len(self.classes)} classes, in the order {order}: {shortened(self.classes)}",
+            f"{several(len(self.classes), 'class')}, {order}: {shortened(self.classes)}",
         ]
         if (self.root / "splits").is_dir():
             lines.append(f"splits/: lists of {', '.join(self.splits)}")
@@ -89,6 +91,11 @@ def open_folder(root: str | Path) -> PlainFolder:
         DataError: the folder is empty, or a file in it has another form.
     """
     root = Path(root).absolute()
+    if plain_label_file(root) is None:
+        raise DataError(
+            f"{root} holds no file of labels, nor does its images/; add one such as labels.csv "
+            "with rows like cat1.jpg,cat;sofa"
+        )
     names = root / "classes.txt"
     labels = _labels_of(root, tuple(read_names(names)) if names.is_file() else None)
     classes = labels.classes

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from camkit.data.files import several
 from camkit.data.names import check_split, read_names
 from camkit.data.sample import MaskForm, Sample, all_usable
 from camkit.errors import DataError
@@ -388,7 +389,7 @@ class ImageNetSFolder:
 
     def describe(self) -> tuple[str, ...]:
         """Say what each file was taken for."""
-        names = f"{len(self.classes)} classes, in the order of their WordNet ids"
+        names = f"{several(len(self.classes), 'class')}, in the order of their WordNet ids"
         folders = (f"{split}/: one folder for each class" for split in self.splits)
         return (f"ImageNet-S: {names}; ids are colours, 1000 is not scored", *folders)
 

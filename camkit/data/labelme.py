@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from PIL import Image, ImageDraw
 
-from camkit.data.drawn import IGNORED_ID, check_picture, check_ring, painted
+from camkit.data.drawn import IGNORED_ID, check_inside, check_picture, check_ring, painted
 from camkit.data.files import (
     PhotoFinder,
     files_in,
@@ -22,7 +22,7 @@ from camkit.data.files import (
     relative_to,
     several,
 )
-from camkit.data.names import check_split, composed, read_names
+from camkit.data.names import check_split, composed, named, read_names
 from camkit.data.reading import Reading
 from camkit.data.sample import Sample, all_usable
 from camkit.errors import DataError, closest
@@ -62,7 +62,7 @@ class LabelMeForm:
 
     def value_of(self, label: str, source: str) -> int:
         """Return the id of a label; ``source`` is named if it is no class."""
-        label = composed(label)
+        label = named(label)
         if label in (_IGNORED, _BACKGROUND):
             return IGNORED_ID if label == _IGNORED else 0
         if label not in self.classes:
@@ -94,7 +94,7 @@ class LabelMeFolder:
     def entries(self, name: str) -> Iterator[Sample | DataError]:
         """Yield the samples of a split, and an error in place of each that cannot be used."""
         check_split(name, self.splits)
-        folder = self.root if name == _ALL else self.root / name
+        folder = _place(self.root, name)
         near = (folder, self.root / "images", self.root / "JPEGImages", self.root)
         finder, form = (
             PhotoFinder(place for place in near if place.is_dir()),
@@ -118,7 +118,7 @@ class LabelMeFolder:
         source = "labels.txt" if (self.root / "labels.txt").is_file() else "the labels in the files"
         sentences = [f"{source}: {several(len(self.classes), 'class')} ({in_short(self.classes)})"]
         for name in self.splits:
-            folder = self.root if name == _ALL else self.root / name
+            folder = _place(self.root, name)
             files = _labelled(folder)
             alone = photos_in(folder).keys() - {composed(path.stem) for path in files}
             more = f"; {several(len(alone), 'photo')} without a file left out" if alone else ""
@@ -135,6 +135,11 @@ def labelme_splits(root: Path) -> tuple[str, ...]:
     if _is_labelme(root):
         return (_ALL,)
     return tuple(path.name for path in folders_in(root) if _is_labelme(path))
+
+
+def _place(root: Path, split: str) -> Path:
+    """Return the folder of a split, which may be called "all" itself."""
+    return root if split == _ALL and _is_labelme(root) else root / split
 
 
 def open_labelme(root: str | Path, *, reading: Reading | None = None) -> LabelMeFolder:
@@ -154,9 +159,9 @@ def open_labelme(root: str | Path, *, reading: Reading | None = None) -> LabelMe
     if classes is None:
         labels: set[str] = set()
         for name in splits:
-            for path in _labelled(root if name == _ALL else root / name):
+            for path in _labelled(_place(root, name)):
                 try:
-                    labels |= {composed(shape["label"]) for shape in read_labelme(path)["shapes"]}
+                    labels |= {named(shape["label"]) for shape in read_labelme(path)["shapes"]}
                 except DataError:
                     continue  # the error is reported with its image
         classes = tuple(sorted(labels - {_IGNORED, _BACKGROUND}))
@@ -239,6 +244,8 @@ def shape_pixels(
     check_ring(points, size, source)
     if kind == "mask":
         return _mask_pixels(shape.get("mask"), points, size, source)
+    if kind != "circle":
+        check_inside([points], size, source)
     picture = Image.new("L", (size[1], size[0]))
     _DRAWING[kind](ImageDraw.Draw(picture), points)
     return np.array(picture).astype(np.bool_)

@@ -52,6 +52,7 @@ class ImageLabels:
         form: what the file was taken for.
         lines: where images stand in a text file, for errors.
         splits: the split of each image, if the file says it.
+        listed: whether the file lists the classes in their order.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class ImageLabels:
     form: str = ""
     lines: Mapping[str | int, int] = field(default_factory=dict)
     splits: Mapping[str | int, str] = field(default_factory=dict)
+    listed: bool = False
 
     __repr__ = short_repr
 
@@ -107,7 +109,7 @@ class ImageLabels:
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave the index out: another process makes it again."""
         values = (self.path, self.labels, self.classes, self.form, self.lines, self.splits)
-        return ImageLabels, values
+        return ImageLabels, (*values, self.listed)
 
 
 def read_labels(
@@ -149,7 +151,8 @@ def read_labels(
         image: _indices(records, image, row, names, strict=strict)
         for image, row in records.labels.items()
     }
-    return ImageLabels(path, labels, names, records.form, records.lines, records.splits)
+    found = (records.form, records.lines, records.splits, records.classes is not None)
+    return ImageLabels(path, labels, names, *found)
 
 
 def find_labels(root: Path, default: Sequence[str]) -> ImageLabels | None:

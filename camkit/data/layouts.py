@@ -10,7 +10,7 @@ from camkit.data.folders import open_folder, plain_label_file
 from camkit.data.huggingface import is_huggingface, open_huggingface
 from camkit.data.imagenet import open_imagenet_s
 from camkit.data.labelme import labelme_splits, open_labelme
-from camkit.data.mmseg import mask_folders, open_mmseg
+from camkit.data.mmseg import mask_folders, open_mmseg, refuse_lossy_masks
 from camkit.data.reading import Reading, Zero
 from camkit.data.sample import VOC_FORM, DataSet, Described, MaskForm, Sample
 from camkit.data.voc import open_voc
@@ -161,6 +161,7 @@ def open_with(path: str | Path, reading: Reading) -> DataSet:
         raise DataError(f"{root} is not a folder{hint}")
     name = reading.layout or (_SUFFIXES[root.suffix.lower()] if single else find_layout(root))
     if name is None:
+        refuse_lossy_masks(root)
         raise DataError(_unknown(root))
     if name not in LAYOUTS:
         raise ValueError(

@@ -13,6 +13,7 @@ from camkit.data.files import (
     in_short,
     masks_of,
     photos_in,
+    refuse_lossy,
     relative_to,
     several,
 )
@@ -32,6 +33,7 @@ PAIRS = (
 """Names of the folders of photos and masks."""
 
 _ALL = "all"
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class MaskFolders:
 
     Photos are in ``img_dir/<split>`` and masks in ``ann_dir/<split>``, or in the folders of another
     pair of `PAIRS`, also ``<split>/images`` and ``<split>/masks``; folders without splits are one
-    split, "all", or those that ``splits/<split>.txt`` list. A mask has the name of its photo, up to
+    split, "all", or those that ``splits/<split>.txt`` list. So are photos with masks that lie
+    beside folders of photos, with all of these. A mask has the name of its photo, up to
     endings such as ``_mask`` or ``_gtFine_labelTrainIds``. Labels come from the masks.
 
     Attributes:
@@ -102,6 +105,9 @@ class MaskFolders:
         top = self.parts[0][1].parent
         if self.parts[0][0] != _ALL and top != self.root and top.parent == self.root:
             used = {folder for _, folder, _ in self.parts}
+            if holds(top, IMAGE_SUFFIXES, deep=False):
+                count = several(len(photos_in(top)), "photo")
+                yield f"{relative_to(top, self.root)}: {count} without masks, left out"
             for folder in folders_in(top):
                 if folder not in used and holds(folder, IMAGE_SUFFIXES):
                     yield f"{relative_to(folder, self.root)}: photos without masks, left out"
@@ -136,10 +142,36 @@ def mask_folders(root: Path) -> tuple[tuple[str, Path, Path], ...]:
                 if (folder / path.name).is_dir() and holds(path, IMAGE_SUFFIXES)
             ]
             parts = tuple(splits) or ((_ALL, top, folder),)
+            if splits and _directly(top, folder):
+                _refuse_splits(top, [name for name, _, _ in splits])
+                parts = ((_ALL, top, folder),)
             if any(found_in(part)[1] for part in parts):
                 return parts
     found = [(path.name, *pair) for path in folders_in(root) if (pair := _pair_in(path))]
     return tuple(found)
+
+
+def _directly(top: Path, folder: Path) -> bool:
+    """Return whether photos with masks lie beside the folders of photos, not in them."""
+    return holds(top, IMAGE_SUFFIXES, deep=False) and bool(masks_of(photos_in(top), top, folder))
+
+
+def _refuse_splits(top: Path, names: Sequence[str]) -> None:
+    """Raise DataError if photos lie beside folders that are splits by their names."""
+    splits = [name for name in names if name.lower() in _SPLITS]
+    if splits:
+        raise DataError(
+            f"{top} holds photos with masks beside the splits {', '.join(splits)}; move these "
+            "photos and their masks into the folder of a split"
+        )
+
+
+def refuse_lossy_masks(root: Path) -> None:
+    """Raise DataError if a folder has photos and masks side by side, but its masks are JPEG."""
+    for top in (root, *folders_in(root)):
+        for photos, masks in PAIRS:
+            if (top / photos).is_dir() and not holds(top / masks, MASK_SUFFIXES):
+                refuse_lossy(top / masks)
 
 
 def _pair_in(split: Path) -> tuple[Path, Path] | None:
@@ -164,6 +196,7 @@ def open_mmseg(root: str | Path, *, reading: Reading | None = None) -> MaskFolde
     root, reading = Path(root).absolute(), reading or Reading()
     parts = mask_folders(root)
     if not parts:
+        refuse_lossy_masks(root)
         raise DataError(f"{root} holds no folders of photos and masks such as img_dir and ann_dir")
     found = _found_names(root) or _Names(None, None, "")
     zero, zero_note = _zero(root, parts, reading, found)

@@ -27,6 +27,11 @@ def composed(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
+def named(text: str) -> str:
+    """Return the name of a class without spaces around it, in Unicode's composed form."""
+    return composed(text.strip())
+
+
 def on_disk(path: Path) -> Path:
     """Return the path of a file whose name may be stored in another Unicode form."""
     text = str(path)

@@ -12,6 +12,7 @@ from jaxtyping import Int, Integer
 from PIL import Image
 from torch import Tensor
 
+from camkit.data.drawn import CocoMask
 from camkit.errors import DataError
 from camkit.formats import has_more_pages
 from camkit.photo import decode, opened
@@ -217,6 +218,12 @@ def mask_ids(
 ) -> Int[np.ndarray, "H W"]:
     """Read a mask of any number of classes: 0 for background, class index + 1, -1 for ignore."""
     ids = form.read(path, num_classes=num_classes)
+    if size is not None and ids.shape != size and isinstance(form, CocoMask):
+        raise DataError(
+            f"{path}, image {form.image}: listed with {ids.shape[0]}x{ids.shape[1]} pixels (rows x "
+            f"columns) but the photo has {size[0]}x{size[1]}; use the photo that was annotated, or "
+            "rotate it as EXIF says"
+        )
     if size is not None and ids.shape != size:
         raise DataError(
             f"{path} has {ids.shape[0]}x{ids.shape[1]} pixels (rows x columns) but its image "

@@ -1,7 +1,7 @@
 """The layout of YOLO's segmentation labels: data.yaml, images, and a text file of outlines each."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from camkit.data.drawn import by_area, check_picture, check_ring, filled, painted
+from camkit.data.drawn import by_area, check_inside, check_picture, check_ring, filled, painted
 from camkit.data.files import (
     holds,
     in_short,
@@ -18,7 +18,7 @@ from camkit.data.files import (
     relative_to,
     several,
 )
-from camkit.data.names import check_split
+from camkit.data.names import check_split, named
 from camkit.data.sample import VOC_FORM, Sample, all_usable
 from camkit.data.text import read_text
 from camkit.errors import DataError
@@ -26,6 +26,7 @@ from camkit.formats import IMAGE_SUFFIXES
 
 _FILES = ("data.yaml", "data.yml", "dataset.yaml")
 _SPLITS = ("train", "val", "test", "valid")
+_NO_LABELS = ("classes.txt", "train.txt", "val.txt", "test.txt")
 _BOX = 4  # numbers of a line that is a box
 
 
@@ -49,6 +50,7 @@ class YoloForm:
         for line, (index, numbers) in _lines(path, num_classes).items():
             ring = numbers.reshape(-1, 2) * (size[1], size[0])
             check_ring(ring, size, f"{path}, line {line}")
+            check_inside([ring], size, f"{path}, line {line}")
             layers.append((index + 1, filled([ring], size)))
         return painted(by_area(layers), size)
 
@@ -112,14 +114,33 @@ class YoloFolder:
         ]
         for name, top in self.parts:
             pairs = list(self._pairs(name))
-            files = sum(path.is_file() for _, _, path in pairs)
             labels = relative_to(_labels_of(top), self.root)
             sentences.append(
                 f"{relative_to(top, self.root)}: {several(len(pairs), 'photo')}; {labels}: "
-                f"{several(files, 'file')} of outlines; of objects that overlap, the smaller is on "
-                "top"
+                f"{_label_files(_labels_of(top), [path for _, _, path in pairs])}"
             )
         return tuple(sentences)
+
+
+def _label_files(folder: Path, expected: Sequence[Path]) -> str:
+    """Say what the label files of a folder hold, and how many belong to no photo."""
+    held = [path for path in expected if path.is_file()]
+    boxes = sum(map(_holds_boxes, held))
+    sentences = []
+    if len(held) > boxes or not held:
+        count = several(len(held) - boxes, "file")
+        sentences.append(f"{count} of outlines; of objects that overlap, the smaller is on top")
+    if boxes:
+        sentences.append(f"{several(boxes, 'file')} with boxes: labels only, no masks")
+    stray = {path for path in folder.rglob("*.txt") if path.name not in _NO_LABELS} - {*held}
+    if stray:
+        count = several(len(stray), "file")
+        sentences.append(f"{count} without a photo left out, such as {min(stray).name}")
+    return "; ".join(sentences)
+
+
+def _holds_boxes(path: Path) -> bool:
+    return any(len(line.split()) == 1 + _BOX for line in read_text(path).splitlines())
 
 
 def is_yolo(root: Path) -> bool:
@@ -144,6 +165,7 @@ def open_yolo(root: str | Path) -> YoloFolder:
     root = path.parent
     content = _yaml(path)
     classes = _classes(path, content.get("names"))
+    _check(path, content, len(classes))
     parts: dict[str, Path] = {}
     for name in _SPLITS:
         top = _folder(root, content, content.get(name), name)
@@ -219,11 +241,25 @@ def _classes(path: Path, names: Any) -> tuple[str, ...]:
     scalars = isinstance(names, list) and all(isinstance(n, str | int | float) for n in names)
     if not names or not scalars:
         raise DataError(f"{path} names no classes from 0; expected names: [cat, dog]")
-    listed = [str(name) for name in names]
+    listed = [named(str(name)) for name in names]
     return tuple(
         name if listed.count(name) == 1 else f"{name} ({number})"
         for number, name in enumerate(listed)
     )
+
+
+def _check(path: Path, content: Mapping[str, Any], count: int) -> None:
+    """Raise DataError for labels of poses, and for another number of classes than names."""
+    if "kpt_shape" in content:
+        raise DataError(
+            f"{path} has kpt_shape, so its labels are boxes and key points of poses, which are no "
+            "outlines; name a data set of segmentation labels"
+        )
+    number = content.get("nc", count)
+    if number != count:
+        raise DataError(
+            f"{path} says nc: {number}, but names {several(count, 'class')}; correct nc or names"
+        )
 
 
 def _lines(path: Path, count: int) -> dict[int, tuple[int, np.ndarray]]:
@@ -234,7 +270,7 @@ def _lines(path: Path, count: int) -> dict[int, tuple[int, np.ndarray]]:
         if not words:
             continue
         try:
-            index, numbers = int(words[0]), np.array(words[1:], np.float64)
+            index, numbers = _whole(words[0]), np.array(words[1:], np.float64)
         except ValueError as error:
             raise DataError(f"{path}, line {number} holds other words than numbers") from error
         outline = numbers.size >= 6 and numbers.size % 2 == 0
@@ -245,3 +281,11 @@ def _lines(path: Path, count: int) -> dict[int, tuple[int, np.ndarray]]:
             )
         lines[number] = (index, numbers)
     return lines
+
+
+def _whole(word: str) -> int:
+    """Read a class, which some tools write as 1.0; another word is a ValueError."""
+    number = float(word)
+    if not number.is_integer():
+        raise ValueError(word)
+    return int(number)

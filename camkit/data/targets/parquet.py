@@ -6,7 +6,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from camkit.data.targets.plan import MaskedImage, Plan, encoded_photo, png_bytes, write_text
+from camkit.data.targets.plan import (
+    MaskedImage,
+    Plan,
+    encoded_photo,
+    png_bytes,
+    without_suffix,
+    write_text,
+)
 from camkit.errors import CamkitError
 from camkit.manifest import unfinished
 
@@ -55,7 +62,7 @@ def write_hf(plan: Plan) -> Iterator[Callable[[MaskedImage, str], None]]:
         files = {s: stack.enter_context(_split(plan.out / "data", s, schema)) for s in plan.splits}
 
         def add(image: MaskedImage, split: str) -> None:
-            row: dict[str, Any] = {"name": image.key, "image": None}
+            row: dict[str, Any] = {"name": without_suffix(image.key), "image": None}
             if plan.options.photos != "none":
                 suffix, content = encoded_photo(image, plan)
                 if content is None and isinstance(image.photo, Path):

@@ -14,13 +14,14 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8, UInt16
 from PIL import Image
 
+from camkit.data.names import has_image_suffix
 from camkit.data.sample import unique_values
 from camkit.data.targets.packed import PackedPhoto
 from camkit.data.targets.regions import VOID, Region, Regions, regions_of
 from camkit.errors import DataError
-from camkit.levels import orientation, upright_rgb, upright_size
+from camkit.levels import orientation, upright_size
 from camkit.manifest import unfinished
-from camkit.photo import opened, opened_bytes
+from camkit.photo import opened, opened_bytes, read_levels
 from camkit.printing import short_repr
 from camkit.tensors import IGNORE, IGNORE_16
 
@@ -135,6 +136,7 @@ class Tally:
     added: int = 0
     void_dropped: int = 0
     reencoded: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,23 @@ Writer: TypeAlias = Callable[[Plan], AbstractContextManager[Callable[[MaskedImag
 
 
 def file_name(key: str) -> str:
-    """Return a key as a file name: formats have no folders within a split."""
-    return key.replace("/", "__")
+    """Return a key as a file name: formats have no folders within a split.
+
+    >>> file_name("more/cat.avif")
+    'more__cat_avif'
+    """
+    return without_suffix(key).replace("/", "__")
+
+
+def without_suffix(key: str) -> str:
+    """Return a key without the dot of an image suffix, which readers would cut off.
+
+    Keys end in a suffix where photos of one folder differ in nothing else.
+    """
+    if not has_image_suffix(key.rpartition("/")[2]):
+        return key
+    start, _, suffix = key.rpartition(".")
+    return f"{start}_{suffix}"
 
 
 def png_bytes(ids: np.ndarray, palette: list[int] | None = None) -> bytes:
@@ -284,9 +301,13 @@ def encoded_photo(
         if orientation(picture) == 1 and (picture.format == "JPEG" or not jpeg):
             stated = ".jpg" if picture.format == "JPEG" else f".{picture.format}".lower()
             return ".jpg" if jpeg else image.photo.suffix.lower() or stated, content
-        pixels = upright_rgb(picture)
+    source = image.photo.open("rb") if isinstance(image.photo, Path) else io.BytesIO(content or b"")
+    with source as file:
+        read = read_levels(file, str(image.photo))
+    for note in read.notes:
+        plan.tally.notes[note] = plan.tally.notes.get(note, 0) + 1
     plan.tally.reencoded += 1
-    return ".jpg", _jpeg(pixels)
+    return ".jpg", _jpeg(read.levels)
 
 
 def _jpeg(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:

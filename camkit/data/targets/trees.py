@@ -1,9 +1,11 @@
 """Targets of mask files: the folders of PASCAL VOC and of MMSegmentation, and CVAT's archives."""
 
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import UInt8
@@ -43,7 +45,10 @@ def write_voc(plan: Plan) -> Iterator[Callable[[MaskedImage, str], None]]:
         classes = json.dumps(list(plan.legend.values()), ensure_ascii=False)
         labels = JsonList(table, f'{{"classes": {classes}, "labels": {{')
 
+        taken: set[str] = set()
+
         def add(image: MaskedImage, split: str) -> None:
+            image = _listable(image, taken)
             place_photo(image, plan.out / "JPEGImages", plan, jpeg=True)
             layers = {
                 "SegmentationClass": plan.ids(image),
@@ -106,10 +111,11 @@ def write_cvat(plan: Plan) -> Iterator[Callable[[MaskedImage, str], None]]:
     """
     plan.check_room("cvat")
     for name in plan.legend.values():
-        if ":" in name or name in ("background", _CVAT_IGNORED):
+        if ":" in name or name.startswith("#") or name in ("background", _CVAT_IGNORED):
             raise DataError(
                 f"CVAT's labelmap.txt cannot hold a class called {name!r}; it separates by colons, "
-                f'and "background" and "{_CVAT_IGNORED}" have a meaning; rename it in `classes`'
+                f'a line that starts with # is a comment, and "background" and "{_CVAT_IGNORED}" '
+                "have a meaning; rename it in `classes`"
             )
     colours = np.array([voc_colour(number) for number in range(IGNORE + 1)], np.uint8)
     with ExitStack() as stack:
@@ -119,7 +125,10 @@ def write_cvat(plan: Plan) -> Iterator[Callable[[MaskedImage, str], None]]:
             # PNG files are compressed already
             archives[split] = stack.enter_context(zipfile.ZipFile(draft, "w"))
 
+        taken: set[str] = set()
+
         def add(image: MaskedImage, split: str) -> None:
+            image = _listable(image, taken)
             place_photo(image, plan.out / "images" / split, plan)
             layers = {
                 "SegmentationClass": plan.ids(image),
@@ -144,6 +153,23 @@ def write_cvat(plan: Plan) -> Iterator[Callable[[MaskedImage, str], None]]:
             if n
         ]
         write_text(plan.out / "labels.json", json.dumps(labels, ensure_ascii=False, indent=1))
+
+
+def _listable(image: MaskedImage, taken: set[str]) -> MaskedImage:
+    """Return the image under a name that a line of a list can hold.
+
+    In such lists, numbers after a space are classes: "IMG 1" becomes "IMG_1".
+    """
+    name = image.name
+    if _NUMBERS.search(name):
+        name = _BETWEEN.sub("_", name)
+    if name in taken:
+        raise DataError(f"{image.key} and another image would both be called {name}; rename one")
+    taken.add(name)
+    return replace(image, key=name)
+
+
+_NUMBERS, _BETWEEN = re.compile(r"[\s,;]-?\d+$"), re.compile(r"[\s,;]+")
 
 
 def _objects(image: MaskedImage, plan: Plan) -> UInt8[np.ndarray, "H W"]:
