@@ -155,7 +155,7 @@ def test_a_stopped_run_continues_with_the_other_engine(cluster, tmp_path):
     photos = write_photos(tmp_path / "in", 24)
     local(recipe, photos, tmp_path / "whole")
     out = tmp_path / "out"
-    stop = when(lambda: any(out.glob("cams/*.parquet")), _thread.interrupt_main, again=0.2)
+    stop = when(lambda: any(out.glob("cams/*.parquet")), _thread.interrupt_main, again=1.0)
     try:
         with pytest.raises(KeyboardInterrupt):
             run(recipe, photos, out, ray=RayEngine())
@@ -261,7 +261,7 @@ class OpenTelling(OpenSmall):
 
 
 def test_a_model_whose_process_is_killed_is_opened_again(cluster, tmp_path, monkeypatch):
-    photos, out, pids = write_photos(tmp_path / "in", 24), tmp_path / "out", tmp_path / "pids"
+    photos, out, pids = write_photos(tmp_path / "in", 48), tmp_path / "out", tmp_path / "pids"
     pids.mkdir()
     monkeypatch.setenv("CAMKIT_TESTED_FOLDER", str(pids))
     recipe = replace(SLOW, model=OpenTelling())
@@ -275,7 +275,7 @@ def test_a_model_whose_process_is_killed_is_opened_again(cluster, tmp_path, monk
         ran = run(recipe, photos, out, ray=RayEngine(actors=1))
     finally:
         stop()
-    assert (ran.written, ran.failed, ran.offered) == (24, 0, 24)
+    assert (ran.written, ran.failed, ran.offered) == (48, 0, 48)
     assert len(list(pids.iterdir())) >= 2
     assert tree(out) == tree(tmp_path / "whole")
 
