@@ -176,7 +176,7 @@ class View:
             UnsupportedModelError: the model's attention cannot be read, or not edited so.
         """
         required = required_by(method.seed, *method.refine)
-        key = repr((method.edit, method.edit_blocks if method.edit is not None else None))
+        key = _edit_of(method)
         known = self._captures.get(key)
         if known is None or known[0] | required != known[0]:
             required = required | (_USUAL if known is None else known[0])
@@ -225,9 +225,8 @@ class View:
         if method.views is not None:
             raise CamkitError("the page reads photos as given; leave out `views`")
         capture = self.capture(method)
-        edit = repr((method.edit, method.edit_blocks if method.edit is not None else None))
         indices = torch.tensor([self.classes], device=capture.device)
-        key: tuple[Any, ...] = (edit, repr(method.seed), self.classes)
+        key: tuple[Any, ...] = (_edit_of(method), repr(method.seed), self.classes)
 
         def first() -> Tensor:
             with borrowed(self.pipeline.model), torch.no_grad():
@@ -273,3 +272,8 @@ class View:
     def at_size(self, step: Step, size: tuple[int, int]) -> Float[Tensor, "1 k H W"]:
         """Return the maps of a step at another size, for display."""
         return resize_cam(step.cam, size).clamp(0, 1)
+
+
+def _edit_of(method: Method) -> str:
+    """Return what tells the forwards of methods apart."""
+    return repr((method.edit, method.edit_blocks if method.edit is not None else None))

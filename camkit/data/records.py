@@ -135,8 +135,7 @@ def _headed(table: Table, records: Records, known: Sequence[str] | None) -> None
                 f"{table.path}, line {row.line}: expected {len(header)} columns, got "
                 f"{len(row.cells)}; put ; between labels"
             )
-    labels = _labels_of(table, records, columns, known)
-    vectors = columns.labels is None or "; a 0 or 1" in records.form
+    labels, vectors = _labels_of(table, records, columns, known)
     for row, found in zip(table.rows, labels, strict=True):
         if columns.confidence is not None and row.cells[columns.confidence] in ("0", "0.0"):
             continue  # Open Images: a person said that the class is absent
@@ -148,8 +147,8 @@ def _headed(table: Table, records: Records, known: Sequence[str] | None) -> None
 
 def _labels_of(
     table: Table, records: Records, columns: _Columns, known: Sequence[str] | None
-) -> list[list[Label]]:
-    """Return the labels of each row of a table with a header."""
+) -> tuple[list[list[Label]], bool]:
+    """Return the labels of each row of a table with a header, and whether they were vectors."""
     header = table.header or ()
     if columns.labels is not None:
         cells = [split_labels(row.cells[columns.labels], known) for row in table.rows]
@@ -164,18 +163,18 @@ def _labels_of(
         [_is_on(f"{table.path}, line {row.line}", header[i], row.cells[i]) for i in columns.vector]
         for row in table.rows
     ]
-    return [[index for index, value in enumerate(row) if value] for row in on]
+    return [[index for index, value in enumerate(row) if value] for row in on], True
 
 
 def _or_vectors(
     rows: list[list[Label]], records: Records, known: Sequence[str] | None
-) -> list[list[Label]]:
-    """Return labels as they are, or the places of the 1s if all rows are vectors."""
+) -> tuple[list[list[Label]], bool]:
+    """Return labels as they are, or the places of the 1s if all rows are vectors, and which."""
     width = _vector_width(rows, known, records.path)
     if not width:
-        return rows
+        return rows, False
     records.form += f"; a 0 or 1 for each of {width} classes"
-    return [[index for index, value in enumerate(row) if value] for row in rows]
+    return [[index for index, value in enumerate(row) if value] for row in rows], True
 
 
 def _headless(table: Table, records: Records, known: Sequence[str] | None) -> None:
@@ -188,9 +187,9 @@ def _headless(table: Table, records: Records, known: Sequence[str] | None) -> No
         [label for cell in row.cells[1:] for label in split_labels(cell, known)]
         for row in table.rows
     ]
-    found = _or_vectors(rows, records, known)
+    found, vectors = _or_vectors(rows, records, known)
     for row, labels in zip(table.rows, found, strict=True):
-        _add_row(records, row, row.cells[0], labels, empty=found is not rows)
+        _add_row(records, row, row.cells[0], labels, empty=vectors)
 
 
 def _vector_width(rows: Iterable[Sequence[object]], known: Sequence[str] | None, path: Path) -> int:

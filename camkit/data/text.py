@@ -23,8 +23,8 @@ def decoded(path: Path) -> tuple[str, str]:
     """Read a small text file, and return its text and its encoding.
 
     UTF-8, UTF-16 and UTF-32 are recognised, with or without a byte order mark (UTF-32 needs it).
-    Other encodings are refused, not guessed: of short files of names, charset-normalizer guesses
-    about every second encoding wrong, and a wrong letter makes another name.
+    Other encodings are refused, not guessed: a guess from a short file is often wrong, and a wrong
+    letter makes another name.
 
     Raises:
         DataError: the file cannot be read, or is no text.

@@ -390,12 +390,12 @@ def self_test(device: torch.device, operators: Any) -> str | None:
 def _small_calls(device: torch.device) -> Iterator[tuple[str, torch.dtype, tuple[Any, ...]]]:
     drawn = torch.Generator().manual_seed(0)
     qkv = torch.randn(1, 70, 2, 2, 64, generator=drawn)
-    tilt = torch.randn(1, 70, generator=drawn).to(device)
+    log_weights = torch.randn(1, 70, generator=drawn).to(device)
     cam = torch.rand(1, 2, 69, generator=drawn).to(device)
     for dtype in (torch.float32, torch.float16):
         q, k = qkv.to(device, dtype).permute(2, 0, 3, 1, 4).unbind(0)
-        lse = ((q.float() * 0.125) @ k.float().mT + tilt[:, None, None]).logsumexp(-1)
-        given = (tilt, 0.125, -1)
+        lse = ((q.float() * 0.125) @ k.float().mT + log_weights[:, None, None]).logsumexp(-1)
+        given = (log_weights, 0.125, -1)
         yield "rows_and_columns", dtype, (q, k, lse, *given, 1, 1)
         yield "affinity_mean", dtype, (q, k, lse, *given, 1)
         yield "propagate_mean", dtype, (q, k, lse, cam, *given, 1)
