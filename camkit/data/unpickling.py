@@ -172,9 +172,7 @@ def _to_plain(value: object) -> object:
     return value
 
 
-def _numbers(
-    raw: bytes | bytearray | str, dtype: _Dtype, shape: tuple[int, ...], order: Any
-) -> np.ndarray:
+def _numbers(raw: bytes | bytearray | str, dtype: _Dtype, shape: Any, order: Any) -> np.ndarray:
     if isinstance(raw, str):
         raw = raw.encode("latin1")
     number = dtype.numbers()
@@ -207,9 +205,7 @@ def _read_storage(data: bytes) -> _Array:
     return _Array(np.ndarray((count,), storage.dtype, buffer=raw))
 
 
-def _rebuild_tensor(
-    storage: _Array, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
-) -> _Array:
+def _rebuild_tensor(storage: _Array, offset: Any, size: Any, stride: Any, *_: object) -> _Array:
     values = storage.array()
     if not all(type(side) is int for side in (offset, *size, *stride)):
         raise pickle.UnpicklingError("a tensor has no shape")
