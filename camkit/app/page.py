@@ -38,7 +38,7 @@ from camkit.vocabulary import Vocabulary, read_classes
 SHOWN = 900
 """Long side of pictures on the page, in pixels."""
 
-PRESET, NO_EDIT = "preset of the model", "none"
+PRESET, NO_EDIT = "preset of the model", "none, or the preset's"
 ALL = "mean of all"
 _INTRO = """# camkit
 Drop a photo, name what is in it, and see the class map, its refinement and the mask."""
@@ -230,7 +230,7 @@ class _Page:
                 [PRESET, *SEEDS],
                 value=PRESET if name == "a" else "gradcam",
                 label="Seed",
-                info="or NAME:SETTINGS, as on the command line",
+                info="or NAME:SETTINGS; with an edit of yours, the preset gives way to gradient",
                 elem_id=f"seed_{name}",
                 **own,
             ),

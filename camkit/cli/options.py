@@ -70,7 +70,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="makes the first maps (default: the first of camkit.method.PRESETS that the model "
         "supports)",
     )
-    add("--edit", metavar="SPEC", help="changes attention blocks during the forward, such as doei")
+    add(
+        "--edit",
+        metavar="SPEC",
+        help="changes attention blocks during the forward, such as doei; without --seed, the seed "
+        "is then gradient",
+    )
     add("--edit-blocks", type=int, default=3, metavar="N", help="last blocks to edit; 0 edits all")
     add(
         "--refine",
