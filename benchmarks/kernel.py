@@ -59,7 +59,7 @@ def table(result: dict[str, Any]) -> str:
         lines += [f"- {failure}" for failure in check["failed"][:20]]
     lines += ["## One layer on a GPU, bfloat16", ""]
     rows = merged(result.get("baselines", []), result.get("layers", []))
-    lines += layer_table(rows) if rows else [f"*{NOT_RUN}*", ""]
+    lines += layer_table(rows) + winners(rows) if rows else [f"*{NOT_RUN}*", ""]
     lines += ["## Whole models on a GPU, 448 px, batch 8, bfloat16", ""]
     lines += model_table(result["models"]) if result.get("models") else [f"*{NOT_RUN}*", ""]
     lines += cpu_table(result["cpu"]) if result.get("cpu") else []
@@ -96,6 +96,23 @@ def layer_table(rows: list[dict[str, Any]]) -> list[str]:
                 f"{place}| {way} | {x['us']} ({x['low']} to {x['high']}) | {ratio} "
                 f"| {x['MiB']:.1f} | {x.get('of_bandwidth', '')} | {x.get('of_matrix_rate', '')} |"
             )
+    return [*lines, ""]
+
+
+def winners(rows: list[dict[str, Any]]) -> list[str]:
+    """Which of torch's kernels took the least time for each shape, and which one torch chooses."""
+    lines = ["| model | px | images | torch chooses | fastest | fastest, wider by 8 |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in rows[1:]:
+        timed = {w: x["us"] for w, x in row.items() if w.startswith("SDPA by") and "us" in x}
+        cells = []
+        for wide in (False, True):
+            alike = {w: us for w, us in timed.items() if w.endswith("by 8") == wide}
+            best = min(alike, key=lambda way: alike[way], default=None)
+            name = "" if best is None else best.removeprefix("SDPA by ").partition(",")[0]
+            cells.append(f"{name}, {alike[best]} us" if best else NOT_RUN)
+        place = " | ".join(str(row[n]) for n in ("model", "side", "images"))
+        lines.append(f"| {place} | {row.get('chosen', '')} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

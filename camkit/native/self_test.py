@@ -42,8 +42,8 @@ def fault_of(library: Path, device: torch.device) -> str | None:
     It was tested before, or is tested now by a new process.
 
     Raises:
-        NotTestedError: no such process can be started, or it cannot reach the device, or there is no
-            folder to keep what it finds.
+        NotTestedError: no such process can be started, or it cannot reach the device, or there is
+            no folder to keep what it finds.
     """
     path = _verdict_path(library, device)
     with loader.locked(path.with_suffix(".lock")):  # several processes may start together
