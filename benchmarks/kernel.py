@@ -1,6 +1,7 @@
 """Attention operators of camkit: are they right, how fast are they, what do they cost end to end?
 
     python benchmarks/kernel.py --build            (here, without a GPU: fills .kernels/)
+    python benchmarks/kernel.py --sass             (here: instructions, registers, spills, seconds)
     python benchmarks/kernel.py --check --time     (on the GPU, from a bare working tree)
     python benchmarks/kernel.py --sanitize         (compute-sanitizer, a call of its own)
     python benchmarks/kernel.py --dry-run          (walks every branch on a CPU; measures nothing)
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_check
+import kernel_sass
 import kernel_time
 import torch
 from watching import RESULTS
@@ -145,6 +147,7 @@ def cpu_table(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--build", action="store_true", help="compile for sm_90 into .kernels/")
+    parser.add_argument("--sass", action="store_true", help="compile for sm_90, and count")
     parser.add_argument("--check", action="store_true", help="against float64")
     parser.add_argument("--time", action="store_true", help="against torch's own and eager maps")
     parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer, small cases")
@@ -166,12 +169,14 @@ def main() -> None:
             kernel_check.check(case, "cuda" if torch.cuda.is_available() else "cpu")
     elif options.build:
         build()
+    elif options.sass:
+        kernel_sass.report(options.into)
     elif options.part:
         run_part(options)
     elif options.check or options.time or options.sanitize or options.dry_run:
         sys.exit(run(options))
     else:
-        parser.error("say what to do: --build, --check, --time, --sanitize or --dry-run")
+        parser.error("say what to do: --build, --sass, --check, --time, --sanitize or --dry-run")
 
 
 def build() -> None:

@@ -200,3 +200,19 @@ def test_a_kernel_that_does_not_exist_is_named(monkeypatch):
     q = torch.randn(1, 2, 9, 8)
     with pytest.raises(ValueError, match=r"flash, efficient, cudnn, math.*got 'triton'"):
         reweighted_attention(q, q, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_wide_likeness_on_cuda_is_as_exact_as_a_mask_of_the_same_precision(dtype, everywhere):
+    """384 features beside heads of 16 channels: a mask, multiplied in the heads' precision."""
+    q, k, v = torch.randn(3, 2, 3, 65, 16).to(dtype).unbind(0)
+    unit = F.normalize(torch.randn(2, 65, 384) + 1.0, dim=-1)
+    pairs = PairBias(3.0 * unit, unit, bound=3.0)
+    wide = [x.double() for x in (q, k, v)]
+    exact = paired_attention_plain(
+        *wide, PairBias(*(x.double() for x in (3.0 * unit, unit))), scale=0.25
+    )
+    mask = pairs.rows().to(dtype)
+    own = F.scaled_dot_product_attention(q, k, v, mask, scale=0.25)
+    found, _ = paired_attention(q, k, v, pairs, scale=0.25)
+    assert error(found, exact) <= 1.5 * max(error(own, exact), 3e-7)

@@ -62,7 +62,11 @@ class PairBias:
     def rows(self, part: slice = ALL) -> Float[Tensor, "b #a r s"]:
         """Compute the bias of some queries, in at least float32."""
         dtype = at_least_float32(self.queries.dtype)
-        rows = self.queries[..., part, :].to(dtype) @ self.keys.to(dtype).mT
+        return self.to(dtype).products(part)
+
+    def products(self, part: slice = ALL) -> Float[Tensor, "b #a r s"]:
+        """Compute the bias of some queries in the precision of the features."""
+        rows = self.queries[..., part, :] @ self.keys.mT
         return rows[:, None] if rows.dim() == 3 else rows
 
     def joined(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -181,9 +185,9 @@ def paired_attention_plain(
     return logits.softmax(-1) @ v
 
 
-def _mask(pairs: PairBias, bias: Tensor | None, part: slice) -> Tensor:
-    """Return what is added to the logits of some queries."""
-    rows = pairs.rows(part)
+def _mask(pairs: PairBias, bias: Tensor | None, part: slice, *, rounded: bool = False) -> Tensor:
+    """Return what is added to the logits of some queries, or what is left of it in few digits."""
+    rows = pairs.products(part) if rounded else pairs.rows(part)
     if bias is None:
         return rows
     return rows + (bias if bias.shape[-2] == 1 else bias[..., part, :])
@@ -209,8 +213,12 @@ class _Paired(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         pairs, options = PairBias(of_queries, of_keys), {"dropout_p": 0.0, "is_causal": False}
         outputs, normalisers = [], []
+        # the mask is rounded to this precision anyway, whose products run on a GPU's tensor cores
+        rounded = channels_preferred(q)
+        pairs = pairs.to(q.dtype) if rounded else pairs
         for part in _parts(pairs, q, k):
-            mask, rows = _mask(pairs, bias, part).to(q.dtype), q[:, :, part]
+            mask = _mask(pairs, bias, part, rounded=rounded).to(q.dtype)
+            rows = q[:, :, part]
             known = call_with_normaliser(rows, k, v, mask, {**options, "scale": scale})
             if known is None:
                 output = F.scaled_dot_product_attention(rows, k, v, mask, scale=scale)
