@@ -1,6 +1,7 @@
 """Attention operators of camkit: are they right, how fast are they, what do they cost end to end?
 
     python benchmarks/kernel.py --build            (here, without a GPU: fills .kernels/)
+    python benchmarks/kernel.py --sass             (here: instructions, registers, spills, seconds)
     python benchmarks/kernel.py --check --time     (on the GPU, from a bare working tree)
     python benchmarks/kernel.py --sanitize         (compute-sanitizer, a call of its own)
     python benchmarks/kernel.py --dry-run          (walks every branch on a CPU; measures nothing)
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_check
+import kernel_sass
 import kernel_time
 import torch
 from watching import RESULTS
@@ -59,7 +61,7 @@ def table(result: dict[str, Any]) -> str:
         lines += [f"- {failure}" for failure in check["failed"][:20]]
     lines += ["## One layer on a GPU, bfloat16", ""]
     rows = merged(result.get("baselines", []), result.get("layers", []))
-    lines += layer_table(rows) if rows else [f"*{NOT_RUN}*", ""]
+    lines += layer_table(rows) + winners(rows) if rows else [f"*{NOT_RUN}*", ""]
     lines += ["## Whole models on a GPU, 448 px, batch 8, bfloat16", ""]
     lines += model_table(result["models"]) if result.get("models") else [f"*{NOT_RUN}*", ""]
     lines += cpu_table(result["cpu"]) if result.get("cpu") else []
@@ -99,6 +101,23 @@ def layer_table(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def winners(rows: list[dict[str, Any]]) -> list[str]:
+    """Which of torch's kernels took the least time for each shape, and which one torch chooses."""
+    lines = ["| model | px | images | torch chooses | fastest | fastest, wider by 8 |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in rows[1:]:
+        timed = {w: x["us"] for w, x in row.items() if w.startswith("SDPA by") and "us" in x}
+        cells = []
+        for wide in (False, True):
+            alike = {w: us for w, us in timed.items() if w.endswith("by 8") == wide}
+            best = min(alike, key=lambda way: alike[way], default=None)
+            name = "" if best is None else best.removeprefix("SDPA by ").partition(",")[0]
+            cells.append(f"{name}, {alike[best]} us" if best else NOT_RUN)
+        place = " | ".join(str(row[n]) for n in ("model", "side", "images"))
+        lines.append(f"| {place} | {row.get('chosen', '')} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def model_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| model | way | images per s (quartiles) |", "|---|---|---|"]
     for row in rows:
@@ -128,6 +147,7 @@ def cpu_table(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--build", action="store_true", help="compile for sm_90 into .kernels/")
+    parser.add_argument("--sass", action="store_true", help="compile for sm_90, and count")
     parser.add_argument("--check", action="store_true", help="against float64")
     parser.add_argument("--time", action="store_true", help="against torch's own and eager maps")
     parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer, small cases")
@@ -149,12 +169,14 @@ def main() -> None:
             kernel_check.check(case, "cuda" if torch.cuda.is_available() else "cpu")
     elif options.build:
         build()
+    elif options.sass:
+        kernel_sass.report(options.into)
     elif options.part:
         run_part(options)
     elif options.check or options.time or options.sanitize or options.dry_run:
         sys.exit(run(options))
     else:
-        parser.error("say what to do: --build, --check, --time, --sanitize or --dry-run")
+        parser.error("say what to do: --build, --sass, --check, --time, --sanitize or --dry-run")
 
 
 def build() -> None:

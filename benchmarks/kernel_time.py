@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from doei_cost import with_maps
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from watching import ratios
 
 import camkit
@@ -71,6 +72,7 @@ def layer_ways(  # noqa: C901 - one function for each way
     lse = reweight.reweighted_attention(q, k, v).lse
     return {
         "SDPA": lambda: F.scaled_dot_product_attention(q, k, v),
+        **sdpa_ways(q, k, v),
         "SDPA, key bias": lambda: F.scaled_dot_product_attention(q, k, v, mask),
         "SDPA, separate rows and columns": lambda: separate(whole=False),
         "SDPA, separate exports and affinity": lambda: separate(whole=True),
@@ -86,6 +88,38 @@ def layer_ways(  # noqa: C901 - one function for each way
         "SDPA, propagation": lambda: F.scaled_dot_product_attention(q, k, rider).mean(1),
         "ours, propagation": lambda: reweight.propagate_mean(q, k, lse, cam, skip=classes),
     }
+
+
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def sdpa_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Run]:
+    """Each of torch's kernels by name, plain and with the channels that carry log-weights."""
+    if not q.is_cuda and not DRY:
+        return {}
+
+    def by(backend: SDPBackend, *heads: Tensor) -> Run:
+        def run() -> object:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*heads, scale=q.shape[-1] ** -0.5)
+
+        return run
+
+    wide = [F.pad(x, (0, 8)) for x in (q, k, v)]
+    # a CPU has the first alone
+    known = {name: b for name, b in KERNELS.items() if q.is_cuda or name == "flash"}
+    ways = {f"SDPA by {name}": by(b, q, k, v) for name, b in known.items()}
+    return ways | {f"SDPA by {name}, wider by 8": by(b, *wide) for name, b in known.items()}
+
+
+def chosen_by_torch(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Which kernel scaled_dot_product_attention runs by itself."""
+    name = torch_internals.chosen_kernel(q, k, v, None, {**OPTIONS})
+    return "another" if name is None else name.removeprefix("_scaled_dot_product_")
 
 
 def backward_ways(q: Tensor, k: Tensor, v: Tensor, classes: int) -> dict[str, Run]:
@@ -202,6 +236,7 @@ def layers(until: Callable[[], bool], *, ours: bool) -> Iterator[dict[str, Any]]
             qkv = torch.randn(images, tokens, 3, heads, 64, device=device(), dtype=torch.bfloat16)
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             row: dict[str, Any] = {"model": model, "side": side, "images": images, "backward": {}}
+            row |= {} if ours else {"chosen": chosen_by_torch(q, k, v)}
             chosen = partial(by_name, ours=ours, until=until)
             with torch.no_grad():
                 for way, run in chosen(layer_ways(q, k, v, 1)):
@@ -210,7 +245,7 @@ def layers(until: Callable[[], bool], *, ours: bool) -> Iterator[dict[str, Any]]
                         row[way] |= shares(work_of(way, q.shape, 2), row[way]["us"], most)
             for way, run in chosen(backward_ways(q, k, v, 1)):
                 row["backward"][way] = tried(partial(on_device, run, 10))
-            if row["backward"] or len(row) > 4:
+            if row["backward"] or len(row) > 5:
                 yield row
 
 

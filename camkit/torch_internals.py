@@ -20,7 +20,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 # scaled_dot_product_attention chooses one of these kernels. Each computes the log-sum-exp of every
@@ -101,6 +101,41 @@ def call_with_normaliser(
         given |= {"attn_bias": None, "compute_log_sumexp": True}
     output, normaliser, *_ = kernel(q, k, v, **given)
     return output, trim_normaliser(normaliser, q)
+
+
+_NAMED = {
+    "flash": (SDPBackend.FLASH_ATTENTION, "flash_sdp_enabled"),
+    "efficient": (SDPBackend.EFFICIENT_ATTENTION, "mem_efficient_sdp_enabled"),
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, "cudnn_sdp_enabled"),
+    "math": (SDPBackend.MATH, "math_sdp_enabled"),
+}
+
+
+def kernels_in_order(names: str) -> AbstractContextManager[Any]:
+    """Let scaled_dot_product_attention try its kernels in an order, in this thread's calls.
+
+    Kernels that are switched off stay off, and those not named come last. Nothing changes if there
+    are no names, or if this torch takes no order.
+
+    Args:
+        names: of "flash", "cudnn", "efficient" and "math", with commas between them.
+
+    Raises:
+        ValueError: there is no kernel of that name.
+    """
+    wanted = [name for name in names.replace(" ", "").split(",") if name]
+    unknown = [name for name in wanted if name not in _NAMED]
+    if unknown:
+        raise ValueError(
+            f"CAMKIT_SDPA must name kernels of {', '.join(_NAMED)}, with commas between them, got "
+            f"{unknown[0]!r}"
+        )
+    if not wanted or "set_priority" not in signature(sdpa_kernel).parameters:
+        return nullcontext()
+    order = dict.fromkeys([*wanted, *_NAMED])
+    chosen = [b for b, on in map(_NAMED.__getitem__, order) if getattr(torch.backends.cuda, on)()]
+    context: AbstractContextManager[Any] = sdpa_kernel(chosen, set_priority=True)
+    return context
 
 
 def kernel_options(

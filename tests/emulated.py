@@ -15,10 +15,17 @@ SCHEDULES = (4, 2, 7)  # whose turn it is, and when copies land; see emulation.h
 
 
 def load(cache, namespace, widths, dtypes, sources=kernels.SOURCES):
-    """Operators that run ``sources`` under emulation, and the library that holds them.
+    """Operators that run ``sources`` under emulation, and the library that holds them."""
+    path = library(cache, namespace, widths, dtypes, sources)
+    schemas = kernel_ops.SCHEMAS | {"doei_scores": doei_tail.SCHEMA}
+    for name, schema in schemas.items():
+        torch.library.define(f"{namespace}::{name}", schema)
+    torch.ops.load_library(str(path))
+    return getattr(torch.ops, namespace), ctypes.CDLL(str(path))
 
-    A library stays in the folder ``cache`` and serves until a source, a flag or torch changes.
-    """
+
+def library(cache, namespace, widths, dtypes, sources=kernels.SOURCES):
+    """The library alone; it stays in ``cache`` until a source, a flag or torch changes."""
     selection = kernels.Selection(widths, dtypes)
     flags = ["-std=c++20", "-O1", "-fPIC", "-DCAMKIT_EMULATION", "-Wno-unknown-pragmas"]
     # four tiles are many here: small inputs then reach the kernels for large ones
@@ -33,11 +40,7 @@ def load(cache, namespace, widths, dtypes, sources=kernels.SOURCES):
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             compile_library(folder, flags, names, sources).replace(path)
-    schemas = kernel_ops.SCHEMAS | {"doei_scores": doei_tail.SCHEMA}
-    for name, schema in schemas.items():
-        torch.library.define(f"{namespace}::{name}", schema)
-    torch.ops.load_library(str(path))
-    return getattr(torch.ops, namespace), ctypes.CDLL(str(path))
+    return path
 
 
 def compile_library(folder, flags, names, sources):

@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 from camkit.cli import main
 from camkit.errors import CamkitError
-from camkit.native import kernels, loader
+from camkit.native import kernels, loader, self_test
 from camkit.ops import kernel_ops
 
 pytestmark = pytest.mark.skipif(
@@ -203,11 +203,11 @@ def test_a_compiler_that_fails_is_told_and_nothing_is_left(fake, monkeypatch):
 
 
 def test_a_forward_builds_nothing_and_names_the_command_once(fake, caplog):
-    kernels._load.cache_clear()
+    kernels._library.cache_clear()
     with caplog.at_level(logging.INFO, "camkit"):
-        assert kernels._load() == "the kernels are not built; run `camkit build-kernels`"
-        kernels._load()
-    kernels._load.cache_clear()
+        assert kernels._library() is None
+        kernels._library()
+    kernels._library.cache_clear()
     (record,) = caplog.records
     assert record.levelno == logging.INFO
     assert "in plain torch, slower: the kernels are not built" in record.getMessage()
@@ -268,10 +268,10 @@ def test_the_self_test_passes_right_operators_and_names_wrong_ones():
         return lambda *values: right(*values) * 2
 
     device = torch.device("cpu")
-    assert kernels.self_test(device, torch.ops.camkit_plain) is None
-    fault = kernels.self_test(device, Spoiled("affinity_mean", doubled))
+    assert self_test.self_test(device, torch.ops.camkit_plain) is None
+    fault = self_test.self_test(device, Spoiled("affinity_mean", doubled))
     assert fault == "affinity_mean in torch.float32 differs from plain torch"
-    fault = kernels.self_test(device, Spoiled("propagate_mean", failing))
+    fault = self_test.self_test(device, Spoiled("propagate_mean", failing))
     assert fault == "propagate_mean: camkit: kernel failed: invalid configuration argument"
 
 

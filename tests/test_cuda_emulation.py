@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from emulation import mutants
 from torch.torch_version import TorchVersion
 
-from camkit.native import kernels
+from camkit.native import self_test
 from camkit.ops import reweight_plain
 from camkit.ops.doei_tail import plain_scores
 
@@ -195,7 +195,7 @@ def test_what_is_not_finite_comes_out_as_from_plain_torch(library, dtype, spoile
 
 
 def test_the_self_test_passes_the_kernels(library):
-    assert kernels.self_test(torch.device("cpu"), library[0]) is None
+    assert self_test.self_test(torch.device("cpu"), library[0]) is None
 
 
 def strided(case, change):

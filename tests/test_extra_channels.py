@@ -1,16 +1,24 @@
 """Log-weights as channels of queries and keys, against float64 and against a mask."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hosts import tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from camkit import attach, watch
+from camkit import attach, torch_internals, watch
 from camkit.native.kernels import kernels_off
 from camkit.ops import extra_channels
 from camkit.ops.paired import PairBias, paired_attention, paired_attention_plain
 from camkit.ops.reweight import reweighted_attention
+
+needs_order = pytest.mark.skipif(
+    "set_priority" not in inspect.signature(sdpa_kernel).parameters,
+    reason="this torch takes no order of kernels",
+)
 
 
 @pytest.fixture
@@ -144,3 +152,68 @@ def test_an_edit_of_keys_is_the_same_in_channels_and_in_a_mask(dtype, monkeypatc
     near = 1e-5 if dtype == torch.float32 else 3e-2
     for one, other in zip(found, masked, strict=True):
         torch.testing.assert_close(one, other, atol=near, rtol=near)
+
+
+class Priorities(TorchDispatchMode):
+    """The order of torch's kernels at each of its attention kernels that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in func.__name__:
+            self.seen.append(priorities())
+        return func(*args, **(kwargs or {}))
+
+
+def priorities():
+    return [SDPBackend(number).name for number in torch._C._get_sdp_priority_order()]
+
+
+@needs_order
+def test_the_order_of_torchs_kernels_is_that_of_camkits_own_calls_alone(monkeypatch):
+    monkeypatch.setenv("CAMKIT_SDPA", "cudnn, efficient")
+    q, k, v = torch.randn(3, 1, 2, 9, 8).unbind(0)
+    before = priorities()
+    with Priorities() as mode:
+        F.scaled_dot_product_attention(q, k, v)
+        reweighted_attention(q, k, v, torch.randn(1, 9), gated_rows=3)
+        F.scaled_dot_product_attention(q, k, v)
+    (first, own, last) = mode.seen
+    assert first == last == before == priorities()
+    assert own[:2] == ["CUDNN_ATTENTION", "EFFICIENT_ATTENTION"]
+
+
+@needs_order
+def test_a_kernel_that_is_switched_off_stays_off():
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with torch_internals.kernels_in_order("cudnn,math"):
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            assert torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_a_kernel_that_does_not_exist_is_named(monkeypatch):
+    monkeypatch.setenv("CAMKIT_SDPA", "flash,triton")
+    q = torch.randn(1, 2, 9, 8)
+    with pytest.raises(ValueError, match=r"flash, efficient, cudnn, math.*got 'triton'"):
+        reweighted_attention(q, q, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_wide_likeness_on_cuda_is_as_exact_as_a_mask_of_the_same_precision(dtype, everywhere):
+    """384 features beside heads of 16 channels: a mask, multiplied in the heads' precision."""
+    q, k, v = torch.randn(3, 2, 3, 65, 16).to(dtype).unbind(0)
+    unit = F.normalize(torch.randn(2, 65, 384) + 1.0, dim=-1)
+    pairs = PairBias(3.0 * unit, unit, bound=3.0)
+    wide = [x.double() for x in (q, k, v)]
+    exact = paired_attention_plain(
+        *wide, PairBias(*(x.double() for x in (3.0 * unit, unit))), scale=0.25
+    )
+    mask = pairs.rows().to(dtype)
+    own = F.scaled_dot_product_attention(q, k, v, mask, scale=0.25)
+    found, _ = paired_attention(q, k, v, pairs, scale=0.25)
+    assert error(found, exact) <= 1.5 * max(error(own, exact), 3e-7)

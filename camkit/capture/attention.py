@@ -12,16 +12,18 @@ from camkit.errors import CaptureError
 from camkit.ops.attention import (
     Bias,
     Heads,
+    add_head_mean,
     attention_columns,
     attention_rows,
     head_mean,
     relevance_hop,
-    rows_of,
+    rows_and_columns,
     take,
 )
 from camkit.ops.paired import PairBias
 from camkit.ops.propagation import propagate
 from camkit.ops.reweight import compiled_for
+from camkit.ops.reweight_plain import at_least_float32
 from camkit.printing import short_repr
 
 
@@ -75,8 +77,21 @@ class Attention(Protocol):
     def columns(self, keys: Sequence[int]) -> Float[Tensor, "b a t c"]:
         """Return how much every token attends to the tokens ``keys``."""
 
+    def rows_and_columns(
+        self, tokens: Sequence[int]
+    ) -> tuple[Float[Tensor, "b a c s"], Float[Tensor, "b a t c"]]:
+        """Return both of the same tokens, in one pass where that is possible."""
+
     def head_mean(self, tokens: Sequence[int] | None = None) -> Float[Tensor, "b _ _"]:
         """Return the map averaged over heads, whole or between ``tokens``; it is large."""
+
+    def add_head_mean(
+        self, total: Float[Tensor, "b _ _"] | None, tokens: Sequence[int]
+    ) -> Float[Tensor, "b _ _"]:
+        """Return ``total + head_mean(tokens)`` in at least float32; None begins a sum.
+
+        Without a graph, ``total`` is written in place.
+        """
 
     def propagate(
         self, values: Float[Tensor, "b k n"], patches: Sequence[int]
@@ -140,41 +155,28 @@ class FusedAttention:
         return self.output
 
     def rows(self, queries: Sequence[int]) -> Map:
-        if self.normaliser is not None and compiled_for(self.q, self.k, width=64):
-            settings: dict[str, Any] = {"scale": self.scale, "normaliser": self.normaliser}
-            return attention_rows(*self.joined(), queries, bias=self.bias, **settings)
-        q, k = take(self.q, queries, 2), self.k
-        if self.pairs is not None:
-            own = take(self.pairs.queries, queries, self.pairs.queries.dim() - 2)
-            q, k = PairBias(own, self.pairs.keys).joined(q, k, self.scale)
-        bias = rows_of(self.bias, queries)
-        return attention_rows(q, k, range(q.shape[2]), scale=self.scale, bias=bias)
+        # a softmax on a CPU, where it takes less time
+        known = self.normaliser if compiled_for(self.q, self.k, width=64) else None
+        return attention_rows(self.q, self.k, queries, **self._logits | {"normaliser": known})
 
     def columns(self, keys: Sequence[int]) -> Map:
-        return attention_columns(
-            *self.joined(), keys, scale=self.scale, bias=self.bias, normaliser=self.normaliser
-        )
+        return attention_columns(self.q, self.k, keys, **self._logits)
+
+    def rows_and_columns(self, tokens: Sequence[int]) -> tuple[Map, Float[Tensor, "b a u c"]]:
+        return rows_and_columns(self.q, self.k, tokens, **self._logits)
 
     def head_mean(self, tokens: Sequence[int] | None = None) -> Float[Tensor, "b _ _"]:
-        return head_mean(
-            *self.joined(),
-            scale=self.scale,
-            bias=self.bias,
-            normaliser=self.normaliser,
-            tokens=tokens,
-        )
+        return head_mean(self.q, self.k, **self._logits, tokens=tokens)
+
+    def add_head_mean(
+        self, total: Float[Tensor, "b _ _"] | None, tokens: Sequence[int]
+    ) -> Float[Tensor, "b _ _"]:
+        return add_head_mean(total, self.q, self.k, **self._logits, tokens=tokens)
 
     def propagate(
         self, values: Float[Tensor, "b k n"], patches: Sequence[int]
     ) -> Float[Tensor, "b k n"]:
-        return propagate(
-            *self.joined(),
-            values,
-            patches,
-            scale=self.scale,
-            bias=self.bias,
-            normaliser=self.normaliser,
-        )
+        return propagate(self.q, self.k, values, patches, **self._logits)
 
     def gradient_rows(self, gradient: Tensor, queries: Sequence[int]) -> Map:
         # o = A v, so the gradient at A[i, j] is the output gradient at i times the value at j
@@ -200,6 +202,12 @@ class FusedAttention:
             part = getattr(self, name)
             parts[name] = None if part is None else part.detach()
         return replace(self, **parts)
+
+    @property
+    def _logits(self) -> dict[str, Any]:
+        """What the logits and the map are made of, besides queries and keys."""
+        names = ("scale", "bias", "normaliser", "pairs")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def _values(self) -> Tensor:
@@ -232,10 +240,23 @@ class ExplicitAttention:
     def columns(self, keys: Sequence[int]) -> Map:
         return take(self.weights, keys, 3)
 
+    def rows_and_columns(self, tokens: Sequence[int]) -> tuple[Map, Float[Tensor, "b a u c"]]:
+        return self.rows(tokens), self.columns(tokens)
+
     def head_mean(self, tokens: Sequence[int] | None = None) -> Float[Tensor, "b _ _"]:
         if tokens is None:
             return self.weights.mean(1)
         return take(take(self.weights, tokens, 2), tokens, 3).mean(1)
+
+    def add_head_mean(
+        self, total: Float[Tensor, "b _ _"] | None, tokens: Sequence[int]
+    ) -> Float[Tensor, "b _ _"]:
+        mean = self.head_mean(tokens)
+        mean = mean.to(at_least_float32(mean.dtype))
+        if total is None:
+            return mean
+        graph = mean.requires_grad or total.requires_grad
+        return total + mean if graph else total.add_(mean)
 
     def propagate(
         self, values: Float[Tensor, "b k n"], patches: Sequence[int]
@@ -283,7 +304,7 @@ class ClassRows:
     def rows(self, queries: Sequence[int]) -> Map:
         if not set(queries) <= set(self.queries):
             self._refuse()
-        return self.weights[:, :, [self.queries.index(query) for query in queries]]
+        return take(self.weights, [self.queries.index(query) for query in queries], 2)
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise CaptureError(
@@ -291,4 +312,15 @@ class ClassRows:
             "without `class_rows_only`"
         )
 
-    watched = columns = head_mean = propagate = gradient_rows = hop = _refuse
+    watched = columns = rows_and_columns = head_mean = add_head_mean = _refuse
+    propagate = gradient_rows = hop = _refuse
+
+
+def sum_of_head_means(blocks: Sequence[Attention], tokens: Sequence[int]) -> Float[Tensor, "b _ _"]:
+    """Add up the maps of blocks, averaged over heads, in at least float32, holding one of them."""
+    total: Tensor | None = None
+    for block in blocks:
+        total = block.add_head_mean(total, tokens)
+    if total is None:
+        raise ValueError("`blocks` must hold at least one attention call, got none")
+    return total

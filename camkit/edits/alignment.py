@@ -113,7 +113,7 @@ class HybridAlignment:
         return sum(found[1:], start=found[0]) if found else None
 
     def _of_tokens(self, unit: Tensor, weight: float) -> PairBias | None:
-        return PairBias(weight * unit, unit) if weight else None
+        return PairBias(weight * unit, unit, bound=weight) if weight else None
 
     def _of_classes(self, unit: Tensor, site: BlockContext, weight: float) -> PairBias | None:
         """Compare class embeddings with the patches, in the rows of the class tokens."""
@@ -140,7 +140,7 @@ class HybridAlignment:
         patches = site.anatomy.patches(unit.shape[1])
         queries = queries.index_copy(1, _places(own, unit), weight * rows)
         keys = keys.index_copy(1, _places(patches, unit), take(unit, patches, 1))
-        return PairBias(queries, keys)
+        return PairBias(queries, keys, bound=weight)
 
     def _mixed(self, embedded: Tensor, token: Tensor, site: BlockContext) -> Float[Tensor, "b d"]:
         """Return the embedding that a single class token stands for in each image."""
@@ -164,7 +164,7 @@ class HybridAlignment:
         colours = site.picture.histograms(len(patches)).to(unit).sqrt()
         features = unit.new_zeros(*unit.shape[:2], colours.shape[2])
         features = features.index_copy(1, _places(patches, unit), colours)
-        return PairBias(weight * features, features)
+        return PairBias(weight * features, features, bound=weight)
 
     # -- The mean: interactions of class tokens, blended
 

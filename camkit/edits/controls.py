@@ -149,8 +149,8 @@ class KeepToSelf:
         if weight == 0:
             return None
         one_hot = torch.eye(keys, dtype=tokens.dtype, device=tokens.device)
-        parts = (x.expand(images, -1, -1) for x in (weight * one_hot, one_hot))
-        return PairBias(*parts)
+        own, other = (x.expand(images, -1, -1) for x in (weight * one_hot, one_hot))
+        return PairBias(own, other, bound=abs(weight))
 
 
 @dataclass(frozen=True)

@@ -321,7 +321,7 @@ class DOEI:
     ) -> tuple[Tensor, Tensor]:
         """Return the same from one operator (`camkit.ops.doei_tail`)."""
         own = list(site.anatomy.class_tokens)
-        rows, columns = attention.rows(own), attention.columns(own)
+        rows, columns = attention.rows_and_columns(own)
         cues = None
         if self.alignment is not None and self.alignment.blends:
             cue, weight = self.alignment.cues(tokens, site), self.alignment.token_weight

@@ -43,8 +43,7 @@ class Interaction:
         """
         tokens = list(anatomy.class_tokens)
         patches = anatomy.patches(attention.shape[2])
-        rows = attention.rows(tokens).mean(1)
-        columns = attention.columns(tokens).mean(1)
+        rows, columns = (part.mean(1) for part in attention.rows_and_columns(tokens))
         return cls(take(rows, tokens, 2), take(rows, patches, 2), take(columns, patches, 1))
 
     def blend(self, other: "Interaction", weight: float) -> "Interaction":

@@ -50,7 +50,7 @@ def native_state(name: str) -> str:
             shipped = path.parent == _shipped()
             return f"compiled{', shipped with camkit' if shipped else ' here'}: {path}"
     try:
-        return f"compiled at first use by {' '.join(_compiler())}, kept in {_folders()[0]}"
+        return f"compiled at first use by {' '.join(_compiler())}, kept in {writable_folders()[0]}"
     except OSError as error:
         return f"plain torch, slower: {error}"
 
@@ -87,8 +87,8 @@ def _find_or_build(source: Path) -> ctypes.CDLL:
     library = _first_that_loads(source)
     if library is not None:
         return library
-    compiler, folders = " ".join(_compiler()), _folders()
-    with _locked(folders[0] / f"{source.stem}.lock"):
+    compiler, folders = " ".join(_compiler()), writable_folders()
+    with locked(folders[0] / f"{source.stem}.lock"):
         library = _first_that_loads(source)  # another process may have compiled it meanwhile
         if library is not None:
             return library
@@ -196,7 +196,7 @@ def _caches() -> list[Path]:
     return [folder for folder in (named_cache(), _temporary_cache()) if folder is not None]
 
 
-def _folders() -> list[Path]:
+def writable_folders() -> list[Path]:
     """Return the folders that compiled code can be written to.
 
     Raises:
@@ -223,7 +223,7 @@ def _compiler() -> list[str]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a lock that other processes wait for, so that one compiles and the others load."""
     if sys.platform == "win32":
         raise OSError("camkit compiles nothing on Windows")

@@ -7,11 +7,13 @@ Softmax is computed in at least float32, also under autocast. Arguments that the
 - ``scale``: factor on the dot products, as the host used it;
 - ``bias``: added to the logits, broadcast over images, heads and queries; a masked key holds -inf;
 - ``normaliser``: log-sum-exp of each row, if the kernel that ran returned it. Then a weight is one
-  exponential, and no other logits are computed.
+  exponential, and no other logits are computed;
+- ``pairs``: also added to the logits. Features that all heads share multiply a map, averaged or
+  not, by one exponential for all heads; they only become channels where gradients need it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,11 +21,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from camkit.ops import reweight
+from camkit.ops.extra_channels import channels_preferred
 from camkit.ops.head_mean import mean_of_heads
+from camkit.ops.paired import PairBias
 from camkit.ops.reweight import Heads as Heads, LogWeights, Normaliser as Normaliser
 from camkit.ops.reweight_plain import (
     ALL,
     at_least_float32,
+    attend,
     logits_of,
     query_chunks,
     row_logsumexp,
@@ -33,7 +38,7 @@ Keys = Float[Tensor, "b a s d"]
 Bias = Float[Tensor, "#b #a #t s"]
 
 
-def attention_rows(
+def attention_rows(  # noqa: PLR0913 - all of one attention call
     q: Heads,
     k: Keys,
     queries: Sequence[int],
@@ -41,20 +46,23 @@ def attention_rows(
     scale: float,
     bias: Bias | None = None,
     normaliser: Normaliser | None = None,
+    pairs: PairBias | None = None,
 ) -> Float[Tensor, "b a c s"]:
     """Return the attention of the tokens at positions ``queries``, one softmax row each."""
     if normaliser is not None and run_of(queries, q.shape[2]) == range(len(queries)):
-        with torch.autocast(q.device.type, enabled=False):
-            inputs = operator_inputs(q, k, scale, bias, normaliser)
-            if inputs is not None:
-                found, _ = reweight.rows_and_columns(
-                    q, k, *inputs, rows=len(queries), columns=0, scale=scale
-                )
-                return found.to(q.dtype)
-    return _softmax(take(q, queries, 2), k, scale, rows_of(bias, queries)).to(q.dtype)
+        call = _Call(q, k, scale, bias, normaliser, pairs)
+        found = _first_rows_and_columns(call, len(queries), 0)
+        if found is not None:
+            return found[0].to(q.dtype)
+    added = rows_of(bias, queries)
+    if pairs is not None:
+        own = take(pairs.queries, queries, pairs.queries.dim() - 2)
+        more = PairBias(own, pairs.keys).rows()
+        added = more if added is None else added + more
+    return _softmax(take(q, queries, 2), k, scale, added).to(q.dtype)
 
 
-def attention_columns(
+def attention_columns(  # noqa: PLR0913 - all of one attention call
     q: Heads,
     k: Keys,
     keys: Sequence[int],
@@ -62,37 +70,125 @@ def attention_columns(
     scale: float,
     bias: Bias | None = None,
     normaliser: Normaliser | None = None,
+    pairs: PairBias | None = None,
 ) -> Float[Tensor, "b a t c"]:
     """Return how much every token attends to the tokens at positions ``keys``, per head.
 
     Streamed over the queries, forward and backward.
     """
-    leading = run_of(keys, k.shape[2]) == range(len(keys)) and q.shape[2] == k.shape[2]
+    call = _Call(q, k, scale, bias, normaliser, pairs)
+    if normaliser is None or call.has_graph():
+        call = call.joined()
+    if run_of(keys, k.shape[2]) == range(len(keys)):
+        found = _first_rows_and_columns(call, 0, len(keys))
+        if found is not None:
+            return found[1].to(q.dtype)
+    return _columns_at(call, keys).to(q.dtype)
+
+
+def rows_and_columns(  # noqa: PLR0913 - all of one attention call
+    q: Heads,
+    k: Keys,
+    tokens: Sequence[int],
+    *,
+    scale: float,
+    bias: Bias | None = None,
+    normaliser: Normaliser | None = None,
+    pairs: PairBias | None = None,
+) -> tuple[Float[Tensor, "b a c s"], Float[Tensor, "b a t c"]]:
+    """Return what the first tokens attend to, and how much all attend to them, in one pass.
+
+    Both are in at least float32, unless ``tokens`` are not the first ones or the normaliser is
+    unknown: then they are computed one after the other.
+    """
+    if run_of(tokens, k.shape[2]) == range(len(tokens)):
+        call = _Call(q, k, scale, bias, normaliser, pairs)
+        found = _first_rows_and_columns(call, len(tokens), len(tokens))
+        if found is not None:
+            return found
+    options: dict[str, Any] = {"scale": scale, "bias": bias, "pairs": pairs}
+    columns = attention_columns(q, k, tokens, **options, normaliser=normaliser)
+    return attention_rows(q, k, tokens, **options), columns
+
+
+class _Call(NamedTuple):
+    """What an attention map is made of; `camkit.ops.attention` explains each."""
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    bias: Tensor | None
+    normaliser: Tensor | None
+    pairs: PairBias | None
+
+    def options(self) -> dict[str, Any]:
+        """Return all but queries and keys by name."""
+        return {name: getattr(self, name) for name in self._fields[2:]}
+
+    def joined(self) -> "_Call":
+        """Return the call with the bias of pairs as further channels."""
+        if self.pairs is None:
+            return self
+        q, k = self.pairs.joined(self.q, self.k, self.scale)
+        return self._replace(q=q, k=k, pairs=None)
+
+    def has_graph(self, *others: Tensor | None) -> bool:
+        """Whether gradients are asked for."""
+        features = () if self.pairs is None else (self.pairs.queries, self.pairs.keys)
+        every = (*others, self.q, self.k, self.bias, self.normaliser, *features)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in every)
+
+
+def _first_rows_and_columns(call: _Call, rows: int, columns: int) -> tuple[Tensor, Tensor] | None:
+    """Compute the first rows and columns by one operator; None if it does not take the call."""
+    q, k, scale, bias, normaliser, pairs = call
+    if q.shape[2] != k.shape[2]:
+        return None
+    if pairs is not None and (call.has_graph() or not pairs.separable):
+        return None
     with torch.autocast(q.device.type, enabled=False):
-        inputs = operator_inputs(q, k, scale, bias, normaliser) if leading else None
-        if inputs is not None:
-            _, columns = reweight.rows_and_columns(
-                q, k, *inputs, rows=0, columns=len(keys), scale=scale
-            )
-        else:
-            dtype = at_least_float32(q.dtype)
-            at_keys = None if bias is None else take(bias, keys, 3)
-            logits = logits_of(q.to(dtype), take(k.to(dtype), keys, 2), scale, at_keys, ALL)
-            lse = log_normaliser(q, k, scale, bias, normaliser)[..., None]
-            columns = (logits - lse.clamp_min(torch.finfo(dtype).min)).exp()
-    return columns.to(q.dtype)
+        inputs = operator_inputs(q, k, scale, bias, normaliser)
+        if inputs is None:
+            return None
+        of_rows, of_columns = reweight.rows_and_columns(
+            q, k, *inputs, rows=rows, columns=columns, scale=scale
+        )
+        if pairs is None:
+            return of_rows, of_columns
+        if rows:  # plain torch has scaled them to sum to one without the bias
+            of_rows = of_rows.mul_(pairs.between(slice(rows), ALL).rows().exp_())
+            of_rows = of_rows.div_(of_rows.sum(-1, keepdim=True))
+        if columns:
+            of_columns = of_columns.mul_(pairs.between(ALL, slice(columns)).rows().exp_())
+        return of_rows, of_columns
 
 
-def head_mean(
+def _columns_at(call: _Call, keys: Sequence[int]) -> Tensor:
+    """Compute columns of any tokens."""
+    q, k, scale, bias, normaliser, pairs = call
+    dtype = at_least_float32(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        added = None if bias is None else take(bias, keys, 3)
+        if pairs is not None:
+            other = take(pairs.keys, keys, pairs.keys.dim() - 2)
+            more = PairBias(pairs.queries, other).rows()
+            added = more if added is None else added + more
+        logits = logits_of(q.to(dtype), take(k.to(dtype), keys, 2), scale, added, ALL)
+        lse = log_normaliser(q, k, scale, bias, normaliser)[..., None]
+        return (logits - lse.clamp_min(torch.finfo(dtype).min)).exp()
+
+
+def head_mean(  # noqa: PLR0913 - all of one attention call
     q: Heads,
     k: Keys,
     *,
     scale: float,
     bias: Bias | None = None,
     normaliser: Normaliser | None = None,
+    pairs: PairBias | None = None,
     tokens: Sequence[int] | None = None,
 ) -> Float[Tensor, "b _ _"]:
-    """Return the attention map averaged over heads, built head by head.
+    """Return the attention map averaged over heads.
 
     Args:
         q: these and other arguments are explained in `camkit.ops.attention`.
@@ -100,43 +196,88 @@ def head_mean(
         scale: factor on the dot products.
         bias: added to the logits.
         normaliser: log-sum-exp of each row.
+        pairs: added to the logits as well.
         tokens: rows and columns to return; None returns the whole map.
     """
+    options: dict[str, Any] = {"scale": scale, "bias": bias, "normaliser": normaliser}
+    return add_head_mean(None, q, k, **options, pairs=pairs, tokens=tokens).to(q.dtype)
+
+
+def add_head_mean(  # noqa: PLR0913 - all of one attention call
+    total: Float[Tensor, "b _ _"] | None,
+    q: Heads,
+    k: Keys,
+    *,
+    scale: float,
+    bias: Bias | None = None,
+    normaliser: Normaliser | None = None,
+    pairs: PairBias | None = None,
+    tokens: Sequence[int] | None = None,
+) -> Float[Tensor, "b _ _"]:
+    """Return ``total + head_mean(...)`` in at least float32; None begins a sum.
+
+    Without a graph, ``total`` is written in place, and no other map is held: this adds up the maps
+    of many blocks.
+    """
+    call = _Call(q, k, scale, bias, normaliser, pairs)
+    graph = call.has_graph(total)
+    if pairs is not None and (graph or normaliser is None or not pairs.separable):
+        call = call.joined()
+    run = range(q.shape[2]) if tokens is None else run_of(tokens, q.shape[2])
+    if run is None:
+        found = add_head_mean(None, *call[:2], **call.options())
+    else:
+        added = _add_run(total, call, run, graph=graph)
+        if added is not None:
+            return added
+        found = _mean_one_by_one(call.joined())
     if tokens is not None:
-        run = run_of(tokens, q.shape[2])
-        fast = bias is None and run is not None and q.shape[2] == k.shape[2]
-        found = _fast_head_mean(q, k, normaliser, scale, run) if fast and run else None
+        found = take(take(found, tokens, 1), tokens, 2)
+    if total is None:
+        return found
+    return total + found if graph else total.add_(found)
+
+
+def _add_run(total: Tensor | None, call: _Call, run: range, *, graph: bool) -> Tensor | None:
+    """Return what `add_head_mean` returns for consecutive tokens; None if there is no fast way."""
+    q, k, scale, bias, normaliser, pairs = call
+    square = q.shape[2] == k.shape[2]
+    within = slice(run.start, run.stop)
+    if bias is None and square:
+        options: dict[str, Any] = {"scale": scale, "tokens": within, "total": total}
+        found = mean_of_heads(q, k, normaliser, **options, pairs=pairs)
         if found is not None:
             return found
-        if run and run.stop == q.shape[2] == k.shape[2]:
-            with torch.autocast(q.device.type, enabled=False):
-                inputs = operator_inputs(q, k, scale, bias, normaliser)
-                if inputs is not None:
-                    found = reweight.affinity_mean(q, k, *inputs, scale=scale, skip=run.start)
-                    return found.to(q.dtype)
-        whole = head_mean(q, k, scale=scale, bias=bias, normaliser=normaliser)
-        return take(take(whole, tokens, 1), tokens, 2)
-    found = None if bias is not None else _fast_head_mean(q, k, normaliser, scale)
-    if found is not None:
-        return found
     with torch.autocast(q.device.type, enabled=False):
+        if normaliser is None and bias is None and not graph and channels_preferred(q):
+            # on CUDA, torch's kernel takes less time than a softmax of every map
+            normaliser = attend(q, k, k, None, scale, -1)[1]
         inputs = operator_inputs(q, k, scale, bias, normaliser)
-        if inputs is not None:
-            return reweight.affinity_mean(q, k, *inputs, scale=scale).to(q.dtype)
+        if inputs is None or (len(run) < q.shape[2] and not square):
+            return None
+        lse, weights = inputs
+        if square:  # what lies behind the run is not read
+            q, k, lse = (x[:, :, : run.stop] for x in (q, k, lse))
+            weights = None if weights is None else weights[..., : run.stop]
+        options = {"scale": scale, "skip": run.start}
+        if total is not None and not graph and pairs is None:
+            reweight.add_affinity_(total, q, k, lse, weights, **options)
+            return total
+        mean = reweight.affinity_mean(q, k, lse, weights, **options)
+        if pairs is None:
+            return mean if total is None else total + mean
+        factors = pairs.between(within).rows()[:, 0].exp_()
+        return mean.mul_(factors) if total is None else total.addcmul_(mean, factors)
+
+
+def _mean_one_by_one(call: _Call) -> Tensor:
+    q, k, scale, bias, *_ = call
     total = q.new_zeros(len(q), q.shape[2], k.shape[2], dtype=at_least_float32(q.dtype))
     for head in range(q.shape[1]):
         only = slice(head, head + 1)
         of_head = bias if bias is None or bias.shape[1] == 1 else bias[:, only]
         total = total + _softmax(q[:, only], k[:, only], scale, of_head)[:, 0]
-    return (total / q.shape[1]).to(q.dtype)
-
-
-def _fast_head_mean(
-    q: Heads, k: Keys, normaliser: Normaliser | None, scale: float, run: range | None = None
-) -> Float[Tensor, "b _ _"] | None:
-    tokens = slice(None) if run is None else slice(run.start, run.stop)
-    found = mean_of_heads(q, k, normaliser, scale=scale, tokens=tokens)
-    return None if found is None else found.to(q.dtype)
+    return total / q.shape[1]
 
 
 def relevance_hop(  # noqa: PLR0913 - all of one attention call

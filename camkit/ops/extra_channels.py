@@ -32,7 +32,9 @@ def with_key_weights(
     """Append log-weights to the keys, and their factor to the queries.
 
     The weight of a suppressed key is the lowest number instead of -inf, whose product with zero is
-    NaN: its power is zero all the same. A row without any key has to be replaced by the caller.
+    NaN: its power is zero all the same. A row without any key has to be replaced by the caller. In
+    float16 log-weights end at about -46,000, the lowest number over a factor of at most the root of
+    2; further below, weights are equal to each other, and zero beside a key that takes part.
 
     Args:
         q: queries, ``(b, a, t, d)``.

@@ -7,11 +7,13 @@ buffer, whose rows begin at multiples of 64 bytes: matrix products write them fa
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from camkit.ops.paired import PairBias
 from camkit.ops.reweight_plain import at_least_float32, chunks
 
 _LOG2E = math.log2(math.e)
@@ -22,13 +24,15 @@ _ALIGNED = 16  # numbers of float32 in 64 bytes
 _DEEPEST = 96.0
 
 
-def mean_of_heads(
+def mean_of_heads(  # noqa: PLR0913 - all of one attention call
     q: Float[Tensor, "b a t d"],
     k: Float[Tensor, "b a t d"],
     normaliser: Float[Tensor, "b a t"] | None,
     *,
     scale: float,
     tokens: slice,
+    total: Float[Tensor, "b r r"] | None = None,
+    pairs: PairBias | None = None,
 ) -> Float[Tensor, "b r r"] | None:
     """Average an attention map without bias over heads, in at least float32.
 
@@ -38,34 +42,47 @@ def mean_of_heads(
         normaliser: log-sum-exp of each row; None computes it.
         scale: factor on the dot products.
         tokens: rows and columns to return, a slice of step 1.
+        total: the average is added to it, in place.
+        pairs: added to the logits, `camkit.ops.paired.PairBias.separable`; needs the normaliser.
 
     Returns:
-        The average; None if this way does not take the arguments: on another device, in a graph,
-        under autocast, or with logits so far apart that powers of two would be lost.
+        The average, or the total; None if this way does not take the arguments: on another device,
+        in a graph, under autocast, or with logits so far apart that powers of two would be lost.
     """
-    known = [each for each in (q, k, normaliser) if each is not None]
+    known = [each for each in (q, k, normaliser, total) if each is not None]
     graph = torch.is_grad_enabled() and any(each.requires_grad for each in known)
     plain = all(type(each) is Tensor and each.device.type == "cpu" for each in known)
     if graph or not plain or q.shape != k.shape or not q.numel():
         return None
     if torch.is_autocast_enabled("cpu"):
         return None
-    dtype, heads = at_least_float32(q.dtype), q.shape[1]
+    dtype, small = at_least_float32(q.dtype), q.shape[1] * q.shape[2] ** 2 <= _TOGETHER
     same = q is k
     q = q.to(dtype)
     k = q if same else k.to(dtype)
-    levels = None
-    if normaliser is not None:
-        levels = (normaliser.to(dtype) * _LOG2E + math.log2(heads))[:, :, tokens, None]
-    if heads * q.shape[2] ** 2 <= _TOGETHER:
-        return _all_heads(q, k, levels, scale, tokens)
-    if levels is not None:
-        return _head_by_head(q[:, :, tokens], k[:, :, tokens], levels, scale)
+    if normaliser is None:
+        found = _all_heads(q, k, None, scale, tokens) if small else None
+        found = _of_softmax(q, k, scale, tokens, same=same) if found is None else found
+        return found if found is None or total is None else total.add_(found)
+    levels = (normaliser.to(dtype) * _LOG2E + math.log2(q.shape[1]))[:, :, tokens, None]
+    features = None if pairs is None else pairs.between(tokens).to(dtype)
+    if small:
+        found = _all_heads(q, k, levels, scale, tokens)
+        if features is not None:
+            found *= features.rows()[:, 0].exp_()
+        return found if total is None else total.add_(found)
+    q, k = q[:, :, tokens], k[:, :, tokens]
+    if total is None:
+        total = q.new_zeros(len(q), q.shape[2], q.shape[2])
+    return _add_head_by_head(total, q, k, levels, scale, features)
+
+
+def _of_softmax(q: Tensor, k: Tensor, scale: float, tokens: slice, *, same: bool) -> Tensor | None:
     whole = len(range(q.shape[2])[tokens]) == q.shape[2]
     found = _of_one_set(q, scale) if same and whole else None
     levels = _upper_bounds(q, k, scale) if found is None else None
     if levels is not None:
-        found = _head_by_head(q[:, :, tokens], k, levels[:, :, tokens], scale, columns=tokens)
+        found = _scaled_rows(q[:, :, tokens], k, levels[:, :, tokens], scale, columns=tokens)
     return found
 
 
@@ -87,33 +104,48 @@ def _all_heads(q: Tensor, k: Tensor, levels: Tensor | None, scale: float, tokens
     return total
 
 
-def _head_by_head(
-    q: Tensor, k: Tensor, levels: Tensor, scale: float, columns: slice | None = None
+def _add_head_by_head(
+    total: Tensor, q: Tensor, k: Tensor, levels: Tensor, scale: float, pairs: PairBias | None
 ) -> Tensor:
-    """Add up ``2 ** (logits * log2(e) - levels)``.
+    """Add ``2 ** (logits * log2(e) - levels)`` of all heads to ``total``, in parts."""
+    length = q.shape[2]
+    for rows, buffer in _buffers(q, length):
+        for image, into in enumerate(total[:, rows]):
+            of_image = into if pairs is None else torch.zeros_like(into)
+            for head in range(q.shape[1]):
+                own, level = q[image, head, rows], levels[image, head, rows]
+                of_image.add_(_powers(own, k[image, head], level, scale, buffer))
+            if pairs is not None:  # all heads have the same factor
+                features = pairs.queries[image, rows], pairs.keys[image].mT
+                into.addcmul_(of_image, torch.mm(*features, out=buffer).exp_())
+    return total
 
-    With ``columns``, which are all that is returned, each row is scaled to sum to one over the
-    number of heads before.
-    """
+
+def _scaled_rows(q: Tensor, k: Tensor, levels: Tensor, scale: float, columns: slice) -> Tensor:
+    """Average rows that are each scaled to sum to one; only ``columns`` are returned."""
     images, heads, length, _ = q.shape
     width = k.shape[2]
-    kept = slice(None) if columns is None else columns
-    total = q.new_zeros(images, length, len(range(width)[kept]))
-    for rows in chunks(length, width, q.device):
-        count = len(range(length)[rows])
-        buffer = q.new_empty(count, -(-width // _ALIGNED) * _ALIGNED)[:, :width]
+    total = q.new_zeros(images, length, len(range(width)[columns]))
+    for rows, buffer in _buffers(q, width):
         for image, into in enumerate(total[:, rows]):
             for head in range(heads):
-                own, others, level = q[image, head, rows], k[image, head].mT, levels[image, head]
-                torch.addmm(
-                    level[rows], own, others, beta=-1, alpha=scale * _LOG2E, out=buffer
-                ).exp2_()
-                if columns is None:
-                    into.add_(buffer)
-                else:
-                    shares = buffer.sum(-1, keepdim=True).mul_(heads).reciprocal_()
-                    into.addcmul_(buffer[:, columns], shares)
+                own, level = q[image, head, rows], levels[image, head, rows]
+                _powers(own, k[image, head], level, scale, buffer)
+                shares = buffer.sum(-1, keepdim=True).mul_(heads).reciprocal_()
+                into.addcmul_(buffer[:, columns], shares)
     return total
+
+
+def _buffers(q: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Cut the queries into parts, each with a buffer for its rows of one map."""
+    for rows in chunks(q.shape[2], width, q.device):
+        count = len(range(q.shape[2])[rows])
+        yield rows, q.new_empty(count, -(-width // _ALIGNED) * _ALIGNED)[:, :width]
+
+
+def _powers(q: Tensor, k: Tensor, levels: Tensor, scale: float, buffer: Tensor) -> Tensor:
+    torch.addmm(levels, q, k.mT, beta=-1, alpha=scale * _LOG2E, out=buffer)
+    return buffer.exp2_()
 
 
 def _of_one_set(q: Tensor, scale: float) -> Tensor | None:

@@ -8,7 +8,7 @@ CUDA, few features are extra channels of queries and keys instead.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from camkit.ops.reweight_plain import ALL, at_least_float32, attend_joined, chun
 from camkit.printing import short_repr
 from camkit.torch_internals import call_with_normaliser, cpu_attention_backward
 
+_MOST = 40.0  # the exponential of twice that is a number of float32
+
 
 @dataclass(frozen=True, eq=False)
 class PairBias:
@@ -32,10 +34,12 @@ class PairBias:
         queries: features of the tokens that attend, ``(b, t, f)`` for all heads or ``(b, a, t, f)``
             for each.
         keys: features of the tokens attended to.
+        bound: no product is larger than this, in size; None if that is not known.
     """
 
     queries: Float[Tensor, "b t f"] | Float[Tensor, "b a t f"]
     keys: Float[Tensor, "b s f"] | Float[Tensor, "b a s f"]
+    bound: float | None = None
 
     __repr__ = short_repr
 
@@ -51,12 +55,18 @@ class PairBias:
     def __add__(self, other: "PairBias") -> "PairBias":
         """Return the sum of two biases, as features side by side."""
         queries = _side_by_side(self.queries, other.queries)
-        return PairBias(queries, _side_by_side(self.keys, other.keys))
+        bounds = self.bound, other.bound
+        bound = None if None in bounds else sum(each for each in bounds if each is not None)
+        return PairBias(queries, _side_by_side(self.keys, other.keys), bound)
 
     def rows(self, part: slice = ALL) -> Float[Tensor, "b #a r s"]:
         """Compute the bias of some queries, in at least float32."""
         dtype = at_least_float32(self.queries.dtype)
-        rows = self.queries[..., part, :].to(dtype) @ self.keys.to(dtype).mT
+        return self.to(dtype).products(part)
+
+    def products(self, part: slice = ALL) -> Float[Tensor, "b #a r s"]:
+        """Compute the bias of some queries in the precision of the features."""
+        rows = self.queries[..., part, :] @ self.keys.mT
         return rows[:, None] if rows.dim() == 3 else rows
 
     def joined(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -70,7 +80,24 @@ class PairBias:
 
     def detach(self) -> "PairBias":
         """Return the bias without its graph."""
-        return PairBias(self.queries.detach(), self.keys.detach())
+        return PairBias(self.queries.detach(), self.keys.detach(), self.bound)
+
+    @property
+    def separable(self) -> bool:
+        """Whether a map is ``exp(rows()) * exp(scale * q k^T - normaliser)`` without overflow.
+
+        The first factor is the same for all heads then.
+        """
+        return self.queries.dim() == 3 and self.bound is not None and self.bound <= _MOST
+
+    def between(self, queries: slice, keys: slice | None = None) -> "PairBias":
+        """Return the bias between some tokens; without ``keys`` among them."""
+        keys = queries if keys is None else keys
+        return replace(self, queries=self.queries[..., queries, :], keys=self.keys[..., keys, :])
+
+    def to(self, dtype: torch.dtype) -> "PairBias":
+        """Return the bias in another precision."""
+        return replace(self, queries=self.queries.to(dtype), keys=self.keys.to(dtype))
 
     def check(self, q: Tensor, k: Tensor) -> None:
         """Raise a ValueError if the features are not those of these tokens."""
@@ -158,9 +185,9 @@ def paired_attention_plain(
     return logits.softmax(-1) @ v
 
 
-def _mask(pairs: PairBias, bias: Tensor | None, part: slice) -> Tensor:
-    """Return what is added to the logits of some queries."""
-    rows = pairs.rows(part)
+def _mask(pairs: PairBias, bias: Tensor | None, part: slice, *, rounded: bool = False) -> Tensor:
+    """Return what is added to the logits of some queries, or what is left of it in few digits."""
+    rows = pairs.products(part) if rounded else pairs.rows(part)
     if bias is None:
         return rows
     return rows + (bias if bias.shape[-2] == 1 else bias[..., part, :])
@@ -186,8 +213,12 @@ class _Paired(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         pairs, options = PairBias(of_queries, of_keys), {"dropout_p": 0.0, "is_causal": False}
         outputs, normalisers = [], []
+        # the mask is rounded to this precision anyway, whose products run on a GPU's tensor cores
+        rounded = channels_preferred(q)
+        pairs = pairs.to(q.dtype) if rounded else pairs
         for part in _parts(pairs, q, k):
-            mask, rows = _mask(pairs, bias, part).to(q.dtype), q[:, :, part]
+            mask = _mask(pairs, bias, part, rounded=rounded).to(q.dtype)
+            rows = q[:, :, part]
             known = call_with_normaliser(rows, k, v, mask, {**options, "scale": scale})
             if known is None:
                 output = F.scaled_dot_product_attention(rows, k, v, mask, scale=scale)

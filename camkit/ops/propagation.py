@@ -12,6 +12,7 @@ from torch import Tensor
 
 from camkit.native.kernels import padded_width
 from camkit.ops.attention import Bias, Heads, Normaliser, operator_inputs, rows_of, run_of, take
+from camkit.ops.paired import PairBias, paired_attention
 from camkit.ops.reweight import compiled_for, propagate_mean
 from camkit.ops.similarity import check_positive, check_shape
 from camkit.tensors import Cam
@@ -26,6 +27,7 @@ def propagate(  # noqa: PLR0913 - all of one attention call
     scale: float,
     bias: Bias | None = None,
     normaliser: Normaliser | None = None,
+    pairs: PairBias | None = None,
 ) -> Float[Tensor, "b k n"]:
     """Average ``values`` over the patches each patch attends to, heads averaged.
 
@@ -42,18 +44,24 @@ def propagate(  # noqa: PLR0913 - all of one attention call
     skip = q.shape[2] - len(patches)
     last = run_of(patches, q.shape[2]) == range(skip, q.shape[2])
     inputs = None
-    if last and compiled_for(q, k, width=padded_width(q.shape[-1])):
+    if last and pairs is None and compiled_for(q, k, width=padded_width(q.shape[-1])):
         inputs = operator_inputs(q, k, scale, bias, normaliser)
     if inputs is not None:
         lse, weights = inputs
         maps = propagate_mean(q, k, lse, maps, weights, skip=skip, scale=scale)
     else:
-        maps = _attend_to_maps(q, k, maps, patches, scale, bias)
+        maps = _attend_to_maps(q, k, maps, patches, scale, bias, pairs)
     return (maps[:, :-1] / maps[:, -1:]).to(values.dtype)
 
 
-def _attend_to_maps(
-    q: Tensor, k: Tensor, maps: Tensor, patches: Sequence[int], scale: float, bias: Tensor | None
+def _attend_to_maps(  # noqa: PLR0913 - all of one attention call
+    q: Tensor,
+    k: Tensor,
+    maps: Tensor,
+    patches: Sequence[int],
+    scale: float,
+    bias: Tensor | None,
+    pairs: PairBias | None,
 ) -> Tensor:
     """Run torch's fused attention with maps in place of the values, and average the heads."""
     count = maps.shape[1]
@@ -65,13 +73,13 @@ def _attend_to_maps(
     else:
         where = torch.tensor(list(patches), device=q.device)
         values = values.new_zeros(len(q), k.shape[2], width).index_copy(1, where, values)
-    output = F.scaled_dot_product_attention(
-        take(q, patches, 2),
-        k,
-        values[:, None].expand(-1, q.shape[1], -1, -1),
-        attn_mask=rows_of(bias, patches),
-        scale=scale,
-    )
+    call = take(q, patches, 2), k, values[:, None].expand(-1, q.shape[1], -1, -1)
+    added = rows_of(bias, patches)
+    if pairs is None:
+        output = F.scaled_dot_product_attention(*call, attn_mask=added, scale=scale)
+    else:
+        own = take(pairs.queries, patches, pairs.queries.dim() - 2)
+        output, _ = paired_attention(*call, PairBias(own, pairs.keys), added, scale=scale)
     return output.mean(1)[..., :count].mT
 
 

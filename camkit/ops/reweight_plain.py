@@ -6,6 +6,7 @@ With attention weights A, the gradient at A being G and the normaliser (``lse``)
 the gradient at a logit is ``A * G`` and that at the normaliser is minus the row sum of ``A * G``.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from camkit.ops.extra_channels import aligned, channels_preferred, with_key_weights
-from camkit.torch_internals import call_with_normaliser
+from camkit.torch_internals import call_with_normaliser, kernels_in_order
 
 ALL = slice(None)
 # Elements of a map in memory at a time. On a CPU, all heads together are fastest up to the first
@@ -191,12 +192,22 @@ def attend_joined(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 def _attend_masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute output and normaliser under a mask of one row, in at least float32."""
+    """Compute output and normaliser under a mask of one row, in at least float32.
+
+    CAMKIT_SDPA in the environment names torch's kernels in the order to prefer; the attention of
+    the host itself does not come here.
+    """
+    if torch.compiler.is_compiling():  # compiled code drops a normaliser that nobody uses
+        return _attend_in_torch(q, k, v, mask, scale)
     options = {"dropout_p": 0.0, "is_causal": False, "scale": scale}
-    if not torch.compiler.is_compiling():  # compiled code drops a normaliser that nobody uses
+    with kernels_in_order(os.environ.get("CAMKIT_SDPA", "")):
         known = call_with_normaliser(q, k, v, mask, options)
-        if known is not None:
-            return known
+        return _attend_in_torch(q, k, v, mask, scale) if known is None else known
+
+
+def _attend_in_torch(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     rounded = None if mask is None else mask.to(q.dtype)  # cuDNN misreads any other dtype
     output = F.scaled_dot_product_attention(q, k, v, rounded, scale=scale)
     return output, row_logsumexp(q.detach(), k.detach(), scale, mask)

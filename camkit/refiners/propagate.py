@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from camkit.capture.attention import sum_of_head_means
 from camkit.capture.record import NO_PATCH_TOKENS, Capture, WatchSpec
 from camkit.errors import CaptureError
+from camkit.ops.attention import take
 from camkit.ops.finite import check_finite
 from camkit.ops.propagation import BoxRule, balance, check_boxes, component_boxes, random_walk
 from camkit.ops.similarity import check_positive, colour_smooth, cosine_smooth
@@ -26,27 +28,15 @@ Spread: TypeAlias = Float[Tensor, "b k n"]
 _KEPT: "WeakKeyDictionary[Capture, dict[tuple[object, ...], Tensor]]" = WeakKeyDictionary()
 
 
-def _block_maps(
-    capture: Capture, blocks: int | None, head_weights: HeadWeights | None
+def _weighted_maps(
+    capture: Capture, blocks: int | None, head_weights: HeadWeights
 ) -> Iterator[Float[Tensor, "b n n"]]:
-    """Yield each block's patch-to-patch attention, averaged over heads."""
+    """Yield each block's patch-to-patch attention, averaged over weighted heads."""
     patches, used = capture.patches, slice(-(blocks or 0), None)
-    if head_weights is None:
-        for block in capture.blocks[used]:
-            yield block.head_mean(patches)
-        return
     weights = read_head_weights(head_weights, capture, capture.blocks).unbind(1)
     for block, weight in zip(capture.blocks[used], weights[used], strict=True):
-        rows = block.rows(patches)[..., patches]
+        rows = take(block.rows(patches), patches, 3)
         yield (rows * weight[:, :, None, None].to(rows)).mean(1)
-
-
-def _sum(maps: Iterator[Float[Tensor, "b n n"]]) -> Float[Tensor, "b n n"]:
-    """Add up new maps, one at a time; in place unless they have a graph."""
-    total = next(maps)
-    for each in maps:
-        total = total + each if each.requires_grad or total.requires_grad else total.add_(each)
-    return total
 
 
 def _patch_attention(
@@ -63,7 +53,10 @@ def _patch_attention(
     key = (blocks, balance_rounds, torch.is_grad_enabled())
     if key in kept:
         return kept[key]
-    total = _sum(_block_maps(capture, blocks, head_weights))
+    if head_weights is None:
+        total = sum_of_head_means(capture.blocks[-(blocks or 0) :], capture.patches)
+    else:
+        total = reduce(torch.add, _weighted_maps(capture, blocks, head_weights))
     total = balance(total, rounds=balance_rounds) if balance_rounds else total
     if not total.requires_grad and not total.is_inference():
         kept[key] = total
@@ -78,16 +71,17 @@ def _attention_step(
     head_weights: HeadWeights | None = None,
 ) -> Callable[[Spread], Spread]:
     """Return a function that averages scores over the patches that each patch attends to."""
-    if balance_rounds:
-        affinity = _patch_attention(capture, blocks, balance_rounds, head_weights)
-    elif scale_rows and head_weights is None:
-        patches, used = capture.patches, capture.blocks[-(blocks or 0) :]
-        return lambda scores: torch.stack([b.propagate(scores, patches) for b in used]).mean(0)
+    used = capture.blocks[-(blocks or 0) :]
+    if not balance_rounds and scale_rows:
+        if head_weights is None:
+            patches = capture.patches
+            return lambda scores: torch.stack([b.propagate(scores, patches) for b in used]).mean(0)
+        maps = _weighted_maps(capture, blocks, head_weights)
+        affinity = reduce(torch.add, (m / m.sum(-1, keepdim=True) for m in maps))
     else:
-        maps = _block_maps(capture, blocks, head_weights)
-        scaled = (m / m.sum(-1, keepdim=True) if scale_rows else m for m in maps)
-        affinity = reduce(torch.add, scaled) / len(capture.blocks[-(blocks or 0) :])
-    return lambda scores: scores @ affinity.to(scores.dtype).mT
+        affinity = _patch_attention(capture, blocks, balance_rounds, head_weights)
+    count = 1 if balance_rounds else len(used)
+    return lambda scores: scores @ affinity.to(scores.dtype).mT / count
 
 
 def _check_attention(blocks: int | None, balance_rounds: int) -> None:

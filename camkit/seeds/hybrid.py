@@ -180,11 +180,14 @@ class HybridAttentionSeed:
     def _interaction(
         self, capture: Capture, call: ClassCall, weight: Tensor | None
     ) -> Float[Tensor, "b c n"]:
-        heads = take(call.attention.rows(call.queries), call.patches, 3).detach()
-        if self.interaction == "sum":
-            if not capture.anatomy.class_tokens:
-                raise CaptureError(_NO_CLASS_TOKENS)
-            heads = heads + call.attention.columns(call.queries)[:, :, call.patches].detach().mT
+        if self.interaction == "rows":
+            heads = take(call.attention.rows(call.queries), call.patches, 3).detach()
+        elif capture.anatomy.class_tokens:
+            rows, columns = call.attention.rows_and_columns(call.queries)
+            heads = take(rows, call.patches, 3).detach()
+            heads = heads + take(columns, call.patches, 2).detach().mT
+        else:
+            raise CaptureError(_NO_CLASS_TOKENS)
         return (
             heads.mean(1)
             if weight is None
