@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import camkit
-import camkit.cli.models
 from camkit.cli import COMMANDS, command_module
 from camkit.data import draw_shapes, write_cam, write_shapes
 

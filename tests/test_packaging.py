@@ -253,7 +253,7 @@ def test_importing_camkit_is_quick_without_warnings_and_brings_in_nothing_heavy(
 def test_every_name_of_camkit_is_the_one_that_type_checkers_see():
     """The names stand twice in the package: imported for type checkers, and listed for use."""
     seen = {}
-    for node in ast.walk(ast.parse(Path(camkit.__file__).read_text())):
+    for node in ast.walk(ast.parse(Path(camkit.__file__).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("camkit"):
             for alias in node.names:
                 package = importlib.import_module(node.module)
