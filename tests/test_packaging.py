@@ -328,6 +328,19 @@ def test_only_the_publishing_job_may_sign_and_write():
     assert set(release["jobs"]["publish"]["needs"]) == {"test", "bill_of_materials"}
 
 
+def test_only_a_job_that_pushes_keeps_the_credentials_of_the_checkout():
+    """Else whatever a later step runs, or an archive of the folder, could read the token."""
+    keeping = {
+        (path.name, name)
+        for path in WORKFLOWS
+        for name, job in yaml.safe_load(path.read_text("utf-8"))["jobs"].items()
+        for step in job["steps"]
+        if step.get("uses", "").startswith("actions/checkout@")
+        and step.get("with", {}).get("persist-credentials") is not False
+    }
+    assert keeping == {("release.yml", "docs")}
+
+
 @pytest.mark.parametrize("path", [form for form in FORMS if form.name != "config.yml"], ids=str)
 def test_an_issue_form_has_what_github_asks_for(path):
     form = yaml.safe_load(path.read_text())
