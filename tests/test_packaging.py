@@ -228,6 +228,15 @@ def test_every_package_that_an_install_brings_is_imported_somewhere(project):
         assert re.search(rf"^\s*(import|from) {name}\b", code, re.MULTILINE), package
 
 
+def test_the_recipe_for_conda_asks_for_the_same_packages(project):
+    """Under the names of conda-forge, with the same lowest versions."""
+    names = {"pytorch": "torch", "py-opencv": "opencv-contrib-python-headless"}
+    recipe = yaml.safe_load((ROOT / ".ci" / "conda" / "recipe.yaml").read_text("utf-8"))
+    asked = [line.partition(" ")[::2] for line in recipe["requirements"]["run"]]
+    needed = [*project["project"]["dependencies"], f"python{project['project']['requires-python']}"]
+    assert {names.get(name, name) + lowest for name, lowest in asked} == set(needed)
+
+
 def test_the_command_line_is_in_the_wheel(wheel, files):
     (entry,) = (name for name in files if name.endswith("entry_points.txt"))
     with zipfile.ZipFile(wheel) as archive:
