@@ -33,7 +33,7 @@ def faults(root: Path, tag: str) -> list[str]:
     found = []
     if waiting and waiting[1].strip():
         found.append(f"docs/changelog.md has lines under Unreleased; move them under {version}")
-    if not re.fullmatch(r"v\d+\.\d+\.\d+((a|b|rc)\d+)?", tag):
+    if not re.fullmatch(r"v\d+\.\d+\.\d+", tag):
         found.append(f"the tag must be vX.Y.Z, got {tag}")
     if code is None or code[1] != version:
         found.append(f"camkit/__init__.py has version {code and code[1]}, the tag {version}")

@@ -397,11 +397,41 @@ def test_a_tag_is_released_only_if_version_changelog_and_citation_agree(tmp_path
         "CITATION.cff has version 1.2.0, the tag 1.3",
         "docs/changelog.md has no heading `## 1.3 - YYYY-MM-DD`",
     ]
+    assert check_release(tmp_path, "v1.2.0rc1")[2][0] == "the tag must be vX.Y.Z, got v1.2.0rc1"
     changelog.write_text("## Unreleased\n\n- More.\n\n## 1.2.0 - 2026-02-01\n")
     assert check_release(tmp_path, "v1.2.0")[2] == [
         "docs/changelog.md has lines under Unreleased; move them under 1.2.0",
         "CITATION.cff has date-released 2026-01-31, the changelog 2026-02-01",
     ]
+
+
+def test_the_newest_documentation_is_also_the_latest(tmp_path):
+    """A patch of an older version changes the folder of that version alone."""
+    origin, here = tmp_path / "origin.git", tmp_path / "camkit"
+    name = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+
+    def git(*arguments, folder=here):
+        command = ["git", *name, *arguments]
+        return subprocess.check_output(command, cwd=folder, encoding="utf-8").strip()
+
+    git("init", "-q", "--bare", str(origin), folder=tmp_path)
+    git("clone", "-q", str(origin), str(here), folder=tmp_path)
+    (here / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "publish_docs", here / ".ci")
+    git("add", ".ci")
+    git("commit", "-q", "-m", "first")
+    (here / "site").mkdir()
+    for tag in ("v0.9.0", "v0.10.0", "v0.9.1"):
+        (here / "site" / "index.html").write_text(tag, "utf-8")
+        subprocess.run([here / ".ci" / "publish_docs", tag], check=True, capture_output=True)
+    pages = {folder: git("show", f"FETCH_HEAD:{folder}/index.html") for folder in git_folders(git)}
+    assert pages == {"0.10": "v0.10.0", "0.9": "v0.9.1", "latest": "v0.10.0"}
+    assert git("show", "FETCH_HEAD:versions.html").count("<li>") == 3
+
+
+def git_folders(git):
+    git("fetch", "-q", "origin", "gh-pages")
+    return git("ls-tree", "-d", "--name-only", "FETCH_HEAD").splitlines()
 
 
 def test_every_heading_of_the_changelog_is_dated_but_the_first():
