@@ -22,15 +22,18 @@ def section(changelog: str, version: str) -> tuple[str, str] | None:
 def faults(root: Path, tag: str) -> list[str]:
     """List what keeps a tag from being released."""
     version = tag.removeprefix("v")
-    code = re.search(r'^__version__ = "(.+)"$', (root / "camkit/__init__.py").read_text(), re.M)
-    cited = dict(re.findall(r"^([\w-]+): (\S+)$", (root / "CITATION.cff").read_text(), re.M))
-    changelog = (root / "docs/changelog.md").read_text()
+    init, citation, changelog = (
+        (root / name).read_text("utf-8")
+        for name in ("camkit/__init__.py", "CITATION.cff", "docs/changelog.md")
+    )
+    code = re.search(r'^__version__ = "(.+)"$', init, re.M)
+    cited = dict(re.findall(r"^([\w-]+): (\S+)$", citation, re.M))
     changed = section(changelog, version)
     waiting = re.search(r"^## Unreleased\n(.*?)(?=^## |\Z)", changelog, re.M | re.DOTALL)
     found = []
     if waiting and waiting[1].strip():
         found.append(f"docs/changelog.md has lines under Unreleased; move them under {version}")
-    if not re.fullmatch(r"v\d+\.\d+\.\d+((a|b|rc)\d+)?", tag):
+    if not re.fullmatch(r"v\d+\.\d+\.\d+", tag):
         found.append(f"the tag must be vX.Y.Z, got {tag}")
     if code is None or code[1] != version:
         found.append(f"camkit/__init__.py has version {code and code[1]}, the tag {version}")
@@ -53,7 +56,8 @@ def main() -> None:
     if wrong:
         sys.exit("\n".join(wrong))
     if options.notes:
-        changed = section((ROOT / "docs/changelog.md").read_text(), options.tag.removeprefix("v"))
+        changelog = (ROOT / "docs/changelog.md").read_text("utf-8")
+        changed = section(changelog, options.tag.removeprefix("v"))
         print(changed[1] if changed else "")
 
 

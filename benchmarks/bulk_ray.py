@@ -85,7 +85,9 @@ def measured(engine: str, photos: Path, out: Path, size: int, images: int) -> di
 def cpu_of(process: int) -> float:
     """Return CPU seconds of a process, including threads that ended."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        )
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / TICKS

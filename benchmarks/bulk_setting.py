@@ -77,7 +77,7 @@ def below(process: int) -> list[int]:
 def resident(process: int) -> int:
     """Return resident memory in MiB; pages shared by processes count in each."""
     try:
-        text = Path(f"/proc/{process}/status").read_text()
+        text = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except OSError:
         return 0
     return next((int(line.split()[1]) // 1024 for line in text.splitlines() if "VmRSS" in line), 0)
@@ -97,7 +97,7 @@ def scheduled(process: int) -> dict[str, tuple[float, float]]:
 
 def undisturbed() -> float:
     """Return the time of a clock that stops while this thread waits for a core."""
-    waited = Path("/proc/thread-self/schedstat").read_text().split()[1]
+    waited = Path("/proc/thread-self/schedstat").read_text(encoding="utf-8").split()[1]
     return time.monotonic() - int(waited) / 1e9
 
 
@@ -130,5 +130,5 @@ def tree(out: Path) -> dict[str, bytes]:
 
 def cpu() -> str:
     """Return the name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))

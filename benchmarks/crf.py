@@ -162,7 +162,7 @@ def growth(name: str, preset: str, scale: float, labels: int) -> float:
     scores, rgb = whole.scores[:count].clone(), whole.rgb[:count].clone()
     way(Case(scores[..., :40, :50], rgb[:, :40, :50], whole.kernels))
     ctypes.CDLL(None).malloc_trim(0)  # what was freed would be taken again without growth
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     before = _peak()
     way(Case(scores, rgb, whole.kernels))
     return max(0.0, _peak() - before)

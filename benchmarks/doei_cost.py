@@ -155,7 +155,7 @@ def growth(kind: str, way: str, side: int) -> float:
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     run = KINDS[kind][way](model)
     run(torch.rand(1, 3, side, side))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     before = _peak()
     run(torch.rand(4, 3, side, side))
     return weights + _peak() - before

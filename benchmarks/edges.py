@@ -269,7 +269,7 @@ def growth(name: str) -> float:
         with torch.no_grad(), camkit.watch(model, rgb=torch.rand(1, 3, rows, cols)) as seen:
             model(torch.randn(1, 3, 288, 384))
         cam = torch.rand(1, 2, 18, 24)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
         before = _peak()
         with torch.no_grad():
             refiner(cam, seen.capture)

@@ -50,7 +50,7 @@ def measure(to: str, folder: Path) -> dict[str, float]:
         options = ExportOptions(photos="none", regions="component")
         # what is imported and allocated once
         export(folder / "few", to, Path(out) / "few", classes=CLASSES, options=options)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
         before, start = _peak(), time.process_time()
         summary = export(folder / "masks", to, Path(out) / "all", classes=CLASSES, options=options)
         seconds = time.process_time() - start

@@ -520,11 +520,13 @@ def attempt(kind: str, path: Path) -> str:
 
 def work(batch: Path) -> None:
     """Read the files of a batch, and print the outcome of each as it comes."""
-    import camkit.bulk
     import camkit.data  # noqa: F401
 
     warnings.simplefilter("ignore")
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = (
+        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+        * resource.getpagesize()
+    )
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     signal.signal(signal.SIGALRM, _too_long)
     for line in batch.read_text("utf-8").splitlines():

@@ -300,7 +300,7 @@ def sanitize(script: str, seconds: float) -> Iterator[dict[str, str]]:
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for kind in ("memcheck", "racecheck", "synccheck"):
         command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, script, "--small"]
-        with tempfile.TemporaryFile("w+") as log:
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
             )

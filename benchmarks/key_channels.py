@@ -66,14 +66,14 @@ def growth(way: str, images: int, side: int, train: str) -> float:
     """MiB that one call adds to the peak of this process."""
     heads, weights = inputs(images, side, torch.float32)
     step(way, [x[:, :, :9] for x in heads], weights[:, :9], train=train)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again
     before = resident("VmRSS")
     step(way, heads, weights, train=train)
     return (resident("VmHWM") - before) / 1024
 
 
 def resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 

@@ -69,7 +69,7 @@ def picture() -> torch.Tensor:
 
 def growth(way: str) -> float:
     run, rgb = WAYS[way](), picture()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     before = _peak()
     run(rgb)
     return _peak() - before

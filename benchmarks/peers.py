@@ -291,7 +291,7 @@ def growth(opened: OpenedModel, images: Sequence[Task], name: str, recipe: str |
     maps = followed(maps, recipe, 0.3)
     with torch.no_grad():
         opened.model(images[0].photo.pixels)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     before = _peak()
     for image in images:
         maps(image.photo, image.classes)

@@ -282,7 +282,7 @@ def growth(name: str, folder: Path) -> float:
     refiner = of_many(folder)[name]
     cam, capture = maps_of_two()
     Regions(lambda _: ellipses(3, PHOTO))(cam, capture)  # what the first call loads
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _peak()
     refiner(cam, capture)
     return _peak() - before

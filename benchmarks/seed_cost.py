@@ -193,7 +193,7 @@ def growth(way: str) -> float:
     """MiB that one call adds to the peak of this process."""
     run = WAYS[way](new())
     run(torch.randn(1, 3, SIDE, SIDE))  # roles are measured, libraries are loaded
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     before = _peak()
     kept = run(torch.randn(BATCH, 3, SIDE, SIDE))
     after = _peak()

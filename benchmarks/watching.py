@@ -119,7 +119,7 @@ def growth(way: str, name: str, side: int, batch: int) -> float:
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     run = WAYS[way](model)
     run(torch.randn(1, 3, side, side))  # roles are measured, libraries are loaded
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     before = _peak()
     kept = run(torch.randn(batch, 3, side, side))
     after = _peak()
@@ -128,7 +128,7 @@ def growth(way: str, name: str, side: int, batch: int) -> float:
 
 
 def _peak() -> float:
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 

@@ -414,8 +414,9 @@ def train(args: argparse.Namespace) -> None:
     if args.weights and not start:
         model.start_embeddings(*batches.some(160), scale=args.embedding_scale)
     handle = attach(model, args)
-    lines = log.read_text().splitlines(keepends=True) if start else []
-    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+    lines = log.read_text("utf-8").splitlines(keepends=True) if start else []
+    kept = "".join(line for line in lines if json.loads(line)["step"] <= start)
+    log.write_text(kept, "utf-8")
     last = min(args.steps, args.stop_at or args.steps)
     own = torch.Generator()  # the loader uses this generator, so that torch's own stays in place
     order = {"batch_size": None, "sampler": range(start, last), "generator": own}
@@ -428,7 +429,7 @@ def train(args: argparse.Namespace) -> None:
         if step % args.eval == 0 or step == args.steps:
             entry |= evaluate(model, tune, held_out, args)
             print("  ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         if step % args.save == 0 or step == last:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}

@@ -140,7 +140,7 @@ def main(arguments: argparse.Namespace) -> float:
     begun = time.perf_counter()
     pseudo, truth = open_voc(arguments.masks), open_dataset(arguments.truth)
     names = arguments.classes.split(",") if arguments.classes else list(truth.classes)
-    omitted = set(arguments.without.read_text().split()) if arguments.without else set()
+    omitted = set(arguments.without.read_text("utf-8").split()) if arguments.without else set()
     backbone = open_backbone(arguments)
     samples = [s for s in pseudo.split("train") if s.mask and s.name not in omitted]
     tokens = torch.stack([tokens_of(backbone, s.photo, arguments) for s in samples])

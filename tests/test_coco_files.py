@@ -27,7 +27,7 @@ def write_photo(path: Path, size: tuple[int, int] = (6, 4)) -> Path:
 
 def write_json(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
 

@@ -47,7 +47,7 @@ def write_colours(path: Path, values: list[list[int]]) -> None:
 
 def write_json(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def write_vectors(path: Path, vectors: dict) -> None:

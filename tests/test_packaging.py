@@ -228,6 +228,15 @@ def test_every_package_that_an_install_brings_is_imported_somewhere(project):
         assert re.search(rf"^\s*(import|from) {name}\b", code, re.MULTILINE), package
 
 
+def test_the_recipe_for_conda_asks_for_the_same_packages(project):
+    """Under the names of conda-forge, with the same lowest versions."""
+    names = {"pytorch": "torch", "py-opencv": "opencv-contrib-python-headless"}
+    recipe = yaml.safe_load((ROOT / ".ci" / "conda" / "recipe.yaml").read_text("utf-8"))
+    asked = [line.partition(" ")[::2] for line in recipe["requirements"]["run"]]
+    needed = [*project["project"]["dependencies"], f"python{project['project']['requires-python']}"]
+    assert {names.get(name, name) + lowest for name, lowest in asked} == set(needed)
+
+
 def test_the_command_line_is_in_the_wheel(wheel, files):
     (entry,) = (name for name in files if name.endswith("entry_points.txt"))
     with zipfile.ZipFile(wheel) as archive:
@@ -253,7 +262,7 @@ def test_importing_camkit_is_quick_without_warnings_and_brings_in_nothing_heavy(
 def test_every_name_of_camkit_is_the_one_that_type_checkers_see():
     """The names stand twice in the package: imported for type checkers, and listed for use."""
     seen = {}
-    for node in ast.walk(ast.parse(Path(camkit.__file__).read_text())):
+    for node in ast.walk(ast.parse(Path(camkit.__file__).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("camkit"):
             for alias in node.names:
                 package = importlib.import_module(node.module)
@@ -328,6 +337,19 @@ def test_only_the_publishing_job_may_sign_and_write():
     assert set(release["jobs"]["publish"]["needs"]) == {"test", "bill_of_materials"}
 
 
+def test_only_a_job_that_pushes_keeps_the_credentials_of_the_checkout():
+    """Else whatever a later step runs, or an archive of the folder, could read the token."""
+    keeping = {
+        (path.name, name)
+        for path in WORKFLOWS
+        for name, job in yaml.safe_load(path.read_text("utf-8"))["jobs"].items()
+        for step in job["steps"]
+        if step.get("uses", "").startswith("actions/checkout@")
+        and step.get("with", {}).get("persist-credentials") is not False
+    }
+    assert keeping == {("release.yml", "docs")}
+
+
 @pytest.mark.parametrize("path", [form for form in FORMS if form.name != "config.yml"], ids=str)
 def test_an_issue_form_has_what_github_asks_for(path):
     form = yaml.safe_load(path.read_text())
@@ -375,11 +397,41 @@ def test_a_tag_is_released_only_if_version_changelog_and_citation_agree(tmp_path
         "CITATION.cff has version 1.2.0, the tag 1.3",
         "docs/changelog.md has no heading `## 1.3 - YYYY-MM-DD`",
     ]
+    assert check_release(tmp_path, "v1.2.0rc1")[2][0] == "the tag must be vX.Y.Z, got v1.2.0rc1"
     changelog.write_text("## Unreleased\n\n- More.\n\n## 1.2.0 - 2026-02-01\n")
     assert check_release(tmp_path, "v1.2.0")[2] == [
         "docs/changelog.md has lines under Unreleased; move them under 1.2.0",
         "CITATION.cff has date-released 2026-01-31, the changelog 2026-02-01",
     ]
+
+
+def test_the_newest_documentation_is_also_the_latest(tmp_path):
+    """A patch of an older version changes the folder of that version alone."""
+    origin, here = tmp_path / "origin.git", tmp_path / "camkit"
+    name = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+
+    def git(*arguments, folder=here):
+        command = ["git", *name, *arguments]
+        return subprocess.check_output(command, cwd=folder, encoding="utf-8").strip()
+
+    git("init", "-q", "--bare", str(origin), folder=tmp_path)
+    git("clone", "-q", str(origin), str(here), folder=tmp_path)
+    (here / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "publish_docs", here / ".ci")
+    git("add", ".ci")
+    git("commit", "-q", "-m", "first")
+    (here / "site").mkdir()
+    for tag in ("v0.9.0", "v0.10.0", "v0.9.1"):
+        (here / "site" / "index.html").write_text(tag, "utf-8")
+        subprocess.run([here / ".ci" / "publish_docs", tag], check=True, capture_output=True)
+    pages = {folder: git("show", f"FETCH_HEAD:{folder}/index.html") for folder in git_folders(git)}
+    assert pages == {"0.10": "v0.10.0", "0.9": "v0.9.1", "latest": "v0.10.0"}
+    assert git("show", "FETCH_HEAD:versions.html").count("<li>") == 3
+
+
+def git_folders(git):
+    git("fetch", "-q", "origin", "gh-pages")
+    return git("ls-tree", "-d", "--name-only", "FETCH_HEAD").splitlines()
 
 
 def test_every_heading_of_the_changelog_is_dated_but_the_first():

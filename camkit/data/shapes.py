@@ -80,9 +80,9 @@ def write_shapes(
     names = list(labels)
     last = max(1, count // 4)
     for split, members in (("train", names[:-last]), ("val", names[-last:])):
-        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in members))
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in members), "utf-8")
     content = {"classes": SHAPE_CLASSES, "labels": labels}
-    (root / "labels.json").write_text(json.dumps(content, indent=1))
+    (root / "labels.json").write_text(json.dumps(content, indent=1), "utf-8")
     return VOCFolder(root, SHAPE_CLASSES, ("train", "val"))
 
 

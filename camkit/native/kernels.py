@@ -197,7 +197,7 @@ def _compile(folder: Path, key: str, targets: Sequence[int], selection: Selectio
         ]
         commands.append(binding_command(f"{build_folder}/binding.o"))
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            log.write_text("\n".join(pool.map(_run, commands)))
+            log.write_text("\n".join(pool.map(_run, commands)), "utf-8")
         objects = [command[-1] for command in commands]
         link = [compiler, "-shared", "-cudart", "static", "-cudadevrt", "none", *objects]
         link += ["-o", str(built), f"-L{Path(compiler).parents[1] / 'lib'}"]  # as in packages
@@ -236,7 +236,7 @@ def _locked(path: Path) -> Iterator[None]:
         raise CamkitError("the CUDA kernels are built on Linux only")
     import fcntl
 
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

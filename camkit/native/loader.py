@@ -229,7 +229,7 @@ def locked(path: Path) -> Iterator[None]:
         raise OSError("camkit compiles nothing on Windows")
     import fcntl
 
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "w") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "wb") as file:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

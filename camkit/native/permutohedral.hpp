@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -30,11 +29,10 @@ class Zeros {
  public:
   explicit Zeros(size_t count = 0) : count_(count) {
     if (!count) return;
-    const size_t page = bytes() < (size_t(1) << 21) ? 64 : size_t(1) << 21;
-    data_ = static_cast<T*>(std::aligned_alloc(page, (bytes() + page - 1) / page * page));
-    if (!data_) throw std::bad_alloc();
+    const size_t room = (bytes() + page() - 1) / page() * page();
+    data_ = static_cast<T*>(::operator new(room, std::align_val_t(page())));
 #ifdef MADV_HUGEPAGE
-    if (page > 64) madvise(data_, (bytes() + page - 1) / page * page, MADV_HUGEPAGE);
+    if (page() > 64) madvise(data_, room, MADV_HUGEPAGE);
 #endif
     clear();
   }
@@ -44,7 +42,7 @@ class Zeros {
     swap(other);
     return *this;
   }
-  ~Zeros() { std::free(data_); }
+  ~Zeros() { ::operator delete(data_, std::align_val_t(page())); }
   void swap(Zeros& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(count_, other.count_);
@@ -57,6 +55,8 @@ class Zeros {
   const T& operator[](size_t index) const { return data_[index]; }
 
  private:
+  size_t page() const { return bytes() < (size_t(1) << 21) ? 64 : size_t(1) << 21; }
+
   T* data_ = nullptr;
   size_t count_ = 0;
 };
