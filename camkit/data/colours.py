@@ -66,6 +66,11 @@ def voc_colours(count: int) -> ColourForm:
     return ColourForm({_packed(voc_colour(n)): id_ for n, id_ in ids.items()}, "VOC's palette")
 
 
+def is_ignored(name: str) -> bool:
+    """Return whether a label of CVAT stands for pixels that are not scored."""
+    return name.strip().casefold() in _IGNORED
+
+
 def read_labelmap(path: Path) -> tuple[tuple[str, ...], ColourForm]:
     """Read CVAT's ``labelmap.txt``, lines of ``name:red,green,blue:parts:actions``.
 
@@ -92,7 +97,7 @@ def read_labelmap(path: Path) -> tuple[tuple[str, ...], ColourForm]:
         colour = _packed(tuple(int(level) for level in levels))
         if colour in ids:
             raise DataError(f"{path}, line {number}: {name} has the colour of a label above it")
-        if is_background(name) or name.strip().casefold() in _IGNORED:
+        if is_background(name) or is_ignored(name):
             ids[colour] = 0 if is_background(name) else -1
         else:
             names.append(name.strip())
