@@ -90,7 +90,7 @@ class _Builder(TreeBuilder):
     def doctype(self, name: str, *_: str | None) -> NoReturn:
         raise ValueError(f"it has the DOCTYPE {name}, which may define entities")
 
-    def start(self, tag: str, attrs: dict[str, str], /) -> Element:  # type: ignore[override]
+    def start(self, tag: str, attrs: dict[str, str], /) -> Element:
         self._depth += 1
         if self._depth > _DEEPEST:
             raise ValueError(f"it nests more than {_DEEPEST} elements")

@@ -87,6 +87,8 @@ def test_a_crowd_alone_gives_no_label(streets):
         (SEGMENTS[:2], r"a\.png holds the ids 66051; allowed are 3 from 0 to 258"),
         ([*SEGMENTS, SEGMENTS[0]], r"a\.png: two segments have the id 1"),
         ([segment(ROAD_ID, 9)], r"a\.png, segment 1: there is no category 9"),
+        ([segment("1", ROAD)], "a segment has the id '1'; expected a whole number"),
+        (["x"], "is no list of COCO panoptic masks"),
         ([{"id": 1}], "is no list of COCO panoptic masks"),
     ],
 )

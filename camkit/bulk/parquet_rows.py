@@ -75,8 +75,13 @@ class ParquetRows:
                 yield Failure(f"{shard}, {failed}", "list", f"{failed} of {error}")
                 continue
             for row in range(rows):
-                name = str(number) if self.key is None else str(table[self.key][row])
+                own = number if self.key is None else table[self.key][row]
                 number += 1
+                if own is None:
+                    problem = f"{path}: {self.key} is null; give the image a name"
+                    yield Failure(f"{shard}, row {number}", "list", problem)
+                    continue
+                name = str(own)
                 try:
                     key = f"{shard}/{safe_key(name)}"
                     classes = (

@@ -134,6 +134,8 @@ def panoptic_form(
     ignored = [0]
     for segment in segments:
         number, category = segment["id"], segment["category_id"]
+        if type(number) is not int:
+            raise DataError(f"{source}: a segment has the id {number!r}; expected a whole number")
         if number in ids:
             raise DataError(f"{source}: two segments have the id {number!r}; give each its own")
         if category not in values:

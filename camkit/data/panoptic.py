@@ -86,12 +86,14 @@ class PanopticFolder:
         sentences = []
         for part in self.parts:
             path = _listing(part)
-            count = Counter(
-                "crowd" if segment.get("iscrowd") else "segment"
-                for entries in _read(path)[1].values()
-                for entry in entries
-                for segment in entry["segments_info"]
-            )
+            annotations = _read(path)[1]
+            with _reading(path):
+                count = Counter(
+                    "crowd" if segment.get("iscrowd") else "segment"
+                    for entries in annotations.values()
+                    for entry in entries
+                    for segment in entry["segments_info"]
+                )
             crowds = (
                 f"; {several(count['crowd'], 'crowd region')} ignored" if count["crowd"] else ""
             )
@@ -106,8 +108,8 @@ class PanopticFolder:
 def panoptic_splits(root: Path) -> tuple[CocoSplit, ...]:
     """Find the splits of a folder with panoptic annotations and without instances, or of a file."""
     if root.is_file():
-        top = root.parents[root.parent.name == "annotations"]
-        return (split_of(root, top, several=False),) if is_panoptic(root) else ()
+        place = root.parents[root.parent.name == "annotations"]
+        return (split_of(root, place, several=False),) if is_panoptic(root) else ()
     top = files_in(root, ".json")
     paths = [*files_in(root / "annotations", ".json"), *(top if len(top) <= _FEW else ())]
     lists = [path for path in paths if is_panoptic(path)]
