@@ -26,7 +26,6 @@ from camkit.data.files import (
     in_short,
     photos_in,
     relative_to,
-    several,
 )
 from camkit.data.labels import VECTOR_FILES, ImageLabels, find_labels
 from camkit.data.names import check_split
@@ -43,6 +42,7 @@ from camkit.data.sample import (
 from camkit.data.voc import VOC_CLASSES
 from camkit.errors import DataError
 from camkit.formats import IMAGE_SUFFIXES
+from camkit.printing import several
 from camkit.tensors import IGNORE
 from camkit.untrusted import read_json
 

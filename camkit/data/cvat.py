@@ -14,12 +14,13 @@ from camkit.data.cvatxml import (
     open_cvat_xml,
     refuse_other_xml,
 )
-from camkit.data.files import files_in, in_short, several
+from camkit.data.files import files_in, in_short
 from camkit.data.names import check_split
 from camkit.data.sample import Sample, all_usable
 from camkit.data.unpacked import unpacked
 from camkit.data.voc import VOCFolder, voc_splits
 from camkit.errors import DataError
+from camkit.printing import several
 
 _LABELMAP = "labelmap.txt"
 _LISTS = "ImageSets/Segmentation/"

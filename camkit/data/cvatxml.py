@@ -13,11 +13,12 @@ from jaxtyping import Bool, Int
 
 from camkit.data.colours import is_ignored
 from camkit.data.drawn import IGNORED_ID, CocoMask, check_picture, coco_pixels, packed, painted
-from camkit.data.files import PhotoFinder, in_short, relative_to, several
+from camkit.data.files import PhotoFinder, in_short, relative_to
 from camkit.data.names import check_split, named
 from camkit.data.reading import is_background
 from camkit.data.sample import VOC_FORM, MaskReader, Sample, all_usable
 from camkit.errors import DataError, closest
+from camkit.printing import several
 from camkit.untrusted import read_xml
 
 XML_NAME = "annotations.xml"

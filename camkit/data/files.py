@@ -256,17 +256,3 @@ def in_short(names: Iterable[str] | Mapping[int, str]) -> str:
     """List the first names of classes."""
     listed = [*(names.values() if isinstance(names, Mapping) else names)]
     return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")
-
-
-def several(number: int, noun: str) -> str:
-    """Return a count and its noun, such as "1 box" or "2 categories".
-
-    >>> several(1, "polygon"), several(2, "category"), several(0, "mask")
-    ('1 polygon', '2 categories', '0 masks')
-    """
-    if number == 1:
-        return f"1 {noun}"
-    plural = (
-        f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun[-1] in "sx" else f"{noun}s"
-    )
-    return f"{number} {plural}"

@@ -16,7 +16,6 @@ from camkit.data.files import (
     photos_in,
     refuse_lossy,
     relative_to,
-    several,
 )
 from camkit.data.names import check_split, read_names
 from camkit.data.reading import Reading, Zero, is_background, numbered_classes, some_class
@@ -24,6 +23,7 @@ from camkit.data.sample import MaskReader, Sample, all_usable, mask_classes
 from camkit.data.text import read_text
 from camkit.errors import DataError
 from camkit.formats import IMAGE_SUFFIXES
+from camkit.printing import several
 
 PAIRS = (
     *(("img_dir", "ann_dir"), ("leftImg8bit", "gtFine"), ("images", "masks")),

@@ -16,10 +16,11 @@ from camkit.data.cocofile import (
     panoptic_form,
     reading_json,
 )
-from camkit.data.files import PhotoFinder, files_in, in_short, relative_to, several
+from camkit.data.files import PhotoFinder, files_in, in_short, relative_to
 from camkit.data.names import check_split
 from camkit.data.sample import Sample, all_usable
 from camkit.errors import DataError
+from camkit.printing import several
 
 _FEW = 12  # JSON files at the top; where there are more, each is about one image
 

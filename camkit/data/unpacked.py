@@ -13,6 +13,7 @@ from pathlib import Path
 
 from camkit.errors import DataError
 from camkit.native.loader import cache_folder, others_write
+from camkit.printing import several
 
 _LOG = logging.getLogger("camkit")
 _NAME = re.compile(r"[0-9a-f]{32}|\.draft-.+")
@@ -55,7 +56,9 @@ def unpacked(files: Sequence[Path], write: Callable[[Path], None], version: str)
             os.utime(place)
         return place
     prune(place.parent)
-    _LOG.warning("%s: unpacking %s to %s, once", files[0].parent, _count(files), place)
+    _LOG.warning(
+        "%s: unpacking %s to %s, once", files[0].parent, several(len(files), "file"), place
+    )
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=place.parent))
     try:
         write(draft)
@@ -69,10 +72,6 @@ def unpacked(files: Sequence[Path], write: Callable[[Path], None], version: str)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return place
-
-
-def _count(files: Sequence[Path]) -> str:
-    return "1 file" if len(files) == 1 else f"{len(files)} files"
 
 
 def prune(folder: Path, *, most: int = _MOST_BYTES) -> None:
