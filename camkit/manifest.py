@@ -3,9 +3,11 @@
 import hashlib
 import os
 import platform
+import re
+import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -144,6 +146,19 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+_DRAFT = re.compile(r"\..*\.[0-9a-f]{32}\.part", re.DOTALL)
+_ABANDONED = 3600  # seconds; a draft of a living process is written in far less
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the drafts of `unfinished` that a killed process left more than an hour ago."""
+    oldest = time.time() - _ABANDONED
+    for path in folder.glob(".*.part"):
+        with suppress(OSError):
+            if _DRAFT.fullmatch(path.name) and path.lstat().st_mtime < oldest:
+                path.unlink()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The repr of objects that hold tensors: shapes in place of values, one short line."""
+"""What users read: the repr of objects that hold tensors in one short line, and counts."""
 
 import reprlib
 from dataclasses import fields
@@ -43,3 +43,17 @@ def short_repr(thing: Any) -> str:
         if field.repr and getattr(thing, field.name, field.default) is not field.default
     ]
     return f"{type(thing).__qualname__}({', '.join(shown)})"
+
+
+def several(number: int, noun: str) -> str:
+    """Return a count and its noun, such as "1 box" or "2 categories".
+
+    >>> several(1, "polygon"), several(2, "category"), several(0, "mask")
+    ('1 polygon', '2 categories', '0 masks')
+    """
+    if number == 1:
+        return f"1 {noun}"
+    plural = (
+        f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun[-1] in "sx" else f"{noun}s"
+    )
+    return f"{number} {plural}"

@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+from xml.etree.ElementTree import Element, ParseError, TreeBuilder, XMLParser, fromstring
 
 from camkit.errors import DataError, nearby
 
 MAX_JSON_BYTES = 4 << 30
 """No larger JSON file is read; the labels of the largest public data sets have 3 GB."""
+
+MAX_XML_BYTES = 1 << 29
+"""No larger XML file is read; its elements take about ten times as much memory."""
 
 _DEEPEST = 64  # containers inside each other; label files need 6
 _LONG_NUMBER = re.compile(r"(?<![\d.])\d{19}")
@@ -59,6 +63,42 @@ def read_json(
         except ValueError as error:
             raise DataError(f"{source} is not JSON ({error}); correct it or remove it") from error
     return document
+
+
+def read_xml(path: Path) -> Element:
+    """Read an XML file that another program wrote.
+
+    Raises:
+        DataError: the file cannot be read, is no XML, has a DOCTYPE (which may define entities and
+            name other files), or nests more than 64 elements.
+    """
+    content = read_bytes(path, most=MAX_XML_BYTES)
+    with bounded(path):
+        try:
+            return fromstring(content, XMLParser(target=_Builder()))
+        except (ParseError, ValueError, LookupError) as error:
+            raise DataError(f"{path} is not XML ({error}); correct it or remove it") from error
+
+
+class _Builder(TreeBuilder):
+    """Builds elements, and refuses what an attack needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._depth = 0
+
+    def doctype(self, name: str, *_: str | None) -> NoReturn:
+        raise ValueError(f"it has the DOCTYPE {name}, which may define entities")
+
+    def start(self, tag: str, attrs: dict[str, str], /) -> Element:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise ValueError(f"it nests more than {_DEEPEST} elements")
+        return super().start(tag, attrs)
+
+    def end(self, tag: str, /) -> Element:
+        self._depth -= 1
+        return super().end(tag)
 
 
 def read_bytes(path: Path, *, most: int) -> bytes:

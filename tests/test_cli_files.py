@@ -237,6 +237,9 @@ def test_a_second_run_writes_only_the_missing_files(cams, photos, tmp_path, caps
     out = tmp_path / "out"
     refine(cams, photos, out, "--refine", "blur")
     (out / f"{NAMES[2]}.npy").unlink()
+    draft = out / f".{NAMES[2]}.npy.{'0' * 32}.part"  # of a call that was killed
+    draft.touch()
+    os.utime(draft, (0, 0))
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     capsys.readouterr()
     assert refine(cams, photos, out, "--refine", "blur:width=1.0") == 0  # the same settings
@@ -244,6 +247,7 @@ def test_a_second_run_writes_only_the_missing_files(cams, photos, tmp_path, caps
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {f"{NAMES[2]}.npy"}
+    assert not draft.exists()
 
 
 def test_results_of_other_settings_are_not_mixed(cams, photos, tmp_path, capsys):

@@ -312,8 +312,12 @@ def test_panoptic_masks_are_read_segment_by_segment(coco):
     mask = coco / "annotations" / "panoptic_val2017" / "000000000009.png"
     write_colours(mask, [[70_000, 300], [7, 0]])
     assert truth(open_coco(coco), "val2017") == [[80, 1], [0, 255]]
+    segments[1]["iscrowd"] = 1
+    write_json(coco / "annotations" / "panoptic_val2017.json", listing)
+    assert truth(open_coco(coco), "val2017") == [[80, 255], [0, 255]]
+    assert truth(open_coco(coco, crowds="objects"), "val2017") == [[80, 1], [0, 255]]
     write_colours(mask, [[70_000, 301], [7, 0]])
-    with pytest.raises(DataError, match="holds the ids 301; allowed are 3 from 7 to 70000"):
+    with pytest.raises(DataError, match="holds the ids 301; allowed are 4 from 0 to 70000"):
         truth(open_coco(coco), "val2017")
 
 

@@ -1,6 +1,7 @@
 """The hash of a model's weights: of any kind of tensor, and no reason to lose a result."""
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch import nn
 
 import camkit
 from camkit import wrap
-from camkit.manifest import UNKNOWN, provenance, weights_hash
+from camkit.manifest import UNKNOWN, provenance, remove_unfinished, unfinished, weights_hash
 
 PLAIN = HandMade()
 
@@ -209,3 +210,15 @@ def test_a_working_tree_that_is_not_installed_has_an_environment(tmp_path):
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert done.stdout.strip() == camkit.__version__
+
+
+def test_drafts_of_killed_processes_are_removed_after_an_hour(tmp_path):
+    with unfinished(tmp_path / "a.png") as young:
+        young.touch()
+        old = young.with_name(f".b.png.{'0' * 32}.part")
+        others = [tmp_path / ".mine.part", tmp_path / f"c.png.{'0' * 32}.part"]
+        for path in (old, *others):
+            path.touch()
+            os.utime(path, (0, 0))
+        remove_unfinished(tmp_path)
+        assert set(tmp_path.iterdir()) == {young, *others}

@@ -392,3 +392,44 @@ def test_a_file_of_several_pictures_is_no_mask(tmp_path):
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(DataError, match=r"a\.tif holds several pictures; expected one mask"):
         mask_values(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("zero", [None, "void", "class"])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64])
+def test_minus_1_in_an_array_is_not_scored(zero, dtype, tmp_path):
+    write_photo(tmp_path / "images" / "a.png")
+    write_mask(tmp_path / "masks" / "a.npy", [[-1, 1, 2], [2, -1, 1]], dtype)
+    data = open_dataset(tmp_path, zero=zero, classes=["a", "b", "c"])
+    more = zero == "class"
+    assert ids(data) == [[-1, 1 + more, 2 + more], [2 + more, -1, 1 + more]]
+
+
+def test_camvid_is_read_by_the_colours_of_its_classes(tmp_path):
+    rows = "name, r, g, b\nSky,128,128,128\nCar,64,0,128\nVoid,0,0,0\n"
+    (tmp_path / "class_dict.csv").write_text(rows)
+    colours = [[(128, 128, 128), (64, 0, 128), (0, 0, 0)], [(64, 0, 128)] * 3]
+    write_photo(tmp_path / "train" / "0001TP_006690.png")
+    write_mask(tmp_path / "train_labels" / "0001TP_006690_L.png", colours)
+    data = open_dataset(tmp_path)
+    assert (data.classes, data.splits) == (("Sky", "Car"), ("train",))
+    assert data.split("train")[0].classes == (0, 1)
+    assert ids(data) == [[1, 2, -1], [2, 2, 2]]
+    assert "class_dict.csv: 2 classes by colour (Sky, Car)" in data.describe()
+    with pytest.raises(ValueError, match=r"class_dict\.csv says what `void` would"):
+        open_dataset(tmp_path, void=[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Sky,128,128,128\n", "expected the header name,r,g,b"),
+        ("name,r,g,b\nSky,128,128\n", "line 2: expected a name and levels of 0 to 255"),
+        ("name,r,g,b\nSky,1,2,3\nCar,1,2,3\n", "line 3: Car has the colour of a label above it"),
+        ("name,r,g,b\nVoid,0,0,0\n", "names no class"),
+    ],
+)
+def test_a_class_dict_that_names_no_colours_is_refused(text, words, tmp_path):
+    pair(tmp_path, "images/a.png", "masks/a.png")
+    (tmp_path / "class_dict.csv").write_text(text)
+    with pytest.raises(DataError, match=words):
+        open_dataset(tmp_path)

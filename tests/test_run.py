@@ -397,7 +397,7 @@ def test_a_batch_beyond_the_memory_of_the_device_ends_the_run(photos, tmp_path):
         raise torch.OutOfMemoryError
 
     recipe = replace(small_recipe(), model=open_large)
-    with pytest.raises(CamkitError, match=r"2 images of .* do not fit the memory .* \(--batch\)"):
+    with pytest.raises(CamkitError, match=r"2 images of .* does not fit the memory .* \(--batch\)"):
         start(recipe, photos, tmp_path)
 
 

@@ -190,7 +190,9 @@ def test_a_shard_that_leads_out_of_the_folder_writes_nothing_outside(tmp_path, c
             tar.add(tmp_path / "in" / "p000.png", name)
     out = tmp_path / "deep" / "out"
     assert main(command(tmp_path / "s.tar", out, "--workers", "0")) == 1
-    assert "1 images done, 1 failed" in capsys.readouterr().out
+    written = capsys.readouterr()
+    assert "1 image done, 1 failed" in written.out
+    assert "1 image failed in total" in written.err
     assert [path.name for path in photos_of(tmp_path / "deep")] == ["good.png"]
     assert not list(tmp_path.rglob("evil*"))
     assert "points outside the results folder" in (out / "errors.tsv").read_text()

@@ -295,6 +295,18 @@ def test_a_shard_that_shrank_since_it_was_listed_is_reported(tmp_path):
 # Parquet
 
 
+def test_a_row_of_parquet_without_a_name_is_refused_alone(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "p.parquet"
+    table = pa.table({"image": [picture()] * 3, "name": ["a", None, "c"]})
+    parquet.write_table(table, path)
+    items, refused = listed(ParquetRows((path,), key="name"))
+    assert list(items) == ["p/a", "p/c"]
+    assert "name is null; give the image a name" in refused["p, row 2"]
+
+
 def test_rows_of_parquet_are_read_group_by_group(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet

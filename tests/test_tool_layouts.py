@@ -179,7 +179,7 @@ def test_an_archive_of_cvat_is_read_as_it_is_downloaded(cvat, cache, tmp_path_fa
     assert (data.classes, data.splits) == (("cat", "dog"), ("task",))
     assert np.array_equal(ids(data), KNOWN)
     assert data.split("task")[0].photo.is_relative_to(cache)
-    assert "unpacking 1 files" in caplog.text
+    assert "unpacking 1 file to" in caplog.text
     caplog.clear()
     assert open_dataset(path.parent) == data
     assert not caplog.text  # once is enough
@@ -589,7 +589,7 @@ def test_parquet_of_images_and_masks_is_a_data_set(arrow, tmp_path, cache, caplo
     assert (first.photo.suffix, second.photo.suffix) == (".jpg", ".png")
     assert first.photo.is_relative_to(cache)
     assert np.array_equal(ids(data), KNOWN)
-    assert "unpacking 1 files" in caplog.text
+    assert "unpacking 1 file to" in caplog.text
     caplog.clear()
     assert open_dataset(tmp_path, classes=["cat", "dog"]).classes == ("cat", "dog")
     assert not caplog.text

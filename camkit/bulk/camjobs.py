@@ -18,6 +18,7 @@ from camkit.bulk.workers import run_jobs
 from camkit.capture.record import Capture
 from camkit.data.camfiles import write_cam
 from camkit.errors import DataError
+from camkit.manifest import remove_unfinished
 from camkit.mask import to_mask
 from camkit.paint import save_mask
 from camkit.photo import read_picture
@@ -196,6 +197,7 @@ def write_all(
                 (out / f"{name}{job.suffix}").unlink(missing_ok=True)
             kept = set()
         journal.forget_failures()
+        remove_unfinished(out)
         # workers need neither the names nor the labels of all images
         lean = replace(folder, labels=None, names=None)
         work = partial(_write_file, job=job, folder=lean, out=out)

@@ -12,6 +12,7 @@ from typing import Any
 from camkit.bulk.items import Failure, Item, printable, safe_key
 from camkit.bulk.tars import class_indices, common_folder
 from camkit.errors import CamkitError, DataError, one_line
+from camkit.printing import several
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ParquetRows:
         stated = file.metadata.num_rows
         rows = sum(file.metadata.row_group(n).num_rows for n in range(file.num_row_groups))
         if rows != stated:
-            raise DataError(f"{path} states {stated} rows and has {rows}; copy it again")
+            raise DataError(f"{path} states {several(stated, 'row')} and has {rows}; copy it again")
 
     def _rows(self, path: Path, shard: str, origin: str, file: Any) -> Iterator[Item | Failure]:
         columns = [column for column in (self.key, self.labels) if column is not None]
@@ -75,8 +76,13 @@ class ParquetRows:
                 yield Failure(f"{shard}, {failed}", "list", f"{failed} of {error}")
                 continue
             for row in range(rows):
-                name = str(number) if self.key is None else str(table[self.key][row])
+                own = number if self.key is None else table[self.key][row]
                 number += 1
+                if own is None:
+                    problem = f"{path}: {self.key} is null; give the image a name"
+                    yield Failure(f"{shard}, row {number}", "list", problem)
+                    continue
+                name = str(own)
                 try:
                     key = f"{shard}/{safe_key(name)}"
                     classes = (

@@ -44,7 +44,7 @@ from camkit.ops.images import resize_cam
 from camkit.paint import save_mask
 from camkit.photo import read_levels
 from camkit.pipeline import Pipeline
-from camkit.printing import short_repr
+from camkit.printing import several, short_repr
 from camkit.readout import Readout
 from camkit.result import mask_bits
 from camkit.seeds import PredictedClasses
@@ -282,8 +282,8 @@ def _alone_if_failed(
     except torch.OutOfMemoryError as error:
         rows, cols = batch[0].levels.shape[:2]
         raise CamkitError(
-            f"{len(batch)} images of {rows}x{cols} do not fit the memory of the model's device; "
-            "use smaller batches (--batch)"
+            f"a batch of {several(len(batch), 'image')} of {rows}x{cols} does not fit the memory "
+            "of the model's device; use smaller batches (--batch)"
         ) from error
     except (CamkitError, ValueError) as error:
         if len(batch) == 1:

@@ -21,6 +21,7 @@ from camkit.cli.options import (
 from camkit.errors import CamkitError, DataError, nearby, one_line
 from camkit.method import REFINERS
 from camkit.pipeline import Pipeline
+from camkit.printing import several
 from camkit.screen import progress
 from camkit.vocabulary import read_classes
 
@@ -97,7 +98,7 @@ def execute(options: argparse.Namespace) -> int:
         else:
             tqdm.write(f"{folder}: {', '.join(result.names)}")
     if failed:
-        print(f"camkit: {failed} of {len(pairs)} photos failed", file=sys.stderr)
+        print(f"camkit: {failed} of {several(len(pairs), 'photo')} failed", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from camkit.cli.datasets import LAYOUTS_HELP, add_dataset_arguments, reading_of
 from camkit.data import Described, check_dataset
-from camkit.data.files import several
 from camkit.data.layouts import open_with
+from camkit.printing import several
 
 EXAMPLES = f"""examples:
   camkit data check VOC2012

@@ -30,6 +30,7 @@ from camkit.data.labels import read_labels
 from camkit.errors import CamkitError, DataError, nearby
 from camkit.manifest import unfinished
 from camkit.mask import power_threshold
+from camkit.printing import several
 from camkit.score import (
     Definition,
     class_scores,
@@ -103,7 +104,7 @@ def execute(options: argparse.Namespace) -> int:
     classes, accuracy = class_scores(result.confusion, names), pixel_accuracy(result.confusion)
     listed = f" of {options.list}" if options.list else ""
     others = [f"{n} {percent(mean)}" for n, mean in means.items() if n != options.definition]
-    print(f"{options.masks}: {result.images} images{listed}, truth in {options.gt}")
+    print(f"{options.masks}: {several(result.images, 'image')}{listed}, truth in {options.gt}")
     _print_score(options, result)
     print(f"\n{class_table(classes)}\n")
     print(
@@ -141,7 +142,9 @@ def execute(options: argparse.Namespace) -> int:
             draft.write_text(text + "\n", encoding="utf-8")
     show_failures(failures)
     if failures:
-        message = f"camkit: {len(failures)} images could not be counted and are in no figure"
+        message = (
+            f"camkit: {several(len(failures), 'image')} could not be counted and are in no figure"
+        )
         print(message, file=sys.stderr)
     return 1 if failures else 0
 
@@ -180,8 +183,8 @@ def _class_names(options: argparse.Namespace) -> Sequence[str]:
         names.insert(0, "background")
     if count is not None and len(names) != count:
         raise ValueError(
-            f"{options.classes} names {len(names)} classes with background, but --num-classes is "
-            f"{count}; omit --num-classes"
+            f"{options.classes} names {several(len(names), 'class')} with background, but "
+            f"--num-classes is {count}; omit --num-classes"
         )
     return names
 

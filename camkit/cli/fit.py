@@ -27,6 +27,7 @@ from camkit.cli.sources import (
     vocabulary_for,
 )
 from camkit.method import split_refine
+from camkit.printing import several
 from camkit.readout import Readout
 from camkit.vocabulary import read_classes
 
@@ -120,5 +121,5 @@ def _fit(options: argparse.Namespace) -> tuple[Readout, int]:
     for failure in summary.failures:
         print(f"camkit: {failure.key}: {failure.reason}", file=sys.stderr)
     failed = len(summary.failures)
-    print(f"{options.out}: {summary.offered} images offered, {failed} failed")
+    print(f"{options.out}: {several(summary.offered, 'image')} offered, {failed} failed")
     return summary.readout, failed

@@ -35,7 +35,7 @@ from camkit.errors import CamkitError, DataError
 from camkit.inputs import photo_settings
 from camkit.names import read_vocabulary, vocabulary_of
 from camkit.photo import PhotoSettings, photo_from_array
-from camkit.printing import short_repr
+from camkit.printing import several, short_repr
 from camkit.seeds.views import ModelCall, ModelRunner, stated_size
 from camkit.segmenters import PretrainedSegmenter
 from camkit.untrusted import read_json
@@ -520,7 +520,10 @@ def _named(model: nn.Module | None, outputs: int | None, path: Path) -> Vocabula
     except (TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}") from error
     if outputs is not None and vocabulary.members is None and len(vocabulary) != outputs:
-        raise DataError(f"{path} has {len(vocabulary)} names, but the model has {outputs} outputs")
+        raise DataError(
+            f"{path} has {several(len(vocabulary), 'name')}, but the model has "
+            f"{several(outputs, 'output')}"
+        )
     return vocabulary if vocabulary.members is not None else _one_each(vocabulary.names)
 
 

@@ -38,6 +38,7 @@ from camkit.cli.sources import (
 from camkit.errors import one_line
 from camkit.formats import is_image
 from camkit.method import REFINERS, split_refine
+from camkit.printing import several
 from camkit.seeds import FITTED_SCORE, PredictedClasses
 from camkit.vocabulary import read_classes
 
@@ -147,7 +148,7 @@ def _report(summary: RunSummary, out: Path) -> None:
     """Print what became of the images."""
     before = f", {summary.settled} were settled before" if summary.settled else ""
     print(
-        f"{out}: {summary.written} images done, {summary.failed} failed{before}; "
+        f"{out}: {several(summary.written, 'image')} done, {summary.failed} failed{before}; "
         f"{summary.offered} offered"
     )
     for number, what in (
@@ -155,11 +156,11 @@ def _report(summary: RunSummary, out: Path) -> None:
         (summary.damaged, "were done before, but their files were missing or damaged"),
     ):
         if number:
-            print(f"camkit: {number} images {what}", file=sys.stderr)
+            print(f"camkit: {several(number, 'image')} {what}", file=sys.stderr)
     if summary.errors:
         print(
-            f"camkit: {summary.errors} images failed in total, see {out / 'errors.tsv'}; "
-            "--retry tries them again",
+            f"camkit: {several(summary.errors, 'image')} failed in total, see "
+            f"{out / 'errors.tsv'}; --retry tries them again",
             file=sys.stderr,
         )
     if summary.unfitted:
@@ -170,7 +171,7 @@ def _report(summary: RunSummary, out: Path) -> None:
         )
     if summary.unread:
         print(
-            f"camkit: the read-out lacks {summary.unread} images that failed, see "
+            f"camkit: the read-out lacks {several(summary.unread, 'image')} that failed, see "
             f"{out / 'errors.tsv'}",
             file=sys.stderr,
         )
@@ -184,7 +185,8 @@ def _name_others(source: Source, place: Path) -> None:
         kinds = source.skipped_files
         listed = ", ".join(f"{number} {suffix}" for suffix, number in kinds.most_common(8))
         print(
-            f"camkit: {kinds.total()} files in the shards belong to no image ({one_line(listed)})",
+            f"camkit: {several(kinds.total(), 'file')} in the shards without an image "
+            f"({one_line(listed)})",
             file=sys.stderr,
         )
     if isinstance(source, TarShards | ParquetRows) and place.is_dir():

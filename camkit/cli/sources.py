@@ -15,6 +15,7 @@ from camkit.data.labels import read_labels
 from camkit.errors import CamkitError, closest, nearby
 from camkit.fitting import GUESSES
 from camkit.formats import IMAGE_SUFFIXES
+from camkit.printing import several
 from camkit.seeds import PredictedClasses
 from camkit.vocabulary import Vocabulary
 
@@ -74,7 +75,7 @@ def name_skipped(photos: PhotoFolder) -> None:
     skipped = photos.skipped()
     if skipped:
         listed = ", ".join(f"{number} {reason}" for reason, number in skipped.most_common(8))
-        more = f", {len(skipped) - 8} more suffixes" if len(skipped) > 8 else ""
+        more = f", {several(len(skipped) - 8, 'more suffix')}" if len(skipped) > 8 else ""
         files = "file is" if skipped.total() == 1 else "files are"
         plugin = any("plug-in" in reason for reason in skipped)
         way = "; pip install 'camkit[formats]' reads HEIC and JPEG XL" if plugin else ""
@@ -84,7 +85,7 @@ def name_skipped(photos: PhotoFolder) -> None:
 def name_notes(notes: Mapping[str, int]) -> None:
     """Say how many photos were read in a way that their owner may not expect, by reason."""
     for note, number in sorted(notes.items()):
-        photos = "1 photo" if number == 1 else f"{number} photos"
+        photos = several(number, "photo")
         print(f"camkit: {photos}: {note}; `notes` in the manifest names them", file=sys.stderr)
 
 

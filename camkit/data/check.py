@@ -8,12 +8,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from camkit.data.files import several
 from camkit.data.sample import VOC_FORM, DataSet, Sample, mask_classes
 from camkit.errors import DataError
 from camkit.levels import orientation
 from camkit.mask import voc_palette
 from camkit.photo import opened, read_picture
+from camkit.printing import several
 from camkit.screen import progress
 
 Problem: TypeAlias = Literal[

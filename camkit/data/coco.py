@@ -12,6 +12,8 @@ from camkit.data.cocofile import (
     CocoImage,
     Crowds,
     is_coco,
+    is_panoptic,
+    panoptic_form,
     read_categories,
     read_coco,
     reading_json,
@@ -24,7 +26,6 @@ from camkit.data.files import (
     in_short,
     photos_in,
     relative_to,
-    several,
 )
 from camkit.data.labels import VECTOR_FILES, ImageLabels, find_labels
 from camkit.data.names import check_split
@@ -41,6 +42,7 @@ from camkit.data.sample import (
 from camkit.data.voc import VOC_CLASSES
 from camkit.errors import DataError
 from camkit.formats import IMAGE_SUFFIXES
+from camkit.printing import several
 from camkit.tensors import IGNORE
 from camkit.untrusted import read_json
 
@@ -81,7 +83,17 @@ _PHOTO_FOLDERS = ("", "images", "JPEGImages")
 _MASK_FOLDERS = ("SegmentationClass", "masks", "annotations", "stuffthingmaps")
 _OTHER_LISTS = ("panoptic_", "captions_", "person_keypoints_", "stuff_", "image_info_")
 _ROBOFLOW = "_annotations.coco.json"
-_WHOLE = ("result", "labels", "annotations", "instances", "_annotations.coco", "coco", "default")
+_KIND = re.compile("^(instances|panoptic)_")
+_WHOLE = (
+    "panoptic",
+    "result",
+    "labels",
+    "annotations",
+    "instances",
+    "_annotations.coco",
+    "coco",
+    "default",
+)
 _FEW = 12  # JSON files at the top; where there are more, each is about one image
 
 
@@ -187,7 +199,7 @@ class CocoFolder:
         file = read_coco(part.annotations, crowds=self.crowds)
         index = self._index()
         labels = {image: _classes_of(image, index) for image in file.images}
-        names = _sample_names(file.images)
+        names = sample_names(file.images)
         known = {names[image.number]: labels[image] for image in file.images}
         masks = self._masks(name, known)
         finder = PhotoFinder(part.folders)
@@ -270,7 +282,7 @@ class CocoFolder:
         listing = self.root / "annotations" / f"panoptic_{name}.json"
         if not listing.is_file() or not self._official:  # of others, objects alone are drawn
             return {}
-        forms = _panoptic_forms(listing, {n: index + 1 for n, index in self._index().items()})
+        forms = _panoptic_forms(listing, self._index(), self.crowds)
         masks = _files(listing.with_suffix(""), "png")
         return {stem: (path, forms.get(stem, VOC_FORM)) for stem, path in masks.items()}
 
@@ -385,7 +397,9 @@ def open_coco(
         parts = tuple(replace(part, folders=(first, *part.folders)) for part in parts)
     if root.is_file():
         root = root.parents[root.parent.name == "annotations"]
-    categories = _merged([part.annotations for part in parts if part.annotations is not None])
+    categories = merged_categories(
+        [part.annotations for part in parts if part.annotations is not None]
+    )
     if voc and categories != _OFFICIAL:
         raise ValueError(
             f"`voc` takes the classes of VOC from COCO's 80, but {root} has its own categories "
@@ -399,14 +413,14 @@ def coco_splits(root: Path) -> tuple[CocoSplit, ...]:
     """Find the splits of a folder, or of a file of annotations; none if it has another layout."""
     if root.is_file():
         if root.parent.name == "annotations":
-            return (_split_of(root, root.parent.parent),)
-        return (_split_of(root, root.parent, several=False),)
+            return (split_of(root, root.parent.parent),)
+        return (split_of(root, root.parent, several=False),)
     lists = [
         path
         for path in sorted((root / "annotations").glob("*.json"))
-        if not path.name.startswith(_OTHER_LISTS) and is_coco(path)
+        if not path.name.startswith(_OTHER_LISTS) and is_coco(path) and not is_panoptic(path)
     ]
-    parts = {part.name: part for part in (_split_of(path, root) for path in reversed(lists))}
+    parts = {part.name: part for part in (split_of(path, root) for path in reversed(lists))}
     for folder in _PHOTO_FOLDERS:
         for path in folders_in(root / folder):
             named = _SPLIT.fullmatch(path.name) and path.name not in parts
@@ -421,21 +435,22 @@ def coco_splits(root: Path) -> tuple[CocoSplit, ...]:
 
 def _at_the_top(root: Path) -> tuple[CocoSplit, ...]:
     lists = files_in(root, ".json")
-    lists = [path for path in lists if is_coco(path)] if len(lists) <= _FEW else []
-    return tuple(_split_of(path, root, several=len(lists) > 1) for path in lists)
+    fits = (path for path in lists if is_coco(path) and not is_panoptic(path))
+    lists = list(fits) if len(lists) <= _FEW else []
+    return tuple(split_of(path, root, several=len(lists) > 1) for path in lists)
 
 
-def _split_of(path: Path, root: Path, *, several: bool = True) -> CocoSplit:
+def split_of(path: Path, root: Path, *, several: bool = True) -> CocoSplit:
     """Return the split of a file of annotations; the only one of a data set is called all."""
-    name = path.stem.removeprefix("instances_")
+    name = _KIND.sub("", path.stem)
     inner = [folder / name for folder in (root / "images", root, root / "JPEGImages")]
     folders = (*inner, root / "images", root / "JPEGImages", root / "data", path.parent, root)
-    if not several and path.stem.removeprefix("instances_") in _WHOLE:
+    if not several and name in _WHOLE:
         name = "all"
     return CocoSplit(name, path, tuple(folder for folder in folders if folder.is_dir()))
 
 
-def _merged(lists: Sequence[Path]) -> tuple[tuple[int, str], ...]:
+def merged_categories(lists: Sequence[Path]) -> tuple[tuple[int, str], ...]:
     """Join the categories of all splits; COCO's own where there are no annotations."""
     whole: dict[int, str] = {}
     for path in lists:
@@ -448,7 +463,7 @@ def _merged(lists: Sequence[Path]) -> tuple[tuple[int, str], ...]:
     return tuple(sorted(whole.items())) if lists else _OFFICIAL
 
 
-def _sample_names(images: Sequence[CocoImage]) -> dict[Any, str]:
+def sample_names(images: Sequence[CocoImage]) -> dict[Any, str]:
     """Name each image by its file, with folders where several files have one name."""
     paths = {i.number: PurePosixPath(i.file_name.replace("\\", "/")) for i in images}
     counts = Counter(path.stem for path in paths.values())
@@ -490,12 +505,15 @@ def _files(folder: Path, ending: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob(f"*.{ending}"))}
 
 
-def _panoptic_forms(path: Path, category: Mapping[int, int]) -> dict[str, MaskForm]:
+def _panoptic_forms(
+    path: Path, index: Mapping[int, int], crowds: Crowds | None
+) -> dict[str, MaskForm]:
     forms = {}
     expected = "annotations with file_name and segments_info"
     with reading_json(path, "panoptic masks", expected):
         for image in read_json(path)["annotations"]:
-            ids = {s["id"]: category.get(s["category_id"], 0) for s in image["segments_info"]}
-            form = MaskForm(colours=True, ids=ids, ignored=(0,))
-            forms[Path(image["file_name"]).stem] = form
+            segments = image["segments_info"]
+            values = {s["category_id"]: index.get(s["category_id"], -1) + 1 for s in segments}
+            name = image["file_name"]
+            forms[Path(name).stem] = panoptic_form(segments, values, f"{path}, {name}", crowds)
     return forms

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 from camkit.data.drawn import CocoMask, check_picture, packed
 from camkit.data.files import picture_size
 from camkit.data.names import composed, named
+from camkit.data.sample import MaskForm
 from camkit.errors import DataError
 from camkit.printing import short_repr
 from camkit.untrusted import read_json
@@ -103,6 +104,51 @@ def is_coco(path: Path) -> bool:
         return False
 
 
+def is_panoptic(path: Path) -> bool:
+    """Return whether a JSON file lists the segments of panoptic masks."""
+    return is_coco(path) and _mentions(path, b'"segments_info"')
+
+
+def _mentions(path: Path, key: bytes) -> bool:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return text.find(key) >= 0
+
+
+def panoptic_form(
+    segments: Any, values: Mapping[int, int], source: str, crowds: Crowds | None = None
+) -> MaskForm:
+    """Return the form of a panoptic mask, a PNG of ids, red + 256 * green + 65536 * blue.
+
+    The id 0 and crowds are not scored.
+
+    Args:
+        segments: ``segments_info`` of the image.
+        values: class index + 1 of each category, 0 for those that are background.
+        source: names the image in errors.
+        crowds: "objects" scores crowds like others.
+
+    Raises:
+        DataError: two segments have one id, or a segment is of an unknown category.
+    """
+    ids = {0: 0}
+    ignored = [0]
+    for segment in segments:
+        number, category = segment["id"], segment["category_id"]
+        if type(number) is not int:
+            raise DataError(f"{source}: a segment has the id {number!r}; expected a whole number")
+        if number in ids:
+            raise DataError(f"{source}: two segments have the id {number!r}; give each its own")
+        if category not in values:
+            raise DataError(
+                f"{source}, segment {number}: there is no category {category!r}; add it to the "
+                "categories"
+            )
+        ids[number] = values[category]
+        if segment.get("iscrowd") and crowds != "objects":
+            ignored.append(number)
+    return MaskForm(colours=True, ids=ids, ignored=tuple(ignored))
+
+
 def read_categories(path: Path) -> dict[int, str]:
     """Read the categories of a file, without the rest of it where they stand in one place only.
 
@@ -121,10 +167,10 @@ def read_categories(path: Path) -> dict[int, str]:
                     listed, _ = json.JSONDecoder().raw_decode(
                         rest.decode("utf-8", "ignore").lstrip()
                     )
-                    return _categories(path, listed)
+                    return categories_of(path, listed)
                 except json.JSONDecodeError:
                     pass  # read the whole file, which says where it is damaged
-        return _categories(path, _content(path).get("categories"))
+        return categories_of(path, json_object(path).get("categories"))
 
 
 _MOST = 2**20  # bytes of the categories
@@ -143,14 +189,14 @@ def read_coco(path: Path, *, crowds: Crowds | None = None) -> CocoFile:
         DataError: it is no such file. Faults of single images are kept with them.
     """
     with _reading(path):
-        content = _content(path)
-        categories = _categories(path, content.get("categories"))
+        content = json_object(path)
+        categories = categories_of(path, content.get("categories"))
         info = content.get("info")
         info = info if isinstance(info, dict) else {}
         ours = info.get("description") == _OURS
         if crowds is None and info and not any(info.values()):
             crowds = "objects"  # Datumaro, which writes CVAT's files too, leaves all of it blank
-        images = _images(path, content["images"])
+        images = images_of(path, content["images"])
         stray = []
         for annotation in content["annotations"]:
             number = annotation.get("id", "without id")
@@ -170,7 +216,7 @@ def read_coco(path: Path, *, crowds: Crowds | None = None) -> CocoFile:
     return CocoFile(path, categories, tuple(images.values()), tuple(stray))
 
 
-def _images(path: Path, listed: Any) -> dict[Any, CocoImage]:
+def images_of(path: Path, listed: Any) -> dict[Any, CocoImage]:
     """Return the images by id; an id or a file that comes twice is a DataError."""
     images: dict[Any, CocoImage] = {}
     held: dict[str, Any] = {}
@@ -209,7 +255,7 @@ def _add(
         image.boxes += 1
 
 
-def _categories(path: Path, listed: Any) -> dict[int, str]:
+def categories_of(path: Path, listed: Any) -> dict[int, str]:
     """Return names by id; two categories of one name are told apart by their ids."""
     if not isinstance(listed, list) or not listed:
         raise DataError(
@@ -236,7 +282,8 @@ def _listed(categories: Mapping[int, str]) -> str:
     return ", ".join(shown) + (", ..." if len(categories) > 6 else "")
 
 
-def _content(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; others are a TypeError."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise TypeError(f"it holds a {type(content).__name__}")

@@ -1,7 +1,7 @@
 """Masks in which a class is a colour: labelmap.txt of CVAT, and the palette of PASCAL VOC."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,11 @@ def voc_colours(count: int) -> ColourForm:
     return ColourForm({_packed(voc_colour(n)): id_ for n, id_ in ids.items()}, "VOC's palette")
 
 
+def is_ignored(name: str) -> bool:
+    """Return whether a label of CVAT stands for pixels that are not scored."""
+    return name.strip().casefold() in _IGNORED
+
+
 def read_labelmap(path: Path) -> tuple[tuple[str, ...], ColourForm]:
     """Read CVAT's ``labelmap.txt``, lines of ``name:red,green,blue:parts:actions``.
 
@@ -77,8 +82,7 @@ def read_labelmap(path: Path) -> tuple[tuple[str, ...], ColourForm]:
     Raises:
         DataError: a line has another form, or two labels share a colour.
     """
-    names: list[str] = []
-    ids: dict[int, int] = {}
+    rows = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -89,16 +93,55 @@ def read_labelmap(path: Path) -> tuple[tuple[str, ...], ColourForm]:
                 f"{path}, line {number}: expected name:red,green,blue:: with levels of 0 to 255, "
                 f"got {line.strip()!r}"
             )
-        colour = _packed(tuple(int(level) for level in levels))
+        rows.append((number, name, _packed(tuple(int(level) for level in levels))))
+    return _coloured(path, rows, "cat:128,0,0::")
+
+
+def read_class_dict(path: Path) -> tuple[tuple[str, ...], ColourForm]:
+    """Read ``class_dict.csv`` as CamVid and others have it: rows of name, r, g, b under a header.
+
+    A class called void or ignored is not scored, one called background is background.
+
+    Returns:
+        The names of the classes in the order of the file, and the form of masks.
+
+    Raises:
+        DataError: a row has another form, or two classes share a colour.
+    """
+    lines = [
+        (number, [cell.strip() for cell in line.split(",")])
+        for number, line in enumerate(read_text(path).splitlines(), start=1)
+        if line.strip()
+    ]
+    if not lines or [cell.casefold() for cell in lines[0][1]] != ["name", "r", "g", "b"]:
+        raise DataError(f"{path}: expected the header name,r,g,b; correct it or remove the file")
+    rows = []
+    for number, cells in lines[1:]:
+        if len(cells) != 4 or not cells[0] or not all(map(_is_level, cells[1:])):
+            raise DataError(
+                f"{path}, line {number}: expected a name and levels of 0 to 255, got "
+                f"{','.join(cells)!r}"
+            )
+        rows.append((number, cells[0], _packed(tuple(map(int, cells[1:])))))
+    return _coloured(path, rows, "cat,128,0,0")
+
+
+def _coloured(
+    path: Path, rows: Iterable[tuple[int, str, int]], example: str
+) -> tuple[tuple[str, ...], ColourForm]:
+    """Return classes and form of labels, given by their line, name and colour."""
+    names: list[str] = []
+    ids: dict[int, int] = {}
+    for number, name, colour in rows:
         if colour in ids:
             raise DataError(f"{path}, line {number}: {name} has the colour of a label above it")
-        if is_background(name) or name.strip().casefold() in _IGNORED:
+        if is_background(name) or is_ignored(name):
             ids[colour] = 0 if is_background(name) else -1
         else:
             names.append(name.strip())
             ids[colour] = len(names)
     if not names:
-        raise DataError(f"{path} names no class; expected lines such as cat:128,0,0::")
+        raise DataError(f"{path} names no class; expected lines such as {example}")
     return tuple(names), ColourForm(ids, path.name)
 
 

@@ -1,4 +1,4 @@
-"""CVAT's "Segmentation mask 1.1": colours that labelmap.txt names, in a folder or in archives."""
+"""CVAT's exports, in a folder or in archives: masks in colours, or an XML file of shapes."""
 
 import zipfile
 from collections.abc import Iterator
@@ -7,12 +7,20 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from camkit.data.colours import read_labelmap
-from camkit.data.files import files_in, in_short, several
+from camkit.data.cvatxml import (
+    XML_NAME,
+    CvatXml,
+    is_cvat_xml,
+    open_cvat_xml,
+    refuse_other_xml,
+)
+from camkit.data.files import files_in, in_short
 from camkit.data.names import check_split
 from camkit.data.sample import Sample, all_usable
 from camkit.data.unpacked import unpacked
 from camkit.data.voc import VOCFolder, voc_splits
 from camkit.errors import DataError
+from camkit.printing import several
 
 _LABELMAP = "labelmap.txt"
 _LISTS = "ImageSets/Segmentation/"
@@ -58,24 +66,29 @@ class CvatArchives:
 
 
 def is_cvat(root: Path) -> bool:
-    """Return whether a folder or an archive holds masks of CVAT."""
+    """Return whether a folder or a file holds masks or an XML file of CVAT."""
     if root.is_file():
-        return _archived(root)
+        return _archived(root, _LABELMAP, XML_NAME) or is_cvat_xml(root)
+    if is_cvat_xml(root / XML_NAME):
+        return True
     folder = (root / _LABELMAP).is_file() and (root / "SegmentationClass").is_dir()
     return folder or bool(_archives(root))
 
 
-def open_cvat(root: str | Path) -> VOCFolder | CvatArchives:
-    """Open masks of CVAT.
+def open_cvat(root: str | Path) -> VOCFolder | CvatArchives | CvatXml:
+    """Open what CVAT exports: "Segmentation mask 1.1" or "CVAT for images 1.1".
 
     Args:
         root: a folder with ``labelmap.txt`` and ``SegmentationClass``, an archive that holds these,
-            or a folder of such archives. Archives are unpacked into the cache, once.
+            or a folder of such archives; or ``annotations.xml``, its folder or its archive.
+            Archives are unpacked into the cache, once.
 
     Raises:
         DataError: there are no such files, or archives that disagree.
     """
     root = Path(root).absolute()
+    if (shapes := _xml(root)) is not None:
+        return shapes
     if root.is_dir() and (root / _LABELMAP).is_file():
         return _folder(root, (root / "JPEGImages", root / "images", root))
     archives = (root,) if root.is_file() else _archives(root)
@@ -84,7 +97,7 @@ def open_cvat(root: str | Path) -> VOCFolder | CvatArchives:
     top = root.parent if root.is_file() else root
     parts = []
     for path in archives:
-        place = unpacked([path], partial(_extract, path), "cvat 1")
+        place = unpacked([path], partial(_extract, path), "cvat 2")
         beside = (top / "images" / path.stem, top / "images", top)
         photos = tuple(p for p in (place / "JPEGImages", *beside) if p.is_dir())
         parts.append((path.stem, _folder(place, photos)))
@@ -98,6 +111,25 @@ def open_cvat(root: str | Path) -> VOCFolder | CvatArchives:
     return CvatArchives(top, classes, tuple(parts))
 
 
+def _xml(root: Path) -> CvatXml | None:
+    """Open an XML file, its folder or its archive; None for anything else."""
+    path = root / XML_NAME if root.is_dir() else root
+    top = path.parent
+    if path.suffix.lower() == ".zip" and not _archived(path) and _archived(path, XML_NAME):
+        path = unpacked([path], partial(_extract, path), "cvat 2") / XML_NAME
+    elif path.suffix.lower() != ".xml" or (root.is_dir() and not is_cvat_xml(path)):
+        return None
+    near = (path.parent / "images", top / "images", path.parent, top)
+    return open_cvat_xml(path, tuple(dict.fromkeys(near)))
+
+
+def refuse_xml_of_others(root: Path) -> None:
+    """Raise DataError if a folder holds XML files of PASCAL VOC or of LabelMe's old tool."""
+    for folder in (root, root / "Annotations"):
+        for path in files_in(folder, ".xml")[:1]:
+            refuse_other_xml(path)
+
+
 def _folder(root: Path, photos: tuple[Path, ...]) -> VOCFolder:
     classes, form = read_labelmap(root / _LABELMAP)
     folders = tuple(folder for folder in photos if folder.is_dir())
@@ -109,19 +141,20 @@ def _archives(root: Path) -> tuple[Path, ...]:
     return tuple(path for path in paths if _archived(path)) if len(paths) <= _FEW else ()
 
 
-def _archived(path: Path) -> bool:
+def _archived(path: Path, *names: str) -> bool:
+    """Return whether an archive holds a file of one of these names; that of masks by default."""
     if path.suffix.lower() != ".zip":
         return False
     try:
         with zipfile.ZipFile(path) as archive:
-            return _LABELMAP in archive.namelist()
+            return not {*(names or (_LABELMAP,))}.isdisjoint(archive.namelist())
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
         return False
 
 
 def _extract(path: Path, out: Path) -> None:
     """Unpack the files of the layout, and no others."""
-    folders = ("SegmentationClass", "JPEGImages")
+    folders = ("SegmentationClass", "JPEGImages", "images")
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > _MOST_BYTES:
@@ -130,7 +163,8 @@ def _extract(path: Path, out: Path) -> None:
                 name = PurePosixPath(member.filename)
                 safe = not name.is_absolute() and ".." not in name.parts
                 wanted = name.parts[:1] and name.parts[0] in folders
-                if member.filename == _LABELMAP or member.filename.startswith(_LISTS) or wanted:
+                listed = member.filename in (_LABELMAP, XML_NAME)
+                if listed or member.filename.startswith(_LISTS) or wanted:
                     if not safe:
                         raise DataError(f"{path} holds {name}, which leaves its folder")
                     archive.extract(member, out)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 from camkit import __version__
-from camkit.data.files import several
 from camkit.data.layouts import DATASET_FILES, find_layout, open_dataset
 from camkit.data.names import NameIndex, read_image_names
 from camkit.data.sample import DataSet
@@ -40,6 +39,7 @@ from camkit.data.targets.sources import (
 )
 from camkit.data.targets.trees import write_cvat, write_mmseg, write_voc
 from camkit.errors import DataError, closest, nearby
+from camkit.printing import several
 from camkit.untrusted import read_json
 
 RECORD = "export.json"

@@ -20,7 +20,7 @@ _PHOTO_ENDS = ("_leftimg8bit", "_image", "_img", "_rgb", "_sat", "-image", "-img
 _MASK_ENDS = (
     *("_gtfine_labeltrainids", "_gtfine_labelids", "_gtcoarse_labeltrainids"),
     *("_labeltrainids", "_labelids", "_mask", "_masks", "_seg", "_segmentation", "_gt", "_label"),
-    *("_labels", "_annotation", "-mask", "-masks", "-seg", "-gt", "-label", ".mask", "_lab"),
+    *("_L", "_labels", "_annotation", "-mask", "-masks", "-seg", "-gt", "-label", ".mask", "_lab"),
 )
 
 
@@ -104,7 +104,7 @@ class _MaskIndex:
             name = composed(path.relative_to(folder).with_suffix("").as_posix())
             plain.setdefault(name, path)
             for rank, end in enumerate(_MASK_ENDS):
-                if name.lower().endswith(end) and len(name) > len(end):
+                if _has_end(name, end):
                     short = name[: -len(end)]
                     best = ranked.get(short)
                     if best is None or rank < best[0]:
@@ -128,8 +128,14 @@ def mask_name(name: str) -> str:
     >>> mask_name("street_gtFine_labelIds"), mask_name("street")
     ('street', 'street')
     """
-    ends = (end for end in _MASK_ENDS if name.lower().endswith(end) and len(name) > len(end))
+    ends = (end for end in _MASK_ENDS if _has_end(name, end))
     return name[: -len(end)] if (end := next(ends, "")) else name
+
+
+def _has_end(name: str, end: str) -> bool:
+    """Return whether a name has an ending of masks; ``_L`` of CamVid is a capital."""
+    folded = name.lower() if end.islower() else name
+    return folded.endswith(end) and len(name) > len(end)
 
 
 def _photo_key(name: str) -> str:
@@ -250,17 +256,3 @@ def in_short(names: Iterable[str] | Mapping[int, str]) -> str:
     """List the first names of classes."""
     listed = [*(names.values() if isinstance(names, Mapping) else names)]
     return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")
-
-
-def several(number: int, noun: str) -> str:
-    """Return a count and its noun, such as "1 box" or "2 categories".
-
-    >>> several(1, "polygon"), several(2, "category"), several(0, "mask")
-    ('1 polygon', '2 categories', '0 masks')
-    """
-    if number == 1:
-        return f"1 {noun}"
-    plural = (
-        f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun[-1] in "sx" else f"{noun}s"
-    )
-    return f"{number} {plural}"

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from camkit.data.files import several
 from camkit.data.labels import ImageLabels, label_file, read_labels, shortened
 from camkit.data.names import (
     NameIndex,
@@ -17,6 +16,7 @@ from camkit.data.names import (
 from camkit.data.sample import Sample
 from camkit.errors import DataError, closest
 from camkit.formats import IMAGE_SUFFIXES, is_image
+from camkit.printing import several
 
 _ALL = "all"
 

@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from camkit.data.files import in_short, several
+from camkit.data.files import in_short
 from camkit.data.names import check_split
 from camkit.data.reading import Reading, Zero, is_background, numbered_classes, some_class
 from camkit.data.sample import MaskForm, Sample, all_usable, mask_classes
 from camkit.data.unpacked import unpacked
 from camkit.errors import CamkitError, DataError
 from camkit.formats import IMAGE_SUFFIXES
+from camkit.printing import several
 from camkit.untrusted import read_json
 
 _PHOTOS = ("image", "img", "photo", "picture", "pixel_values")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from camkit.data.files import several
 from camkit.data.names import check_split, read_names
 from camkit.data.sample import MaskForm, Sample, all_usable
 from camkit.errors import DataError
+from camkit.printing import several
 from camkit.vocabulary import Vocabulary
 
 VOC_IN_IMAGENET: dict[str, tuple[int, ...]] = {

@@ -13,21 +13,14 @@ from jaxtyping import Bool, Int
 from PIL import Image, ImageDraw
 
 from camkit.data.drawn import IGNORED_ID, check_inside, check_picture, check_ring, painted
-from camkit.data.files import (
-    PhotoFinder,
-    files_in,
-    folders_in,
-    in_short,
-    photos_in,
-    relative_to,
-    several,
-)
+from camkit.data.files import PhotoFinder, files_in, folders_in, in_short, photos_in, relative_to
 from camkit.data.names import check_split, composed, named, read_names
 from camkit.data.reading import Reading
 from camkit.data.sample import Sample, all_usable
 from camkit.errors import DataError, closest
 from camkit.formats import IMAGE_SUFFIXES
 from camkit.photo import opened_bytes
+from camkit.printing import several
 from camkit.untrusted import read_json
 
 _ALL = "all"

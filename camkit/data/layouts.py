@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from camkit.data.coco import coco_splits, open_coco
-from camkit.data.cvat import is_cvat, open_cvat
+from camkit.data.cocofile import is_panoptic
+from camkit.data.cvat import is_cvat, open_cvat, refuse_xml_of_others
 from camkit.data.folders import open_folder, plain_label_file
 from camkit.data.huggingface import is_huggingface, open_huggingface
 from camkit.data.imagenet import open_imagenet_s
 from camkit.data.labelme import labelme_splits, open_labelme
 from camkit.data.mmseg import mask_folders, open_mmseg, refuse_lossy_masks
+from camkit.data.panoptic import open_panoptic, panoptic_splits
 from camkit.data.reading import Reading, Zero
 from camkit.data.sample import VOC_FORM, DataSet, Described, MaskForm, Sample
 from camkit.data.voc import open_voc
@@ -54,7 +56,7 @@ def _is_imagenet_s(root: Path) -> bool:
 
 LAYOUTS: dict[str, Layout] = {
     "cvat": Layout(
-        "labelmap.txt and SegmentationClass/, or archives of these",
+        "labelmap.txt and SegmentationClass/, or annotations.xml, or archives of these",
         is_cvat,
         lambda root, _: open_cvat(root),
         files=True,
@@ -72,6 +74,12 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "yolo": Layout(
         "data.yaml, images/ and labels/", is_yolo, lambda root, _: open_yolo(root), files=True
+    ),
+    "panoptic": Layout(
+        "annotations/panoptic_*.json with PNG files of segments, without instances",
+        lambda root: bool(panoptic_splits(root)),
+        lambda root, _: open_panoptic(root),
+        files=True,
     ),
     "coco": Layout(
         "annotations/*.json, result.json, labels.json or folders such as train2017/",
@@ -107,7 +115,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 """The layouts that `open_dataset` knows, in the order in which they are tried."""
 
-_SUFFIXES = {".json": "coco", ".zip": "cvat", ".yaml": "yolo", ".yml": "yolo"}
+_SUFFIXES = {".json": "coco", ".zip": "cvat", ".xml": "cvat", ".yaml": "yolo", ".yml": "yolo"}
 DATASET_FILES = tuple(_SUFFIXES)
 """Suffixes of files that are a data set by themselves."""
 
@@ -127,8 +135,8 @@ def open_dataset(
     their masks are meant; a setting that the layout has no use for is an error.
 
     Args:
-        path: the folder of the data set; or a file of annotations in COCO's form, an archive of
-            CVAT, or the ``data.yaml`` of YOLO.
+        path: the folder of the data set; or a file of annotations in COCO's form, an archive or
+            an XML file of CVAT, or the ``data.yaml`` of YOLO.
         classes: names of the classes, background not counted, in the order of their ids.
         void: values of masks that are not scored, in place of 255.
         zero: whether 0 in a mask is background, not scored, or the first class.
@@ -159,9 +167,10 @@ def open_with(path: str | Path, reading: Reading) -> DataSet:
     if not root.is_dir() and not single:
         hint = nearby(root) or "; name the folder that holds the data set"
         raise DataError(f"{root} is not a folder{hint}")
-    name = reading.layout or (_SUFFIXES[root.suffix.lower()] if single else find_layout(root))
+    name = reading.layout or (_of_file(root) if single else find_layout(root))
     if name is None:
         refuse_lossy_masks(root)
+        refuse_xml_of_others(root)
         raise DataError(_unknown(root))
     if name not in LAYOUTS:
         raise ValueError(
@@ -182,6 +191,12 @@ def open_with(path: str | Path, reading: Reading) -> DataSet:
 def find_layout(root: Path) -> str | None:
     """Return the name of the layout of a folder, or None if it has none that is known."""
     return next((name for name, layout in LAYOUTS.items() if layout.fits(root)), None)
+
+
+def _of_file(path: Path) -> str:
+    """Return the name of the layout of a single file."""
+    name = _SUFFIXES[path.suffix.lower()]
+    return "panoptic" if name == "coco" and is_panoptic(path) else name
 
 
 def _unknown(root: Path) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from camkit.data.colours import read_class_dict
 from camkit.data.files import (
     MASK_SUFFIXES,
     folders_in,
@@ -15,7 +16,6 @@ from camkit.data.files import (
     photos_in,
     refuse_lossy,
     relative_to,
-    several,
 )
 from camkit.data.names import check_split, read_names
 from camkit.data.reading import Reading, Zero, is_background, numbered_classes, some_class
@@ -23,6 +23,7 @@ from camkit.data.sample import MaskReader, Sample, all_usable, mask_classes
 from camkit.data.text import read_text
 from camkit.errors import DataError
 from camkit.formats import IMAGE_SUFFIXES
+from camkit.printing import several
 
 PAIRS = (
     *(("img_dir", "ann_dir"), ("leftImg8bit", "gtFine"), ("images", "masks")),
@@ -33,6 +34,7 @@ PAIRS = (
 """Names of the folders of photos and masks."""
 
 _ALL = "all"
+_COLOURS = "class_dict.csv"
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
@@ -147,6 +149,15 @@ def mask_folders(root: Path) -> tuple[tuple[str, Path, Path], ...]:
                 parts = ((_ALL, top, folder),)
             if any(found_in(part)[1] for part in parts):
                 return parts
+    beside = [
+        (path.name, path, labels)
+        for path in folders_in(root)
+        if (labels := root / f"{path.name}_labels").is_dir()  # CamVid
+        and holds(labels, MASK_SUFFIXES)
+        and holds(path, IMAGE_SUFFIXES)
+    ]
+    if beside:
+        return tuple(beside)
     found = [(path.name, *pair) for path in folders_in(root) if (pair := _pair_in(path))]
     return tuple(found)
 
@@ -187,8 +198,9 @@ def open_mmseg(root: str | Path, *, reading: Reading | None = None) -> MaskFolde
     """Find classes and splits of photos and masks in folders side by side.
 
     Class names come from ``reading``, ``dataset.py`` (of MMSegmentation or of camkit's export; it
-    is parsed, not run), ``objectInfo150.txt`` (ADE20K) or ``classes.txt``; else every mask is read
-    once, and classes are called "class 1" and so on. The same files say what 0 means.
+    is parsed, not run), ``class_dict.csv`` (CamVid: masks are its colours), ``objectInfo150.txt``
+    (ADE20K) or ``classes.txt``; else every mask is read once, and classes are called "class 1" and
+    so on. The same files say what 0 means.
 
     Raises:
         DataError: there are no such folders, or a file in them cannot be used.
@@ -198,6 +210,8 @@ def open_mmseg(root: str | Path, *, reading: Reading | None = None) -> MaskFolde
     if not parts:
         refuse_lossy_masks(root)
         raise DataError(f"{root} holds no folders of photos and masks such as img_dir and ann_dir")
+    if (root / _COLOURS).is_file():
+        return _coloured(root, parts, reading)
     found = _found_names(root) or _Names(None, None, "")
     zero, zero_note = _zero(root, parts, reading, found)
     names = reading.classes or _without_background(found.names, zero)
@@ -210,6 +224,19 @@ def open_mmseg(root: str | Path, *, reading: Reading | None = None) -> MaskFolde
     form = reading.form(len(names), zero)
     notes = (f"{several(len(names), 'class')} ({in_short(names)}): {note}", zero_note)
     return MaskFolders(root, names, parts, form, notes)
+
+
+def _coloured(
+    root: Path, parts: tuple[tuple[str, Path, Path], ...], reading: Reading
+) -> MaskFolders:
+    """Open masks whose colours are listed in a file."""
+    if given := reading.given():
+        raise ValueError(
+            f"{root / _COLOURS} says what `{given[0]}` would; leave it out, or remove the file"
+        )
+    names, form = read_class_dict(root / _COLOURS)
+    note = f"{_COLOURS}: {several(len(names), 'class')} by colour ({in_short(names)})"
+    return MaskFolders(root, names, parts, form, (note,))
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ class MaskForm:
         ids: the id (0 for background, else class index + 1) of each value; None where values are
             ids already.
         ignored: values of pixels that are not scored. Values of more than 8 bits that are ids
-            already have other defaults: 65535 and -1, and 255 unless it is a class.
+            already have other defaults: 65535, and 255 unless it is a class. In files of signed
+            numbers, -1 is not scored either, unless ``ids`` says otherwise.
     """
 
     colours: bool = False
@@ -70,7 +71,8 @@ class MaskForm:
         ignored = self.ignored
         if values.itemsize > 1 and self.ids is None and ignored == (IGNORE,):
             ignored = (IGNORE_16,) if num_classes >= IGNORE else (IGNORE, IGNORE_16)
-            ignored = (*ignored, -1) if values.dtype.kind == "i" else ignored
+        if values.dtype.kind == "i" and -1 not in known:
+            ignored = (*dict.fromkeys((*ignored, -1)),)
         id_of = known | dict.fromkeys(ignored, -1)
         held = unique_values(values)
         unknown = [value for value in held.tolist() if value not in id_of]

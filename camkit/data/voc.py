@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 from camkit.data.colours import ColourForm, voc_colours
-from camkit.data.files import in_short, masks_of, photos_in, several
+from camkit.data.files import in_short, masks_of, photos_in
 from camkit.data.labels import ImageLabels, find_labels
 from camkit.data.names import check_split, composed, on_disk, read_image_names
 from camkit.data.reading import Reading, some_class
 from camkit.data.sample import MaskForm, MaskReader, Sample, all_usable, mask_classes
 from camkit.errors import DataError
 from camkit.photo import decode
+from camkit.printing import several
 
 _NAMES = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
 motorbike person pottedplant sheep sofa train tvmonitor"""

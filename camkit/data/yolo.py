@@ -10,19 +10,13 @@ import numpy as np
 from jaxtyping import Int
 
 from camkit.data.drawn import by_area, check_inside, check_picture, check_ring, filled, painted
-from camkit.data.files import (
-    holds,
-    in_short,
-    photos_in,
-    picture_size,
-    relative_to,
-    several,
-)
+from camkit.data.files import holds, in_short, photos_in, picture_size, relative_to
 from camkit.data.names import check_split, named
 from camkit.data.sample import VOC_FORM, Sample, all_usable
 from camkit.data.text import read_text
 from camkit.errors import DataError
 from camkit.formats import IMAGE_SUFFIXES
+from camkit.printing import several
 
 _FILES = ("data.yaml", "data.yml", "dataset.yaml")
 _SPLITS = ("train", "val", "test", "valid")
