@@ -373,5 +373,5 @@ def test_the_same_photo_under_another_name_is_an_overlap(model, tmp_path):
     dataset = open_dataset(tmp_path / "drawn")
     first, second = dataset.split("train")[0], dataset.split("val")[0]
     second.photo.write_bytes(first.photo.read_bytes())
-    with pytest.raises(ValueError, match=f"share 1 images .{first.name}.*the same content"):
+    with pytest.raises(ValueError, match=f"share 1 image .{first.name}.*the same content"):
         measured(model, dataset, SEED)

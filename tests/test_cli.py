@@ -328,7 +328,7 @@ def test_bench_ends_with_1_when_images_were_left_out_or_it_cannot_write(tmp_path
     (tmp_path / "animals" / "JPEGImages" / "shapes_0001.jpg").write_bytes(b"no image")
     (tmp_path / "taken").write_text("mine")
     assert bench(folder, "--limit", "2") == 1
-    assert "1 images could not be used:" in capsys.readouterr().out
+    assert "1 image could not be used:" in capsys.readouterr().out
     assert bench(folder, "--limit", "2", "--out", "taken/results.json") == 1
     printed = capsys.readouterr()
     assert "mIoU in % over background, cat, dog, horse" in printed.out

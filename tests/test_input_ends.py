@@ -15,6 +15,7 @@ from small_runs import small_recipe
 
 from camkit.bulk import ParquetRows, TarShards, open_source, run
 from camkit.bulk.items import Failure, Item
+from camkit.printing import several
 
 NAMES = [f"p{number}" for number in range(6)]
 
@@ -100,7 +101,7 @@ def test_a_flipped_bit_in_a_header_is_a_failure_with_the_images_before_it(tmp_pa
     assert keys == ALL[: number - 1]  # what belongs to the last one may be lost
     assert (failure.key, failure.stage) == ("s", "list")
     assert f"a damaged header at byte {headers_of_whole(tmp_path)[number]}" in failure.reason
-    assert f"{number - 1} images were found before that" in failure.reason
+    assert f"{several(number - 1, 'image')} found before that" in failure.reason
 
 
 def headers_of_whole(folder):
@@ -128,7 +129,7 @@ def test_a_shard_cut_at_a_header_is_a_failure(tmp_path, cut):
     keys, (failure,) = listed(path)
     assert keys == ALL[: 3 if cut >= 512 else 2]
     assert "s.tar is not a whole tar file" in failure.reason
-    assert f"{len(keys)} images were found before that" in failure.reason
+    assert f"{several(len(keys), 'image')} found before that" in failure.reason
 
 
 def test_a_shard_cut_between_the_blocks_of_its_end_is_a_failure(tmp_path):
@@ -147,7 +148,7 @@ def test_a_middle_filled_with_zeros_is_a_failure(tmp_path, length):
     changed(path, headers(path)[2], bytes(length))
     keys, (failure,) = listed(path)
     assert keys == ALL[: 1 if length == 512 else 2]
-    assert f"{len(keys)} images were found before that" in failure.reason
+    assert f"{several(len(keys), 'image')} found before that" in failure.reason
 
 
 def test_garbage_behind_the_end_is_a_failure(tmp_path):

@@ -15,6 +15,7 @@ from camkit.bench.examples import FALSE, HIT, MISSED, WRONG, Example
 from camkit.bench.markup import data_uri, points, select, text
 from camkit.bench.results import Report
 from camkit.paint import Picture, mask_colour, overlay_cam, overlay_mask
+from camkit.printing import several
 from camkit.tensors import IGNORE
 
 Layer: TypeAlias = UInt8[np.ndarray, "h w 4"]
@@ -84,7 +85,7 @@ def show_examples(report: Report, examples: Iterable[Example]) -> str:
         f"<label>Show {select('order', _ORDERS)}</label> "
         f"<label>with {select('class', classes)}</label> "
         '<label><input type="checkbox" id="large"> large</label> '
-        f'<span role="status" id="count">{len(articles)} images</span></form>'
+        f'<span role="status" id="count">{several(len(articles), "image")}</span></form>'
         f'<div id="examples">{"".join(articles)}</div>'
     )
 

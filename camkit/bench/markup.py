@@ -11,6 +11,7 @@ from typing import get_args
 
 from camkit.bench.oracles import BAND, SIZES
 from camkit.bench.results import Report, Row
+from camkit.printing import several
 from camkit.score import Definition, Gain
 
 
@@ -180,8 +181,8 @@ def _analysis_tables(report: Report) -> list[Table]:
 
 def to_markdown(report: Report) -> str:
     """Return the report as Markdown tables with an explanation."""
-    split = f"{report.split} ({report.images} images)"
-    tuned = f"{report.tune_split} ({report.tune_images} images)"
+    split = f"{report.split} ({several(report.images, 'image')})"
+    tuned = f"{report.tune_split} ({several(report.tune_images, 'image')})"
     lines = [
         f"mIoU in % over {', '.join(report.classes)}",
         f"on {split} of {report.dataset}. Definition: mean over the classes present in the ground",
@@ -205,7 +206,7 @@ def to_markdown(report: Report) -> str:
         lines += [f"| {' | '.join(map(head_name, table.heads))} |", "|---" * len(table.heads) + "|"]
         lines += [f"| {' | '.join(cell.shown for cell in row)} |" for row in table.rows]
     if report.skipped:
-        lines += ["", f"{len(report.skipped)} images could not be used:"]
+        lines += ["", f"{several(len(report.skipped), 'image')} could not be used:"]
         lines += [f"- {reason}" for reason in report.skipped]
     return "\n".join(lines) + "\n"
 

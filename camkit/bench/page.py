@@ -31,6 +31,7 @@ from camkit.bench.markup import (
     text,
 )
 from camkit.bench.results import Report
+from camkit.printing import several
 from camkit.score import FEW_IMAGES, class_scores, few_images
 
 
@@ -71,7 +72,8 @@ def _about(report: Report, parts: Sequence[tuple[str, str, str]]) -> str:
     links = "".join(f'<li><a href="#{key}">{text(title)}</a></li>' for key, title, _ in parts)
     about = (
         f"<header><h1>{text(report.dataset)}</h1>"
-        f"<p>{len(report.rows)} variants measured on {report.images} images.</p>"
+        f"<p>{several(len(report.rows), 'variant')} measured on "
+        f"{several(report.images, 'image')}.</p>"
         f'{_lead(report)}</header><nav aria-label="Sections"><ul>{links}</ul></nav>'
     )
     if report.oracle:
@@ -84,10 +86,10 @@ def _about(report: Report, parts: Sequence[tuple[str, str, str]]) -> str:
     for warning in report.warnings:
         if warning != few_images(report.images):  # said above, with the tuning split
             about += f'<p class="warning"><strong>WARNING</strong> {text(warning)}.</p>'
-    tuned = f"{report.tune_split} ({report.tune_images} images)"
+    tuned = f"{report.tune_split} ({several(report.tune_images, 'image')})"
     about += facts(
         {
-            "Figures from": f"{report.split} ({report.images} images)",
+            "Figures from": f"{report.split} ({several(report.images, 'image')})",
             "Background scores and choices from": tuned,
             "Classes": ", ".join(report.classes),
             "Image-level labels": f"{report.labels}, for every image",
@@ -98,7 +100,7 @@ def _about(report: Report, parts: Sequence[tuple[str, str, str]]) -> str:
         }
     )
     if report.skipped:
-        summary = f"{len(report.skipped)} images could not be used"
+        summary = f"{several(len(report.skipped), 'image')} could not be used"
         about += f"<details open><summary>{summary}</summary>{bullets(report.skipped)}</details>"
     return about
 
@@ -108,22 +110,18 @@ def _few_images(report: Report) -> str:
     few = []
     if report.images < FEW_IMAGES:
         few.append(
-            f"figures, intervals and p come from {_count(report.images)} of {report.split}, and "
-            "other images may give quite different ones"
+            f"figures, intervals and p come from {several(report.images, 'image')} of "
+            f"{report.split}, and other images may give quite different ones"
         )
     if report.tune_images < FEW_IMAGES:
         few.append(
-            f"background scores and choices come from {_count(report.tune_images)} of "
+            f"background scores and choices come from {several(report.tune_images, 'image')} of "
             f"{report.tune_split}, and may be far from the best"
         )
     if not few:
         return ""
     warning = "; ".join(few)
     return f"{warning[0].upper()}{warning[1:]}. Use at least {FEW_IMAGES} images."
-
-
-def _count(images: int) -> str:
-    return f"{images} image{'' if images == 1 else 's'}"
 
 
 def _lead(report: Report) -> str:

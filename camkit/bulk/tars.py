@@ -85,8 +85,8 @@ def _images(path: Path, origin: str, skipped: Counter[str]) -> Iterator[Item | F
         yield Failure(
             shard,
             "list",
-            f"{path} is not a whole tar file: {reason}; {count} images were found before that, so "
-            f"{way_out} and run again with --retry",
+            f"{path} is not a whole tar file: {reason}; {several(count, 'image')} found before "
+            f"that, so {way_out} and run again with --retry",
         )
 
 

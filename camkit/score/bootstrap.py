@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from camkit.printing import several
 from camkit.score.confusion import Definition, Overlap, check_foreground
 
 FEW_IMAGES = 40
@@ -115,7 +116,9 @@ def few_images(images: int) -> str:
     >>> few_images(9)
     '9 images: the interval and p are not reliable; use 40 or more'
     """
-    return f"{images} images: the interval and p are not reliable; use {FEW_IMAGES} or more"
+    return (
+        f"{several(images, 'image')}: the interval and p are not reliable; use {FEW_IMAGES} or more"
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
