@@ -10,6 +10,8 @@ class OnFirstUse:
         self._name = name
 
     def __getattr__(self, name):
+        if name.startswith("_"):  # pytest looks for marks on all that a test file holds
+            raise AttributeError(name)
         # ImportError, too: some packages refuse versions of others only when they are imported
         return getattr(pytest.importorskip(self._name, exc_type=ImportError), name)
 
