@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 
 _LONGEST = 1000  # characters of an error, which may name a long path and list what is allowed
@@ -27,6 +28,25 @@ class DataError(CamkitError):
         return (
             text if len(text) <= _LONGEST and text.isprintable() else one_line(text, most=_LONGEST)
         )
+
+
+def require(package: str, purpose: str, extra: str) -> None:
+    """Refuse work that needs an optional package which is not installed.
+
+    Args:
+        package: name of its module.
+        purpose: what needs it, with a verb: the start of the sentence.
+        extra: of camkit, that brings it.
+
+    Raises:
+        CamkitError: it cannot be imported.
+    """
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise CamkitError(
+            f"{purpose} {package}; install it with `pip install 'camkit[{extra}]'`"
+        ) from error
 
 
 def closest(name: str, known: Iterable[str]) -> str:

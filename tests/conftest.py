@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
@@ -27,6 +28,10 @@ if os.environ.get("CAMKIT_DATA"):  # tests and their child processes change the 
     os.environ["CAMKIT_DATA"] = str(Path(os.environ["CAMKIT_DATA"]).absolute())
 # on tiny models a second thread is waited for longer than it works; `make processors` takes two
 torch.set_num_threads(int(os.environ.get("CAMKIT_TEST_THREADS", "1")))
+
+# a busy machine is no failure
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 SLOWEST_FILES = (
     *("ray_engine", "contract_compile", "cuda_emulation", "run_command", "bulk", "cli_files"),

@@ -11,7 +11,7 @@ from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
-from einops.layers.torch import Rearrange
+from optional import einops_layers
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
@@ -232,7 +232,7 @@ class ClipBlock(Block):
 
 
 def convolved():
-    return nn.Conv2d(3, DIM, 8, 8), Rearrange("b d h w -> b (h w) d")
+    return nn.Conv2d(3, DIM, 8, 8), einops_layers.Rearrange("b d h w -> b (h w) d")
 
 
 class Vit(nn.Module):
@@ -458,13 +458,13 @@ def clip(attention=TORCH_ATTENTION, **options):
 
 def einops_patches():
     """As lucidrains: no convolution."""
-    cut = Rearrange("b c (h p) (w q) -> b (h w) (p q c)", p=8, q=8)
+    cut = einops_layers.Rearrange("b c (h p) (w q) -> b (h w) (p q c)", p=8, q=8)
     return cut, nn.Linear(3 * 8 * 8, DIM), nn.LayerNorm(DIM)
 
 
 def flat_patches():
     """Patches of 8x16 pixels, so that no grid of square ones has their number."""
-    turn = Rearrange("b d n -> b n d")
+    turn = einops_layers.Rearrange("b d n -> b n d")
     return nn.Unfold((8, 16), stride=(8, 16)), turn, nn.Linear(3 * 8 * 16, DIM)
 
 

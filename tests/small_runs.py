@@ -1,10 +1,13 @@
 """Bulk runs small enough to be killed many times: a tiny model, drawn photos, results compared."""
 
+import itertools
 import os
 import signal
+import sqlite3
+import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from camkit.refiners import Blur, Normalize, Propagate
 from camkit.vocabulary import Vocabulary
 
 CLASSES = ("circle", "square", "triangle")
+SOURCES = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for PYTHONPATH
 
 
 class Attention(nn.Module):
@@ -180,6 +184,46 @@ ON_A_NODE = "CAMKIT_TESTS_ON_A_NODE"
 
 
 @dataclass(frozen=True)
+class HoldsBack:
+    """A refiner that changes nothing; but for the first images, it waits until it is released.
+
+    So a run is still in its middle when a test acts, on a machine of any speed.
+
+    Attributes:
+        folder: where each image that need not wait leaves a file, and `release` another.
+        free: how many images need not wait.
+    """
+
+    folder: str
+    free: int
+
+    def __call__(self, cam, _):
+        folder, until = Path(self.folder), time.monotonic() + 300
+        if (folder / "released").exists():
+            return cam
+        folder.mkdir(exist_ok=True)
+        for place in range(self.free):
+            with suppress(FileExistsError):
+                (folder / str(place)).touch(exist_ok=False)
+                return cam
+        while not (folder / "released").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        return cam
+
+    def release(self):
+        (Path(self.folder) / "released").touch()
+
+
+def holding_back(folder, **written):
+    """A recipe whose runs over 24 images stop in their middle, and what holds them.
+
+    A file may hold the maps of a chunk, which has four images: of 19, at least one has them all.
+    """
+    held = HoldsBack(str(folder), free=19)
+    return small_recipe(finish=(*BLUR, held), **written), held
+
+
+@dataclass(frozen=True)
 class Slow:
     """A refiner that changes nothing, and takes its time on a cluster."""
 
@@ -226,17 +270,43 @@ def hold_journal(out):
     journal.close()
 
 
-def workers_of(process):
-    """The processes that the server of a process has forked."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            reported = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended just now
-            continue
-        if reported[0] != "Z":
-            parents[int(path.parent.name)] = int(reported[1])
-    return [one for one, parent in parents.items() if parents.get(parent) == process]
+def begun(out):
+    """Whether the journal of a run knows of an image that is done."""
+    try:
+        with closing(sqlite3.connect(f"file:{out / 'journal.sqlite'}?mode=ro", uri=True)) as file:
+            return file.execute("SELECT 1 FROM images WHERE row IS NOT NULL").fetchone()
+    except sqlite3.OperationalError:  # there is none yet
+        return None
+
+
+def die_at_use_of_a_file(number):
+    """Let this process be killed as it opens, makes, moves or deletes a file, as many times."""
+    uses = itertools.count(1)
+
+    def look(event, _):
+        if (event == "open" or event.startswith("os.")) and next(uses) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+IMAGES = itertools.count(1)  # that this process has finished
+
+
+@dataclass(frozen=True)
+class DiesSometimes:
+    """A refiner that changes nothing; some processes are killed in it at their third image."""
+
+    folder: Path
+    times: int
+
+    def __call__(self, cam, _):
+        if next(IMAGES) == 3:
+            for place in range(self.times):
+                with suppress(FileExistsError):
+                    (self.folder / str(place)).touch(exist_ok=False)
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return cam
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import oracles
 import pytest
 import torch
 import torchvision
-import transformers
 from hosts import FAMILIES, ClassTokenLast, HandMade, OneTokenPerClass, tiny
+from optional import transformers
 from torch import nn
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -257,6 +257,14 @@ def test_the_page_says_how_to_install_gradio(refined, monkeypatch):
         camkit.app.build(refined)
 
 
+def test_the_command_says_how_to_install_gradio_before_it_opens_a_model(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["app", "--model", "a_model_that_nobody_has"]) == 1
+    assert capsys.readouterr().err == (
+        "camkit: the page needs gradio; install it with `pip install 'camkit[app]'`\n"
+    )
+
+
 def test_the_space_serves_the_page():
     pytest.importorskip("gradio", reason="needs the extra camkit[app]")
     with socket.socket() as free:

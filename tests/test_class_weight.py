@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import timm
 import torch
 import zoo
 from helpers import capture_of
@@ -153,7 +152,7 @@ def test_behind_a_norm_contributions_add_up_to_the_score_less_its_offsets(family
 def scored(name):
     kinds = {"siglip": "vit_base_patch16_siglip_224", "perception": "vit_pe_core_tiny_patch16_384"}
     sizes = {"embed_dim": 64, "num_heads": 4, "depth": 2, "img_size": 64, "num_classes": 5}
-    model = shaken(timm.create_model(kinds[name], **sizes))
+    model = shaken(zoo.timm_model(kinds[name], **sizes))
     return model, torch.randn(2, 3, 64, 64)
 
 

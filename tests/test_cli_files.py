@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import Hostile
 from PIL import Image
+from small_runs import SOURCES, HoldsBack
 
 import camkit
 from camkit.bulk import CamFolder, DrawMask, RefineCam, write_all
@@ -408,20 +409,23 @@ def test_an_interrupt_keeps_finished_files_and_the_next_run_continues(tmp_path):
     photos = shapes.root / "JPEGImages"
     for photo in photos.iterdir():
         write_cam(cams / f"{photo.stem}.npy", [0], torch.rand(1, 6, 8))
-    command = ["refine", cams, "--images", photos, "--refine", "par:30", "--out", out]
+    held = HoldsBack(str(tmp_path / "held"), free=3)  # and two more for each worker
+    refine = f"par:30+small_runs.HoldsBack:folder={held.folder},free={held.free}"
+    command = ["refine", cams, "--images", photos, "--refine", refine, "--out", out]
     command = [str(one) for one in command]
     # a shell starts its background jobs deaf to interrupts, and they would hand that on
     signal.signal(signal.SIGINT, signal.default_int_handler)
     run = subprocess.Popen(
         [sys.executable, "-m", "camkit", *command, "--workers", "2"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*SOURCES, *sys.path])},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    until = time.monotonic() + 60
-    while not list(out.glob("*.npy")) and time.monotonic() < until:
+    while not list(out.glob("*.npy")) and run.poll() is None:
         time.sleep(0.02)
     os.killpg(run.pid, signal.SIGINT)  # as the keyboard does: to the workers too
+    held.release()
     error = run.communicate()[1]
     assert run.returncode == 128 + signal.SIGINT
     assert "camkit: interrupted; finished results are kept" in error
@@ -429,7 +433,7 @@ def test_an_interrupt_keeps_finished_files_and_the_next_run_continues(tmp_path):
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("*.npy")}
     assert 1 <= len(made) < 12
     assert not list(out.glob(".*.part"))
-    job = RefineCam(*read_refiners(["par:30"]))
+    job = RefineCam(camkit.chain(*read_refiners([refine])))
     written = write_all(job, CamFolder(cams, photos), out, workers=2)
     assert (written.written, written.kept) == (12 - len(made), len(made))
     assert {name: (out / name).stat().st_mtime_ns for name in made} == made

@@ -66,11 +66,19 @@ def stand_ins(tmp_path_factory):
     return home
 
 
+OPTIONAL = {  # words of blocks, and the package that what they mean takes
+    **{name: name for name in ("open_clip", "pyarrow", "pycocotools", "transformers")},
+    "app": "gradio",
+    "to_html": "matplotlib",
+}
+
+
 @pytest.mark.parametrize("block", HERE, ids=str)
 def test_a_block_runs_in_a_process_of_its_own(block, fresh, stand_ins, tmp_path):
     code, before = script_of(block, BLOCKS[block.page])
-    if {"open_clip"} & set(before) or "open_clip" in code:
-        pytest.importorskip("open_clip")
+    for word, package in OPTIONAL.items():
+        if word in before or re.search(rf"\b{word}\b", code):
+            pytest.importorskip(package)
     unknown = set(before) - set(readers.NAMES)
     assert not unknown, "the page does not say what these names are"
     assert not (block.page in COMPLETE and before)

@@ -4,11 +4,11 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
 from hosts import shaken
+from optional import open_clip
 from torch import nn
 
 import camkit

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hosts import Block, HandMade
+from optional import transformers
 from torch import nn
 from zoo import ZOO
 
@@ -26,8 +27,6 @@ def flexible():
 
 def nested():
     """A model whose vision and text halves are told apart in its config."""
-    import transformers
-
     sides = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**sides, "image_size": 32, "patch_size": 16, "intermediate_size": 32}
     config = transformers.CLIPConfig(

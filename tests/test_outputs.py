@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from hosts import HandMade
-from transformers.modeling_outputs import ImageClassifierOutput
+from optional import transformers_outputs
 
 import camkit
 from camkit.capture.outputs import replace_tensors, tensors_in
@@ -49,7 +49,7 @@ FORMS = {
     "list": lambda logits, tokens: [logits, [tokens, 3]],
     "dict": lambda logits, tokens: {"logits": logits, "more": (tokens,)},
     "OrderedDict": lambda logits, tokens: OrderedDict(logits=logits, tokens=tokens),
-    "ModelOutput": lambda logits, tokens: ImageClassifierOutput(
+    "ModelOutput": lambda logits, tokens: transformers_outputs.ImageClassifierOutput(
         logits=logits, hidden_states=(tokens,)
     ),
     "frozen dataclass": Frozen,

@@ -6,12 +6,10 @@ import json
 import multiprocessing
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,10 +21,13 @@ from small_runs import (
     BLUR,
     ON_A_NODE,
     SLOW,
+    SOURCES,
     DiesOfDarkness,
     Marked,
     OpenSmall,
+    begun,
     fit_recipe,
+    holding_back,
     run_model,
     small_recipe,
     tree,
@@ -42,7 +43,6 @@ from camkit.errors import CamkitError
 from camkit.manifest import weights_hash
 from camkit.readout import Readout
 
-SOURCES = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="Ray's clusters of several nodes"),
     pytest.mark.filterwarnings(
@@ -175,20 +175,23 @@ def test_files_are_those_of_the_local_engine_also_where_a_node_is_lost(
 
 
 def test_a_stopped_run_continues_with_the_other_engine(cluster, tmp_path):
-    recipe = small_recipe(cams="parquet", finish=SLOW.writing.finish)
+    recipe, held = holding_back(tmp_path / "held", cams="parquet")
     photos = write_photos(tmp_path / "in", 24)
-    local(recipe, photos, tmp_path / "whole")
     out = tmp_path / "out"
-    stop = when(lambda: any(out.glob("cams/*.parquet")), _thread.interrupt_main, again=1.0)
+    stop = when(lambda: begun(out), _thread.interrupt_main, again=1.0)
     try:
         with pytest.raises(KeyboardInterrupt):
             run(recipe, photos, out, ray=RayEngine())
     finally:
         stop()
-    before = {path: path.stat().st_mtime_ns for path in (out / "cams").iterdir()}
+        held.release()
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    before = {out / json.loads(line)["cam"] for line in lines}
+    before = {path: path.stat().st_mtime_ns for path in before}
     ran = local(recipe, photos, out)
-    assert ran.settled == 4 * len(before) > 0  # a file holds a chunk of four
+    assert ran.settled == len(lines) == 4 * len(before) > 0  # a file holds a chunk of four
     assert ran.written + ran.settled == 24
+    local(recipe, photos, tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())
     assert tree(out) == tree(tmp_path / "whole")
 
@@ -264,15 +267,6 @@ def test_a_fit_continues_after_its_leading_process_is_killed(cluster, tmp_path):
         for f in (out, tmp_path / "whole")
     )
     assert made == wanted
-
-
-def begun(out):
-    """Whether the journal of a run knows of an image that is done."""
-    try:
-        with closing(sqlite3.connect(f"file:{out / 'journal.sqlite'}?mode=ro", uri=True)) as file:
-            return file.execute("SELECT 1 FROM images WHERE row IS NOT NULL").fetchone()
-    except sqlite3.OperationalError:  # there is none yet
-        return None
 
 
 @dataclass(frozen=True)

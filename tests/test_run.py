@@ -9,10 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,10 +23,10 @@ from safetensors.torch import save_file
 from small_runs import (
     CLASSES,
     DiesOfDarkness,
+    DiesSometimes,
     OpenSmall,
     small_recipe,
     tree,
-    workers_of,
     write_photos,
 )
 
@@ -133,6 +131,12 @@ def test_maps_are_written_in_the_forms_of_the_field(photos, tmp_path, form):
     for item in few:
         actual = read_cam(tmp_path / "cams" / f"{item.key}.npy")
         assert (actual.form, actual.classes) == (form, (0, 2))
+
+
+def test_maps_in_parquet_without_pyarrow_are_refused_before_a_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(CamkitError, match=r"need pyarrow; .* `pip install 'camkit\[parquet\]'`"):
+        Writing(cams="parquet")
 
 
 def test_maps_in_parquet_are_the_same_in_fewer_files(photos, tmp_path):
@@ -292,69 +296,54 @@ def test_a_stopped_run_continues_and_does_nothing_twice(photos, undisturbed, tmp
 FORKING = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from small_runs import run_small
-for _ in sys.stdin:
+from small_runs import die_at_use_of_a_file, run_small
+for line in sys.stdin:
     child = os.fork()
     if not child:
+        die_at_use_of_a_file(int(line))
         run_small(sys.argv[2], sys.argv[3], 0)
         os._exit(0)
-    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def forks_of_a_fresh_process(photos, out, count):
+def ends_in_forks_of_a_fresh_process(photos, out, uses):
     """Start runs one after the other, each in a fork of a process that has computed nothing yet.
 
-    A fork of this process could not compute gradients if this one has.
+    Each is killed at a use of a file, of which the numbers are given. A fork of this process could
+    not compute gradients if this one has.
     """
     here = str(Path(__file__).parent)
     command = [sys.executable, "-W", "ignore", "-c", FORKING, here, str(photos), str(out)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as parent:
-        for _ in range(count):
-            parent.stdin.write("go\n")
+        for use in uses:
+            parent.stdin.write(f"{use}\n")
             parent.stdin.flush()
-            child = int(parent.stdout.readline())
-            yield SimpleNamespace(child=child, ended=lambda: int(parent.stdout.readline()))
+            yield int(parent.stdout.readline())
         parent.stdin.close()
 
 
 @posix
 def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(photos, undisturbed, tmp_path):
     luck = random.Random(7)
-    killed = 0
-    for forked in forks_of_a_fresh_process(photos.root, tmp_path, 8):
-        time.sleep(luck.uniform(0.05, 0.6))
-        os.kill(forked.child, signal.SIGKILL)
-        killed += forked.ended() == -signal.SIGKILL
-    assert killed >= 3
+    uses = [luck.randint(5, 150) for _ in range(8)]
+    ends = list(ends_in_forks_of_a_fresh_process(photos.root, tmp_path, uses))
+    assert ends.count(-signal.SIGKILL) >= 3
     start(small_recipe(cams="npz"), photos, tmp_path)
     assert tree(tmp_path) == undisturbed
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@posix
 def test_killed_workers_cost_nothing(photos, undisturbed, tmp_path):
-    killed = []
-    over = threading.Event()
-
-    def kill():
-        luck = random.Random(3)
-        while not over.wait(luck.uniform(0.1, 0.4)) and len(killed) < 3:  # a fourth may give up
-            if living := workers_of(os.getpid()):
-                killed.append(luck.choice(living))
-                os.kill(killed[-1], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        ran = start(small_recipe(cams="npz"), photos, tmp_path, workers=2)
-    finally:
-        over.set()
-        killer.join()
-    assert killed
+    (tmp_path / "killed").mkdir()
+    dies = DiesSometimes(tmp_path / "killed", times=3)  # a fourth time may give up
+    recipe = small_recipe(cams="npz", finish=(Blur(), dies))
+    ran = start(recipe, photos, tmp_path / "out", workers=2)
+    assert len(list(dies.folder.iterdir())) == 3
     assert (ran.written, ran.failed) == (24, 0)
-    assert tree(tmp_path) == undisturbed
+    actual = tree(tmp_path / "out")
+    assert {**actual, "settings.json": None} == {**undisturbed, "settings.json": None}
 
 
 @posix

@@ -18,7 +18,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_runs import nobody, tree, write_photos
+from small_runs import SOURCES, HoldsBack, begun, nobody, tree, write_photos
 
 from camkit.bulk.journal import Journal
 from camkit.bulk.stages import OutFolder
@@ -293,19 +293,21 @@ def test_two_processes_of_torchrun_make_the_folder_of_one(fits, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_terminated_job_continues_with_the_images_left(tmp_path, capsys):
     write_photos(tmp_path / "in", 14)
-    asked = ["--classes", "cat,dog", "--workers", "1"]
+    held = HoldsBack(str(tmp_path / "held"), free=6)
+    refine = f"guided+small_runs.HoldsBack:folder={held.folder},free={held.free}"  # in a worker
+    asked = ["--classes", "cat,dog", "--refine", refine, "--workers", "1"]
     out = tmp_path / "out"
     job = subprocess.Popen(
         [sys.executable, "-m", "camkit", *command(tmp_path / "in", out, *asked)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*SOURCES, *sys.path])},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    until = time.monotonic() + 300
-    # the newest mask may not be on record yet, the ones before it are
-    while len(list(out.glob("masks/*.png"))) < 3 and time.monotonic() < until:
+    while not begun(out) and job.poll() is None:
         time.sleep(0.02)
     os.killpg(job.pid, signal.SIGTERM)  # as systems that end jobs do: the workers too
+    held.release()
     error = job.communicate()[1]
     assert job.returncode == 128 + signal.SIGTERM
     assert "camkit: interrupted; finished results are kept" in error

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from helpers import capture_of
 from hosts import HandMade, OneTokenPerClass, shaken
+from optional import transformers_outputs
 from torch import nn
-from transformers.modeling_outputs import ImageClassifierOutput
 
 import camkit
 from camkit import CaptureError, GradientSeed, watch
@@ -64,7 +64,7 @@ def as_wide_as_the_scores(self, x):
 
 @form
 def logits_of_transformers(self, x):
-    return ImageClassifierOutput(logits=self.head(x), hidden_states=(x,))
+    return transformers_outputs.ImageClassifierOutput(logits=self.head(x), hidden_states=(x,))
 
 
 @form

@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-import open_clip
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import transformers
 from hosts import shaken
+from optional import open_clip, transformers
 from torch import nn
 
 from camkit import attach, watch

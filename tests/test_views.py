@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from hosts import HandMade, OneTokenPerClass, shaken, tiny
-from transformers import ViTConfig, ViTForImageClassification
+from optional import transformers
 
 import camkit
 from camkit import GradientSeed, Vocabulary
@@ -266,11 +266,11 @@ def fixed_size():
 
 
 def fixed_size_of_transformers():
-    config = ViTConfig(
+    config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
         image_size=64, patch_size=16, num_labels=5,
     )  # fmt: skip
-    return ViTForImageClassification(config).eval()
+    return transformers.ViTForImageClassification(config).eval()
 
 
 def notes_of(error):

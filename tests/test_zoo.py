@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
-import transformers
 from helpers import hooks_on
 from hosts import shaken
+from optional import transformers
 from torch import nn
 from zoo import PATCHES, SIDES, ZOO, timm_model
 

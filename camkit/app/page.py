@@ -26,7 +26,7 @@ from camkit.app.explorer import Choice, View
 from camkit.app.photos import PAGE, PhotoShelf, check_photo
 from camkit.app.recipes import Opened, command_line, folder_line, python_code
 from camkit.display import shrink
-from camkit.errors import CamkitError, one_line
+from camkit.errors import CamkitError, one_line, require
 from camkit.method import CHAINS, EDITS, REFINERS, SEEDS
 from camkit.ops.images import resize_cam
 from camkit.paint import overlay_cam, overlay_mask
@@ -140,12 +140,9 @@ class _Page:
     """The parts of the page."""
 
     def __init__(self, refined: Pipeline, shelf: PhotoShelf, opened: Opened) -> None:
-        try:
-            import gradio
-        except ImportError as error:
-            raise CamkitError(
-                "the page needs Gradio; install it: pip install 'camkit[app]'"
-            ) from error
+        require("gradio", "the page needs", "app")
+        import gradio
+
         self.gr = gradio
         self.refined, self.shelf, self.opened = refined, shelf, opened
         self._alone = Lock()  # the model runs once at a time

@@ -11,7 +11,7 @@ from typing import Any
 
 from camkit.bulk.items import Failure, Item, printable, safe_key
 from camkit.bulk.tars import class_indices, common_folder
-from camkit.errors import CamkitError, DataError, one_line
+from camkit.errors import DataError, one_line, require
 from camkit.printing import several
 
 
@@ -151,10 +151,9 @@ def _read_group(path: Path, file: Any, group: int, columns: list[str]) -> Any:
 
 
 def _open_parquet(path: Path) -> Any:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise CamkitError("Parquet needs pyarrow; install it with `pip install pyarrow`") from error
+    require("pyarrow", "Parquet needs", "parquet")
+    from pyarrow import ArrowException, parquet
+
     try:
         return parquet.ParquetFile(path)
     except (OSError, ArrowException) as error:

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from torch import nn
 
 from camkit import __version__
+from camkit.errors import require
 from camkit.fitting import GUESSES
 from camkit.manifest import weights_hash
 from camkit.mask import to_mask
@@ -84,6 +85,8 @@ class Writing:
             raise ValueError(f"`cams` must be one of {get_args(CamOutput)}, got {self.cams!r}")
         if not self.masks and self.cams == "none":
             raise ValueError("nothing would be written; set `masks` or `cams`")
+        if self.cams == "parquet":
+            require("pyarrow", "class maps in Parquet need", "parquet")
         to_mask(  # refuses invalid settings
             torch.zeros(1, 1, 1, 1),
             background_score=self.background_score,

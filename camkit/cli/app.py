@@ -8,6 +8,7 @@ from threading import Event
 from camkit.app import build, launch
 from camkit.app.recipes import Opened
 from camkit.cli.models import MODELS, OpenedModel, add_model_arguments, open_named
+from camkit.errors import require
 from camkit.pipeline import Pipeline, wrap
 
 EXAMPLES = f"""examples:
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    require("gradio", "the page needs", "app")  # before a model is opened
     opened = open_named(vars(options), or_embedded=True)
     page = build(pipeline_of(opened), data=options.data, opened=described(options, opened))
     address = f"http://{options.host}:{options.port or '(the port named below)'}"

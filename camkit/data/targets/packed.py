@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from camkit.errors import DataError
+from camkit.errors import DataError, require
 
 _IN_TAR = re.compile(r"(?P<path>.+\.tar):(?P<member>.+)", re.DOTALL)
 _IN_PARQUET = re.compile(r"(?P<path>.+):group (?P<group>\d+), row (?P<row>\d+)", re.DOTALL)
@@ -82,6 +82,7 @@ def _members(path: Path) -> dict[str, tuple[int, int]]:
 @lru_cache(maxsize=2)
 def _rows(path: Path, group: int) -> list[bytes]:
     """Read the images of a group of rows: the column "image", else the first of bytes."""
+    require("pyarrow", "Parquet needs", "parquet")
     import pyarrow as pa
     from pyarrow import parquet
 

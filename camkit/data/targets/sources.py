@@ -17,7 +17,7 @@ from camkit.data.sample import DataSet, Sample, mask_ids, mask_values
 from camkit.data.targets.packed import PackedPhoto, packed_photo
 from camkit.data.targets.plan import MaskedImage
 from camkit.data.targets.regions import VOID
-from camkit.errors import DataError
+from camkit.errors import DataError, require
 from camkit.formats import find_image
 from camkit.ops.images import resize_cam
 from camkit.tensors import IGNORE, IGNORE_16
@@ -296,6 +296,7 @@ def _planes(
 
 @lru_cache(maxsize=2)  # images of one file follow each other
 def _parquet_maps(path: Path) -> dict[str, Tensor]:
+    require("pyarrow", "class maps in Parquet need", "parquet")
     from pyarrow import parquet
 
     maps = {}
