@@ -12,6 +12,7 @@ from typing import Any
 from camkit.bulk.items import Failure, Item, TarPlace, printable, safe_key
 from camkit.errors import DataError, one_line
 from camkit.formats import is_image
+from camkit.printing import several
 from camkit.untrusted import read_json
 
 _MAX_LABEL_BYTES = 65536  # of a label file in a tar file
