@@ -19,9 +19,10 @@ from PIL import Image
 import camkit
 from camkit.app.attention import KINDS, Query, attention_map
 from camkit.app.explorer import Choice, View
-from camkit.app.page import Session, _Page
+from camkit.app.page import _Page
 from camkit.app.photos import PhotoShelf, check_photo
 from camkit.app.recipes import Opened, command_line, folder_line, python_code
+from camkit.app.session import Session, about
 from camkit.cli import main
 from camkit.data import demo_model, demo_photos, write_shapes
 from camkit.errors import DataError
@@ -215,6 +216,8 @@ def test_a_folder_offers_its_photos_only(tmp_path):
     shelf = PhotoShelf.of(tmp_path)
     assert shelf.names == ["1: a", "2: 2"]
     assert shelf.truth(0, None) is None
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert PhotoShelf.of(tmp_path).names == ["1: a.jpg", "2: a.png", "3: 2"]
     with pytest.raises(DataError, match="is not a folder"):
         PhotoShelf.of(tmp_path / "none")
 
@@ -249,6 +252,20 @@ def test_views_of_few_visitors_are_kept_and_others_opened_again(refined, photo):
     _, view = page._view(visitors[0])
     assert view.classes == (281,)
     assert visitors[2].view is None  # now the one that was used longest ago
+
+
+def test_the_page_says_how_a_photo_was_read(refined, tmp_path):
+    pytest.importorskip("gradio", reason="needs the extra camkit[app]")
+    page, path = _Page(refined, PhotoShelf.of(None), Opened()), tmp_path / "scan_1.tif"
+    first, second = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    first.save(path, save_all=True, append_images=[second])
+    visitor = Session()
+    with pytest.warns(UserWarning, match="only the first of its pages is read"):
+        view = page._seen(visitor, path, None)
+    view.guesses()
+    assert about(visitor, view) == (
+        "scan\\_1.tif, 64 x 64 pixels; only the first of its pages is read; the model ran once"
+    )
 
 
 def test_the_page_says_how_to_install_gradio(refined, monkeypatch):

@@ -91,8 +91,8 @@ def test_tags_alone_give_labels_without_a_mask(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ('<box label="cat" xtl="1" ytl="1" xbr="2" ybr="2"/>', "shape 1: a box says not which"),
-        ('<polyline label="cat" points="1,1;2,2"/>', "a polyline says not which pixels"),
+        ('<box label="cat" xtl="1" ytl="1" xbr="2" ybr="2"/>', "shape 1: a box does not say which"),
+        ('<polyline label="cat" points="1,1;2,2"/>', "a polyline does not say which pixels"),
         (SQUARE.format("cow", 0), "'cow' is not a label; known are"),
         (BRUSH.format("cat", 0).replace("1, 4, 1", "1, 4"), "do not add up to 3x2 pixels"),
         (BRUSH.format("cat", 0).replace("1, 4, 1", "1, x"), "rle, left, top, width or height is"),

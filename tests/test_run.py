@@ -406,7 +406,7 @@ def test_other_settings_are_kept_out_of_a_folder(photos, tmp_path):
     start(small_recipe(), few, tmp_path)
     with pytest.raises(DataError, match=r"holds results of other settings \(writing: "):
         start(small_recipe(background_score=0.3), few, tmp_path)
-    with pytest.raises(DataError, match="weights_sha256"):
+    with pytest.raises(DataError, match="weights: others now"):
         start(replace(small_recipe(), model=OpenSmall(1)), few, tmp_path)
     mirrored = replace(small_recipe().method, views=Views(flip=True))
     with pytest.raises(DataError, match=r"views: None there, Views\("):

@@ -1,17 +1,14 @@
 """The Gradio page: what is on it, and what happens when something on it changes."""
 
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import cv2
-import numpy as np
 
 from camkit.app.attention import KINDS, Kind, Query, attention_map
 from camkit.app.drawing import (
@@ -25,65 +22,33 @@ from camkit.app.drawing import (
 from camkit.app.explorer import Choice, View
 from camkit.app.photos import PAGE, PhotoShelf, check_photo
 from camkit.app.recipes import Opened, command_line, folder_line, python_code
+from camkit.app.session import (
+    ALL,
+    NO_EDIT,
+    PRESET,
+    Session,
+    about,
+    numbered,
+    read_choice,
+    read_number,
+    sentence,
+)
 from camkit.display import shrink
-from camkit.errors import CamkitError, one_line, require
+from camkit.errors import CamkitError, require
 from camkit.method import CHAINS, EDITS, REFINERS, SEEDS
 from camkit.ops.images import resize_cam
 from camkit.paint import overlay_cam, overlay_mask
-from camkit.photo import read_picture
+from camkit.photo import read_levels
 from camkit.pipeline import Pipeline
-from camkit.printing import short_repr
-from camkit.vocabulary import Vocabulary, read_classes
+from camkit.vocabulary import read_classes
 
 SHOWN = 900
 """Long side of pictures on the page, in pixels."""
 
-PRESET, NO_EDIT = "preset of the model", "none, or the preset's"
-ALL = "mean of all"
 _INTRO = """# camkit
 Drop a photo, name what is in it, and see the class map, its refinement and the mask."""
 _LIVE = 4  # visitors whose forwards are kept
 _ERRORS = (CamkitError, ValueError, TypeError, OSError, RuntimeError)
-
-
-@dataclass
-class Session:
-    """What one visitor has opened.
-
-    Attributes:
-        view: of the photo; None before the first.
-        name: of the photo.
-        path: of its file.
-        classes: those of a view that was dropped, to open it again.
-        reason: why nothing is opened.
-        truth: the true mask, if it is known; see `PhotoShelf.truth`.
-        place: of the photo among those of the folder.
-        page: place of the first thumbnail that is shown.
-        files: folder of prepared downloads.
-        shown: what each part of the page shows, so that one change that reaches it twice, such as
-            a new photo with a new background score, draws it once.
-        picture: the photo as it is shown.
-    """
-
-    view: View | None = None
-    name: str = ""
-    path: Path | None = None
-    classes: tuple[int, ...] | None = None
-    reason: str = "drop a photo first"
-    truth: np.ndarray | None = None
-    place: int = 0
-    page: int = 0
-    files: Path | None = None
-    shown: dict[str, object] = field(default_factory=dict)
-    picture: np.ndarray = field(default_factory=lambda: np.zeros((1, 1, 3), np.uint8))
-
-    __repr__ = short_repr
-
-    def shows(self, part: str, what: object) -> bool:
-        """Return whether a part shows this already, and note that it does from now on."""
-        known = self.shown.get(part) == what
-        self.shown[part] = what
-        return known
 
 
 def build(
@@ -395,7 +360,7 @@ class _Page:
                 with self._alone:
                     return function(*arguments)
             except _ERRORS as error:
-                return {self.status: _sentence(error)}
+                return {self.status: sentence(error)}
 
         return safe
 
@@ -443,14 +408,14 @@ class _Page:
             view = self._seen(session, path, place)
         except _ERRORS as error:  # the session moves on, so that the next photo can be reached
             session.reason = str(error).replace(str(path), path.name)
-            return {self.status: _sentence(session.reason), self.session: session}
+            return {self.status: sentence(session.reason), self.session: session}
         ranked = sorted(view.guesses(), key=lambda guess: -guess[2])
         guesses = [(f"{short_name(name)}  {100 * p:.0f} %", index) for index, name, p in ranked]
         capture = view.capture(view.preset)
         grid, heads = capture.grid, capture.blocks[0].shape[1]
         blocks = len(capture.blocks)
         return {
-            self.status: _about(session, view),
+            self.status: about(session, view),
             self.session: session,
             self.classes: self._names(view),
             self.guesses: gr.update(
@@ -472,7 +437,9 @@ class _Page:
         labels = () if place is None else self.shelf.labels(place, vocabulary)
         if labels:
             view.classes = labels
-        session.picture = shrink(read_picture(path), SHOWN)
+        with path.open("rb") as file:
+            read = read_levels(file, path.name)
+        session.picture, session.notes = shrink(read.levels, SHOWN), read.notes
         session.truth = None if place is None else self.shelf.truth(place, vocabulary)
         session.view, session.name, session.path = view, path.name, path
         session.shown.clear()
@@ -489,7 +456,7 @@ class _Page:
     def _name(self, session: Session | None, text: str) -> dict[Any, Any]:
         session, view = self._view(session)
         if text.strip():
-            vocabulary = self.refined.vocabulary or _numbered(view)
+            vocabulary = self.refined.vocabulary or numbered(view)
             view.classes = read_classes(vocabulary, text)
         else:
             view.classes = tuple(index for index, _, _ in view.guesses(1))
@@ -530,12 +497,12 @@ class _Page:
         self, arguments: Sequence[Any]
     ) -> tuple[Session | None, float, Choice, Choice | None]:
         session, score, opacity, seed, edit, refine, compare, score_b, *second = arguments
-        first = _choice(seed, edit, refine, score)
+        first = read_choice(seed, edit, refine, score)
         return (
             session,
             opacity,
             first,
-            _choice(second[0], second[1], second[2], score_b) if compare else None,
+            read_choice(second[0], second[1], second[2], score_b) if compare else None,
         )
 
     def _draw(self, *arguments: Any) -> dict[Any, Any]:
@@ -550,7 +517,7 @@ class _Page:
         names = [short_name(name) for name in class_names(view)]
         about = (self.opened, first, methods[0], session.name, names)
         return {
-            self.status: _about(session, view),
+            self.status: about(session, view),
             self.mask_a: gr.update(
                 value=painted[0],
                 label=f"A: {title_of(methods[0])}",
@@ -602,9 +569,9 @@ class _Page:
     ) -> dict[Any, Any]:
         block, head, seed, edit, refine = rest
         session, view = self._view(session)
-        method = _choice(seed, edit, refine, None).method(view.preset)
+        method = read_choice(seed, edit, refine, None).method(view.preset)
         capture = view.capture(method)
-        query = Query(kind, int(row), int(column), _number(block), _number(head))
+        query = Query(kind, int(row), int(column), read_number(block), read_number(head))
         if session.shows("attention", (query, repr(method.edit), method.edit_blocks)):
             return {self.status: self.gr.skip()}
         map_ = attention_map(capture, query)
@@ -638,44 +605,3 @@ class _Page:
         view.result(first.method(view.preset)).save(session.files)
         files = [str(path) for path in sorted(session.files.iterdir())]
         return {self.files: files, self.session: session}
-
-
-def _about(session: Session, view: View) -> str:
-    rows, columns = view.photo.size
-    times = "once" if view.forwards == 1 else f"{view.forwards} times"
-    return f"{_escaped(session.name)}, {columns} x {rows} pixels; the model ran {times}"
-
-
-def _choice(seed: str | None, edit: str | None, refine: list[str], score: float | None) -> Choice:
-    """Return the choice; words that name code or folders of this machine are refused.
-
-    Raises:
-        ValueError: a word names code or a folder.
-    """
-    for word in (seed or "", edit or "", *(refine or ())):
-        if "." in word.partition(":")[0] or "folder" in word:
-            raise ValueError(f"{word}: the page takes short names, such as gradcam or crf:clip_es")
-    return Choice(
-        seed="" if seed in (PRESET, None) else seed,
-        edit="" if edit in (NO_EDIT, None) else edit,
-        refine=tuple(refine or ()),
-        background_score=score,
-    )
-
-
-def _number(text: str) -> int | None:
-    return None if text == ALL else int(text)
-
-
-def _numbered(view: View) -> Vocabulary:
-    """Name outputs by their numbers, for models that state no names."""
-    count = view.capture(view.preset).class_count or 1
-    return Vocabulary(tuple(map(str, range(count))))
-
-
-def _sentence(error: object) -> str:
-    return f"**Not possible:** {_escaped(one_line(error))}"
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)

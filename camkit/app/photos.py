@@ -1,6 +1,7 @@
 """The photos that the page offers: a folder, a data set with masks, or those of camkit."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,8 +73,10 @@ class PhotoShelf:
 
     @property
     def names(self) -> list[str]:
-        """A name for each photo; numbers tell equal ones apart."""
-        return [f"{place + 1}: {path.stem}" for place, path in enumerate(self.paths)]
+        """A numbered name for each photo, with its suffix where another differs in that alone."""
+        stems = Counter(path.stem for path in self.paths)
+        shown = [path.stem if stems[path.stem] == 1 else path.name for path in self.paths]
+        return [f"{place}: {name}" for place, name in enumerate(shown, start=1)]
 
     def thumbnails(self, start: int) -> list[tuple[np.ndarray, str]]:
         """Return small pictures of `PAGE` photos from ``start``, with their names."""

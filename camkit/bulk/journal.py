@@ -165,7 +165,7 @@ class Journal:
                 if differ == ["source"]:
                     way_out = "if these are the same images at another place, say so (--moved)"
                 changes = "; ".join(
-                    f"{name}: {known.get(name)} there, {settings.get(name)} now" for name in differ
+                    _change(name, known.get(name), settings.get(name)) for name in differ
                 )
                 raise DataError(f"{root} holds results of other settings ({changes}); {way_out}")
             elif moved and known.get("source") != settings.get("source"):
@@ -609,3 +609,16 @@ def _explained(path: Path) -> Iterator[None]:
         raise CamkitError(
             f"{path} is not a journal of camkit ({one_line(error)}); choose another folder"
         ) from error
+
+
+_HASH = re.compile(r"[0-9a-f]{16,}")
+
+
+def _change(name: str, *values: str | None) -> str:
+    """Say how a setting of a folder differs from now; two hashes only tell that it does."""
+    there, now = (
+        "None" if value is None else "others" if _HASH.fullmatch(value) else value
+        for value in values
+    )
+    name = name.removesuffix("_sha256")
+    return f"{name}: others now" if there == now else f"{name}: {there} there, {now} now"

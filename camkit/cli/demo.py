@@ -75,7 +75,8 @@ def execute(options: argparse.Namespace) -> int:
         table, sheet = _benchmark(opened, dataset, images=options.images, count=options.photos)
     else:
         print(
-            f"{animals or 'CAMKIT_DATA with voc12_animals/'} does not exist; "
+            "no table on VOC photos, because "
+            f"{'CAMKIT_DATA is not set' if animals is None else f'{animals} does not exist'}; "
             "showing photographs that come with scikit-image",
             file=sys.stderr,
         )

@@ -113,7 +113,7 @@ class CvatXml:
         for number, kind, label, attributes in image.shapes:
             if kind in _NOT_DRAWN:
                 raise DataError(
-                    f"{source}, shape {number}: a {kind} says not which pixels are of "
+                    f"{source}, shape {number}: a {kind} does not say which pixels are "
                     f"{label}; draw it as a polygon or a mask, or remove it"
                 )
             value = self._value_of(label, f"{source}, shape {number}")
