@@ -380,7 +380,9 @@ def _from_hub(name: str, *, wait: bool = True) -> tuple[Any, str]:
         if _hub_answers(slow_counts=wait):
             return create(name, pretrained=True), "timm hub"
         if path := _downloaded(name):
-            return create(name, pretrained=True, pretrained_cfg_overlay={"file": path}), path
+            # the listed file would be numpy's, and timm 1.0.9 would read this one as such
+            overlay = {"file": path, "custom_load": False}
+            return create(name, pretrained=True, pretrained_cfg_overlay=overlay), path
         raise ConnectionError("no answer, and no earlier download")
     except (OSError, RuntimeError, ValueError) as error:
         raise CamkitError(
