@@ -218,7 +218,7 @@ def test_a_list_picks_the_images(tiny, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("b\n")
     assert evaluate(masks, "--gt", truths, "--list", tmp_path / "list.txt") == 0
     printed = capsys.readouterr().out
-    assert "1 images of" in printed
+    assert "1 image of" in printed
     assert "pixel accuracy 50.00" in printed
 
 
@@ -229,7 +229,7 @@ def test_a_mask_that_is_not_there_is_not_passed_over(tiny, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "lacks 1 of 2 masks: a; list the images of your split (--list), or" in error
     assert evaluate(masks, "--gt", truths, "--partial") == 0
-    assert "masks: 1 images" in capsys.readouterr().out
+    assert "masks: 1 image" in capsys.readouterr().out
     (tmp_path / "list.txt").write_text("b\nc\n")
     assert evaluate(masks, "--gt", truths, "--list", tmp_path / "list.txt", "--partial") == 1
     assert "has no ground truth of c" in capsys.readouterr().err
@@ -242,8 +242,8 @@ def test_a_mask_that_cannot_be_counted_is_named_and_left_out(tiny, capsys):
     said = capsys.readouterr()
     assert f"camkit: b: {masks / 'b.png'} has 3x2 pixels (rows x columns) but" in said.err
     assert "b.png has 2x2; draw the mask at the size of its photo" in said.err
-    assert "1 images could not be counted and are in no figure" in said.err
-    assert "masks: 1 images" in said.out
+    assert "1 image could not be counted" in said.err
+    assert "masks: 1 image" in said.out
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_one_image_is_no_comparison(tiny, tmp_path, capsys):
     masks, truths = tiny
     (tmp_path / "list.txt").write_text("b\n")
     assert evaluate(masks, "--gt", truths, "--list", tmp_path / "list.txt", "--against", masks) == 1
-    assert "1 images are in both folders; a comparison needs at least 2" in capsys.readouterr().err
+    assert "the folders share 1 image; a comparison needs at least 2" in capsys.readouterr().err
 
 
 def test_a_given_score_and_a_tuned_one_exclude_each_other(drawn):

@@ -20,7 +20,7 @@ from camkit.data import DataSet, Sample, shared_images
 from camkit.errors import DataError
 from camkit.manifest import provenance
 from camkit.photo import PhotoSettings
-from camkit.printing import short_repr
+from camkit.printing import several, short_repr
 from camkit.score import (
     FEW_IMAGES,
     THRESHOLDS,
@@ -175,7 +175,7 @@ def run(  # noqa: PLR0913 - each setting is a choice of its own
     shared = shared_images(tuning, held_out)
     if shared and not oracle_threshold:
         raise ValueError(
-            f"splits {tune_split!r} and {split!r} share {len(shared)} images "
+            f"splits {tune_split!r} and {split!r} share {several(len(shared), 'image')} "
             f"({shared[0][0]}, ...): the same name or the same content; "
             "a background score picked on the images it is reported on is an oracle; name another "
             "split, or allow it with `oracle_threshold` (--oracle-threshold)"

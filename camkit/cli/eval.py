@@ -142,9 +142,7 @@ def execute(options: argparse.Namespace) -> int:
             draft.write_text(text + "\n", encoding="utf-8")
     show_failures(failures)
     if failures:
-        message = (
-            f"camkit: {several(len(failures), 'image')} could not be counted and are in no figure"
-        )
+        message = f"camkit: {several(len(failures), 'image')} could not be counted"
         print(message, file=sys.stderr)
     return 1 if failures else 0
 
@@ -155,7 +153,7 @@ def _compare(
     """Print the gain over another folder, on the images of both; return its figures."""
     both = [name for name in result.each if name in other.each]
     if len(both) < 2:
-        message = f"{len(both)} images are in both folders; a comparison needs at least 2"
+        message = f"the folders share {several(len(both), 'image')}; a comparison needs at least 2"
         raise CamkitError(message)
     base, ours = (torch.stack([side.each[name] for name in both]) for side in (other, result))
     gain = paired_gain(base, ours, definition=options.definition)
