@@ -287,9 +287,11 @@ def end_to_end(until: Callable[[], bool]) -> Iterator[dict[str, Any]]:
             yield {"model": name, f"{way}, forward, CUDA graph": found}
 
 
-def attached(blocks: int | str) -> Callable[[torch.nn.Module, Tensor], Callable[[Tensor], Any]]:
+def attached(
+    edit: camkit.DOEI, blocks: int | str
+) -> Callable[[torch.nn.Module, Tensor], Callable[[Tensor], Any]]:
     def make(model: torch.nn.Module, pixels: Tensor) -> Callable[[Tensor], Any]:
-        camkit.attach(model, camkit.DOEI.as_drawn(), blocks=blocks).rgb = pixels.float()
+        camkit.attach(model, edit, blocks=blocks).rgb = pixels.float()
         return model
 
     return make
@@ -315,8 +317,10 @@ def plain(model: torch.nn.Module, pixels: Tensor) -> Callable[[Tensor], Any]:
 MODELS: dict[str, Callable[[torch.nn.Module, Tensor], Callable[[Tensor], Any]]] = {
     "plain": plain,
     "watched": watched,
-    "DOEI, last 3": attached(3),
-    "DOEI, all": attached("all"),
+    "DOEI, last 3": attached(camkit.DOEI(), 3),
+    "DOEI, all": attached(camkit.DOEI(), "all"),
+    "DOEI as drawn, last 3": attached(camkit.DOEI.as_drawn(), 3),
+    "DOEI as drawn, all": attached(camkit.DOEI.as_drawn(), "all"),
     "whole maps, last 3": lambda model, _: with_maps(model, 3),
     "whole maps, all": lambda model, _: with_maps(model, 12),
 }

@@ -44,3 +44,30 @@ def test_a_part_that_takes_too_long_is_ended_and_named(tmp_path):
     assert done.returncode == 1
     assert result["stopped"]["baselines"] == "not finished within 0 s"
     assert set(result["stopped"]) > {"layers", "cpu"}
+
+
+def test_aims_are_ratios_of_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from kernel import EAGER, OURS, aims_table
+
+    row = {"model": "ViT-S", "side": 448, "SDPA": {"us": 30.0, "MiB": 4.0}}
+    row |= {"ours, rows and columns": {"us": 33.0, "MiB": 4.0}, EAGER: {"us": 300.0, "MiB": 90.0}}
+    row |= {OURS: {"us": 100.0, "MiB": 9.0}}
+    small = row | {"side": 224, OURS: {"failed": "out of memory"}}
+    model = "vit_small_patch16_224"
+    steps = [
+        {"model": model, f"{way}, training step": {"images_per_s": rate}}
+        for way, rate in (("plain", 120.0), ("DOEI, last 3", 100.0))
+    ]
+    table = [
+        line.split(" | ")
+        for line in aims_table([row, small], steps)
+        if "ViT" in line or model in line
+    ]
+    assert [(cells[2], cells[4]) for cells in table] == [
+        ("1.100", "met |"),
+        ("0.333", "missed |"),
+        ("0.100", "met |"),
+        ("1.200", "missed |"),
+    ]
+    assert "not run on a GPU" in "".join(aims_table([], []))
