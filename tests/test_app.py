@@ -22,7 +22,7 @@ from camkit.app.explorer import Choice, View
 from camkit.app.page import _Page
 from camkit.app.photos import PhotoShelf, check_photo
 from camkit.app.recipes import Opened, command_line, folder_line, python_code
-from camkit.app.session import Session, about
+from camkit.app.session import Session, status_of
 from camkit.cli import main
 from camkit.data import demo_model, demo_photos, write_shapes
 from camkit.errors import DataError
@@ -263,7 +263,7 @@ def test_the_page_says_how_a_photo_was_read(refined, tmp_path):
     with pytest.warns(UserWarning, match="only the first of its pages is read"):
         view = page._seen(visitor, path, None)
     view.guesses()
-    assert about(visitor, view) == (
+    assert status_of(visitor, view) == (
         "scan\\_1.tif, 64 x 64 pixels; only the first of its pages is read; the model ran once"
     )
 

@@ -338,4 +338,4 @@ def test_the_command_verifies_and_says_what_it_found(tmp_path, capsys):
     assert main([*command, "--verify"]) == 0
     reported = capsys.readouterr()
     assert "1 image done, 0 failed, 2 were settled before; 3 offered" in reported.out
-    assert "1 images were done before, but their files were missing or damaged" in reported.err
+    assert "1 image done before had a file that was missing or damaged" in reported.err

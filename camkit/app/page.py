@@ -27,11 +27,11 @@ from camkit.app.session import (
     NO_EDIT,
     PRESET,
     Session,
-    about,
     numbered,
     read_choice,
     read_number,
     sentence,
+    status_of,
 )
 from camkit.display import shrink
 from camkit.errors import CamkitError, require
@@ -415,7 +415,7 @@ class _Page:
         grid, heads = capture.grid, capture.blocks[0].shape[1]
         blocks = len(capture.blocks)
         return {
-            self.status: about(session, view),
+            self.status: status_of(session, view),
             self.session: session,
             self.classes: self._names(view),
             self.guesses: gr.update(
@@ -517,7 +517,7 @@ class _Page:
         names = [short_name(name) for name in class_names(view)]
         about = (self.opened, first, methods[0], session.name, names)
         return {
-            self.status: about(session, view),
+            self.status: status_of(session, view),
             self.mask_a: gr.update(
                 value=painted[0],
                 label=f"A: {title_of(methods[0])}",

@@ -57,7 +57,7 @@ class Session:
         return known
 
 
-def about(session: Session, view: View) -> str:
+def status_of(session: Session, view: View) -> str:
     """Say which photo is shown, how it was read, and how often the model ran."""
     rows, columns = view.photo.size
     times = "once" if view.forwards == 1 else f"{view.forwards} times"

@@ -152,8 +152,8 @@ def _report(summary: RunSummary, out: Path) -> None:
         f"{summary.offered} offered"
     )
     for number, what in (
-        (summary.taken, "done before failed now, because another image has their name"),
-        (summary.damaged, "were done before, but their files were missing or damaged"),
+        (summary.taken, "done before failed now: another image has the same name"),
+        (summary.damaged, "done before had a file that was missing or damaged"),
     ):
         if number:
             print(f"camkit: {several(number, 'image')} {what}", file=sys.stderr)
