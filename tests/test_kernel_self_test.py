@@ -106,6 +106,15 @@ def test_a_result_that_others_could_have_written_is_not_read(folder):
     assert "SIGABRT" in self_test.fault_of(path, CPU)
 
 
+def test_a_damaged_result_is_found_anew(folder):
+    path = library(folder, "cstdlib", "abort()")
+    self_test.fault_of(path, CPU)
+    (verdict,) = verdicts(folder)
+    verdict.write_text('"the self')
+    assert "SIGABRT" in self_test.fault_of(path, CPU)
+    assert "SIGABRT" in json.loads(verdict.read_text())
+
+
 def test_processes_that_start_together_test_once(folder):
     note = f'FILE* f = fopen("{folder}/runs", "a"); fputs("run ", f); fclose(f); abort()'
     path = library(folder, "cstdlib", note)

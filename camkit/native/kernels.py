@@ -366,7 +366,7 @@ def _works(device: str) -> bool:
     untested = os.environ.get("CAMKIT_KERNEL") == "untested"
     try:
         fault = None if untested else self_test.fault_of(path, place)
-    except self_test.NotTestedError as error:
+    except (self_test.NotTestedError, OSError) as error:
         _LOG.info("the CUDA kernels are tested in this process: %s", error)
         fault = _loaded(path) or self_test.self_test(place, torch.ops.camkit)
     fault = fault or _loaded(path)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,16 @@ def fault_of(library: Path, device: torch.device) -> str | None:
     path = _verdict_path(library, device)
     with loader.locked(path.with_suffix(".lock")):  # several processes may start together
         if path.is_file() and loader.others_write(path) is None:
-            return _explained(json.loads(path.read_text()), path)
+            with suppress(OSError, ValueError):  # a damaged file is written anew
+                return _explained(json.loads(path.read_text("utf-8")), path)
         _LOG.info("testing the CUDA kernels on %s, once, which takes some seconds", device)
         fault, is_final = _tested(library, device)
         if is_final:
             draft = path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(fault))
-            draft.chmod(0o600)
-            draft.replace(path)  # atomic
+            with suppress(OSError):  # a full disk: the next process tests again
+                draft.write_text(json.dumps(fault), "utf-8")
+                draft.chmod(0o600)
+                draft.replace(path)  # atomic
         return _explained(fault, path)
 
 
