@@ -96,6 +96,9 @@ def test_a_watched_step_has_the_gradients_of_an_unwatched_one(two_ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not ranks.SHARDS_ON_A_CPU, reason=f"FSDP2 of torch {torch.__version__} does not run on a CPU"
+)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_with_weights_in_parts_see_what_one_process_sees(two_ranks, rank):
     model, (pixels, _) = ranks.model(), ranks.joined_batch()
