@@ -27,6 +27,7 @@ def run(job):
     os.chdir(job["folder"])
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "the map of .* is flat")  # of untrained models
+    warnings.filterwarnings("ignore", ".* deprecated - use", DeprecationWarning)  # matplotlib 3.8
     given = {}
     if job["given"]:
         module, function, *arguments = job["given"]

@@ -29,6 +29,7 @@ def test_label_files_are_read_as_meant_or_refused_with_their_line(tmp_path, kind
 
 
 def test_the_published_table_counts_the_files_of_today():
+    pytest.importorskip("pandas", reason="some of the files are written by pandas")
     table = (ROOT / "benchmarks" / "results" / "odd_labels.md").read_text("utf-8")
     assert f"| all | {len(CASES)} | {len(CASES)} |" in table
 

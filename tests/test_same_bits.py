@@ -10,6 +10,7 @@ from forks import DIM, FORKS, HEADS, ClipTower, PrivateCopy, Vit, multi_head_att
 from hosts import shaken
 from torch import nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch.torch_version import TorchVersion
 from zoo import ZOO
 
 from camkit import attach, watch
@@ -133,6 +134,9 @@ def test_dropout_in_training_draws_the_same_numbers(host):
     "options", [{"need_weights": False}, {}, {"average_attn_weights": False}], ids=str
 )
 def test_the_fast_path_of_torch_is_kept(size, strided, dtype, options):
+    if size == 1 and TorchVersion(torch.__version__) < TorchVersion("2.7"):
+        pytest.skip("torch 2.6 rounds the projection of a single token otherwise")
+
     class Host(nn.Module):
         def __init__(self):
             super().__init__()

@@ -137,11 +137,14 @@ def edgetam(transformers):
         "fpn_hidden_size": 16,
         "backbone_feature_sizes": _LEVELS,
     }
-    config = transformers.EdgeTamConfig(
-        vision_config=vision,
-        prompt_encoder_config=_PROMPTS | {"patch_size": 16},
-        mask_decoder_config=_DECODER,
-    )
+    try:
+        config = transformers.EdgeTamConfig(
+            vision_config=vision,
+            prompt_encoder_config=_PROMPTS | {"patch_size": 16},
+            mask_decoder_config=_DECODER,
+        )
+    except OSError:
+        pytest.skip(f"transformers {transformers.__version__} asks the Hub to check EdgeTamConfig")
     images = _stretching_images(transformers)
     return transformers.EdgeTamModel(config), transformers.Sam2Processor(images)
 

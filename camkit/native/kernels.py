@@ -282,7 +282,10 @@ def fits(dtype: torch.dtype, width: int) -> bool:
 
 def padded_width(width: int) -> int:
     """Return the width of the kernel that takes heads of ``width``, padded with zeros."""
-    return next((wider for wider in WIDTHS if wider >= width), width)
+    for wider in WIDTHS:  # a loop, which torch 2.6 can compile
+        if wider >= width:
+            return wider
+    return width
 
 
 def switched_off() -> bool:
