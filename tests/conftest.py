@@ -26,9 +26,7 @@ def _allow_torchvision_without_its_kernels():
 _allow_torchvision_without_its_kernels()
 if os.environ.get("CAMKIT_DATA"):  # tests and their child processes change the working directory
     os.environ["CAMKIT_DATA"] = str(Path(os.environ["CAMKIT_DATA"]).absolute())
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # no test waits for a network; read when first imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 # on tiny models a second thread is waited for longer than it works; `make processors` takes two
 torch.set_num_threads(int(os.environ.get("CAMKIT_TEST_THREADS", "1")))
 
