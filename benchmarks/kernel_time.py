@@ -19,7 +19,7 @@ import camkit
 from camkit import torch_internals
 from camkit.native.kernels import kernels_off
 from camkit.ops import reweight
-from camkit.ops.attention import attention_columns, attention_rows, head_mean
+from camkit.ops.attention import AttentionInputs, attention_columns, attention_rows, head_mean
 
 Tensor = torch.Tensor
 Run = Callable[[], object]
@@ -53,10 +53,11 @@ def layer_ways(  # noqa: C901 - one function for each way
     def separate(*, whole: bool) -> object:
         known = torch_internals.call_with_normaliser(q, k, v, None, OPTIONS)
         output, lse = known or (F.scaled_dot_product_attention(q, k, v), None)
-        rows = attention_rows(q, k, first, scale=scale)
-        columns = attention_columns(q, k, first, scale=scale, normaliser=lse)
+        call = AttentionInputs(q, k, scale, normaliser=lse)
+        rows = attention_rows(AttentionInputs(q, k, scale), first)
+        columns = attention_columns(call, first)
         if whole:
-            affinity.add_(head_mean(q, k, scale=scale, normaliser=lse)[:, classes:, classes:])
+            affinity.add_(head_mean(call)[:, classes:, classes:])
         return output, rows, columns
 
     def one(*, tilted: bool, columns: bool, whole: bool) -> object:

@@ -6,6 +6,7 @@ import torch
 
 from camkit.ops import reweight_plain
 from camkit.ops.attention import (
+    AttentionInputs,
     attention_columns,
     attention_rows,
     head_mean,
@@ -65,19 +66,19 @@ def assert_near(found, expected, **tolerance):
 
 def assert_all_equal_oracle(q, k, v, bias=None, **tolerance):
     whole = oracles.full_attention(q, k, SCALE, bias)
-    options = {"scale": SCALE, "bias": bias}
-    assert_near(attention_rows(q, k, SPECIAL, **options), whole[:, :, SPECIAL], **tolerance)
-    assert_near(attention_columns(q, k, SPECIAL, **options), whole[..., SPECIAL], **tolerance)
-    assert_near(head_mean(q, k, **options), whole.mean(1), **tolerance)
+    call = AttentionInputs(q, k, SCALE, bias)
+    assert_near(attention_rows(call, SPECIAL), whole[:, :, SPECIAL], **tolerance)
+    assert_near(attention_columns(call, SPECIAL), whole[..., SPECIAL], **tolerance)
+    assert_near(head_mean(call), whole.mean(1), **tolerance)
     relevance, grad = torch.rand(q.shape[0], q.shape[2]).to(q), torch.randn(v.shape).to(q)
     assert_near(
-        relevance_hop(relevance, q, k, v, grad, **options),
+        relevance_hop(relevance, call, v, grad),
         oracles.relevance_hop(relevance, q, k, v, grad, SCALE, bias),
         **tolerance,
     )
     values, patches = torch.rand(q.shape[0], 3, q.shape[2] - 2).to(q), patches_of(q)
     assert_near(
-        propagate(q, k, values, patches, **options),
+        propagate(call, values, patches),
         oracles.propagate(q, k, values, patches, SCALE, bias),
         **tolerance,
     )
@@ -105,7 +106,7 @@ def test_all_forms_in_other_precisions(dtype, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rows_come_back_in_the_dtype_of_the_queries(dtype):
     q, k, _ = (x.to(dtype) for x in heads_of_fused_qkv(1, 2, 17, 4))
-    assert attention_rows(q, k, [0], scale=SCALE).dtype == dtype
+    assert attention_rows(AttentionInputs(q, k, SCALE), [0]).dtype == dtype
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -114,9 +115,8 @@ def test_a_known_normaliser_gives_the_same_rows_patches_and_gradients(qkv, weigh
     bias = torch.randn(len(q), 1, 1, k.shape[2]).double() if weighted else None
     whole = oracles.full_attention(q, k, SCALE, bias)
     lse = (SCALE * q @ k.mT + (0.0 if bias is None else bias)).logsumexp(-1).detach()
-    options = {"scale": SCALE, "bias": bias, "normaliser": lse}
-    found = [attention_rows(q, k, [0, 1], **options)]
-    found += [head_mean(q, k, tokens=range(2, q.shape[2]), **options)]
+    call = AttentionInputs(q, k, SCALE, bias, lse)
+    found = [attention_rows(call, [0, 1]), head_mean(call, range(2, q.shape[2]))]
     wanted = [whole[:, :, :2], whole[:, :, 2:, 2:].mean(1)]
     pulls = [torch.randn_like(x) for x in wanted]
     for one, other, pull in zip(found, wanted, pulls, strict=True):
@@ -137,7 +137,7 @@ def test_streamed_chunks_equal_one_chunk(biased, monkeypatch):
 
 def test_a_masked_key_is_attended_by_nobody():
     q, k, _ = heads_of_fused_qkv(2, 3, 17, 4)
-    columns = attention_columns(q, k, [1], scale=SCALE, bias=masked_key(19))
+    columns = attention_columns(AttentionInputs(q, k, SCALE, masked_key(19)), [1])
     assert torch.equal(columns, torch.zeros(2, 3, 19, 1))
 
 
@@ -146,33 +146,36 @@ def test_rows_and_columns_are_differentiable(form):
     q, k, _ = (x.double().requires_grad_() for x in heads_of_fused_qkv(1, 2, 3, 2))
     bias = torch.randn(1, 1, 5, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda q, k, b: form(q, k, [0, 2], scale=1.0, bias=b), (q, k, bias)
+        lambda q, k, b: form(AttentionInputs(q, k, 1.0, b), [0, 2]), (q, k, bias)
     )
 
 
 def test_head_mean_is_differentiable():
     q, k, _ = (x.double().requires_grad_() for x in heads_of_fused_qkv(1, 2, 3, 2))
-    assert torch.autograd.gradcheck(lambda q, k: head_mean(q, k, scale=1.0), (q, k))
+    assert torch.autograd.gradcheck(lambda q, k: head_mean(AttentionInputs(q, k, 1.0)), (q, k))
 
 
 def test_carried_values_are_differentiable():
     q, k, _ = (x.double().requires_grad_() for x in heads_of_fused_qkv(1, 2, 3, 2))
     values = torch.rand(1, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda q, k, values: propagate(q, k, values, [1, 2, 3], scale=1.0), (q, k, values)
+        lambda q, k, values: propagate(AttentionInputs(q, k, 1.0), values, [1, 2, 3]),
+        (q, k, values),
     )
 
 
 def test_a_constant_map_stays_constant_when_carried(qkv):
     q, k, _ = qkv
     values = torch.full((q.shape[0], 2, q.shape[2] - 2), 0.3)
-    torch.testing.assert_close(propagate(q, k, values, patches_of(q), scale=SCALE), values)
+    torch.testing.assert_close(
+        propagate(AttentionInputs(q, k, SCALE), values, patches_of(q)), values
+    )
 
 
 def test_carried_values_stay_in_the_range_of_their_map():
     q, k, _ = heads_of_fused_qkv(2, 3, 17, 4)
     values = torch.randn(2, 4, 17)
-    carried = propagate(3 * q, 3 * k, values, patches_of(q), scale=1.0)
+    carried = propagate(AttentionInputs(3 * q, 3 * k, 1.0), values, patches_of(q))
     assert (carried <= values.amax(-1, keepdim=True) + 1e-6).all()
     assert (carried >= values.amin(-1, keepdim=True) - 1e-6).all()
 
@@ -180,8 +183,8 @@ def test_carried_values_stay_in_the_range_of_their_map():
 def test_permuted_classes_are_carried_alike():
     q, k, _ = heads_of_fused_qkv(2, 3, 17, 4)
     values, order = torch.randn(2, 4, 17), [2, 0, 3, 1]
-    carried = propagate(q, k, values, patches_of(q), scale=SCALE)
-    permuted = propagate(q, k, values[:, order], patches_of(q), scale=SCALE)
+    carried = propagate(AttentionInputs(q, k, SCALE), values, patches_of(q))
+    permuted = propagate(AttentionInputs(q, k, SCALE), values[:, order], patches_of(q))
     torch.testing.assert_close(permuted, carried[:, order])
 
 
@@ -189,14 +192,14 @@ def test_more_maps_than_key_dimensions_are_carried():
     q, k, _ = heads_of_fused_qkv(2, 3, 17, 4)
     values = torch.rand(2, 21, 17)
     expected = oracles.propagate(q, k, values, patches_of(q), SCALE)
-    assert_near(propagate(q, k, values, patches_of(q), scale=SCALE), expected)
+    assert_near(propagate(AttentionInputs(q, k, SCALE), values, patches_of(q)), expected)
 
 
 def test_relevance_hops_over_values_wider_than_the_keys():
     q, k, _ = heads_of_fused_qkv(2, 3, 17, 4)
     v, grad, relevance = torch.randn(2, 3, 19, 6), torch.randn(2, 3, 19, 6), torch.rand(2, 19)
     assert_near(
-        relevance_hop(relevance, q, k, v, grad, scale=SCALE),
+        relevance_hop(relevance, AttentionInputs(q, k, SCALE), v, grad),
         oracles.relevance_hop(relevance, q, k, v, grad, SCALE),
     )
 
@@ -205,7 +208,7 @@ def test_a_query_that_may_attend_to_nothing_attends_to_nothing():
     q, k, v = torch.randn(3, 1, 2, 5, 8).unbind(0)
     bias = torch.zeros(1, 1, 5, 5)
     bias[:, :, 2] = -torch.inf
-    rows = attention_rows(q, k, range(5), scale=8**-0.5, bias=bias)
+    rows = attention_rows(AttentionInputs(q, k, 8**-0.5, bias), range(5))
     kernel = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
     torch.testing.assert_close(rows @ v, kernel)
     assert rows[:, :, 2].abs().max() == 0
@@ -218,7 +221,7 @@ def test_columns_have_the_gradients_of_the_whole_map(monkeypatch, biased):
     bias = torch.randn(1, 2, 10, 10, dtype=torch.float64) if biased else None
 
     def columns(q, k):
-        return attention_columns(q, k, [0, 9], scale=0.3, bias=bias)
+        return attention_columns(AttentionInputs(q, k, 0.3, bias), [0, 9])
 
     assert torch.autograd.gradcheck(columns, (q, k))
 
@@ -229,7 +232,7 @@ def test_columns_keep_no_map_for_the_backward():
     with torch.autograd.graph.saved_tensors_hooks(
         lambda x: kept.append(x.numel()) or x, lambda x: x
     ):
-        attention_columns(q, k, [0], scale=0.3)
+        attention_columns(AttentionInputs(q, k, 0.3), [0])
     assert max(kept) <= 2 * 300 * 8
 
 
@@ -237,7 +240,7 @@ def test_a_bias_that_learns_gets_its_gradient():
     q, k = torch.randn(2, 1, 2, 5, 4, dtype=torch.float64).unbind(0)
     bias = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda bias: attention_columns(q, k, [0], scale=0.5, bias=bias), bias
+        lambda bias: attention_columns(AttentionInputs(q, k, 0.5, bias), [0]), bias
     )
 
 
@@ -249,7 +252,7 @@ def test_head_mean_between_chosen_tokens_is_cut_from_the_whole_map(patches, know
     whole = oracles.full_attention(q, k, SCALE, None).mean(1)
     lse = (SCALE * q @ k.mT).logsumexp(-1) if known else None
     chosen = list(range(patches + 2) if tokens is None else tokens)
-    found = head_mean(q, k, scale=SCALE, normaliser=lse, tokens=tokens)
+    found = head_mean(AttentionInputs(q, k, SCALE, normaliser=lse), tokens)
     assert_near(found, whole[:, chosen][:, :, chosen])
 
 
@@ -258,7 +261,7 @@ def test_head_mean_between_chosen_tokens_is_cut_from_the_whole_map(patches, know
 def test_head_mean_of_queries_to_themselves(scale, patches):
     q, _, _ = heads_of_fused_qkv(2, 3, patches, 8)
     whole = oracles.full_attention(q, q, scale, None)
-    assert_near(head_mean(q, q, scale=scale), whole.mean(1))
+    assert_near(head_mean(AttentionInputs(q, q, scale)), whole.mean(1))
 
 
 def test_head_mean_where_one_token_is_so_long_that_powers_would_be_lost():
@@ -268,8 +271,8 @@ def test_head_mean_where_one_token_is_so_long_that_powers_would_be_lost():
     k[:, :, 9] *= 100.0
     whole = oracles.full_attention(q, k, SCALE, None)
     # logits near 2000 are rounded to 1e-4
-    assert_near(head_mean(q, k, scale=SCALE), whole.mean(1), rtol=1e-3, atol=1e-4)
-    assert_near(head_mean(q, q, scale=SCALE).sum(-1), torch.ones(1, 302).double())
+    assert_near(head_mean(AttentionInputs(q, k, SCALE)), whole.mean(1), rtol=1e-3, atol=1e-4)
+    assert_near(head_mean(AttentionInputs(q, q, SCALE)).sum(-1), torch.ones(1, 302).double())
 
 
 def test_a_short_token_among_long_ones_keeps_its_attention_to_itself():
@@ -277,6 +280,6 @@ def test_a_short_token_among_long_ones_keeps_its_attention_to_itself():
     q, _, _ = heads_of_fused_qkv(1, 3, 575, 8)
     q *= 40.0
     q[:, :, 5] = 0.0
-    found = head_mean(q, q, scale=SCALE)
+    found = head_mean(AttentionInputs(q, q, SCALE))
     assert_near(found[0, 5], torch.full((577,), 1 / 577).double())  # all logits of the row are 0
     assert_near(found.sum(-1), torch.ones(1, 577).double())

@@ -10,7 +10,7 @@ from camkit.capture.attention import ExplicitAttention, FusedAttention, sum_of_h
 from camkit.edits import PairBias
 from camkit.edits.controls import SharpenLogits
 from camkit.ops import extra_channels, head_mean
-from camkit.ops.attention import add_head_mean
+from camkit.ops.attention import AttentionInputs, add_head_mean
 from camkit.ops.propagation import balance
 from camkit.refiners import RandomWalk
 
@@ -117,7 +117,7 @@ def test_a_sum_without_a_graph_is_written_in_place(monkeypatch, known, large, bi
     logits = 0.3 * q @ k.mT + (0.0 if bias is None else bias)
     lse = logits.logsumexp(-1) if known else None
     total = torch.ones(2, 17, 17)
-    found = add_head_mean(total, q, k, scale=0.3, bias=bias, normaliser=lse, tokens=range(1, 18))
+    found = add_head_mean(total, AttentionInputs(q, k, 0.3, bias, lse), range(1, 18))
     assert found is total
     torch.testing.assert_close(total, 1.0 + logits.softmax(-1).mean(1)[:, 1:18, 1:18])
 

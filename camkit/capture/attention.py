@@ -10,6 +10,7 @@ from torch import Tensor
 
 from camkit.errors import CaptureError
 from camkit.ops.attention import (
+    AttentionInputs,
     Bias,
     Heads,
     add_head_mean,
@@ -157,42 +158,34 @@ class FusedAttention:
     def rows(self, queries: Sequence[int]) -> Map:
         # a softmax on a CPU, where it takes less time
         known = self.normaliser if compiled_for(self.q, self.k, width=64) else None
-        return attention_rows(self.q, self.k, queries, **self._logits | {"normaliser": known})
+        return attention_rows(replace(self._call, normaliser=known), queries)
 
     def columns(self, keys: Sequence[int]) -> Map:
-        return attention_columns(self.q, self.k, keys, **self._logits)
+        return attention_columns(self._call, keys)
 
     def rows_and_columns(self, tokens: Sequence[int]) -> tuple[Map, Float[Tensor, "b a u c"]]:
-        return rows_and_columns(self.q, self.k, tokens, **self._logits)
+        return rows_and_columns(self._call, tokens)
 
     def head_mean(self, tokens: Sequence[int] | None = None) -> Float[Tensor, "b _ _"]:
-        return head_mean(self.q, self.k, **self._logits, tokens=tokens)
+        return head_mean(self._call, tokens)
 
     def add_head_mean(
         self, total: Float[Tensor, "b _ _"] | None, tokens: Sequence[int]
     ) -> Float[Tensor, "b _ _"]:
-        return add_head_mean(total, self.q, self.k, **self._logits, tokens=tokens)
+        return add_head_mean(total, self._call, tokens)
 
     def propagate(
         self, values: Float[Tensor, "b k n"], patches: Sequence[int]
     ) -> Float[Tensor, "b k n"]:
-        return propagate(self.q, self.k, values, patches, **self._logits)
+        return propagate(self._call, values, patches)
 
     def gradient_rows(self, gradient: Tensor, queries: Sequence[int]) -> Map:
         # o = A v, so the gradient at A[i, j] is the output gradient at i times the value at j
         return take(gradient, queries, 2) @ self._values.mT.to(gradient.dtype)
 
     def hop(self, relevance: Float[Tensor, "b t"], gradient: Tensor) -> Float[Tensor, "b s"]:
-        q, k = self.joined()
-        return relevance_hop(
-            relevance,
-            q.detach(),
-            k.detach(),
-            self._values.detach(),
-            gradient,
-            scale=self.scale,
-            bias=None if self.bias is None else self.bias.detach(),
-        )
+        own = self.detached(values=True)
+        return relevance_hop(relevance, own._call, own._values, gradient)
 
     def detached(self, *, values: bool) -> "FusedAttention":
         """Return the call without its graph, with or without what gradients are computed from."""
@@ -204,10 +197,8 @@ class FusedAttention:
         return replace(self, **parts)
 
     @property
-    def _logits(self) -> dict[str, Any]:
-        """What the logits and the map are made of, besides queries and keys."""
-        names = ("scale", "bias", "normaliser", "pairs")
-        return {name: getattr(self, name) for name in names}
+    def _call(self) -> AttentionInputs:
+        return AttentionInputs(self.q, self.k, self.scale, self.bias, self.normaliser, self.pairs)
 
     @property
     def _values(self) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from camkit.capture.attention import Attention, FusedAttention
 from camkit.edits.protocol import Attended, BlockContext
 from camkit.errors import UnsupportedModelError
-from camkit.ops.attention import head_mean, run_of
+from camkit.ops.attention import AttentionInputs, head_mean, run_of
 from camkit.ops.scaling import rounding_of
 from camkit.tensors import Tokens
 
@@ -185,7 +185,9 @@ class StaticCalibration:
         # the maps are averaged before they meet the values: one product in place of three
         if len({part.shape for part in parts}) == 1:  # values may be wider than keys
             parts = [torch.cat(parts, 1)]
-        average = reduce(torch.add, (head_mean(x, x, scale=scale) for x in parts)) / len(parts)
+        average = reduce(torch.add, (head_mean(AttentionInputs(x, x, scale)) for x in parts)) / len(
+            parts
+        )
         joined = values.transpose(1, 2).flatten(2)  # one product for all heads
         gathered = (average.to(values.dtype) @ joined).unflatten(-1, values.shape[1::2])
         gathered = gathered.transpose(1, 2)

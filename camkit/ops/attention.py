@@ -1,19 +1,11 @@
 """Chosen rows and columns of an attention map, computed from q and k without the whole map.
 
-Softmax is computed in at least float32, also under autocast. Arguments that the functions share:
-
-- ``q``, ``k``, ``v``: queries, keys and values of all tokens, exactly as the host's attention used
-  them (after norms and rotations), so that results are the host's own attention;
-- ``scale``: factor on the dot products, as the host used it;
-- ``bias``: added to the logits, broadcast over images, heads and queries; a masked key holds -inf;
-- ``normaliser``: log-sum-exp of each row, if the kernel that ran returned it. Then a weight is one
-  exponential, and no other logits are computed;
-- ``pairs``: also added to the logits. Features that all heads share multiply a map, averaged or
-  not, by one exponential for all heads; they only become channels where gradients need it.
+Softmax is computed in at least float32, also under autocast.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,99 +30,36 @@ Keys = Float[Tensor, "b a s d"]
 Bias = Float[Tensor, "#b #a #t s"]
 
 
-def attention_rows(  # noqa: PLR0913 - all of one attention call
-    q: Heads,
-    k: Keys,
-    queries: Sequence[int],
-    *,
-    scale: float,
-    bias: Bias | None = None,
-    normaliser: Normaliser | None = None,
-    pairs: PairBias | None = None,
-) -> Float[Tensor, "b a c s"]:
-    """Return the attention of the tokens at positions ``queries``, one softmax row each."""
-    if normaliser is not None and run_of(queries, q.shape[2]) == range(len(queries)):
-        call = _Call(q, k, scale, bias, normaliser, pairs)
-        found = _first_rows_and_columns(call, len(queries), 0)
-        if found is not None:
-            return found[0].to(q.dtype)
-    added = rows_of(bias, queries)
-    if pairs is not None:
-        own = take(pairs.queries, queries, pairs.queries.dim() - 2)
-        more = PairBias(own, pairs.keys).rows()
-        added = more if added is None else added + more
-    return _softmax(take(q, queries, 2), k, scale, added).to(q.dtype)
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """What the map of one attention call is computed from, as the host's attention used it.
 
-
-def attention_columns(  # noqa: PLR0913 - all of one attention call
-    q: Heads,
-    k: Keys,
-    keys: Sequence[int],
-    *,
-    scale: float,
-    bias: Bias | None = None,
-    normaliser: Normaliser | None = None,
-    pairs: PairBias | None = None,
-) -> Float[Tensor, "b a t c"]:
-    """Return how much every token attends to the tokens at positions ``keys``, per head.
-
-    Streamed over the queries, forward and backward.
+    Attributes:
+        q: queries of all tokens, after norms and rotations.
+        k: keys.
+        scale: factor on the dot products.
+        bias: added to the logits, broadcast over images, heads and queries; a masked key holds
+            -inf.
+        normaliser: log-sum-exp of each row, if the kernel that ran returned it. Then a weight is
+            one exponential, and no other logits are computed.
+        pairs: also added to the logits. Features that all heads share multiply a map, averaged or
+            not, by one exponential for all heads; they become channels only where gradients need
+            it.
     """
-    call = _Call(q, k, scale, bias, normaliser, pairs)
-    if normaliser is None or call.has_graph():
-        call = call.joined()
-    if run_of(keys, k.shape[2]) == range(len(keys)):
-        found = _first_rows_and_columns(call, 0, len(keys))
-        if found is not None:
-            return found[1].to(q.dtype)
-    return _columns_at(call, keys).to(q.dtype)
 
-
-def rows_and_columns(  # noqa: PLR0913 - all of one attention call
-    q: Heads,
-    k: Keys,
-    tokens: Sequence[int],
-    *,
-    scale: float,
-    bias: Bias | None = None,
-    normaliser: Normaliser | None = None,
-    pairs: PairBias | None = None,
-) -> tuple[Float[Tensor, "b a c s"], Float[Tensor, "b a t c"]]:
-    """Return what the first tokens attend to, and how much all attend to them, in one pass.
-
-    Both are in at least float32, unless ``tokens`` are not the first ones or the normaliser is
-    unknown: then they are computed one after the other.
-    """
-    if run_of(tokens, k.shape[2]) == range(len(tokens)):
-        call = _Call(q, k, scale, bias, normaliser, pairs)
-        found = _first_rows_and_columns(call, len(tokens), len(tokens))
-        if found is not None:
-            return found
-    options: dict[str, Any] = {"scale": scale, "bias": bias, "pairs": pairs}
-    columns = attention_columns(q, k, tokens, **options, normaliser=normaliser)
-    return attention_rows(q, k, tokens, **options), columns
-
-
-class _Call(NamedTuple):
-    """What an attention map is made of; `camkit.ops.attention` explains each."""
-
-    q: Tensor
-    k: Tensor
+    q: Heads
+    k: Keys
     scale: float
-    bias: Tensor | None
-    normaliser: Tensor | None
-    pairs: PairBias | None
+    bias: Bias | None = None
+    normaliser: Normaliser | None = None
+    pairs: PairBias | None = None
 
-    def options(self) -> dict[str, Any]:
-        """Return all but queries and keys by name."""
-        return {name: getattr(self, name) for name in self._fields[2:]}
-
-    def joined(self) -> "_Call":
+    def joined(self) -> "AttentionInputs":
         """Return the call with the bias of pairs as further channels."""
         if self.pairs is None:
             return self
         q, k = self.pairs.joined(self.q, self.k, self.scale)
-        return self._replace(q=q, k=k, pairs=None)
+        return replace(self, q=q, k=k, pairs=None)
 
     def has_graph(self, *others: Tensor | None) -> bool:
         """Whether gradients are asked for."""
@@ -138,20 +67,71 @@ class _Call(NamedTuple):
         every = (*others, self.q, self.k, self.bias, self.normaliser, *features)
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in every)
 
+    @property
+    def is_square(self) -> bool:
+        """Whether tokens attend to themselves, as far as sizes tell."""
+        return self.q.shape[2] == self.k.shape[2]
 
-def _first_rows_and_columns(call: _Call, rows: int, columns: int) -> tuple[Tensor, Tensor] | None:
+
+def attention_rows(call: AttentionInputs, queries: Sequence[int]) -> Float[Tensor, "b a c s"]:
+    """Return the attention of the tokens at positions ``queries``, one softmax row each."""
+    q, pairs = call.q, call.pairs
+    if call.normaliser is not None and run_of(queries, q.shape[2]) == range(len(queries)):
+        found = _first_rows_and_columns(call, len(queries), 0)
+        if found is not None:
+            return found[0].to(q.dtype)
+    added = rows_of(call.bias, queries)
+    if pairs is not None:
+        own = take(pairs.queries, queries, pairs.queries.dim() - 2)
+        more = PairBias(own, pairs.keys).rows()
+        added = more if added is None else added + more
+    return _softmax(take(q, queries, 2), call.k, call.scale, added).to(q.dtype)
+
+
+def attention_columns(call: AttentionInputs, keys: Sequence[int]) -> Float[Tensor, "b a t c"]:
+    """Return how much every token attends to the tokens at positions ``keys``, per head.
+
+    Streamed over the queries, forward and backward.
+    """
+    dtype = call.q.dtype
+    if call.normaliser is None or call.has_graph():
+        call = call.joined()
+    if run_of(keys, call.k.shape[2]) == range(len(keys)):
+        found = _first_rows_and_columns(call, 0, len(keys))
+        if found is not None:
+            return found[1].to(dtype)
+    return _columns_at(call, keys).to(dtype)
+
+
+def rows_and_columns(
+    call: AttentionInputs, tokens: Sequence[int]
+) -> tuple[Float[Tensor, "b a c s"], Float[Tensor, "b a t c"]]:
+    """Return what the first tokens attend to, and how much all attend to them, in one pass.
+
+    Both are in at least float32, unless ``tokens`` are not the first ones or the normaliser is
+    unknown: then they are computed one after the other.
+    """
+    if run_of(tokens, call.k.shape[2]) == range(len(tokens)):
+        found = _first_rows_and_columns(call, len(tokens), len(tokens))
+        if found is not None:
+            return found
+    rows = attention_rows(replace(call, normaliser=None), tokens)
+    return rows, attention_columns(call, tokens)
+
+
+def _first_rows_and_columns(
+    call: AttentionInputs, rows: int, columns: int
+) -> tuple[Tensor, Tensor] | None:
     """Compute the first rows and columns by one operator; None if it does not take the call."""
-    q, k, scale, bias, normaliser, pairs = call
-    if q.shape[2] != k.shape[2]:
+    pairs = call.pairs
+    if not call.is_square or (pairs is not None and (call.has_graph() or not pairs.separable)):
         return None
-    if pairs is not None and (call.has_graph() or not pairs.separable):
-        return None
-    with torch.autocast(q.device.type, enabled=False):
-        inputs = operator_inputs(q, k, scale, bias, normaliser)
+    with torch.autocast(call.q.device.type, enabled=False):
+        inputs = operator_inputs(call)
         if inputs is None:
             return None
         of_rows, of_columns = reweight.rows_and_columns(
-            q, k, *inputs, rows=rows, columns=columns, scale=scale
+            call.q, call.k, *inputs, rows=rows, columns=columns, scale=call.scale
         )
         if pairs is None:
             return of_rows, of_columns
@@ -163,55 +143,29 @@ def _first_rows_and_columns(call: _Call, rows: int, columns: int) -> tuple[Tenso
         return of_rows, of_columns
 
 
-def _columns_at(call: _Call, keys: Sequence[int]) -> Tensor:
+def _columns_at(call: AttentionInputs, keys: Sequence[int]) -> Tensor:
     """Compute columns of any tokens."""
-    q, k, scale, bias, normaliser, pairs = call
-    dtype = at_least_float32(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        added = None if bias is None else take(bias, keys, 3)
+    pairs, dtype = call.pairs, at_least_float32(call.q.dtype)
+    with torch.autocast(call.q.device.type, enabled=False):
+        added = None if call.bias is None else take(call.bias, keys, 3)
         if pairs is not None:
             other = take(pairs.keys, keys, pairs.keys.dim() - 2)
             more = PairBias(pairs.queries, other).rows()
             added = more if added is None else added + more
-        logits = logits_of(q.to(dtype), take(k.to(dtype), keys, 2), scale, added, ALL)
-        lse = log_normaliser(q, k, scale, bias, normaliser)[..., None]
+        chosen = take(call.k.to(dtype), keys, 2)
+        logits = logits_of(call.q.to(dtype), chosen, call.scale, added, ALL)
+        lse = log_normaliser(call)[..., None]
         return (logits - lse.clamp_min(torch.finfo(dtype).min)).exp()
 
 
-def head_mean(  # noqa: PLR0913 - all of one attention call
-    q: Heads,
-    k: Keys,
-    *,
-    scale: float,
-    bias: Bias | None = None,
-    normaliser: Normaliser | None = None,
-    pairs: PairBias | None = None,
-    tokens: Sequence[int] | None = None,
-) -> Float[Tensor, "b _ _"]:
-    """Return the attention map averaged over heads.
-
-    Args:
-        q: these and other arguments are explained in `camkit.ops.attention`.
-        k: keys.
-        scale: factor on the dot products.
-        bias: added to the logits.
-        normaliser: log-sum-exp of each row.
-        pairs: added to the logits as well.
-        tokens: rows and columns to return; None returns the whole map.
-    """
-    options: dict[str, Any] = {"scale": scale, "bias": bias, "normaliser": normaliser}
-    return add_head_mean(None, q, k, **options, pairs=pairs, tokens=tokens).to(q.dtype)
+def head_mean(call: AttentionInputs, tokens: Sequence[int] | None = None) -> Float[Tensor, "b _ _"]:
+    """Return the attention map averaged over heads, whole or between ``tokens``."""
+    return add_head_mean(None, call, tokens).to(call.q.dtype)
 
 
-def add_head_mean(  # noqa: PLR0913 - all of one attention call
+def add_head_mean(
     total: Float[Tensor, "b _ _"] | None,
-    q: Heads,
-    k: Keys,
-    *,
-    scale: float,
-    bias: Bias | None = None,
-    normaliser: Normaliser | None = None,
-    pairs: PairBias | None = None,
+    call: AttentionInputs,
     tokens: Sequence[int] | None = None,
 ) -> Float[Tensor, "b _ _"]:
     """Return ``total + head_mean(...)`` in at least float32; None begins a sum.
@@ -219,13 +173,12 @@ def add_head_mean(  # noqa: PLR0913 - all of one attention call
     Without a graph, ``total`` is written in place, and no other map is held: this adds up the maps
     of many blocks.
     """
-    call = _Call(q, k, scale, bias, normaliser, pairs)
-    graph = call.has_graph(total)
-    if pairs is not None and (graph or normaliser is None or not pairs.separable):
+    graph, pairs, count = call.has_graph(total), call.pairs, call.q.shape[2]
+    if pairs is not None and (graph or call.normaliser is None or not pairs.separable):
         call = call.joined()
-    run = range(q.shape[2]) if tokens is None else run_of(tokens, q.shape[2])
+    run = range(count) if tokens is None else run_of(tokens, count)
     if run is None:
-        found = add_head_mean(None, *call[:2], **call.options())
+        found = add_head_mean(None, call)
     else:
         added = _add_run(total, call, run, graph=graph)
         if added is not None:
@@ -238,68 +191,77 @@ def add_head_mean(  # noqa: PLR0913 - all of one attention call
     return total + found if graph else total.add_(found)
 
 
-def _add_run(total: Tensor | None, call: _Call, run: range, *, graph: bool) -> Tensor | None:
+def _add_run(
+    total: Tensor | None, call: AttentionInputs, run: range, *, graph: bool
+) -> Tensor | None:
     """Return what `add_head_mean` returns for consecutive tokens; None if there is no fast way."""
-    q, k, scale, bias, normaliser, pairs = call
-    square = q.shape[2] == k.shape[2]
     within = slice(run.start, run.stop)
-    if bias is None and square:
-        options: dict[str, Any] = {"scale": scale, "tokens": within, "total": total}
-        found = mean_of_heads(q, k, normaliser, **options, pairs=pairs)
+    if call.bias is None and call.is_square:
+        found = mean_of_heads(
+            *(call.q, call.k, call.normaliser),
+            scale=call.scale,
+            tokens=within,
+            total=total,
+            pairs=call.pairs,
+        )
         if found is not None:
             return found
-    with torch.autocast(q.device.type, enabled=False):
-        if normaliser is None and bias is None and not graph and channels_preferred(q):
-            # on CUDA, torch's kernel takes less time than a softmax of every map
-            normaliser = attend(q, k, k, None, scale, -1)[1]
-        inputs = operator_inputs(q, k, scale, bias, normaliser)
-        if inputs is None or (len(run) < q.shape[2] and not square):
+    with torch.autocast(call.q.device.type, enabled=False):
+        if not graph:
+            call = _with_normaliser(call)
+        inputs = operator_inputs(call)
+        if inputs is None or (len(run) < call.q.shape[2] and not call.is_square):
             return None
-        lse, weights = inputs
-        if square:  # what lies behind the run is not read
+        q, k, (lse, weights) = call.q, call.k, inputs
+        if call.is_square:  # what lies behind the run is not read
             q, k, lse = (x[:, :, : run.stop] for x in (q, k, lse))
             weights = None if weights is None else weights[..., : run.stop]
-        options = {"scale": scale, "skip": run.start}
-        if total is not None and not graph and pairs is None:
+        options: dict[str, Any] = {"scale": call.scale, "skip": run.start}
+        if total is not None and not graph and call.pairs is None:
             reweight.add_affinity_(total, q, k, lse, weights, **options)
             return total
         mean = reweight.affinity_mean(q, k, lse, weights, **options)
-        if pairs is None:
+        if call.pairs is None:
             return mean if total is None else total + mean
-        factors = pairs.between(within).rows()[:, 0].exp_()
+        factors = call.pairs.between(within).rows()[:, 0].exp_()
         return mean.mul_(factors) if total is None else total.addcmul_(mean, factors)
 
 
-def _mean_one_by_one(call: _Call) -> Tensor:
-    q, k, scale, bias, *_ = call
+def _with_normaliser(call: AttentionInputs) -> AttentionInputs:
+    """Return the call with its normaliser, where torch's kernel has it sooner than a softmax."""
+    if call.normaliser is not None or call.bias is not None or not channels_preferred(call.q):
+        return call
+    return replace(call, normaliser=attend(call.q, call.k, call.k, None, call.scale, -1)[1])
+
+
+def _mean_one_by_one(call: AttentionInputs) -> Tensor:
+    q, k, bias = call.q, call.k, call.bias
     total = q.new_zeros(len(q), q.shape[2], k.shape[2], dtype=at_least_float32(q.dtype))
     for head in range(q.shape[1]):
         only = slice(head, head + 1)
         of_head = bias if bias is None or bias.shape[1] == 1 else bias[:, only]
-        total = total + _softmax(q[:, only], k[:, only], scale, of_head)[:, 0]
+        total = total + _softmax(q[:, only], k[:, only], call.scale, of_head)[:, 0]
     return total / q.shape[1]
 
 
-def relevance_hop(  # noqa: PLR0913 - all of one attention call
+def relevance_hop(
     relevance: Float[Tensor, "b t"],
-    q: Heads,
-    k: Keys,
+    call: AttentionInputs,
     v: Float[Tensor, "b a s e"],
     grad_output: Float[Tensor, "b a t e"],
-    *,
-    scale: float,
-    bias: Bias | None = None,
 ) -> Float[Tensor, "b s"]:
     """Propagate token relevance one block down, along attention weighted by its own gradient.
 
     Computes ``relevance @ mean over heads of relu(A * dA)`` (Chefer et al. 2021, generic attention
     explainability), with ``grad_output`` the gradient of the class score at ``A @ v``. The gradient
     of the attention map needs no map: dA[i, j] is the product of the output gradient at i with the
-    value at j.
+    value at j. ``v`` are the values of all tokens.
     """
+    call = call.joined()
+    q, k = call.q, call.k
     propagated = relevance.new_zeros(len(relevance), k.shape[2])
     for part in query_chunks(q, k):
-        attention = _softmax(q, k, scale, bias, part)
+        attention = _softmax(q, k, call.scale, call.bias, part)
         gradient = grad_output[:, :, part].to(attention.dtype) @ v.mT.to(attention.dtype)
         weighted = (attention * gradient).relu_().mean(1)
         own = relevance[:, part].to(weighted.dtype)
@@ -307,41 +269,35 @@ def relevance_hop(  # noqa: PLR0913 - all of one attention call
     return propagated.to(relevance.dtype)
 
 
-def operator_inputs(
-    q: Heads, k: Keys, scale: float, bias: Bias | None, normaliser: Normaliser | None
-) -> tuple[Normaliser, LogWeights | None] | None:
+def operator_inputs(call: AttentionInputs) -> tuple[Normaliser, LogWeights | None] | None:
     """Return the normaliser and the log-weights of the keys that `camkit.ops.reweight` takes.
 
     Returns None if the normaliser is unknown or the bias differs between queries.
     """
-    if normaliser is None:
+    if call.normaliser is None:
         return None
-    weights = None
+    weights, bias = None, call.bias
     if bias is not None:
-        if bias.shape[-2] != 1 or bias.shape[-1] != q.shape[2]:
+        if bias.shape[-2] != 1 or bias.shape[-1] != call.q.shape[2]:
             return None
-        weights = bias[..., 0, :].expand(*q.shape[:2], -1)
-    return log_normaliser(q, k, scale, bias, normaliser), weights
+        weights = bias[..., 0, :].expand(*call.q.shape[:2], -1)
+    return log_normaliser(call), weights
 
 
-def log_normaliser(
-    q: Heads,
-    k: Keys,
-    scale: float,
-    bias: Bias | None = None,
-    normaliser: Normaliser | None = None,
-) -> Normaliser:
+def log_normaliser(call: AttentionInputs) -> Normaliser:
     """Return the log-sum-exp of each query's logits over all keys, in at least float32.
 
-    Unless the bias needs a gradient, the memory kept for the backward grows with the number of
-    tokens, not of their pairs. If ``normaliser`` is given, only the backward computes anything.
+    Pairs are left out unless the call has a normaliser. Unless the bias needs a gradient, the
+    memory kept for the backward grows with the number of tokens, not of their pairs. If the call
+    has a normaliser, only the backward computes anything.
     """
+    q, k, scale, bias, known = call.q, call.k, call.scale, call.bias, call.normaliser
     dtype, has_gradient = at_least_float32(q.dtype), torch.is_grad_enabled()
     if has_gradient and bias is not None and bias.requires_grad:
         return (scale * q.to(dtype) @ k.to(dtype).mT + bias).logsumexp(-1)
-    if normaliser is not None and not (has_gradient and (q.requires_grad or k.requires_grad)):
-        return normaliser.to(dtype)
-    result: Tensor = _LogNormaliser.apply(q.to(dtype), k.to(dtype), scale, bias, normaliser)
+    if known is not None and not (has_gradient and (q.requires_grad or k.requires_grad)):
+        return known.to(dtype)
+    result: Tensor = _LogNormaliser.apply(q.to(dtype), k.to(dtype), scale, bias, known)
     return result
 
 

@@ -11,23 +11,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from camkit.native.kernels import padded_width
-from camkit.ops.attention import Bias, Heads, Normaliser, operator_inputs, rows_of, run_of, take
+from camkit.ops.attention import AttentionInputs, operator_inputs, rows_of, run_of, take
 from camkit.ops.paired import PairBias, paired_attention
 from camkit.ops.reweight import compiled_for, propagate_mean
 from camkit.ops.similarity import check_positive, check_shape
 from camkit.tensors import Cam
 
 
-def propagate(  # noqa: PLR0913 - all of one attention call
-    q: Heads,
-    k: Heads,
-    values: Float[Tensor, "b k n"],
-    patches: Sequence[int],
-    *,
-    scale: float,
-    bias: Bias | None = None,
-    normaliser: Normaliser | None = None,
-    pairs: PairBias | None = None,
+def propagate(
+    call: AttentionInputs, values: Float[Tensor, "b k n"], patches: Sequence[int]
 ) -> Float[Tensor, "b k n"]:
     """Average ``values`` over the patches each patch attends to, heads averaged.
 
@@ -37,34 +29,29 @@ def propagate(  # noqa: PLR0913 - all of one attention call
     of ones that gives each row's sum. With a normaliser, camkit's compiled kernel averages the
     heads, where it is available.
 
-    ``values`` holds one value per patch for each of k maps, ``patches`` the positions of the
-    patches among the tokens; `camkit.ops.attention` explains the other arguments.
+    Args:
+        call: whose map it is.
+        values: one per patch for each of k maps.
+        patches: positions of the patches among the tokens.
     """
     maps = torch.cat([values, torch.ones_like(values[:, :1])], 1)
+    q, k = call.q, call.k
     skip = q.shape[2] - len(patches)
     last = run_of(patches, q.shape[2]) == range(skip, q.shape[2])
     inputs = None
-    if last and pairs is None and compiled_for(q, k, width=padded_width(q.shape[-1])):
-        inputs = operator_inputs(q, k, scale, bias, normaliser)
+    if last and call.pairs is None and compiled_for(q, k, width=padded_width(q.shape[-1])):
+        inputs = operator_inputs(call)
     if inputs is not None:
         lse, weights = inputs
-        maps = propagate_mean(q, k, lse, maps, weights, skip=skip, scale=scale)
+        maps = propagate_mean(q, k, lse, maps, weights, skip=skip, scale=call.scale)
     else:
-        maps = _attend_to_maps(q, k, maps, patches, scale, bias, pairs)
+        maps = _attend_to_maps(call, maps, patches)
     return (maps[:, :-1] / maps[:, -1:]).to(values.dtype)
 
 
-def _attend_to_maps(  # noqa: PLR0913 - all of one attention call
-    q: Tensor,
-    k: Tensor,
-    maps: Tensor,
-    patches: Sequence[int],
-    scale: float,
-    bias: Tensor | None,
-    pairs: PairBias | None,
-) -> Tensor:
+def _attend_to_maps(call: AttentionInputs, maps: Tensor, patches: Sequence[int]) -> Tensor:
     """Run torch's fused attention with maps in place of the values, and average the heads."""
-    count = maps.shape[1]
+    q, k, pairs, count = call.q, call.k, call.pairs, maps.shape[1]
     width = max(q.shape[-1], count)  # values as wide as the keys get the fast kernels
     values = F.pad(maps.mT.to(q.dtype), (0, width - count))
     skip = k.shape[2] - len(patches)
@@ -73,13 +60,14 @@ def _attend_to_maps(  # noqa: PLR0913 - all of one attention call
     else:
         where = torch.tensor(list(patches), device=q.device)
         values = values.new_zeros(len(q), k.shape[2], width).index_copy(1, where, values)
-    call = take(q, patches, 2), k, values[:, None].expand(-1, q.shape[1], -1, -1)
-    added = rows_of(bias, patches)
+    inputs = take(q, patches, 2), k, values[:, None].expand(-1, q.shape[1], -1, -1)
+    added = rows_of(call.bias, patches)
     if pairs is None:
-        output = F.scaled_dot_product_attention(*call, attn_mask=added, scale=scale)
+        output = F.scaled_dot_product_attention(*inputs, attn_mask=added, scale=call.scale)
     else:
         own = take(pairs.queries, patches, pairs.queries.dim() - 2)
-        output, _ = paired_attention(*call, PairBias(own, pairs.keys), added, scale=scale)
+        more = PairBias(own, pairs.keys)
+        output, _ = paired_attention(*inputs, more, added, scale=call.scale)
     return output.mean(1)[..., :count].mT
 
 
