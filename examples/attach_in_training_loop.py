@@ -66,7 +66,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     drawn = draw_shapes(32, size=(64, 64))
     images = torch.stack([camkit.photo_from_array(rgb, size=64).pixels[0] for rgb, _ in drawn])
-    shown = torch.tensor([[(mask == c).any() for c in (1, 2, 3)] for _, mask in drawn])
+    shown = torch.tensor([[bool((mask == c).any()) for c in (1, 2, 3)] for _, mask in drawn])
 
     network = Network(len(SHAPE_CLASSES))
     handle = camkit.attach(network, camkit.DOEI())  # the one line

@@ -76,6 +76,7 @@ def nowhere(monkeypatch, tmp_path):
     """No shared data, nothing downloaded before, and a working folder of one's own."""
     monkeypatch.delenv("CAMKIT_DATA", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -114,7 +114,7 @@ def test_the_share_read_as_object_is_that_of_normal_margins() -> None:
 
 
 def test_the_classifier_is_ridge_regression_of_the_labels() -> None:
-    from sklearn.linear_model import Ridge
+    linear_model = pytest.importorskip("sklearn.linear_model")
 
     vectors = torch.cat([CAT[:60], DOG[:60]])
     labels = torch.zeros(120, 2).double()
@@ -124,7 +124,9 @@ def test_the_classifier_is_ridge_regression_of_the_labels() -> None:
         images = images + ImageMoments.of(vector, row.nonzero()[:, 0].tolist(), 2)
     readout = replace(readout_of({"cat": CAT, "dog": DOG}), images=images, photos=120)
     centred = vectors - vectors.mean(0)
-    ridge = Ridge(alpha=float((centred**2).sum() / 3)).fit(vectors.numpy(), labels.numpy())
+    ridge = linear_model.Ridge(alpha=float((centred**2).sum() / 3)).fit(
+        vectors.numpy(), labels.numpy()
+    )
     scores = readout.class_scores(DOG[None], [["dog"]])[0, 0]
     np.testing.assert_allclose(scores.numpy(), ridge.predict(DOG.numpy())[:, 1], atol=1e-9)
     assert readout.has_classifier("cat")
