@@ -27,7 +27,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -368,7 +368,7 @@ def readout_inputs(rng: random.Random) -> Iterator[Input]:
 def journal_inputs(rng: random.Random) -> Iterator[Input]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "journal.sqlite")
-        with sqlite3.connect(path) as file:
+        with closing(sqlite3.connect(path)) as file, file:
             file.execute("CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
             for table in ("images", "fitted_images"):
                 file.execute(
@@ -389,7 +389,7 @@ def journal_inputs(rng: random.Random) -> Iterator[Input]:
             '{"cam": "/"}',
         )
         for value in rows:
-            with sqlite3.connect(path) as file:
+            with closing(sqlite3.connect(path)) as file, file:
                 file.execute("UPDATE images SET row = ?", (value,))
             yield Input("journals", "another row", "journal.sqlite", path.read_bytes())
 

@@ -12,7 +12,7 @@ from jaxtyping import Integer, UInt8
 from PIL import Image, ImageShow
 from torch import Tensor
 
-from camkit.errors import CamkitError
+from camkit.errors import CamkitError, require
 from camkit.paint import Colour, Picture, mask_colour
 
 PREVIEW = 512
@@ -158,12 +158,9 @@ def new_axes(rows: int, cols: int, aspect: float) -> Any:
     Raises:
         CamkitError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise CamkitError(
-            "plots need matplotlib; install it: pip install 'camkit[report]'"
-        ) from error
+    require("matplotlib", "plots need", "report")
+    from matplotlib import pyplot
+
     size = (3.2 * cols, 3.2 * rows * min(aspect, 2.0) + 0.4)
     return pyplot.subplots(rows, cols, figsize=size, squeeze=False, layout="constrained")[1]
 

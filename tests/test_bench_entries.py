@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -290,7 +291,7 @@ def test_a_store_is_read_while_another_writes(tmp_path):
         first.put("a", b"1")
         assert second.get("a") == b"1"
         assert second.get("b") is None
-    with sqlite3.connect(path) as file:
+    with closing(sqlite3.connect(path)) as file:
         assert file.execute("SELECT count(*) FROM kept").fetchone() == (1,)
 
 
@@ -309,7 +310,8 @@ def test_a_model_of_two_inputs_is_measured_by_its_call_and_always_again(
             quality=Quality(steps=3, images=1),
         )
         assert [row.confusion for row in report.rows] == [row.confusion for row in plain.rows]
-        assert report.rows[0].quality == plain.rows[0].quality
+        # of one map, whose standard errors are NaN
+        assert repr(report.rows[0].quality) == repr(plain.rows[0].quality)
         assert len(counted) == (1 + count) * (plain.images + plain.tune_images + 1)
 
 

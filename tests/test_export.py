@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 import zipfile
 from pathlib import Path
 
@@ -430,6 +431,25 @@ def test_hugging_face_gives_back_every_pixel(masks, tmp_path):
     same(found)
     names = json.loads((tmp_path / "out" / "id2label.json").read_text("utf-8"))
     assert names == {"0": "background", "1": CLASSES[0], "2": CLASSES[1], "3": CLASSES[2]}
+
+
+@pytest.mark.parametrize(
+    ("to", "package", "extra"),
+    [
+        ("coco", "pycocotools", "export"),
+        ("coco-polygons", "pycocotools", "export"),
+        ("hf", "pyarrow", "parquet"),
+    ],
+)
+def test_a_missing_package_is_named_before_the_folder_is_made(
+    masks, tmp_path, monkeypatch, to, package, extra
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        CamkitError, match=rf"needs {package}; .* `pip install 'camkit\[{extra}\]'`"
+    ):
+        send(masks, to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_datasets_loads_the_folder(masks, tmp_path, monkeypatch):
@@ -959,9 +979,3 @@ def test_a_run_that_has_not_finished_is_an_error(tmp_path):
     (tmp_path / "run" / "journal.sqlite").touch()
     with pytest.raises(DataError, match="has not finished; give its command again"):
         export(tmp_path / "run", "voc", tmp_path / "out")
-
-
-def test_a_missing_package_names_the_extra(masks, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pycocotools.mask", None)
-    with pytest.raises(CamkitError, match=r"pip install camkit\[export\]"):
-        send(masks, "coco", tmp_path / "out")

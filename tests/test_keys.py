@@ -4,6 +4,7 @@ import json
 import os
 import sqlite3
 import unicodedata
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -294,7 +295,7 @@ def test_a_journal_of_an_older_version_is_continued(tmp_path):
     for number in range(3):
         photo(tmp_path / "in" / f"p{number}.png", number)
     start(PhotoFolder(tmp_path / "in"), tmp_path / "out")
-    with sqlite3.connect(tmp_path / "out" / "journal.sqlite") as file:
+    with closing(sqlite3.connect(tmp_path / "out" / "journal.sqlite")) as file, file:
         for table in ("images", "fitted_images"):
             file.execute(f"DROP INDEX failed_{table}")
             for column in ("origin", "stamps"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from camkit.bench.markup import data_uri, printable, text
 from camkit.bench.results import Report, Row
-from camkit.errors import CamkitError
+from camkit.errors import require
 from camkit.score import THRESHOLDS
 
 COLOURS = (
@@ -97,14 +97,10 @@ def line_style(report: Report, row: Row) -> tuple[str, str]:
 @contextmanager
 def _drawing(width: float, height: float) -> Iterator[tuple[Any, Any]]:
     """Yield a figure with axes, under our settings of matplotlib."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CamkitError(
-            "a page with plots needs matplotlib, which is not installed; run "
-            '`pip install "camkit[report]"`, or write Markdown or JSON'
-        ) from error
+    require("matplotlib", "a page with plots (Markdown and JSON have none) needs", "report")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has it
         figure = Figure(figsize=(width, height), layout="constrained")

@@ -561,16 +561,17 @@ def _lock(folder: OutFolder, name: str, *, wait: float = 0) -> sqlite3.Connectio
     """Lock a part of a folder until the lock is closed or the process ends."""
     locks = folder.root / ".locks"
     locks.mkdir(exist_ok=True)
-    with _explained(locks / name):
+    with ExitStack() as on_error, _explained(locks / name):
         lock = sqlite3.connect(locks / name, timeout=wait, isolation_level=None)
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        lock.close()
-        raise CamkitError(
-            f"another run works in {folder.root}, or it cannot be written to ({error}); wait for "
-            "it, or choose another folder"
-        ) from error
+        on_error.callback(lock.close)
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            raise CamkitError(
+                f"another run works in {folder.root}, or it cannot be written to ({error}); wait "
+                "for it, or choose another folder"
+            ) from error
+        on_error.pop_all()
     return lock
 
 

@@ -7,7 +7,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from camkit.cli.options import (
     refiners_help,
 )
 from camkit.data.layouts import open_with
-from camkit.errors import CamkitError
+from camkit.errors import CamkitError, require
 from camkit.manifest import unfinished
 from camkit.method import CALIBRATED, REFINERS, Method, read_refiners
 from camkit.native.loader import named_cache
@@ -191,8 +190,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     settings = _settings(options)
-    if options.html is not None and find_spec("matplotlib") is None:
-        raise CamkitError("--html needs matplotlib; install it with `pip install 'camkit[report]'`")
+    if options.html is not None:
+        require("matplotlib", "--html needs", "report")
     dataset = open_with(settings["dataset"], reading_of(settings))
     names = list(dataset.classes)
     if settings["classes"] is not None:

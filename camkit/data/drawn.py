@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from camkit.errors import CamkitError, DataError
+from camkit.errors import DataError, require
 from camkit.printing import short_repr
 
 IGNORED_ID = -1
@@ -114,13 +114,9 @@ def coco_pixels(segmentation: Any, size: tuple[int, int], source: str) -> Bool[n
 
 
 def _pycocotools() -> Any:
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise CamkitError(
-            "polygons of COCO's form are drawn by pycocotools; install it with "
-            "`pip install camkit[export]`"
-        ) from error
+    require("pycocotools", "polygons of COCO's form need", "export")
+    from pycocotools import mask
+
     return mask
 
 

@@ -38,7 +38,7 @@ from camkit.data.targets.sources import (
     merged,
 )
 from camkit.data.targets.trees import write_cvat, write_mmseg, write_voc
-from camkit.errors import DataError, closest, nearby
+from camkit.errors import DataError, closest, nearby, require
 from camkit.printing import several
 from camkit.untrusted import read_json
 
@@ -58,20 +58,37 @@ class Target:
         write: writes its files.
         entries: what it makes in the folder; {split} stands for each split.
         regions: what an annotation is, unless the options say it.
+        needs: an optional package, and the extra of camkit that brings it.
     """
 
     title: str
     write: Writer
     entries: tuple[str, ...]
     regions: Regions = "class"
+    needs: tuple[str, str] | None = None
 
 
 TARGETS: dict[str, Target] = {
-    "coco": Target("COCO instances, run lengths", write_coco, ("annotations", "{split}")),
-    "coco-polygons": Target("COCO, polygons", write_polygons, ("annotations", "{split}")),
+    "coco": Target(
+        "COCO instances, run lengths",
+        write_coco,
+        ("annotations", "{split}"),
+        needs=("pycocotools", "export"),
+    ),
+    "coco-polygons": Target(
+        "COCO, polygons",
+        write_polygons,
+        ("annotations", "{split}"),
+        needs=("pycocotools", "export"),
+    ),
     "yolo": Target("YOLO segmentation", write_yolo, ("images", "labels", "data.yaml"), "component"),
     "mmseg": Target("MMSegmentation", write_mmseg, ("img_dir", "ann_dir", "dataset.py")),
-    "hf": Target("Hugging Face datasets", write_hf, ("data", "id2label.json", "README.md")),
+    "hf": Target(
+        "Hugging Face datasets",
+        write_hf,
+        ("data", "id2label.json", "README.md"),
+        needs=("pyarrow", "parquet"),
+    ),
     "voc": Target(
         "PASCAL VOC",
         write_voc,
@@ -180,6 +197,9 @@ def export(
     if to not in TARGETS:
         raise ValueError(f"`to` must be the name of a format, got {to!r}; {closest(to, TARGETS)}")
     target, out = TARGETS[to], Path(out)
+    if target.needs is not None:
+        package, extra = target.needs
+        require(package, f"an export to {target.title} needs", extra)
     masks = _open(source, classes, None if images is None else Path(images), options)
     legend = _unique(_named(masks, classes))
     split_of, splits, left_out = _assign(masks, options)

@@ -12,7 +12,7 @@ from camkit.data.names import check_split
 from camkit.data.reading import Reading, Zero, is_background, numbered_classes, some_class
 from camkit.data.sample import MaskForm, Sample, all_usable, mask_classes
 from camkit.data.unpacked import unpacked
-from camkit.errors import CamkitError, DataError
+from camkit.errors import DataError, require
 from camkit.formats import IMAGE_SUFFIXES
 from camkit.printing import several
 from camkit.untrusted import read_json
@@ -194,13 +194,10 @@ def _unpack(tables: Mapping[str, Sequence[Path]], out: Path) -> None:
 
 def _batches(path: Path) -> Iterator[Any]:
     """Yield the record batches of a file of Arrow or Parquet."""
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise CamkitError(
-            "data sets of Hugging Face need pyarrow; install it with `pip install camkit[parquet]`"
-        ) from error
+    require("pyarrow", "data sets of Hugging Face need", "parquet")
+    import pyarrow as pa
+    from pyarrow import parquet
+
     try:
         if path.suffix == ".parquet":
             with parquet.ParquetFile(path) as file:

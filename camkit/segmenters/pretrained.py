@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from camkit.errors import CamkitError, nearby
+from camkit.errors import CamkitError, nearby, require
 from camkit.segmenters.hugging_face import TransformersSegmenter
 from camkit.segmenters.protocol import Answers, Prompt
 
@@ -77,13 +77,10 @@ class PretrainedSegmenter:
 
 
 def _open(name: str, folder: Path, *, online: bool) -> tuple[Any, Any]:
-    try:
-        from transformers import AutoModelForMaskGeneration, AutoProcessor
-        from transformers.utils import logging
-    except ImportError as error:
-        raise CamkitError(
-            f"the segmenter {name} needs transformers; install it with `pip install camkit[sam]`"
-        ) from error
+    require("transformers", f"the segmenter {name} needs", "sam")
+    from transformers import AutoModelForMaskGeneration, AutoProcessor
+    from transformers.utils import logging
+
     local = (folder / name).is_dir()
     place = str(folder / name) if local else name
     offline = local or not online

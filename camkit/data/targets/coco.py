@@ -10,7 +10,6 @@ from typing import Any
 from camkit.data.targets.outlines import outlines
 from camkit.data.targets.plan import JsonList, MaskedImage, Plan, place_photo, stream
 from camkit.data.targets.regions import VOID, Region, run_lengths
-from camkit.errors import CamkitError
 
 
 @contextmanager
@@ -108,12 +107,7 @@ def _instances(plan: Plan, split: str) -> Iterator[tuple[JsonList, JsonList]]:
 
 def _run_lengths() -> Callable[[Region, tuple[int, int]], dict[str, Any]]:
     """Return the function that encodes a region as COCO's compressed run lengths."""
-    try:
-        from pycocotools.mask import frPyObjects
-    except ImportError as error:
-        raise CamkitError(
-            "run lengths of COCO need pycocotools; install it with `pip install camkit[export]`"
-        ) from error
+    from pycocotools.mask import frPyObjects
 
     def encode(region: Region, size: tuple[int, int]) -> dict[str, Any]:
         runs = {"size": list(size), "counts": run_lengths(region, size)}

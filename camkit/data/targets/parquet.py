@@ -14,7 +14,6 @@ from camkit.data.targets.plan import (
     without_suffix,
     write_text,
 )
-from camkit.errors import CamkitError
 from camkit.manifest import unfinished
 
 _ROWS, _FILE_BYTES = 100, 400 * 2**20  # of a row group, as the hub's viewer likes; of a file
@@ -29,13 +28,8 @@ def write_hf(plan: Plan) -> Iterator[Callable[[MaskedImage, str], None]]:
     ``confidence``, the mean of its map, or None without maps. ``id2label.json``
     names the numbers, as the scripts of transformers expect.
     """
-    try:
-        import pyarrow as pa
-    except ImportError as error:
-        raise CamkitError(
-            "a data set of Hugging Face is Parquet, which needs pyarrow; install it with "
-            "`pip install camkit[parquet]`"
-        ) from error
+    import pyarrow as pa
+
     picture = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     columns = {
         "image": picture,
