@@ -9,7 +9,7 @@ CAMKIT_DATA ?= $(wildcard ../shared/data)
 export CAMKIT_DATA
 
 .NOTPARALLEL:
-.PHONY: demo test lowest processors sanitize check lint types layers docs package bench clean
+.PHONY: demo test long lowest processors sanitize check lint types layers docs package bench clean
 
 # What a user installs is enough for this one.
 demo: $(VENV)/.made
@@ -18,6 +18,10 @@ demo: $(VENV)/.made
 # Two processes with one thread each: on tiny models a second thread is waited for longer than it works.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# What takes a quarter of a minute and more each: clusters that lose processes, builds, compilers.
+long: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --run-all -m long --numprocesses 2 --dist loadfile
 
 # The same tests with the lowest versions that pyproject.toml allows (.ci/lowest.txt), on Python 3.11; optional packages are left out.
 lowest:

@@ -42,14 +42,19 @@ SLOWEST_FILES = (
 )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Start with the slowest files, so that no process waits for another at the end."""
     place = {f"test_{name}.py": place for place, name in enumerate(SLOWEST_FILES)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    if not config.getoption("--run-all"):
+        skip = pytest.mark.skip(reason="takes long: run with --run-all, or `make long`")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(skip)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--run-all", action="store_true", help="also cases that take a minute")
+    parser.addoption("--run-all", action="store_true", help="also tests marked long")
 
 
 @pytest.fixture(autouse=True)

@@ -311,6 +311,7 @@ def test_an_edited_and_compiled_model_is_watched_as_the_uncompiled(edit):
     torch.testing.assert_close(seen.capture.class_to_patch(), expected.capture.class_to_patch())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")  # torch 2.6

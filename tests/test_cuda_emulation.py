@@ -147,7 +147,7 @@ CASES = [
 ]
 
 
-LARGE = [  # a minute of emulation, run with --run-all
+LARGE = [
     Case(tokens=785, heads=1, gate=1),
     Case(tokens=785, heads=1, dtype=FLOAT, gate=None),
     Case(tokens=257, width=96, heads=1, classes=20, gate=None),
@@ -162,10 +162,9 @@ def test_every_result_is_that_of_the_whole_map(library, case):
     assert faults(operators, case) == set()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_large_maps_are_those_of_the_whole_map(library, case, request):
-    if not request.config.getoption("--run-all"):
-        pytest.skip("takes a minute: run with --run-all")
+def test_large_maps_are_those_of_the_whole_map(library, case):
     operators, emulator = library
     emulator.camkit_schedule(case.schedule)
     assert faults(operators, case) == set()

@@ -21,6 +21,7 @@ def run(into, *options, **environment):
     return done, {path.name for path in into.iterdir()}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_dry_run_walks_every_branch_and_writes_where_it_is_told(tmp_path):
     done, files = run(tmp_path, "--dry-run", "--rounds", "2")

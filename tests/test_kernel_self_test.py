@@ -58,6 +58,7 @@ def test_a_library_that_crashes_takes_the_tested_process_with_it_only(folder):
     assert (folder / "loaded").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_library_that_hangs_is_given_up(folder, monkeypatch):
     monkeypatch.setattr(self_test, "SECONDS", 15.0)

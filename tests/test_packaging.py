@@ -144,6 +144,7 @@ def test_the_wheel_is_small_enough_to_download_in_a_moment(wheel):
     assert wheel.stat().st_size < 6_000_000
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_wheel_of_this_platform_brings_the_dense_crf_compiled(platform_wheel, tmp_path):
     """Installed where there is no compiler, its labels are those of plain torch."""

@@ -146,6 +146,7 @@ def when(condition, act, *, again=None):
     return lambda: (over.set(), thread.join())
 
 
+@pytest.mark.long
 def test_files_are_those_of_the_local_engine_also_where_a_node_is_lost(
     cluster, second_node, tmp_path
 ):
@@ -196,6 +197,7 @@ def test_a_stopped_run_continues_with_the_other_engine(cluster, tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_read_out_is_that_of_the_local_engine_but_for_the_order_of_its_sums(cluster, tmp_path):
     photos, recipe = write_photos(tmp_path / "in", 24), fit_recipe()
     (tmp_path / "in" / "empty.png").touch()
@@ -225,6 +227,7 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_a_run_continues_after_its_leading_process_is_killed(cluster, tmp_path):
     photos, out = write_photos(tmp_path / "in", 24), tmp_path / "out"
     leading = "import sys, small_runs; small_runs.run_on_ray(*sys.argv[1:])"
@@ -244,6 +247,7 @@ def test_a_run_continues_after_its_leading_process_is_killed(cluster, tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_fit_continues_after_its_leading_process_is_killed(cluster, tmp_path):
     photos, out = write_photos(tmp_path / "in", 24), tmp_path / "out"
     leading = "import sys, small_runs; small_runs.fit_on_ray_and_die(*sys.argv[1:])"
@@ -289,6 +293,7 @@ class OpenMortal(OpenSmall):
         return model
 
 
+@pytest.mark.long
 def test_a_model_whose_process_is_killed_is_opened_again(cluster, tmp_path):
     photos, out, pids = write_photos(tmp_path / "in", 24), tmp_path / "out", tmp_path / "pids"
     pids.mkdir()
@@ -301,6 +306,7 @@ def test_a_model_whose_process_is_killed_is_opened_again(cluster, tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_an_image_that_kills_its_process_is_given_up(cluster, tmp_path):
     photos = write_photos(tmp_path / "in", 5)
     Image.new("RGB", (48, 48)).save(tmp_path / "in" / "dark.png")
