@@ -315,7 +315,9 @@ def test_an_edited_and_compiled_model_is_watched_as_the_uncompiled(edit):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")  # torch 2.6
-def test_inductor_keeps_an_edit_and_is_watched():
+def test_inductor_keeps_an_edit_and_is_watched(tmp_path, monkeypatch):
+    # its cache does not tell processors apart
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, (image, _) = HandMade(blocks=1), inputs()
     plain, changed = model(image), edited_outputs(model, EDITS["keys"], image)[0]
     expected = capture_of(model, image)

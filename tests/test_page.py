@@ -417,5 +417,5 @@ def test_the_first_lines_tell_the_row_that_the_tuning_split_chooses(report, sour
 
 def test_a_missing_matplotlib_names_the_extra(report, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(CamkitError, match=r'pip install "camkit\[report\]"'):
+    with pytest.raises(CamkitError, match=r"pip install 'camkit\[report\]'"):
         to_html(report)

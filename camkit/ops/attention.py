@@ -25,6 +25,7 @@ from camkit.ops.reweight_plain import (
     query_chunks,
     row_logsumexp,
 )
+from camkit.printing import short_repr
 
 Keys = Float[Tensor, "b a s d"]
 Bias = Float[Tensor, "#b #a #t s"]
@@ -53,6 +54,8 @@ class AttentionInputs:
     bias: Bias | None = None
     normaliser: Normaliser | None = None
     pairs: PairBias | None = None
+
+    __repr__ = short_repr
 
     def joined(self) -> "AttentionInputs":
         """Return the call with the bias of pairs as further channels."""
