@@ -198,7 +198,7 @@ class HoldsBack:
     free: int
 
     def __call__(self, cam, _):
-        folder, until = Path(self.folder), time.monotonic() + 300
+        folder, until = Path(self.folder), time.monotonic() + 60
         if (folder / "released").exists():
             return cam
         folder.mkdir(exist_ok=True)
