@@ -1,10 +1,11 @@
 """Sources are compiled once, by whatever compiler there is, and never stand in the way."""
 
 import logging
-import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -239,21 +240,27 @@ def test_the_cache_is_where_the_system_keeps_such_files(cache, compiler, monkeyp
     assert len(libraries(folder)) == 1
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside threads
+BUILD = """
+import sys
+from camkit.native import loader
+
+loader.__file__ = sys.argv[1]
+print("ready", flush=True)
+sys.stdin.readline()
+print(loader.load("tiny").answer())
+"""
+
+
 def test_processes_that_build_at_once_agree(cache, compiler):
-    context = multiprocessing.get_context("fork")
-    start, answers = context.Barrier(2), context.SimpleQueue()
-
-    def build():
-        start.wait()
-        answers.put(loader.load("tiny").answer())
-
-    processes = [context.Process(target=build) for _ in range(2)]
-    for process in processes:
-        process.start()
-    assert [answers.get() for _ in processes] == [42, 42]
-    for process in processes:
-        process.join()
+    command = [sys.executable, "-c", BUILD, loader.__file__]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with ExitStack() as stack:
+        both = [stack.enter_context(subprocess.Popen(command, **pipes)) for _ in range(2)]
+        assert [each.stdout.readline() for each in both] == ["ready\n"] * 2
+        for each in both:
+            each.stdin.write("go\n")
+            each.stdin.flush()
+        assert [each.communicate(timeout=120)[0] for each in both] == ["42\n"] * 2
     assert len(libraries(cache)) == compiler() == 1  # the other process waited
 
 
