@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -229,7 +230,8 @@ def test_a_header_that_claims_more_memory_than_there_is_is_a_failure(tmp_path):
     path.write_bytes(data[:place] + info.tobuf(tarfile.GNU_FORMAT) + data[place:])
     keys, (failure,) = listed(path)
     assert keys == ALL[:2]
-    assert "a header of 1099511627776 bytes" in failure.reason
+    # Python 3.14 reads it in parts and finds the end of the file
+    assert re.search("a header of 1099511627776 bytes|empty header", failure.reason)
 
 
 def test_compressed_shards_beside_others_are_failures(tmp_path):

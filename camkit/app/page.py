@@ -362,6 +362,7 @@ class _Page:
             except _ERRORS as error:
                 return {self.status: sentence(error)}
 
+        safe.__annotations__ = function.__annotations__  # `wraps` of Python 3.14 computes them anew
         return safe
 
     # Opening a photo

@@ -414,7 +414,8 @@ def _hub_answers(*, slow_counts: bool) -> bool:
     try:
         with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_TIMEOUT):
             return True
-    except HTTPError:  # also an answer
+    except HTTPError as answer:  # also one
+        answer.close()
         return True
     except (OSError, ValueError) as error:  # no network, no such host; not an address
         reason = getattr(error, "reason", error)
