@@ -182,7 +182,7 @@ def test_a_second_run_is_refused_while_the_first_one_lives(tmp_path):
 def test_a_lock_that_is_something_else_is_refused(tmp_path):
     (tmp_path / ".locks").mkdir()
     (tmp_path / ".locks" / "rank-0").write_bytes(b"something else" * 100)
-    with pytest.raises(CamkitError, match=r"rank-0 is not a journal of camkit"):
+    with pytest.raises(CamkitError, match=r"rank-0 is not a lock of camkit"):
         Journal(OutFolder(tmp_path))
 
 

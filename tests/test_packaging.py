@@ -296,18 +296,8 @@ def test_ci_runs_targets_that_the_makefile_has():
     steps = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     asked = re.findall(r"- run: make (\w+)", steps)
     known = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    targets = [
-        "check",
-        "docs",
-        "demo",
-        "package",
-        "long",
-        "test",
-        "lowest",
-        "processors",
-        "sanitize",
-    ]
-    assert asked == targets
+    targets = ["check", "docs", "demo", "package", "long", "test"]
+    assert asked == [*targets, "lowest", "processors", "sanitize"]
     assert set(asked) <= set(known)
 
 

@@ -561,7 +561,7 @@ def _lock(folder: OutFolder, name: str, *, wait: float = 0) -> sqlite3.Connectio
     """Lock a part of a folder until the lock is closed or the process ends."""
     locks = folder.root / ".locks"
     locks.mkdir(exist_ok=True)
-    with ExitStack() as on_error, _explained(locks / name):
+    with ExitStack() as on_error, _explained(locks / name, "lock"):
         lock = sqlite3.connect(locks / name, timeout=wait, isolation_level=None)
         on_error.callback(lock.close)
         try:
@@ -596,7 +596,7 @@ def _open_tables(file: sqlite3.Connection, path: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path, kind: str = "journal") -> Iterator[None]:
     """Turn errors of SQLite into a ``CamkitError`` that says what to do."""
     try:
         yield
@@ -608,7 +608,7 @@ def _explained(path: Path) -> Iterator[None]:
                 "there, then run the command again: finished images are kept"
             ) from error
         raise CamkitError(
-            f"{path} is not a journal of camkit ({one_line(error)}); choose another folder"
+            f"{path} is not a {kind} of camkit ({one_line(error)}); choose another folder"
         ) from error
 
 

@@ -138,12 +138,6 @@ class FusedAttention:
         images, heads, tokens, _ = self.q.shape
         return images, heads, tokens, self.k.shape[2]
 
-    def joined(self) -> tuple[Heads, Float[Tensor, "b a s d"]]:
-        """Return queries and keys whose products, times ``scale``, are the logits without bias."""
-        if self.pairs is None:
-            return self.q, self.k
-        return self.pairs.joined(self.q, self.k, self.scale)
-
     def paired(self, pairs: PairBias) -> "FusedAttention":
         """Return the attention as it would be with more added to its logits; its output is lost."""
         pairs.check(self.q, self.k)

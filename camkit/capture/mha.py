@@ -149,7 +149,7 @@ def by_fast_path(
     kinds = (query.dtype, owner.in_proj_weight.dtype, device, tokens.is_contiguous())
     settings = (torch.is_autocast_enabled(device.type), torch.is_autocast_enabled())
     enabled = torch.backends.mha.get_fastpath_enabled()
-    sizes = (owner.num_heads, query.shape[-1], len(query) == 1)  # torch 2.6 rounds one token anew
+    sizes = (owner.num_heads, query.shape[-1], len(query) == 1)  # its rounding differs
     form = (type(owner).forward, enabled, *sizes, *weights.values(), *kinds, *settings)
     if form not in _FUSED:
         _FUSED[form] = _measure_form(owner, tokens.detach(), weights)

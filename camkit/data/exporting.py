@@ -199,7 +199,7 @@ def export(
     target, out = TARGETS[to], Path(out)
     if target.needs is not None:
         package, extra = target.needs
-        require(package, f"an export to {target.title} needs", extra)
+        require(package, f"the format {to!r} needs", extra)
     masks = _open(source, classes, None if images is None else Path(images), options)
     legend = _unique(_named(masks, classes))
     split_of, splits, left_out = _assign(masks, options)
